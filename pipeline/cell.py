@@ -1,0 +1,402 @@
+"""One cell: a technique is trained and evaluated in this process, and its result, predictions and artefact written.
+
+Library; the entries are `python -m pipeline.train` (one cell) and `python -m pipeline.cells` (an experiment's).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline import measure, probes, scoring
+from pipeline.config import build, plain
+from pipeline.data import Encoder, Rows, load_rationales, load_rows
+from pipeline.files import UserError, atomic_path, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
+from pipeline.measure import Meter, PeakMemory
+from pipeline.methods.base import Method
+from pipeline.model import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, parameters, resolve
+from pipeline.objectives.base import Objective
+from pipeline.results import Forgetting, Inference, Memory, Result, Score, Size, Teacher, Work, write
+from pipeline.settings import Settings, read
+
+CODE = ("cell", "data", "loop", "model", "scoring")
+
+
+@dataclass
+class Shared:
+    """What the cells of one experiment read once, before each goes on in a child process of its own."""
+
+    stored: dict[Path, Any] = field(default_factory=dict)
+    tokenizers: dict[Path, Any] = field(default_factory=dict)
+    threads: int | None = None
+    """Threads for the cell to compute with, where the process before the fork kept to one."""
+
+    def preload(self, folder: Path) -> None:
+        """Read a base model and its tokenizer on the CPU, and import what every cell imports."""
+        self.tokenizers[folder] = load_tokenizer(folder)
+        self.stored[folder] = load_stored(folder)
+
+
+def name(cfg: DictConfig) -> str:
+    """The cell's name under results/<experiment>/."""
+    variant = f"+{cfg.variant}" if cfg.variant else ""
+    rows = "all" if cfg.train_rows is None else cfg.train_rows
+    return f"{cfg.technique.name}{variant}-s{cfg.seed}-n{rows}"
+
+
+def folder_of(cfg: DictConfig) -> Path:
+    """Where the cell's files go."""
+    return Path(cfg.paths.results) / cfg.experiment / name(cfg)
+
+
+def fingerprint(cfg: DictConfig) -> str:
+    """Hash of what decides a cell's outcome: its config, data and base model. Not where files lie or are tracked."""
+    raw = {k: v for k, v in plain(cfg).items() if k not in ("paths", "tracking", "sweep", "variant", "cell", "split", "memory_limit_gb")}
+    raw["train"].pop("progress", None)
+    raw["train"].pop("checkpoint_every_s", None)
+    for path in (Path(cfg.paths.data) / cfg.task.name, Path(cfg.paths.models) / cfg.model.name):
+        raw[path.name] = sha256(path / "manifest.json") if (path / "manifest.json").exists() else None
+    return hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def checkpoint_of(cfg: DictConfig) -> Path:
+    """The checkpoint to resume from: keyed by the fingerprint and the code that trains, in a folder DVC does not know."""
+    code = hashlib.sha256()
+    for module in CODE:
+        code.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    return Path(cfg.paths.work) / "checkpoints" / f"{name(cfg)}-{fingerprint(cfg)}-{code.hexdigest()[:8]}.pt"
+
+
+def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...] | None = None, folder: Path | None = None,
+        started: float | None = None) -> Result:
+    """Train and evaluate one cell.
+
+    Args:
+        splits: the splits to score; None: validation, test and what the evaluate settings ask for.
+        folder: where result.json, predictions.jsonl, history.csv and artefact/ go; None: nothing is kept.
+        started: Unix time from which start-up is counted (the process's start).
+
+    Returns:
+        The result; out of memory is one, with status oom.
+
+    Raises:
+        UserError: bad input. KeyboardInterrupt: ended by a signal, a checkpoint was written.
+    """
+    cell = Cell(cfg, Meter(started), shared or Shared(), splits, folder)
+    try:
+        result = cell.run()
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        result = oom_result(cfg, str(error).splitlines()[0], measure.hardware(cell.device))
+        cell.predictions, cell.artefact = [], None
+    if folder is not None:
+        cell.write(result)
+        if cell.discard_checkpoint:
+            cell.discard_checkpoint()
+    return result
+
+
+def oom_result(cfg: DictConfig, error: str, hardware: dict[str, Any]) -> Result:
+    """The row of a cell that ran out of memory."""
+    fields = _identity(cfg, read(cfg), build(cfg.method, "method"), build(cfg.objective, "objective"))
+    return Result(**fields, status="oom", error=error, hardware=hardware, precision=cfg.precision.name,
+                  provenance={**measure.provenance(), "fingerprint": fingerprint(cfg)})
+
+
+def write_oom(cfg: DictConfig, error: str) -> Result:
+    """Write the files of a cell whose process was ended for lack of memory."""
+    cell = Cell(cfg, Meter(measure.now()), Shared(), None, folder_of(cfg))
+    result = oom_result(cfg, error, measure.hardware("cpu"))
+    cell.write(result)
+    return result
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _identity(cfg: DictConfig, settings: Settings, method: Method, objective: Objective) -> dict[str, Any]:
+    """What names the cell in its result."""
+    shown = {**method.hyperparameters(), **objective.hyperparameters()}
+    if method.trains:
+        train = settings.train
+        shown |= {"lr": train.lr, "epochs": train.epochs, "batch_size": train.batch_size, "optimizer": train.optimizer, "schedule": train.schedule}
+        shown |= {"steps": train.steps} if train.steps is not None else {}
+    return {
+        "experiment": cfg.experiment, "cell": name(cfg), "technique": cfg.technique.name, "family": settings.technique.family,
+        "method": method.name, "objective": objective.name if method.trains else "none", "task": cfg.task.name, "model": cfg.model.name,
+        "seed": cfg.seed, "train_rows": cfg.train_rows or 0, "hyperparameters": shown, "metric": settings.task.metric, "config": plain(cfg),
+    }
+
+
+class Cell:
+    """The work of `run`, step by step; each step is booked to its phase."""
+
+    def __init__(self, cfg: DictConfig, meter: Meter, shared: Shared, splits: tuple[str, ...] | None, folder: Path | None) -> None:
+        self.cfg, self.meter, self.shared, self.splits, self.folder = cfg, meter, shared, splits, folder
+        self.device: Any = "cpu"
+        self.notes: list[str] = []
+        self.predictions: list[dict] = []
+        self.scores: dict[str, Score] = {}
+        self.artefact: Callable[[Path], None] | None = None
+        self.artefact_bytes = 0
+        self.discard_checkpoint: Callable[[], None] | None = None
+
+    def run(self) -> Result:
+        with self.meter.phase("startup"):
+            self._setup()
+        with self.meter.phase("load"):
+            self._load()
+        if self.answers_alone:
+            work, memory, size, history = Work(), Memory(kind="none", peak_bytes=None), Size(0, 0, 0), []
+            self._score_answers()
+            inference = forgetting = None
+        else:
+            work, memory, history = self._train()
+            size = self._save()
+            inference, evaluation = self._evaluate()
+            memory = memory or evaluation
+            forgetting = self._forgetting() if self._wants("forgetting") and self.settings.evaluate.forgetting else None
+            inference = self._merged_latency(inference)
+        return Result(
+            **{**_identity(self.cfg, self.settings, self.method, self.objective), "train_rows": len(self.rows.train)},
+            precision=self.precision, status="ok", validation_rows=len(self.rows.validation), scores=self.scores, memory=memory, work=work,
+            size=size, inference=inference, forgetting=forgetting, teacher=self._teacher(), history=history, notes=self.notes,
+            hardware=measure.hardware(self.device), provenance=self._provenance(), phases=self.meter.phases(),
+        )
+
+    def _wants(self, split: str) -> bool:
+        return self.splits is None or split in self.splits
+
+    def _setup(self) -> None:
+        self.settings = read(self.cfg)
+        self.method: Method = build(self.cfg.method, "method")
+        self.objective: Objective = build(self.cfg.objective, "objective")
+        self.device = device_of(self.cfg.device)
+        self.precision, self.dtype = resolve(self.settings.precision, self.device)
+        self.method.check(self.precision)
+        rows = self.cfg.train_rows
+        if self.method.trains and rows is not None and self.settings.train.batch_size > rows:
+            raise UserError(f"train.batch_size={self.settings.train.batch_size} is larger than train_rows={rows}; lower it or raise train_rows")
+        self.provenance = measure.provenance()
+        import transformers  # noqa: F401
+
+        scoring.preload(self.settings.task)
+        if self.shared.threads:
+            import torch
+
+            torch.set_num_threads(self.shared.threads)
+            self.notes.append("imports and base model were read once for several cells: start-up and load times are not a single run's")
+        self.meter.device = self.device
+
+    def _load(self) -> None:
+        cfg, evaluate = self.cfg, self.settings.evaluate
+        test_rows = evaluate.test_rows if self._wants("test") else 1
+        transfer_rows = evaluate.transfer_rows if self._wants("transfer") else 0
+        data = Path(cfg.paths.data) / cfg.task.name
+        self.rows: Rows = load_rows(data, self.settings.task, cfg.train_rows, cfg.seed, evaluate.validation_share, test_rows, transfer_rows)
+        if self.method.trains and self.settings.train.batch_size > len(self.rows.train):
+            raise UserError(f"train.batch_size={self.settings.train.batch_size} is larger than the {len(self.rows.train)} training rows; lower it")
+        self.rationales_folder = Path(cfg.paths.rationales) / cfg.task.name / cfg.teacher.name
+        self.answers_alone = type(self.method).answers is not Method.answers
+        if self.answers_alone or self.objective.needs_rationales:
+            self.rows.rationales.update(load_rationales(self.rationales_folder))
+            if not self.rows.rationales:
+                raise UserError(f"{cfg.technique.name} learns from a teacher, but {self.rationales_folder} is empty; choose teacher=lexicon or stored")
+        if self.answers_alone:
+            return
+        folder = Path(cfg.paths.models) / cfg.model.name
+        self.tokenizer = self.shared.tokenizers.get(folder) or load_tokenizer(folder)
+        self.base = load_model(folder, self.settings.precision, self.device, self.shared.stored.get(folder))
+        if cfg.model.get("note"):
+            self.notes.append(cfg.model.note)
+        context = getattr(self.base.config, "max_position_embeddings", None) or self.settings.train.max_length
+        self.encoder = Encoder(self.tokenizer, self.settings.task, min(context, self.settings.train.max_length), self.settings.train.too_long)
+
+    def _note(self, note: str | None) -> None:
+        if note:
+            self.notes.append(note)
+
+    def _train(self) -> tuple[Work, Memory | None, list[dict[str, float]]]:
+        """Wrap the base, train what there is to train, and leave `self.model` as it will be served."""
+        import torch
+
+        from pipeline.loop import Loop
+
+        with self.meter.phase("load"):
+            torch.manual_seed(self.cfg.seed)
+            rows, rationales = self.rows.train, self.rows.rationales
+            labels = [self.objective.label_example(row, self.settings.task) for row in rows]
+            self.state = self.method.prepare(labels, self.cfg.seed)
+            self.model_bytes = memory_bytes(self.base)
+            self._forgetting_base()
+            dtype = self.base.dtype
+            self.model = self.method.wrap(self.base)
+            self.counts = parameters(self.model)
+            self.scorer = scoring.Scorer(self.model, self.encoder, self.settings.task, self._prompt, self.settings.evaluate.batch_tokens,
+                                         self.device, self.dtype)
+            if self.method.trains:
+                examples = [[self.encoder.example(e) for e in self.objective.examples(row, self.settings.task, rationales.get(row["id"]))] for row in rows]
+                self._note(self.encoder.check("the training rows"))
+        if not self.method.trains:
+            return Work(), None, []
+        with self.meter.phase("load"):
+            checkpoint = checkpoint_of(self.cfg) if self.folder is not None else None
+            loop = Loop(self.model, self.method, self.objective, examples, self.settings.train, self.cfg.seed, self._validate, checkpoint,
+                        self.meter, self.device, self.dtype, self.encoder.pad_id)
+        trained = loop.run()
+        self.discard_checkpoint = loop.discard_checkpoint
+        self.notes += trained.notes
+        with self.meter.phase("save"):
+            self.model = self.method.served(self.model, dtype)
+            self.scorer.model = self.model
+        return trained.work, trained.memory, trained.history
+
+    def _prompt(self, prompt: str) -> str:
+        return self.method.prompt(self.objective.prompt(prompt), self.state)
+
+    def _validate(self) -> tuple[float, float]:
+        found = scoring.score(self.scorer.predict(self.rows.validation), self.settings.task)
+        return scoring.headline(found, self.settings.task.metric), found.nll if found.nll is not None else 0.0
+
+    def _save(self) -> Size:
+        model, state = self.model, self.state
+        self.artefact = lambda folder: self.method.save(model, state, folder)
+        with self.meter.phase("save"):
+            if self.folder is not None:
+                self._write_artefact(self.folder / "artefact")
+        trainable, total = self.counts if self.method.trains else (0, self.counts[1])
+        return Size(trainable, total, self.artefact_bytes, self.model_bytes)
+
+    def _write_artefact(self, target: Path) -> None:
+        """The artefact and artefact.json, which says what it belongs to; its bytes are counted without that file."""
+        with atomic_path(target) as beside:
+            beside.mkdir()
+            if self.artefact:
+                self.artefact(beside)
+            self.artefact_bytes = folder_bytes(beside)
+            about = {"technique": self.cfg.technique.name, "model": self.cfg.model.name, "task": self.cfg.task.name, "cell": name(self.cfg)}
+            write_json(beside / "artefact.json", about)
+
+    def _predict(self, split: str, rows: list[dict]) -> None:
+        found = self.scorer.predict(rows)
+        self._note(self.encoder.check(f"the {split} rows"))
+        self.predictions += [{"split": split, **p} for p in found]
+        self.scores[split] = scoring.score(found, self.settings.task)
+
+    def _evaluate(self) -> tuple[Inference | None, Memory]:
+        """Score the splits; time one-row requests and full batches over the test rows."""
+        memory = PeakMemory(self.device)
+        memory.start()
+        with self.meter.phase("validate"):
+            if self._wants("validation"):
+                self._predict("validation", self.rows.validation)
+        watch, latency, peak = measure.Stopwatch(self.device), None, memory.stop()
+        if self._wants("test"):
+            with self.meter.phase("evaluate"):
+                watch.lap()
+                memory.start()
+                self._predict("test", self.rows.test)
+                seconds, peak = watch.lap(), memory.stop()
+                latency = measure.latency_s(lambda row: self.scorer.predict([row]), self.rows.test[: self.settings.evaluate.latency_rows], self.device)
+                for split, rows in self.rows.transfer.items():
+                    self._predict(f"transfer/{split}", rows)
+            return Inference(latency, len(self.rows.test) / seconds, peak.peak_bytes), peak
+        return None, peak
+
+    def _merged_latency(self, inference: Inference | None) -> Inference | None:
+        """The latency once more with the adapter folded in, where that is possible; the last thing done to the model."""
+        rows = self.rows.test[: self.settings.evaluate.latency_rows]
+        if inference is None or not self.method.merges or self.model is not self.scorer.model or not rows:
+            return inference
+        with self.meter.phase("evaluate"):
+            if not hasattr(self.model, "peft_config"):
+                return dataclasses.replace(inference, merged_latency_s=inference.latency_s)
+            self.scorer.model = self.method.merged(self.model)
+            return dataclasses.replace(inference, merged_latency_s=measure.latency_s(lambda row: self.scorer.predict([row]), rows, self.device))
+
+    def _probe(self, model: Any, dtype: Any) -> probes.Probe:
+        return probes.probe(model, self.tokenizer, self.settings.evaluate.probe_texts, self.settings.evaluate.probe_pairs, self.device, dtype)
+
+    def _forgetting_base(self) -> None:
+        """Probe the untouched base in the cell's precision and in 16 bits; both are kept for the other cells."""
+        if not (self._wants("forgetting") and self.settings.evaluate.forgetting):
+            return
+        evaluate, folder = self.settings.evaluate, Path(self.cfg.paths.work) / "probes"
+        key = {"model": manifest(Path(self.cfg.paths.models) / self.cfg.model.name)["sha256"], "texts": evaluate.probe_texts,
+               "pairs": evaluate.probe_pairs, "hardware": measure.hardware(self.device), "precision": vars(self.settings.precision) | {"name": self.precision}}
+        self.probe_base = probes.cached(folder, key, lambda: self._probe(self.base, self.dtype))
+        self.probe_16bit = probes.cached(folder, {**key, "precision": "bf16"}, self._probe_16bit)
+
+    def _probe_16bit(self) -> probes.Probe:
+        import torch
+
+        from pipeline.settings import Precision
+
+        base = load_model(Path(self.cfg.paths.models) / self.cfg.model.name, Precision("bf16"), self.device)
+        return self._probe(base, torch.bfloat16)
+
+    def _forgetting(self) -> Forgetting:
+        with self.meter.phase("evaluate"):
+            after = self._probe(self.model, self.dtype)
+        base, half = self.probe_base, self.probe_16bit
+        about = f"{self.settings.evaluate.probe_texts} news sentences, {self.settings.evaluate.probe_pairs} agreement pairs"
+        return Forgetting(after.perplexity, base.perplexity, after.pairs, base.pairs, half.perplexity, half.pairs, about)
+
+    def _score_answers(self) -> None:
+        """Score answers that come without a model (the teacher's)."""
+        with self.meter.phase("evaluate"):
+            for split, rows in (("validation", self.rows.validation), ("test", self.rows.test)):
+                if not self._wants(split):
+                    continue
+                given = self.method.answers(rows, self.rows.rationales) or []
+                found = [{"id": r["id"], "answer": r["answer"], "prediction": g, "correct": scoring.canonical(g) == scoring.canonical(r["answer"])}
+                         for r, g in zip(rows, given, strict=True)]
+                self.predictions += [{"split": split, **p} for p in found]
+                self.scores[split] = scoring.score(found, self.settings.task)
+
+    def _teacher(self) -> Teacher | None:
+        if not self.rows.rationales:
+            return None
+        about = read_json(self.rationales_folder / "manifest.json")
+        used = [r for r in self.rows.train if r["id"] in self.rows.rationales]
+        right = sum(bool(self.rows.rationales[r["id"]]["correct"]) for r in used)
+        return Teacher(self.cfg.teacher.name, len(used), right / len(used) if used else None, about.get("seconds"))
+
+    def _provenance(self) -> dict[str, Any]:
+        model = Path(self.cfg.paths.models) / self.cfg.model.name
+        data = Path(self.cfg.paths.data) / self.cfg.task.name
+        return {
+            **self.provenance, "fingerprint": fingerprint(self.cfg), "data_sha256": sha256(data / "manifest.json"),
+            "model_sha256": None if self.answers_alone else manifest(model)["sha256"],
+        }
+
+    def write(self, result: Result) -> None:
+        """All files of the cell; result.json comes last, so that it stands for a whole cell."""
+        assert self.folder is not None
+        (self.folder / "result.json").unlink(missing_ok=True)
+        if not (self.folder / "artefact").exists() or self.artefact is None:
+            self._write_artefact(self.folder / "artefact")
+        write_jsonl(self.folder / "predictions.jsonl", self.predictions)
+        write_text(self.folder / "history.csv", history_csv(result.history))
+        write(self.folder, result)
+
+
+def history_csv(history: list[dict[str, float]]) -> str:
+    """The training curve as CSV: step, loss, lr, validation_metric, validation_nll; header alone if nothing was trained."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ["step", "loss", "lr", "validation_metric", "validation_nll"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return out.getvalue()

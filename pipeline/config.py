@@ -1,0 +1,130 @@
+"""Composing a cell's config with Hydra, and the frame of every entry: overrides in, exit code out.
+
+Library. An entry is `main = entry(run)`; `python -m pipeline.<entry> key=value …` then takes Hydra's
+overrides and flags (`--cfg job`, `--help`, `-m`), and `main(["key=value"])` runs it in this process.
+Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted; other errors show their trace.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import hydra.utils
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.files import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+_overrides: list[str] = []
+os.environ.setdefault("ALIGNSCOPE_ROOT", str(ROOT))
+
+
+def compose(overrides: Sequence[str] = (), hydra_config: bool = False) -> DictConfig:
+    """The config that these overrides compose, interpolations left in place.
+
+    Raises:
+        UserError: an unknown group option, a misspelt key, a broken YAML.
+    """
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose("config", overrides=list(overrides), return_hydra_config=hydra_config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
+def task_overrides() -> list[str]:
+    """The overrides that the running entry was started with, for composing further cells like it."""
+    return list(_overrides)
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A config as resolved dicts and lists (Hydra's own node left out)."""
+    try:
+        values = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(values, dict)
+    values.pop("hydra", None)
+    return values  # type: ignore[return-value]
+
+
+def build(node: DictConfig, key: str) -> Any:
+    """The object that a group's `_target_` names. Raises UserError for an unknown or refused value, naming the group."""
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from error
+            cause = cause.__cause__
+        text = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"config group '{key}' is refused: {text}; mend conf/{key}/ or the override") from error
+
+
+def explain(error: BaseException) -> str:
+    """One sentence for an error of Hydra or OmegaConf."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = [o for o in error.options or [] if o != "dvc"]
+        return f"unknown {group} {option!r}{_closest(option, options)}; there are: {', '.join(options)}"
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    key = getattr(cause, "full_key", None)
+    if key and "not in struct" in str(cause):
+        parent = getattr(cause, "parent_node", None)
+        siblings = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
+        return f"unknown config key {key!r}{_closest(key.rpartition('.')[2], siblings)}; mend the override, or prefix + to add a key"
+    text = " ".join(str(error).split())
+    return f"the config does not compose: {text}"
+
+
+def _closest(word: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, options, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def entry(run: Callable[[DictConfig], int | None]) -> Callable[..., int]:
+    """Make `run(cfg)` an entry. The returned `main(argv=None)` gives the exit code."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        global _overrides
+        _overrides = list(argv or [])
+        try:
+            return (_command_line(run) if argv is None else run(compose(argv))) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (HydraException, OmegaConfBaseException) as error:
+            print(f"error: {explain(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            return 130
+
+    return main
+
+
+def _command_line(run: Callable[[DictConfig], int | None]) -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that `explain` words it
+    code = 0
+
+    def task(cfg: DictConfig) -> None:
+        global _overrides
+        nonlocal code
+        _overrides = list(HydraConfig.get().overrides.task)
+        code = max(code, run(cfg) or 0)
+
+    GlobalHydra.instance().clear()
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    return code

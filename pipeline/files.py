@@ -1,0 +1,121 @@
+"""Files that are whole or absent: atomic writes, JSON Lines, checksums, and the one error a user sees.
+
+Library. Everything the pipeline writes goes through `atomic_path` or `write_text`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """Bad input. The message is one sentence that names the file, key or row, and the mend."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write a file or a folder at; rename it into place on success.
+
+    On any error the sibling is removed and `path` is as it was. An existing folder is replaced.
+
+    Raises:
+        UserError: the place cannot be written (missing rights, a file in the way, a full disk).
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        if beside.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(beside, path)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or mend the path, then run again") from error
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all. Raises UserError where the place cannot be written."""
+    with atomic_path(path) as beside, open(beside, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON, indented and with sorted keys off, so that fields keep the order of the dataclass."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Rows of a JSON Lines file; blank lines are passed over.
+
+    Raises:
+        UserError: the file is missing, or a line is not a JSON object (named by file and line number).
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path} line {number} is not JSON ({error.msg}); mend or remove that line") from error
+                if not isinstance(row, dict):
+                    raise UserError(f"{path} line {number} is not a JSON object; write one object of columns a line")
+                rows.append(row)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; run the stage that writes it, or mend the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    return rows
+
+
+def read_json(path: str | Path) -> Any:
+    """One JSON value. Raises UserError if the file is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; run the stage that writes it") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error.msg}, line {error.lineno}); delete it and run its stage again") from error
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file, or of a folder's files in name order (names and contents)."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    members = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for member in members:
+        if path.is_dir():
+            digest.update(member.relative_to(path).as_posix().encode() + b"\0")
+        with open(member, "rb") as data:
+            while block := data.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_bytes(path: str | Path) -> int:
+    """Bytes of all files below a folder; 0 where there is none."""
+    return sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())

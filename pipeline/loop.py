@@ -1,0 +1,278 @@
+"""The one training loop. It names no technique: a method says what is trained, an objective what is minimised.
+
+Library. Data order, dropout and schedule are functions of the seed and the step, and a checkpoint holds parameters,
+optimiser state, random generators and the best weights so far, so a run that was killed and started again ends with
+the weights of one that was not (bitwise on the CPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.data import Encoded, step_batches, step_rows, steps_in_epoch
+from pipeline.files import atomic_path
+from pipeline.measure import Meter, PeakMemory, Stopwatch, energy_j
+from pipeline.methods.base import Method
+from pipeline.objectives.base import Objective
+from pipeline.results import Memory, Work
+from pipeline.scoring import autocast
+from pipeline.settings import Train
+
+LOSS_EVERY = 10  # steps between readings of the loss on a GPU, where each reading waits for the device
+
+
+@dataclass
+class State:
+    """What a checkpoint holds besides parameters, optimiser and generators."""
+
+    step: int = 0
+    tokens: int = 0
+    padding: int = 0
+    train_s: float = 0.0
+    energy_j: float | None = None
+    resumed: bool = False
+    best: tuple[float, float] | None = None
+    """(metric, -nll) of the best validation so far; compared in this order."""
+    best_weights: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop hands back; the model holds the selected weights."""
+
+    work: Work
+    memory: Memory
+    history: list[dict[str, float]]
+    notes: list[str]
+
+
+def total_steps(settings: Train, rows: int) -> int:
+    """Optimiser steps of a run."""
+    if settings.steps is not None:
+        return settings.steps
+    return math.ceil(settings.epochs * steps_in_epoch(rows, settings.batch_size))
+
+
+def lr_factor(step: int, total: int, schedule: str, warmup_share: float) -> float:
+    """The learning rate's factor at optimiser step `step` (from 0): linear warm-up, then cosine or linear to 0, or constant."""
+    warmup = round(total * warmup_share)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    left = (total - step) / max(1, total - warmup)
+    return left if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
+
+
+class Loop:
+    """Trains `model` on `examples` (one list of encoded examples a row).
+
+    Args:
+        validate: gives (metric, nll) of the model as it stands; runs outside training's time and memory.
+        checkpoint: where to keep the state to resume from; None: nowhere.
+    """
+
+    def __init__(self, model: Any, method: Method, objective: Objective, examples: Sequence[Sequence[Encoded]], settings: Train, seed: int,
+                 validate: Callable[[], tuple[float, float]], checkpoint: Path | None, meter: Meter, device: Any, dtype: Any, pad_id: int) -> None:
+        self.model, self.method, self.objective, self.examples, self.settings = model, method, objective, examples, settings
+        self.seed, self.validate, self.checkpoint, self.meter = seed, validate, checkpoint, meter
+        self.device, self.dtype, self.pad_id = device, dtype, pad_id
+        self.total = total_steps(settings, len(examples))
+        self.notes: list[str] = []
+        self.state = State()
+        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = self._optimizer()
+        self.memory = PeakMemory(device)
+        self._stop = False
+        self._pending: list[tuple[int, Any]] = []
+
+    def run(self) -> Trained:
+        """Train from the checkpoint, or from the start, to the end. Raises KeyboardInterrupt after SIGTERM or SIGINT."""
+        import torch
+
+        torch.manual_seed(self.seed)
+        self._resume()
+        marks = {math.ceil(self.total * (i + 1) / self.settings.validations) for i in range(self.settings.validations)} if self.total else set()
+        saved = Stopwatch()
+        self.memory.start()
+        energy = energy_j(self.device)
+        first = self.state.step
+        times: list[float] = []
+        with self._signals(), self._bar() as bar, self.meter.phase("train"):
+            lap = Stopwatch(self.device)
+            for step in range(first, self.total):
+                self._step(step)
+                self.state.step = step + 1
+                times.append(lap.lap(wait=self.device.type != "cuda"))
+                if self.device.type != "cuda" or self.state.step % LOSS_EVERY == 0:
+                    self._read_losses(bar)
+                    if not math.isfinite(self.state.history[-1]["loss"]):
+                        self.notes.append(f"training diverged: the loss was not finite at step {self.state.step} of {self.total}")
+                        break
+                if self.state.step in marks:
+                    self._validate(bar)
+                if self._stop or saved.peek() >= self.settings.checkpoint_every_s:
+                    self._save()
+                    saved.lap()
+                if self._stop:
+                    raise KeyboardInterrupt
+                bar.update()
+                lap.lap(wait=False)
+            self._read_losses(bar)
+        memory, used = self.memory.stop(), energy_j(self.device)
+        if energy is not None and used is not None:
+            self.state.energy_j = (self.state.energy_j or 0.0) + used - energy
+        self._select()
+        return Trained(self._work(times), memory, self.state.history, self.notes)
+
+    def discard_checkpoint(self) -> None:
+        """Once the result is on disk there is nothing to resume."""
+        if self.checkpoint:
+            self.checkpoint.unlink(missing_ok=True)
+
+    def _optimizer(self) -> Any:
+        import torch
+
+        groups = self.method.optimizer_groups(self.model, self.settings.lr)
+        for group in groups:
+            group["base_lr"] = group["lr"]
+        options = {"weight_decay": self.settings.weight_decay, "lr": self.settings.lr}
+        if self.settings.optimizer == "paged_adamw":
+            if self.device.type == "cuda":
+                from bitsandbytes.optim import PagedAdamW32bit
+
+                return PagedAdamW32bit(groups, **options)
+            self.notes.append("paged_adamw needs a GPU; plain AdamW ran on the CPU")
+        return torch.optim.AdamW(groups, **options)
+
+    def _step(self, step: int) -> None:
+        """Forward, loss, backward over the step's micro-batches, then clipping and the update."""
+        import torch
+
+        self.model.train()
+        rows = step_rows(len(self.examples), self.settings.batch_size, self.seed, step)
+        losses = []
+        for batch in step_batches([e for r in rows for e in self.examples[r]], self.settings, self.pad_id):
+            self.state.tokens += batch.tokens
+            self.state.padding += batch.input_ids.numel() - batch.tokens
+            with autocast(self.device, self.dtype):
+                loss = self.objective.loss(self.model, batch.to(self.device))
+            loss.backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.settings.max_grad_norm)
+        factor = lr_factor(step, self.total, self.settings.schedule, self.settings.warmup_share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._pending.append((step + 1, torch.stack(losses).sum()))
+
+    def _read_losses(self, bar: Any) -> None:
+        for step, loss in self._pending:
+            factor = lr_factor(step - 1, self.total, self.settings.schedule, self.settings.warmup_share)
+            self.state.history.append({"step": step, "loss": float(loss), "lr": self.settings.lr * factor})
+        self._pending.clear()
+        if self.state.history:
+            seconds = self.state.train_s + self.meter.seconds("train")
+            bar.set_postfix(loss=f"{self.state.history[-1]['loss']:.3f}", tokens_per_s=f"{self.state.tokens / max(seconds, 1e-9):.0f}")
+
+    def _validate(self, bar: Any) -> None:
+        """Score validation and keep the weights if they are the best so far (ties: the lower nll)."""
+        self._read_losses(bar)
+        self.memory.pause()
+        with self.meter.phase("validate"):
+            metric, nll = self.validate()
+            self.state.history[-1].update({"validation_metric": metric, "validation_nll": nll})
+            if self.state.best is None or (metric, -nll) > self.state.best:
+                self.state.best = (metric, -nll)
+                self.state.best_weights = self._weights() if self.state.step < self.total else {}
+        self.memory.resume()
+
+    def _weights(self) -> dict[str, Any]:
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.trainable.items()}
+
+    def _select(self) -> None:
+        """Put the best validated weights back; without validation the last ones stand."""
+        self._put(self.state.best_weights)
+
+    def _put(self, weights: dict[str, Any]) -> None:
+        import torch
+
+        with torch.no_grad():
+            for name, value in weights.items():
+                self.trainable[name].copy_(value)
+
+    def _work(self, times: list[float]) -> Work:
+        seconds = self.meter.seconds("train")
+        seen = self.state.tokens + self.state.padding
+        times = sorted(times)
+        return Work(
+            steps=self.state.step, tokens=self.state.tokens, tokens_per_s=self.state.tokens / seconds if seconds and self.state.tokens else None,
+            padding_share=self.state.padding / seen if seen else None, step_s_median=times[len(times) // 2] if times and self.device.type != "cuda" else None,
+            resumed=self.state.resumed, energy_j=self.state.energy_j,
+        )
+
+    def _save(self) -> None:
+        """Write a checkpoint whole or not at all; booked as `save`, out of the training memory."""
+        import torch
+
+        if not self.checkpoint:
+            return
+        self.memory.pause()
+        with self.meter.phase("save"):
+            state = {**vars(self.state), "train_s": self.meter.seconds("train"), "best_weights": self.state.best_weights}
+            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
+            with atomic_path(self.checkpoint) as beside:
+                torch.save({"state": state, "weights": self._weights(), "optimizer": self.optimizer.state_dict(), "rng": rng}, beside)
+        self.memory.resume()
+
+    def _resume(self) -> None:
+        import torch
+
+        if not self.checkpoint or not self.checkpoint.exists():
+            return
+        with self.meter.phase("load"):
+            held = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            self._put(held["weights"])
+            self.optimizer.load_state_dict(held["optimizer"])
+            torch.set_rng_state(held["rng"]["cpu"])
+            if held["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(held["rng"]["cuda"], self.device)
+            self.state = State(**{**held["state"], "resumed": True})
+        self.meter.add("train", self.state.train_s)
+        self.notes.append(f"resumed at step {self.state.step} of {self.total}")
+        print(f"resuming at step {self.state.step} of {self.total}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the step at hand, with a checkpoint written."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(*_: Any) -> None:
+            self._stop = True
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _bar(self) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self.total, initial=self.state.step, unit="step", disable=not self.settings.progress, leave=False,
+            mininterval=0.5 if sys.stderr.isatty() else 20, desc="train",
+        )

@@ -1,0 +1,324 @@
+"""The only file that reads a clock, a memory counter or an energy counter.
+
+Library. `Meter` splits a process's wall clock into phases that add up; `PeakMemory` reads the peak of a stretch of
+work with others (validation) kept out; `hardware` and `provenance` say where a number was measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pipeline.results import Memory, Phases
+
+PHASES = ("startup", "load", "warmup", "train", "validate", "save", "evaluate")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "evaluate", "numpy")
+
+
+def synchronise(device: Any) -> None:
+    """Wait until the device has done what it was given (nothing to do on the CPU)."""
+    if getattr(device, "type", device) == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def process_start() -> float:
+    """Unix time, in seconds, at which this process started (10 ms steps)."""
+    import psutil
+
+    return psutil.Process().create_time()
+
+
+def now() -> float:
+    """Unix time in seconds."""
+    return time.time()
+
+
+class Meter:
+    """Wall clock by phase. A phase entered inside another one pauses it, so the phases are disjoint.
+
+    Args:
+        started: Unix time at which the first phase, startup, began: the process's start, or now where several
+            cells share a process (startup_s is then what this cell alone imported).
+    """
+
+    def __init__(self, started: float | None = None) -> None:
+        self.device: Any = "cpu"
+        self._seconds = dict.fromkeys((*PHASES, "other"), 0.0)
+        self._stack: list[str] = []
+        offset = time.time() - started if started is not None else 0.0
+        self._mark = time.perf_counter()
+        self._seconds["startup"] = offset
+        self._begin = self._mark - offset
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Book what happens inside to this phase; the device is synchronised at both borders."""
+        assert name in PHASES, name
+        self._book()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._stack.pop()
+
+    def _book(self) -> None:
+        synchronise(self.device)
+        at = time.perf_counter()
+        self._seconds[self._stack[-1] if self._stack else "other"] += at - self._mark
+        self._mark = at
+
+    def seconds(self, name: str) -> float:
+        """Seconds booked to a phase until now."""
+        self._book()
+        return self._seconds[name]
+
+    def add(self, name: str, seconds: float) -> None:
+        """Book seconds that an earlier process spent on this cell (a resumed training)."""
+        self._seconds[name] += seconds
+        self._begin -= seconds
+
+    def phases(self) -> Phases:
+        """The phases until now; they add up to wall_s."""
+        self._book()
+        values = {f"{name}_s": round(value, 4) for name, value in self._seconds.items()}
+        return Phases(wall_s=round(self._mark - self._begin, 4), **values)
+
+
+class PeakMemory:
+    """Peak memory between `start` and `stop`; what happens between `pause` and `resume` is kept out.
+
+    GPU: the allocator's peaks. CPU: the peak resident set, after `malloc_trim` and a reset through
+    /proc/self/clear_refs (without the trim the peak would include what was freed before). None where the
+    system has no such counter.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self._gpu = getattr(device, "type", device) == "cuda"
+        self._peak = self._allocated = 0
+        self._baseline: int | None = None
+        self._readable = True
+
+    def start(self) -> None:
+        self._peak = self._allocated = 0
+        self.resume()
+        self._baseline = _gpu_reserved(self.device) if self._gpu else _status("VmRSS")
+
+    def pause(self) -> None:
+        if self._gpu:
+            import torch
+
+            synchronise(self.device)
+            self._peak = max(self._peak, torch.cuda.max_memory_reserved(self.device))
+            self._allocated = max(self._allocated, torch.cuda.max_memory_allocated(self.device))
+        else:
+            self._peak = max(self._peak, _status("VmHWM") or 0)
+
+    def resume(self) -> None:
+        if self._gpu:
+            import torch
+
+            synchronise(self.device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._readable = _reset_peak_rss() and self._readable
+
+    def stop(self) -> Memory:
+        self.pause()
+        if self._gpu:
+            return Memory("gpu_reserved", self._peak, self._baseline, self._allocated, _nvml_used(self.device))
+        return Memory("cpu_rss", self._peak if self._readable else None, self._baseline)
+
+
+def _gpu_reserved(device: Any) -> int:
+    import torch
+
+    return torch.cuda.memory_reserved(device)
+
+
+def _reset_peak_rss() -> bool:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return _status("VmHWM") is not None
+
+
+def _status(key: str) -> int | None:
+    """A kB figure of /proc/self/status in bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def child_rss(pid: int) -> int | None:
+    """Resident bytes of a process, None when it is gone or the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def kernel_oom_kills() -> int | None:
+    """How many processes of this control group the kernel ended for lack of memory, None if it does not tell."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        for line in (Path("/sys/fs/cgroup") / group / "memory.events").read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    except (OSError, ValueError):
+        pass
+    try:
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _nvml(device: Any) -> Any:
+    """(pynvml, handle) or None where there is no driver to ask."""
+    try:
+        import pynvml
+        import torch
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except Exception:  # no driver, no library, a virtual device: the figure is then null
+        return None
+
+
+def _nvml_used(device: Any) -> int | None:
+    found = _nvml(device)
+    return int(found[0].nvmlDeviceGetMemoryInfo(found[1]).used) if found else None
+
+
+def energy_j(device: Any) -> float | None:
+    """The GPU's energy counter in joules since its driver loaded; None on a CPU or where it has none."""
+    if getattr(device, "type", device) != "cuda":
+        return None
+    found = _nvml(device)
+    try:
+        return found[0].nvmlDeviceGetTotalEnergyConsumption(found[1]) / 1000.0 if found else None
+    except Exception:  # the card has no such counter
+        return None
+
+
+def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any) -> float | None:
+    """Median seconds of `call(item)`, one item at a time, after one call to warm up. None without items."""
+    if not items:
+        return None
+    call(items[0])
+    times = []
+    for item in items:
+        synchronise(device)
+        at = time.perf_counter()
+        call(item)
+        synchronise(device)
+        times.append(time.perf_counter() - at)
+    return statistics.median(times)
+
+
+class Stopwatch:
+    """Seconds since it was made or last read, device synchronised."""
+
+    def __init__(self, device: Any = "cpu") -> None:
+        self.device = device
+        self._at = time.perf_counter()
+
+    def lap(self, wait: bool = True) -> float:
+        if wait:
+            synchronise(self.device)
+        at = time.perf_counter()
+        seconds, self._at = at - self._at, at
+        return seconds
+
+    def peek(self) -> float:
+        """Seconds since the last lap, without waiting for the device."""
+        return time.perf_counter() - self._at
+
+
+def hardware(device: Any) -> dict[str, Any]:
+    """What the cell ran on; also the key under which an out-of-memory result stays valid."""
+    import psutil
+
+    gpu = memory = None
+    if getattr(device, "type", device) == "cuda":
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        gpu, memory = properties.name, properties.total_memory
+    return {
+        "device": getattr(device, "type", device),
+        "gpu": gpu,
+        "gpu_memory_bytes": memory,
+        "cpu": _cpu_name(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def provenance() -> dict[str, Any]:
+    """Package versions, code version, start time and command of this process."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "packages": versions,
+        "python": platform.python_version(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": (lambda out: None if out is None else bool(out))(_git("status", "--porcelain", "--untracked-files=no")),
+        "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
+    }
+
+
+def _module() -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).name
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

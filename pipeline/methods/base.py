@@ -1,0 +1,81 @@
+"""What a method is: a frozen dataclass whose hooks say what is trained and what is left to serve.
+
+Library. A hook has a default; a method overrides what it needs. `_target_` in conf/method/<name>.yaml names the class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data import Example
+from pipeline.files import UserError
+
+
+@dataclass(frozen=True)
+class Method:
+    """Trains nothing; the untouched base answers."""
+
+    @property
+    def name(self) -> str:
+        """As in conf/method/, MLflow and the table."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything for the training loop to do."""
+        return False
+
+    def check(self, precision: str) -> None:
+        """Raise UserError where the method makes no sense in this precision; runs before any model is loaded."""
+
+    def answers(self, rows: Sequence[dict], rationales: dict[str, dict]) -> list[str] | None:
+        """Answers that come without a model, one a row; None: the model is asked."""
+        return None
+
+    def prepare(self, examples: Sequence[Example], seed: int) -> Any:
+        """What the method keeps of the training examples besides weights (few-shot: its demonstrations)."""
+        return None
+
+    def prompt(self, prompt: str, state: Any) -> str:
+        """The prompt as the model sees it when it is scored."""
+        return prompt
+
+    def wrap(self, model: Any) -> Any:
+        """Add what is to be trained and set requires_grad. Returns the model to train.
+
+        Raises:
+            UserError: the method does not apply to this model.
+        """
+        return model
+
+    def optimizer_groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
+        """Parameter groups for the optimiser; each may carry its own lr."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
+
+    def served(self, model: Any, dtype: Any) -> Any:
+        """The trained model as it will be served (`dtype`: of the base's weights); it is what is evaluated and saved."""
+        return model
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What to show in the table and in MLflow (r, alpha, …)."""
+        return {}
+
+    def save(self, model: Any, state: Any, folder: Path) -> None:
+        """Write the artefact: all that serving needs besides the base. The folder exists."""
+
+    def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
+        """(model, state) from an artefact and the untouched base."""
+        return base, None
+
+    @property
+    def merges(self) -> bool:
+        """Whether `merged` is possible."""
+        return False
+
+    def merged(self, model: Any) -> Any:
+        """A plain model of the base's architecture with the artefact folded in; consumes `model`."""
+        raise UserError(f"{type(self).__name__} leaves nothing that could be merged; set method.merge=false")

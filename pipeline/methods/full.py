@@ -1,0 +1,39 @@
+"""Full fine-tuning: every parameter of the base is trained. conf/method/full.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import UserError
+from pipeline.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """All weights, held in fp32 while training; the arithmetic runs in the cell's compute dtype (autocast).
+
+    What is saved and evaluated has the base's dtype again.
+    """
+
+    @property
+    def trains(self) -> bool:
+        return True
+
+    def check(self, precision: str) -> None:
+        if precision in ("nf4", "int8"):
+            raise UserError(f"full fine-tuning cannot train {precision} weights; choose precision=auto, fp32 or bf16, or technique=qlora")
+
+    def wrap(self, model: Any) -> Any:
+        return model.float().requires_grad_(True)
+
+    def served(self, model: Any, dtype: Any) -> Any:
+        return model.to(dtype)
+
+    def save(self, model: Any, state: Any, folder: Path) -> None:
+        model.save_pretrained(folder)
+
+    def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
+        model = type(base).from_pretrained(folder, dtype=base.dtype, local_files_only=True)
+        return model.to(base.device).eval(), None

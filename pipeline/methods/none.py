@@ -1,0 +1,79 @@
+"""Methods that train nothing: the base as it is, demonstrations in the prompt, and the teacher itself.
+
+conf/method/none.yaml, few_shot.yaml, teacher.yaml.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data import Example
+from pipeline.files import UserError, read_jsonl, write_jsonl
+from pipeline.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Untouched(Method):
+    """Zero-shot: the base model answers the bare prompt."""
+
+    @property
+    def name(self) -> str:
+        return "none"
+
+
+@dataclass(frozen=True)
+class FewShot(Method):
+    """k labelled training rows before every prompt (Brown et al., 2020), the same ones for all rows.
+
+    The rows are drawn with the cell's seed, answers balanced as far as k allows, in random order.
+    """
+
+    k: int
+    separator: str = "\n\n"
+    answer_separator: str = " "
+    """Between a demonstration's prompt and its answer."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UserError(f"method.k is {self.k}; few-shot needs at least 1 demonstration (zero_shot has none)")
+
+    def prepare(self, examples: Sequence[Example], seed: int) -> list[dict[str, str]]:
+        if self.k > len(examples):
+            raise UserError(f"method.k={self.k}, but there are {len(examples)} training rows; lower k or raise train_rows")
+        rng = random.Random(seed)
+        by_answer: dict[str, list[Example]] = {}
+        for example in rng.sample(list(examples), len(examples)):
+            by_answer.setdefault(example.answer, []).append(example)
+        groups = [by_answer[a] for a in sorted(by_answer)]
+        rounds = [group[i] for i in range(max(map(len, groups))) for group in rng.sample(groups, len(groups)) if i < len(group)]
+        chosen = rounds[: self.k]
+        rng.shuffle(chosen)
+        return [{"prompt": e.prompt, "answer": e.answer} for e in chosen]
+
+    def prompt(self, prompt: str, state: list[dict[str, str]]) -> str:
+        shots = [shot["prompt"] + self.answer_separator + shot["answer"] for shot in state]
+        return self.separator.join([*shots, prompt])
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {"k": self.k}
+
+    def save(self, model: Any, state: list[dict[str, str]], folder: Path) -> None:
+        write_jsonl(folder / "demonstrations.jsonl", state)
+
+    def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
+        return base, read_jsonl(folder / "demonstrations.jsonl")
+
+
+@dataclass(frozen=True)
+class Teacher(Method):
+    """The teacher's own labels, so that the teacher is a row of the table with its own accuracy."""
+
+    def answers(self, rows: Sequence[dict], rationales: dict[str, dict]) -> list[str]:
+        missing = next((row["id"] for row in rows if row["id"] not in rationales), None)
+        if missing is not None:
+            raise UserError(f"the teacher has no row for {missing!r}; choose teacher=lexicon or stored and run python -m pipeline.rationales")
+        return [rationales[row["id"]].get("answer") or "" for row in rows]

@@ -1,0 +1,161 @@
+"""The base model and its tokenizer, from a folder under models/ and in a precision.
+
+Library. `python -m pipeline.base_model model=<name>` puts the folder there. Weights are safetensors; pickle weights
+and a model's own code are refused unless its config says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import UserError, read_json
+from pipeline.settings import Precision
+
+
+def device_of(name: str) -> Any:
+    """torch.device for auto, cpu or cuda. Raises UserError where cuda is asked for and absent."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch finds no GPU here; set device=auto or device=cpu, or install a CUDA build of torch and its driver")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve(precision: Precision, device: Any) -> tuple[str, Any]:
+    """(precision name, dtype of the arithmetic): auto is bf16 on a GPU that has it, fp32 elsewhere."""
+    import torch
+
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    name = precision.name if precision.name != "auto" else ("bf16" if fast else "fp32")
+    compute = precision.compute if precision.compute != "auto" else ("bf16" if fast else "fp32")
+    compute = name if name in ("fp32", "bf16") else compute
+    return name, torch.bfloat16 if compute == "bf16" else torch.float32
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model folder. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    manifest(folder)
+    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} holds no tokenizer (tokenizer.json); put the model's tokenizer files beside its weights")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """A prepared model's manifest. Raises UserError if the model stage has not run."""
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"{folder} is not there; run: python -m pipeline.base_model model={folder.name}")
+    return read_json(folder / "manifest.json")
+
+
+def load_stored(folder: Path) -> Any:
+    """The base model as it lies on disk, on the CPU: what cells of one process share before they fork."""
+    from transformers import AutoModelForCausalLM
+
+    source = manifest(folder)
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=bool(source.get("trust_remote_code")), attn_implementation="sdpa"
+        )
+
+
+def load_model(folder: Path, precision: Precision, device: Any, stored: Any = None) -> Any:
+    """The base model on `device`, in eval mode, all parameters frozen.
+
+    Args:
+        stored: `load_stored(folder)`, if it was read already; it is changed in place.
+
+    Raises:
+        UserError: no such folder.
+    """
+    name, dtype = resolve(precision, device)
+    if name in ("nf4", "int8"):
+        model = _load_quantised(folder, name, precision, dtype, device)
+    else:
+        model = stored if stored is not None else load_stored(folder)
+        for parameter in model.parameters():  # not model.to(dtype): rotary frequencies stay in fp32
+            parameter.data = parameter.data.to(dtype)
+        model.to(device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _load_quantised(folder: Path, name: str, precision: Precision, dtype: Any, device: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    source = manifest(folder)
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=bool(source.get("trust_remote_code")), attn_implementation="sdpa",
+            quantization_config=_quantisation(name, precision, dtype), device_map={"": str(device)},
+        )
+
+
+def _quantisation(name: str, precision: Precision, dtype: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=precision.double_quantisation, bnb_4bit_compute_dtype=dtype
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Without transformers' loading bars and hints; errors still raise."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def memory_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers, quantisation constants included."""
+    constants = quantisation_bytes(model)
+    held = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
+    return held + constants["constants"] + constants["tables"]
+
+
+def parameters(model: Any) -> tuple[int, int]:
+    """(trainable, total) parameters; a 4-bit weight counts each of its values, tied weights count once."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def quantisation_bytes(model: Any) -> dict[str, int]:
+    """Bytes beside the 4-bit values of a bitsandbytes model.
+
+    constants: block scales (fp32, one per 64 values; with double quantisation 8 bits each plus one fp32 per 256 of
+    them and one offset a tensor; Dettmers et al., 2023, section 3). tables: the code books, a fixed cost a tensor.
+    values: how many quantised values the model holds.
+    """
+    found = {"constants": 0, "tables": 0, "values": 0}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is None:
+            continue
+        found["values"] += state.shape.numel()
+        found["constants"] += _bytes(state.absmax)
+        found["tables"] += _bytes(state.code)
+        if state.nested:
+            found["constants"] += _bytes(state.state2.absmax) + _bytes(state.offset)
+            found["tables"] += _bytes(state.state2.code)
+    return found
+
+
+def _bytes(tensor: Any) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,54 @@
+"""Distilling step-by-step (Hsieh et al., 2023): predict the label and explain it, as two tasks of one model.
+
+conf/objective/step_by_step.yaml; goes with any method that trains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data import Example
+from pipeline.files import UserError
+from pipeline.objectives.base import Objective
+from pipeline.settings import Task
+
+
+@dataclass(frozen=True)
+class StepByStep(Objective):
+    """L = L_label + rationale_weight · L_rationale (their equation 5, λ), each a mean over its own tokens.
+
+    The predict prefix stands before the prompt whenever the label is asked for, in training and in scoring; the
+    explain prefix before the same prompt whenever the rationale is. No rationale is generated at test time.
+    """
+
+    rationale_weight: float
+    predict_prefix: str = "[label] "
+    explain_prefix: str = "[rationale] "
+    wrong_rationales: str = "keep"
+    """keep or drop the rationales whose own label is wrong."""
+
+    def __post_init__(self) -> None:
+        if self.rationale_weight < 0:
+            raise UserError(f"objective.rationale_weight is {self.rationale_weight}; it must be at least 0")
+        if self.wrong_rationales not in ("keep", "drop"):
+            raise UserError(f"objective.wrong_rationales is {self.wrong_rationales!r}; choose keep or drop")
+
+    @property
+    def needs_rationales(self) -> bool:
+        return self.rationale_weight > 0
+
+    def prompt(self, prompt: str) -> str:
+        return self.predict_prefix + prompt
+
+    def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
+        label = self.label_example(row, task)
+        if not self.needs_rationales or rationale is None or not rationale["rationale"]:
+            return [label]
+        if self.wrong_rationales == "drop" and not rationale["correct"]:
+            return [label]
+        explain = Example(self.explain_prefix + row["prompt"], rationale["rationale"], "rationale", self.rationale_weight, ends=True)
+        return [label, explain]
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {"rationale_weight": self.rationale_weight, "wrong_rationales": self.wrong_rationales}

@@ -1,0 +1,217 @@
+"""The result of one cell as frozen dataclasses, and their JSON. Units stand in the field names.
+
+Library. `results/<experiment>/<cell>/result.json` is the truth; MLflow and the report are made from it.
+A field that was not measured is null, never zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import UserError, read_json, write_json
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one set of rows was answered. Fractions in [0, 1]; the interval is Wilson's at 95%."""
+
+    rows: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    macro_f1: float | None = None
+    rouge_l: float | None = None
+    nll: float | None = None
+    """Mean negative log-likelihood of the right answer, nats per row (choice scoring only)."""
+    unanswered: int = 0
+    """Rows from whose output no answer could be extracted (generate scoring only)."""
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds of wall clock, disjoint; they add up to `wall_s`. DESIGN section 4 defines each."""
+
+    wall_s: float
+    startup_s: float
+    load_s: float
+    warmup_s: float
+    train_s: float
+    validate_s: float
+    save_s: float
+    evaluate_s: float
+    other_s: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peaks while training (or evaluating, for a technique that trains nothing), validation kept out."""
+
+    kind: str
+    """gpu_reserved (the allocator's peak) or cpu_rss (peak resident set)."""
+    peak_bytes: int | None
+    baseline_bytes: int | None = None
+    """The same counter just before the first step, model loaded."""
+    peak_allocated_bytes: int | None = None
+    device_used_bytes: int | None = None
+    """The device's own view (NVML) right after training; includes the driver's context."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What training went through. A token is a real one; padding is counted apart."""
+
+    steps: int = 0
+    tokens: int = 0
+    tokens_per_s: float | None = None
+    padding_share: float | None = None
+    step_s_median: float | None = None
+    resumed: bool = False
+    """True if any part ran in an earlier process: such times stay out of timing tables."""
+    energy_j: float | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters are counted, bytes are on disk."""
+
+    trainable: int
+    total: int
+    artefact_bytes: int
+    model_bytes: int | None = None
+    """Parameters and buffers of the loaded base in its precision."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One-row requests and full batches over the test rows, artefact attached; merged where it merges."""
+
+    latency_s: float | None = None
+    rows_per_s: float | None = None
+    peak_bytes: int | None = None
+    merged_latency_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """Unrelated text and grammar probes, after against the untouched base (same precision, and 16 bits).
+
+    Perplexity is per token of the probe text; pairs is the share of minimal pairs ranked right.
+    """
+
+    perplexity: float
+    perplexity_base: float
+    pairs: float
+    pairs_base: float
+    perplexity_base_16bit: float | None = None
+    pairs_base_16bit: float | None = None
+    probes: str = ""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where the rationales came from: seconds count as complexity, rows as data."""
+
+    name: str
+    rows: int
+    accuracy: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell: one technique x seed x train_rows of an experiment."""
+
+    experiment: str
+    cell: str
+    technique: str
+    family: str
+    method: str
+    objective: str
+    precision: str
+    task: str
+    model: str
+    seed: int
+    train_rows: int
+    status: str
+    """ok, or oom (out of memory: a result, keyed with the hardware)."""
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    metric: str = "accuracy"
+    """The task's headline metric, a field of Score."""
+    validation_rows: int = 0
+    scores: dict[str, Score] = field(default_factory=dict)
+    """By split: test, validation, and transfer/<set>."""
+    phases: Phases | None = None
+    memory: Memory | None = None
+    work: Work | None = None
+    size: Size | None = None
+    inference: Inference | None = None
+    forgetting: Forgetting | None = None
+    teacher: Teacher | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Points of the training curve: step, loss, lr; validation points carry validation_<metric>."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know: truncated texts, fallbacks, a shared process."""
+    hardware: dict[str, Any] = field(default_factory=dict)
+    """device, gpu, gpu_memory_bytes, cpu, cpu_count, memory_bytes, platform."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """packages, git_commit, git_dirty, data_sha256, model_sha256, started (UTC), command."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The composed config of the cell."""
+    error: str | None = None
+    packed: bool = False
+    schema: int = SCHEMA
+
+    @property
+    def test(self) -> Score | None:
+        return self.scores.get("test")
+
+
+def write(folder: str | Path, result: Result) -> None:
+    """Write result.json in a cell's folder, whole or not at all."""
+    write_json(Path(folder) / "result.json", dataclasses.asdict(result))
+
+
+def read(path: str | Path) -> Result:
+    """Read a result.json (or the cell's folder that holds it).
+
+    Raises:
+        UserError: missing, not JSON, of another schema, or with unknown or missing fields.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "result.json"
+    raw = read_json(path)
+    found = raw.get("schema") if isinstance(raw, dict) else None
+    if found != SCHEMA:
+        raise UserError(f"{path} was written by schema {found}, this version reads schema {SCHEMA}; delete the cell's folder and run it again")
+    return _build(Result, raw, path)
+
+
+def read_all(root: str | Path) -> list[Result]:
+    """Every result below a folder, in path order."""
+    return [read(p) for p in sorted(Path(root).rglob("result.json"))]
+
+
+def _build(cls: Any, raw: dict, path: Path) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(raw) - set(hints))
+    if unknown:
+        raise UserError(f"{path} has the unknown field {unknown[0]!r} of {cls.__name__}; delete the cell's folder and run it again")
+    values = {}
+    for name, value in raw.items():
+        kinds = [hints[name], *typing.get_args(hints[name])]
+        inner = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
+        if inner and isinstance(value, dict):
+            nested = typing.get_origin(hints[name]) is dict
+            value = {k: _build(inner, v, path) for k, v in value.items()} if nested else _build(inner, value, path)
+        values[name] = value
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UserError(f"{path} lacks a field ({error}); delete the cell's folder and run it again") from error

@@ -1,0 +1,242 @@
+"""Turning model output into answers, and answers into metrics.
+
+Library. Choice scoring takes the log-likelihood of every choice as lm-evaluation-harness does
+(`acc`: the sum over the choice's tokens, `acc_norm`: the sum over its length in characters); generate scoring
+decodes greedily and extracts the answer. Metrics come from the local `evaluate` modules in pipeline/metrics/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data import Encoder, by_length, pad
+from pipeline.results import Score
+from pipeline.settings import Task
+
+if TYPE_CHECKING:
+    import torch
+
+
+def autocast(device: Any, dtype: Any) -> Any:
+    """The arithmetic's dtype: a torch.autocast context for bf16, nothing for fp32."""
+    import torch
+
+    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+
+def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+    """Logits at chosen positions alone, fp32 [N, V]; the [B, T, V] ones are never made.
+
+    The output layer is given the selected hidden states only. Virtual tokens that an adapter puts before the input
+    shift the columns. input_ids [B, T] right-padded; rows, cols [N].
+    """
+    width = input_ids.shape[1]
+
+    def select(_: Any, args: tuple) -> tuple:
+        hidden = args[0]
+        return (hidden[rows, cols + hidden.shape[1] - width],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        return model(input_ids=input_ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+
+
+def choice_log_likelihoods(model: Any, items: Sequence[tuple[list[int], list[list[int]]]], batch_tokens: int, pad_id: int,
+                           device: Any, dtype: Any) -> list[list[float]]:
+    """Sum of token log-probabilities of every choice after its prompt, nats.
+
+    Args:
+        items: (prompt ids, [choice ids, …]) a row. A choice's first tokens are read off the longest sequence that
+            contains them, so choices of one token each cost one forward pass over the prompt.
+    """
+    import torch
+
+    sequences: list[list[int]] = []
+    reads: list[list[tuple[int, int, int]]] = []  # by sequence: (column, target, index into `slots`)
+    slots: list[tuple[int, int]] = []  # (item, choice) that a read adds to
+    for item, (prompt, choices) in enumerate(items):
+        heads = {tuple(c[:-1]) for c in choices}
+        longest = [h for h in heads if not any(o != h and o[: len(h)] == h for o in heads)]
+        where = {}
+        for head in sorted(longest):
+            where[head] = len(sequences)
+            sequences.append([*prompt, *head])
+            reads.append([])
+        for choice, ids in enumerate(choices):
+            home = next(where[h] for h in sorted(longest) if h[: len(ids) - 1] == tuple(ids[:-1]))
+            slots.append((item, choice))
+            reads[home].extend((len(prompt) - 1 + i, token, len(slots) - 1) for i, token in enumerate(ids))
+    sums = torch.zeros(len(slots), dtype=torch.float64)
+    with torch.inference_mode(), autocast(device, dtype):
+        for part in by_length([len(s) for s in sequences], batch_tokens):
+            flat = [(row, *read) for row, index in enumerate(part) for read in reads[index]]
+            rows, cols, targets, slot = (torch.tensor(v) for v in zip(*flat, strict=True))
+            ids = pad([sequences[i] for i in part], pad_id).to(device)
+            places, inverse = torch.unique(rows * ids.shape[1] + cols, return_inverse=True)
+            logits = logits_at(model, ids, (places // ids.shape[1]).to(device), (places % ids.shape[1]).to(device))
+            picked = torch.log_softmax(logits, -1)[inverse.to(device), targets.to(device)]
+            sums.index_add_(0, slot, picked.double().cpu())
+    found: list[list[float]] = [[] for _ in items]
+    for (item, _), value in zip(slots, sums.tolist(), strict=True):
+        found[item].append(value)
+    return found
+
+
+def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int,
+             device: Any, dtype: Any) -> list[str]:
+    """Greedy continuations as text, prompts of similar length together."""
+    import torch
+
+    texts = [""] * len(prompts)
+    with torch.inference_mode(), autocast(device, dtype):
+        for part in by_length([len(p) + max_new_tokens for p in prompts], batch_tokens):
+            ids = pad([prompts[i] for i in part], pad_id, left=True).to(device)
+            lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
+            mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id,
+                eos_token_id=tokenizer.eos_token_id, use_cache=True,
+            )
+            new = out[:, ids.shape[1] :] if out.shape[1] > max_new_tokens else out
+            for index, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                texts[index] = text
+    return texts
+
+
+def extract(output: str, pattern: str | None) -> str | None:
+    """The answer in generated text: the pattern's last match (its first group, if any), else the first line; None if empty."""
+    if pattern is None:
+        return output.strip().splitlines()[0].strip() if output.strip() else None
+    matches = list(re.finditer(pattern, output))
+    if not matches:
+        return None
+    last = matches[-1]
+    return (last.group(1) if last.re.groups else last.group(0)).strip()
+
+
+def canonical(answer: str) -> str:
+    """The form in which generated answers are compared: case, outer punctuation and the spelling of a number set aside."""
+    text = " ".join(answer.casefold().split()).strip(" .,;:!\"'")
+    try:
+        return f"{float(text.replace(',', '')):.10g}"
+    except ValueError:
+        return text
+
+
+class Scorer:
+    """Answers rows with a model and scores them.
+
+    Args:
+        prompt: what the technique makes of a row's prompt (demonstrations, a predict prefix).
+    """
+
+    def __init__(self, model: Any, encoder: Encoder, task: Task, prompt: Callable[[str], str], batch_tokens: int, device: Any, dtype: Any) -> None:
+        self.model, self.encoder, self.task, self.prompt = model, encoder, task, prompt
+        self.batch_tokens, self.device, self.dtype = batch_tokens, device, dtype
+
+    def predict(self, rows: Sequence[dict]) -> list[dict]:
+        """One prediction a row: {id, answer, prediction, correct, scores | output}."""
+        if not rows:
+            return []
+        self.model.eval()
+        return self._choose(rows) if self.task.scoring == "choice" else self._generate(rows)
+
+    def _choose(self, rows: Sequence[dict]) -> list[dict]:
+        items = []
+        for row in rows:
+            choices = [self.encoder.answer(c) for c in row["choices"]]
+            items.append((self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])), max(map(len, choices))), choices))
+        scores = choice_log_likelihoods(self.model, items, self.batch_tokens, self.encoder.pad_id, self.device, self.dtype)
+        found = []
+        for row, values in zip(rows, scores, strict=True):
+            lengths = [len(c) if self.task.length_normalised else 1 for c in row["choices"]]
+            best = max(range(len(values)), key=lambda i: values[i] / lengths[i])  # noqa: B023 (used at once)
+            prediction = row["choices"][best]
+            found.append({
+                "id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": prediction == row["answer"],
+                "scores": {c: round(v, 6) for c, v in zip(row["choices"], values, strict=True)},
+            })
+        return found
+
+    def _generate(self, rows: Sequence[dict]) -> list[dict]:
+        room = self.task.max_new_tokens
+        prompts = [self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])), room) for row in rows]
+        outputs = generate(self.model, prompts, room, self.batch_tokens, self.encoder.tokenizer, self.encoder.pad_id, self.device, self.dtype)
+        found = []
+        for row, output in zip(rows, outputs, strict=True):
+            prediction = extract(output, self.task.answer_pattern)
+            correct = prediction is not None and canonical(prediction) == canonical(row["answer"])
+            found.append({"id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": correct, "output": output})
+        return found
+
+
+def score(predictions: Sequence[dict], task: Task) -> Score:
+    """The metrics of a split's predictions. A row without an answer counts as wrong.
+
+    The interval is Wilson's (1927) at 95%.
+    """
+    from scipy.stats import binomtest
+
+    hits, rows = sum(p["correct"] for p in predictions), len(predictions)
+    interval = binomtest(hits, rows).proportion_ci(method="wilson")
+    answers = [p["answer"] for p in predictions]
+    given = [p["prediction"] for p in predictions]
+    accuracy = hits / rows
+    if task.scoring == "choice":
+        code = {text: i for i, text in enumerate(sorted({*answers, *(g or "" for g in given)}))}
+        accuracy = _metric("accuracy").compute(predictions=[code[g or ""] for g in given], references=[code[a] for a in answers])["accuracy"]
+    return Score(
+        rows=rows, accuracy=float(accuracy), accuracy_low=float(interval.low), accuracy_high=float(interval.high),
+        macro_f1=_macro_f1(predictions, task), rouge_l=_rouge(predictions) if task.metric == "rouge_l" else None,
+        nll=_nll(predictions), unanswered=sum(g is None for g in given),
+    )
+
+
+def _macro_f1(predictions: Sequence[dict], task: Task) -> float | None:
+    """Over a task's fixed labels; None where the choices differ by row or the answer is free text."""
+    labels = {tuple(sorted(p["scores"])) for p in predictions if "scores" in p}
+    if task.scoring != "choice" or len(labels) != 1:
+        return None
+    names = next(iter(labels))
+    code = {name: i for i, name in enumerate(names)}
+    references = [code[p["answer"]] for p in predictions]
+    given = [code[p["prediction"]] for p in predictions]
+    return float(_metric("macro_f1").compute(predictions=given, references=references, labels=len(names))["macro_f1"])
+
+
+def _rouge(predictions: Sequence[dict]) -> float:
+    outputs = [p["output"] for p in predictions]
+    return float(_metric("rouge_l").compute(predictions=outputs, references=[p["answer"] for p in predictions])["rouge_l"])
+
+
+def _nll(predictions: Sequence[dict]) -> float | None:
+    values = [-p["scores"][p["answer"]] for p in predictions if p.get("scores") and p["answer"] in p["scores"]]
+    return sum(values) / len(values) if len(values) == len(predictions) else None
+
+
+@functools.cache
+def _metric(name: str) -> Any:
+    """A metric module of `evaluate` that lies in this project; loading one by name would fetch code from a hub."""
+    import evaluate
+
+    return evaluate.load(str(Path(__file__).parent / "metrics" / name))
+
+
+def preload(task: Task) -> None:
+    """Import what scoring needs, so that it is booked to start-up and not to the first evaluation."""
+    for name in ("accuracy", "macro_f1", *(["rouge_l"] if task.metric == "rouge_l" else [])):
+        _metric(name)
+    import scipy.stats  # noqa: F401
+
+
+def headline(found: Score, metric: str) -> float:
+    """The task's metric. NaN-free: a metric the split cannot have falls back to accuracy."""
+    value = getattr(found, metric)
+    return float(found.accuracy if value is None else value)
