@@ -40,12 +40,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if error.filename is None and error.errno is None:
             raise
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or mend the path, then run again") from error
+    except Exception as error:
+        if isinstance(error, UserError) or not _disk_is_full(path.parent, error):
+            raise
+        raise UserError(f"cannot write {path}: no space left on the disk; free space, then run again") from error
     finally:
         if beside.is_dir():
             shutil.rmtree(beside, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
+
+
+def _disk_is_full(folder: Path, error: Exception) -> bool:
+    # safetensors raises an error of its own and torch.save a RuntimeError that does not tell why
+    return "No space left on device" in str(error) or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -100,6 +109,8 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} does not exist; run the stage that writes it") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error.msg}, line {error.lineno}); delete it and run its stage again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); delete it and run its stage again") from error
 
 
 def sha256(path: str | Path) -> str:

@@ -1,0 +1,173 @@
+"""Files are whole or absent, and every refusal names the file and the mend."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import files
+from pipeline.files import UserError, atomic_path, folder_bytes, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_file_is_written_whole_and_its_folders_are_made(tmp_path):
+    write_text(tmp_path / "a" / "b" / "text.txt", "one\n")
+    assert (tmp_path / "a" / "b" / "text.txt").read_text() == "one\n"
+    assert names(tmp_path / "a" / "b") == ["text.txt"]
+
+
+def test_a_folder_replaces_the_one_before_it(tmp_path):
+    for name in ("old", "new"):
+        with atomic_path(tmp_path / "artefact") as beside:
+            beside.mkdir()
+            (beside / name).touch()
+    assert names(tmp_path / "artefact") == ["new"] and names(tmp_path) == ["artefact"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_error_leaves_what_was_there_and_nothing_half_written(tmp_path, error, folder):
+    target = tmp_path / "held"
+    target.mkdir() if folder else target.write_text("before")
+    with pytest.raises(type(error)), atomic_path(target) as beside:
+        if folder:
+            beside.mkdir()
+        (beside / "part" if folder else beside).write_text("half")
+        raise error
+    assert names(tmp_path) == ["held"]
+    assert folder or target.read_text() == "before"
+
+
+def test_a_full_disk_at_the_write_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = tmp_path / "result.json"
+    target.write_text("before")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*result\.json: No space left on device; free space") as caught:
+        write_json(target, {"a": 1})
+    assert "\n" not in str(caught.value)
+    assert target.read_text() == "before" and names(tmp_path) == ["result.json"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB; skips where this user cannot mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("cannot mount a small file system here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("writer", ["text", "safetensors", "torch"])
+def test_a_disk_that_is_really_full_is_one_sentence_whatever_library_writes(small_disk, writer):
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {"a": torch.zeros(1 << 18)}
+    with pytest.raises(UserError, match=r"cannot write .*target.*; free space") as caught:
+        if writer == "text":
+            write_text(small_disk / "target", "x" * (1 << 20))
+        with atomic_path(small_disk / "target") as beside:
+            save_file(tensors, beside) if writer == "safetensors" else torch.save(tensors, beside)
+    assert "\n" not in str(caught.value)
+    assert names(small_disk) == []
+
+
+def test_an_error_of_a_library_with_space_left_stays_itself(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), atomic_path(tmp_path / "x") as beside:
+        beside.write_text("half")
+        raise RuntimeError("shapes differ")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("target", ["file/below.json", "file/deep/below.json", "folder"])
+def test_something_in_the_way_is_named(tmp_path, target):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/{target}: .*mend the path"):
+        write_json(tmp_path / target, 1)
+    assert names(tmp_path) == ["file", "folder"] and (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("write", [write_json, lambda path, value: write_jsonl(path, [{"a": 1}, {"b": value}])])
+def test_a_number_that_is_none_is_not_written(tmp_path, write):
+    with pytest.raises(ValueError):
+        write(tmp_path / "x", float("nan"))
+    assert names(tmp_path) == []
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    rows = [{"text": "näïve\u2028 „quoted“\n", "n": 1}, {"text": None, "n": [1.5, True]}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+    (tmp_path / "blank.jsonl").write_text('\n{"a": 1}\n  \n{"a": 2}')
+    assert read_jsonl(tmp_path / "blank.jsonl") == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    (b'{"a": 1}\n{"a": 2\n', r"rows\.jsonl line 2 is not JSON .*; mend or remove that line"),
+    (b'{"a": 1}\n\n[1, 2]\n', r"rows\.jsonl line 3 is not a JSON object; write one object"),
+    (b'{"a": "\xe9"}\n', r"rows\.jsonl is not UTF-8 .*at byte 7.*; save it as UTF-8"),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, sentence):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    (None, r"value\.json does not exist; run the stage"),
+    (b'{"a": 1,\n "b" 2}', r"value\.json is not JSON .*line 2.*; delete it and run its stage again"),
+    (b'{"a": "\xe9"}', r"value\.json is not UTF-8.*; delete it and run its stage again"),
+])
+def test_a_bad_json_file_is_named(tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "value.json").write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read_json(tmp_path / "value.json")
+
+
+def test_a_missing_rows_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.jsonl does not exist; run the stage that writes it, or mend the path"):
+        read_jsonl(tmp_path / "gone.jsonl")
+
+
+def test_sha256_of_a_file_is_the_standard_one(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    large = os.urandom((1 << 20) + 17)
+    (tmp_path / "large").write_bytes(large)
+    assert sha256(tmp_path / "large") == hashlib.sha256(large).hexdigest()
+
+
+def test_sha256_of_a_folder_depends_on_names_and_contents_alone(tmp_path):
+    def made(name: str, members: dict[str, str]) -> str:
+        for member, text in members.items():
+            write_text(tmp_path / name / member, text)
+        return sha256(tmp_path / name)
+
+    first = made("a", {"x": "1", "deep/y": "2"})
+    assert made("b", {"deep/y": "2", "x": "1"}) == first
+    assert made("c", {"x": "1", "deep/z": "2"}) != first
+    assert made("d", {"x": "1", "deep/y": "3"}) != first
+
+
+def test_folder_bytes_counts_files_at_any_depth(tmp_path):
+    write_text(tmp_path / "a", "12345")
+    write_text(tmp_path / "b" / "c", "678")
+    assert folder_bytes(tmp_path) == 8 and folder_bytes(tmp_path / "gone") == 0
