@@ -81,8 +81,13 @@ class Train:
         _at_least("train.max_length", self.max_length, 2)
         if self.steps is not None:
             _at_least("train.steps", self.steps, 0)
-        if self.lr <= 0:
-            raise UserError(f"train.lr is {self.lr}; set a learning rate above 0")
+        _at_least("train.weight_decay", self.weight_decay, 0)
+        _at_least("train.checkpoint_every_s", self.checkpoint_every_s, 0)
+        if not 0 <= self.warmup_share <= 1:
+            raise UserError(f"config key 'train.warmup_share' is {self.warmup_share}; it is a share of the steps, from 0 to 1")
+        for key in ("lr", "max_grad_norm"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"config key 'train.{key}' is {getattr(self, key)}; it must be above 0")
         _one_of("train.optimizer", self.optimizer, ("adamw", "paged_adamw"))
         _one_of("train.schedule", self.schedule, ("cosine", "linear", "constant"))
         _one_of("train.too_long", self.too_long, ("error", "truncate"))
@@ -110,6 +115,8 @@ class Evaluate:
             value = getattr(self, key)
             if value is not None:
                 _at_least(f"evaluate.{key}", value, 1 if key == "test_rows" else 0)
+        for key, least in (("probe_pairs", 1), ("probe_texts", 1), ("latency_rows", 0)):
+            _at_least(f"evaluate.{key}", getattr(self, key), least)
         if not 0 < self.validation_share <= 0.2:
             raise UserError(f"evaluate.validation_share is {self.validation_share}; choose above 0, at most 0.2 (validation rows are labelled data)")
 
@@ -148,9 +155,10 @@ class Settings:
 def read(cfg: DictConfig) -> Settings:
     """The checked settings of a composed config. Raises UserError naming the key."""
     raw = plain(cfg)
-    for key in ("seed", "train_rows"):
-        if raw.get(key) is not None:
-            _at_least(key, raw[key], 0 if key == "seed" else 1)
+    for key, hint, least in (("seed", int, 0), ("train_rows", int | None, 1), ("memory_limit_gb", float | None, 0)):
+        value = _coerce(raw[key], hint, key)
+        if value is not None:
+            _at_least(key, value, least)
     _one_of("device", raw["device"], ("auto", "cpu", "cuda"))
     own = {f.name for f in dataclasses.fields(Task)}
     raw["task"] = {k: v for k, v in raw["task"].items() if k in own}
