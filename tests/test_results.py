@@ -1,0 +1,94 @@
+"""A result survives its JSON exactly, and a file that is not one says what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import results
+from pipeline.files import UserError
+from pipeline.results import Forgetting, Inference, Memory, Phases, Result, Score, Size, Teacher, Work, read, read_all, write
+
+
+def result(**changes: object) -> Result:
+    whole = Result(
+        experiment="quick", cell="lora-s0-n8", technique="lora", family="reparametrised", method="lora", objective="labels", precision="fp32",
+        task="movies", model="tiny", seed=0, train_rows=8, status="ok", hyperparameters={"r": 8, "modules": ["a", "b"]}, validation_rows=2,
+        scores={"test": Score(10, 0.8, 0.49, 0.943, nll=0.3), "transfer/news": Score(4, 0.5, 0.1, 0.9, unanswered=1)},
+        phases=Phases(6.0, 1.0, 1.0, 0.0, 2.0, 0.5, 0.5, 1.0, 0.0), memory=Memory("cpu_rss", None, 100), work=Work(steps=3, tokens=120),
+        size=Size(10, 100, 400), inference=Inference(0.01, 20.0), forgetting=Forgetting(12.0, 11.0, 0.5, 0.5), teacher=Teacher("lexicon", 8, 0.75, 1.5),
+        history=[{"step": 1, "loss": 0.7}], notes=["a note"], hardware={"device": "cpu"}, provenance={"packages": {"torch": "2"}}, config={"train": {"lr": 0.1}},
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+def file(folder: Path, **changes: object) -> Path:
+    """A result.json with top-level fields changed; a value of ... removes the field."""
+    raw = {**dataclasses.asdict(result()), **changes}
+    (folder / "result.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+    return folder / "result.json"
+
+
+def test_every_field_comes_back_with_its_type(tmp_path):
+    write(tmp_path, result())
+    assert read(tmp_path) == result() == read(tmp_path / "result.json")
+    assert isinstance(read(tmp_path).scores["transfer/news"], Score)
+
+
+def test_an_out_of_memory_result_keeps_what_was_not_measured_null(tmp_path):
+    oom = result(status="oom", scores={}, phases=None, memory=None, work=None, size=None, inference=None, forgetting=None, teacher=None, error="out of memory")
+    write(tmp_path, oom)
+    assert read(tmp_path) == oom and oom.test is None
+    assert json.loads((tmp_path / "result.json").read_text())["memory"] is None
+
+
+def test_the_test_score_is_found():
+    assert result().test == Score(10, 0.8, 0.49, 0.943, nll=0.3)
+
+
+def test_a_result_is_of_the_schema_that_this_version_writes(tmp_path):
+    write(tmp_path, result())
+    assert json.loads((tmp_path / "result.json").read_text())["schema"] == results.SCHEMA
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"schema": 0}, "was written by schema 0, this version reads schema 1; delete the cell's folder and run it again"),
+    ({"schema": ...}, "was written by schema None"),
+    ({"accuracy": 0.5}, "has the unknown field 'accuracy' of Result; delete the cell's folder"),
+    ({"size": {"trainable": 1, "total": 2, "artefact_bytes": 3, "disk": 4}}, "has the unknown field 'disk' of Size; delete"),
+    ({"scores": {"test": {"rows": 1, "f1": 0.5}}}, "has the unknown field 'f1' of Score; delete"),
+    ({"technique": ...}, "lacks a field .*technique.*; delete the cell's folder"),
+    ({"size": {"total": 2}}, "lacks a field .*trainable.*; delete the cell's folder"),
+])
+def test_a_file_that_is_not_of_this_schema_is_named_with_the_mend(tmp_path, changes, sentence):
+    path = file(tmp_path, **changes)
+    with pytest.raises(UserError, match=f"{path} {sentence}") as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("{", "is not JSON"), ("[1]", "was written by schema None"), ("", "is not JSON")])
+def test_a_file_that_is_no_result_is_named(tmp_path, text, sentence):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(UserError, match=rf"{tmp_path}/result\.json {sentence}.*; delete"):
+        read(tmp_path)
+
+
+def test_a_cell_that_has_not_run_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"result\.json does not exist; run the stage"):
+        read(tmp_path)
+
+
+def test_all_results_below_a_folder_come_in_path_order(tmp_path):
+    for name in ("b", "a/x"):
+        write(tmp_path / name, result(cell=name))
+    assert [r.cell for r in read_all(tmp_path)] == ["a/x", "b"]
+    assert read_all(tmp_path / "none") == []
+
+
+def test_a_result_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result().status = "oom"  # type: ignore[misc]
