@@ -100,3 +100,15 @@ def overrides(tiny: Path, tmp_path: Path) -> list[str]:
         "task=vader_movies", "model=smollm2_135m", "teacher=lexicon", "tracking=none", "device=cpu", "train.progress=false",
         "evaluate.forgetting=false", "evaluate.transfer_rows=0", "evaluate.latency_rows=2", "model.note=null",
     ]
+
+
+@pytest.fixture(scope="session")
+def imports() -> None:
+    """What a cell imports, read once here: a forked child then shares it instead of taking seconds for its own."""
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    from pipeline import scoring
+    from pipeline.settings import Task
+
+    scoring.preload(Task("any", "choice", metric="rouge_l"))
