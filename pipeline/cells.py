@@ -79,14 +79,15 @@ def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def is_done(cfg: DictConfig) -> bool:
-    """Whether the cell has a result of this config, data and model (and, if it ran out of memory, of this hardware)."""
+    """Whether the cell has a result of this config, data and model (and, if it ran out of memory, of this hardware and limit)."""
     path = cell.folder_of(cfg) / "result.json"
     if not path.exists():
         return False
     result = read_result(path)
     if result.provenance.get("fingerprint") != cell.fingerprint(cfg):
         return False
-    return result.status == "ok" or result.hardware == hardware(result.hardware.get("device", "cpu"))
+    same = result.hardware == hardware(result.hardware.get("device", "cpu")) and result.config.get("memory_limit_gb") == cfg.memory_limit_gb
+    return result.status == "ok" or same
 
 
 def preload(missing: Sequence[DictConfig]) -> cell.Shared:
