@@ -1,0 +1,172 @@
+"""A cell's child process: what its end means, above all when it was lack of memory that ended it."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import cell, cells, supervise, train
+from pipeline.config import compose
+from pipeline.files import UserError
+from pipeline.measure import child_rss
+from pipeline.results import read
+from pipeline.supervise import Outcome, run_in_child
+
+MIB = 2**20
+
+
+def hold(mib: int, seconds: float = 0.0) -> int:
+    held = mmap.mmap(-1, mib * MIB)
+    for at in range(0, mib * MIB, mmap.PAGESIZE):
+        held[at] = 1
+    time.sleep(seconds)
+    return 0
+
+
+def kill_self(number: int) -> Callable[[], int]:
+    def work() -> int:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        return 0
+
+    return work
+
+
+def resident() -> int:
+    return child_rss(os.getpid()) or 0
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_childs_exit_code_comes_back(code):
+    assert run_in_child(lambda: code) == Outcome(code)
+
+
+def test_bad_input_in_the_child_is_one_sentence_and_code_2(capfd):
+    def work() -> int:
+        raise UserError("rows.jsonl line 3 is not JSON; mend that line")
+
+    assert run_in_child(work) == Outcome(2)
+    assert capfd.readouterr().err == "error: rows.jsonl line 3 is not JSON; mend that line\n"
+
+
+def test_any_other_error_is_shown_with_its_trace(capfd):
+    assert run_in_child(lambda: 1 // 0) == Outcome(1)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_an_interrupt_in_the_child_is_code_130(capfd):
+    def work() -> int:
+        raise KeyboardInterrupt
+
+    assert run_in_child(work) == Outcome(130)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_the_child_prints_is_not_lost_and_not_doubled(capfd):
+    print("before")
+    run_in_child(lambda: print("inside") or 0)
+    print("after")
+    assert capfd.readouterr().out == "before\ninside\nafter\n"
+
+
+def test_a_child_beyond_the_memory_limit_is_ended_and_the_reason_given():
+    outcome = run_in_child(lambda: hold(500, 20), resident() + 200 * MIB)
+    assert outcome.code == 128 + signal.SIGKILL
+    assert outcome.out_of_memory and outcome.out_of_memory.endswith("resident bytes, above memory_limit_gb")
+
+
+def test_a_child_within_the_memory_limit_goes_on():
+    assert run_in_child(lambda: hold(50, 0.3), resident() + 400 * MIB) == Outcome(0)
+
+
+def test_signal_9_from_someone_else_is_not_out_of_memory(monkeypatch):
+    monkeypatch.setattr(supervise, "kernel_oom_kills", lambda: 4)
+    assert run_in_child(kill_self(signal.SIGKILL)) == Outcome(137)
+    assert run_in_child(kill_self(signal.SIGKILL), resident() + 400 * MIB) == Outcome(137)
+
+
+def test_signal_9_while_the_kernel_counts_an_oom_kill_is_out_of_memory(monkeypatch):
+    counts = iter([4, 5])
+    monkeypatch.setattr(supervise, "kernel_oom_kills", lambda: next(counts))
+    assert run_in_child(kill_self(signal.SIGKILL)) == Outcome(137, "ended by the kernel for lack of memory (signal 9)")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_another_signal_is_not_out_of_memory_whatever_the_kernel_counts(monkeypatch, number):
+    counts = iter([4, 5])
+    monkeypatch.setattr(supervise, "kernel_oom_kills", lambda: next(counts))
+    assert run_in_child(kill_self(number)) == Outcome(128 + number)
+
+
+def test_a_kernel_that_does_not_tell_is_no_evidence(monkeypatch):
+    monkeypatch.setattr(supervise, "kernel_oom_kills", lambda: None)
+    assert run_in_child(kill_self(signal.SIGKILL)) == Outcome(137)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_parent_is_handed_to_the_child_and_the_parents_handler_comes_back(number, tmp_path):
+    def work() -> int:
+        signal.signal(number, lambda *_: os._exit(7))
+        (tmp_path / "ready").touch()
+        time.sleep(20)
+        return 0
+
+    def send() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    sender = threading.Timer(0, send)
+    sender.start()
+    assert run_in_child(work) == Outcome(7)
+    sender.join()
+    assert signal.getsignal(number) is before
+
+
+def test_a_cell_beyond_the_memory_limit_is_a_row_keyed_with_the_hardware(overrides, imports, capfd):
+    argv = [*overrides, "technique=lora", "train_rows=16", "memory_limit_gb=0.01"]
+    assert train.main(argv) == 0
+    assert "oom" in capfd.readouterr().out
+    cfg = compose(argv)
+    folder = cell.folder_of(cfg)
+    result = read(folder)
+    assert result.status == "oom" and result.error and "memory_limit_gb" in result.error
+    assert (result.technique, result.method, result.hyperparameters["r"]) == ("lora", "lora", 8)
+    assert result.scores == {} and result.memory is None
+    assert sorted(p.name for p in folder.iterdir()) == ["artefact", "history.csv", "predictions.jsonl", "result.json"]
+    assert (folder / "predictions.jsonl").read_text() == ""
+    assert cells.is_done(cfg), "on this hardware it is done"
+    bigger(folder / "result.json")
+    assert not cells.is_done(cfg), "on other hardware it runs again"
+
+
+def bigger(path: Path) -> None:
+    raw = json.loads(path.read_text())
+    raw["hardware"]["memory_bytes"] //= 2
+    path.write_text(json.dumps(raw))
+
+
+def test_an_out_of_memory_row_is_run_again_under_another_limit(overrides, imports):
+    argv = [*overrides, "technique=zero_shot", "train_rows=16"]
+    assert train.main([*argv, "memory_limit_gb=0.01"]) == 0
+    assert cells.is_done(compose([*argv, "memory_limit_gb=0.01"]))
+    for other in ("null", "8"):
+        assert not cells.is_done(compose([*argv, f"memory_limit_gb={other}"]))
+
+
+def test_a_finished_cell_does_not_depend_on_hardware_or_limit(overrides, imports):
+    argv = [*overrides, "technique=zero_shot", "train_rows=16"]
+    assert train.main(argv) == 0
+    folder = cell.folder_of(compose(argv))
+    bigger(folder / "result.json")
+    assert cells.is_done(compose(argv)) and cells.is_done(compose([*argv, "memory_limit_gb=64"]))
+    assert not cells.is_done(compose([*argv, "seed=1"])) and not cells.is_done(compose([*argv, "evaluate.test_rows=4"]))
