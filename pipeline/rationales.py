@@ -1,0 +1,76 @@
+"""A teacher's answers and reasons for a prepared task, in rationales/<task>/<teacher>/.
+
+    python -m pipeline.rationales task=vader_movies teacher=lexicon
+
+Training rows are there to learn from, test rows only so that the teacher itself can be scored. Everything but the
+manifest's `seconds` is the same at every run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline.config import build, entry
+from pipeline.files import UserError, atomic_path, read_jsonl, sha256, write_json, write_jsonl
+from pipeline.measure import now
+from pipeline.scoring import canonical
+from pipeline.teachers.base import Teacher
+
+SPLITS = ("train", "validation", "test")
+
+
+def run(cfg: DictConfig) -> int:
+    """Let the teacher of a composed config explain the rows of its task."""
+    data = Path(cfg.paths.data) / cfg.task.name
+    if not (data / "manifest.json").exists():
+        raise UserError(f"{data} is not prepared; run: python -m pipeline.prepare task={cfg.task.name}")
+    splits = {name: read_jsonl(data / f"{name}.jsonl") for name in SPLITS}
+    teacher: Teacher = build(cfg.teacher, "teacher")
+    teacher.check(cfg.task.name, splits["train"][0])
+    begin = now()
+    rows = [row for name in SPLITS for row in explained(teacher, name, splits[name])]
+    seconds = round(now() - begin, 3) if teacher.works_here else None
+    about = {"seconds": seconds, "data_sha256": sha256(data / "manifest.json")}
+    manifest = {"teacher": teacher.name, "task": cfg.task.name, **summary(rows), **about}
+    folder = Path(cfg.paths.rationales) / cfg.task.name / teacher.name
+    with atomic_path(folder) as beside:
+        write_jsonl(beside / "rationales.jsonl", rows)
+        write_json(beside / "manifest.json", manifest)
+    print(f"{folder / 'rationales.jsonl'}: {_told(manifest)}")
+    return 0
+
+
+def explained(teacher: Teacher, split: str, rows: list[dict]) -> list[dict[str, Any]]:
+    """The teacher's row for each of a split's rows that it has something to say about."""
+    found = []
+    for start in range(0, len(rows), teacher.batch_size):
+        batch = rows[start : start + teacher.batch_size]
+        for row, said in zip(batch, teacher.explain(batch), strict=True):
+            if said is not None:
+                right = said.answer is not None and canonical(said.answer) == canonical(row["answer"])
+                found.append({"id": row["id"], "split": split, "rationale": said.rationale, "answer": said.answer, "correct": right})
+    return found
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """rows: how many; without_rationale: how many of them have an answer alone; accuracy: right answers as a share, by split."""
+    by_split = {name: [row["correct"] for row in rows if row["split"] == name] for name in SPLITS}
+    accuracy = {name: round(sum(right) / len(right), 4) for name, right in by_split.items() if right}
+    return {"rows": len(rows), "without_rationale": sum(not row["rationale"] for row in rows), "accuracy": accuracy}
+
+
+def _told(manifest: dict[str, Any]) -> str:
+    if not manifest["rows"]:
+        return f"no rows, because teacher={manifest['teacher']} explains nothing; choose another teacher to learn from rationales"
+    accuracy = ", ".join(f"{name} {share:.3f}" for name, share in manifest["accuracy"].items())
+    return f"{manifest['rows']:,} rows ({manifest['without_rationale']:,} without a rationale), accuracy {accuracy}"
+
+
+main = entry(run)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""What a teacher is: it gives rows an answer and the reason for it.
+
+Library. `_target_` in conf/teacher/<name>.yaml names the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.files import UserError
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The teacher's answer to a row (None: it gave none) and its reason in words (empty: none to learn from)."""
+
+    rationale: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Explains nothing (conf/teacher/none.yaml); the file of rationales is there and empty.
+
+    Args:
+        name: the folder under rationales/<task>/.
+        batch_size: rows that `explain` is given at a time.
+    """
+
+    name: str
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"config key 'teacher.batch_size' is {self.batch_size}; it must be at least 1")
+
+    @property
+    def works_here(self) -> bool:
+        """Whether the time that `explain` takes is what the rationales cost; if not, their cost is not known."""
+        return True
+
+    def check(self, task: str, row: dict) -> None:
+        """Raise UserError, naming what to change, if the teacher cannot explain this task. `row` is a training row."""
+
+    def explain(self, rows: Sequence[dict]) -> list[Explanation | None]:
+        """One explanation a row, in order; None leaves the row out of the file."""
+        return [None] * len(rows)

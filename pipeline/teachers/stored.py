@@ -1,0 +1,42 @@
+"""A teacher whose text lies in the task's own rows. conf/teacher/stored.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.files import UserError
+from pipeline.tasks import text_of
+from pipeline.teachers.base import Explanation, Teacher
+
+
+@dataclass(frozen=True)
+class Stored(Teacher):
+    """Columns of the task's source: a larger model's answers, or people's.
+
+    Args:
+        rationale_column, answer_column: names in a row's `fields`.
+    """
+
+    rationale_column: str = "teacher_rationale"
+    answer_column: str = "teacher_answer"
+
+    @property
+    def works_here(self) -> bool:
+        return False
+
+    def check(self, task: str, row: dict) -> None:
+        for key in ("rationale_column", "answer_column"):
+            if getattr(self, key) not in row["fields"]:
+                there = ", ".join(row["fields"])
+                raise UserError(
+                    f"task {task} has no column {getattr(self, key)!r} (teacher.{key}); there are: {there}; "
+                    "set the key or choose another teacher"
+                )
+
+    def explain(self, rows: Sequence[dict]) -> list[Explanation | None]:
+        return [self._explanation(row["fields"]) for row in rows]
+
+    def _explanation(self, fields: dict) -> Explanation | None:
+        rationale, answer = text_of(fields.get(self.rationale_column)), text_of(fields.get(self.answer_column))
+        return Explanation(rationale, answer or None) if rationale or answer else None
