@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batc
 
     texts = [""] * len(prompts)
     with torch.inference_mode(), autocast(device, dtype):
-        for part in by_length([len(p) + max_new_tokens for p in prompts], batch_tokens):
+        for part in _generation_batches(model, [len(p) for p in prompts], max_new_tokens, batch_tokens):
             ids = pad([prompts[i] for i in part], pad_id, left=True).to(device)
             lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
             mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
@@ -104,26 +105,34 @@ def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batc
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id,
                 eos_token_id=tokenizer.eos_token_id, use_cache=True,
             )
-            new = out[:, ids.shape[1] :] if out.shape[1] > max_new_tokens else out
-            for index, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            for index, text in zip(part, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
                 texts[index] = text
     return texts
 
 
+def _generation_batches(model: Any, lengths: list[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
+    virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    for part in by_length([n + max_new_tokens for n in lengths], batch_tokens):
+        if virtual:  # PEFT puts virtual tokens before the padding and drops the position ids that would account for it
+            yield from (list(same) for _, same in itertools.groupby(part, key=lengths.__getitem__))
+        else:
+            yield part
+
+
 def extract(output: str, pattern: str | None) -> str | None:
-    """The answer in generated text: the pattern's last match (its first group, if any), else the first line; None if empty."""
+    """The answer in generated text: the pattern's last match (its first group that took part, if any), else the first line; None if empty."""
     if pattern is None:
         return output.strip().splitlines()[0].strip() if output.strip() else None
     matches = list(re.finditer(pattern, output))
     if not matches:
         return None
     last = matches[-1]
-    return (last.group(1) if last.re.groups else last.group(0)).strip()
+    return next((g for g in last.groups() if g is not None), last.group(0)).strip()
 
 
 def canonical(answer: str) -> str:
     """The form in which generated answers are compared: case, outer punctuation and the spelling of a number set aside."""
-    text = " ".join(answer.casefold().split()).strip(" .,;:!\"'")
+    text = " ".join(answer.casefold().split()).lstrip(" ,;:!\"'").rstrip(" .,;:!\"'")
     try:
         return f"{float(text.replace(',', '')):.10g}"
     except ValueError:
@@ -186,16 +195,11 @@ def score(predictions: Sequence[dict], task: Task) -> Score:
 
     hits, rows = sum(p["correct"] for p in predictions), len(predictions)
     interval = binomtest(hits, rows).proportion_ci(method="wilson")
-    answers = [p["answer"] for p in predictions]
-    given = [p["prediction"] for p in predictions]
-    accuracy = hits / rows
-    if task.scoring == "choice":
-        code = {text: i for i, text in enumerate(sorted({*answers, *(g or "" for g in given)}))}
-        accuracy = _metric("accuracy").compute(predictions=[code[g or ""] for g in given], references=[code[a] for a in answers])["accuracy"]
+    accuracy = _metric("accuracy").compute(predictions=[int(p["correct"]) for p in predictions], references=[1] * rows)["accuracy"]
     return Score(
         rows=rows, accuracy=float(accuracy), accuracy_low=float(interval.low), accuracy_high=float(interval.high),
         macro_f1=_macro_f1(predictions, task), rouge_l=_rouge(predictions) if task.metric == "rouge_l" else None,
-        nll=_nll(predictions), unanswered=sum(g is None for g in given),
+        nll=_nll(predictions), unanswered=sum(p["prediction"] is None for p in predictions),
     )
 
 
@@ -212,7 +216,7 @@ def _macro_f1(predictions: Sequence[dict], task: Task) -> float | None:
 
 
 def _rouge(predictions: Sequence[dict]) -> float:
-    outputs = [p["output"] for p in predictions]
+    outputs = [p.get("output", p["prediction"]) for p in predictions]
     return float(_metric("rouge_l").compute(predictions=outputs, references=[p["answer"] for p in predictions])["rouge_l"])
 
 
