@@ -17,6 +17,7 @@ from pipeline.config import build, entry
 from pipeline.files import UserError, read_jsonl, write_json, write_jsonl
 from pipeline.results import Score
 from pipeline.results import read as read_result
+from pipeline.scoring import headline
 
 
 def run(cfg: DictConfig) -> int:
@@ -31,7 +32,7 @@ def run(cfg: DictConfig) -> int:
     predictions, score = score_artefact(held, Path(cfg.cell) / "artefact", cfg.split)
     write_jsonl(target / "predictions.jsonl", predictions)
     write_json(target / "score.json", {"split": cfg.split, "cell": result.cell, **dataclasses.asdict(score)})
-    print(f"{result.cell} on {cfg.split}: {result.metric} {getattr(score, result.metric):.3f}, {score.rows} rows; {target}/score.json")
+    print(f"{result.cell} on {cfg.split}: {result.metric} {headline(score, result.metric):.3f}, {score.rows} rows; {target}/score.json")
     return 0
 
 

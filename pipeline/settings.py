@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -45,6 +46,13 @@ class Task:
         _one_of("task.metric", self.metric, ("accuracy", "macro_f1", "rouge_l"))
         _one_of("task.format", self.format, ("plain", "chat"))
         _at_least("task.max_new_tokens", self.max_new_tokens, 1)
+        needs = {"macro_f1": "choice", "rouge_l": "generate"}.get(self.metric, self.scoring)
+        if needs != self.scoring:
+            raise UserError(f"task.metric={self.metric} needs task.scoring={needs}, not {self.scoring}; change one of them")
+        try:
+            re.compile(self.answer_pattern or "")
+        except re.error as error:
+            raise UserError(f"config key 'task.answer_pattern' is {self.answer_pattern!r}, no regular expression ({error}); mend it") from error
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pipeline.config import entry
 from pipeline.files import UserError
 from pipeline.measure import process_start
 from pipeline.results import Result
-from pipeline.results import read as read_result
+from pipeline.scoring import headline
 from pipeline.supervise import run_in_child
 
 
@@ -55,7 +55,7 @@ def summary(result: Result) -> str:
         return f"{result.cell}: {result.status} ({result.error})"
     test = result.test
     return (
-        f"{result.cell}: test {result.metric} {getattr(test, result.metric):.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] "
+        f"{result.cell}: test {result.metric} {headline(test, result.metric):.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] "
         f"on {test.rows} rows, train {result.phases.train_s:.1f} s, wall {result.phases.wall_s:.1f} s"
     )
 

@@ -109,6 +109,17 @@ def test_whole_numbers_pass_for_floats_and_lists_for_tuples():
     assert build(Evaluate, {"batch_tokens": 8, "test_rows": None}, "evaluate").test_rows is None
 
 
+@pytest.mark.parametrize(("metric", "scoring"), [("macro_f1", "generate"), ("rouge_l", "choice")])
+def test_a_metric_that_the_scoring_cannot_give_is_refused(metric, scoring):
+    with pytest.raises(UserError, match=rf"task\.metric={metric} needs task\.scoring=.*, not {scoring}; change one"):
+        build(Task, {"name": "t", "scoring": scoring, "metric": metric}, "task")
+
+
+def test_an_answer_pattern_that_is_no_regular_expression_is_refused():
+    with pytest.raises(UserError, match=r"'task\.answer_pattern' is '\(a', no regular expression \(.*\); mend it"):
+        build(Task, {"name": "t", "scoring": "generate", "answer_pattern": "(a"}, "task")
+
+
 def test_quantised_precision_keeps_double_quantisation_on_by_default():
     assert build(Precision, {"name": "nf4"}, "precision").double_quantisation
 
