@@ -25,7 +25,7 @@ from pipeline.measure import Meter, PeakMemory
 from pipeline.methods.base import Method
 from pipeline.model import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, parameters, resolve
 from pipeline.objectives.base import Objective
-from pipeline.results import Forgetting, Inference, Memory, Result, Score, Size, Teacher, Work, write
+from pipeline.results import SHARED_PROCESS, Forgetting, Inference, Memory, Result, Score, Size, Teacher, Work, write
 from pipeline.settings import Settings, read
 
 CODE = ("cell", "data", "loop", "model", "scoring")
@@ -197,7 +197,7 @@ class Cell:
             import torch
 
             torch.set_num_threads(self.shared.threads)
-            self.notes.append("imports and base model were read once for several cells: start-up and load times are not a single run's")
+            self.notes.append(SHARED_PROCESS)
         self.meter.device = self.device
 
     def _load(self) -> None:

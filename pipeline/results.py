@@ -15,6 +15,8 @@ from typing import Any
 from pipeline.files import UserError, read_json, write_json
 
 SCHEMA = 1
+SHARED_PROCESS = "imports and base model were read once for several cells: start-up and load times are not a single run's"
+"""The note of a cell whose imports and base were read before it was forked: its wall clock leaves them out."""
 
 
 @dataclass(frozen=True)
