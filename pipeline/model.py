@@ -88,10 +88,16 @@ def _load_quantised(folder: Path, name: str, precision: Precision, dtype: Any, d
 
     source = manifest(folder)
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=bool(source.get("trust_remote_code")), attn_implementation="sdpa",
             quantization_config=_quantisation(name, precision, dtype), device_map={"": str(device)},
         )
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights at the first evaluation on a CPU with AVX512-BF16; from then on they are
+        # computed in bf16, pass no gradient to what lies below, and dequantise to noise
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _quantisation(name: str, precision: Precision, dtype: Any) -> Any:
@@ -122,7 +128,8 @@ def memory_bytes(model: Any) -> int:
     """Bytes of parameters and buffers, quantisation constants included."""
     constants = quantisation_bytes(model)
     held = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
-    return held + constants["constants"] + constants["tables"]
+    scales = sum(_bytes(p.SCB) for p in model.parameters() if getattr(p, "SCB", None) is not None)  # int8: one a row
+    return held + scales + constants["constants"] + constants["tables"]
 
 
 def parameters(model: Any) -> tuple[int, int]:
