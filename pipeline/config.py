@@ -118,13 +118,19 @@ def entry(run: Callable[[DictConfig], int | None]) -> Callable[..., int]:
 def _command_line(run: Callable[[DictConfig], int | None]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that `explain` words it
     code = 0
+    refused: list[UserError] = []
 
     def task(cfg: DictConfig) -> None:
         global _overrides
         nonlocal code
         _overrides = list(HydraConfig.get().overrides.task)
-        code = max(code, run(cfg) or 0)
+        try:
+            code = max(code, run(cfg) or 0)
+        except UserError as error:  # not through Hydra, which would print a line of its own
+            refused.append(error)
 
     GlobalHydra.instance().clear()
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    if refused:
+        raise refused[0]
     return code

@@ -1,0 +1,96 @@
+"""The training loop: exact resume, schedule, accumulation, divergence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import cell
+from pipeline.config import ROOT, compose
+from pipeline.loop import lr_factor
+from pipeline.results import read
+
+DROPOUT = ["technique=lora", "method.config.lora_dropout=0.1", "train.epochs=3", "train.batch_size=8", "train.checkpoint_every_s=0", "train.lr=1e-2"]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "artefact" / "adapter_model.safetensors").read_bytes()
+
+
+def finished(cfg, folder: Path) -> bytes:
+    assert cell.run(cfg, folder=folder).status == "ok"
+    return weights(folder)
+
+
+@pytest.mark.parametrize("stop_at", [1, 13, 23])
+def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, stop_at):
+    """SIGTERM after some step of 24, with dropout drawing random numbers and validations in between: bitwise equal."""
+    from pipeline.loop import Loop
+
+    cfg = compose([*overrides, *DROPOUT, "train.validations=3"])
+    whole = finished(cfg, tmp_path / "whole")
+    step = Loop._step
+
+    def stopping(self, number):
+        step(self, number)
+        if number + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Loop, "_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cell.run(cfg, folder=tmp_path / "parted")
+    assert not (tmp_path / "parted" / "result.json").exists()
+    monkeypatch.setattr(Loop, "_step", step)
+    assert finished(cfg, tmp_path / "parted") == whole
+    result = read(tmp_path / "parted")
+    assert result.work.resumed and len(result.history) == 24
+    assert result.history == read(tmp_path / "whole").history
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_and_ends_alike(overrides, tmp_path):
+    """SIGKILL to a real `python -m pipeline.train`, twice, then once to the end: the weights of an undisturbed run."""
+    cfg = compose([*overrides, *DROPOUT, "experiment=kill"])
+    whole = finished(cfg, tmp_path / "whole")
+    command = [sys.executable, "-m", "pipeline.train", *overrides, *DROPOUT, "experiment=kill"]
+    killed = 0
+    for steps in (3, 9):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env={**os.environ, "ALIGNSCOPE_TEST_KILL_AT": str(steps)})
+        killed += process.wait() != 0
+    assert killed == 0 or killed == 2
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert weights(Path(cfg.paths.results) / "kill" / cell.name(cfg)) == whole
+
+
+def test_accumulation_does_not_change_the_step(overrides, tmp_path):
+    """The same run in one micro-batch a step and in many: equal losses up to the order of fp32 sums."""
+    losses = []
+    for tokens in (4096, 16):
+        result = cell.run(compose([*overrides, "technique=step_by_step", "train.lr=1e-3", "train.steps=6", f"train.micro_batch_tokens={tokens}"]))
+        losses.append([h["loss"] for h in result.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != losses[1], "micro-batching took no effect"
+
+
+def test_schedule_known_answers():
+    assert [lr_factor(s, 10, "linear", 0.2) for s in (0, 1, 2, 6)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5])
+    assert lr_factor(6, 10, "cosine", 0.2) == pytest.approx(0.5)
+    assert lr_factor(9, 10, "constant", 0.0) == 1.0
+
+
+def test_a_diverged_run_says_so(overrides):
+    result = cell.run(compose([*overrides, "technique=full", "train.lr=1e30", "train.steps=12", "train.max_grad_norm=1e30", "train.warmup_share=0"]))
+    assert any("diverged" in note for note in result.notes)
+    assert result.work.steps < 12
+
+
+def test_same_seed_same_weights_other_seed_others(overrides, tmp_path):
+    def trained(seed: int, where: str) -> bytes:
+        return finished(compose([*overrides, "technique=lora", "train.steps=3", f"seed={seed}"]), tmp_path / where)
+
+    assert trained(1, "a") == trained(1, "b") != trained(2, "c")
