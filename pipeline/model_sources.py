@@ -86,6 +86,7 @@ def refuse_pickles(folder: Path, allow_pickle: bool) -> None:
 
 
 def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: bool) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from pipeline.model import quiet
@@ -96,7 +97,7 @@ def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: 
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True
             )
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it comes with Python code of its own; read that code, then set model.trust_remote_code=true"
