@@ -74,7 +74,7 @@ def write_model(folder: Path, seed: int = 0, hidden: int = 64, layers: int = 2) 
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
-        initializer_range=0.08,
+        initializer_range=0.15,
     ))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

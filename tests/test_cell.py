@@ -15,7 +15,7 @@ from pipeline.results import Result, read
 
 LEARN = ["train.epochs=12", "train.batch_size=8", "train.validations=4"]
 RATES = {"full": 3e-3, "lora": 1e-2, "qlora": 1e-2, "prompt_tuning": 0.1, "step_by_step": 3e-3}
-EPOCHS = {"prompt_tuning": 40}
+EPOCHS = {"prompt_tuning": 30}
 
 
 def run(overrides: list[str], *more: str, folder: Path | None = None) -> Result:
