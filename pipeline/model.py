@@ -76,11 +76,16 @@ def load_model(folder: Path, precision: Precision, device: Any, stored: Any = No
         model = _load_quantised(folder, name, precision, dtype, device)
     else:
         model = stored if stored is not None else load_stored(folder)
-        for parameter in model.parameters():  # not model.to(dtype): rotary frequencies stay in fp32
-            parameter.data = parameter.data.to(dtype)
-        model.to(device)
+        cast(model, dtype).to(device)
     model.requires_grad_(False)
     return model.eval()
+
+
+def cast(model: Any, dtype: Any) -> Any:
+    """The model with its parameters in `dtype`; buffers (rotary frequencies) stay in fp32, as `model.to(dtype)` would not leave them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _load_quantised(folder: Path, name: str, precision: Precision, dtype: Any, device: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.files import UserError
 from pipeline.methods.base import Method
+from pipeline.model import cast
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Full(Method):
         return model.float().requires_grad_(True)
 
     def served(self, model: Any, dtype: Any) -> Any:
-        return model.to(dtype)
+        return cast(model, dtype)
 
     def save(self, model: Any, state: Any, folder: Path) -> None:
         model.save_pretrained(folder)
