@@ -31,7 +31,7 @@ class PeftAdapter(Method):
     def __post_init__(self) -> None:
         for key in ("r", "num_virtual_tokens"):
             value = getattr(self.config, key, None)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"method.config.{key} is {value}; it must be a whole number of at least 1")
         if self.merge and not self.merges:
             raise UserError(f"{self.config.peft_type.value} cannot be merged into the base; set method.merge=false")
