@@ -1,0 +1,262 @@
+"""What each method trains, saves, loads and merges, against formulas and against itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import cell, evaluate
+from pipeline.config import build, compose
+from pipeline.data import Example
+from pipeline.files import UserError, folder_bytes, read_json, read_jsonl
+from pipeline.methods.base import Method
+from pipeline.methods.full import Full
+from pipeline.methods.none import FewShot, Teacher, Untouched
+from pipeline.methods.peft_adapter import PeftAdapter
+from pipeline.model import load_model, parameters
+from pipeline.settings import Precision
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+HIDDEN, LAYERS, VOCABULARY = 64, 2, 31
+LINEAR = LAYERS * ([(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)])  # d_in, d_out of a tiny Llama's layers
+
+
+@pytest.fixture
+def load(tiny):
+    return lambda precision="fp32": load_model(tiny / "models" / "smollm2_135m", Precision(precision), CPU)
+
+
+def lora(r: int = 4, **changes: Any) -> PeftAdapter:
+    from peft import LoraConfig
+
+    merge = changes.pop("merge", False)
+    return PeftAdapter(LoraConfig(**{"task_type": "CAUSAL_LM", "r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", **changes}), merge)
+
+
+def soft_prompt(tokens: int = 6, **changes: Any) -> PeftAdapter:
+    from peft import PromptTuningConfig
+
+    return PeftAdapter(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens), **changes)
+
+
+def perturbed(model: Any) -> Any:
+    """What is trained moved off its initial value, as training would."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits.float()
+
+
+@pytest.mark.parametrize("r", [1, 2, 8])
+def test_lora_trains_r_times_the_widths_of_every_linear_layer(load, r):
+    trainable, total = parameters(lora(r).wrap(load()))
+    assert trainable == sum(r * (d_in + d_out) for d_in, d_out in LINEAR)
+    assert total - trainable == parameters(load())[1]
+
+
+def test_lora_of_rank_2_on_512_by_512_trains_2048():
+    from peft import LoraConfig
+
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512, bias=False)).requires_grad_(False)
+    assert parameters(PeftAdapter(LoraConfig(r=2, target_modules=["0"])).wrap(model)) == (2048, 512 * 512 + 2048)
+
+
+def test_lora_over_nf4_counts_every_value_of_the_base(load):
+    trainable, total = parameters(lora(2).wrap(load("nf4")))
+    assert trainable == sum(2 * (d_in + d_out) for d_in, d_out in LINEAR) and total - trainable == parameters(load())[1]
+
+
+def test_prompt_tuning_trains_tokens_times_width(load):
+    assert parameters(soft_prompt(6).wrap(load()))[0] == 6 * HIDDEN
+
+
+def test_full_fine_tuning_trains_everything_in_fp32_and_serves_the_bases_dtype(load):
+    base = load("bf16")
+    model = Full().wrap(base)
+    trainable, total = parameters(model)
+    assert trainable == total and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in Full().served(model, torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "nf4"])
+def test_adapter_weights_are_fp32_in_every_precision(load, precision):
+    model = lora().wrap(load(precision))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+# The tolerance is on logits of about 2: rounding of fp32 sums, of int8 activations (the attached base rounds those too,
+# the merged one does not) and of bf16 weights.
+@pytest.mark.parametrize(("precision", "tolerance", "options"), [
+    ("fp32", 1e-5, {}), ("nf4", 1e-5, {}), ("int8", 0.1, {}), ("bf16", 0.05, {}), ("fp32", 1e-5, {"use_dora": True}), ("nf4", 1e-5, {"use_dora": True}),
+    ("fp32", 1e-5, {"use_rslora": True}),
+])
+def test_merged_and_attached_agree(load, precision, tolerance, options):
+    method = lora(**options)
+    model = perturbed(method.wrap(load(precision)))
+    attached = logits(model)
+    assert float((attached - logits(load(precision))).abs().max()) > 0.1, "the adapter does something"
+    merged = method.merged(model)
+    assert float((logits(merged) - attached).abs().max()) < tolerance
+    assert not hasattr(merged, "peft_config") and not getattr(merged, "quantization_method", None)
+    assert parameters(merged)[1] == parameters(load())[1]
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_one_evaluation_does_not_change_the_gradients_over_a_quantised_base(load, precision):
+    def gradients(evaluate_first: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = perturbed(lora().wrap(load(precision)))
+        if evaluate_first:
+            logits(model)
+        model.train()
+        torch.nn.functional.cross_entropy(model(input_ids=IDS).logits.float().flatten(0, 1), IDS.flatten()).backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    plain = gradients(False)
+    assert all(float(g.abs().max()) > 0 for g in plain)
+    for one, other in zip(plain, gradients(True), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+METHODS = {
+    "zero_shot": [], "few_shot": ["method.k=3"], "full": [], "lora": [], "qlora": [], "prompt_tuning": [], "step_by_step": [],
+    "lora merged": ["technique=lora", "method.merge=true"], "qlora merged": ["technique=qlora", "method.merge=true"],
+    "step_by_step lora": ["technique=step_by_step", "method=lora"], "full bf16": ["technique=full", "precision=bf16"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_saved_is_what_was_scored(overrides, tmp_path, name):
+    """Train a little, save, load onto an untouched base: the same predictions, to the last digit that is written."""
+    given = METHODS[name] if name.partition(" ")[2] else [f"technique={name}", *METHODS[name]]
+    cfg = compose([*overrides, *given, "train_rows=16", "train.epochs=2", "train.batch_size=8", "train.lr=5e-3"])
+    result = cell.run(cfg, folder=tmp_path / "cell")
+    held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    found, score = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
+    assert [p["prediction"] for p in found] == [p["prediction"] for p in held]
+    assert score.accuracy == result.test.accuracy and score.nll == pytest.approx(result.test.nll, abs=1e-6)
+    for one, other in zip(found, held, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=2e-6)
+    written = folder_bytes(tmp_path / "cell" / "artefact") - (tmp_path / "cell" / "artefact" / "artefact.json").stat().st_size
+    assert result.size.artefact_bytes == written
+    if name != "zero_shot":
+        base = cell.run(compose([*overrides, "technique=zero_shot", *[g for g in given if g.startswith("precision")]]), splits=("test",))
+        assert abs(base.test.nll - result.test.nll) > 1e-4, "the artefact does something"
+
+
+def test_a_merged_artefact_is_a_whole_model_that_needs_no_adapter_library(overrides, tmp_path):
+    cfg = compose([*overrides, "technique=qlora", "method.merge=true", "train.steps=2", "train.lr=5e-3"])
+    cell.run(cfg, folder=tmp_path / "cell")
+    artefact = tmp_path / "cell" / "artefact"
+    assert not (artefact / "adapter_config.json").exists() and "quantization_config" not in read_json(artefact / "config.json")
+    assert parameters(Full().load(load_model(artefact_base(cfg), Precision("fp32"), CPU), artefact)[0])[1] == VOCABULARY * HIDDEN + sum(
+        d_in * d_out for d_in, d_out in LINEAR) + (2 * LAYERS + 1) * HIDDEN
+
+
+def artefact_base(cfg: Any) -> Path:
+    return Path(cfg.paths.models) / cfg.model.name
+
+
+@pytest.mark.parametrize("value", [0, -1, -8])
+@pytest.mark.parametrize("key", ["r", "num_virtual_tokens"])
+def test_a_rank_or_prompt_below_1_is_named(key, value):
+    technique = "lora" if key == "r" else "prompt_tuning"
+    with pytest.raises(UserError, match=rf"method\.config\.{key} is {value}; it must be a whole number of at least 1"):
+        build(compose([f"technique={technique}", f"method.config.{key}={value}"]).method, "method")
+
+
+def test_a_rank_that_is_no_whole_number_is_named():
+    for value in ("2.5", "many", "true"):
+        with pytest.raises(UserError, match=r"method\.config\.r is .*; it must be a whole number of at least 1"):
+            build(compose(["technique=lora", f"method.config.r={value}"]).method, "method")
+
+
+def test_a_soft_prompt_cannot_be_merged():
+    with pytest.raises(UserError, match=r"PROMPT_TUNING cannot be merged into the base; set method\.merge=false"):
+        soft_prompt(merge=True)
+    assert not soft_prompt().merges and lora().merges and not Full().merges
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_full_fine_tuning_of_a_quantised_base_is_refused(precision):
+    with pytest.raises(UserError, match=rf"full fine-tuning cannot train {precision} weights; choose precision=auto, fp32 or bf16, or technique=qlora"):
+        Full().check(precision)
+    Full().check("bf16")
+    lora().check(precision)
+
+
+def test_target_modules_that_the_model_lacks_are_one_sentence(load):
+    with pytest.raises(UserError, match=r"this adapter does not fit the model: .*c_attn") as caught:
+        lora(target_modules=["c_attn"]).wrap(load())
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_shown_of_a_method():
+    assert lora(4, lora_dropout=0.1).hyperparameters() == {"r": 4, "alpha": 8, "dropout": 0.1}
+    assert lora(4, use_dora=True, merge=True).hyperparameters() == {"r": 4, "alpha": 8, "dropout": 0.0, "use_dora": True, "merge": True}
+    assert soft_prompt(6).hyperparameters() == {"virtual_tokens": 6} and FewShot(3).hyperparameters() == {"k": 3} and Full().hyperparameters() == {}
+    names = [m.name for m in (lora(), soft_prompt(), Full(), FewShot(1), Untouched(), Teacher())]
+    assert names == ["lora", "prompt_tuning", "full", "few_shot", "none", "teacher"]
+
+
+def test_two_cells_can_wrap_with_one_config(load):
+    method = lora()
+    before = repr(method.config)
+    method.wrap(load())
+    assert repr(method.config) == before, "PEFT writes into the config it is given; the method's own stays"
+
+
+def shots(count: int) -> list[Example]:
+    return [Example(f"prompt {i}", "abc"[i % 3]) for i in range(count)]
+
+
+def test_demonstrations_are_drawn_by_seed_and_balanced():
+    method = FewShot(6)
+    chosen = method.prepare(shots(30), 0)
+    assert sorted(c["answer"] for c in chosen) == list("aabbcc") and len({c["prompt"] for c in chosen}) == 6
+    assert chosen == method.prepare(shots(30), 0) != method.prepare(shots(30), 1)
+    assert {tuple(sorted(c["answer"] for c in FewShot(2).prepare(shots(30), s))) for s in range(20)} > {("a", "b")}, "which answers come is drawn too"
+    orders = {tuple(c["answer"] for c in method.prepare(shots(30), s)) for s in range(10)}
+    assert len(orders) > 1, "and so is their order"
+
+
+def test_rare_answers_do_not_keep_k_from_being_reached():
+    rows = [Example("rare", "a"), *[Example(f"common {i}", "b") for i in range(9)]]
+    assert sorted(c["answer"] for c in FewShot(5).prepare(rows, 0)) == list("abbbb")
+
+
+def test_more_demonstrations_than_rows():
+    with pytest.raises(UserError, match=r"method\.k=8, but there are 5 training rows; lower k or raise train_rows"):
+        FewShot(8).prepare(shots(5), 0)
+    with pytest.raises(UserError, match=r"method\.k is 0; few-shot needs at least 1 demonstration"):
+        FewShot(0)
+
+
+def test_the_prompt_of_few_shot():
+    state = [{"prompt": "p1", "answer": "a1"}, {"prompt": "p2", "answer": "a2"}]
+    assert FewShot(2).prompt("p3", state) == "p1 a1\n\np2 a2\n\np3"
+    assert FewShot(2, "\n", " = ").prompt("p3", state) == "p1 = a1\np2 = a2\np3"
+
+
+def test_the_teacher_answers_from_its_rows():
+    rationales = {"1": {"answer": "yes"}, "2": {"answer": None}}
+    assert Teacher().answers([{"id": "1"}, {"id": "2"}], rationales) == ["yes", ""]
+    with pytest.raises(UserError, match=r"the teacher has no row for '3'; choose teacher=lexicon or stored and run python -m pipeline\.rationales"):
+        Teacher().answers([{"id": "3"}], rationales)
+
+
+def test_the_defaults_train_nothing():
+    method = Method()
+    assert not method.trains and not method.merges and method.prompt("p", None) == "p" and method.load("base", Path())[0] == "base"
+    with pytest.raises(UserError, match="leaves nothing that could be merged"):
+        method.merged(None)
