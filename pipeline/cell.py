@@ -58,11 +58,17 @@ def folder_of(cfg: DictConfig) -> Path:
     return Path(cfg.paths.results) / cfg.experiment / name(cfg)
 
 
-def fingerprint(cfg: DictConfig) -> str:
-    """Hash of what decides a cell's outcome: its config, data and base model. Not where files lie or are tracked."""
+def decides(cfg: DictConfig) -> dict[str, Any]:
+    """What of a cell's config decides its outcome: not where files lie, how progress is shown or where it is tracked."""
     raw = {k: v for k, v in plain(cfg).items() if k not in ("paths", "tracking", "sweep", "variant", "cell", "split", "memory_limit_gb")}
     raw["train"].pop("progress", None)
     raw["train"].pop("checkpoint_every_s", None)
+    return raw
+
+
+def fingerprint(cfg: DictConfig) -> str:
+    """Hash of what decides a cell's outcome: its config, data and base model."""
+    raw = decides(cfg)
     for path in (Path(cfg.paths.data) / cfg.task.name, Path(cfg.paths.models) / cfg.model.name):
         raw[path.name] = sha256(path / "manifest.json") if (path / "manifest.json").exists() else None
     return hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -124,6 +124,7 @@ def _command_line(run: Callable[[DictConfig], int | None]) -> int:
         global _overrides
         nonlocal code
         _overrides = list(HydraConfig.get().overrides.task)
+        GlobalHydra.instance().clear()  # `run` may compose further cells
         try:
             code = max(code, run(cfg) or 0)
         except UserError as error:  # not through Hydra, which would print a line of its own

@@ -1,0 +1,58 @@
+"""What decides the outcome of every cell of an experiment: its composed config, and the code of its method and objective.
+
+    python -m pipeline.plan experiments=quick
+
+Writes plans/<experiment>/<cell>.json. In experiments/<name>/dvc.yaml a cell depends on its own plan, so that a changed value
+under conf/ (not a comment) or a changed method reruns the cells that are composed of it, and no others.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline import cell
+from pipeline.cells import grid, grid_overrides
+from pipeline.config import ROOT, compose, entry, task_overrides
+from pipeline.files import UserError, atomic_path, sha256, write_json
+
+
+def run(cfg: DictConfig) -> int:
+    """Plan the cells of the grid."""
+    cells = [compose(overrides) for overrides in grid_overrides(task_overrides())]
+    check(cfg.experiment, cells)
+    folder = Path(cfg.paths.plans) / cfg.experiment
+    with atomic_path(folder) as beside:
+        for one in cells:
+            write_json(beside / f"{cell.name(one)}.json", plan(one))
+    print(f"{folder}: {len(cells)} cells")
+    return 0
+
+
+def plan(cfg: DictConfig) -> dict[str, Any]:
+    """config: what decides the cell's outcome, resolved; code: sha256 of the files that define its method and objective."""
+    config = cell.decides(cfg) | {"memory_limit_gb": cfg.memory_limit_gb}
+    modules = {config[group]["_target_"].rpartition(".")[0] for group in ("method", "objective")}
+    files = [ROOT / f"{module.replace('.', '/')}.py" for module in sorted(modules)]
+    return {"config": config, "code": {p.relative_to(ROOT).as_posix(): sha256(p) for p in files if p.exists()}}
+
+
+def check(experiment: str, cells: list[DictConfig]) -> None:
+    """Raise UserError where params.yaml, from which DVC knows what a cell reads, names another task, model or teacher."""
+    known = grid(experiment)
+    for key in ("task", "model", "teacher"):
+        composed = {c[key].name for c in cells}
+        if composed != {known.get(key)}:
+            raise UserError(
+                f"experiments/{experiment}/params.yaml has {key}: {known.get(key)}, but its cells compose {', '.join(sorted(composed))}; "
+                f"make experiments/{experiment}.yaml and params.yaml agree"
+            )
+
+
+main = entry(run)
+
+if __name__ == "__main__":
+    sys.exit(main())
