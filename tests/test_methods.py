@@ -43,9 +43,10 @@ def soft_prompt(tokens: int = 6, **changes: Any) -> PeftAdapter:
     return PeftAdapter(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens), **changes)
 
 
-def perturbed(model: Any) -> Any:
-    """What is trained moved off its initial value, as training would."""
+def perturbed(method: PeftAdapter, base: Any) -> Any:
+    """The wrapped base with what is trained moved off its initial value, as training would; the same each time."""
     torch.manual_seed(1)
+    model = method.wrap(base)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -55,6 +56,11 @@ def perturbed(model: Any) -> Any:
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         return model(input_ids=IDS).logits.float()
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative error."""
+    return float((one - other).norm() / other.norm())
 
 
 @pytest.mark.parametrize("r", [1, 2, 8])
@@ -94,19 +100,19 @@ def test_adapter_weights_are_fp32_in_every_precision(load, precision):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-# The tolerance is on logits of about 2: rounding of fp32 sums, of int8 activations (the attached base rounds those too,
-# the merged one does not) and of bf16 weights.
+# The tolerance is on the relative error of the logits: fp32 sums in another order; int8, where the attached base rounds
+# its activations too and the merged one does not; bf16, where the sum of base and adapter is rounded once more.
 @pytest.mark.parametrize(("precision", "tolerance", "options"), [
-    ("fp32", 1e-5, {}), ("nf4", 1e-5, {}), ("int8", 0.1, {}), ("bf16", 0.05, {}), ("fp32", 1e-5, {"use_dora": True}), ("nf4", 1e-5, {"use_dora": True}),
+    ("fp32", 1e-5, {}), ("nf4", 1e-5, {}), ("int8", 0.05, {}), ("bf16", 0.03, {}), ("fp32", 1e-5, {"use_dora": True}), ("nf4", 1e-5, {"use_dora": True}),
     ("fp32", 1e-5, {"use_rslora": True}),
 ])
 def test_merged_and_attached_agree(load, precision, tolerance, options):
     method = lora(**options)
-    model = perturbed(method.wrap(load(precision)))
+    model = perturbed(method, load(precision))
     attached = logits(model)
-    assert float((attached - logits(load(precision))).abs().max()) > 0.1, "the adapter does something"
+    assert apart(logits(load(precision)), attached) > 0.1, "the adapter does something"
     merged = method.merged(model)
-    assert float((logits(merged) - attached).abs().max()) < tolerance
+    assert apart(logits(merged), attached) < tolerance
     assert not hasattr(merged, "peft_config") and not getattr(merged, "quantization_method", None)
     assert parameters(merged)[1] == parameters(load())[1]
 
@@ -114,8 +120,7 @@ def test_merged_and_attached_agree(load, precision, tolerance, options):
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_one_evaluation_does_not_change_the_gradients_over_a_quantised_base(load, precision):
     def gradients(evaluate_first: bool) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        model = perturbed(lora().wrap(load(precision)))
+        model = perturbed(lora(), load(precision))
         if evaluate_first:
             logits(model)
         model.train()
