@@ -23,7 +23,7 @@ from pipeline.data import Encoder, Rows, load_rationales, load_rows
 from pipeline.files import UserError, atomic_path, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
 from pipeline.measure import Meter, PeakMemory
 from pipeline.methods.base import Method
-from pipeline.model import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, parameters, resolve
+from pipeline.model import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, most_tokens, parameters, resolve
 from pipeline.objectives.base import Objective
 from pipeline.results import SHARED_PROCESS, Forgetting, Inference, Memory, Result, Score, Size, Teacher, Work, write
 from pipeline.settings import Settings, read
@@ -227,8 +227,7 @@ class Cell:
         self.base = load_model(folder, self.settings.precision, self.device, self.shared.stored.get(folder))
         if cfg.model.get("note"):
             self.notes.append(cfg.model.note)
-        context = getattr(self.base.config, "max_position_embeddings", None) or self.settings.train.max_length
-        self.encoder = Encoder(self.tokenizer, self.settings.task, min(context, self.settings.train.max_length), self.settings.train.too_long)
+        self.encoder = Encoder(self.tokenizer, self.settings.task, most_tokens(self.base, self.settings.train.max_length), self.settings.train.too_long)
 
     def _note(self, note: str | None) -> None:
         if note:

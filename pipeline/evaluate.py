@@ -40,11 +40,13 @@ def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[di
     """Predictions and score of an artefact, from the files alone.
 
     Raises:
-        UserError: no such split or artefact, or a technique whose answers come without a model.
+        UserError: no such split or artefact, a damaged one, or a technique whose answers come without a model.
     """
+    from safetensors import SafetensorError
+
     from pipeline import scoring
     from pipeline.data import Encoder
-    from pipeline.model import device_of, load_model, load_tokenizer, resolve
+    from pipeline.model import device_of, load_model, load_tokenizer, most_tokens, resolve
     from pipeline.settings import read
 
     settings, method, objective = read(cfg), build(cfg.method, "method"), build(cfg.objective, "objective")
@@ -56,8 +58,12 @@ def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[di
     device = device_of(cfg.device)
     folder = Path(cfg.paths.models) / cfg.model.name
     tokenizer = load_tokenizer(folder)
-    model, state = method.load(load_model(folder, settings.precision, device), artefact)
-    encoder = Encoder(tokenizer, settings.task, settings.train.max_length, settings.train.too_long)
+    base = load_model(folder, settings.precision, device)
+    encoder = Encoder(tokenizer, settings.task, most_tokens(base, settings.train.max_length), settings.train.too_long)
+    try:
+        model, state = method.load(base, artefact)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{artefact} cannot be loaded ({' '.join(str(error).split())}); run the cell again, or dvc checkout it") from error
     scorer = scoring.Scorer(model, encoder, settings.task, lambda p: method.prompt(objective.prompt(p), state), settings.evaluate.batch_tokens,
                             device, resolve(settings.precision, device)[1])
     predictions = scorer.predict(rows)
@@ -70,11 +76,10 @@ def _rows(cfg: DictConfig, split: str) -> list[dict]:
     folder = Path(cfg.paths.data) / cfg.task.name
     kinds = {"test": cfg.evaluate.test_rows, "validation": None}
     limit = kinds[split] if split in kinds else cfg.evaluate.transfer_rows
-    path = folder / f"{split}.jsonl"
-    if (split not in kinds and not split.startswith("transfer/")) or not path.exists():
-        there = ["validation", "test", *(f"transfer/{p.stem}" for p in sorted((folder / "transfer").glob("*.jsonl")))]
+    there = ["validation", "test", *(f"transfer/{p.stem}" for p in sorted((folder / "transfer").glob("*.jsonl")))]
+    if split not in there:
         raise UserError(f"unknown split {split!r} of {folder}; there are: {', '.join(there)}")
-    return read_jsonl(path)[:limit]
+    return read_jsonl(folder / f"{split}.jsonl")[:limit]
 
 
 main = entry(run)

@@ -129,6 +129,11 @@ def quiet() -> Any:
         logging.set_verbosity(before)
 
 
+def most_tokens(model: Any, wanted: int) -> int:
+    """`wanted`, or the model's context where that is less."""
+    return min(wanted, getattr(model.config, "max_position_embeddings", None) or wanted)
+
+
 def memory_bytes(model: Any) -> int:
     """Bytes of parameters and buffers, quantisation constants included."""
     constants = quantisation_bytes(model)
