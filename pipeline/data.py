@@ -111,8 +111,8 @@ class Encoder:
             return None
         if self.too_long == "error":
             raise UserError(
-                f"{count} texts of {what} are longer than train.max_length={self.max_length} tokens; "
-                "raise train.max_length (up to the model's context) or set train.too_long=truncate"
+                f"{count} texts of {what} are longer than {self.max_length} tokens (train.max_length, at most the model's context); "
+                "raise train.max_length if the context allows it, or set train.too_long=truncate"
             )
         return f"{count} texts of {what} longer than {self.max_length} tokens lost their start"
 

@@ -159,7 +159,7 @@ def test_long_texts_are_counted_and_refused(tokenizer):
     strict = encoder(tokenizer, max_length=5)
     for words in (3, 4, 5, 9):
         strict.example(Example(" ".join(["film"] * words), "positive"))
-    with pytest.raises(UserError, match=r"2 texts of the training rows are longer than .*5 tokens; raise train\.max_length .* or set train\.too_long=truncate"):
+    with pytest.raises(UserError, match=r"2 texts of the training rows are longer than 5 tokens .*; raise train\.max_length .* or set train\.too_long=truncate"):
         strict.check("the training rows")
 
 
