@@ -251,6 +251,7 @@ class Cell:
             self.counts = parameters(self.model)
             self.scorer = scoring.Scorer(self.model, self.encoder, self.settings.task, self._prompt, self.settings.evaluate.batch_tokens,
                                          self.device, self.dtype)
+            self.notes += self.scorer.check({split: found for split, found in self.rows.scored.items() if self._wants(split.partition("/")[0])})
             if self.method.trains:
                 examples = [[self.encoder.example(e) for e in self.objective.examples(row, self.settings.task, rationales.get(row["id"]))] for row in rows]
                 self._note(self.encoder.check("the training rows"))
@@ -296,7 +297,6 @@ class Cell:
 
     def _predict(self, split: str, rows: list[dict]) -> None:
         found = self.scorer.predict(rows)
-        self._note(self.encoder.check(f"the {split} rows"))
         self.predictions += [{"split": split, **p} for p in found]
         self.scores[split] = scoring.score(found, self.settings.task)
 

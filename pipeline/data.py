@@ -73,8 +73,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, task: Task, max_length: int, too_long: str) -> None:
         self.tokenizer, self.task, self.max_length, self.too_long = tokenizer, task, max_length, too_long
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.truncated = 0
-        """Examples whose prompt's start was cut so far."""
+        self._cut: set[tuple[int, ...]] = set()
+        self._told = 0
 
     def prompt(self, text: str) -> list[int]:
         if self.task.format == "chat":
@@ -101,12 +101,12 @@ class Encoder:
         excess = len(prompt) + room - self.max_length
         if excess <= 0:
             return prompt
-        self.truncated += 1
+        self._cut.add(tuple(prompt))
         return prompt[excess:] if excess < len(prompt) else prompt[-1:]
 
     def check(self, what: str) -> str | None:
-        """A note on how many texts were cut since the last check, or UserError where that is not allowed."""
-        count, self.truncated = self.truncated, 0
+        """A note on how many texts were cut that no check has told of yet, or UserError where that is not allowed."""
+        count, self._told = len(self._cut) - self._told, len(self._cut)
         if not count:
             return None
         if self.too_long == "error":
@@ -128,6 +128,11 @@ class Rows:
     manifest: dict[str, Any]
     rationales: dict[str, dict]
     """By row id; empty without a teacher."""
+
+    @property
+    def scored(self) -> dict[str, list[dict]]:
+        """The rows that are answered, by the split's name in a result."""
+        return {"validation": self.validation, "test": self.test, **{f"transfer/{name}": rows for name, rows in self.transfer.items()}}
 
 
 def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, validation_share: float, test_rows: int | None,
@@ -155,7 +160,9 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
 
 
 def load_rationales(folder: Path) -> dict[str, dict]:
-    """A teacher's rows by row id. Raises UserError if the stage has not run."""
+    """A teacher's rows by row id. Raises UserError if there is no teacher or its stage has not run."""
+    if folder.name == "none":
+        raise UserError("this technique learns from a teacher, but teacher=none; choose teacher=lexicon or stored")
     path = folder / "rationales.jsonl"
     if not path.exists():
         raise UserError(f"{path} does not exist; run: python -m pipeline.rationales task={folder.parent.name} teacher={folder.name}")

@@ -66,8 +66,9 @@ def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[di
         raise UserError(f"{artefact} cannot be loaded ({' '.join(str(error).split())}); run the cell again, or dvc checkout it") from error
     scorer = scoring.Scorer(model, encoder, settings.task, lambda p: method.prompt(objective.prompt(p), state), settings.evaluate.batch_tokens,
                             device, resolve(settings.precision, device)[1])
+    for note in scorer.check({split: rows}):
+        print(f"note: {note}")
     predictions = scorer.predict(rows)
-    encoder.check(f"the {split} rows")
     return [{"split": split, **p} for p in predictions], scoring.score(predictions, settings.task)
 
 

@@ -52,6 +52,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 beside.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise UserError if nothing could be written at `path`; makes nothing itself."""
+    there = next(p for p in Path(path).absolute().parents if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"cannot write {path}: {there} is not a folder that may be written to; mend the path")
+
+
 def _disk_is_full(folder: Path, error: Exception) -> bool:
     # safetensors raises an error of its own and torch.save a RuntimeError that does not tell why
     return "No space left on device" in str(error) or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20)

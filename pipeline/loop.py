@@ -152,7 +152,7 @@ class Loop:
 
                 return PagedAdamW32bit(groups, **options)
             self.notes.append("paged_adamw needs a GPU; plain AdamW ran on the CPU")
-        return torch.optim.AdamW(groups, **options)
+        return torch.optim.AdamW(groups, fused=True, **options)
 
     def _step(self, step: int) -> None:
         """Forward, loss, backward over the step's micro-batches, then clipping and the update."""
@@ -183,7 +183,7 @@ class Loop:
         self._pending.clear()
         if self.state.history:
             seconds = self.state.train_s + self.meter.seconds("train")
-            bar.set_postfix(loss=f"{self.state.history[-1]['loss']:.3f}", tokens_per_s=f"{self.state.tokens / max(seconds, 1e-9):.0f}")
+            bar.set_postfix(loss=f"{self.state.history[-1]['loss']:.3f}", tokens_per_s=f"{self.state.tokens / max(seconds, 1e-9):.0f}", refresh=False)
 
     def _validate(self, bar: Any) -> None:
         """Score validation and keep the weights if they are the best so far (ties: the lower nll)."""

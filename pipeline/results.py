@@ -1,6 +1,7 @@
 """The result of one cell as frozen dataclasses, and their JSON. Units stand in the field names.
 
-Library. `results/<experiment>/<cell>/result.json` is the truth; MLflow and the report are made from it.
+Library. `results/<experiment>/<cell>/result.json` is the truth; MLflow and the report are made from it, and metrics.json
+beside it, an extract for `dvc metrics`.
 A field that was not measured is null, never zero.
 """
 
@@ -174,8 +175,18 @@ class Result:
         return self.scores.get("test")
 
 
+def figures(result: Result) -> dict[str, float]:
+    """The few figures that `dvc metrics show` lists, by name; what was not measured is left out."""
+    found = {split: getattr(result.scores[split], result.metric) for split in ("test", "validation") if split in result.scores}
+    for part, names in ((result.phases, ("train_s", "wall_s")), (result.memory, ("peak_bytes",)), (result.size, ("trainable", "artefact_bytes")),
+                        (result.inference, ("latency_s",))):
+        found |= {name: getattr(part, name) for name in names if part is not None}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def write(folder: str | Path, result: Result) -> None:
-    """Write result.json in a cell's folder, whole or not at all."""
+    """Write metrics.json and result.json in a cell's folder, each whole or not at all; result.json comes last."""
+    write_json(Path(folder) / "metrics.json", figures(result))
     write_json(Path(folder) / "result.json", dataclasses.asdict(result))
 
 

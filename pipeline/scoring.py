@@ -150,6 +150,23 @@ class Scorer:
         self.model, self.encoder, self.task, self.prompt = model, encoder, task, prompt
         self.batch_tokens, self.device, self.dtype = batch_tokens, device, dtype
 
+    def items(self, rows: Sequence[dict]) -> list[tuple[list[int], list[list[int]]]]:
+        """(prompt ids, [choice ids, …]) a row, the prompt cut so that its answer fits; no choices where it is generated."""
+        found = []
+        for row in rows:
+            choices = [self.encoder.answer(c) for c in row["choices"]] if self.task.scoring == "choice" else []
+            room = max(map(len, choices)) if choices else self.task.max_new_tokens
+            found.append((self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])), room), choices))
+        return found
+
+    def check(self, splits: dict[str, list[dict]]) -> list[str]:
+        """Notes on texts that will be cut. Raises UserError where that is not allowed, before any work is done."""
+        notes = []
+        for split, rows in splits.items():
+            self.items(rows)
+            notes.append(self.encoder.check(f"the {split} rows"))
+        return [note for note in notes if note]
+
     def predict(self, rows: Sequence[dict]) -> list[dict]:
         """One prediction a row: {id, answer, prediction, correct, scores | output}."""
         if not rows:
@@ -158,11 +175,7 @@ class Scorer:
         return self._choose(rows) if self.task.scoring == "choice" else self._generate(rows)
 
     def _choose(self, rows: Sequence[dict]) -> list[dict]:
-        items = []
-        for row in rows:
-            choices = [self.encoder.answer(c) for c in row["choices"]]
-            items.append((self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])), max(map(len, choices))), choices))
-        scores = choice_log_likelihoods(self.model, items, self.batch_tokens, self.encoder.pad_id, self.device, self.dtype)
+        scores = choice_log_likelihoods(self.model, self.items(rows), self.batch_tokens, self.encoder.pad_id, self.device, self.dtype)
         found = []
         for row, values in zip(rows, scores, strict=True):
             lengths = [len(c) if self.task.length_normalised else 1 for c in row["choices"]]
@@ -175,8 +188,7 @@ class Scorer:
         return found
 
     def _generate(self, rows: Sequence[dict]) -> list[dict]:
-        room = self.task.max_new_tokens
-        prompts = [self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])), room) for row in rows]
+        prompts, room = [prompt for prompt, _ in self.items(rows)], self.task.max_new_tokens
         outputs = generate(self.model, prompts, room, self.batch_tokens, self.encoder.tokenizer, self.encoder.pad_id, self.device, self.dtype)
         found = []
         for row, output in zip(rows, outputs, strict=True):

@@ -14,9 +14,10 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig
 
-from pipeline.config import plain
+from pipeline.config import CONF, plain
 from pipeline.files import UserError
 
 
@@ -163,6 +164,7 @@ class Settings:
 def read(cfg: DictConfig) -> Settings:
     """The checked settings of a composed config. Raises UserError naming the key."""
     raw = plain(cfg)
+    _known_keys(raw)
     for key, hint, least in (("seed", int, 0), ("train_rows", int | None, 1), ("memory_limit_gb", float | None, 0)):
         value = _coerce(raw[key], hint, key)
         if value is not None:
@@ -172,6 +174,17 @@ def read(cfg: DictConfig) -> Settings:
     raw["task"] = {k: v for k, v in raw["task"].items() if k in own}
     values = {f.name: build(typing.get_type_hints(Settings)[f.name], raw[f.name], f.name) for f in dataclasses.fields(Settings)}
     return Settings(**values)
+
+
+def _known_keys(raw: dict[str, Any]) -> None:
+    """An experiment file adds keys unchecked; those at the top and below paths must be conf/config.yaml's."""
+    held = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    groups = [name for entry in held["defaults"] if isinstance(entry, dict) for name in entry]
+    for values, known, prefix in ((raw, [*held, *groups], ""), (raw["paths"], list(held["paths"]), "paths.")):
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                raise UserError(f"unknown config key '{prefix}{key}'{f', did you mean {near[0]!r}?' if near else ''}; conf/config.yaml lists those there are")
 
 
 def build(cls: Any, values: dict[str, Any], prefix: str) -> Any:

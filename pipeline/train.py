@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from pipeline import cell, tracking
 from pipeline.config import entry
-from pipeline.files import UserError
+from pipeline.files import UserError, check_writable
 from pipeline.measure import process_start
 from pipeline.results import Result
 from pipeline.scoring import headline
@@ -33,6 +33,7 @@ def run_cell(cfg: DictConfig, shared: cell.Shared | None, started: float | None)
     """One cell in a child process; 0 once its result is on disk."""
     cell.read(cfg)  # a misspelt key is told before anything is started
     folder = cell.folder_of(cfg)
+    check_writable(folder)
     limit = cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30)
 
     def work() -> int:
