@@ -92,3 +92,9 @@ def test_all_results_below_a_folder_come_in_path_order(tmp_path):
 def test_a_result_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         result().status = "oom"  # type: ignore[misc]
+
+
+def test_the_figures_for_dvc_are_those_of_the_result_without_what_was_not_measured(tmp_path):
+    write(tmp_path, result(metric="accuracy"))
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures == {"test": 0.8, "train_s": 2.0, "wall_s": 6.0, "trainable": 10, "artefact_bytes": 400, "latency_s": 0.01}
