@@ -43,8 +43,8 @@ def run_cell(cfg: DictConfig, shared: cell.Shared | None, started: float | None)
 
     done = run_in_child(work, limit)
     if done.out_of_memory:
-        print(summary(cell.write_oom(cfg, done.out_of_memory)))
-        return 0
+        reason = done.out_of_memory
+        done = run_in_child(lambda: print(summary(cell.write_oom(cfg, reason))) or 0)  # what it imports stays out of this process
     if done.code > 128 and done.code != 130:
         raise UserError(f"cell {cell.name(cfg)} was ended by signal {done.code - 128}; run the same command again, it goes on from its last checkpoint")
     return done.code
