@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 from pipeline import cell, cells, supervise, train
 from pipeline.config import compose
 from pipeline.files import UserError
 from pipeline.measure import child_rss
-from pipeline.results import read
+from pipeline.results import Result, read
 from pipeline.supervise import Outcome, run_in_child
 
 MIB = 2**20
@@ -147,6 +148,16 @@ def test_a_cell_beyond_the_memory_limit_is_a_row_keyed_with_the_hardware(overrid
     assert cells.is_done(cfg), "on this hardware it is done"
     bigger(folder / "result.json")
     assert not cells.is_done(cfg), "on other hardware it runs again"
+
+
+def test_the_out_of_memory_row_is_written_in_a_child_so_that_this_process_stays_fit_to_fork(overrides, imports, tmp_path, monkeypatch):
+    def write_oom(cfg: DictConfig, error: str) -> Result:
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        raise UserError("cannot write result.json")
+
+    monkeypatch.setattr(cell, "write_oom", write_oom)
+    assert train.main([*overrides, "technique=lora", "train_rows=16", "memory_limit_gb=0.01"]) == 2, "a row that cannot be written is told"
+    assert int((tmp_path / "pid").read_text()) != os.getpid()
 
 
 def bigger(path: Path) -> None:
