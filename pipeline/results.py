@@ -1,7 +1,6 @@
 """The result of one cell as frozen dataclasses, and their JSON. Units stand in the field names.
 
-Library. `results/<experiment>/<cell>/result.json` is the truth; MLflow and the report are made from it, and metrics.json
-beside it, an extract for `dvc metrics`.
+Library. `results/<experiment>/<cell>/result.json` is the truth; MLflow and the report are made from it.
 A field that was not measured is null, never zero.
 """
 
@@ -176,7 +175,7 @@ class Result:
 
 
 def figures(result: Result) -> dict[str, float]:
-    """The few figures that `dvc metrics show` lists, by name; what was not measured is left out."""
+    """The few figures that `dvc metrics show` lists, by name (the report writes them); what was not measured is left out."""
     found = {split: getattr(result.scores[split], result.metric) for split in ("test", "validation") if split in result.scores}
     for part, names in ((result.phases, ("train_s", "wall_s")), (result.memory, ("peak_bytes",)), (result.size, ("trainable", "artefact_bytes")),
                         (result.inference, ("latency_s",))):
@@ -185,8 +184,7 @@ def figures(result: Result) -> dict[str, float]:
 
 
 def write(folder: str | Path, result: Result) -> None:
-    """Write metrics.json and result.json in a cell's folder, each whole or not at all; result.json comes last."""
-    write_json(Path(folder) / "metrics.json", figures(result))
+    """Write result.json in a cell's folder, whole or not at all."""
     write_json(Path(folder) / "result.json", dataclasses.asdict(result))
 
 

@@ -60,7 +60,7 @@ def test_an_untrained_lora_is_the_base(overrides, tmp_path):
 def test_the_files_of_a_cell(overrides, tmp_path):
     result = run(overrides, "technique=lora", "train.steps=3", folder=tmp_path / "cell")
     assert read(tmp_path / "cell") == result
-    assert {p.name for p in (tmp_path / "cell").iterdir()} == {"result.json", "metrics.json", "predictions.jsonl", "history.csv", "artefact"}
+    assert {p.name for p in (tmp_path / "cell").iterdir()} == {"result.json", "predictions.jsonl", "history.csv", "artefact"}
     splits = [p["split"] for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl")]
     assert splits.count("test") == result.test.rows == 48
     assert splits.count("validation") == result.validation_rows == round(0.2 * 64)

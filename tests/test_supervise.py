@@ -143,7 +143,7 @@ def test_a_cell_beyond_the_memory_limit_is_a_row_keyed_with_the_hardware(overrid
     assert result.status == "oom" and result.error and "memory_limit_gb" in result.error
     assert (result.technique, result.method, result.hyperparameters["r"]) == ("lora", "lora", 8)
     assert result.scores == {} and result.memory is None
-    assert sorted(p.name for p in folder.iterdir()) == ["artefact", "history.csv", "metrics.json", "predictions.jsonl", "result.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["artefact", "history.csv", "predictions.jsonl", "result.json"]
     assert (folder / "predictions.jsonl").read_text() == ""
     assert cells.is_done(cfg), "on this hardware it is done"
     bigger(folder / "result.json")
