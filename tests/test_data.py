@@ -44,7 +44,9 @@ def model(tiny):
     return load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
 
 
-def rows(tiny, train_rows: int | None, seed: int = 0, share: float = 0.2, test_rows: int | None = None, transfer_rows: int | None = None) -> Any:
+def rows(
+    tiny, train_rows: int | None, seed: int = 0, share: float = 0.2, test_rows: int | None = None, transfer_rows: int | None = None
+) -> Any:
     return load_rows(tiny / "data" / "vader_movies", TASK, train_rows, seed, share, test_rows, transfer_rows)
 
 
@@ -159,7 +161,10 @@ def test_long_texts_are_counted_and_refused(tokenizer):
     strict = encoder(tokenizer, max_length=5)
     for words in (3, 4, 5, 9):
         strict.example(Example(" ".join(["film"] * words), "positive"))
-    with pytest.raises(UserError, match=r"2 texts of the training rows are longer than 5 tokens .*; raise train\.max_length .* or set train\.too_long=truncate"):
+    with pytest.raises(
+        UserError,
+        match=r"2 texts of the training rows are longer than 5 tokens .*; raise train\.max_length .* or set train\.too_long=truncate",
+    ):
         strict.check("the training rows")
 
 

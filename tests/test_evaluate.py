@@ -24,7 +24,17 @@ def finished(tiny, tmp_path_factory) -> tuple[list[str], Path]:
         f"paths.data={tiny}/data", f"paths.models={tiny}/models", f"paths.rationales={tiny}/rationales", f"paths.results={root}/results",
         f"paths.work={root}/work", "task=vader_movies", "device=cpu", "tracking=none", "train.progress=false", "evaluate.forgetting=false",
     ]
-    cfg = compose([*given, "technique=lora", "train_rows=16", "train.steps=4", "evaluate.latency_rows=1", "evaluate.test_rows=40", "evaluate.transfer_rows=10"])
+    cfg = compose(
+        [
+            *given,
+            "technique=lora",
+            "train_rows=16",
+            "train.steps=4",
+            "evaluate.latency_rows=1",
+            "evaluate.test_rows=40",
+            "evaluate.transfer_rows=10",
+        ]
+    )
     cell.run(cfg, folder=cell.folder_of(cfg))
     return given, cell.folder_of(cfg)
 
@@ -58,7 +68,7 @@ def test_without_a_limit_every_row_is_scored(finished, tmp_path):
 
 def test_the_settings_of_the_cell_count_not_those_of_the_command(finished, tmp_path):
     assert run(finished, tmp_path, "technique=full", "seed=7", "train.max_length=2", "evaluate.test_rows=40") == 0
-    assert written(tmp_path, "test")[1]["accuracy"] == read(finished[1]).test.accuracy
+    assert written(tmp_path, "test")[1]["accuracy"] == read(finished[1]).scores["test"].accuracy
 
 
 def refused(finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture, *more: str, folder: Path | None = None) -> str:
@@ -73,7 +83,10 @@ def refused(finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("split", ["tset", "transfer/books", "transfer", "manifest", "../x", "transfer/../test"])
 def test_an_unknown_split_lists_those_there_are(finished, tmp_path, capsys, split):
     error = refused(finished, tmp_path, capsys, f"split={split}")
-    assert f"unknown split '{split}' of " in error and "there are: validation, test, transfer/news, transfer/products, transfer/tweets" in error
+    assert (
+        f"unknown split '{split}' of " in error
+        and "there are: validation, test, transfer/news, transfer/products, transfer/tweets" in error
+    )
 
 
 def test_no_cell_was_given(capsys):
@@ -95,7 +108,9 @@ def test_a_cell_that_ran_out_of_memory(finished, tmp_path, capsys):
 
 def test_a_cell_whose_artefact_is_gone(finished, tmp_path, capsys):
     write(tmp_path / "cell", read(finished[1]))
-    assert "artefact holds no artefact; run the cell again, or dvc checkout it" in refused(finished, tmp_path, capsys, folder=tmp_path / "cell")
+    assert "artefact holds no artefact; run the cell again, or dvc checkout it" in refused(
+        finished, tmp_path, capsys, folder=tmp_path / "cell"
+    )
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:100])])
@@ -110,13 +125,17 @@ def test_a_result_of_an_older_schema(finished, tmp_path, capsys):
     shutil.copytree(finished[1], tmp_path / "cell")
     raw = json.loads((tmp_path / "cell" / "result.json").read_text())
     (tmp_path / "cell" / "result.json").write_text(json.dumps({**raw, "schema": 0}))
-    assert "written by schema 0, this version reads schema 1; delete the cell's folder" in refused(finished, tmp_path, capsys, folder=tmp_path / "cell")
+    assert "written by schema 0, this version reads schema 1; delete the cell's folder" in refused(
+        finished, tmp_path, capsys, folder=tmp_path / "cell"
+    )
 
 
 def test_the_teacher_has_no_model(finished, tmp_path, capsys):
     cfg = compose([*finished[0], f"paths.results={tmp_path}/results", "technique=teacher", "teacher=lexicon"])
     cell.run(cfg, folder=cell.folder_of(cfg))
-    assert "the teacher answers without a model; its rows stand in rationales/" in refused(finished, tmp_path, capsys, folder=cell.folder_of(cfg))
+    assert "the teacher answers without a model; its rows stand in rationales/" in refused(
+        finished, tmp_path, capsys, folder=cell.folder_of(cfg)
+    )
 
 
 def test_results_that_cannot_be_written(finished, tmp_path, capsys):

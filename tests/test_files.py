@@ -104,7 +104,7 @@ def test_something_in_the_way_is_named(tmp_path, target):
     assert names(tmp_path) == ["file", "folder"] and (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.parametrize("write", [write_json, lambda path, value: write_jsonl(path, [{"a": 1}, {"b": value}])])
+@pytest.mark.parametrize("write", [write_json, lambda path, value: write_jsonl(path, iter([{"a": value}]))])
 def test_a_number_that_is_none_is_not_written(tmp_path, write):
     with pytest.raises(ValueError):
         write(tmp_path / "x", float("nan"))
@@ -112,7 +112,7 @@ def test_a_number_that_is_none_is_not_written(tmp_path, write):
 
 
 def test_rows_come_back_as_they_were(tmp_path):
-    rows = [{"text": "näïve\u2028 „quoted“\n", "n": 1}, {"text": None, "n": [1.5, True]}]
+    rows: list[dict] = [{"text": "näïve\u2028 „quoted“\n", "n": 1}, {"text": None, "n": [1.5, True]}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
     (tmp_path / "blank.jsonl").write_text('\n{"a": 1}\n  \n{"a": 2}')

@@ -65,7 +65,9 @@ def test_nested_phases_are_disjoint_and_add_up(clock):
         with meter.phase("validate"):
             clock.pass_(4)
     found = meter.phases()
-    assert found == Phases(wall_s=47.75, startup_s=8, load_s=0, warmup_s=0, train_s=30, validate_s=9, save_s=0.5, evaluate_s=0, other_s=0.25)
+    assert found == Phases(
+        wall_s=47.75, startup_s=8, load_s=0, warmup_s=0, train_s=30, validate_s=9, save_s=0.5, evaluate_s=0, other_s=0.25
+    )
     assert parts(found) == found.wall_s
 
 
@@ -187,7 +189,7 @@ def test_the_gpus_peak_is_the_highest_of_the_stretches_between_pauses(monkeypatc
     import torch
 
     reserved, allocated = iter([500, 900, 700]), iter([400, 800, 600])
-    resets = []
+    resets: list = []
     fake = SimpleNamespace(
         synchronize=lambda _: None, empty_cache=lambda: None, reset_peak_memory_stats=resets.append, memory_reserved=lambda _: 100,
         max_memory_reserved=lambda _: next(reserved), max_memory_allocated=lambda _: next(allocated),

@@ -34,7 +34,9 @@ def lora(r: int = 4, **changes: Any) -> PeftAdapter:
     from peft import LoraConfig
 
     merge = changes.pop("merge", False)
-    return PeftAdapter(LoraConfig(**{"task_type": "CAUSAL_LM", "r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", **changes}), merge)
+    return PeftAdapter(
+        LoraConfig(**{"task_type": "CAUSAL_LM", "r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", **changes}), merge
+    )
 
 
 def soft_prompt(tokens: int = 6, **changes: Any) -> PeftAdapter:
@@ -102,10 +104,18 @@ def test_adapter_weights_are_fp32_in_every_precision(load, precision):
 
 # The tolerance is on the relative error of the logits: fp32 sums in another order; int8, where the attached base rounds
 # its activations too and the merged one does not; bf16, where the sum of base and adapter is rounded once more.
-@pytest.mark.parametrize(("precision", "tolerance", "options"), [
-    ("fp32", 1e-5, {}), ("nf4", 1e-5, {}), ("int8", 0.05, {}), ("bf16", 0.03, {}), ("fp32", 1e-5, {"use_dora": True}), ("nf4", 1e-5, {"use_dora": True}),
-    ("fp32", 1e-5, {"use_rslora": True}),
-])
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "options"),
+    [
+        ("fp32", 1e-5, {}),
+        ("nf4", 1e-5, {}),
+        ("int8", 0.05, {}),
+        ("bf16", 0.03, {}),
+        ("fp32", 1e-5, {"use_dora": True}),
+        ("nf4", 1e-5, {"use_dora": True}),
+        ("fp32", 1e-5, {"use_rslora": True}),
+    ],
+)
 def test_merged_and_attached_agree(load, precision, tolerance, options):
     method = lora(**options)
     model = perturbed(method, load(precision))
@@ -146,6 +156,7 @@ def test_what_is_saved_is_what_was_scored(overrides, tmp_path, name):
     given = METHODS[name] if name.partition(" ")[2] else [f"technique={name}", *METHODS[name]]
     cfg = compose([*overrides, *given, "train_rows=16", "train.epochs=2", "train.batch_size=8", "train.lr=5e-3"])
     result = cell.run(cfg, folder=tmp_path / "cell")
+    assert result.test and result.test.nll and result.size
     held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
     found, score = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
     assert [p["prediction"] for p in found] == [p["prediction"] for p in held]
@@ -156,6 +167,7 @@ def test_what_is_saved_is_what_was_scored(overrides, tmp_path, name):
     assert result.size.artefact_bytes == written
     if name != "zero_shot":
         base = cell.run(compose([*overrides, "technique=zero_shot", *[g for g in given if g.startswith("precision")]]), splits=("test",))
+        assert base.test and base.test.nll
         assert abs(base.test.nll - result.test.nll) > 1e-4, "the artefact does something"
 
 
@@ -194,7 +206,9 @@ def test_a_soft_prompt_cannot_be_merged():
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_full_fine_tuning_of_a_quantised_base_is_refused(precision):
-    with pytest.raises(UserError, match=rf"full fine-tuning cannot train {precision} weights; choose precision=auto, fp32 or bf16, or technique=qlora"):
+    with pytest.raises(
+        UserError, match=rf"full fine-tuning cannot train {precision} weights; choose precision=auto, fp32 or bf16, or technique=qlora"
+    ):
         Full().check(precision)
     Full().check("bf16")
     lora().check(precision)
@@ -209,7 +223,11 @@ def test_target_modules_that_the_model_lacks_are_one_sentence(load):
 def test_what_is_shown_of_a_method():
     assert lora(4, lora_dropout=0.1).hyperparameters() == {"r": 4, "alpha": 8, "dropout": 0.1}
     assert lora(4, use_dora=True, merge=True).hyperparameters() == {"r": 4, "alpha": 8, "dropout": 0.0, "use_dora": True, "merge": True}
-    assert soft_prompt(6).hyperparameters() == {"virtual_tokens": 6} and FewShot(3).hyperparameters() == {"k": 3} and Full().hyperparameters() == {}
+    assert (
+        soft_prompt(6).hyperparameters() == {"virtual_tokens": 6}
+        and FewShot(3).hyperparameters() == {"k": 3}
+        and Full().hyperparameters() == {}
+    )
     names = [m.name for m in (lora(), soft_prompt(), Full(), FewShot(1), Untouched(), Teacher())]
     assert names == ["lora", "prompt_tuning", "full", "few_shot", "none", "teacher"]
 
@@ -230,7 +248,9 @@ def test_demonstrations_are_drawn_by_seed_and_balanced():
     chosen = method.prepare(shots(30), 0)
     assert sorted(c["answer"] for c in chosen) == list("aabbcc") and len({c["prompt"] for c in chosen}) == 6
     assert chosen == method.prepare(shots(30), 0) != method.prepare(shots(30), 1)
-    assert {tuple(sorted(c["answer"] for c in FewShot(2).prepare(shots(30), s))) for s in range(20)} > {("a", "b")}, "which answers come is drawn too"
+    assert {tuple(sorted(c["answer"] for c in FewShot(2).prepare(shots(30), s))) for s in range(20)} > {("a", "b")}, (
+        "which answers come is drawn too"
+    )
     orders = {tuple(c["answer"] for c in method.prepare(shots(30), s)) for s in range(10)}
     assert len(orders) > 1, "and so is their order"
 
@@ -254,9 +274,11 @@ def test_the_prompt_of_few_shot():
 
 
 def test_the_teacher_answers_from_its_rows():
-    rationales = {"1": {"answer": "yes"}, "2": {"answer": None}}
+    rationales: dict[str, dict] = {"1": {"answer": "yes"}, "2": {"answer": None}}
     assert Teacher().answers([{"id": "1"}, {"id": "2"}], rationales) == ["yes", ""]
-    with pytest.raises(UserError, match=r"the teacher has no row for '3'; choose teacher=lexicon or stored and run python -m pipeline\.rationales"):
+    with pytest.raises(
+        UserError, match=r"the teacher has no row for '3'; choose teacher=lexicon or stored and run python -m pipeline\.rationales"
+    ):
         Teacher().answers([{"id": "3"}], rationales)
 
 

@@ -16,7 +16,7 @@ from pipeline.settings import Precision, Task, Train
 
 CHOICE = Task("t", "choice")
 GENERATE = Task("t", "generate")
-ROW = {"id": "1", "prompt": "Review: the film\nSentiment:", "answer": "positive", "choices": ["negative", "positive"]}
+ROW: dict = {"id": "1", "prompt": "Review: the film\nSentiment:", "answer": "positive", "choices": ["negative", "positive"]}
 RATIONALE = {"id": "1", "rationale": "The words are positive.", "answer": "positive", "correct": True}
 WRONG = {**RATIONALE, "answer": "negative", "correct": False}
 
@@ -51,7 +51,9 @@ def test_rows_without_a_rationale_give_the_label_alone():
         assert len(StepByStep(0.5).examples(ROW, CHOICE, rationale)) == 1
 
 
-@pytest.mark.parametrize(("policy", "rationale", "count"), [("keep", WRONG, 2), ("drop", WRONG, 1), ("keep", RATIONALE, 2), ("drop", RATIONALE, 2)])
+@pytest.mark.parametrize(
+    ("policy", "rationale", "count"), [("keep", WRONG, 2), ("drop", WRONG, 1), ("keep", RATIONALE, 2), ("drop", RATIONALE, 2)]
+)
 def test_wrong_rationales_are_kept_or_dropped(policy, rationale, count):
     found = StepByStep(0.5, wrong_rationales=policy).examples(ROW, CHOICE, rationale)
     assert len(found) == count and found[0].answer == "positive", "the label is always the row's own"

@@ -189,7 +189,9 @@ def test_the_scores_of_a_prediction_are_those_of_its_text(base, tokenizer):
 
 
 def test_the_technique_words_the_prompt(base, tokenizer):
-    plain, worded = (scorer(base, tokenizer, task(), prompt=p).predict(ROWS[:1])[0]["scores"] for p in (lambda p: p, lambda p: f"story scene {p}"))
+    plain, worded = (
+        scorer(base, tokenizer, task(), prompt=p).predict(ROWS[:1])[0]["scores"] for p in (lambda p: p, lambda p: f"story scene {p}")
+    )
     assert plain != worded
 
 
@@ -220,10 +222,22 @@ def test_answers_are_extracted(output, pattern, answer):
     assert extract(output, pattern) == answer
 
 
-@pytest.mark.parametrize(("one", "other", "same"), [
-    ("42", "42.0", True), ("1,000", "1000", True), ("42.", "42", True), ("-3", "3", False), ("0.5", ".5", True), (".5", "5", False),
-    ("Positive", "positive.", True), ("  new   york ", "New York", True), ("1e3", "1000", True), ("seven", "7", False), ("3.0001", "3", False),
-])
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("42", "42.0", True),
+        ("1,000", "1000", True),
+        ("42.", "42", True),
+        ("-3", "3", False),
+        ("0.5", ".5", True),
+        (".5", "5", False),
+        ("Positive", "positive.", True),
+        ("  new   york ", "New York", True),
+        ("1e3", "1000", True),
+        ("seven", "7", False),
+        ("3.0001", "3", False),
+    ],
+)
 def test_answers_are_compared_in_a_canonical_form(one, other, same):
     assert (canonical(one) == canonical(other)) is same
 
@@ -234,7 +248,9 @@ def chosen(pairs: list[tuple[str, str]], labels: str = "abc") -> list[dict]:
             for i, (a, p) in enumerate(pairs)]
 
 
-@pytest.mark.parametrize(("hits", "rows", "low", "high"), [(8, 10, 0.490, 0.943), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (150, 200, 0.686, 0.805)])
+@pytest.mark.parametrize(
+    ("hits", "rows", "low", "high"), [(8, 10, 0.490, 0.943), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (150, 200, 0.686, 0.805)]
+)
 def test_wilsons_interval(hits, rows, low, high):
     found = score(chosen([("a", "a" if i < hits else "b") for i in range(rows)]), task())
     assert (found.rows, found.accuracy) == (rows, pytest.approx(hits / rows))
@@ -256,7 +272,10 @@ def test_macro_f1_is_null_where_the_choices_differ_by_row():
 
 
 def written(pairs: list[tuple[str, str | None, str]]) -> list[dict]:
-    return [{"id": "0", "answer": a, "prediction": p, "correct": p is not None and canonical(p) == canonical(a), "output": o} for a, p, o in pairs]
+    return [
+        {"id": "0", "answer": a, "prediction": p, "correct": p is not None and canonical(p) == canonical(a), "output": o}
+        for a, p, o in pairs
+    ]
 
 
 def test_generated_answers_count_as_wrong_where_there_is_none():
@@ -272,7 +291,10 @@ def test_rouge_l_of_known_texts():
 
 
 def test_a_teachers_answers_have_no_scores_and_no_output():
-    answers = [{"id": "0", "answer": "positive", "prediction": "Positive", "correct": True}, {"id": "1", "answer": "negative", "prediction": "", "correct": False}]
+    answers = [
+        {"id": "0", "answer": "positive", "prediction": "Positive", "correct": True},
+        {"id": "1", "answer": "negative", "prediction": "", "correct": False},
+    ]
     found = score(answers, task())
     assert (found.accuracy, found.macro_f1, found.nll) == (0.5, None, None)
     assert found.accuracy_low < 0.5 < found.accuracy_high

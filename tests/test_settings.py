@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.config import compose
