@@ -1,0 +1,57 @@
+# The project's commands; `make` lists them. Each makes .venv from requirements.lock where that is missing or older.
+PYTHON ?= python3
+TECHNIQUE ?= lora
+PORT ?= 5000
+EXPERIMENT := $(shell sed -n 's/^experiment: *\([^ #]*\).*/\1/p' params.yaml)
+BIN := .venv/bin
+VENV := .venv/requirements.lock
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help repro adopt sweep ui test test-slow test-gpu lint lock
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+repro: $(VENV) ## bring the experiment that params.yaml names up to date, print its table
+	@$(BIN)/dvc repro
+	@cat report/$(EXPERIMENT)/table.md
+	@echo "report: report/$(EXPERIMENT)/index.html"
+
+adopt: $(VENV) ## take the results of `python -m pipeline.cells` into DVC as they are
+	@$(BIN)/dvc repro --quiet experiments/$(EXPERIMENT)/dvc.yaml:plan
+	@$(BIN)/dvc commit --force --quiet experiments/$(EXPERIMENT)/dvc.yaml
+
+sweep: $(VENV) ## search the rank of TECHNIQUE (lora) and confirm the best on test
+	@$(BIN)/python -m pipeline.sweep experiments=$(EXPERIMENT) technique=$(TECHNIQUE)
+
+ui: $(VENV) ## MLflow's pages on http://127.0.0.1:PORT (5000)
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
+
+test: $(VENV) ## the fast tests, minutes
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(VENV) ## the slow tests, some of which fetch from the package registry
+	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+test-gpu: $(VENV) ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -q -m gpu
+
+lint: $(VENV) ## ruff, mypy, codespell
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/codespell
+
+lock: $(VENV) ## pin the newest versions that pyproject.toml allows (where pip finds torch's CPU build)
+	@CUSTOM_COMPILE_COMMAND="make lock  (pip-compile --extra dev --allow-unsafe pyproject.toml requirements.in)" $(BIN)/pip-compile --upgrade --quiet --extra dev --allow-unsafe --strip-extras --annotation-style line \
+	  --no-emit-options --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml requirements.in
+	@sed -i.bak 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock && rm requirements.lock.bak
+
+$(VENV): requirements.lock
+	@if cmp -s $< $@; then touch $@; else \
+	  $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else "alignscope needs Python 3.11 or 3.12, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % v)' && \
+	  echo "installing the packages of $< into .venv; takes minutes, the log is .venv/install.log" && \
+	  $(PYTHON) -m venv --clear .venv && \
+	  { $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r $< > .venv/install.log 2>&1 || \
+	    { tail -n 20 .venv/install.log; echo "the installation failed; see .venv/install.log, then run make again"; exit 1; }; } && \
+	  cp $< $@; fi
