@@ -1,0 +1,48 @@
+"""Compare the cells of an experiment: one row a technique, charts, and a paragraph that says what came out.
+
+    python -m pipeline.report experiments=quick
+
+Reads results/<experiment>/**/result.json and predictions.jsonl, keeps the cells of experiments/<name>/params.yaml's grid
+(and confirm cells of its techniques), and writes report/<experiment>/{index.html, table.md, table.csv, metrics/<cell>.json}
+whole or not at all; `dvc metrics` reads the last, `dvc plots` table.csv. Prints table.md and the path of the page.
+Cells without a result are named, those out of memory are rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from pipeline.cells import grid
+from pipeline.config import entry
+from pipeline.files import atomic_path, write_json, write_text
+from pipeline.report_cells import select
+from pipeline.report_markdown import markdown
+from pipeline.report_page import page
+from pipeline.report_rows import make_rows
+from pipeline.report_table import table_csv
+from pipeline.results import figures
+
+
+def run(cfg: DictConfig) -> None:
+    """Write and print the report of cfg.experiment."""
+    cells, missing = select(Path(cfg.paths.results) / cfg.experiment, grid(cfg.experiment)["grid"])
+    rows = make_rows(cells)
+    text = markdown(cfg.experiment, rows, missing)
+    files = {"index.html": page(cfg.experiment, rows, missing), "table.md": text, "table.csv": table_csv(rows)}
+    folder = Path(cfg.paths.report) / cfg.experiment
+    with atomic_path(folder) as beside:
+        for name, content in files.items():
+            write_text(beside / name, content)
+        for cell in cells:
+            if found := figures(cell.result):
+                write_json(beside / "metrics" / f"{cell.result.cell}.json", found)
+    print(f"{text}\nreport: {folder / 'index.html'}")
+
+
+main = entry(run)
+
+if __name__ == "__main__":
+    sys.exit(main())

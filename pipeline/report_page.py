@@ -1,0 +1,162 @@
+"""index.html: one self-contained page from the template, with nothing to fetch.
+
+Library of `python -m pipeline.report`. Texts that come from results are escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from pipeline import report_format as f
+from pipeline.report_cells import Cell
+from pipeline.report_charts import by_rows, colours, costs, forest, scatter
+from pipeline.report_curves import panels
+from pipeline.report_rows import Row, by_group
+from pipeline.report_table import RESUMED, SHARED, Column, columns, metric_name, remarks, timing_notes
+from pipeline.report_text import opening, provenance, rows_in_words, warnings
+from pipeline.results import Phases, Result
+
+TEMPLATES = Path(__file__).with_name("templates")
+PHASES = {
+    "startup": "start-up", "load": "load", "warmup": "warm-up", "train": "train", "validate": "validate", "save": "save",
+    "evaluate": "evaluate", "other": "other",
+}
+
+
+def page(experiment: str, rows: Sequence[Row], missing: Sequence[str]) -> str:
+    """The HTML page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )
+    environment.filters |= {"words": words, "hyperparameter": f.hyperparameter}
+    return environment.get_template("report.html").render(**_content(experiment, rows, missing))
+
+
+def words(text: str) -> Markup:
+    """A sentence as HTML: escaped, what stands in backticks bold, p-values unbroken."""
+    parts = re.sub(r"\bp ([=<]) ", "p\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", str(text)).split("`")
+    return Markup("").join(Markup("<b>{}</b>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts))
+
+
+def _content(experiment: str, rows: Sequence[Row], missing: Sequence[str]) -> dict[str, Any]:
+    colour, cells = colours(rows), [c for r in rows for c in r.cells]
+    first = cells[0].result
+    heading = {"experiment": experiment, "task": first.task, "model": first.model, "metric": metric_name(rows)}
+    words = {"opening": opening(rows), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
+    assets = {"css": _asset("report.css"), "js": _asset("report.js")}
+    return {**heading, **words, **assets, **_table(rows), **_charts(rows, colour), **_cells(rows)}
+
+
+def _table(rows: Sequence[Row]) -> dict[str, Any]:
+    shown, unmeasured = columns(rows)
+    return {"rows": rows, "columns": shown, "groups": _groups(shown), "unmeasured": [c.title for c in unmeasured]}
+
+
+def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
+    groups = by_group(rows)
+    largest, first = next(iter(groups.items()))
+    costly = [(rows_in_words(name), [c for cost in costs(group) if (c := scatter(group, cost, colour))]) for name, group in groups.items()]
+    return {
+        "colour": colour,
+        "families": {r.family: colour[r.family] for r in sorted(rows, key=lambda r: colour[r.family]) if not r.teacher},
+        "forest": forest(first, colour) if any(r.test is not None for r in first) else None,
+        "forest_rows": rows_in_words(largest) if len(groups) > 1 else "",
+        "by_rows": by_rows(rows, colour),
+        "charts": [(name, charts) for name, charts in costly if charts],
+        "curves": panels(rows, colour),
+    }
+
+
+def _cells(rows: Sequence[Row]) -> dict[str, Any]:
+    details = [(r, [_detail(c, r.own_notes) for c in r.cells]) for r in rows]
+    return {"phase_names": PHASES, "timelines": _timelines(rows), "timing_notes": timing_notes(rows), "details": details}
+
+
+def _groups(shown: Sequence[Column]) -> list[tuple[str, int]]:
+    """(name, number of columns) of every run of columns of one group."""
+    return [(name, len(list(members))) for name, members in itertools.groupby(shown, key=lambda c: c.group)]
+
+
+def _asset(name: str) -> Markup:
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def _timelines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every row's phases (means over its seeds) as parts of a bar; the longest is the full width."""
+    known = [(row, _mean_phases(timed)) for row in rows if (timed := [c for c in row.cells if c.result.phases and c.timing == row.timing])]
+    longest = max((phases.wall_s for _, phases in known), default=0.0)
+    return [
+        {"name": row.name, "bar": bar(phases, longest), "wall": f"{f.seconds(phases.wall_s)} s",
+         "mark": (RESUMED if row.timing else "") + (SHARED if row.shared_process else "")}
+        for row, phases in known if longest
+    ]
+
+
+def _mean_phases(cells: Sequence[Cell]) -> Phases:
+    each = [dataclasses.asdict(c.result.phases) for c in cells if c.result.phases]
+    return Phases(**{key: sum(e[key] for e in each) / len(each) for key in each[0]})
+
+
+def bar(phases: Phases, longest: float) -> list[tuple[str, float, str]]:
+    """(phase, width in percent of the longest cell, seconds in words) of the phases that took any time."""
+    parts = [(name, getattr(phases, f"{name}_s")) for name in PHASES]
+    return [(name, round(100 * seconds / longest, 3), f.duration(seconds)) for name, seconds in parts if seconds > 0]
+
+
+def _detail(cell: Cell, own_notes: Sequence[str]) -> dict[str, Any]:
+    """One cell's facts for its fold-out; what is true of every cell is said elsewhere."""
+    result = cell.result
+    facts = {**_quality(result), **_resources(result), "Teacher": _teacher(result), "Timing": cell.timing}
+    facts |= {"Notes": "; ".join(n for n in result.notes if n in own_notes), "Error": result.error}
+    return {
+        "result": result, "facts": {k: v for k, v in facts.items() if v}, "phases": _phases(result.phases),
+        "bar": bar(result.phases, result.phases.wall_s) if result.phases and result.phases.wall_s else [],
+    }
+
+
+def _quality(result: Result) -> dict[str, str | None]:
+    test, sets = result.test, [split for split in result.scores if split.startswith("transfer/")]
+    return {
+        "Transfer, %": ", ".join(f"{split.partition('/')[2]} {_score(result, split)}" for split in sets),
+        "Log-loss of the right answer": f"{test.nll:.3f} nats a row" if test and test.nll is not None else None,
+        "Test rows without an answer": str(test.unanswered) if test and test.unanswered else None,
+    }
+
+
+def _resources(result: Result) -> dict[str, str | None]:
+    size, work, memory, inference = result.size, result.work, result.memory, result.inference
+    return {
+        "Steps": f"{work.steps:,}" if work and work.steps else None,
+        "Padding share": f"{100 * work.padding_share:.0f}%" if work and work.padding_share is not None else None,
+        "Memory before the first step": f.size(memory.baseline_bytes) if memory and memory.baseline_bytes is not None else None,
+        "Allocated peak": f.size(memory.peak_allocated_bytes) if memory and memory.peak_allocated_bytes is not None else None,
+        "Device's own view": f.size(memory.device_used_bytes) if memory and memory.device_used_bytes is not None else None,
+        "Base in memory": f.size(size.model_bytes) if size and size.model_bytes is not None else None,
+        "Test rows a second": f"{inference.rows_per_s:,.1f}" if inference and inference.rows_per_s is not None else None,
+    }
+
+
+def _score(result: Result, split: str) -> str:
+    return f.percent(getattr(result.scores[split], result.metric))
+
+
+def _teacher(result: Result) -> str:
+    teacher = result.teacher
+    if teacher is None:
+        return ""
+    right = f", {f.percent(teacher.accuracy)}% right" if teacher.accuracy is not None else ""
+    return f"{teacher.name}: {teacher.rows:,} rationales of training rows{right}"
+
+
+def _phases(phases: Phases | None) -> list[tuple[str, str]]:
+    values = dataclasses.asdict(phases) if phases else {}
+    return [(PHASES[name], f.duration(values[f"{name}_s"])) for name in PHASES if values.get(f"{name}_s")]

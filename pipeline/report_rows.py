@@ -1,0 +1,267 @@
+"""The rows of the comparison: one a technique and number of training rows, means over its seeds.
+
+Library of `python -m pipeline.report`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import results
+from pipeline.report_cells import Cell
+from pipeline.report_stats import Paired, holm, paired, spread
+from pipeline.results import Result
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One technique at one number of training rows: means over its seeds. Fields up to `notes` are table.csv's columns.
+
+    Shares, accuracies and their differences are fractions; a figure that was not measured is None.
+    """
+
+    name: str
+    """Technique, and the number of training rows where the report has several."""
+    technique: str
+    family: str
+    method: str
+    precision: str
+    train_rows: int
+    seeds: int
+    status: str
+    """ok, oom, or "oom in 1 of 3 seeds"."""
+    metric: str
+    test: float | None
+    """The headline metric on the test rows."""
+    accuracy: float | None
+    accuracy_low: float | None
+    """95% interval; with several seeds the lowest and highest bound of their intervals."""
+    accuracy_high: float | None
+    test_seed_low: float | None
+    """Smallest and largest headline metric over seeds, if there are several."""
+    test_seed_high: float | None
+    test_rows: int | None
+    standing: str = ""
+    """To the best one at the same number of training rows. best; near: not told apart from it; overlap: told apart by the
+    paired test alone; below; empty: not compared."""
+    against_best_p: float | None = None
+    against_zero_shot: float | None = None
+    against_zero_shot_p: float | None = None
+    macro_f1: float | None
+    validation: float | None
+    transfer: float | None
+    """Mean of the transfer sets."""
+    labelled_rows: int | None
+    """Labelled rows it used: training and validation rows; demonstrations alone for few-shot; none for an untouched base."""
+    rationale_rows: int | None
+    train_s: float | None
+    wall_s: float | None
+    teacher_s: float | None
+    tokens_per_s: float | None
+    timing: str
+    """resumed or packed: the times are no single run's, and table.csv leaves them empty."""
+    shared_process: bool
+    peak_bytes: float | None
+    memory_kind: str | None
+    trainable: float | None
+    trainable_share: float | None
+    artefact_bytes: float | None
+    latency_s: float | None
+    merged_latency_s: float | None
+    perplexity_change: float | None
+    perplexity_change_16bit: float | None
+    pairs_change: float | None
+    pairs_change_16bit: float | None
+    energy_j: float | None
+    notes: str
+    own_notes: tuple[str, ...]
+    """Notes that not every row has."""
+    cells: tuple[Cell, ...] = dataclasses.field(repr=False)
+
+    @property
+    def teacher(self) -> bool:
+        """The teacher is no way of making the model do the task: it is shown, not compared."""
+        return self.method == "teacher"
+
+    @property
+    def group(self) -> str:
+        """The grid's number of training rows ("200", "all"): rows of one group are compared with each other."""
+        return self.cells[0].rows
+
+    @property
+    def results(self) -> list[Result]:
+        return [c.result for c in self.cells]
+
+
+def by_group(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by their number of training rows, the largest number first."""
+    groups = sorted({r.group for r in rows}, key=lambda g: math.inf if g == "all" else int(g), reverse=True)
+    return {group: [r for r in rows if r.group == group] for group in groups}
+
+
+def make_rows(cells: Sequence[Cell]) -> list[Row]:
+    """Rows sorted by the test metric, the best first, those without one last."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.label, cell.rows), []).append(cell)
+    several, common = len({rows for _, rows in groups}) > 1, common_notes(cells)
+    rows = [_row(sorted(group, key=lambda c: c.result.seed), several, common) for group in groups.values()]
+    rows.sort(key=lambda r: (r.test is None, -(r.test or 0), r.name))
+    answers = {r.name: [c.right() for c in _ok(r.cells)] for r in rows}
+    for group in by_group(rows).values():
+        compared = {r.name: r for r in _against_best(_against_zero_shot(group, answers), answers)}
+        rows = [compared.get(r.name, r) for r in rows]
+    return rows
+
+
+def common_notes(cells: Sequence[Cell]) -> list[str]:
+    """Notes of every cell that a model answered, said once for all of them."""
+    having = [c.result.notes for c in _ok(cells) if c.result.method != "teacher"]
+    shared = [note for note in dict.fromkeys(having[0]) if all(note in notes for notes in having)] if having else []
+    return [note for note in shared if note != results.SHARED_PROCESS]
+
+
+def _ok(cells: Iterable[Cell]) -> list[Cell]:
+    return [c for c in cells if c.result.status == "ok"]
+
+
+def _row(cells: list[Cell], several: bool, common: list[str]) -> Row:
+    ok = _ok(cells)
+    first, lost = (ok or cells)[0], len(cells) - len(ok)
+    result, rows = first.result, f"{first.rows} rows"
+    notes = dict.fromkeys(n for c in cells for n in [*c.result.notes, c.result.error] if n and n != results.SHARED_PROCESS)
+    return Row(
+        technique=first.label, name=f"{first.label} ({rows})" if several else first.label, family=result.family, method=result.method,
+        precision=result.precision, train_rows=result.train_rows, seeds=len(ok or cells), metric=result.metric, cells=tuple(cells),
+        status="ok" if not lost else "oom" if not ok else f"oom in {lost} of {len(cells)} seeds", notes="; ".join(notes),
+        own_notes=tuple(n for n in notes if n not in common),
+        **_accuracy(ok), **_data(ok), **_training(ok), **_model(ok), **_forgetting(ok),
+    )
+
+
+def _mean(cells: Iterable[Cell], get: Callable[[Result], float | None]) -> float | None:
+    found = spread([get(c.result) for c in cells])
+    return found.mean if found else None
+
+
+def _accuracy(cells: list[Cell]) -> dict[str, Any]:
+    tests = [c.result.test for c in cells if c.result.test]
+    headline = spread([_headline(c.result, "test") for c in cells])
+    return {
+        "test": headline.mean if headline else None,
+        "test_seed_low": headline.low if headline and headline.count > 1 else None,
+        "test_seed_high": headline.high if headline and headline.count > 1 else None,
+        "accuracy": _mean(cells, lambda r: r.test.accuracy if r.test else None),
+        "accuracy_low": min((s.accuracy_low for s in tests), default=None),
+        "accuracy_high": max((s.accuracy_high for s in tests), default=None),
+        "test_rows": min((s.rows for s in tests), default=None),
+        "macro_f1": _mean(cells, lambda r: r.test.macro_f1 if r.test else None),
+        "validation": _mean(cells, lambda r: _headline(r, "validation")),
+        "transfer": _mean(cells, _transfer),
+    }
+
+
+def _headline(result: Result, split: str) -> float | None:
+    found = result.scores.get(split)
+    return getattr(found, result.metric) if found else None
+
+
+def _transfer(result: Result) -> float | None:
+    found = spread([_headline(result, split) for split in result.scores if split.startswith("transfer/")])
+    return found.mean if found else None
+
+
+def _data(cells: list[Cell]) -> dict[str, Any]:
+    if not cells:
+        return {"labelled_rows": None, "rationale_rows": None, "teacher_s": None}
+    result = cells[0].result
+    taught = result.teacher if result.method != "teacher" else None
+    return {
+        "labelled_rows": int(result.hyperparameters.get("k", 0)) if cells[0].untrained else result.train_rows + result.validation_rows,
+        "rationale_rows": taught.rows if taught else None,
+        "teacher_s": _mean(cells, lambda r: r.teacher.seconds if r.teacher else None),
+    }
+
+
+def _training(cells: list[Cell]) -> dict[str, Any]:
+    timed = [c for c in cells if not c.timing] or cells
+    return {
+        "train_s": _mean(timed, lambda r: r.phases.train_s if r.phases else None),
+        "wall_s": _mean(timed, lambda r: r.phases.wall_s if r.phases else None),
+        "tokens_per_s": _mean(timed, lambda r: r.work.tokens_per_s if r.work else None),
+        "timing": timed[0].timing if timed else "",
+        "shared_process": any(c.shared for c in timed),
+        "energy_j": _mean(timed, lambda r: r.work.energy_j if r.work else None),
+        "peak_bytes": _mean(cells, lambda r: r.memory.peak_bytes if r.memory else None),
+        "memory_kind": next((c.result.memory.kind for c in cells if c.result.memory and c.result.memory.peak_bytes is not None), None),
+    }
+
+
+def _model(cells: list[Cell]) -> dict[str, Any]:
+    with_model = [c for c in cells if c.result.size and c.result.size.total]  # a teacher's answers come without one
+    return {
+        "trainable": _mean(with_model, lambda r: r.size.trainable if r.size else None),
+        "trainable_share": _mean(with_model, lambda r: r.size.trainable / r.size.total if r.size else None),
+        "artefact_bytes": _mean(with_model, lambda r: r.size.artefact_bytes if r.size else None),
+        "latency_s": _mean(cells, lambda r: r.inference.latency_s if r.inference else None),
+        "merged_latency_s": _mean(cells, lambda r: r.inference.merged_latency_s if r.inference else None),
+    }
+
+
+def _forgetting(cells: list[Cell]) -> dict[str, Any]:
+    return {
+        "perplexity_change": _mean(cells, lambda r: _growth(r, "perplexity_base")),
+        "perplexity_change_16bit": _mean(cells, lambda r: _growth(r, "perplexity_base_16bit")),
+        "pairs_change": _mean(cells, lambda r: _change(r, "pairs_base")),
+        "pairs_change_16bit": _mean(cells, lambda r: _change(r, "pairs_base_16bit")),
+    }
+
+
+def _growth(result: Result, base: str) -> float | None:
+    before = getattr(result.forgetting, base, None)
+    return result.forgetting.perplexity / before - 1 if result.forgetting and before else None
+
+
+def _change(result: Result, base: str) -> float | None:
+    before = getattr(result.forgetting, base, None)
+    return result.forgetting.pairs - before if result.forgetting and before is not None else None
+
+
+def _against_zero_shot(rows: list[Row], answers: dict[str, list[dict[str, bool]]]) -> list[Row]:
+    base = next((r for r in rows if r.method == "none"), None)
+
+    def compared(row: Row) -> Row:
+        found = paired(answers[row.name], answers[base.name]) if base and row.method != "none" else None
+        return dataclasses.replace(row, against_zero_shot=found.difference, against_zero_shot_p=found.p) if found else row
+
+    return [compared(r) for r in rows]
+
+
+def _against_best(rows: list[Row], answers: dict[str, list[dict[str, bool]]]) -> list[Row]:
+    """Say of every row how it stands to the best one; only where the headline metric is the one with an interval."""
+    ranked = [r for r in rows if r.test is not None and not r.teacher]
+    if not ranked or ranked[0].metric != "accuracy":
+        return rows
+    best, others = ranked[0], ranked[1:]
+    found: list[Paired | None] = [paired(answers[best.name], answers[r.name]) for r in others]
+    known = [i for i, f in enumerate(found) if f]
+    corrected = dict(zip(known, holm([f.p for f in found if f]), strict=True))
+    standing: dict[str, tuple[str, float | None]] = {best.name: ("best", None)}
+    for i, row in enumerate(others):
+        standing[row.name] = (_standing(row, best, corrected.get(i)), corrected.get(i))
+    return [
+        dataclasses.replace(r, standing=standing[r.name][0], against_best_p=standing[r.name][1]) if r.name in standing else r for r in rows
+    ]
+
+
+def _standing(row: Row, best: Row, p: float | None) -> str:
+    assert row.accuracy_high is not None and best.accuracy_low is not None
+    if row.accuracy_high < best.accuracy_low:
+        return "below"
+    return "overlap" if p is not None and p < SIGNIFICANT else "near"

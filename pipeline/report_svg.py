@@ -1,0 +1,172 @@
+"""Drawing for the report: SVG elements, axes, and labels that keep out of each other's way.
+
+Library of `python -m pipeline.report`. Coordinates are pixels of the drawing, y downwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+LETTER = 6.2  # pixels: a generous mean width of a letter at 11 px, so that labels have room in any system font
+LINE = 13.0  # pixels: height of a line of text at 11 px
+
+
+def tag(name: str, *inside: str | Markup, **attributes: object) -> Markup:
+    """One element; texts and attributes are escaped. An underscore in an attribute stands for a hyphen, a last one for nothing."""
+    listed = Markup("").join(
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), f"{value:.1f}" if isinstance(value, float) else value)
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), listed, Markup("").join(inside))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values to pixels, linearly or by their logarithm. On a log axis `zero` is the pixel where the value 0 stands."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+    zero: float | None = None
+
+    def __call__(self, value: float) -> float:
+        if self.log and value <= 0:
+            return self.start if self.zero is None else self.zero
+        low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Round values inside the axis, about four of them, without the zero of a log axis."""
+        return _log_ticks(self.low, self.high) if self.log else _ticks(self.low, self.high)
+
+
+def scale(values: Sequence[float], start: float, end: float, *, log: bool = False, floor: float | None = None, room: float = 0.06) -> Scale:
+    """An axis that holds the values with some room at both ends.
+
+    Args:
+        log: wish for a logarithmic axis; granted where the positive values span a factor of 8 or more.
+        floor: a linear axis starts here.
+    """
+    positive = [v for v in values if v > 0]
+    if log and positive and max(positive) >= 8 * min(positive):
+        zero = start if len(positive) < len(values) else None
+        factor = (max(positive) / min(positive)) ** (2 * room)
+        return Scale(min(positive) / factor, max(positive) * factor, start + (26 if zero is not None else 0), end, True, zero)
+    low, high = min(values), max(values)
+    margin = (high - low) * room or abs(high) * room or 1.0
+    return Scale(low - margin if floor is None else floor, high + margin, start, end)
+
+
+def _ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    raw = (high - low) / wanted
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        found = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
+        if len(found) >= 3:
+            break
+    every = math.ceil(len(found) / 6)
+    return found[::every]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle: left, top, right, bottom."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlaps(self, other: Box) -> bool:
+        return self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+
+
+@dataclass(frozen=True)
+class Label:
+    """A placed label: the middle of its left edge, and whether it is far enough from its point to need a line to it."""
+
+    x: float
+    y: float
+    width: float
+    far: bool
+
+
+def text_width(text: str) -> float:
+    """Estimated pixels of a text at 11 px."""
+    return LETTER * len(text)
+
+
+def shorten(text: str, width: float) -> str:
+    """The text, or as much of it as the pixels hold and an ellipsis."""
+    return text if text_width(text) <= width else text[: int(width / LETTER) - 1] + "…"
+
+
+def place_labels(points: Sequence[tuple[float, float, str]], obstacles: Sequence[Sequence[Box]], frame: Box) -> list[Label | None]:
+    """A place for each label near its (x, y, text), inside the frame and clear of obstacles and of each other.
+
+    Args:
+        obstacles: from those never to be covered to those that a label may cover if there is no room elsewhere.
+
+    Returns:
+        In the order of the points; None for a label that fits nowhere.
+    """
+    near, far = (9, 14, 20), (28, 38, 50, 64)
+    tries = [(rings, kept) for kept in range(len(obstacles), 0, -1) for rings in (near, far)]
+    tries.sort(key=lambda t: (t[1] < len(obstacles) - 1, t[0] is far))
+    placed: list[Box] = []
+    found: dict[int, Label | None] = {}
+    crowded = sorted(range(len(points)), key=lambda i: -sum(math.dist(points[i][:2], p[:2]) < 60 for p in points))
+    for index in crowded:
+        x, y, text = points[index]
+        places = (_place(x, y, text_width(text), rings, [*placed, *itertools.chain(*obstacles[:kept])], frame) for rings, kept in tries)
+        label = found[index] = next(filter(None, places), None)
+        if label:
+            placed.append(_box(label))
+    return [found[i] for i in range(len(points))]
+
+
+def stacked(levels: Sequence[float], gap: float) -> list[float]:
+    """The levels moved as little as it takes for any two to be `gap` apart, in the same order."""
+    order = sorted(range(len(levels)), key=lambda i: levels[i])
+    moved = list(levels)
+    for _ in range(200):
+        close = [(a, b) for a, b in itertools.pairwise(order) if moved[b] - moved[a] < gap - 1e-6]
+        for a, b in close:
+            push = (gap - (moved[b] - moved[a])) / 2
+            moved[a], moved[b] = moved[a] - push, moved[b] + push
+        if not close:
+            break
+    return moved
+
+
+def _place(x: float, y: float, width: float, rings: Sequence[int], obstacles: Sequence[Box], frame: Box) -> Label | None:
+    for distance in rings:
+        for turn in (0, 8, 1, 15, 7, 9, 4, 12, 2, 14, 6, 10, 3, 13, 5, 11):
+            angle = turn * math.pi / 8
+            anchor_x, anchor_y = x + distance * math.cos(angle), y - distance * math.sin(angle)
+            left = anchor_x - width * (1 - math.cos(angle)) / 2
+            label = Label(left, anchor_y, width, distance > 14)
+            box = _box(label)
+            inside = frame.left <= box.left and box.right <= frame.right and frame.top <= box.top and box.bottom <= frame.bottom
+            if inside and not any(box.overlaps(o) for o in obstacles):
+                return label
+    return None
+
+
+def _box(label: Label) -> Box:
+    return Box(label.x, label.y - LINE / 2, label.x + label.width, label.y + LINE / 2)

@@ -1,0 +1,208 @@
+"""The words of the report, made from its numbers: what came out, what is missing, what is not comparable, where it ran.
+
+Library of `python -m pipeline.report`. A technique's name stands in backticks; the HTML page sets it in bold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline import report_format as f
+from pipeline.report_cells import Cell
+from pipeline.report_rows import Row, by_group, common_notes
+from pipeline.report_table import METRICS, interval
+from pipeline.runs import hardware_name
+
+
+def opening(rows: Sequence[Row]) -> list[str]:
+    """What came out, in sentences: the best technique, which cannot be told apart from it, and what they cost.
+
+    With several numbers of training rows the largest comes first and in full, the others in a sentence each.
+    """
+    compared = [r for r in rows if r.test is not None and not r.teacher]
+    groups = by_group(compared)
+    if not groups:
+        return ["No technique of this experiment has a test result yet."]
+    (name, ranked), *others = groups.items()
+    where = f"With {rows_in_words(name)}, " if len(groups) > 1 else ""
+    sentences = [where + _best(ranked), _apart(ranked), _gain(ranked), _costs(ranked)]
+    sentences += [f"With {rows_in_words(name)}, {_best(ranked)} {_apart(ranked)}" for name, ranked in others]
+    return [text.strip() for text in (*sentences, _teacher(rows)) if text]
+
+
+def rows_in_words(group: str) -> str:
+    """A group's number of training rows."""
+    return "all training rows" if group == "all" else f"{int(group):,} training rows"
+
+
+def _best(ranked: list[Row]) -> str:
+    best = ranked[0]
+    about = [f"mean of {best.seeds} seeds"] if best.seeds > 1 else []
+    about += [f"95% interval {interval(best)}"] if interval(best) else []
+    bounds = f" ({', '.join(about)})" if about else ""
+    among = f"the highest of {len(ranked)} techniques" if len(ranked) > 1 else "the only result so far"
+    if best.metric == "accuracy":
+        return f"`{best.technique}` answers {f.percent(best.test)}% of the {best.test_rows:,} test rows right{bounds}, {among}."
+    return f"`{best.technique}` reaches a test {METRICS.get(best.metric, best.metric)} of {f.percent(best.test)}%{bounds}, {among}."
+
+
+def _apart(ranked: list[Row]) -> str:
+    if len(ranked) == 1:
+        return ""
+    if not ranked[0].standing:
+        return "No interval is kept for this metric, so nothing is said here about which differences are more than chance."
+    near = [r for r in ranked if r.standing == "near"]
+    overlap = [r for r in ranked if r.standing == "overlap"]
+    if not near and not overlap:
+        return "No other interval reaches into that one."
+    return " ".join(text for text in (_near(near), _overlap([r for r in overlap if r.method != "none"], ranked[0])) if text)
+
+
+def _near(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    theirs = "their 95% intervals overlap" if len(rows) > 1 else "its 95% interval overlaps"
+    return f"{_listed(rows)} cannot be told apart from it: {theirs} with the best one's."
+
+
+def _overlap(rows: list[Row], best: Row) -> str:
+    if not rows:
+        return ""
+    reach = f"intervals of {_listed(rows)} overlap" if len(rows) > 1 else f"interval of {_listed(rows)} overlaps"
+    least = f.p_value(max(r.against_best_p or 0.0 for r in rows)) + (" or less" if len(rows) > 1 else "")
+    return f"The {reach} with it too, but on the same rows `{best.technique}` is right more often ({least})."
+
+
+def _gain(ranked: list[Row]) -> str:
+    best, base = ranked[0], next((r for r in ranked if r.method == "none"), None)
+    if base is None:
+        return ""
+    if best is base:
+        return "Nothing that was tried beats the untouched base." if len(ranked) > 1 else ""
+    text = f"`{base.technique}`, the untouched base, is at {f.percent(base.test)}%"
+    if best.against_zero_shot is None or best.against_zero_shot_p is None:
+        return text + "."
+    doubt = "" if best.against_zero_shot_p < 0.05 else ", which may well be chance"
+    way = "above" if best.against_zero_shot >= 0 else "below"
+    gap = f.percent(abs(best.against_zero_shot))
+    return f"{text}; on the same rows `{best.technique}` is {gap} points {way} it ({f.p_value(best.against_zero_shot_p)}{doubt})."
+
+
+def _costs(ranked: list[Row]) -> str:
+    """Among the trained techniques that hold up with the best, the cheapest by time, memory and trained parameters."""
+    good = [r for r in ranked if r.standing in ("best", "near") and r.trainable]
+    pool = good if len(good) > 1 else [r for r in ranked if r.trainable]
+    claims = [
+        _cheapest([r for r in pool if not r.timing], lambda r: r.train_s, f.duration, "trains fastest"),
+        _cheapest(_one_kind(pool), lambda r: r.peak_bytes, f.size, "needs the least memory"),
+        _cheapest(pool, lambda r: r.trainable, f.count, "trains the fewest parameters"),
+    ]
+    by_name: dict[str, list[str]] = {}
+    for name, claim in filter(None, claims):
+        by_name.setdefault(name, []).append(claim)
+    if not by_name:
+        return ""
+    whom = "Of the trained techniques that hold up with the best, itself included" if pool is good else "Of the trained techniques"
+    return f"{whom}, " + "; ".join(f"`{name}` {_and(said)}" for name, said in by_name.items()) + "."
+
+
+def _one_kind(rows: list[Row]) -> list[Row]:
+    kinds = {r.memory_kind for r in rows if r.peak_bytes is not None}
+    return [r for r in rows if r.timing != "packed"] if len(kinds) == 1 else []
+
+
+def _cheapest(rows: list[Row], cost: Callable[[Row], float | None], show: Callable[[float], str], claim: str) -> tuple[str, str] | None:
+    """(name, claim with the figures of the cheapest and the dearest); None where they do not differ."""
+    known = sorted(((value, r.technique) for r in rows if (value := cost(r))), key=lambda pair: pair[0])
+    if len(known) < 2 or show(known[0][0]) == show(known[-1][0]):
+        return None
+    (low, cheap), (high, dear) = known[0], known[-1]
+    return cheap, f"{claim} ({show(low)}; `{dear}`: {show(high)}, {f.times(high / low)} times as much)"
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _teacher(rows: Sequence[Row]) -> str:
+    row = next((r for r in rows if r.teacher and r.test is not None), None)
+    if row is None:
+        return ""
+    made = next((r.teacher for r in row.results if r.teacher), None)
+    who = f"The teacher `{made.name}`" if made else "The teacher"
+    return f"{who}, whose rationales the distilled techniques learn from, is right on {f.percent(row.test)}% itself."
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    return _and([f"`{r.technique}`" for r in rows])
+
+
+def warnings(rows: Sequence[Row], missing: Sequence[str]) -> list[str]:
+    """What a reader must know before comparing: cells not run, out of memory, and conditions that differ between cells."""
+    found = [f"not run: {', '.join(missing)}"] if missing else []
+    lost = [c.result for r in rows for c in r.cells if c.result.status == "oom"]
+    if lost:
+        where = ", ".join(sorted({hardware_name(r.hardware) or "unknown hardware" for r in lost}))
+        found.append(f"out of memory on {where}: {', '.join(r.cell for r in lost)}")
+    cells = [c for r in rows for c in r.cells if c.result.status == "ok"]
+    for what, values in _conditions(cells).items():
+        if len(values) > 1:
+            found.append(f"the cells differ in {what} ({'; '.join(values)}), so compare them with care")
+    return found
+
+
+def _conditions(cells: Sequence[Cell]) -> dict[str, list[str]]:
+    """What should be the same for all cells, each with the values met."""
+    results = [c.result for c in cells]
+    asked = [r for r in results if r.method != "teacher"]
+    return {
+        "hardware": _values(_hardware(r.hardware) for r in asked),
+        "base model": _values(_short(r.provenance.get("model_sha256")) for r in asked),
+        "data": _values(_short(r.provenance.get("data_sha256")) for r in results),
+        "number of test rows": _values(r.test.rows if r.test else None for r in results),
+        "kind of memory counter": _values(r.memory.kind if r.memory else None for r in asked),
+    }
+
+
+def _values(values: Any) -> list[str]:
+    return sorted({str(v) for v in values if v is not None})
+
+
+def _short(digest: str | None) -> str | None:
+    return digest and f"sha256 {digest[:12]}…"
+
+
+def _hardware(hardware: dict[str, Any]) -> str | None:
+    name = hardware_name(hardware)
+    memory = hardware.get("gpu_memory_bytes") or hardware.get("memory_bytes")
+    return f"{name}, {f.size(memory)}" if name and memory else name
+
+
+def provenance(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
+    """Where the numbers come from: (what, the values met)."""
+    results = [c.result for c in cells]
+    sources = [r.provenance for r in results]
+    times = sorted(str(p["started"])[:16].replace("T", " ") for p in sources if p.get("started"))
+    commits = _values(_commit(p) for p in sources)
+    packages = _values(f"{name} {version}" for p in sources for name, version in (p.get("packages") or {}).items())
+    listed: list[tuple[str, list[str]]] = [
+        ("Task", _values(r.task for r in results)),
+        ("Data (sha256 of its manifest)", _values(p.get("data_sha256") for p in sources)),
+        ("Base model", _values(r.model for r in results)),
+        ("Base model (sha256)", _values(p.get("model_sha256") for p in sources)),
+        ("Notes on every cell", common_notes(cells)),
+        ("Hardware", _values(_hardware(r.hardware) for r in results)),
+        ("Platform", _values(r.hardware.get("platform") for r in results)),
+        ("Packages", [", ".join(packages)] if packages else []),
+        ("Python", _values(p.get("python") for p in sources)),
+        ("Code (git commit)", commits),
+        ("Run (UTC)", [times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"] if times else []),
+        ("Forgetting probes", _values(r.forgetting.probes for r in results if r.forgetting)),
+    ]
+    return [(what, values) for what, values in listed if values]
+
+
+def _commit(source: dict[str, Any]) -> str | None:
+    commit = source.get("git_commit")
+    return commit and commit[:12] + (" with uncommitted changes" if source.get("git_dirty") else "")

@@ -1,0 +1,221 @@
+"""The report as a whole: known figures, em dashes, escaping, missing and lost cells, whole or not at all, self-contained."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from report_cells import BASE_NOTE, GRID, PROVENANCE, keep, oom, result, resumed, score, write_experiment
+
+from pipeline import cells, report
+from pipeline.report_page import words
+from pipeline.results import Memory, Result, figures
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the experiment `quick` and its grid."""
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    write_grid(tmp_path, GRID)
+    return tmp_path
+
+
+def write_grid(home: Path, grid: dict[str, Any]) -> None:
+    (home / "experiments" / "quick").mkdir(parents=True, exist_ok=True)
+    (home / "experiments" / "quick" / "params.yaml").write_text(yaml.safe_dump({"experiment": "quick", "grid": grid}))
+
+
+def run(home: Path) -> int:
+    return report.main(["experiment=quick", f"paths.results={home}/results", f"paths.report={home}/report"])
+
+
+def table(home: Path) -> dict[str, dict[str, str]]:
+    lines = csv.DictReader(io.StringIO((home / "report" / "quick" / "table.csv").read_text(encoding="utf-8")))
+    return {line["name"]: line for line in lines}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and the text of the comparison's cells by row."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((name, dict(attributes)))
+        if name not in ("meta", "br", "link", "input"):
+            self.open.append(name)
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop() == name
+
+
+def test_report_of_an_experiment(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment(home / "results")
+    assert run(home) == 0
+    printed = capsys.readouterr().out
+    folder = home / "report" / "quick"
+    assert sorted(p.name for p in folder.iterdir()) == ["index.html", "metrics", "table.csv", "table.md"]
+    assert len(list((folder / "metrics").iterdir())) == 14 and not (folder / "metrics" / "step_by_step-s0-n200.json").exists()
+    assert json.loads((folder / "metrics" / "full-s1-n200.json").read_text()) == figures(result("full", 217, 1))
+    assert printed == (folder / "table.md").read_text() + f"\nreport: {folder / 'index.html'}\n"
+    lines = table(home)
+    assert list(lines) == ["full", "lora+best", "lora", "qlora", "prompt_tuning", "zero_shot", "few_shot", "teacher", "step_by_step"]
+    full = lines["full"]
+    assert float(full["test"]) == pytest.approx((214 + 217) / 2 / 250)
+    assert float(full["accuracy_low"]) == pytest.approx(score(214).accuracy_low)
+    assert float(full["accuracy_high"]) == pytest.approx(score(217).accuracy_high)
+    assert (float(full["test_seed_low"]), float(full["test_seed_high"]), full["seeds"]) == (214 / 250, 217 / 250, "2")
+    assert float(full["train_s"]) == pytest.approx(118 * 1.015) and full["labelled_rows"] == "240" and full["trainable"] == "134515008"
+    assert float(full["transfer"]) == pytest.approx((214 + 217) / 500 - (9 + 31 + 4) / 750)
+    assert float(full["perplexity_change"]) == pytest.approx(118 * 1.015 / 40 / 31.4)
+    assert (lines["zero_shot"]["labelled_rows"], lines["few_shot"]["labelled_rows"], lines["teacher"]["labelled_rows"]) == ("0", "8", "0")
+    assert lines["lora+best"]["seeds"] == "1" and lines["lora+best"]["test_seed_low"] == ""
+
+
+def test_missing_and_lost_cells_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment(home / "results")
+    run(home)
+    printed, page = capsys.readouterr().out, (home / "report" / "quick" / "index.html").read_text()
+    assert "not run: prompt_tuning-s1-n200\n" in printed
+    assert "out of memory on AMD EPYC (2 cores): step_by_step-s0-n200, step_by_step-s1-n200" in printed
+    assert re.search(r"^\| step_by_step .*\| out of memory +\|$", printed, re.M)
+    assert "not run: prompt_tuning-s1-n200" in page and "ended beyond the limit of 3.0 GiB" in page
+    assert "bitfit" not in printed + page  # out of the grid, still on disk
+    assert table(home)["step_by_step"]["status"] == "oom"
+
+
+def test_unmeasured_is_an_em_dash_and_never_zero(home: Path) -> None:
+    write_experiment(home / "results")
+    run(home)
+    text = (home / "report" / "quick" / "table.md").read_text()
+    timed = [line for line in text.splitlines() if "‡" in line]
+    qlora, zero = (next(line for line in timed if line.startswith(f"| {name} ")).split("|") for name in ("qlora", "zero_shot"))
+    header = next(line for line in text.splitlines() if "Peak memory" in line).split("|")
+    cost = {h.strip(): (q.strip(), z.strip()) for h, q, z in zip(header, qlora, zero, strict=True)}
+    assert cost["Peak memory"] == ("—", "0.98 GiB (RSS)")
+    assert cost["Train, s"][1] == "0" and cost["Trainable"][1] == "0"  # truly nothing
+    lost = next(line for line in text.splitlines() if line.startswith("| step_by_step") and "out of" not in line)
+    assert {cell.strip() for cell in lost.split("|")[2:-1]} == {"—"}
+    assert table(home)["qlora"]["peak_bytes"] == "" and table(home)["teacher"]["trainable"] == ""
+
+
+def test_columns_without_any_value_are_said_to_be_unmeasured(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("zero_shot", "full"):
+        found = result(name)
+        scores = {k: v for k, v in found.scores.items() if not k.startswith("transfer/")}
+        keep(home / "results", dataclasses.replace(found, forgetting=None, scores=scores))
+    run(home)
+    printed, page = capsys.readouterr().out, (home / "report" / "quick" / "index.html").read_text()
+    assert "not measured: Transfer, %, Perplexity, Minimal pairs" in printed
+    assert "Not measured in this experiment: Transfer, %, Perplexity, Minimal pairs." in page and ">Transfer, %</button>" not in page
+
+
+def test_page_is_self_contained_and_well_formed(home: Path) -> None:
+    write_experiment(home / "results")
+    run(home)
+    html = (home / "report" / "quick" / "index.html").read_text()
+    page = Page(html)
+    assert page.open == []
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert not [t for t, a in page.tags if t in ("link", "img", "iframe", "object", "base") or {"src", "href"} & set(a)]
+    assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html and 'name="viewport"' in html
+    sorts = [a["aria-sort"] for t, a in page.tags if t == "th" and "aria-sort" in a]
+    assert sorts == ["descending"]
+    assert html.count("<svg ") == 1 + 3 + 5  # intervals, costs, curves of what trained
+    assert BASE_NOTE in html and "2.13.0+cpu" in html and str(PROVENANCE["model_sha256"]) in html and str(PROVENANCE["command"]) in html
+
+
+def test_texts_of_results_are_escaped(home: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    write_grid(home, GRID | {"techniques": ["zero_shot", "<script>x", "a|b"]})
+    found = result("lora", 212)
+    keep(home / "results", result("zero_shot", 195))
+    changes: dict[str, Any] = {"cell": "<script>x-s0-n200", "notes": [evil], "hyperparameters": {evil: evil}, "family": evil}
+    keep(home / "results", dataclasses.replace(found, technique="<script>x", **changes, provenance={**PROVENANCE, "command": evil}))
+    keep(home / "results", dataclasses.replace(found, technique="a|b", cell="a|b-s0-n200"))
+    assert run(home) == 0
+    html, text = (home / "report" / "quick" / "index.html").read_text(), (home / "report" / "quick" / "table.md").read_text()
+    assert [t for t, _ in Page(html).tags].count("script") == 1 and "alert(1)" in html
+    assert html.count("<script>") == 1 and "&lt;script&gt;x" in html
+    assert "| a\\|b " in text and len({len(line) for line in text.splitlines() if line.startswith("| ") and "Train, s" in line}) == 1
+    assert words("a `<b>` & c") == "a <b>&lt;b&gt;</b> &amp; c"
+
+
+def test_nothing_is_half_written(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment(home / "results")
+    run(home)
+    folder = home / "report" / "quick"
+    before = {p: p.read_bytes() for p in folder.rglob("*.*")}
+    keep(home / "results", result("prompt_tuning", 200, 1))
+    write = report.write_text
+
+    def failing(path: Path, text: str) -> None:
+        if path.name == "table.csv":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(report, "write_text", failing)
+    assert run(home) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in folder.rglob("*.*")} == before and [p.name for p in folder.parent.iterdir()] == ["quick"]
+    monkeypatch.undo()
+    monkeypatch.setattr(cells, "ROOT", home)
+    assert run(home) == 0 and "not run" not in (folder / "table.md").read_text()
+
+
+@pytest.mark.parametrize("technique, code", [("lora", 2), ("bitfit", 0)])
+def test_a_result_of_an_older_schema(home: Path, technique: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment(home / "results")
+    path = home / "results" / "quick" / f"{technique}-s0-n200" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 0}))
+    assert run(home) == code
+    if code:
+        assert "was written by schema 0" in capsys.readouterr().err and not (home / "report").exists()
+
+
+def test_without_results_or_grid(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(home) == 2
+    assert "none of the grid's 16 cells; run: python -m pipeline.cells experiments=quick" in capsys.readouterr().err
+    assert report.main([]) == 2
+    assert "experiments/scratch/params.yaml" in capsys.readouterr().err
+    assert not (home / "report").exists()
+
+
+NOTHING: dict[str, Any] = dict.fromkeys(("phases", "memory", "work", "size", "inference", "forgetting"))
+
+
+@pytest.mark.parametrize("found", [
+    [oom("full")], [result("teacher", 178)], [result("zero_shot")], [result("full", 0), result("lora", 0)],
+    [dataclasses.replace(result("lora"), history=[{"step": 1, "loss": 2.0, "lr": 0.1}])],
+    [dataclasses.replace(result("lora"), scores={}, provenance={}, hardware={}, **NOTHING)],
+    [dataclasses.replace(result("full"), metric="macro_f1"), dataclasses.replace(result("zero_shot"), metric="macro_f1")],
+], ids=["oom", "teacher", "zero_shot", "all wrong", "one step", "bare", "macro_f1"])
+def test_report_of_few_or_poor_cells(home: Path, found: list[Result]) -> None:
+    for one in found:
+        keep(home / "results", one)
+    assert run(home) == 0
+    assert not re.search(r"\b(nan|None|inf)\b", (home / "report" / "quick" / "table.md").read_text())
+    assert Page((home / "report" / "quick" / "index.html").read_text()).open == []
+
+
+def test_resumed_and_packed_times_are_marked_and_kept_out_of_charts(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = dataclasses.replace(result("qlora", 207), packed=True, memory=Memory("cpu_rss", 10**9))
+    for one in (result("zero_shot", 195), result("full", 214), resumed(result("lora", 212)), packed):
+        keep(home / "results", one)
+    run(home)
+    printed, html, lines = capsys.readouterr().out, (home / "report" / "quick" / "index.html").read_text(), table(home)
+    assert re.search(r"^\| lora +\| +92 † ", printed, re.M) and "† resumed, or packed" in printed
+    assert (lines["lora"]["train_s"], lines["lora"]["timing"], lines["qlora"]["timing"]) == ("", "resumed", "packed")
+    assert lines["full"]["train_s"] == "118" and lines["full"]["timing"] == ""
+    assert "Not drawn: lora (resumed), qlora (packed)." in html and "Not drawn: qlora (packed)." in html

@@ -1,0 +1,163 @@
+"""What the report is made of: rows and how they are compared, its sentences, statistics, axes and labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from report_cells import BASE_NOTE, PROVENANCE, keep, oom, result, resumed
+
+from pipeline import report_format
+from pipeline.report_cells import select
+from pipeline.report_rows import Row, make_rows
+from pipeline.report_stats import holm, paired, pareto, sign_flip
+from pipeline.report_svg import Box, place_labels, scale, stacked, text_width
+from pipeline.report_text import opening, warnings
+from pipeline.results import SHARED_PROCESS, Result
+
+
+def rows_of(*found: Result, root: Path) -> dict[str, Row]:
+    """Rows of cells written below `root`, all in the grid."""
+    for one in found:
+        keep(root, one)
+    axes = {"techniques": "technique", "seeds": "seed", "train_rows": "train_rows"}
+    grid = {axis: sorted({getattr(r, field) for r in found}) for axis, field in axes.items()}
+    return {r.name: r for r in make_rows(select(root / "quick", grid)[0])}
+
+
+def test_a_clean_seed_stands_for_the_times(tmp_path: Path) -> None:
+    first, second = result("full", 214, 0), result("full", 216, 1)
+    rows = rows_of(resumed(first), second, root=tmp_path)
+    assert second.phases and rows["full"].timing == "" and rows["full"].train_s == second.phases.train_s
+    assert rows["full"].test == pytest.approx(430 / 500)
+
+
+def test_shared_process_marks_the_total_alone(tmp_path: Path) -> None:
+    alone = dataclasses.replace(result("full"), notes=[])
+    rows = rows_of(alone, result("lora"), root=tmp_path)
+    assert rows["lora"].shared_process and not rows["full"].shared_process and rows["lora"].timing == ""
+    assert SHARED_PROCESS not in rows["lora"].notes and rows["lora"].own_notes == (BASE_NOTE,)  # not on every cell
+
+
+def test_one_seed_out_of_memory(tmp_path: Path) -> None:
+    row = rows_of(result("full", 210, 0), oom("full", 1), root=tmp_path)["full"]
+    assert (row.status, row.seeds, row.test) == ("oom in 1 of 2 seeds", 1, 210 / 250)
+
+
+def test_rows_are_compared_at_the_same_number_of_training_rows(tmp_path: Path) -> None:
+    found = [result(name, right, rows=n) for n, name, right in (
+        (50, "zero_shot", 195), (50, "full", 200), (50, "lora", 198), (1000, "zero_shot", 195), (1000, "full", 240), (1000, "lora", 199))]
+    rows = rows_of(*found, root=tmp_path)
+    assert list(rows)[0] == "full (1000 rows)"
+    assert {n: rows[n].standing for n in rows} == {
+        "full (1000 rows)": "best", "lora (1000 rows)": "below", "zero_shot (1000 rows)": "below",
+        "full (50 rows)": "best", "lora (50 rows)": "near", "zero_shot (50 rows)": "near",
+    }
+    text = opening(list(rows.values()))
+    assert text[0].startswith("With 1,000 training rows, `full` answers 96.0%")
+    assert text[-1].startswith("With 50 training rows, `full` answers 80.0%")
+
+
+def test_standing_by_intervals_and_by_the_paired_test(tmp_path: Path) -> None:
+    """Intervals that overlap make a row `near`, unless the same rows' answers separate it from the best."""
+    right = {"full": 217, "lora": 212, "zero_shot": 200, "few_shot": 150}
+    for name, count in right.items():
+        keep(tmp_path / "with", result(name, count))
+        keep(tmp_path / "without", result(name, count), with_predictions=False)
+    grid = {"techniques": list(right), "seeds": [0], "train_rows": [200]}
+    with_answers, without = ({r.name: r for r in make_rows(select(tmp_path / k / "quick", grid)[0])} for k in ("with", "without"))
+    assert {n: r.standing for n, r in without.items()} == {"full": "best", "lora": "near", "zero_shot": "near", "few_shot": "below"}
+    assert {n: r.standing for n, r in with_answers.items()} == {"full": "best", "lora": "near", "zero_shot": "overlap", "few_shot": "below"}
+    assert with_answers["full"].against_zero_shot == pytest.approx(17 / 250) and without["full"].against_zero_shot is None
+    said = " ".join(opening(list(without.values())))
+    assert "`lora` and `zero_shot` cannot be told apart from it: their 95% intervals overlap with the best one's." in said
+    assert "`lora` cannot be told apart from it: its 95% interval overlaps" in " ".join(opening(list(with_answers.values())))
+
+
+def test_opening_states_the_numbers(tmp_path: Path) -> None:
+    found = [result("zero_shot", 195), result("full", 217), result("lora", 214), result("teacher", 178)]
+    said = opening(list(rows_of(*found, root=tmp_path).values()))
+    assert said[0].startswith("`full` answers 86.8% of the 250 test rows right (95% interval 82.0–90.4), the highest of 3 techniques.")
+    assert "`zero_shot`, the untouched base, is at 78.0%; on the same rows `full` is 8.8 points above it (p < 0.001)." in said
+    assert "`lora` trains fastest (92 s; `full`: 118 s, 1.3 times as much), needs the least memory (1.51 GiB; `full`: 3.18 GiB," in said[3]
+    assert said[-1] == "The teacher `lexicon`, whose rationales the distilled techniques learn from, is right on 71.2% itself."
+
+
+def test_opening_when_nothing_beats_the_base(tmp_path: Path) -> None:
+    said = " ".join(opening(list(rows_of(result("zero_shot", 210), result("full", 200), root=tmp_path).values())))
+    assert "Nothing that was tried beats the untouched base." in said
+
+
+def test_differing_conditions_are_told(tmp_path: Path) -> None:
+    other = dataclasses.replace(result("lora"), hardware={"device": "cuda", "gpu": "NVIDIA H100", "gpu_memory_bytes": 80 * 2**30},
+                                provenance={**PROVENANCE, "data_sha256": 64 * "1"})
+    told = " ".join(warnings(list(rows_of(result("full"), other, root=tmp_path).values()), []))
+    assert "differ in hardware (AMD EPYC (2 cores), 23.5 GiB; NVIDIA H100, 80 GiB)" in told and "differ in data (sha256 0018" in told
+    same = rows_of(result("full"), result("lora"), result("teacher"), root=tmp_path / "same")
+    assert warnings(list(same.values()), []) == []
+
+
+def test_all_rows_of_the_task(tmp_path: Path) -> None:
+    found = dataclasses.replace(result("full"), cell="full-s0-nall", train_rows=700)
+    keep(tmp_path, found)
+    kept, missing = select(tmp_path / "quick", {"techniques": ["full"], "seeds": [0, 1], "train_rows": [None]})
+    assert [c.result.cell for c in kept] == ["full-s0-nall"] and missing == ["full-s1-nall"]
+
+
+# statistics and drawing
+
+
+def test_pareto_front_of_a_known_set() -> None:
+    points = [(1.0, 0.5), (2.0, 0.7), (3.0, 0.6), (4.0, 0.9), (4.0, 0.8), (2.0, 0.7), (5.0, 0.9)]
+    assert pareto(points) == [0, 1, 5, 3]
+    assert pareto([(0.0, 0.5)]) == [0] and pareto([]) == []
+
+
+def test_sign_flip_is_mcnemar_for_one_seed() -> None:
+    for gained, lost in ((8, 1), (0, 0), (5, 5), (30, 10), (1, 0)):
+        exact = min(1.0, 2 * sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1)) / 2 ** (gained + lost))
+        assert sign_flip([1] * gained + [-1] * lost + [0] * 9) == pytest.approx(exact)
+    assert sign_flip([1] * 8 + [-1]) == pytest.approx(0.0390625)
+    assert sign_flip([2, 1]) == pytest.approx(0.5) and sign_flip([2, -1]) == 1.0  # sums 3, 1, -1, -3
+
+
+def test_paired_takes_the_rows_in_common() -> None:
+    found = paired([{"a": True, "b": True, "c": False}], [{"a": False, "b": True, "d": True}])
+    assert found and (found.difference, found.rows, found.p) == (0.5, 2, 1.0)
+    seeds = paired([{"a": True, "b": True}, {"a": True, "b": False}], [{"a": False, "b": False}])
+    assert seeds and seeds.difference == 0.75 and seeds.p == 0.5
+    assert paired([], [{"a": True}]) is None and paired([{}], [{"a": True}]) is None
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
+
+
+def test_numbers_as_text() -> None:
+    f = report_format
+    assert [f.size(v) for v in (None, 0, 1_420, 9_787_976, 3.41e9)] == ["—", "0", "1.39 KiB", "9.33 MiB", "3.18 GiB"]
+    assert [f.count(v) for v in (None, 0, 11_520, 2_442_240, 134_515_008)] == ["—", "0", "11,520", "2.44 M", "135 M"]
+    assert [f.seconds(v) for v in (None, 0.0, 0.417, 4.21, 61.4, 1234)] == ["—", "0", "0.42", "4.2", "61", "1,234"]
+    assert [f.points(v) for v in (None, 0.0, -0.0001, 0.082, -0.068)] == ["—", "0.0", "0.0", "+8.2", "−6.8"]
+    assert [f.p_value(v) for v in (None, 0.0004, 0.0391, 0.45)] == ["", "p < 0.001", "p = 0.039", "p = 0.45"]
+
+
+def test_zero_has_its_place_on_a_log_axis() -> None:
+    axis = scale([0.0, 1e4, 1e8], 40, 360, log=True)
+    assert axis.log and axis.zero is not None and axis(0.0) == axis.zero < axis(1e4) - 15 < axis(1e8) < 360
+    assert not scale([5.0, 6.0], 0, 100, log=True).log
+    assert all(scale([0.0, 1e4, 1e8], 40, 360, log=True)(t) > axis.start for t in axis.ticks())
+
+
+def test_labels_do_not_collide() -> None:
+    points = [(100.0 + 3 * i, 100.0 + 2 * i, f"technique_{i}") for i in range(8)]
+    dots = [Box(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points]
+    placed = place_labels(points, [dots, [Box(0, 90, 380, 91)]], Box(0, 0, 380, 300))
+    boxes = [Box(p.x, p.y - 6, p.x + text_width("technique_0"), p.y + 6) for p in placed if p]
+    assert len(boxes) == 8
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in [*boxes[:i], *dots])
+    assert place_labels([(5.0, 5.0, "too long for this frame")], [[]], Box(0, 0, 50, 50)) == [None]
+    levels = stacked([10.0, 11.0, 11.5, 80.0], 13)
+    assert all(b - a >= 12.99 for a, b in zip(levels, levels[1:], strict=False)) and levels[3] == 80.0
