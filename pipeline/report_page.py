@@ -24,6 +24,7 @@ from pipeline.report_text import opening, provenance, rows_in_words, warnings
 from pipeline.results import Phases, Result
 
 TEMPLATES = Path(__file__).with_name("templates")
+UNBROKEN = re.compile(r"\bp [=<] |\d [A-Za-z]{1,3}\b|\d–\d")
 PHASES = {
     "startup": "start-up", "load": "load", "warmup": "warm-up", "train": "train", "validate": "validate", "save": "save",
     "evaluate": "evaluate", "other": "other",
@@ -42,8 +43,9 @@ def page(experiment: str, rows: Sequence[Row], missing: Sequence[str]) -> str:
 
 
 def words(text: str) -> Markup:
-    """A sentence as HTML: escaped, what stands in backticks bold, p-values unbroken."""
-    parts = re.sub(r"\bp ([=<]) ", "p\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", str(text)).split("`")
+    """A sentence as HTML: escaped, what stands in backticks bold, numbers kept on one line with what belongs to them."""
+    joined = str.maketrans({" ": "\N{NO-BREAK SPACE}", "–": "\N{WORD JOINER}–\N{WORD JOINER}"})
+    parts = UNBROKEN.sub(lambda found: found[0].translate(joined), str(text)).split("`")
     return Markup("").join(Markup("<b>{}</b>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts))
 
 
