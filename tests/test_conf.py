@@ -1,0 +1,73 @@
+"""Every YAML under conf/ composes with every experiment, and what it composes can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline import settings, sweep_space, tasks, tracking
+from pipeline.base_model import KEYS
+from pipeline.config import CONF, ROOT, build, compose, plain
+from pipeline.files import UserError
+
+FILES = sorted(p.relative_to(CONF) for p in CONF.rglob("*.yaml"))
+EXPERIMENTS = sorted(p.stem for p in ROOT.glob("experiments/*.yaml"))
+BUILT = ("method", "objective", "teacher", "task.source", "model.source")
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The config, with a word in each place that a user must fill."""
+    cfg = compose(overrides)
+    missing = [key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra.")]
+    return compose([*overrides, *(f"{key}=word" for key in missing)]) if missing else cfg
+
+
+def override(file: Path) -> list[str]:
+    return [] if file.name == "config.yaml" else [f"{file.parent.as_posix()}={file.stem}"]
+
+
+def test_there_are_files():
+    assert len(FILES) > 40 and {"quick", "standard"} <= set(EXPERIMENTS)
+    assert not list(CONF.rglob("*.yml")), "Hydra reads .yaml alone"
+
+
+@pytest.mark.parametrize("experiment", [e if e == "quick" else pytest.param(e, marks=pytest.mark.slow) for e in EXPERIMENTS])
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_composes_with_every_experiment_and_can_be_built(file, experiment):
+    cfg = composed(f"experiments={experiment}", *override(file))
+    assert cfg.experiment == experiment
+    settings.read(cfg)
+    tasks.read(cfg)
+    settings.build(tracking.Tracking, plain(cfg)["tracking"], "tracking")
+    if "r" in cfg.method.get("config", {}):  # else there is no rank to search
+        sweep_space.read(cfg)
+    assert set(cfg.model) == KEYS
+    for group in BUILT:
+        assert build(OmegaConf.select(cfg, group), group) is not None
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_a_file_says_what_it_is_and_is_named_as_it_calls_itself(file):
+    text = (CONF / file).read_text()
+    if file.parent.name not in ("precision",):
+        assert text.startswith("#"), "a config opens with a line that says what it is"
+    values = yaml.safe_load(text)
+    if file.parent.name == "technique":
+        assert values["technique"]["name"] == file.stem
+    if file.parent.name in ("task", "model", "teacher", "precision"):
+        assert values["name"] == file.stem
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_is_named_as_its_file(experiment):
+    assert compose([f"experiments={experiment}"]).experiment == experiment
+
+
+def test_experiments_lie_outside_conf_and_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compose(["experiments=quick"]).experiment == "quick"
+    with pytest.raises(UserError, match="unknown experiments 'quik', did you mean 'quick'"):
+        compose(["experiments=quik"])
