@@ -28,7 +28,7 @@ from pipeline.objectives.base import Objective
 from pipeline.results import SHARED_PROCESS, Forgetting, Inference, Memory, Result, Score, Size, Teacher, Work, write
 from pipeline.settings import Settings, read
 
-CODE = ("cell", "data", "loop", "model", "scoring")
+CODE = ("cell.py", "data.py", "loop.py", "model.py", "scoring.py", "methods/*.py", "objectives/*.py")
 
 
 @dataclass
@@ -77,8 +77,9 @@ def fingerprint(cfg: DictConfig) -> str:
 def checkpoint_of(cfg: DictConfig) -> Path:
     """The checkpoint to resume from: keyed by the fingerprint and the code that trains, in a folder DVC does not know."""
     code = hashlib.sha256()
-    for module in CODE:
-        code.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    for pattern in CODE:
+        for path in sorted(Path(__file__).parent.glob(pattern)):
+            code.update(path.read_bytes())
     return Path(cfg.paths.work) / "checkpoints" / f"{name(cfg)}-{fingerprint(cfg)}-{code.hexdigest()[:8]}.pt"
 
 
@@ -160,19 +161,20 @@ class Cell:
         self.discard_checkpoint: Callable[[], None] | None = None
 
     def run(self) -> Result:
+        history: list[dict[str, float]]
         with self.meter.phase("startup"):
             self._setup()
         with self.meter.phase("load"):
             self._load()
         if self.answers_alone:
-            work, memory, size, history = Work(), Memory(kind="none", peak_bytes=None), Size(0, 0, 0), []
             self._score_answers()
+            work, memory, history, size = Work(), Memory(kind="none", peak_bytes=None), [], Size(0, 0, 0)
             inference = forgetting = None
         else:
-            work, memory, history = self._train()
+            work, training, history = self._train()
             size = self._save()
             inference, evaluation = self._evaluate()
-            memory = memory or evaluation
+            memory = training or evaluation
             forgetting = self._forgetting() if self._wants("forgetting") and self.settings.evaluate.forgetting else None
             inference = self._merged_latency(inference)
         return Result(

@@ -60,7 +60,8 @@ class Batch:
     """Real (non-padding) tokens."""
 
     def to(self, device: Any) -> Batch:
-        return Batch(*(getattr(self, k).to(device) for k in ("input_ids", "rows", "cols", "targets", "weights")), self.tokens)
+        moved = {k: v.to(device) for k, v in vars(self).items() if k != "tokens"}
+        return Batch(**moved, tokens=self.tokens)
 
 
 class Encoder:

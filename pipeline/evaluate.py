@@ -76,7 +76,7 @@ def _rows(cfg: DictConfig, split: str) -> list[dict]:
     """The split's first rows, as many as the evaluate settings say."""
     folder = Path(cfg.paths.data) / cfg.task.name
     kinds = {"test": cfg.evaluate.test_rows, "validation": None}
-    limit = kinds[split] if split in kinds else cfg.evaluate.transfer_rows
+    limit = kinds.get(split, cfg.evaluate.transfer_rows)
     there = ["validation", "test", *(f"transfer/{p.stem}" for p in sorted((folder / "transfer").glob("*.jsonl")))]
     if split not in there:
         raise UserError(f"unknown split {split!r} of {folder}; there are: {', '.join(there)}")

@@ -116,6 +116,7 @@ class Loop:
                 if self.device.type != "cuda" or self.state.step % LOSS_EVERY == 0:
                     self._read_losses(bar)
                     if not math.isfinite(self.state.history[-1]["loss"]):
+                        self.state.history = [h for h in self.state.history if math.isfinite(h["loss"])]
                         self.notes.append(f"training diverged: the loss was not finite at step {self.state.step} of {self.total}")
                         break
                 if self.state.step in marks:
@@ -145,7 +146,7 @@ class Loop:
         groups = self.method.optimizer_groups(self.model, self.settings.lr)
         for group in groups:
             group["base_lr"] = group["lr"]
-        options = {"weight_decay": self.settings.weight_decay, "lr": self.settings.lr}
+        options: dict[str, Any] = {"weight_decay": self.settings.weight_decay, "lr": self.settings.lr}
         if self.settings.optimizer == "paged_adamw":
             if self.device.type == "cuda":
                 from bitsandbytes.optim import PagedAdamW32bit

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +306,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": (lambda out: None if out is None else bool(out))(_git("status", "--porcelain", "--untracked-files=no")),
-        "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
     }
 

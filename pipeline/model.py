@@ -101,7 +101,7 @@ def _load_quantised(folder: Path, name: str, precision: Precision, dtype: Any, d
         # bitsandbytes repacks 4-bit weights at the first evaluation on a CPU with AVX512-BF16; from then on they are
         # computed in bf16, pass no gradient to what lies below, and dequantise to noise
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (mypy takes a module's attribute for a tensor)
     return model
 
 

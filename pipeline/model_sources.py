@@ -70,7 +70,8 @@ class Hub:
             folder = Path(snapshot_download(self.repository, revision=self.revision, ignore_patterns=ignore))
         except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"the model {self.repository}@{self.revision} cannot be fetched ({reason}); check its name and the network, or use model=local") from error
+            what = f"the model {self.repository}@{self.revision} cannot be fetched ({reason})"
+            raise UserError(f"{what}; check its name and the network, or use model=local") from error
         refuse_pickles(folder, allow_pickle)
         return _pretrained(str(folder), f"{self.repository}@{self.revision}", trust_remote_code, allow_pickle)
 
@@ -123,5 +124,5 @@ def _dequantised(gguf: Path) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     vars(model.config).pop("quantization_config", None)  # it is a plain fp32 model now, and is saved as one
-    model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+    vars(model).update(hf_quantizer=None, is_quantized=False, quantization_method=None)
     return model, tokenizer

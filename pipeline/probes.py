@@ -47,7 +47,8 @@ class Probe:
 
 def agreement_pairs(count: int, seed: int = SEED) -> list[tuple[str, str]]:
     """`count` distinct (grammatical, ungrammatical) sentences, half with a plural subject."""
-    rng, found = random.Random(seed), {}
+    rng = random.Random(seed)
+    found: dict[str, str] = {}
     while len(found) < count:
         plural = len(found) % 2
         subject, other = rng.sample(NOUNS, 2)

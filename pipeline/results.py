@@ -176,7 +176,7 @@ class Result:
 
 def figures(result: Result) -> dict[str, float]:
     """The few figures that `dvc metrics show` lists, by name (the report writes them); what was not measured is left out."""
-    found = {split: getattr(result.scores[split], result.metric) for split in ("test", "validation") if split in result.scores}
+    found: dict[str, float | None] = {split: getattr(result.scores[split], result.metric) for split in ("test", "validation") if split in result.scores}
     for part, names in ((result.phases, ("train_s", "wall_s")), (result.memory, ("peak_bytes",)), (result.size, ("trainable", "artefact_bytes")),
                         (result.inference, ("latency_s",))):
         found |= {name: getattr(part, name) for name in names if part is not None}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -79,9 +80,9 @@ def choice_log_likelihoods(model: Any, items: Sequence[tuple[list[int], list[lis
         for part in by_length([len(s) for s in sequences], batch_tokens):
             flat = [(row, *read) for row, index in enumerate(part) for read in reads[index]]
             rows, cols, targets, slot = (torch.tensor(v) for v in zip(*flat, strict=True))
-            ids = pad([sequences[i] for i in part], pad_id).to(device)
-            places, inverse = torch.unique(rows * ids.shape[1] + cols, return_inverse=True)
-            logits = logits_at(model, ids, (places // ids.shape[1]).to(device), (places % ids.shape[1]).to(device))
+            inputs = pad([sequences[i] for i in part], pad_id).to(device)
+            places, inverse = torch.unique(rows * inputs.shape[1] + cols, return_inverse=True)
+            logits = logits_at(model, inputs, (places // inputs.shape[1]).to(device), (places % inputs.shape[1]).to(device))
             picked = torch.log_softmax(logits, -1)[inverse.to(device), targets.to(device)]
             sums.index_add_(0, slot, picked.double().cpu())
     found: list[list[float]] = [[] for _ in items]
@@ -178,6 +179,9 @@ class Scorer:
         scores = choice_log_likelihoods(self.model, self.items(rows), self.batch_tokens, self.encoder.pad_id, self.device, self.dtype)
         found = []
         for row, values in zip(rows, scores, strict=True):
+            if not all(map(math.isfinite, values)):  # a model whose training diverged answers nothing
+                found.append({"id": row["id"], "answer": row["answer"], "prediction": None, "correct": False, "scores": {}})
+                continue
             lengths = [len(c) if self.task.length_normalised else 1 for c in row["choices"]]
             best = max(range(len(values)), key=lambda i: values[i] / lengths[i])  # noqa: B023 (used at once)
             prediction = row["choices"][best]
@@ -218,7 +222,7 @@ def score(predictions: Sequence[dict], task: Task) -> Score:
 def _macro_f1(predictions: Sequence[dict], task: Task) -> float | None:
     """Over a task's fixed labels; None where the choices differ by row or the answer is free text."""
     labels = {tuple(sorted(p["scores"])) for p in predictions if "scores" in p}
-    if task.scoring != "choice" or len(labels) != 1:
+    if task.scoring != "choice" or len(labels) != 1 or not all(labels):
         return None
     names = next(iter(labels))
     code = {name: i for i, name in enumerate(names)}

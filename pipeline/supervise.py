@@ -79,8 +79,8 @@ def _wait(child: int, limit: int | None, kills: int | None) -> Outcome:
                 os.kill(child, signal.SIGKILL)
             threading.Event().wait(POLL_S)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for handled, handler in before.items():
+            signal.signal(handled, handler)
     if os.WIFEXITED(status):
         return Outcome(os.WEXITSTATUS(status))
     number = os.WTERMSIG(status)

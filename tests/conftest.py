@@ -64,7 +64,7 @@ def write_model(folder: Path, seed: int = 0, hidden: int = 64, layers: int = 2) 
     from tokenizers.decoders import WordPiece
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = sorted({*GOOD, *BAD, *NEUTRAL, *"Review : Sentiment positive negative The words are . [ ] label rationale".split()})
+    words = sorted({*GOOD, *BAD, *NEUTRAL, *["Review", ":", "Sentiment", "positive", "negative", "The", "words", "are", ".", "[", "]", "label", "rationale"]})
     vocabulary = {w: i for i, w in enumerate(["<unk>", "<eos>", *words])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()

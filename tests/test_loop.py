@@ -93,10 +93,13 @@ def test_schedule_known_answers():
     assert lr_factor(9, 10, "constant", 0.0) == 1.0
 
 
-def test_a_diverged_run_says_so(overrides):
-    result = cell.run(compose([*overrides, "technique=full", "train.lr=1e30", "train.steps=12", "train.max_grad_norm=1e30", "train.warmup_share=0"]))
+def test_a_diverged_run_says_so(overrides, tmp_path):
+    """Nothing of it can be scored, which is a result: every row wrong, no figure made up, the files written."""
+    wild = ["technique=full", "train.lr=1e30", "train.steps=12", "train.max_grad_norm=1e30", "train.warmup_share=0", "train.validations=0"]
+    result = cell.run(compose([*overrides, *wild]), folder=tmp_path / "cell")
     assert any("diverged" in note for note in result.notes)
     assert result.work.steps < 12
+    assert read(tmp_path / "cell").test.unanswered == 48 and result.test.accuracy == 0 and result.test.nll is None
 
 
 def test_same_seed_same_weights_other_seed_others(overrides, tmp_path):

@@ -251,8 +251,8 @@ def test_another_config_does_not_go_into_the_same_study(finished, words, tmp_pat
     for change, named in changes.items():
         assert sweep.main([*words, change]) == 2
         assert named in capsys.readouterr().err
-    (tmp_path / "data/vader_movies").mkdir(parents=True)
-    (tmp_path / "data/vader_movies/manifest.json").write_text("{}")
+    (tmp_path / "data/vader_movies_5").mkdir(parents=True)
+    (tmp_path / "data/vader_movies_5/manifest.json").write_text("{}")
     assert sweep.main(words) == 2
     assert "the data (sha256)=None" in capsys.readouterr().err
     assert len(calls(tmp_path)) == 7
