@@ -1,0 +1,43 @@
+"""What only a CUDA device shows: python -m pytest -m gpu tests/test_gpu.py"""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import cell
+from pipeline.config import compose
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(overrides: list[str], *more: str) -> list[str]:
+    return [*(o for o in overrides if o != "device=cpu"), "device=cuda", *more]
+
+
+@pytest.mark.parametrize("technique", ["full", "lora", "qlora", "prompt_tuning", "step_by_step"])
+def test_a_technique_trains_on_the_gpu(overrides, tmp_path, technique):
+    result = cell.run(compose(on_gpu(overrides, f"technique={technique}", "train.steps=12")), folder=tmp_path / "cell")
+    assert result.status == "ok"
+    assert result.precision == ("nf4" if technique == "qlora" else "bf16")
+    assert result.memory.kind == "gpu_reserved" and result.memory.peak_bytes >= result.memory.peak_allocated_bytes > 0
+    assert result.hardware["gpu"] and len(result.history) == 12
+    assert not any("plain AdamW" in note for note in result.notes), "the paged optimiser runs on a GPU"
+
+
+def test_a_real_out_of_memory_is_a_row(overrides, tmp_path):
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(0.0005)
+    try:
+        result = cell.run(compose(on_gpu(overrides, "technique=full", "train.batch_size=64", "train.micro_batch_tokens=1000000")), folder=tmp_path / "cell")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert result.status == "oom" and "out of memory" in result.error
+    assert result.hardware["gpu_memory_bytes"]
+
+
+def test_an_untrained_lora_is_the_base_on_the_gpu(overrides, tmp_path):
+    probing = ["evaluate.forgetting=true", "evaluate.probe_pairs=20", "evaluate.probe_texts=5"]
+    result = cell.run(compose(on_gpu(overrides, "technique=lora", "train.steps=0", *probing)), folder=tmp_path / "cell")
+    assert result.forgetting.perplexity == result.forgetting.perplexity_base
+    assert result.forgetting.pairs == result.forgetting.pairs_base
