@@ -1,0 +1,198 @@
+"""What a cell depends on: its plan, and what the dvc.yaml files list. tests/test_dvc.py runs them."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+import yaml
+
+from pipeline import plan as entry
+from pipeline.cells import grid, grid_overrides
+from pipeline.config import CONF, ROOT, compose
+from pipeline.files import read_json
+from pipeline.plan import plan
+
+EXPERIMENTS = sorted(p.parent.name for p in ROOT.glob("experiments/*/params.yaml"))
+LORA = ["experiments=quick", "technique=lora", "train_rows=200"]
+
+
+@pytest.fixture(scope="module")
+def unchanged() -> dict:
+    return plan(compose(LORA))
+
+
+def stages(path: str) -> dict:
+    return yaml.safe_load((ROOT / path).read_text())["stages"]
+
+
+def one_cell_a_technique(name: str) -> list[list[str]]:
+    return grid_overrides([f"experiments={name}", "seed=0", f"train_rows={grid(name)['grid']['train_rows'][0]}"])
+
+
+def test_there_is_one_dvc_yaml_for_all_experiments():
+    assert len({(ROOT / f"experiments/{name}/dvc.yaml").read_text() for name in EXPERIMENTS}) == 1
+    assert {p.stem for p in ROOT.glob("experiments/*.yaml")} == set(EXPERIMENTS)
+    assert yaml.safe_load((ROOT / "params.yaml").read_text()) == {"experiment": "quick"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_params_say_what_the_experiment_composes(name):
+    known = grid(name)
+    cells = [compose(overrides) for overrides in one_cell_a_technique(name)]
+    assert known["experiment"] == name == {c.experiment for c in cells}.pop()
+    for key in ("task", "model", "teacher"):
+        assert {c[key].name for c in cells} == {known[key]}
+    assert all(type(n) is int for n in known["grid"]["train_rows"]), "DVC names a cell by its rows"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_file_that_a_cell_composes_is_tracked(name):
+    """The plan stage depends on it, and the cell on its plan."""
+    deps = stages(f"experiments/{name}/dvc.yaml")["plan"]["deps"]
+    tracked = [ROOT / d.replace("${experiment}", name) for d in deps]
+    for overrides in one_cell_a_technique(name):
+        choices = compose(overrides, hydra_config=True).hydra.runtime.choices
+        files = [CONF / "config.yaml"]
+        for group, option in choices.items():
+            if not group.startswith("hydra/"):
+                files.append((ROOT if group == "experiments" else CONF) / group / f"{option}.yaml")
+        for file in files:
+            file = file if file.name != f"{name}.yaml" else ROOT / f"experiments/{name}.yaml"
+            assert file.exists() and any(file.is_relative_to(t) for t in tracked), file
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=1",
+        "task.prompt=x",
+        "model.note=x",
+        "teacher.batch_size=1",
+        "method.config.r=3",
+        "+objective.new=1",
+        "precision=fp32",
+        "train.lr=9",
+        "evaluate.test_rows=7",
+        "technique.family=x",
+        "device=cpu",
+        "memory_limit_gb=3",
+    ],
+)
+def test_a_value_of_any_group_is_in_the_plan(change, unchanged):
+    assert plan(compose([*LORA, change])) != unchanged
+
+
+@pytest.mark.parametrize("change", ["tracking=none", "sweep=rank_memory", "paths.results=x", "train.progress=false", "train.checkpoint_every_s=1"])
+def test_what_does_not_decide_an_outcome_is_not_in_the_plan(change, unchanged):
+    assert plan(compose([*LORA, change])) == unchanged
+
+
+def test_the_plan_has_the_code_of_the_cell_s_own_method_and_objective():
+    code = plan(compose(["experiments=quick", "technique=step_by_step", "method=lora", "train_rows=200"]))["code"]
+    assert set(code) == {"pipeline/methods/peft_adapter.py", "pipeline/objectives/step_by_step.py"}
+
+
+def imported(start: str) -> set[str]:
+    """The project's files that a file imports, directly or not."""
+    seen: set[str] = set()
+    todo = [start]
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+            files = (f"{n.replace('.', '/')}.py" for n in names if n.startswith("pipeline."))
+            todo += [f for f in files if (ROOT / f).exists()]
+    return seen
+
+
+UNLISTED = {
+    "pipeline/config.py": "composes what the plan holds",
+    "pipeline/files.py": "words errors, writes bytes as they are",
+    "pipeline/supervise.py": "starts the cell's process",
+    "pipeline/tracking.py": "mirrors results",
+    "pipeline/runs.py": "mirrors results",
+}
+
+
+def test_a_cell_depends_on_the_code_that_it_runs_file_by_file():
+    deps = {d for d in stages("experiments/quick/dvc.yaml")["train"]["deps"] if d.startswith("pipeline/")}
+    read = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("pipeline/metrics/*/*.py")} | {"pipeline/news.txt"}
+    assert deps == (imported("pipeline/train.py") | read) - set(UNLISTED)
+    assert not any((ROOT / d).is_dir() for d in deps), "a new file in a folder would rerun every cell"
+
+
+def test_the_report_depends_on_all_of_its_files():
+    deps = {d for d in stages("experiments/quick/dvc.yaml")["report"]["deps"] if d.startswith("pipeline/")}
+    assert deps == {p.relative_to(ROOT).as_posix() for p in ROOT.glob("pipeline/report*.py")} | {"pipeline/templates"}
+
+
+@pytest.mark.parametrize("stage", ["prepare", "base_model", "rationales"])
+def test_shared_stages_depend_on_their_own_code(stage):
+    every = stages("pipeline/dvc.yaml")
+    deps = set(every["model" if stage == "base_model" else stage]["do"]["deps"])
+    assert {d for d in deps if d.startswith("pipeline/") and "$" not in d} <= {
+        *imported(f"pipeline/{stage}.py"),
+        "pipeline/model_sources.py",
+        "pipeline/registry.py",
+        "pipeline/sources.py",
+    }
+    assert f"pipeline/{stage}.py" in deps
+
+
+def options(group: str) -> list[str]:
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def test_every_task_has_its_lines():
+    every = stages("pipeline/dvc.yaml")
+    lines = every["prepare"]["foreach"]
+    assert sorted(lines) == options("task"), "a task in conf/task/ is a line of prepare in pipeline/dvc.yaml"
+    for task, line in lines.items():
+        source = yaml.safe_load((CONF / f"task/{task}.yaml").read_text())["source"]
+        local = source.get("folder") or source.get("files") if source["_target_"].endswith("Files") else f"conf/task/{task}.yaml"
+        assert line["reads"] == local
+    pairs = every["rationales"]["foreach"]
+    assert {p["task"] for p in pairs.values() if p["teacher"] == "none"} == set(lines), "every task can do without a teacher"
+    code = {t: yaml.safe_load((CONF / f"teacher/{t}.yaml").read_text())["_target_"].split(".")[-2] for t in options("teacher")}
+    assert {name: pair["code"] for name, pair in pairs.items()} == {f"{p['task']}-{p['teacher']}": code[p["teacher"]] for p in pairs.values()}
+
+
+def test_every_ready_model_has_its_line():
+    lines = stages("pipeline/dvc.yaml")["model"]["foreach"]
+    assert sorted(lines) == [m for m in options("model") if m not in ("hub", "local")], "hub and local are models once they have a name"
+    for model, line in lines.items():
+        built_upon = [d for d in yaml.safe_load((CONF / f"model/{model}.yaml").read_text()).get("defaults", []) if d != "_self_"]
+        assert built_upon in ([], [line["extends"]]) and (built_upon or line["extends"] == model)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_an_experiment_reads_has_a_stage(name):
+    known, every = grid(name), stages("pipeline/dvc.yaml")
+    assert known["task"] in every["prepare"]["foreach"]
+    assert known["model"] in every["model"]["foreach"]
+    assert f"{known['task']}-{known['teacher']}" in every["rationales"]["foreach"]
+
+
+def test_the_entry_writes_a_file_a_cell(tmp_path):
+    assert entry.main(["experiments=quick", f"paths.plans={tmp_path}"]) == 0
+    names = {p.stem for p in (tmp_path / "quick").iterdir()}
+    assert names == {f"{technique}-s0-n{grid('quick')['grid']['train_rows'][0]}" for technique in grid("quick")["grid"]["techniques"]}
+    written = read_json(tmp_path / "quick" / f"{sorted(names)[0]}.json")
+    assert set(written) == {"config", "code"}
+
+
+def test_params_that_name_another_task_are_refused(tmp_path, capsys):
+    assert entry.main(["experiments=quick", "technique=lora", f"paths.plans={tmp_path}", "task=trec"]) == 2
+    assert f"params.yaml has task: {grid('quick')['task']}, but its cells compose trec; make" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_experiment_without_a_grid_is_refused(capsys):
+    assert entry.main([]) == 2
+    assert "add experiments=<name>" in capsys.readouterr().err
