@@ -3,8 +3,8 @@
     python -m pipeline.report experiments=quick
 
 Reads results/<experiment>/**/result.json and predictions.jsonl, keeps the cells of experiments/<name>/params.yaml's grid
-(and confirm cells of its techniques), and writes report/<experiment>/{index.html, table.md, table.csv, metrics/<cell>.json}
-whole or not at all; `dvc metrics` reads the last, `dvc plots` table.csv. Prints table.md and the path of the page.
+(and confirm cells of its techniques), and writes report/<experiment>/{index.html, table.md, table.csv, history.csv,
+metrics/<cell>.json} whole or not at all; `dvc metrics` reads the last, `dvc plots` the CSVs. Prints table.md and the path of the page.
 Cells without a result are named, those out of memory are rows.
 """
 
@@ -22,7 +22,7 @@ from pipeline.report_cells import select
 from pipeline.report_markdown import markdown
 from pipeline.report_page import page
 from pipeline.report_rows import make_rows
-from pipeline.report_table import table_csv
+from pipeline.report_table import history_csv, table_csv
 from pipeline.results import figures
 
 
@@ -31,7 +31,12 @@ def run(cfg: DictConfig) -> None:
     cells, missing = select(Path(cfg.paths.results) / cfg.experiment, grid(cfg.experiment)["grid"])
     rows = make_rows(cells)
     text = markdown(cfg.experiment, rows, missing)
-    files = {"index.html": page(cfg.experiment, rows, missing), "table.md": text, "table.csv": table_csv(rows)}
+    files = {
+        "index.html": page(cfg.experiment, rows, missing),
+        "table.md": text,
+        "table.csv": table_csv(rows),
+        "history.csv": history_csv({c.result.cell: c.result.history for c in cells}),
+    }
     folder = Path(cfg.paths.report) / cfg.experiment
     with atomic_path(folder) as beside:
         for name, content in files.items():

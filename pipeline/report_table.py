@@ -1,4 +1,5 @@
-"""The columns of the comparison, said once for the HTML page and table.md; and table.csv, all fields of a row as plain numbers.
+"""The columns of the comparison, said once for the HTML page and table.md; and as plain numbers table.csv, all
+fields of a row, and history.csv, all training curves.
 
 Library of `python -m pipeline.report`.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +175,16 @@ def table_csv(rows: Sequence[Row]) -> str:
     for row in rows:
         hidden = ("train_s", "wall_s", "tokens_per_s", "energy_j") if row.timing else ()
         writer.writerow([_plain(None if name in hidden else getattr(row, name)) for name in names])
+    return out.getvalue()
+
+
+def history_csv(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """The training curves of all cells, one line a point: cell, step, loss, lr, validation_metric, validation_nll."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ["cell", "step", "loss", "lr", "validation_metric", "validation_nll"], lineterminator="\n")
+    writer.writeheader()
+    for cell, points in histories.items():
+        writer.writerows({"cell": cell, **point} for point in points)
     return out.getvalue()
 
 

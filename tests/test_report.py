@@ -65,10 +65,14 @@ def test_report_of_an_experiment(home: Path, capsys: pytest.CaptureFixture[str])
     assert run(home) == 0
     printed = capsys.readouterr().out
     folder = home / "report" / "quick"
-    assert sorted(p.name for p in folder.iterdir()) == ["index.html", "metrics", "table.csv", "table.md"]
+    assert sorted(p.name for p in folder.iterdir()) == ["history.csv", "index.html", "metrics", "table.csv", "table.md"]
     assert len(list((folder / "metrics").iterdir())) == 14 and not (folder / "metrics" / "step_by_step-s0-n200.json").exists()
     assert json.loads((folder / "metrics" / "full-s1-n200.json").read_text()) == figures(result("full", 217, 1))
     assert printed == (folder / "table.md").read_text() + f"\nreport: {folder / 'index.html'}\n"
+    points = list(csv.DictReader(io.StringIO((folder / "history.csv").read_text())))
+    assert [(p["step"], p["loss"]) for p in points if p["cell"] == "full-s1-n200"] == [
+        (str(p["step"]), str(p.get("loss", ""))) for p in result("full", 217, 1).history
+    ]
     lines = table(home)
     assert list(lines) == ["full", "lora+best", "lora", "qlora", "prompt_tuning", "zero_shot", "few_shot", "teacher", "step_by_step"]
     full = lines["full"]
