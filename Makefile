@@ -20,7 +20,8 @@ repro: $(VENV) ## bring the experiment that params.yaml names up to date, print 
 
 adopt: $(VENV) ## take the results of `python -m pipeline.cells` into DVC as they are
 	@$(BIN)/dvc repro --quiet experiments/$(EXPERIMENT)/dvc.yaml:plan
-	@$(BIN)/dvc commit --force --quiet experiments/$(EXPERIMENT)/dvc.yaml
+	@$(BIN)/dvc commit --force --quiet experiments/$(EXPERIMENT)/dvc.yaml:train
+	@echo "adopted; make repro writes the report"
 
 sweep: $(VENV) ## search the rank of TECHNIQUE (lora) and confirm the best on test
 	@$(BIN)/python -m pipeline.sweep experiments=$(EXPERIMENT) technique=$(TECHNIQUE)
