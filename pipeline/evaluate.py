@@ -1,6 +1,6 @@
 """Score the artefact of a finished cell on a prepared split, the same task's or another set's.
 
-    python -m pipeline.evaluate cell=results/quick/lora-s0-n200 split=transfer/tweets
+    python -m pipeline.evaluate cell=results/quick/lora-s0-n160 split=transfer/tweets
 
 Splits: validation, test, transfer/<set>. Writes evaluations/<experiment>/<cell>/<split>/{score.json, predictions.jsonl}.
 """

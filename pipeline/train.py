@@ -1,6 +1,6 @@
 """Train and evaluate one cell: technique x seed x train_rows of an experiment.
 
-    python -m pipeline.train experiments=quick technique=lora seed=0 train_rows=200
+    python -m pipeline.train experiments=quick technique=lora seed=0 train_rows=160
 
 Writes results/<experiment>/<cell>/{result.json, predictions.jsonl, history.csv, artefact/} and mirrors them to MLflow
 (off: tracking=none). A killed run goes on from its last checkpoint; out of memory is a result (status oom, exit 0).
