@@ -51,7 +51,7 @@ def stand_in(task: str, root: Path) -> None:
 
 def table(target: Path) -> None:
     """Print the accuracies found, one line a setting."""
-    found: dict[tuple, list[float]] = defaultdict(list)
+    found: dict[tuple, list[float | None]] = defaultdict(list)
     for row in read_jsonl(target):
         found[row["task"], row["technique"], row["extra"]].append(row.get("held_back_accuracy"))
     for key, values in sorted(found.items()):
