@@ -148,7 +148,7 @@ def test_a_change_reaches_the_cells_that_are_made_of_it_and_no_others(clone):
     assert clone.repro() == ["train lora-s0-n200"]
     clone.edit("pipeline/methods/none.py", "from __future__", "# changed\nfrom __future__")
     assert clone.repro() == ["train zero_shot-s0-n200"]
-    clone.edit("conf/evaluate/default.yaml", "latency_rows: 16", "latency_rows: 8")
+    clone.edit("conf/evaluate/default.yaml", "batch_tokens: 4096", "batch_tokens: 2048")
     assert sorted(clone.repro()) == ["train lora-s0-n200", "train zero_shot-s0-n200"]
     clone.edit("conf/tracking/mlflow.yaml", "artifacts: mlartifacts", "artifacts: elsewhere")
     assert clone.repro() == []
