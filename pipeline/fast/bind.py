@@ -1,0 +1,284 @@
+"""From a transformers or PEFT model to the hand-written Llama over the same memory.
+
+Library. Nothing is copied for long: frozen weights are stacked once and the modules' own weights become views of the stack,
+trained ones become views of a Flat's masters. A model that this file does not know raises Unsupported with the reason,
+and the caller takes another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pipeline.fast.flat import Flat, Region
+from pipeline.fast.llama import Group, Layer, Llama, Low, Norm
+from pipeline.fast.ops import Tensor
+
+FAMILIES = ("llama", "mistral", "qwen2")
+GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)), ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
+KEEP_BYTES = 2**30  # norms' outputs are kept for backward while they take less than this
+
+
+class Unsupported(Exception):
+    """The reason why a model or technique cannot go this way, one clause."""
+
+
+@dataclass
+class Bound:
+    """A model bound to the hand-written step."""
+
+    llama: Llama
+    flat: Flat
+    pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """LoRA: module name -> (A [K, r, in], B [K, out, r]) as views of the masters."""
+
+
+def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumulate: bool = False) -> Bound:
+    """Bind what `model` trains.
+
+    Args:
+        model: a PEFT model with LoRA or prompt tuning, or a plain model of which every parameter is trained.
+        dtype: of the arithmetic.
+        slots, rank: K runs at once, with room for this rank each (LoRA; the model's own adapter says which modules).
+            With one slot the model's own parameters become the masters; with several the caller fills the slots.
+
+    Raises:
+        Unsupported: another architecture, adapter or option.
+    """
+    base, kind = _base(model)
+    parts = _Parts(base, dtype)
+    if kind == "lora":
+        return _lora(parts, dtype, slots, rank, accumulate)
+    if kind == "prompt":
+        return _prompt(model, parts, dtype, slots, accumulate)
+    if slots != 1:
+        raise Unsupported("full fine-tuning runs are not packed: nothing of the base could be shared")
+    return _full(parts, dtype, accumulate)
+
+
+def _base(model: Any) -> tuple[Any, str]:
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
+        if not all(p.requires_grad for p in model.parameters()):
+            raise Unsupported("a part of the weights is frozen without an adapter")
+        return model, "full"
+    kind = config.peft_type.value
+    if kind == "PROMPT_TUNING":
+        return model.base_model, "prompt"
+    if kind != "LORA":
+        raise Unsupported(f"{kind} has no hand-written step")
+    for option in ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "layer_replication",
+                   "fan_in_fan_out", "target_parameters", "use_bdlora", "arrow_config", "use_qalora"):
+        if getattr(config, option, None):
+            raise Unsupported(f"LoRA with {option} has no hand-written step")
+    if config.bias != "none":
+        raise Unsupported("LoRA that trains biases has no hand-written step")
+    if config.lora_dropout > 0:
+        raise Unsupported("LoRA with dropout has no hand-written step")
+    return model.base_model.model, "lora"
+
+
+class _Parts:
+    """The modules of a supported base, checked."""
+
+    def __init__(self, base: Any, dtype: Any) -> None:
+        config = base.config
+        if config.model_type not in FAMILIES:
+            raise Unsupported(f"the architecture {config.model_type} has no hand-written step")
+        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            raise Unsupported("sliding-window attention has no hand-written step")
+        if getattr(config, "hidden_act", "silu") != "silu" or getattr(config, "mlp_bias", False) or getattr(config, "attention_dropout", 0.0):
+            raise Unsupported("its activation, biases or dropout have no hand-written step")
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+            raise Unsupported("its rotary positions depend on the length")
+        self.base, self.config, self.dtype = base, config, dtype
+        self.model, self.layers = base.model, list(base.model.layers)
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.tied = base.lm_head.weight is self.model.embed_tokens.weight
+        self._angles: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def groups(self) -> Iterator[tuple[int, int, list[tuple[str, Any]]]]:
+        """(layer, group, [(name, module)]) of every stack of linear maps."""
+        for at, layer in enumerate(self.layers):
+            for index, (owner, names) in enumerate(GROUPS):
+                modules = [(f"model.layers.{at}.{owner}.{n}", getattr(getattr(layer, owner), n)) for n in names]
+                yield at, index, modules
+
+    def angles(self, t: int) -> tuple[Tensor, Tensor]:
+        if t not in self._angles:
+            weight = self.model.embed_tokens.weight
+            probe = torch.empty(0, device=weight.device, dtype=self.dtype)
+            cos, sin = self.model.rotary_emb(probe, torch.arange(t, device=weight.device)[None])
+            self._angles[t] = (cos[0].to(self.dtype).contiguous(), sin[0].to(self.dtype).contiguous())
+        return self._angles[t]
+
+    def frozen(self, weight: Any) -> Tensor:
+        """A frozen weight in the arithmetic's dtype."""
+        if weight.dtype != self.dtype:
+            raise Unsupported(f"the base is held in {str(weight.dtype).removeprefix('torch.')}, the arithmetic is {str(self.dtype).removeprefix('torch.')}")
+        return weight.detach()
+
+    def build(self, groups: dict[tuple[int, int], Group], norms: Callable[[Any], Norm], embedding: Tensor, head: Tensor, lowest: int) -> Llama:
+        config = self.config
+        layers = []
+        for at, layer in enumerate(self.layers):
+            qkv, out, gate_up, down = (groups[at, index] for index in range(4))
+            layers.append(Layer(
+                norms(layer.input_layernorm), qkv, out, norms(layer.post_attention_layernorm), gate_up, down,
+                config.num_attention_heads, config.num_key_value_heads, self.width, config.rms_norm_eps,
+            ))
+        return Llama(embedding, layers, norms(self.model.norm), head, self.angles, lowest)
+
+    def frozen_build(self, groups: dict[tuple[int, int], Group], lowest: int) -> Llama:
+        embedding = self.frozen(self.model.embed_tokens.weight)
+        return self.build(groups, lambda m: Norm(self.frozen(m.weight)), embedding, self.frozen(self.base.lm_head.weight), lowest)
+
+
+def set_keep(llama: Llama, tokens: int) -> None:
+    """Decide whether the norms' outputs of `tokens` tokens are kept for backward."""
+    size = 2 * len(llama.layers) * tokens * llama.embedding.shape[1] * llama.embedding.element_size()
+    for layer in llama.layers:
+        layer.keep = size <= KEEP_BYTES
+
+
+def _stack(parts: _Parts, modules: list[tuple[str, Any]]) -> tuple[Callable[[], Tensor], Tensor | None, list[tuple[int, int]]]:
+    """(weight, bias, the members' output spans) of a group of frozen linear modules."""
+    linear = [getattr(m, "base_layer", m) for _, m in modules]
+    ends = [0]
+    for module in linear:
+        ends.append(ends[-1] + module.out_features)
+    spans = list(zip(ends, ends[1:], strict=False))
+    biases = [m.bias for m in linear]
+    bias = None
+    if any(b is not None for b in biases):
+        if not all(b is not None for b in biases) or len(modules) == 1:
+            raise Unsupported("its linear layers have biases where the hand-written step has none")
+        bias = torch.cat([parts.frozen(b) for b in biases])
+    if all(hasattr(m.weight, "quant_state") for m in linear):
+        return _dequantised([m.weight for m in linear], spans, parts.dtype), bias, spans
+    if any(type(m.weight) is not torch.nn.Parameter for m in linear):
+        raise Unsupported(f"weights of type {type(linear[0].weight).__name__} have no hand-written step")
+    weights = [parts.frozen(m.weight) for m in linear]
+    stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if len(weights) > 1:
+        for module, (lo, hi) in zip(linear, spans, strict=True):
+            module.weight.data = stacked[lo:hi]
+    return lambda: stacked, bias, spans
+
+
+def _dequantised(weights: list[Any], spans: list[tuple[int, int]], dtype: Any) -> Callable[[], Tensor]:
+    """A function that gives 4-bit weights in `dtype`, stacked; the result lives as long as the caller holds it."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    def weight() -> Tensor:
+        states = [w.quant_state for w in weights]
+        if not weights[0].is_cuda or states[0].dtype != dtype:
+            return torch.cat([dequantize_4bit(w.data, s).to(dtype) for w, s in zip(weights, states, strict=True)])
+        out = torch.empty(spans[-1][1], states[0].shape[1], device=weights[0].device, dtype=dtype)
+        for w, s, (lo, hi) in zip(weights, states, spans, strict=True):
+            dequantize_4bit(w.data, s, out=out[lo:hi])
+        return out
+
+    return weight
+
+
+def _lora(parts: _Parts, dtype: Any, slots: int, rank: int | None, accumulate: bool) -> Bound:
+    adapted = {name: module for _, _, modules in parts.groups() for name, module in modules if hasattr(module, "lora_A")}
+    others = [n for n, m in parts.base.named_modules() if hasattr(m, "lora_A") and n not in adapted]
+    if others:
+        raise Unsupported(f"LoRA on {others[0]} has no hand-written step")
+    ranks = {m.r["default"] for m in adapted.values()}
+    scales = {m.scaling["default"] for m in adapted.values()}
+    if len(ranks) != 1 or len(scales) != 1:
+        raise Unsupported("LoRA with several ranks or scales has no hand-written step")
+    wide = rank or ranks.pop()
+    flat = Flat(slots, [Region(sum(wide * m.in_features for m in adapted.values())), Region(sum(wide * m.out_features for m in adapted.values()), True)],
+                next(iter(adapted.values())).weight.device, dtype, accumulate=accumulate)
+    groups, pairs = {}, {}
+    at_a, at_b = 0, flat.regions[0].size
+    for layer, index, modules in parts.groups():
+        weight, bias, spans = _stack(parts, modules)
+        group = Group(weight, bias)
+        members = [(name, m, span) for (name, m), span in zip(modules, spans, strict=True) if name in adapted]
+        if members:
+            width, size = members[0][1].in_features, wide * members[0][1].in_features
+            for j, (name, module, (lo, hi)) in enumerate(members):
+                b = slice(at_b, at_b + (hi - lo) * wide)
+                at_b = b.stop
+                views = [held[:, b].view(slots, hi - lo, wide) for held in (flat.compute, flat.raw, flat.master)]
+                a = flat.master[:, at_a + j * size : at_a + (j + 1) * size].view(slots, wide, width)
+                group.low.append(Low(lo, hi, views[0], views[1]))
+                pairs[name] = (a, views[2])
+                if slots == 1:
+                    _adopt(module.lora_A["default"].weight, a[0])
+                    _adopt(module.lora_B["default"].weight, views[2][0])
+            span = slice(at_a, at_a + len(members) * size)
+            group.a, group.da = (held[:, span].view(slots, len(members) * wide, width) for held in (flat.compute, flat.raw))
+            at_a = span.stop
+        groups[layer, index] = group
+    flat.scale.fill_(scales.pop())
+    flat.sync()
+    lowest = min(layer for (layer, _), group in groups.items() if group.trained)
+    return Bound(parts.frozen_build(groups, lowest), flat, pairs)
+
+
+def _adopt(parameter: Any, view: Tensor) -> None:
+    """Make a parameter a view of the masters, values kept."""
+    view.copy_(parameter.data)
+    parameter.data = view
+
+
+def _prompt(model: Any, parts: _Parts, dtype: Any, slots: int, accumulate: bool) -> Bound:
+    embedding = model.prompt_encoder["default"].embedding.weight
+    n, d = embedding.shape
+    flat = Flat(slots, [Region(n * d)], embedding.device, dtype, accumulate=accumulate)
+    if slots == 1:
+        _adopt(embedding, flat.master[0].view(n, d))
+    flat.sync()
+    groups = {}
+    for layer, index, modules in parts.groups():
+        weight, bias, _ = _stack(parts, modules)
+        groups[layer, index] = Group(weight, bias)
+    llama = parts.frozen_build(groups, 0)
+    llama.prompt, llama.dprompt = flat.compute.view(slots, n, d), flat.raw.view(slots, n, d)
+    return Bound(llama, flat)
+
+
+def _full(parts: _Parts, dtype: Any, accumulate: bool) -> Bound:
+    ordered: list[Any] = [parts.model.embed_tokens.weight]
+    grouped: dict[tuple[int, int], list[Any]] = {}
+    for layer, index, modules in parts.groups():
+        if any(m.bias is not None for _, m in modules):
+            raise Unsupported("full fine-tuning of a model with biases has no hand-written step")
+        grouped[layer, index] = [m.weight for _, m in modules]
+        ordered += grouped[layer, index]
+    norms = [*(m for layer in parts.layers for m in (layer.input_layernorm, layer.post_attention_layernorm)), parts.model.norm]
+    ordered += [m.weight for m in norms] + ([] if parts.tied else [parts.base.lm_head.weight])
+    if {id(p) for p in ordered} != {id(p) for p in parts.base.parameters()} or any(p.dtype != torch.float32 for p in ordered):
+        raise Unsupported("it has parameters that the hand-written step does not know")
+    flat = Flat(1, [Region(sum(p.numel() for p in ordered))], ordered[0].device, dtype, own_copy=True, accumulate=accumulate)
+    spans: dict[int, slice] = {}
+    at = 0
+    for parameter in ordered:
+        spans[id(parameter)] = slice(at, at + parameter.numel())
+        at += parameter.numel()
+        _adopt(parameter, flat.master[0, spans[id(parameter)]].view(parameter.shape))
+    flat.sync()
+
+    def views(parameters: list[Any]) -> tuple[Tensor, Tensor]:
+        span = slice(spans[id(parameters[0])].start, spans[id(parameters[-1])].stop)
+        width = parameters[0].shape[1:]
+        return flat.compute[0, span].view(-1, *width), flat.raw[0, span].view(-1, *width)
+
+    groups = {}
+    for key, parameters in grouped.items():
+        weight, dweight = views(parameters)
+        groups[key] = Group((lambda held: lambda: held)(weight), dweight=dweight)
+    embedding, dembedding = views([ordered[0]])
+    head, dhead = (embedding, None) if parts.tied else views([parts.base.lm_head.weight])
+    llama = parts.build(groups, lambda m: Norm(*views([m.weight])), embedding, head, 0)
+    llama.dembedding, llama.dhead, llama.padding = dembedding, dhead, parts.model.embed_tokens.padding_idx
+    return Bound(llama, flat)

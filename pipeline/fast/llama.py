@@ -1,0 +1,284 @@
+"""The Llama family's forward and backward by hand: frozen, adapted or trained weights, one or several adapters at once.
+
+Library. Against autograd over the modules this keeps less (norms, activations and rotations are made again on the way
+back), launches fewer kernels (stacked q, k, v and gate, up; residual sums inside the products; no fp32 detours of
+adapters), and makes no weight gradient that nobody wants. Every function is checked against transformers with autograd
+(tests/test_fast_llama.py).
+
+Shapes: K slots (runs), R rows in all, T tokens a row, N = R·T, d width, r rank. Rows lie slot after slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.fast import ops
+from pipeline.fast.ops import Tensor
+
+LOGITS_AT_ONCE = 2**28  # numbers of the [chunk, V] logits that exist at a time
+
+
+@dataclass
+class Low:
+    """The low-rank pair of one member of a group, for all slots: a [K, r, in], b [K, out, r], already scaled; da, db take the gradients."""
+
+    lo: int
+    hi: int
+    b: Tensor
+    db: Tensor
+
+
+@dataclass
+class Group:
+    """Linear maps that read the same input, stacked: y = x Wᵀ (+ bias) + Σ (x Aᵀ) Bᵀ.
+
+    weight: gives W [out, in] in the arithmetic's dtype (a stored tensor, or one dequantised for the call).
+    dweight: where W's gradient goes, None if W is frozen.
+    a, da: the members' A stacked, [K, m·r, in], and its gradient; None without adapters.
+    """
+
+    weight: Callable[[], Tensor]
+    bias: Tensor | None = None
+    dweight: Tensor | None = None
+    a: Tensor | None = None
+    da: Tensor | None = None
+    low: list[Low] = field(default_factory=list)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(y [N, out] (+ residual), x Aᵀ [K, N/K, m·r] to keep for backward) of x [N, in]."""
+        w = self.weight()
+        if residual is not None:
+            y = torch.addmm(residual, x, w.t())
+        else:
+            y = F.linear(x, w, self.bias)
+        if self.a is None:
+            return y, None
+        slots, rank = self.a.shape[0], self.low[0].b.shape[2]
+        if slots == 1:
+            kept = x @ self.a[0].t()
+            for j, low in enumerate(self.low):
+                y[:, low.lo : low.hi].addmm_(kept[:, j * rank : (j + 1) * rank], low.b[0].t())
+            return y, kept[None]
+        kept = torch.bmm(x.view(slots, -1, x.shape[1]), self.a.transpose(1, 2))
+        out = y.view(slots, -1, y.shape[1])
+        for j, low in enumerate(self.low):
+            out[:, :, low.lo : low.hi].baddbmm_(kept[:, :, j * rank : (j + 1) * rank], low.b.transpose(1, 2))
+        return y, kept
+
+    def backward_input(self, dy: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """(dx [N, in], d(x Aᵀ)) of dy [N, out]; dx is None unless wanted."""
+        dx = dy @ self.weight() if wanted else None
+        if self.a is None:
+            return dx, None
+        slots, rank = self.a.shape[0], self.low[0].b.shape[2]
+        dys = dy.view(slots, -1, dy.shape[1])
+        dkept = dy.new_empty(slots, dys.shape[1], self.a.shape[1])
+        for j, low in enumerate(self.low):
+            part, to = dys[:, :, low.lo : low.hi], dkept[:, :, j * rank : (j + 1) * rank]
+            if slots == 1:
+                torch.mm(part[0], low.b[0], out=to[0])
+            else:
+                torch.bmm(part, low.b, out=to)
+        if dx is not None and slots == 1:
+            dx.addmm_(dkept[0], self.a[0])
+        elif dx is not None:
+            dx.view(slots, -1, dx.shape[1]).baddbmm_(dkept, self.a)
+        return dx, dkept
+
+    def backward_weight(self, dy: Tensor, x: Tensor, kept: Tensor | None, dkept: Tensor | None) -> None:
+        """Write the gradients of what is trained: dW = dyᵀ x, dB = dyᵀ (x Aᵀ), dA = d(x Aᵀ)ᵀ x."""
+        if self.dweight is not None:
+            torch.mm(dy.t(), x, out=self.dweight)
+        if self.a is None or kept is None or dkept is None or self.da is None:
+            return
+        slots, rank = self.a.shape[0], self.low[0].b.shape[2]
+        dys, xs = dy.view(slots, -1, dy.shape[1]), x.view(slots, -1, x.shape[1])
+        for j, low in enumerate(self.low):
+            part, held = dys[:, :, low.lo : low.hi], kept[:, :, j * rank : (j + 1) * rank]
+            if slots == 1:
+                torch.mm(part[0].t(), held[0], out=low.db[0])
+            else:
+                torch.bmm(part.transpose(1, 2), held, out=low.db)
+        if slots == 1:
+            torch.mm(dkept[0].t(), xs[0], out=self.da[0])
+        else:
+            torch.bmm(dkept.transpose(1, 2), xs, out=self.da)
+
+    @property
+    def trained(self) -> bool:
+        return self.a is not None or self.dweight is not None
+
+
+@dataclass
+class Norm:
+    """RMSNorm's weight [d], and where its gradient goes if it is trained."""
+
+    weight: Tensor
+    dweight: Tensor | None = None
+
+
+@dataclass
+class Layer:
+    """One decoder layer. heads: query heads; groups: key-value heads; width: of a head."""
+
+    norm1: Norm
+    qkv: Group
+    out: Group
+    norm2: Norm
+    gate_up: Group
+    down: Group
+    heads: int
+    groups: int
+    width: int
+    eps: float
+    keep: bool = True
+    """Keep the norms' outputs for backward (launch-bound shapes) instead of making them again (memory-bound ones)."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, save: bool) -> tuple[Tensor, tuple]:
+        """(output [N, d], what backward needs) of x [N, d]; cos, sin [T, width]."""
+        n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps)
+        qkv, kept_qkv = self.qkv.forward(n1)
+        ops.rotate_(qkv.view(len(qkv), -1, self.width), cos, sin, self.heads + self.groups)
+        attended = self._attend(qkv, cos.shape[0], save)
+        mixed = attended[-1].detach().transpose(1, 2).reshape(len(x), -1)
+        x2, kept_out = self.out.forward(mixed, x)
+        n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps)
+        gu, kept_gu = self.gate_up.forward(n2)
+        y, kept_down = self.down.forward(ops.swiglu(gu), x2)
+        if not save:
+            return y, ()
+        return y, (x, n1 if self.keep else None, r1, kept_qkv, attended, mixed, kept_out, x2, n2 if self.keep else None, r2, kept_gu, gu, kept_down)
+
+    def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, wanted: bool) -> Tensor | None:
+        """dx [N, d] (None unless wanted) of dy [N, d]; gradients of what is trained are written where they belong."""
+        x, n1, r1, kept_qkv, attended, mixed, kept_out, x2, n2, r2, kept_gu, gu, kept_down = saved
+        dh, dkept = self.down.backward_input(dy)
+        assert dh is not None
+        h, dgu = ops.swiglu_backward_(dh, gu)
+        self.down.backward_weight(dy, h, kept_down, dkept)
+        dn, dkept = self.gate_up.backward_input(dgu)
+        assert dn is not None
+        if self.gate_up.trained:
+            self.gate_up.backward_weight(dgu, n2 if n2 is not None else ops.rmsnorm(x2, self.norm2.weight, self.eps)[0], kept_gu, dkept)
+        dx2 = ops.rmsnorm_backward(dn, x2, self.norm2.weight, r2, dy, self.norm2.dweight)
+        dmixed, dkept = self.out.backward_input(dx2)
+        assert dmixed is not None
+        self.out.backward_weight(dx2, mixed, kept_out, dkept)
+        *inputs, output = attended
+        dout = dmixed.view(output.shape[0], output.shape[2], self.heads, self.width).transpose(1, 2)
+        dqkv = ops.unrotate(*torch.autograd.grad(output, inputs, dout), cos, sin)
+        dn, dkept = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
+        if self.qkv.trained:
+            self.qkv.backward_weight(dqkv, n1 if n1 is not None else ops.rmsnorm(x, self.norm1.weight, self.eps)[0], kept_qkv, dkept)
+        return ops.rmsnorm_backward(dn, x, self.norm1.weight, r1, dx2, self.norm1.dweight) if dn is not None else None
+
+    def _attend(self, qkv: Tensor, t: int, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, output), each [R, heads, T, width]; with `save` the output remembers how to go back to the three."""
+        parts = qkv.view(-1, t, self.heads + 2 * self.groups, self.width).transpose(1, 2).split((self.heads, self.groups, self.groups), 1)
+        with torch.set_grad_enabled(save):
+            q, k, v = (p.detach().requires_grad_(save) for p in parts)
+            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.groups)
+        return q, k, v, output
+
+
+@dataclass
+class Llama:
+    """The whole model. embedding [V, d]; head [V, d] (the same tensor where tied); angles(T) gives cos, sin [T, width].
+
+    lowest: the first layer with anything trained in it or below it (0 where the input embeddings are); layers below it
+    are neither kept nor walked by backward.
+    """
+
+    embedding: Tensor
+    layers: Sequence[Layer]
+    norm: Norm
+    head: Tensor
+    angles: Callable[[int], tuple[Tensor, Tensor]]
+    lowest: int = 0
+    dembedding: Tensor | None = None
+    """Gradient of the embedding [V, d]; None if frozen."""
+    padding: int | None = None
+    """The id whose embedding learns nothing as an input (torch.nn.Embedding's padding_idx)."""
+    dhead: Tensor | None = None
+    """Gradient of an untied head; a tied one's goes into dembedding."""
+    prompt: Tensor | None = None
+    """Soft prompts [K, n, d] before every row, and their gradient."""
+    dprompt: Tensor | None = None
+
+    @property
+    def virtual(self) -> int:
+        """Soft tokens before every row."""
+        return self.prompt.shape[1] if self.prompt is not None else 0
+
+    def hidden(self, ids: Tensor, save: bool) -> tuple[Tensor, list[tuple]]:
+        """(hidden states before the last norm [R·(n + T), d], what each layer keeps) of ids [R, T]."""
+        x = F.embedding(ids, self.embedding)
+        if self.prompt is not None:
+            slots, n, d = self.prompt.shape
+            before = self.prompt[:, None].expand(slots, len(ids) // slots, n, d).reshape(-1, n, d)
+            x = torch.cat((before, x), 1)
+        cos, sin = self.angles(x.shape[1])
+        x, kept = x.reshape(-1, x.shape[-1]), []
+        for index, layer in enumerate(self.layers):
+            x, saved = layer.forward(x, cos, sin, save and index >= self.lowest)
+            kept.append(saved)
+        return x, kept
+
+    def step(self, ids: Tensor, at: Tensor, targets: Tensor, weights: Tensor, dense: bool = False) -> Tensor:
+        """Forward and backward: weights · nll [M] fp32; gradients are written where they belong.
+
+        ids [R, T]; at [M]: labelled positions in the flattened [R, n + T]; targets, weights [M]. dense: `at` is every position in order.
+        """
+        with torch.no_grad():
+            x, kept = self.hidden(ids, True)
+            picked = x if dense else x[at]
+            normed, rstd = ops.rmsnorm(picked, self.norm.weight, self.layers[0].eps)
+            loss, dnormed = self._head(normed, targets, weights)
+            dpicked = ops.rmsnorm_backward(dnormed, picked, self.norm.weight, rstd, None, self.norm.dweight)
+            dx: Any = dpicked if dense else torch.zeros_like(x).index_add_(0, at, dpicked)
+            if len(self.layers) > self.lowest:
+                cos, sin = self.angles(ids.shape[1] + self.virtual)
+                below = self.dembedding is not None or self.dprompt is not None
+                for index in range(len(self.layers) - 1, self.lowest - 1, -1):
+                    dx = self.layers[index].backward(dx, kept.pop(), cos, sin, index > self.lowest or below)
+            self._inputs(ids, dx)
+        return loss
+
+    def _head(self, normed: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss [M], gradient of the normed states [M, d]); the logits exist a chunk at a time."""
+        to = self.dhead if self.dhead is not None else self.dembedding
+        chunk = max(1, LOGITS_AT_ONCE // self.head.shape[0])
+        losses, dnormed = [], torch.empty_like(normed)
+        for lo in range(0, len(normed), chunk):
+            hi = min(len(normed), lo + chunk)
+            logits = normed[lo:hi] @ self.head.t()
+            losses.append(ops.cross_entropy_(logits, targets[lo:hi], weights[lo:hi]))
+            torch.mm(logits, self.head, out=dnormed[lo:hi])
+            if to is not None and lo == 0:
+                torch.mm(logits.t(), normed[lo:hi], out=to)
+            elif to is not None:
+                to.addmm_(logits.t(), normed[lo:hi])
+        return torch.cat(losses) if len(losses) > 1 else losses[0], dnormed
+
+    def _inputs(self, ids: Tensor, dx: Tensor | None) -> None:
+        """The gradients of what the first layer reads: soft prompts and embeddings."""
+        if dx is None:
+            return
+        rows = dx.view(len(ids), -1, dx.shape[1])
+        if self.dprompt is not None:
+            slots, n, d = self.dprompt.shape
+            self.dprompt.copy_(rows[:, :n].reshape(slots, -1, n, d).sum(1, dtype=torch.float32))
+        if self.dembedding is not None:
+            fresh = torch.zeros(self.embedding.shape, device=dx.device)
+            fresh.index_add_(0, ids.reshape(-1), rows[:, self.virtual :].reshape(-1, dx.shape[1]).float())
+            if self.padding is not None:
+                fresh[self.padding] = 0.0
+            if self.dhead is not None:
+                self.dembedding.copy_(fresh)
+            else:
+                self.dembedding.add_(fresh)

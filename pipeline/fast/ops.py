@@ -1,0 +1,120 @@
+"""The step's small operations, forward and backward: RMSNorm, rotary positions, SwiGLU, cross-entropy, AdamW.
+
+Library. On CUDA each is one Triton kernel (triton_ops.py); elsewhere plain torch, which is also the reference the kernels
+are tested against. Shapes: N tokens, d width, f inner width, H query heads, G key-value heads, e head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+
+def _kernels(tensor: Tensor) -> Any:
+    """The Triton kernels where the tensor is on a GPU, else None."""
+    if not tensor.is_cuda:
+        return None
+    from pipeline.fast import triton_ops
+
+    return triton_ops
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(weight · x / rms(x) [N, d], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019)."""
+    if kernels := _kernels(x):
+        return kernels.rmsnorm(x, weight, eps)
+    rstd = torch.rsqrt(x.float().square().mean(-1) + eps)
+    return weight * (x.float() * rstd[:, None]).to(x.dtype), rstd
+
+
+def rmsnorm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None) -> Tensor:
+    """Gradient for x [N, d], plus `dres` (what flows past the norm). Writes the weight's gradient into `dweight` [d] if given."""
+    if kernels := _kernels(x):
+        return kernels.rmsnorm_backward(dy, x, weight, rstd, dres, dweight)
+    normed = x.float() * rstd[:, None]
+    if dweight is not None:
+        dweight.copy_((dy.float() * normed).sum(0))
+    scaled = dy.float() * weight.float()
+    dx = rstd[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return (dx + dres.float() if dres is not None else dx).to(x.dtype)
+
+
+def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+    """Rotary positions (Su et al., 2021) on the first `heads` heads of qkv [N, heads + G, e], in place; cos, sin [T, e], N a multiple of T."""
+    if kernels := _kernels(qkv):
+        return kernels.rotate_(qkv, cos, sin, heads)
+    part = qkv[:, :heads]
+    c, s = (v.repeat(qkv.shape[0] // v.shape[0], 1)[:, None] for v in (cos, sin))
+    low, high = part.chunk(2, -1)
+    part.copy_(part * c + torch.cat((-high, low), -1) * s)
+    return None
+
+
+def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradients dq [R, H, T, e], dk, dv [R, G, T, e] through the rotation, as one [R·T, (H + 2G)·e]."""
+    if kernels := _kernels(dq):
+        return kernels.unrotate(dq, dk, dv, cos, sin)
+    turned = torch.cat((dq, dk), 1)
+    low, high = (turned * sin).chunk(2, -1)
+    turned = turned * cos + torch.cat((high, -low), -1)
+    return torch.cat((turned, dv), 1).transpose(1, 2).reshape(dq.shape[0] * dq.shape[2], -1)
+
+
+def swiglu(gu: Tensor) -> Tensor:
+    """silu(gate) · up [N, f] of gu [N, 2f] (Shazeer, 2020)."""
+    if kernels := _kernels(gu):
+        return kernels.swiglu(gu)
+    gate, up = gu.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, d gu) from dh [N, f] and gu [N, 2f]; both inputs are overwritten."""
+    if kernels := _kernels(gu):
+        return kernels.swiglu_backward_(dh, gu)
+    gate, up = (v.float() for v in gu.chunk(2, -1))
+    sigmoid = torch.sigmoid(gate)
+    silu, d = gate * sigmoid, dh.float()
+    h = silu * up
+    gu.copy_(torch.cat((d * up * (sigmoid + silu * (1 - sigmoid)), d * silu), -1))
+    return dh.copy_(h), gu
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """weights · nll [N] fp32 of logits [N, V]; the logits are overwritten by the gradient of the sum.
+
+    A weight of 0 gives a loss and a gradient of exactly 0, whatever the logits are.
+    """
+    if kernels := _kernels(logits):
+        return kernels.cross_entropy_(logits, targets, weights)
+    scores = logits.float()
+    log_z = torch.logsumexp(scores, -1)
+    counted = weights != 0
+    loss = torch.where(counted, weights * (log_z - scores.gather(1, targets[:, None])[:, 0]), 0.0)
+    grad = torch.exp(scores - log_z[:, None])
+    grad[torch.arange(len(targets)), targets] -= 1.0
+    logits.copy_(torch.where(counted[:, None], grad * weights[:, None], 0.0))
+    return loss
+
+
+def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, rate: Tensor, shrink: Tensor, root: Tensor, factor: Tensor,
+           scale: Tensor | None, betas: tuple[float, float], eps: float) -> None:
+    """AdamW (Loshchilov & Hutter, 2019) on p, g, m, v [K, P], in place; `copy` receives p (· scale).
+
+    Args:
+        rate, shrink, root, factor: [K] fp32: lr / (1 - beta1^t), 1 - lr · weight decay, sqrt(1 - beta2^t), and what g is multiplied by.
+    """
+    if kernels := _kernels(p):
+        return kernels.adamw_(p, g, m, v, copy, rate, shrink, root, factor, scale, betas, eps)
+    g = g.float() * factor[:, None]
+    p.mul_(shrink[:, None])
+    m.lerp_(g, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    p.sub_(rate[:, None] * m / (v.sqrt() / root[:, None] + eps))
+    if copy is not None:
+        copy.copy_(p if scale is None else p * scale[:, None])
+    return None

@@ -1,0 +1,244 @@
+"""The kernels of ops.py for CUDA, in Triton. Same names, same meaning; ops.py has the formulas.
+
+Library. One program handles one row (of tokens, of logits) and keeps it in registers where it fits; arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+Tensor = torch.Tensor
+
+
+def _width(n: int) -> tuple[int, int]:
+    """(block, warps) for rows of n numbers."""
+    block = triton.next_power_of_2(n)
+    return block, 4 if block <= 2048 else 8 if block <= 8192 else 16
+
+
+@triton.jit
+def _rmsnorm(x, w, y, r, d, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    live = col < d
+    v = tl.load(x + row * d + col, live, 0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(v * v, 0) / d + eps)
+    tl.store(r + row, rstd)
+    normed = (v * rstd).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + row * d + col, normed * tl.load(w + col, live, 0.0).to(tl.float32), live)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    n, d = x.shape
+    y, rstd = torch.empty_like(x), torch.empty(n, device=x.device)
+    block, warps = _width(d)
+    _rmsnorm[(n,)](x, weight, y, rstd, d, eps, BLOCK=block, num_warps=warps)
+    return y, rstd
+
+
+@triton.jit
+def _rmsnorm_backward(dy, x, w, r, dres, dx, dw, n, d, ROWS: tl.constexpr, HAS_RES: tl.constexpr, HAS_DW: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    col = tl.arange(0, BLOCK)
+    weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(0, ROWS):
+        row = first + step
+        live = (col < d) & (row < n)
+        at = row * d + col
+        rstd = tl.load(r + row, row < n, 0.0)
+        g = tl.load(dy + at, live, 0.0).to(tl.float32)
+        normed = tl.load(x + at, live, 0.0).to(tl.float32) * rstd
+        if HAS_DW:
+            total += g * normed
+        g = g * weight
+        out = rstd * (g - normed * (tl.sum(g * normed, 0) / d))
+        if HAS_RES:
+            out += tl.load(dres + at, live, 0.0).to(tl.float32)
+        tl.store(dx + at, out, live)
+    if HAS_DW:
+        tl.store(dw + tl.program_id(0) * d + col, total, col < d)
+
+
+def rmsnorm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None) -> Tensor:
+    n, d = x.shape
+    dx = torch.empty_like(x)
+    rows = 1 if dweight is None else max(1, -(-n // 264))
+    programs = -(-n // rows)
+    partial = torch.empty(programs, d, device=x.device) if dweight is not None else x
+    block, warps = _width(d)
+    _rmsnorm_backward[(programs,)](
+        dy, x, weight, rstd, dres if dres is not None else x, dx, partial, n, d, ROWS=rows, HAS_RES=dres is not None, HAS_DW=dweight is not None,
+        BLOCK=block, num_warps=warps,
+    )
+    if dweight is not None:
+        dweight.copy_(partial.sum(0))
+    return dx
+
+
+@triton.jit
+def _rotate(qkv, cos, sin, t, stride, half, heads, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    live = at < heads * half
+    head, col = at // half, at % half
+    base = qkv + row * stride + head * (2 * half) + col
+    angle = (row % t) * (2 * half) + col
+    low, high = tl.load(base, live, 0.0).to(tl.float32), tl.load(base + half, live, 0.0).to(tl.float32)
+    c_low, c_high = tl.load(cos + angle, live, 0.0).to(tl.float32), tl.load(cos + angle + half, live, 0.0).to(tl.float32)
+    s_low, s_high = tl.load(sin + angle, live, 0.0).to(tl.float32), tl.load(sin + angle + half, live, 0.0).to(tl.float32)
+    tl.store(base, low * c_low - high * s_low, live)
+    tl.store(base + half, high * c_high + low * s_high, live)
+
+
+def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+    n, _, e = qkv.shape
+    block, warps = _width(heads * e // 2)
+    _rotate[(n,)](qkv, cos, sin, cos.shape[0], qkv.stride(0), e // 2, heads, BLOCK=block, num_warps=warps)
+
+
+@triton.jit
+def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, q0, q1, q2, k0, k1, k2, v0, v1, v2, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    r, pos = row // t, row % t
+    at = tl.arange(0, BLOCK)
+    head, col = at // half, at % half
+    is_q = head < heads
+    is_k = (head >= heads) & (head < heads + groups)
+    is_v = (head >= heads + groups) & (head < heads + 2 * groups)
+    q_at = dq + r * q0 + head * q1 + pos * q2 + col
+    k_at = dk + r * k0 + (head - heads) * k1 + pos * k2 + col
+    v_at = dv + r * v0 + (head - heads - groups) * v1 + pos * v2 + col
+    low = tl.load(q_at, is_q, 0.0).to(tl.float32) + tl.load(k_at, is_k, 0.0).to(tl.float32)
+    high = tl.load(q_at + half, is_q, 0.0).to(tl.float32) + tl.load(k_at + half, is_k, 0.0).to(tl.float32)
+    turns = is_q | is_k
+    angle = pos * (2 * half) + col
+    c_low, c_high = tl.load(cos + angle, turns, 1.0).to(tl.float32), tl.load(cos + angle + half, turns, 1.0).to(tl.float32)
+    s_low, s_high = tl.load(sin + angle, turns, 0.0).to(tl.float32), tl.load(sin + angle + half, turns, 0.0).to(tl.float32)
+    new_low = low * c_low + high * s_high + tl.load(v_at, is_v, 0.0).to(tl.float32)
+    new_high = high * c_high - low * s_low + tl.load(v_at + half, is_v, 0.0).to(tl.float32)
+    to = out + row * ((heads + 2 * groups) * 2 * half) + head * (2 * half) + col
+    live = head < heads + 2 * groups
+    tl.store(to, new_low, live)
+    tl.store(to + half, new_high, live)
+
+
+def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rows, heads, t, e = dq.shape
+    groups = dk.shape[1]
+    dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
+    out = torch.empty(rows * t, (heads + 2 * groups) * e, device=dq.device, dtype=dq.dtype)
+    block, warps = _width((heads + 2 * groups) * e // 2)
+    strides = [s for g in (dq, dk, dv) for s in g.stride()[:3]]
+    _unrotate[(rows * t,)](dq, dk, dv, out, cos, sin, t, e // 2, heads, groups, *strides, BLOCK=block, num_warps=warps)
+    return out
+
+
+@triton.jit
+def _swiglu(gu, h, f, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = col < f
+    gate = tl.load(gu + row * 2 * f + col, live, 0.0).to(tl.float32)
+    up = tl.load(gu + row * 2 * f + f + col, live, 0.0).to(tl.float32)
+    tl.store(h + row * f + col, gate * tl.sigmoid(gate) * up, live)
+
+
+def swiglu(gu: Tensor) -> Tensor:
+    n, f = gu.shape[0], gu.shape[1] // 2
+    h = torch.empty(n, f, device=gu.device, dtype=gu.dtype)
+    block = min(2048, triton.next_power_of_2(f))
+    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, BLOCK=block, num_warps=4)
+    return h
+
+
+@triton.jit
+def _swiglu_backward(dh, gu, f, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = col < f
+    gate_at, up_at, h_at = gu + row * 2 * f + col, gu + row * 2 * f + f + col, dh + row * f + col
+    gate, up = tl.load(gate_at, live, 0.0).to(tl.float32), tl.load(up_at, live, 0.0).to(tl.float32)
+    d = tl.load(h_at, live, 0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(gate_at, d * up * (sigmoid + silu * (1 - sigmoid)), live)
+    tl.store(up_at, d * silu, live)
+    tl.store(h_at, silu * up, live)
+
+
+def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
+    n, f = dh.shape
+    block = min(2048, triton.next_power_of_2(f))
+    _swiglu_backward[(n, triton.cdiv(f, block))](dh, gu, f, BLOCK=block, num_warps=4)
+    return dh, gu
+
+
+@triton.jit
+def _cross_entropy(logits, targets, weights, loss, vocabulary: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * vocabulary
+    target, weight = tl.load(targets + row), tl.load(weights + row)
+    counted = weight != 0.0
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for at in range(0, vocabulary, BLOCK):
+        col = at + tl.arange(0, BLOCK)
+        v = tl.load(start + col, col < vocabulary, float("-inf")).to(tl.float32)
+        new = tl.maximum(tl.maximum(top, v), -1e30)
+        total = total * tl.exp(top - new) + tl.exp(v - new)
+        top = new
+    highest = tl.max(top, 0)
+    log_z = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    nll = log_z - tl.load(start + target).to(tl.float32)
+    tl.store(loss + row, tl.where(counted, weight * nll, 0.0))
+    for at in range(0, vocabulary, BLOCK):
+        col = at + tl.arange(0, BLOCK)
+        v = tl.load(start + col, col < vocabulary, float("-inf")).to(tl.float32)
+        grad = (tl.exp(v - log_z) - tl.where(col == target, 1.0, 0.0)) * weight
+        tl.store(start + col, tl.where(counted, grad, 0.0), col < vocabulary)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    n, vocabulary = logits.shape
+    loss = torch.empty(n, device=logits.device)
+    block = min(4096, triton.next_power_of_2(vocabulary))
+    _cross_entropy[(n,)](logits, targets, weights, loss, vocabulary, BLOCK=block, num_warps=8)
+    return loss
+
+
+@triton.jit
+def _adamw(p, g, m, v, copy, rate, shrink, root, factor, scale, size, p0, g0, m0, c0, new1, new2, eps, HAS_COPY: tl.constexpr, HAS_SCALE: tl.constexpr,
+           BLOCK: tl.constexpr):
+    slot = tl.program_id(1).to(tl.int64)
+    col = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = col < size
+    grad = tl.load(g + slot * g0 + col, live, 0.0).to(tl.float32) * tl.load(factor + slot)
+    value = tl.load(p + slot * p0 + col, live, 0.0) * tl.load(shrink + slot)
+    first = tl.load(m + slot * m0 + col, live, 0.0)
+    first += new1 * (grad - first)
+    second = tl.load(v + slot * m0 + col, live, 0.0)
+    second += new2 * (grad * grad - second)
+    value -= tl.load(rate + slot) * first / (tl.sqrt(second) / tl.load(root + slot) + eps)
+    tl.store(p + slot * p0 + col, value, live)
+    tl.store(m + slot * m0 + col, first, live)
+    tl.store(v + slot * m0 + col, second, live)
+    if HAS_COPY:
+        if HAS_SCALE:
+            value *= tl.load(scale + slot)
+        tl.store(copy + slot * c0 + col, value, live)
+
+
+def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, rate: Tensor, shrink: Tensor, root: Tensor, factor: Tensor,
+           scale: Tensor | None, betas: tuple[float, float], eps: float) -> None:
+    slots, size = p.shape
+    held: Any = copy if copy is not None else p
+    block = 1024
+    _adamw[(triton.cdiv(size, block), slots)](
+        p, g, m, v, held, rate, shrink, root, factor, scale if scale is not None else factor, size, p.stride(0), g.stride(0), m.stride(0), held.stride(0),
+        *(1 - b for b in betas), eps, HAS_COPY=copy is not None, HAS_SCALE=scale is not None, BLOCK=block, num_warps=4,
+    )

@@ -1,0 +1,213 @@
+"""The hand-written Llama against transformers and PEFT with autograd: losses and every gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from pipeline.fast import bind as binding
+from pipeline.fast import ops
+
+R, T, V = 4, 9, 53
+
+
+def base(tied: bool = True, groups: int = 2, **options):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=groups,
+        max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2, pad_token_id=0, bos_token_id=None, eos_token_id=1, **options,
+    )).eval().requires_grad_(False)
+
+
+def batch(seed: int = 0, rows: int = R, virtual: int = 0):
+    """(ids [R, T], rows, cols, targets, weights, flat positions)."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(V, (rows, T), generator=g)
+    place = torch.randperm(rows * T, generator=g)[: 3 * rows].sort().values
+    at_rows, at_cols = place // T, place % T
+    targets, weights = torch.randint(V, (len(place),), generator=g), torch.rand(len(place), generator=g)
+    return ids, at_rows, at_cols, targets, weights, at_rows * (T + virtual) + virtual + at_cols
+
+
+def reference(model, ids, rows, cols, targets, weights):
+    """(weighted losses, {name: gradient}) by autograd."""
+    import torch.nn.functional as F
+
+    from pipeline.scoring import logits_at
+
+    losses = F.cross_entropy(logits_at(model, ids, rows, cols), targets, reduction="none") * weights
+    losses.sum().backward()
+    return losses.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def lora(model, r: int = 4, alpha: int = 8, targets="all-linear", seed: int = 1):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return wrapped
+
+
+def close(ours, theirs, tolerance: float = 2e-5) -> None:
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=tolerance * theirs.abs().max().item() + 1e-8), (ours - theirs).abs().max() / theirs.abs().max()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"], r".*layers\.[12]\..*(up|o)_proj"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_lora_gradients_are_autograds(targets, keep):
+    ids, rows, cols, targets_, weights, at = batch()
+    model = lora(base(), targets=targets)
+    expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets_, weights)
+    bound = binding.bind(model, torch.float32)
+    for layer in bound.llama.layers:
+        layer.keep = keep
+    close(bound.llama.step(ids, at, targets_, weights), expected)
+    factor = bound.flat.scale
+    for name, (a, b) in bound.pairs.items():
+        for view, key in ((a, "lora_A"), (b, "lora_B")):
+            assert view.untyped_storage().data_ptr() == bound.flat.master.untyped_storage().data_ptr()
+            start, size = view.storage_offset(), view[0].numel()
+            ours = bound.flat.raw[0, start : start + size].view(view.shape[1:]) * (factor if key == "lora_B" else 1)
+            close(ours, gradients[f"base_model.model.{name}.{key}.default.weight"])
+    lowest = min(int(n.split(".")[2]) for n in bound.pairs)
+    assert bound.llama.lowest == lowest
+
+
+@pytest.mark.parametrize(("tied", "groups"), [(True, 2), (False, 4)])
+def test_full_gradients_are_autograds(tied, groups):
+    ids, rows, cols, targets, weights, at = batch(1)
+    model = base(tied, groups).requires_grad_(True)
+    expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
+    bound = binding.bind(model, torch.float32)
+    close(bound.llama.step(ids, at, targets, weights), expected)
+    for name, parameter in model.named_parameters():
+        start, size = parameter.data.storage_offset(), parameter.numel()
+        close(bound.flat.raw[0, start : start + size].view(parameter.shape), gradients[name])
+
+
+def test_prompt_gradients_are_autograds():
+    from peft import PromptTuningConfig, get_peft_model
+
+    torch.manual_seed(2)
+    model = get_peft_model(base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    ids, rows, cols, targets, weights, at = batch(2, virtual=5)
+    expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
+    bound = binding.bind(model, torch.float32)
+    close(bound.llama.step(ids, at, targets, weights), expected)
+    (gradient,) = gradients.values()
+    close(bound.flat.raw.view(gradient.shape), gradient)
+
+
+@pytest.mark.parametrize("options", [{"model_type": "qwen2"}, {"rope": "llama3"}])
+def test_relatives_of_llama(options):
+    if options.get("model_type") == "qwen2":
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                             num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2)).eval().requires_grad_(False)
+        torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias)
+    else:
+        rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+        model = base(rope_parameters=rope)
+    model = lora(model)
+    ids, rows, cols, targets, weights, at = batch(3)
+    expected, _ = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
+    close(binding.bind(model, torch.float32).llama.step(ids, at, targets, weights), expected)
+
+
+def test_slots_are_runs_of_their_own():
+    """Three adapters of ranks 2, 4 and 4 at once: each loss and gradient as if it were alone; a NaN stays where it is, bit for bit."""
+    ranks, plain = (2, 4, 4), base()
+    solo = [lora(copy.deepcopy(plain), r=r, alpha=2 * r, seed=k) for k, r in enumerate(ranks)]
+    bound = binding.bind(lora(copy.deepcopy(plain)), torch.float32, slots=3, rank=4)
+    for k, model in enumerate(solo):
+        for name, (a, b) in bound.pairs.items():
+            module = model.base_model.model.get_submodule(name)
+            a[k, : ranks[k]].copy_(module.lora_A["default"].weight.data)
+            b[k, :, : ranks[k]].copy_(module.lora_B["default"].weight.data)
+    bound.flat.scale.fill_(2.0)
+    bound.flat.sync()
+    parts = [batch(k) for k in range(3)]
+    ids, targets, weights = (torch.cat([p[i] for p in parts]) for i in (0, 3, 4))
+    at = torch.cat([p[5] + k * R * T for k, p in enumerate(parts)])
+    loss = bound.llama.step(ids, at, targets, weights).view(3, -1)
+    raw = bound.flat.raw.clone()
+    for k, model in enumerate(solo):
+        expected, gradients = reference(model, *parts[k][:5])
+        close(loss[k], expected)
+        for name, (a, b) in bound.pairs.items():
+            start = a.storage_offset() + k * a.stride(0)
+            assert a.stride(0) == bound.flat.size
+            grad = raw.view(-1)[start : start + a[0].numel()].view(a.shape[1:])
+            close(grad[: ranks[k]], gradients[f"base_model.model.{name}.lora_A.default.weight"])
+            assert not grad[ranks[k] :].any(), "the padding of a smaller rank stays zero"
+            start = b.storage_offset() + k * b.stride(0)
+            grad = 2.0 * raw.view(-1)[start : start + b[0].numel()].view(b.shape[1:])
+            close(grad[:, : ranks[k]], gradients[f"base_model.model.{name}.lora_B.default.weight"])
+            assert not grad[:, ranks[k] :].any()
+    bound.flat.compute[1].fill_(float("nan"))
+    again = bound.llama.step(ids, at, targets, weights).view(3, -1)
+    assert again[1].isnan().all() and torch.equal(again[[0, 2]], loss[[0, 2]]) and torch.equal(bound.flat.raw[[0, 2]], raw[[0, 2]])
+
+
+def test_a_weight_of_zero_is_a_zero_whatever_the_logits():
+    logits = torch.randn(3, 7)
+    logits[1] = float("nan")
+    loss = ops.cross_entropy_(logits, torch.tensor([1, 2, 3]), torch.tensor([1.0, 0.0, 0.5]))
+    assert loss[1] == 0 and not logits[1].any() and loss[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_the_update_is_torchs(accumulate):
+    from pipeline.fast.flat import Flat, Region
+
+    torch.manual_seed(0)
+    flat = Flat(2, [Region(5), Region(3, scaled=True, lr_times=2.0)], "cpu", torch.float32, accumulate=accumulate)
+    flat.master.normal_()
+    flat.scale.copy_(torch.tensor([2.0, 0.5]))
+    flat.weight_decay.copy_(torch.tensor([0.0, 0.1]))
+    flat.max_norm.copy_(torch.tensor([1e9, 0.3]))
+    flat.sync()
+    peers = [[torch.nn.Parameter(flat.master[k, lo:hi].clone()) for lo, hi in ((0, 5), (5, 8))] for k in (0, 1)]
+    optimizers = [torch.optim.AdamW([{"params": [a], "lr": 0.01}, {"params": [b], "lr": 0.02}], weight_decay=w) for (a, b), w in zip(peers, (0.0, 0.1), strict=True)]
+    for _ in range(4):
+        parts = [torch.randn(2, 8) for _ in range(2 if accumulate else 1)]
+        for part in parts:
+            flat.raw.copy_(part)
+            flat.keep()
+        flat.lr.fill_(0.01)
+        flat.update()
+        for k, (a, b) in enumerate(peers):
+            total = sum(p[k] for p in parts)
+            a.grad, b.grad = total[:5].clone(), total[5:] * flat.scale[k]
+            torch.nn.utils.clip_grad_norm_([a, b], float(flat.max_norm[k]))
+            optimizers[k].step()
+            close(flat.master[k], torch.cat([a, b]).detach(), 1e-6)
+            close(flat.compute[k, 5:], b.detach() * flat.scale[k], 1e-6)
+
+
+def test_what_it_does_not_know_it_names():
+    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def reason(model, **options):
+        with pytest.raises(binding.Unsupported) as found:
+            binding.bind(model, torch.float32, **options)
+        return str(found.value)
+
+    assert "use_dora" in reason(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", use_dora=True)))
+    assert "PREFIX_TUNING" in reason(get_peft_model(base(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)))
+    assert "gpt2" in reason(GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=1, n_head=2)).requires_grad_(True))
+    frozen = base().requires_grad_(True)
+    frozen.model.norm.weight.requires_grad_(False)
+    assert "frozen" in reason(frozen)
+    assert "bfloat16" in reason(lora(base().to(torch.bfloat16)))
+    assert "packed" in reason(base().requires_grad_(True), slots=2)
