@@ -239,13 +239,13 @@ class Cell:
         """Wrap the base, train what there is to train, and leave `self.model` as it will be served."""
         import torch
 
-        from pipeline.loop import Loop
+        from pipeline.loop import Loop, total_steps
 
         with self.meter.phase("load"):
             torch.manual_seed(self.cfg.seed)
             rows, rationales = self.rows.train, self.rows.rationales
             labels = [self.objective.label_example(row, self.settings.task) for row in rows]
-            self.state = self.method.prepare(labels, self.cfg.seed)
+            self.state = self.method.prepare(labels, self.cfg.seed, self.base)
             self.model_bytes = memory_bytes(self.base)
             self._forgetting_base()
             dtype = self.base.dtype
@@ -253,10 +253,13 @@ class Cell:
             self.counts = parameters(self.model)
             self.scorer = scoring.Scorer(self.model, self.encoder, self.settings.task, self._prompt, self.settings.evaluate.batch_tokens,
                                          self.device, self.dtype)
+            with self.meter.phase("validate"):
+                self.state = self.method.choose(self.state, self._validate_state)
             self.notes += self.scorer.check({split: found for split, found in self.rows.scored.items() if self._wants(split.partition("/")[0])})
             if self.method.trains:
                 examples = [[self.encoder.example(e) for e in self.objective.examples(row, self.settings.task, rationales.get(row["id"]))] for row in rows]
                 self._note(self.encoder.check("the training rows"))
+                self.method.before_training(self.model, total_steps(self.settings.train, len(examples)))
         if not self.method.trains:
             return Work(), None, []
         with self.meter.phase("load"):
@@ -273,6 +276,10 @@ class Cell:
 
     def _prompt(self, prompt: str) -> str:
         return self.method.prompt(self.objective.prompt(prompt), self.state)
+
+    def _validate_state(self, state: Any) -> tuple[float, float]:
+        self.state = state
+        return self._validate()
 
     def _validate(self) -> tuple[float, float]:
         found = scoring.score(self.scorer.predict(self.rows.validation), self.settings.task)

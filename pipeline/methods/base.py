@@ -6,7 +6,7 @@ Library. A hook has a default; a method overrides what it needs. `_target_` in c
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,13 @@ class Method:
         """Answers that come without a model, one a row; None: the model is asked."""
         return None
 
-    def prepare(self, examples: Sequence[Example], seed: int) -> Any:
-        """What the method keeps of the training examples besides weights (few-shot: its demonstrations)."""
+    def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> Any:
+        """What the method keeps of the training examples besides weights (few-shot: its demonstrations); `base` may embed them."""
         return None
+
+    def choose(self, state: Any, validate: Callable[[Any], tuple[float, float]]) -> Any:
+        """The state to go on with; `validate(state)` gives (metric, nll) on validation rows, which a choice among states may use."""
+        return state
 
     def prompt(self, prompt: str, state: Any) -> str:
         """The prompt as the model sees it when it is scored."""
@@ -51,6 +55,9 @@ class Method:
             UserError: the method does not apply to this model.
         """
         return model
+
+    def before_training(self, model: Any, steps: int) -> None:
+        """Called once, with the number of optimiser steps to come (AdaLoRA plans its ranks over them)."""
 
     def optimizer_groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser; each may carry its own lr."""

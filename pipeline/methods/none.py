@@ -41,7 +41,7 @@ class FewShot(Method):
         if self.k < 1:
             raise UserError(f"method.k is {self.k}; few-shot needs at least 1 demonstration (zero_shot has none)")
 
-    def prepare(self, examples: Sequence[Example], seed: int) -> list[dict[str, str]]:
+    def prepare(self, examples: Sequence[Example], seed: int, base: Any = None) -> list[dict[str, str]]:
         if self.k > len(examples):
             raise UserError(f"method.k={self.k}, but there are {len(examples)} training rows; lower k or raise train_rows")
         rng = random.Random(seed)
