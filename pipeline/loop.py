@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import Encoded, step_batches, step_rows, steps_in_epoch
+from pipeline.data import Encoded, steps_in_epoch
 from pipeline.files import atomic_path
 from pipeline.measure import Meter, PeakMemory, Stopwatch, energy_j
 from pipeline.methods.base import Method
 from pipeline.objectives.base import Objective
 from pipeline.results import Memory, Work
-from pipeline.scoring import autocast
 from pipeline.settings import Train
+from pipeline.stepping import Eager, Fast, Stepping, choose
 
 LOSS_EVERY = 10  # steps between readings of the loss on a GPU, where each reading waits for the device
 
@@ -90,7 +90,7 @@ class Loop:
         self.notes: list[str] = []
         self.state = State()
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = self._optimizer()
+        self.stepping: Stepping
         self.memory = PeakMemory(device)
         self._stop = False
         self._pending: list[tuple[int, Any]] = []
@@ -100,10 +100,11 @@ class Loop:
         import torch
 
         torch.manual_seed(self.seed)
+        self.memory.start()
+        self._prepare()
         self._resume()
         marks = {math.ceil(self.total * (i + 1) / self.settings.validations) for i in range(self.settings.validations)} if self.total else set()
         saved = Stopwatch()
-        self.memory.start()
         energy = energy_j(self.device)
         first = self.state.step
         times: list[float] = []
@@ -130,6 +131,7 @@ class Loop:
                 lap.lap(wait=False)
             self._read_losses(bar)
         memory, used = self.memory.stop(), energy_j(self.device)
+        self.stepping.close()
         if energy is not None and used is not None:
             self.state.energy_j = (self.state.energy_j or 0.0) + used - energy
         self._select()
@@ -140,42 +142,18 @@ class Loop:
         if self.checkpoint:
             self.checkpoint.unlink(missing_ok=True)
 
-    def _optimizer(self) -> Any:
-        import torch
-
-        groups = self.method.optimizer_groups(self.model, self.settings.lr)
-        for group in groups:
-            group["base_lr"] = group["lr"]
-        options: dict[str, Any] = {"weight_decay": self.settings.weight_decay, "lr": self.settings.lr}
-        if self.settings.optimizer == "paged_adamw":
-            if self.device.type == "cuda":
-                from bitsandbytes.optim import PagedAdamW32bit
-
-                return PagedAdamW32bit(groups, **options)
-            self.notes.append("paged_adamw needs a GPU; plain AdamW ran on the CPU")
-        return torch.optim.AdamW(groups, fused=True, **options)
+    def _prepare(self) -> None:
+        """The way to step; what it does once is booked as warm-up."""
+        common = (self.model, self.method, self.objective, self.examples, self.settings, self.seed, self.device, self.dtype, self.pad_id)
+        with self.meter.phase("warmup"):
+            self.stepping, reason = choose(self.settings.engine, lambda: Eager(*common), lambda: Fast(*common, self.total), self.device)
+        self.notes += [*([reason] if reason else []), *self.stepping.notes]
 
     def _step(self, step: int) -> None:
-        """Forward, loss, backward over the step's micro-batches, then clipping and the update."""
-        import torch
-
-        self.model.train()
-        rows = step_rows(len(self.examples), self.settings.batch_size, self.seed, step)
-        losses = []
-        for batch in step_batches([e for r in rows for e in self.examples[r]], self.settings, self.pad_id):
-            self.state.tokens += batch.tokens
-            self.state.padding += batch.input_ids.numel() - batch.tokens
-            with autocast(self.device, self.dtype):
-                loss = self.objective.loss(self.model, batch.to(self.device))
-            loss.backward()
-            losses.append(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.settings.max_grad_norm)
-        factor = lr_factor(step, self.total, self.settings.schedule, self.settings.warmup_share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._pending.append((step + 1, torch.stack(losses).sum()))
+        loss, tokens, padding = self.stepping.step(step, lr_factor(step, self.total, self.settings.schedule, self.settings.warmup_share))
+        self.state.tokens += tokens
+        self.state.padding += padding
+        self._pending.append((step + 1, loss))
 
     def _read_losses(self, bar: Any) -> None:
         for step, loss in self._pending:
@@ -233,7 +211,7 @@ class Loop:
             state = {**vars(self.state), "train_s": self.meter.seconds("train"), "best_weights": self.state.best_weights}
             rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
             with atomic_path(self.checkpoint) as beside:
-                torch.save({"state": state, "weights": self._weights(), "optimizer": self.optimizer.state_dict(), "rng": rng}, beside)
+                torch.save({"state": state, "weights": self._weights(), "optimizer": self.stepping.state_dict(), "rng": rng}, beside)
         self.memory.resume()
 
     def _resume(self) -> None:
@@ -244,7 +222,7 @@ class Loop:
         with self.meter.phase("load"):
             held = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             self._put(held["weights"])
-            self.optimizer.load_state_dict(held["optimizer"])
+            self.stepping.load_state_dict(held["optimizer"])
             torch.set_rng_state(held["rng"]["cpu"])
             if held["rng"]["cuda"] is not None:
                 torch.cuda.set_rng_state(held["rng"]["cuda"], self.device)

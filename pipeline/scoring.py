@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def autocast(device: Any, dtype: Any) -> Any:
-    """The arithmetic's dtype: a torch.autocast context for bf16, nothing for fp32."""
+def autocast(device: Any, dtype: Any, cache: bool = True) -> Any:
+    """The arithmetic's dtype: a torch.autocast context for bf16, nothing for fp32. cache: False inside a CUDA graph's capture."""
     import torch
 
-    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=cache) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
 def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,8 @@ class Train:
     """Most tokens (padding included) in one forward pass; a step's rows are split to fit."""
     steps: int | None = None
     """Optimiser steps; overrides epochs. 0 trains nothing but goes through save and load."""
+    engine: str = "auto"
+    """auto (fast on a GPU where technique and model allow it, eager elsewhere), fast (static shapes, CUDA graphs, hand-written steps) or eager."""
     optimizer: str = "adamw"
     """adamw, or paged_adamw: bitsandbytes' paged AdamW on a GPU, plain AdamW on the CPU (noted in the result)."""
     schedule: str = "cosine"
@@ -97,6 +99,7 @@ class Train:
         for key in ("lr", "max_grad_norm"):
             if not getattr(self, key) > 0:
                 raise UserError(f"config key 'train.{key}' is {getattr(self, key)}; it must be above 0")
+        _one_of("train.engine", self.engine, ("auto", "fast", "eager"))
         _one_of("train.optimizer", self.optimizer, ("adamw", "paged_adamw"))
         _one_of("train.schedule", self.schedule, ("cosine", "linear", "constant"))
         _one_of("train.too_long", self.too_long, ("error", "truncate"))

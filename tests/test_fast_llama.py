@@ -115,7 +115,8 @@ def test_relatives_of_llama(options):
                                              num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2)).eval().requires_grad_(False)
         torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias)
     else:
-        rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+        rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8}
         model = base(rope_parameters=rope)
     model = lora(model)
     ids, rows, cols, targets, weights, at = batch(3)
@@ -177,7 +178,10 @@ def test_the_update_is_torchs(accumulate):
     flat.max_norm.copy_(torch.tensor([1e9, 0.3]))
     flat.sync()
     peers = [[torch.nn.Parameter(flat.master[k, lo:hi].clone()) for lo, hi in ((0, 5), (5, 8))] for k in (0, 1)]
-    optimizers = [torch.optim.AdamW([{"params": [a], "lr": 0.01}, {"params": [b], "lr": 0.02}], weight_decay=w) for (a, b), w in zip(peers, (0.0, 0.1), strict=True)]
+    optimizers = [
+        torch.optim.AdamW([{"params": [a], "lr": 0.01}, {"params": [b], "lr": 0.02}], weight_decay=w)
+        for (a, b), w in zip(peers, (0.0, 0.1), strict=True)
+    ]
     for _ in range(4):
         parts = [torch.randn(2, 8) for _ in range(2 if accumulate else 1)]
         for part in parts:

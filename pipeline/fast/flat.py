@@ -75,7 +75,7 @@ class Flat:
             copy = None if self.compute is self.master else self.compute[:, lo:hi]
             lr = self.lr * region.lr_times
             ops.adamw_(
-                self.master[:, lo:hi], gradient[:, lo:hi], *(m[:, lo:hi] for m in self.moments), copy, lr / first, 1 - lr * self.weight_decay,
+                self.master[:, lo:hi], gradient[:, lo:hi], self.moments[0][:, lo:hi], self.moments[1][:, lo:hi], copy, lr / first, 1 - lr * self.weight_decay,
                 root.sqrt(), clip * self.scale if region.scaled else clip, self.scale if region.scaled else None, BETAS, EPS,
             )
         if self.sum is not None:

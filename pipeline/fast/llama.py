@@ -52,10 +52,7 @@ class Group:
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(y [N, out] (+ residual), x Aᵀ [K, N/K, m·r] to keep for backward) of x [N, in]."""
         w = self.weight()
-        if residual is not None:
-            y = torch.addmm(residual, x, w.t())
-        else:
-            y = F.linear(x, w, self.bias)
+        y = torch.addmm(residual, x, w.t()) if residual is not None else F.linear(x, w, self.bias)
         if self.a is None:
             return y, None
         slots, rank = self.a.shape[0], self.low[0].b.shape[2]
@@ -171,7 +168,8 @@ class Layer:
         self.out.backward_weight(dx2, mixed, kept_out, dkept)
         *inputs, output = attended
         dout = dmixed.view(output.shape[0], output.shape[2], self.heads, self.width).transpose(1, 2)
-        dqkv = ops.unrotate(*torch.autograd.grad(output, inputs, dout), cos, sin)
+        dq, dk, dv = torch.autograd.grad(output, inputs, dout)
+        dqkv = ops.unrotate(dq, dk, dv, cos, sin)
         dn, dkept = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
         if self.qkv.trained:
             self.qkv.backward_weight(dqkv, n1 if n1 is not None else ops.rmsnorm(x, self.norm1.weight, self.eps)[0], kept_qkv, dkept)

@@ -46,7 +46,7 @@ def _rmsnorm_backward(dy, x, w, r, dres, dx, dw, n, d, ROWS: tl.constexpr, HAS_R
     col = tl.arange(0, BLOCK)
     weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for step in range(0, ROWS):
+    for step in range(ROWS):
         row = first + step
         live = (col < d) & (row < n)
         at = row * d + col

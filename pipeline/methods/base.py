@@ -63,6 +63,9 @@ class Method:
         """Parameter groups for the optimiser; each may carry its own lr."""
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
 
+    def after_step(self, model: Any, step: int) -> None:
+        """Called after optimiser step `step` (from 0), its gradients still there; such a method is stepped eagerly."""
+
     def served(self, model: Any, dtype: Any) -> Any:
         """The trained model as it will be served (`dtype`: of the base's weights); it is what is evaluated and saved."""
         return model

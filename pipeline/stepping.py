@@ -1,0 +1,171 @@
+"""How an optimiser step is done: eagerly, micro-batch by micro-batch, or over static shapes and CUDA graphs (pipeline/fast).
+
+Library. `choose` takes the fast way where `train.engine` and the device allow it and says why where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from pipeline.data import Encoded, step_batches, step_rows
+from pipeline.methods.base import Method
+from pipeline.objectives.base import Objective
+from pipeline.scoring import autocast
+from pipeline.settings import Train
+
+
+class Stepping(Protocol):
+    """What the loop asks for."""
+
+    notes: list[str]
+
+    def warm(self) -> None:
+        """What is done once before the first step (capture). Raises RuntimeError where it cannot be done."""
+
+    def step(self, step: int, factor: float) -> tuple[Any, int, int]:
+        """(loss on the device, real tokens, padding) of optimiser step `step` at `factor` times the learning rate."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take an optimiser's state; the parameters have been loaded already."""
+
+    def close(self) -> None:
+        """Free what only steps need."""
+
+
+class Eager:
+    """Forward, loss and backward over the step's micro-batches, then clipping and torch's (or bitsandbytes' paged) AdamW."""
+
+    def __init__(self, model: Any, method: Method, objective: Objective, examples: Sequence[Sequence[Encoded]], settings: Train, seed: int, device: Any,
+                 dtype: Any, pad_id: int) -> None:
+        self.model, self.method, self.objective, self.examples, self.settings, self.seed = model, method, objective, examples, settings, seed
+        self.device, self.dtype, self.pad_id = device, dtype, pad_id
+        self.notes: list[str] = []
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = self._optimizer(method.optimizer_groups(model, settings.lr))
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Any:
+        import torch
+
+        for group in groups:
+            group["base_lr"] = group["lr"]
+        options: dict[str, Any] = {"weight_decay": self.settings.weight_decay, "lr": self.settings.lr}
+        if self.settings.optimizer == "paged_adamw":
+            if self.device.type == "cuda":
+                from bitsandbytes.optim import PagedAdamW32bit
+
+                return PagedAdamW32bit(groups, **options)
+            self.notes.append("paged_adamw needs a GPU; plain AdamW ran on the CPU")
+        return torch.optim.AdamW(groups, fused=True, **options)
+
+    def warm(self) -> None:
+        """Nothing to prepare."""
+
+    def step(self, step: int, factor: float) -> tuple[Any, int, int]:
+        import torch
+
+        self.model.train()
+        rows = step_rows(len(self.examples), self.settings.batch_size, self.seed, step)
+        losses, tokens, padding = [], 0, 0
+        for batch in step_batches([e for r in rows for e in self.examples[r]], self.settings, self.pad_id):
+            tokens, padding = tokens + batch.tokens, padding + batch.input_ids.numel() - batch.tokens
+            with autocast(self.device, self.dtype):
+                loss = self.objective.loss(self.model, batch.to(self.device))
+            loss.backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.step()
+        self.method.after_step(self.model, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack(losses).sum(), tokens, padding
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+    def close(self) -> None:
+        """The optimiser's state goes with this object."""
+
+
+class Fast:
+    """One run through pipeline/fast. Raises fast.bind.Unsupported where neither program takes the model."""
+
+    def __init__(self, model: Any, method: Method, objective: Objective, examples: Sequence[Sequence[Encoded]], settings: Train, seed: int, device: Any,
+                 dtype: Any, pad_id: int, total: int) -> None:
+        from pipeline.fast.bind import Unsupported, bind
+        from pipeline.fast.programs import ByAutograd, ByHand
+        from pipeline.fast.shapes import Shapes, solo_steps
+        from pipeline.fast.stepper import MOST_WIDTHS, STEPS_A_WIDTH, Stepper
+
+        if type(method).after_step is not Method.after_step:
+            raise Unsupported("the method acts between steps")
+        self.examples, self.settings, self.seed, self.lr = examples, settings, seed, settings.lr
+        self.notes: list[str] = []
+        orders = (step_rows(len(examples), settings.batch_size, seed, step) for step in range(total))
+        shapes = Shapes(solo_steps(examples, orders), settings.micro_batch_tokens, max(1, min(MOST_WIDTHS, total // STEPS_A_WIDTH)))
+        groups = method.optimizer_groups(model, settings.lr)
+        plain = type(objective).loss is Objective.loss
+        try:
+            if not plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.lr:
+                raise Unsupported("its loss or optimiser is its own")
+            program: Any = ByHand(bind(model, dtype, accumulate=shapes.accumulates))
+            way = "hand-written step"
+        except Unsupported as reason:
+            program = ByAutograd(model, objective, groups, settings.lr, device, dtype)
+            way = f"autograd, because {reason}"
+        program.flat.weight_decay.fill_(settings.weight_decay)
+        program.flat.max_norm.fill_(settings.max_grad_norm)
+        self.stepper = Stepper(program, shapes, pad_id, device)
+        self.program = program
+        widths = ", ".join(str(w) for w in sorted(self.stepper.statics))
+        self.notes.append(f"engine: {way}{', captured in CUDA graphs' if self.stepper.graphs.captures else ''}; widths {widths}")
+        if settings.optimizer == "paged_adamw":
+            self.notes.append("paged_adamw cannot be captured: the fast engine's AdamW ran, its state not paged")
+
+    def warm(self) -> None:
+        self.stepper.warm()
+
+    def step(self, step: int, factor: float) -> tuple[Any, int, int]:
+        rows = step_rows(len(self.examples), self.settings.batch_size, self.seed, step)
+        loss, tokens, padding = self.stepper.step([[e for r in rows for e in self.examples[r]]], [self.lr * factor])
+        return loss[0], tokens, padding
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stepper.flat.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stepper.flat.load_state_dict(state)
+
+    def close(self) -> None:
+        self.stepper.close()
+        getattr(self.program, "release", lambda: None)()
+
+
+def choose(engine: str, eager: Callable[[], Eager], fast: Callable[[], Fast], device: Any) -> tuple[Stepping, str | None]:
+    """The way to step, ready for the first step, and the reason why it is not the fast one where that was wanted.
+
+    engine: auto (fast on CUDA), fast or eager.
+    """
+    if engine == "eager" or (engine == "auto" and device.type != "cuda"):
+        return eager(), None
+    from pipeline.fast.bind import Unsupported
+
+    try:
+        stepping = fast()
+    except Unsupported as reason:
+        return eager(), f"engine: eager, because {reason}"
+    try:
+        stepping.warm()
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
+        stepping.close()
+        return eager(), f"engine: eager, because the capture failed ({str(error).splitlines()[0]})"
+    return stepping, None

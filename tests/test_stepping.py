@@ -1,0 +1,121 @@
+"""The fast way to step against the eager one, through whole cells on the CPU: same losses, same weights, same resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from pipeline import cell
+from pipeline.config import compose
+from pipeline.data import Encoded
+from pipeline.fast.shapes import Shapes, choose_widths, tokens
+from pipeline.results import read
+
+SHORT = ["train.epochs=1", "train.batch_size=6", "train_rows=32", "train.validations=0", "precision=fp32"]
+
+
+def run(overrides, folder, *more):
+    return cell.run(compose([*overrides, *SHORT, *more]), folder=folder)
+
+
+@pytest.mark.parametrize(("technique", "more", "way"), [
+    ("lora", ["train.lr=1e-2"], "hand-written"),
+    ("lora", ["train.lr=1e-2", "train.micro_batch_tokens=40", "train.weight_decay=0.1"], "hand-written"),
+    ("lora", ["train.lr=1e-2", "method.config.use_dora=true"], "use_dora"),
+    ("full", ["train.lr=1e-3"], "hand-written"),
+    ("prompt_tuning", ["train.lr=1e-2"], "hand-written"),
+    ("step_by_step", ["train.lr=1e-3"], "hand-written"),
+])
+def test_fast_steps_are_the_eager_ones(overrides, tmp_path, technique, more, way):
+    eager = run(overrides, tmp_path / "eager", f"technique={technique}", *more, "train.engine=eager")
+    fast = run(overrides, tmp_path / "fast", f"technique={technique}", *more, "train.engine=fast")
+    assert any(n.startswith("engine: ") and way in n for n in fast.notes), fast.notes
+    assert [h["loss"] for h in fast.history] == pytest.approx([h["loss"] for h in eager.history], rel=1e-4)
+    assert [h["lr"] for h in fast.history] == [h["lr"] for h in eager.history]
+    assert fast.work.tokens == eager.work.tokens and fast.work.steps == eager.work.steps
+    assert fast.size == eager.size and fast.scores["test"].nll == pytest.approx(eager.scores["test"].nll, rel=1e-3)
+
+
+def test_qlora_steps_fast_over_the_same_four_bits(overrides, tmp_path):
+    more = ["technique=qlora", "precision=nf4", "train.lr=1e-2"]
+    eager, fast = (run(overrides, tmp_path / engine, *more, f"train.engine={engine}") for engine in ("eager", "fast"))
+    assert any("hand-written" in n for n in fast.notes)
+    assert [h["loss"] for h in fast.history] == pytest.approx([h["loss"] for h in eager.history], rel=1e-3)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, dora):
+    from pipeline.loop import Loop
+
+    more = ["technique=lora", "train.engine=fast", "train.lr=1e-2", "train.validations=3", f"method.config.use_dora={str(dora).lower()}"]
+    whole = run(overrides, tmp_path / "whole", *more)
+    step = Loop._step
+
+    def stopping(self, number):
+        step(self, number)
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Loop, "_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(overrides, tmp_path / "parted", *more)
+    monkeypatch.setattr(Loop, "_step", step)
+    assert run(overrides, tmp_path / "parted", *more).history == whole.history
+    assert read(tmp_path / "parted").work.resumed
+    one, other = ((tmp_path / name / "artefact/adapter_model.safetensors").read_bytes() for name in ("whole", "parted"))
+    assert one == other
+
+
+def test_eager_remains_on_the_cpu_unless_asked_for(overrides, tmp_path):
+    result = run(overrides, tmp_path / "auto", "technique=lora")
+    assert not any(n.startswith("engine:") for n in result.notes)
+
+
+def test_widths_waste_least():
+    assert choose_widths({8: 10, 16: 1, 64: 1}, 3) == [8, 16, 64]
+    assert choose_widths({8: 10, 16: 1, 64: 1}, 2) == [8, 64]
+    assert choose_widths({8: 1, 16: 1, 64: 9}, 2) == [16, 64]
+    assert choose_widths({8: 10, 64: 1}, 1) == [64]
+
+
+def encoded(n: int, labels: int, group: str = "label") -> Encoded:
+    return Encoded(tuple(range(n)), n - labels, group)
+
+
+def test_every_example_of_a_step_is_in_one_micro_batch_and_weights_sum_to_one():
+    import torch
+
+    from pipeline.fast.shapes import Static
+
+    step = [[encoded(5, 1), encoded(30, 2), encoded(12, 3)], [encoded(9, 1)]]
+    shapes = Shapes([step], 64, 2)
+    assert shapes.slots == 2 and shapes.accumulates
+    seen: list[list[Encoded]] = [[], []]
+    totals = torch.zeros(2)
+    for micro in shapes.micro_batches(step):
+        static = Static(micro.shape, 2, 4, 99, "cpu")
+        static.fill(micro)
+        width = 4 + micro.shape.width
+        for slot, (examples, _) in enumerate(micro.parts):
+            seen[slot] += examples
+            marks = slice(slot * micro.shape.labels, (slot + 1) * micro.shape.labels)
+            totals[slot] += static.weights[marks].sum()
+            live = static.weights[marks] > 0
+            at = static.at[marks][live]
+            expected = [t for e in examples for t in e.ids[e.start:]]
+            assert static.targets[marks][live].tolist() == expected
+            rows, cols = at // width, at % width - 4
+            assert static.ids[rows, cols].tolist() == [t - 1 for t in expected], "a label is predicted from the token before it"
+            assert (rows // micro.shape.rows == slot).all() and (static.at[marks] // width // micro.shape.rows == slot).all()
+        real, padding = tokens(micro)
+        assert real + padding == static.ids.numel() and (static.ids == 99).sum() == padding
+    assert [sorted(map(len, (e.ids for e in part))) for part in seen] == [[5, 12, 30], [9]]
+    assert totals.tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_a_batch_whose_every_token_is_a_label_is_dense():
+    shapes = Shapes([[[encoded(9, 8), encoded(9, 8)]]] * 2, 1000, 1)
+    assert shapes.all()[0].dense and shapes.all()[0].labels == 16
+    assert not Shapes([[[encoded(9, 8), encoded(9, 7)]]], 1000, 1).all()[0].dense
