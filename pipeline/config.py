@@ -22,12 +22,14 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline import peft_files
 from pipeline.files import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 _overrides: list[str] = []
 os.environ.setdefault("ALIGNSCOPE_ROOT", str(ROOT))
+OmegaConf.register_new_resolver("peft_file", peft_files.value)
 
 
 def compose(overrides: Sequence[str] = (), hydra_config: bool = False) -> DictConfig:
@@ -75,6 +77,8 @@ def build(node: DictConfig, key: str) -> Any:
 
 def explain(error: BaseException) -> str:
     """One sentence for an error of Hydra or OmegaConf."""
+    if isinstance(error.__cause__, UserError):  # raised by a resolver
+        return str(error.__cause__)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = [o for o in error.options or [] if o != "dvc"]

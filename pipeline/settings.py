@@ -150,6 +150,8 @@ class Precision:
 class Technique:
     name: str
     family: str
+    path: str | None = None
+    """The adapter_config.json of technique=peft_config."""
 
     def check(self) -> None:
         """Any name will do."""

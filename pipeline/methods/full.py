@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter of the base is trained. conf/method/full.yaml."""
+"""Full fine-tuning: every parameter of the base is trained. conf/method/full.yaml, from_scratch.yaml."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ class Full(Method):
     What is saved and evaluated has the base's dtype again.
     """
 
+    from_scratch: bool = False
+    """Begin with fresh weights, drawn with the cell's seed as the architecture draws them: what the pretraining is worth."""
+
+    @property
+    def name(self) -> str:
+        return "from_scratch" if self.from_scratch else "full"
+
     @property
     def trains(self) -> bool:
         return True
@@ -27,6 +34,7 @@ class Full(Method):
             raise UserError(f"full fine-tuning cannot train {precision} weights; choose precision=auto, fp32 or bf16, or technique=qlora")
 
     def wrap(self, model: Any) -> Any:
+        model = type(model)(model.config).to(model.device) if self.from_scratch else model
         return model.float().requires_grad_(True)
 
     def served(self, model: Any, dtype: Any) -> Any:

@@ -1,6 +1,7 @@
 """Any adapter that the PEFT library has, from its own config: LoRA and its kin, prompt tuning, prefix tuning, …
 
-conf/method/lora.yaml, prompt_tuning.yaml; a new adapter of PEFT needs a YAML and no code.
+conf/method/lora.yaml, prompt_tuning.yaml, …; a new adapter of PEFT needs a YAML and no code. The classes below the first
+are for adapters that need more than their config: a plan over the steps, a second learning rate, the base's full weights.
 """
 
 from __future__ import annotations
@@ -11,8 +12,19 @@ from typing import Any
 
 from pipeline.files import UserError
 from pipeline.methods.base import Method
+from pipeline.model import load_stored
+from pipeline.peft_files import read_adapter, read_training
 
-SHOWN = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "num_virtual_tokens": "virtual_tokens"}
+SHOWN = {
+    "r": "r", "init_r": "init_r", "target_r": "target_r", "lora_alpha": "alpha", "alpha": "alpha", "lora_dropout": "dropout", "oft_block_size": "block_size",
+    "num_virtual_tokens": "virtual_tokens", "init_lora_weights": "init", "prompt_tuning_init": "init", "use_rslora": "use_rslora", "use_dora": "use_dora",
+}
+"""Keys of PEFT's configs and what the table calls them; a flag that is off, and an initialisation that is the default, are left out."""
+QUANTISED = ("nf4", "int8")
+NEEDS_FLOATS = ("pissa", "olora", "corda", "eva", "loftq")
+"""Initialisations of LoRA that take the base's weights apart, and write the rest back."""
+BASE = "base"
+"""In a config's tokenizer_name_or_path: the base model's own."""
 
 
 @dataclass(frozen=True)
@@ -20,18 +32,20 @@ class PeftAdapter(Method):
     """Trains an adapter over a frozen base. Adapter weights are fp32 in every precision (PEFT's autocast_adapter_dtype).
 
     Raises:
-        UserError: a value PEFT refuses (r = 0, unknown target modules), or merge where the adapter cannot be merged.
+        UserError: a value PEFT refuses (r = 0, unknown target modules), merge where the adapter cannot be merged, an adapter
+            or an initialisation that a quantised base cannot take.
     """
 
     config: Any
-    """A peft.PeftConfig, or a partial one from the YAML's `_target_`."""
+    """A peft.PeftConfig, from the YAML's `_target_`."""
     merge: bool = False
     """Fold the adapter into the base after training; the artefact is then a whole model."""
 
     def __post_init__(self) -> None:
-        for key in ("r", "num_virtual_tokens"):
+        for key in ("r", "num_virtual_tokens", "init_r", "target_r"):
             value = getattr(self.config, key, None)
-            if value is not None and (type(value) is not int or value < 1):
+            by_block = key == "r" and value == 0 and getattr(self.config, "oft_block_size", 0)
+            if value is not None and not by_block and (type(value) is not int or value < 1):
                 raise UserError(f"method.config.{key} is {value}; it must be a whole number of at least 1")
         if self.merge and not self.merges:
             raise UserError(f"{self.config.peft_type.value} cannot be merged into the base; set method.merge=false")
@@ -48,21 +62,38 @@ class PeftAdapter(Method):
     def merges(self) -> bool:
         return not self.config.is_prompt_learning
 
+    def check(self, precision: str) -> None:
+        if precision not in QUANTISED:
+            return
+        start = getattr(self.config, "init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(NEEDS_FLOATS):
+            mend = "technique=loftq does it beside an nf4 base" if start == "loftq" else "choose precision=auto, fp32 or bf16"
+            raise UserError(f"init_lora_weights={start} takes the base's weights apart, and {precision} ones are rounded already; {mend}")
+        if not (self.config.is_prompt_learning or self.name == "ln_tuning" or _has_quantised_layers(self.name)):
+            raise UserError(f"PEFT's {self.config.peft_type.value} has no layer for {precision} weights; choose precision=auto, fp32 or bf16, or another adapter")
+
     def wrap(self, model: Any) -> Any:
         import copy
 
         from peft import get_peft_model
 
+        config = copy.deepcopy(self.config)
+        if getattr(config, "tokenizer_name_or_path", None) == BASE:
+            config.tokenizer_name_or_path = model.config._name_or_path
         try:
-            return get_peft_model(model, copy.deepcopy(self.config))
-        except (ValueError, TypeError) as error:
+            return get_peft_model(model, config)
+        except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"this adapter does not fit the model: {' '.join(str(error).split())}") from error
 
     def hyperparameters(self) -> dict[str, Any]:
-        found = {shown: getattr(self.config, key) for key, shown in SHOWN.items() if getattr(self.config, key, None) is not None}
-        for flag in ("use_rslora", "use_dora"):
-            if getattr(self.config, flag, False):
-                found[flag] = True
+        found: dict[str, Any] = {}
+        for key, shown in SHOWN.items():
+            value = getattr(self.config, key, None)
+            value = getattr(value, "value", value)
+            if value is not None and type(value) is not bool or value is True and key.startswith("use_"):
+                found[shown] = value
+        if "init_r" in found or not found.get("r", 1):  # AdaLoRA does not read r, OFT has a block size in its place
+            del found["r"]
         return {**found, "merge": True} if self.merge else found
 
     def served(self, model: Any, dtype: Any) -> Any:
@@ -92,3 +123,178 @@ class PeftAdapter(Method):
         plain = get_peft_model(model.unload().dequantize(), config)
         set_peft_model_state_dict(plain, weights)
         return plain.merge_and_unload()
+
+
+def _has_quantised_layers(tuner: str) -> bool:
+    """Whether PEFT has layers of this tuner for bitsandbytes' weights: a file of their own, or ones that ask for the backend."""
+    import importlib.util
+
+    if importlib.util.find_spec(f"peft.tuners.{tuner}") is None:
+        return False
+    own, layers = (importlib.util.find_spec(f"peft.tuners.{tuner}.{part}") for part in ("bnb", "layer"))
+    return own is not None or (layers is not None and "quantization_backend" in Path(str(layers.origin)).read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class LoraPlus(PeftAdapter):
+    """LoRA whose B learns faster than its A (Hayou et al., 2024), through PEFT's create_loraplus_optimizer."""
+
+    lr_ratio: float = 16.0
+    """B's learning rate over A's; train.lr is A's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lr_ratio >= 1:
+            raise UserError(f"method.lr_ratio is {self.lr_ratio}; LoRA+ has it at 1 or above")
+
+    def optimizer_groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
+        from peft.optimizers import create_loraplus_optimizer
+        from torch.optim import SGD
+
+        # any optimiser class will do: its groups are what is wanted
+        made = create_loraplus_optimizer(model, SGD, lr=lr, loraplus_lr_ratio=self.lr_ratio)
+        return [{"params": group["params"], "lr": group["lr"]} for group in made.param_groups if group["params"]]
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {**super().hyperparameters(), "lr_ratio": self.lr_ratio}
+
+
+@dataclass(frozen=True)
+class LoftQ(PeftAdapter):
+    """LoRA over an NF4 base, begun at the best rank-r part of what quantisation lost (Li et al., 2023, one round).
+
+    PEFT's replace_lora_weights_loftq does the same on a GPU alone, and leaves alpha / r out of account.
+    """
+
+    def check(self, precision: str) -> None:
+        if precision != "nf4":
+            raise UserError(f"LoftQ begins at what NF4 quantisation lost, but the base is {precision}; choose precision=nf4")
+
+    def wrap(self, model: Any) -> Any:
+        import torch
+        from peft.tuners.lora import LoraLayer
+        from peft.utils.integrations import dequantize_module_weight
+
+        wrapped = super().wrap(model)
+        full = load_stored(Path(model.config._name_or_path))
+        for name, module in wrapped.get_base_model().named_modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            rank, scale = module.r["default"], module.scaling["default"]
+            held = dequantize_module_weight(module.base_layer).float()
+            left, values, right = torch.linalg.svd(full.get_submodule(name).weight.to(held.device).float() - held, full_matrices=False)
+            root = (values[:rank] / scale).sqrt()
+            module.lora_A["default"].weight.data = (root[:, None] * right[:rank]).contiguous()
+            module.lora_B["default"].weight.data = (left[:, :rank] * root).contiguous()
+        return wrapped
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {**super().hyperparameters(), "init": "loftq"}
+
+
+@dataclass(frozen=True)
+class MultitaskPrompt(PeftAdapter):
+    """Multitask prompt tuning (Wang et al., 2023): a shared prompt times a task's rank-r factor. A cell has one task, number 0."""
+
+    def wrap(self, model: Any) -> Any:
+        return _of_task_0(super().wrap(model))
+
+    def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
+        model, state = super().load(base, folder)
+        return _of_task_0(model), state
+
+
+def _of_task_0(model: Any) -> Any:
+    """PEFT wants task_ids in every forward; where none are given, all rows are of task 0."""
+    import torch
+
+    def fill(_: Any, args: tuple) -> tuple:
+        indices, task_ids = args
+        return indices, task_ids if task_ids is not None else torch.zeros(len(indices), dtype=torch.long, device=indices.device)
+
+    for encoder in model.prompt_encoder.values():
+        encoder.register_forward_pre_hook(fill)
+    return model
+
+
+@dataclass(frozen=True)
+class AdaLora(PeftAdapter):
+    """AdaLoRA (Zhang et al., 2023): ranks are taken from the layers that need them least while training goes on.
+
+    The plan over the steps and the orthogonality penalty are here, because PEFT adds the latter only where labels go
+    into the model's forward. A run that resumes measures the importance of ranks anew.
+    """
+
+    start_share: float | None = None
+    """Share of the steps before ranks are taken; null: the config's own tinit, tfinal and total_step stand."""
+    end_share: float | None = None
+    """Share of the steps after ranks are fixed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config.target_r >= self.config.init_r:
+            raise UserError(f"method.config.target_r is {self.config.target_r}; AdaLoRA brings ranks down to it from init_r={self.config.init_r}, so it is less")
+        if (self.start_share or 0) + (self.end_share or 0) >= 1:
+            raise UserError("method.start_share and method.end_share leave no steps to take ranks in; together they are below 1")
+
+    def before_training(self, model: Any, steps: int) -> None:
+        if self.start_share is not None and self.end_share is not None:
+            config = model.peft_config["default"]
+            config.tinit, config.tfinal, config.total_step = int(steps * self.start_share), int(steps * self.end_share), max(1, steps)
+        first = next(p for n, p in model.named_parameters() if "lora_A" in n)
+
+        def penalise(module: Any, _: Any) -> None:
+            if module.training and first.grad is None:  # once a step, however many micro-batches it has
+                self.penalty(model).backward()
+
+        model.register_forward_pre_hook(penalise)
+
+    def penalty(self, model: Any) -> Any:
+        """orth_reg_weight · mean over A and B of ‖A·Aᵀ − I‖ and ‖Bᵀ·B − I‖ (Frobenius), as AdaLoraModel.forward has it. Scalar, fp32."""
+        import torch
+
+        norms = []
+        with torch.autocast(model.device.type, enabled=False):
+            for name, p in model.named_parameters():
+                if "lora_A" in name or "lora_B" in name:
+                    square = p @ p.T if "lora_A" in name else p.T @ p
+                    norms.append(torch.linalg.matrix_norm(square - torch.eye(len(square), device=p.device)))
+            return self.config.orth_reg_weight * torch.stack(norms).mean()
+
+    def after_step(self, model: Any, step: int) -> None:
+        config = model.peft_config["default"]
+        done = step + 1
+        if done > config.total_step:
+            return
+        if done > config.total_step - config.tfinal and config.rank_pattern is None:  # resumed after the ranks were fixed
+            config.rank_pattern = _ranks(model)
+        model.base_model.update_and_allocate(done)
+
+    def served(self, model: Any, dtype: Any) -> Any:
+        """The ranks that the selected weights have, which may be those of an earlier step than the last."""
+        config = model.peft_config["default"]
+        if config.rank_pattern is not None:
+            config.rank_pattern = _ranks(model)
+        return super().served(model, dtype)
+
+
+def _ranks(model: Any) -> dict[str, list[bool]]:
+    """By singular-value parameter of AdaLoRA's: which of its ranks are in use (a rank that was taken has value 0)."""
+    prefix = "base_model.model."
+    return {n.removeprefix(prefix): (p.detach() != 0).view(-1).tolist() for n, p in model.named_parameters() if "lora_E" in n}
+
+
+KINDS: dict[str, type[PeftAdapter]] = {"ADALORA": AdaLora, "MULTITASK_PROMPT_TUNING": MultitaskPrompt}
+
+
+def from_file(path: str, sha256: str | None = None) -> PeftAdapter:
+    """The method of an adapter_config.json, unmodified; training_params.json beside it may ask for LoRA+.
+
+    Args:
+        sha256: of both files; not read here, so that a change of them changes the cell's config.
+    """
+    config, training = read_adapter(path), read_training(path)
+    kind = KINDS.get(config.peft_type.value, PeftAdapter)
+    if training.get("optimizer_type") == "lora+":
+        return LoraPlus(config, lr_ratio=training["optimizer_kwargs"].get("loraplus_lr_ratio", 16.0))
+    return kind(config)

@@ -1,0 +1,160 @@
+"""Retrieval-augmented prompts: before every prompt stand the labelled rows, or a user's passages, that are nearest to it.
+
+conf/method/retrieval.yaml, retrieval_embedding.yaml, retrieval_documents.yaml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data import Example
+from pipeline.files import UserError, read_jsonl, write_jsonl
+from pipeline.methods.base import Method
+from pipeline.model import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+ENTRIES = "entries.jsonl"
+TEXT_FILES = (".txt", ".md")
+
+
+@dataclass(frozen=True)
+class Index:
+    """What can be retrieved, and how: `nearest(query, k)` gives the indices of the k nearest entries, nearest first."""
+
+    entries: list[dict[str, str]]
+    nearest: Callable[[str, int], list[int]]
+
+
+@dataclass(frozen=True)
+class Retrieval(Method):
+    """k nearest entries before the prompt, the nearest last (Liu et al., 2022: what stands next to the question counts most).
+
+    Raises:
+        UserError: an unknown `by`, k < 1 or above the number of entries, documents that cannot be read.
+    """
+
+    k: int
+    by: str
+    """bm25 (Robertson & Zaragoza, 2009; Lucene's variant, through bm25s), or embedding: cosine of the base model's own."""
+    documents: str | None = None
+    """A .txt or .md file, a .jsonl file, or a folder of such files; null: the labelled training rows, with their answers."""
+    column: str = "text"
+    """The column of a .jsonl file that holds the text."""
+    passage_words: int = 60
+    """Documents are cut into passages of at most so many words; a paragraph that fits stays whole."""
+    separator: str = "\n\n"
+    answer_separator: str = " "
+
+    def __post_init__(self) -> None:
+        if self.by not in ("bm25", "embedding"):
+            raise UserError(f"method.by is {self.by!r}; choose bm25 or embedding")
+        for key in ("k", "passage_words"):
+            if type(getattr(self, key)) is not int or getattr(self, key) < 1:
+                raise UserError(f"method.{key} is {getattr(self, key)}; it must be a whole number of at least 1")
+
+    @property
+    def name(self) -> str:
+        return f"retrieval_{self.by}"
+
+    def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> Index:
+        if self.documents is None:
+            entries = [{"text": e.prompt, "answer": e.answer} for e in examples]
+        else:
+            entries = [{"text": p} for p in passages(Path(self.documents), self.column, self.passage_words)]
+        if self.k > len(entries):
+            there = f"{len(entries)} {'training rows' if self.documents is None else f'passages in {self.documents}'}"
+            raise UserError(f"method.k={self.k}, but there are {there}; lower k or add some")
+        return self._index(entries, base)
+
+    def prompt(self, prompt: str, state: Index) -> str:
+        found = [state.entries[i] for i in reversed(state.nearest(prompt, self.k))]
+        texts = [e["text"] + (self.answer_separator + e["answer"] if "answer" in e else "") for e in found]
+        return self.separator.join([*texts, prompt])
+
+    def hyperparameters(self) -> dict[str, Any]:
+        shown = {"retrieved": self.k, "by": self.by}
+        return shown | ({"labels_from": "train"} if self.documents is None else {"documents": self.documents})
+
+    def save(self, model: Any, state: Index, folder: Path) -> None:
+        write_jsonl(folder / ENTRIES, state.entries)
+
+    def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
+        return base, self._index(read_jsonl(folder / ENTRIES), base)
+
+    def _index(self, entries: list[dict[str, str]], base: Any) -> Index:
+        texts = [e["text"] for e in entries]
+        return Index(entries, by_bm25(texts) if self.by == "bm25" else by_embedding(texts, base))
+
+
+def by_bm25(texts: Sequence[str]) -> Callable[[str, int], list[int]]:
+    """Nearest by BM25 over lower-case words of two letters or more."""
+    import bm25s
+
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(list(texts), stopwords=None, show_progress=False), show_progress=False)
+
+    def nearest(query: str, k: int) -> list[int]:
+        words = bm25s.tokenize(query, stopwords=None, return_ids=False, show_progress=False)
+        return index.retrieve(words, k=k, show_progress=False).documents[0].tolist()
+
+    return nearest
+
+
+def by_embedding(texts: Sequence[str], base: Any) -> Callable[[str, int], list[int]]:
+    """Nearest by cosine of `embed`."""
+    import torch
+
+    tokenizer = load_tokenizer(Path(base.config._name_or_path))
+    matrix = torch.stack([embed(text, base, tokenizer) for text in texts])
+
+    def nearest(query: str, k: int) -> list[int]:
+        return (matrix @ embed(query, base, tokenizer)).topk(k).indices.tolist()
+
+    return nearest
+
+
+def embed(text: str, base: Any, tokenizer: Any) -> torch.Tensor:
+    """[hidden] of length 1: the last hidden states averaged with weights that grow with the position (SGPT, Muennighoff, 2022)."""
+    import torch
+
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=getattr(base.config, "max_position_embeddings", None))["input_ids"]
+    with torch.inference_mode():
+        hidden = base.base_model(input_ids=ids.to(base.device), use_cache=False).last_hidden_state[0].float()
+    places = torch.arange(1, len(hidden) + 1, device=hidden.device, dtype=hidden.dtype)
+    return torch.nn.functional.normalize(places @ hidden, dim=0)
+
+
+def passages(path: Path, column: str, words: int) -> list[str]:
+    """The passages of a file or a folder of files, in name order. Raises UserError where there is nothing to read."""
+    files = sorted(p for p in path.rglob("*") if p.suffix in (*TEXT_FILES, ".jsonl")) if path.is_dir() else [path]
+    if not path.exists() or not files:
+        raise UserError(f"method.documents={path} holds no .txt, .md or .jsonl file; mend the path")
+    found = [p for file in files for text in _texts(file, column) for p in _cut(text, words)]
+    if not found:
+        raise UserError(f"method.documents={path} holds no text; add some")
+    return found
+
+
+def _texts(file: Path, column: str) -> list[str]:
+    if file.suffix == ".jsonl":
+        rows = read_jsonl(file)
+        lacking = next((i for i, row in enumerate(rows, 1) if not isinstance(row.get(column), str)), None)
+        if lacking is not None:
+            raise UserError(f"{file} row {lacking} has no text in column {column!r} (it has: {', '.join(rows[lacking - 1])}); set method.column")
+        return [row[column] for row in rows]
+    if file.suffix not in TEXT_FILES:
+        raise UserError(f"method.documents={file} is neither .txt, .md nor .jsonl; convert it to one of them")
+    try:
+        return file.read_text(encoding="utf-8").split("\n\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def _cut(text: str, words: int) -> list[str]:
+    there = text.split()
+    return [" ".join(there[i : i + words]) for i in range(0, len(there), words)]
