@@ -104,6 +104,8 @@ class Fast:
         from pipeline.fast.shapes import Shapes, solo_steps
         from pipeline.fast.stepper import MOST_WIDTHS, STEPS_A_WIDTH, Stepper
 
+        if not total:
+            raise Unsupported("there is nothing to train")
         if type(method).after_step is not Method.after_step:
             raise Unsupported("the method acts between steps")
         self.examples, self.settings, self.seed, self.lr = examples, settings, seed, settings.lr
@@ -145,7 +147,7 @@ class Fast:
 
     def close(self) -> None:
         self.stepper.close()
-        getattr(self.program, "release", lambda: None)()
+        self.program.release()
 
 
 def choose(engine: str, eager: Callable[[], Eager], fast: Callable[[], Fast], device: Any) -> tuple[Stepping, str | None]:

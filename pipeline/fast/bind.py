@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from pipeline.fast import ops
 from pipeline.fast.flat import Flat, Region
 from pipeline.fast.llama import Group, Layer, Llama, Low, Norm
 from pipeline.fast.ops import Tensor
 
 FAMILIES = ("llama", "mistral", "qwen2")
 GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)), ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
+WIDE = (GROUPS[0], GROUPS[2], GROUPS[3])  # what they read is made by our own kernels, which leave room beside it for x Aᵀ
 KEEP_BYTES = 2**30  # norms' outputs are kept for backward while they take less than this
 
 
@@ -34,6 +36,12 @@ class Bound:
     flat: Flat
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """LoRA: module name -> (A [K, r, in], B [K, out, r]) as views of the masters."""
+    moved: list[Any] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Give every frozen module a weight of its own again, laid out as before."""
+        for module in self.moved:
+            module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
 
 
 def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumulate: bool = False) -> Bound:
@@ -98,6 +106,8 @@ class _Parts:
         self.model, self.layers = base.model, list(base.model.layers)
         self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.tied = base.lm_head.weight is self.model.embed_tokens.weight
+        self.moved: list[Any] = []
+        """Frozen linear modules whose weights are views of a stack now."""
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
 
     def groups(self) -> Iterator[tuple[int, int, list[tuple[str, Any]]]]:
@@ -144,8 +154,8 @@ def set_keep(llama: Llama, tokens: int) -> None:
         layer.keep = size <= KEEP_BYTES
 
 
-def _stack(parts: _Parts, modules: list[tuple[str, Any]]) -> tuple[Callable[[], Tensor], Tensor | None, list[tuple[int, int]]]:
-    """(weight, bias, the members' output spans) of a group of frozen linear modules."""
+def _stack(parts: _Parts, modules: list[tuple[str, Any]], room: int = 0) -> tuple[Callable[[], Tensor], Tensor | None, list[tuple[int, int]]]:
+    """(weight [out, in + room], bias, the members' output spans) of a group of frozen linear modules; the last columns are zeros to write to."""
     linear = [getattr(m, "base_layer", m) for _, m in modules]
     ends = [0]
     for module in linear:
@@ -158,31 +168,48 @@ def _stack(parts: _Parts, modules: list[tuple[str, Any]]) -> tuple[Callable[[], 
             raise Unsupported("its linear layers have biases where the hand-written step has none")
         bias = torch.cat([parts.frozen(b) for b in biases])
     if all(hasattr(m.weight, "quant_state") for m in linear):
-        return _dequantised([m.weight for m in linear], spans, parts.dtype), bias, spans
+        if any(m.weight.quant_state.dtype != parts.dtype for m in linear):
+            raise Unsupported("its 4-bit weights come back in another dtype than the arithmetic's")
+        return _dequantised([m.weight for m in linear], spans, room), bias, spans
     if any(type(m.weight) is not torch.nn.Parameter for m in linear):
         raise Unsupported(f"weights of type {type(linear[0].weight).__name__} have no hand-written step")
     weights = [parts.frozen(m.weight) for m in linear]
-    stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if len(weights) > 1:
-        for module, (lo, hi) in zip(linear, spans, strict=True):
-            module.weight.data = stacked[lo:hi]
+    if len(weights) == 1 and not room:
+        return lambda: weights[0], bias, spans
+    width = weights[0].shape[1]
+    stacked = weights[0].new_zeros(ends[-1], width + room)
+    for module, weight, (lo, hi) in zip(linear, weights, spans, strict=True):
+        stacked[lo:hi, :width] = weight
+        module.weight.data = stacked[lo:hi, :width]
+    parts.moved += linear
     return lambda: stacked, bias, spans
 
 
-def _dequantised(weights: list[Any], spans: list[tuple[int, int]], dtype: Any) -> Callable[[], Tensor]:
-    """A function that gives 4-bit weights in `dtype`, stacked; the result lives as long as the caller holds it."""
-    from bitsandbytes.functional import dequantize_4bit
+def _dequantised(weights: list[Any], spans: list[tuple[int, int]], room: int) -> Callable[[], Tensor]:
+    """A function that gives 4-bit weights in the arithmetic's dtype, stacked; the result lives as long as the caller holds it."""
 
     def weight() -> Tensor:
-        states = [w.quant_state for w in weights]
-        if not weights[0].is_cuda or states[0].dtype != dtype:
-            return torch.cat([dequantize_4bit(w.data, s).to(dtype) for w, s in zip(weights, states, strict=True)])
-        out = torch.empty(spans[-1][1], states[0].shape[1], device=weights[0].device, dtype=dtype)
-        for w, s, (lo, hi) in zip(weights, states, spans, strict=True):
-            dequantize_4bit(w.data, s, out=out[lo:hi])
+        width = weights[0].quant_state.shape[1]
+        out = torch.empty(spans[-1][1], width + room, device=weights[0].device, dtype=weights[0].quant_state.dtype)
+        if room:
+            out[:, width:].zero_()
+        for w, (lo, hi) in zip(weights, spans, strict=True):
+            ops.dequantise_nf4_(out[lo:hi, :width], w.data, w.quant_state)
         return out
 
     return weight
+
+
+def _with_columns(weight: Callable[[], Tensor], pairs: list[tuple[Tensor, slice, slice]]) -> Callable[[], Tensor]:
+    """`weight` with tensors written into [rows, columns] of what it gives."""
+
+    def written() -> Tensor:
+        out = weight()
+        for held, rows, columns in pairs:
+            out[rows, columns] = held
+        return out
+
+    return written
 
 
 def _lora(parts: _Parts, dtype: Any, slots: int, rank: int | None, accumulate: bool) -> Bound:
@@ -197,14 +224,17 @@ def _lora(parts: _Parts, dtype: Any, slots: int, rank: int | None, accumulate: b
     wide = rank or ranks.pop()
     flat = Flat(slots, [Region(sum(wide * m.in_features for m in adapted.values())), Region(sum(wide * m.out_features for m in adapted.values()), True)],
                 next(iter(adapted.values())).weight.device, dtype, accumulate=accumulate)
-    groups, pairs = {}, {}
+    groups, pairs, places = {}, {}, []
     at_a, at_b = 0, flat.regions[0].size
     for layer, index, modules in parts.groups():
-        weight, bias, spans = _stack(parts, modules)
-        group = Group(weight, bias)
+        count = sum(name in adapted for name, _ in modules)
+        room = -(-count * wide // 8) * 8 if slots == 1 and GROUPS[index] in WIDE else 0
+        weight, bias, spans = _stack(parts, modules, room)
+        group = Group(weight, bias, room=room)
         members = [(name, m, span) for (name, m), span in zip(modules, spans, strict=True) if name in adapted]
         if members:
             width, size = members[0][1].in_features, wide * members[0][1].in_features
+            columns = []
             for j, (name, module, (lo, hi)) in enumerate(members):
                 b = slice(at_b, at_b + (hi - lo) * wide)
                 at_b = b.stop
@@ -212,17 +242,23 @@ def _lora(parts: _Parts, dtype: Any, slots: int, rank: int | None, accumulate: b
                 a = flat.master[:, at_a + j * size : at_a + (j + 1) * size].view(slots, wide, width)
                 group.low.append(Low(lo, hi, views[0], views[1]))
                 pairs[name] = (a, views[2])
+                columns.append((views[0][0], slice(lo, hi), slice(width + j * wide, width + (j + 1) * wide)))
                 if slots == 1:
                     _adopt(module.lora_A["default"].weight, a[0])
                     _adopt(module.lora_B["default"].weight, views[2][0])
             span = slice(at_a, at_a + len(members) * size)
             group.a, group.da = (held[:, span].view(slots, len(members) * wide, width) for held in (flat.compute, flat.raw))
             at_a = span.stop
+            if room and hasattr(getattr(members[0][1], "base_layer", None).weight, "quant_state"):
+                group.weight = _with_columns(weight, columns)
+            elif room:
+                places += [(held, weight()[rows, cols]) for held, rows, cols in columns]
         groups[layer, index] = group
+    flat.places = ops.Places(places)
     flat.scale.fill_(scales.pop())
     flat.sync()
     lowest = min(layer for (layer, _), group in groups.items() if group.trained)
-    return Bound(parts.frozen_build(groups, lowest), flat, pairs)
+    return Bound(parts.frozen_build(groups, lowest), flat, pairs, parts.moved)
 
 
 def _adopt(parameter: Any, view: Tensor) -> None:
@@ -244,7 +280,7 @@ def _prompt(model: Any, parts: _Parts, dtype: Any, slots: int, accumulate: bool)
         groups[layer, index] = Group(weight, bias)
     llama = parts.frozen_build(groups, 0)
     llama.prompt, llama.dprompt = flat.compute.view(slots, n, d), flat.raw.view(slots, n, d)
-    return Bound(llama, flat)
+    return Bound(llama, flat, moved=parts.moved)
 
 
 def _full(parts: _Parts, dtype: Any, accumulate: bool) -> Bound:

@@ -48,6 +48,8 @@ class Flat:
         self.lr, self.weight_decay, self.max_norm, self.scale = (torch.ones(slots, device=device) for _ in range(4))
         self.count = torch.zeros(slots, device=device, dtype=torch.float64)
         """Optimiser steps taken by each slot."""
+        self.places = ops.Places([])
+        """Where else parts of the compute copy are needed; written whenever it is."""
 
     def sync(self) -> None:
         """Make the compute copy of the masters as they are (after loading weights)."""
@@ -55,6 +57,7 @@ class Flat:
             for region, (lo, hi) in self._spans():
                 held = self.master[:, lo:hi]
                 self.compute[:, lo:hi].copy_(held * self.scale[:, None] if region.scaled else held)
+        self.places.copy()
 
     def keep(self) -> None:
         """Take up the micro-batch's gradients (a part of the captured step)."""
@@ -78,6 +81,7 @@ class Flat:
                 self.master[:, lo:hi], gradient[:, lo:hi], self.moments[0][:, lo:hi], self.moments[1][:, lo:hi], copy, lr / first, 1 - lr * self.weight_decay,
                 root.sqrt(), clip * self.scale if region.scaled else clip, self.scale if region.scaled else None, BETAS, EPS,
             )
+        self.places.copy()
         if self.sum is not None:
             self.sum.zero_()
         elif self.compute is self.master:

@@ -40,6 +40,8 @@ class Group:
     weight: gives W [out, in] in the arithmetic's dtype (a stored tensor, or one dequantised for the call).
     dweight: where W's gradient goes, None if W is frozen.
     a, da: the members' A stacked, [K, m·r, in], and its gradient; None without adapters.
+    room: with one slot, columns that x and W have beyond `in`: x's then hold x Aᵀ and W's hold B, so that one product
+        gives y, and one gives dx and d(x Aᵀ). 0: B is applied by products of its own.
     """
 
     weight: Callable[[], Tensor]
@@ -48,13 +50,21 @@ class Group:
     a: Tensor | None = None
     da: Tensor | None = None
     low: list[Low] = field(default_factory=list)
+    room: int = 0
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(y [N, out] (+ residual), x Aᵀ [K, N/K, m·r] to keep for backward) of x [N, in]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, keep: bool = True) -> tuple[Tensor, Tensor | None]:
+        """(y [N, out] (+ residual), x Aᵀ [K, N/K, m·r] for backward) of x [N, in + room]; keep: x stays as it is until then."""
+        kept = None
+        if self.room and self.a is not None:
+            width, rank = self.a.shape[2], self.a.shape[1]
+            kept = torch.mm(x[:, :width], self.a[0].t(), out=x[:, width : width + rank])
+            if rank < self.room:
+                x[:, width + rank :].zero_()
+            kept = kept[None] if keep else kept[None].clone()
         w = self.weight()
         y = torch.addmm(residual, x, w.t()) if residual is not None else F.linear(x, w, self.bias)
-        if self.a is None:
-            return y, None
+        if self.a is None or self.room:
+            return y, kept
         slots, rank = self.a.shape[0], self.low[0].b.shape[2]
         if slots == 1:
             kept = x @ self.a[0].t()
@@ -69,9 +79,11 @@ class Group:
 
     def backward_input(self, dy: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """(dx [N, in], d(x Aᵀ)) of dy [N, out]; dx is None unless wanted."""
-        dx = dy @ self.weight() if wanted else None
         if self.a is None:
-            return dx, None
+            return (dy @ self.weight() if wanted else None), None
+        if self.room:
+            return self._backward_wide(dy, wanted)
+        dx = dy @ self.weight() if wanted else None
         slots, rank = self.a.shape[0], self.low[0].b.shape[2]
         dys = dy.view(slots, -1, dy.shape[1])
         dkept = dy.new_empty(slots, dys.shape[1], self.a.shape[1])
@@ -87,24 +99,33 @@ class Group:
             dx.view(slots, -1, dx.shape[1]).baddbmm_(dkept, self.a)
         return dx, dkept
 
+    def _backward_wide(self, dy: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor]:
+        assert self.a is not None
+        width, rank = self.a.shape[2], self.a.shape[1]
+        w = self.weight()
+        if not wanted:
+            return None, (dy @ w[:, width : width + rank])[None]
+        both = dy @ w
+        dkept = both[:, width : width + rank]
+        return both[:, :width].addmm_(dkept, self.a[0]), dkept[None]
+
     def backward_weight(self, dy: Tensor, x: Tensor, kept: Tensor | None, dkept: Tensor | None) -> None:
-        """Write the gradients of what is trained: dW = dyᵀ x, dB = dyᵀ (x Aᵀ), dA = d(x Aᵀ)ᵀ x."""
+        """Write the gradients of what is trained: dW = dyᵀ x, dB = dyᵀ (x Aᵀ), dA = d(x Aᵀ)ᵀ x; x [N, in] or [N, in + room]."""
         if self.dweight is not None:
             torch.mm(dy.t(), x, out=self.dweight)
         if self.a is None or kept is None or dkept is None or self.da is None:
             return
         slots, rank = self.a.shape[0], self.low[0].b.shape[2]
-        dys, xs = dy.view(slots, -1, dy.shape[1]), x.view(slots, -1, x.shape[1])
         for j, low in enumerate(self.low):
-            part, held = dys[:, :, low.lo : low.hi], kept[:, :, j * rank : (j + 1) * rank]
+            held = kept[:, :, j * rank : (j + 1) * rank]
             if slots == 1:
-                torch.mm(part[0].t(), held[0], out=low.db[0])
+                torch.mm(dy[:, low.lo : low.hi].t(), held[0], out=low.db[0])
             else:
-                torch.bmm(part.transpose(1, 2), held, out=low.db)
+                torch.bmm(dy.view(slots, -1, dy.shape[1])[:, :, low.lo : low.hi].transpose(1, 2), held, out=low.db)
         if slots == 1:
-            torch.mm(dkept[0].t(), xs[0], out=self.da[0])
+            torch.mm(dkept[0].t(), x[:, : self.a.shape[2]], out=self.da[0])
         else:
-            torch.bmm(dkept.transpose(1, 2), xs, out=self.da)
+            torch.bmm(dkept.transpose(1, 2), x.view(slots, -1, x.shape[1]), out=self.da)
 
     @property
     def trained(self) -> bool:
@@ -138,15 +159,15 @@ class Layer:
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, save: bool) -> tuple[Tensor, tuple]:
         """(output [N, d], what backward needs) of x [N, d]; cos, sin [T, width]."""
-        n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps)
-        qkv, kept_qkv = self.qkv.forward(n1)
+        n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room)
+        qkv, kept_qkv = self.qkv.forward(n1, keep=self.keep)
         ops.rotate_(qkv.view(len(qkv), -1, self.width), cos, sin, self.heads + self.groups)
         attended = self._attend(qkv, cos.shape[0], save)
         mixed = attended[-1].detach().transpose(1, 2).reshape(len(x), -1)
         x2, kept_out = self.out.forward(mixed, x)
-        n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps)
-        gu, kept_gu = self.gate_up.forward(n2)
-        y, kept_down = self.down.forward(ops.swiglu(gu), x2)
+        n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room)
+        gu, kept_gu = self.gate_up.forward(n2, keep=self.keep)
+        y, kept_down = self.down.forward(ops.swiglu(gu, self.down.room), x2, keep=False)
         if not save:
             return y, ()
         return y, (x, n1 if self.keep else None, r1, kept_qkv, attended, mixed, kept_out, x2, n2 if self.keep else None, r2, kept_gu, gu, kept_down)
@@ -167,7 +188,7 @@ class Layer:
         assert dmixed is not None
         self.out.backward_weight(dx2, mixed, kept_out, dkept)
         *inputs, output = attended
-        dout = dmixed.view(output.shape[0], output.shape[2], self.heads, self.width).transpose(1, 2)
+        dout = dmixed.reshape(output.shape[0], output.shape[2], self.heads, self.width).transpose(1, 2)
         dq, dk, dv = torch.autograd.grad(output, inputs, dout)
         dqkv = ops.unrotate(dq, dk, dv, cos, sin)
         dn, dkept = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)

@@ -23,16 +23,18 @@ def _kernels(tensor: Tensor) -> Any:
     return triton_ops
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(weight · x / rms(x) [N, d], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019)."""
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
+    """(weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019); the last `room` columns are not set."""
+    y = x.new_empty(len(x), x.shape[1] + room)
     if kernels := _kernels(x):
-        return kernels.rmsnorm(x, weight, eps)
+        return y, kernels.rmsnorm(x, weight, eps, y)
     rstd = torch.rsqrt(x.float().square().mean(-1) + eps)
-    return weight * (x.float() * rstd[:, None]).to(x.dtype), rstd
+    y[:, : x.shape[1]] = weight * (x.float() * rstd[:, None]).to(x.dtype)
+    return y, rstd
 
 
 def rmsnorm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None) -> Tensor:
-    """Gradient for x [N, d], plus `dres` (what flows past the norm). Writes the weight's gradient into `dweight` [d] if given."""
+    """Gradient for x [N, d] of dy (rows may lie apart), plus `dres` (what flows past the norm). Writes the weight's gradient into `dweight` [d] if given."""
     if kernels := _kernels(x):
         return kernels.rmsnorm_backward(dy, x, weight, rstd, dres, dweight)
     normed = x.float() * rstd[:, None]
@@ -64,16 +66,19 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Te
     return torch.cat((turned, dv), 1).transpose(1, 2).reshape(dq.shape[0] * dq.shape[2], -1)
 
 
-def swiglu(gu: Tensor) -> Tensor:
-    """silu(gate) · up [N, f] of gu [N, 2f] (Shazeer, 2020)."""
+def swiglu(gu: Tensor, room: int = 0) -> Tensor:
+    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020); the last `room` columns are not set."""
+    f = gu.shape[1] // 2
+    h = gu.new_empty(len(gu), f + room)
     if kernels := _kernels(gu):
-        return kernels.swiglu(gu)
-    gate, up = gu.chunk(2, -1)
-    return F.silu(gate) * up
+        kernels.swiglu(gu, h)
+    else:
+        h[:, :f] = F.silu(gu[:, :f]) * gu[:, f:]
+    return h
 
 
 def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
-    """(h, d gu) from dh [N, f] and gu [N, 2f]; both inputs are overwritten."""
+    """(h, d gu) from dh [N, f] (rows may lie apart) and gu [N, 2f]; both inputs are overwritten."""
     if kernels := _kernels(gu):
         return kernels.swiglu_backward_(dh, gu)
     gate, up = (v.float() for v in gu.chunk(2, -1))
@@ -118,3 +123,29 @@ def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, rate
     if copy is not None:
         copy.copy_(p if scale is None else p * scale[:, None])
     return None
+
+
+class Places:
+    """Copies that are repeated: every first tensor [m, r], contiguous, into the second, whose rows may lie apart. One launch on CUDA."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.pairs = pairs
+        self._kernels = _kernels(pairs[0][0]) if pairs else None
+        self._table = self._kernels.place_table(pairs) if self._kernels else None
+
+    def copy(self) -> None:
+        if self._kernels:
+            self._kernels.place_(self._table, max(s.numel() for s, _ in self.pairs), self.pairs[0][0].dtype)
+        else:
+            for source, target in self.pairs:
+                target.copy_(source)
+
+
+def dequantise_nf4_(out: Tensor, packed: Tensor, state: Any) -> None:
+    """4-bit weights (bitsandbytes' packing and QuantState) into out [rows, columns], whose rows may lie apart."""
+    kernels = _kernels(packed)
+    if kernels and kernels.dequantise_nf4_(out, packed, state):
+        return
+    from bitsandbytes.functional import dequantize_4bit
+
+    out.copy_(dequantize_4bit(packed, state))

@@ -20,6 +20,7 @@ class ByHand:
     """A bound Llama."""
 
     def __init__(self, bound: Bound) -> None:
+        self.bound = bound
         self.llama, self.flat, self.virtual = bound.llama, bound.flat, bound.llama.virtual
 
     def prepare(self, tokens: int) -> None:
@@ -30,6 +31,10 @@ class ByHand:
         loss = self.llama.step(static.ids, static.at, static.targets, static.weights, static.shape.dense and not self.virtual)
         self.flat.keep()
         return loss
+
+    def release(self) -> None:
+        """The model's modules own their weights again."""
+        self.bound.release()
 
 
 class ByAutograd:

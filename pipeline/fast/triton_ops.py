@@ -21,7 +21,7 @@ def _width(n: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _rmsnorm(x, w, y, r, d, eps, BLOCK: tl.constexpr):
+def _rmsnorm(x, w, y, r, d, stride, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     live = col < d
@@ -29,19 +29,19 @@ def _rmsnorm(x, w, y, r, d, eps, BLOCK: tl.constexpr):
     rstd = tl.rsqrt(tl.sum(v * v, 0) / d + eps)
     tl.store(r + row, rstd)
     normed = (v * rstd).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + row * d + col, normed * tl.load(w + col, live, 0.0).to(tl.float32), live)
+    tl.store(y + row * stride + col, normed * tl.load(w + col, live, 0.0).to(tl.float32), live)
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
     n, d = x.shape
-    y, rstd = torch.empty_like(x), torch.empty(n, device=x.device)
+    rstd = torch.empty(n, device=x.device)
     block, warps = _width(d)
-    _rmsnorm[(n,)](x, weight, y, rstd, d, eps, BLOCK=block, num_warps=warps)
-    return y, rstd
+    _rmsnorm[(n,)](x, weight, y, rstd, d, y.stride(0), eps, BLOCK=block, num_warps=warps)
+    return rstd
 
 
 @triton.jit
-def _rmsnorm_backward(dy, x, w, r, dres, dx, dw, n, d, ROWS: tl.constexpr, HAS_RES: tl.constexpr, HAS_DW: tl.constexpr, BLOCK: tl.constexpr):
+def _rmsnorm_backward(dy, x, w, r, dres, dx, dw, n, d, stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr, HAS_DW: tl.constexpr, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
     col = tl.arange(0, BLOCK)
     weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
@@ -51,7 +51,7 @@ def _rmsnorm_backward(dy, x, w, r, dres, dx, dw, n, d, ROWS: tl.constexpr, HAS_R
         live = (col < d) & (row < n)
         at = row * d + col
         rstd = tl.load(r + row, row < n, 0.0)
-        g = tl.load(dy + at, live, 0.0).to(tl.float32)
+        g = tl.load(dy + row * stride + col, live, 0.0).to(tl.float32)
         normed = tl.load(x + at, live, 0.0).to(tl.float32) * rstd
         if HAS_DW:
             total += g * normed
@@ -66,13 +66,14 @@ def _rmsnorm_backward(dy, x, w, r, dres, dx, dw, n, d, ROWS: tl.constexpr, HAS_R
 
 def rmsnorm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None) -> Tensor:
     n, d = x.shape
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dx = torch.empty_like(x)
     rows = 1 if dweight is None else max(1, -(-n // 264))
     programs = -(-n // rows)
     partial = torch.empty(programs, d, device=x.device) if dweight is not None else x
     block, warps = _width(d)
     _rmsnorm_backward[(programs,)](
-        dy, x, weight, rstd, dres if dres is not None else x, dx, partial, n, d, ROWS=rows, HAS_RES=dres is not None, HAS_DW=dweight is not None,
+        dy, x, weight, rstd, dres if dres is not None else x, dx, partial, n, d, dy.stride(0), ROWS=rows, HAS_RES=dres is not None, HAS_DW=dweight is not None,
         BLOCK=block, num_warps=warps,
     )
     if dweight is not None:
@@ -139,29 +140,27 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Te
 
 
 @triton.jit
-def _swiglu(gu, h, f, BLOCK: tl.constexpr):
+def _swiglu(gu, h, f, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = col < f
     gate = tl.load(gu + row * 2 * f + col, live, 0.0).to(tl.float32)
     up = tl.load(gu + row * 2 * f + f + col, live, 0.0).to(tl.float32)
-    tl.store(h + row * f + col, gate * tl.sigmoid(gate) * up, live)
+    tl.store(h + row * stride + col, gate * tl.sigmoid(gate) * up, live)
 
 
-def swiglu(gu: Tensor) -> Tensor:
+def swiglu(gu: Tensor, h: Tensor) -> None:
     n, f = gu.shape[0], gu.shape[1] // 2
-    h = torch.empty(n, f, device=gu.device, dtype=gu.dtype)
     block = min(2048, triton.next_power_of_2(f))
-    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, BLOCK=block, num_warps=4)
-    return h
+    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, h.stride(0), BLOCK=block, num_warps=4)
 
 
 @triton.jit
-def _swiglu_backward(dh, gu, f, BLOCK: tl.constexpr):
+def _swiglu_backward(dh, gu, f, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = col < f
-    gate_at, up_at, h_at = gu + row * 2 * f + col, gu + row * 2 * f + f + col, dh + row * f + col
+    gate_at, up_at, h_at = gu + row * 2 * f + col, gu + row * 2 * f + f + col, dh + row * stride + col
     gate, up = tl.load(gate_at, live, 0.0).to(tl.float32), tl.load(up_at, live, 0.0).to(tl.float32)
     d = tl.load(h_at, live, 0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
@@ -174,7 +173,7 @@ def _swiglu_backward(dh, gu, f, BLOCK: tl.constexpr):
 def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
     n, f = dh.shape
     block = min(2048, triton.next_power_of_2(f))
-    _swiglu_backward[(n, triton.cdiv(f, block))](dh, gu, f, BLOCK=block, num_warps=4)
+    _swiglu_backward[(n, triton.cdiv(f, block))](dh, gu, f, dh.stride(0), BLOCK=block, num_warps=4)
     return dh, gu
 
 
@@ -242,3 +241,54 @@ def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, rate
         p, g, m, v, held, rate, shrink, root, factor, scale if scale is not None else factor, size, p.stride(0), g.stride(0), m.stride(0), held.stride(0),
         *(1 - b for b in betas), eps, HAS_COPY=copy is not None, HAS_SCALE=scale is not None, BLOCK=block, num_warps=4,
     )
+
+
+@triton.jit
+def _place(table, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    entry = table + tl.program_id(0) * 5
+    source, target = tl.load(entry).to(tl.pointer_type(DTYPE)), tl.load(entry + 1).to(tl.pointer_type(DTYPE))
+    rows, width, stride = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+    at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < rows * width
+    tl.store(target + (at // width) * stride + at % width, tl.load(source + at, live), live)
+
+
+def place_table(pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Addresses of (contiguous [m, r], target [m, r] with rows apart) pairs, on their device; the tensors must outlive it."""
+    rows = [[s.data_ptr(), t.data_ptr(), *s.shape, t.stride(0)] for s, t in pieces]
+    return torch.tensor(rows, dtype=torch.long, device=pieces[0][0].device)
+
+
+def place_(table: Tensor, most: int, dtype: torch.dtype) -> None:
+    """Copy all pairs of a `place_table` in one launch; `most`: numbers in the largest."""
+    kinds = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float16: tl.float16}
+    _place[(len(table), triton.cdiv(most, 1024))](table, BLOCK=1024, DTYPE=kinds[dtype])
+
+
+@triton.jit
+def _nf4(packed, absmax, code, absmax2, code2, offset, out, columns, stride, size, GROUP: tl.constexpr, GROUP2: tl.constexpr, NESTED: tl.constexpr,
+         BLOCK: tl.constexpr):
+    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = byte < size
+    pair = tl.load(packed + byte, live, 0).to(tl.int32)
+    group = byte * 2 // GROUP
+    if NESTED:
+        scale = tl.load(code2 + tl.load(absmax + group, live, 0).to(tl.int32), live, 0.0) * tl.load(absmax2 + group // GROUP2, live, 0.0) + tl.load(offset)
+    else:
+        scale = tl.load(absmax + group, live, 0.0)
+    high, low = tl.load(code + (pair >> 4), live, 0.0) * scale, tl.load(code + (pair & 15), live, 0.0) * scale
+    at = tl.interleave(byte * 2, byte * 2 + 1)
+    tl.store(out + (at // columns) * stride + at % columns, tl.interleave(high, low), at < size * 2)
+
+
+def dequantise_nf4_(out: Tensor, packed: Tensor, state: Any) -> bool:
+    """False where the state is laid out in a way this kernel does not know (the caller then asks bitsandbytes)."""
+    if state.quant_type not in ("nf4", "fp4") or out.stride(-1) != 1 or state.shape[1] % 2:
+        return False
+    nested, size = state.nested, packed.numel()
+    second = state.state2 if nested else state
+    _nf4[(triton.cdiv(size, 1024),)](
+        packed, state.absmax, state.code, second.absmax, second.code, state.offset if nested else state.absmax, out, state.shape[1], out.stride(0), size,
+        GROUP=state.blocksize, GROUP2=second.blocksize, NESTED=nested, BLOCK=1024, num_warps=4,
+    )
+    return True
