@@ -1,0 +1,180 @@
+"""Speed and memory of this project against its peers, side by side in one process.
+
+    python -m benchmarks.speed                                        all headline rows (on a CPU: the rows of ids=cpu)
+    python -m benchmarks.speed ids=lora-135m-step,full-135m-step repeats=3 steps=20
+    python -m benchmarks.speed ids=wide plan=true                     what would run, and about how long; nothing does
+    python -m benchmarks.speed table                                  the README's table from the result files
+
+Keys: ids (sets all, step, sweep, eval, wide, cpu, or ids), repeats (2), steps and warmup of a step row (by shape), sweep_steps (100 a trial),
+peer_b (liger, or liger+compile: rows of their own), limit_s (seconds an id may take, 300; its time for sweeps is doubled), device (auto),
+out (benchmarks/results), model and task (folders for the evaluation rows; random weights and tokens where they are missing), plan.
+Every id is written as soon as it is measured: all of it to speed-<set>.json, a headline row to targets.json; other ids' rows stay.
+Exit codes: 0 done, 1 an id gave no ratio (the others are written), 2 bad input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import speed_files, speed_plan, speed_targets
+from benchmarks.speed_targets import AnyRow, EvalRow, Row, SweepRow
+from pipeline.files import UserError, check_writable
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's words."""
+
+    ids: str | None = None
+    repeats: int = 2
+    steps: int | None = None
+    warmup: int | None = None
+    sweep_steps: int | None = None
+    seed: int | None = None
+    peer_b: str = "liger"
+    limit_s: int = 300
+    device: str = "auto"
+    out: Path = speed_files.FOLDER
+    model: Path | None = None
+    task: Path | None = None
+    plan: bool = False
+
+
+def parse(words: Sequence[str]) -> Options:
+    """key=value words. Raises UserError for an unknown key or a value that is not of its kind."""
+    known = Options.__dataclass_fields__
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key == "--dry":
+            key, equals, value = "plan", "=", "true"
+        if key not in known or not equals:
+            raise UserError(f"benchmarks.speed does not take {word!r}; write key=value with one of {', '.join(known)}, or the word table alone")
+        kind = str(known[key].type)
+        if kind.startswith("int"):
+            if not value.isdecimal() or (int(value) < 1 and key != "seed"):
+                raise UserError(f"benchmarks.speed takes a whole number of at least 1 for {key}, not {value!r}")
+            found[key] = int(value)
+        elif kind == "bool":
+            if value not in ("true", "false"):
+                raise UserError(f"benchmarks.speed takes true or false for {key}, not {value!r}")
+            found[key] = value == "true"
+        else:
+            found[key] = Path(value) if kind.startswith("Path") else value
+    if found.get("peer_b", "liger") not in ("liger", "liger+compile"):
+        raise UserError(f"benchmarks.speed takes liger or liger+compile for peer_b, not {found['peer_b']!r}")
+    return Options(**found)
+
+
+def rows(options: Options, device: str) -> list[AnyRow]:
+    """The chosen rows at the wanted sizes."""
+    found = speed_targets.chosen(options.ids or ("all" if device == "cuda" else "cpu"))
+    found = [_sized(row, options) for row in found]
+    if options.peer_b == "liger+compile":
+        found = [speed_targets.compiled(row) if isinstance(row, Row) and row.over.kind == "tuned" else row for row in found]
+    return found
+
+
+def _sized(row: AnyRow, options: Options) -> AnyRow:
+    if isinstance(row, Row):
+        return speed_targets.resized(row, options.steps, options.warmup, options.seed)
+    if isinstance(row, SweepRow) and options.sweep_steps:
+        if options.sweep_steps < 2:
+            raise UserError("benchmarks.speed takes at least 2 for sweep_steps")
+        return replace(row, workload=replace(row.workload, warmup=1, steps=options.sweep_steps - 1))
+    return row
+
+
+def run(options: Options) -> int:
+    """Measure the chosen rows. Returns the exit code."""
+    from benchmarks.speed_run import Settings
+    from pipeline.model import device_of
+
+    check_writable(options.out / "targets.json")
+    device = device_of(options.device)
+    chosen = rows(options, device.type)
+    groups = speed_targets.groups(chosen)
+    if options.plan:
+        print("\n".join(speed_plan.lines(groups, options.repeats, "cpu" if all(row.set == "cpu" for row in chosen) else "cuda")))
+        return 0
+    settings = Settings(device, options.repeats, float(options.limit_s))
+    about, kept, lost = speed_files.origin(device), {}, []  # type: ignore[var-annotated]
+    for group in groups:
+        print(", ".join(row.id for row in group), flush=True)
+        for row, found in _measure(group, settings, options, kept):
+            speed_files.keep(options.out, row, {**found, "rates": settings.rates}, about)
+            print(f"{row.id}: {_told(found)}", flush=True)
+            if found.get("ratio") is None:
+                lost.append(row.id)
+    if lost:
+        print(f"no ratio for {', '.join(lost)}", file=sys.stderr)
+    return 1 if lost else 0
+
+
+def _measure(group: list[AnyRow], settings: Any, options: Options, kept: dict) -> list[tuple[AnyRow, dict[str, Any]]]:
+    from benchmarks import speed_eval, speed_run, speed_sweep
+
+    first = group[0]
+    _rates(group, settings)
+    if isinstance(first, SweepRow):
+        return [(first, speed_sweep.measure(first, replace(settings, limit_s=2 * settings.limit_s), kept))]
+    if isinstance(first, EvalRow):
+        given = {key: value for key in ("model", "task") if (value := getattr(options, key))}
+        return [(first, speed_eval.measure(first, settings, speed_eval.Source(**given)))]
+    steps = [row for row in group if isinstance(row, Row)]
+    sides = speed_run.measure(steps, settings)
+    return [(row, speed_run.record(row, sides, settings)) for row in steps]
+
+
+def _rates(group: list[AnyRow], settings: Any) -> None:
+    """Measure the device's rates once for every dtype that the rows compute in."""
+    import torch
+
+    from benchmarks.speed_limits import rates
+    from benchmarks.speed_run import clear
+
+    for row in group:
+        dtype = row.dtype if isinstance(row, EvalRow) else (row.under.workload if isinstance(row, Row) else row.workload).dtype
+        if dtype not in settings.rates:
+            settings.rates[dtype] = rates(settings.device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+            clear(settings.device)
+            shown = settings.rates[dtype]
+            print(f"{dtype}: {shown['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, copy {shown['copy_bytes_per_s'] / 1e12:.3f} TB/s", flush=True)
+
+
+def _told(found: dict[str, Any]) -> str:
+    if found.get("ratio") is None:
+        return f"no ratio ({found.get('error', 'not measured')})"
+    text = f"{speed_files.number(found['ratio'])}x ({' to '.join(map(speed_files.number, found['spread']))})"
+    text += f", required {found['required']:g}x" if found["required"] is not None else ""
+    if loss := found.get("loss"):
+        apart = "not finite" if loss["max_relative"] is None else f"{loss['max_relative']:.2g} apart"
+        text += f", losses {'match' if loss['matched'] else 'DIFFER'} ({apart})"
+    if same := found.get("answers"):
+        text += f", identical {same['identical']:.2%}"
+    return text + (f"; {found['error']}" if found.get("error") else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry: words in, exit code out."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread over several
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if words[:1] == ["table"]:
+            print(speed_files.table(parse(words[1:]).out))
+            return 0
+        return run(parse(words))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

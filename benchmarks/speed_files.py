@@ -1,0 +1,106 @@
+"""The result files of the speed benchmarks, updated row by row, and the README's table made from them.
+
+Library of `python -m benchmarks.speed`. speed-<set>.json holds everything of every id, targets.json one short object a headline id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed_targets import HEADLINE, KNOWN, AnyRow
+from pipeline.files import UserError, read_json, write_json
+
+FOLDER = Path(__file__).parent / "results"
+COLUMNS = ("id", "measured", "ratio (spread)", "required", "aim", "ours", "against", "share of the matmul rate, ours / theirs", "device, date")
+TARGET_KEYS = ("id", "ratio", "spread", "required", "hardware", "versions", "date", "command")
+
+
+def origin(device: Any) -> dict[str, Any]:
+    """hardware, versions, date (UTC), command and commit of this process."""
+    from pipeline.measure import hardware, provenance
+
+    about = provenance()
+    versions = {**about["packages"], "python": about["python"]}
+    for name in ("optuna", "liger_kernel", "triton", "flash_attn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "hardware": hardware(device), "versions": versions, "date": about["started"][:10], "command": about["command"],
+        "git_commit": about["git_commit"], "git_dirty": about["git_dirty"],
+    }
+
+
+def keep(folder: Path, row: AnyRow, found: dict[str, Any], about: dict[str, Any]) -> None:
+    """Write one id's record into speed-<set>.json and, if it is a headline with a ratio, targets.json; other rows stay."""
+    record = {**found, **about}
+    _update(folder / f"speed-{row.set}.json", record, list(KNOWN))
+    if row.id in HEADLINE and found.get("ratio") is not None:
+        _update(folder / "targets.json", {key: record[key] for key in TARGET_KEYS}, HEADLINE)
+
+
+def _update(path: Path, record: dict[str, Any], order: list[str]) -> None:
+    held = {row["id"]: row for row in rows(path)}
+    held[record["id"]] = record
+    places = {id: place for place, id in enumerate(order)}
+    write_json(path, sorted(held.values(), key=lambda row: (places.get(row["id"], len(places)), row["id"])))
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a result file; none if it is not there. Raises UserError for one that is no list of objects with an id."""
+    if not path.exists():
+        return []
+    held = read_json(path)
+    if not isinstance(held, list) or not all(isinstance(row, dict) and "id" in row for row in held):
+        raise UserError(f"{path} is not a list of objects with an id; delete it and run the benchmarks again")
+    return held
+
+
+def table(folder: Path) -> str:
+    """Markdown: the headline rows of targets.json and, from the speed files, what the two sides took."""
+    details = {row["id"]: row for path in sorted(folder.glob("speed-*.json")) for row in rows(path)}
+    short = rows(folder / "targets.json")
+    if not short:
+        raise UserError(f"{folder / 'targets.json'} holds no rows; run: python -m benchmarks.speed")
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+    for row in short:
+        more = details.get(row["id"], {})
+        if more.get("date") != row["date"] or more.get("ratio") != row["ratio"]:
+            more = {}  # a later run of this id failed; its record is not what the ratio came from
+        bold = "**" if row["required"] is None or row["ratio"] >= row["required"] else ""
+        low, high = row["spread"]
+        cells = [
+            f"`{row['id']}`", more.get("what", ""), f"{bold}{number(row['ratio'])}x{bold} ({number(low)} to {number(high)})",
+            _at_least(row["required"]), _at_least(more.get("aim")), cost(more, "under"), cost(more, "over"), share(more),
+            f"{row['hardware'].get('gpu') or row['hardware'].get('cpu')}, {row['date']}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """Three significant digits at most, no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _at_least(value: float | None) -> str:
+    return "" if value is None else f"≥ {value:g}x"
+
+
+def cost(record: dict[str, Any], side: str) -> str:
+    """What a side took: seconds of a sweep or an evaluation, or milliseconds a step and the peak memory."""
+    held = record.get(side) or {}
+    if held.get("wall_s"):
+        return f"{number(held['wall_s']['median'])} s"
+    if not held.get("step_s"):
+        return ""
+    peak = f", {held['peak_bytes']['median'] / 2**30:.1f} GiB" if held.get("peak_bytes") else ""
+    return f"{number(held['step_s']['median'] * 1e3)} ms{peak}"
+
+
+def share(record: dict[str, Any]) -> str:
+    """Our achieved share of the measured matmul rate, and the other side's."""
+    found = [((record.get(side) or {}).get("limit") or {}).get("matmul_share") for side in ("under", "over")]
+    return " / ".join(f"{value:.0%}" for value in found if value is not None)

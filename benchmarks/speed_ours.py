@@ -1,0 +1,112 @@
+"""Our side of the speed benchmarks: what `python -m benchmarks.speed` measures against the peers.
+
+Library. `Ours` trains one workload, `packed_sweep` several LoRA trials at once, `choose` and `generate` answer rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.speed_workloads import RATIONALE_WEIGHT, Workload, adapter_config, base_model
+from pipeline.data import Batch
+from pipeline.files import UserError
+from pipeline.loop import lr_factor
+from pipeline.measure import Stopwatch
+from pipeline.scoring import autocast, choice_log_likelihoods
+from pipeline.scoring import generate as generate_texts
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.speed_sweep import Found, Trial
+
+
+def training_batch(workload: Workload, ids: torch.Tensor) -> Batch:
+    """The step's batch of token ids [B, T]: every token but a row's first is predicted, weights as the objective sets them.
+
+    Step-by-step: the first half of the rows are labels, the second rationales; a group's loss is a mean over its own tokens.
+    """
+    import torch
+
+    rows, cols = (x.reshape(-1) for x in torch.meshgrid(torch.arange(len(ids)), torch.arange(ids.shape[1] - 1), indexing="ij"))
+    weights = torch.full((len(rows),), 1.0 / len(rows))
+    if workload.technique == "step_by_step":
+        weights = torch.where(rows < len(ids) // 2, 1.0, RATIONALE_WEIGHT) / (len(rows) / 2)
+    return Batch(ids, rows, cols, ids[:, 1:].reshape(-1), weights, ids.numel())
+
+
+def our_model(workload: Workload, device: Any) -> Any:
+    """The model as the technique's method prepares it for training."""
+    import torch
+
+    from pipeline.methods.full import Full
+    from pipeline.methods.peft_adapter import PeftAdapter
+
+    model = base_model(workload, device).requires_grad_(False)
+    torch.manual_seed(workload.seed)
+    return (Full() if workload.trains_base else PeftAdapter(adapter_config(workload))).wrap(model)
+
+
+class Ours:
+    """One training run of a workload, a fresh model each."""
+
+    def __init__(self, workload: Workload, device: Any) -> None:
+        import torch
+
+        from pipeline.objectives.labels import Labels
+
+        self.workload, self.device = workload, device
+        self.model = our_model(workload, device).train()
+        self.objective = Labels()
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=workload.lr, weight_decay=0.0, fused=True)
+        self.batches = [training_batch(workload, ids) for ids in workload.batches(workload.total)]
+        self.step = 0
+
+    def warm(self) -> float:
+        """Seconds of getting ready to step (compilation, capture); weights and optimiser are as before."""
+        return Stopwatch(self.device).lap()
+
+    def steps(self, count: int) -> list[float]:
+        """The losses of the next `count` steps; the device has done them at return."""
+        losses = [self._step() for _ in range(count)]
+        return [float(loss) for loss in losses]
+
+    def close(self) -> list[str]:
+        """Let go of the device's memory. Returns notes for the result (why a step was not captured)."""
+        self.__dict__.clear()
+        return []
+
+    def _step(self) -> Any:
+        import torch
+
+        with autocast(self.device, self.workload.torch_dtype()):
+            loss = self.objective.loss(self.model, self.batches[self.step].to(self.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.workload.lr * lr_factor(self.step, self.workload.total, "cosine", 0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.detach()
+
+
+def packed_sweep(workload: Workload, trials: Sequence[Trial], validation: Sequence[torch.Tensor], device: Any) -> list[Found]:
+    """Train all trials at once and validate them; from the bare workload (the base is built inside) to one result a trial.
+
+    workload: LoRA; its steps + warm-up are a trial's steps (none is left out of the time). A trial's batches are
+    `trial.workload(workload).batches(total)`; validation: token ids [B, T] by batch, scored by the mean loss of every token.
+    """
+    raise UserError("there is no packed sweep yet; benchmarks/speed_ours.py packed_sweep is to call it")
+
+
+def choose(model: Any, items: Sequence[tuple[list[int], list[list[int]]]], batch_tokens: int, pad_id: int, device: Any, dtype: Any) -> list[list[float]]:
+    """Log-likelihood of every choice (nats) by row, as pipeline.scoring gives them."""
+    return choice_log_likelihoods(model, items, batch_tokens, pad_id, device, dtype)
+
+
+def generate(model: Any, prompts: Sequence[list[int]], new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int, device: Any, dtype: Any) -> list[str]:
+    """Greedy continuations as text by row, as pipeline.scoring gives them."""
+    return generate_texts(model, prompts, new_tokens, batch_tokens, tokenizer, pad_id, device, dtype)

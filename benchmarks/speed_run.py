@@ -1,0 +1,186 @@
+"""Measuring step rows: every side set up, timed and torn down in turn, A B A B, in one process.
+
+Library of `python -m benchmarks.speed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks import speed_ours, speed_stats
+from benchmarks.speed_limits import distance, step_bytes, step_flops
+from benchmarks.speed_peers import Run, run_peer
+from benchmarks.speed_targets import OURS, Row, Side
+from benchmarks.speed_workloads import Workload
+from pipeline.measure import PeakMemory, Stopwatch
+
+
+class OutOfTime(Exception):
+    """The time limit of a benchmark is over."""
+
+
+@dataclass
+class Settings:
+    """What a run of the command shares."""
+
+    device: Any
+    repeats: int
+    limit_s: float
+    """Of one id; ids that are measured together share the sum."""
+    rates: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Measured rates by dtype."""
+
+
+@dataclass
+class Measured:
+    """What a side's runs gave; `error` says why there are no more of them."""
+
+    side: Side
+    runs: list[Run] = field(default_factory=list)
+    error: str | None = None
+
+    def figure(self, name: str) -> list[float]:
+        """step_s or peak_bytes of every run."""
+        if name == "step_s":
+            return [run.timed_s / self.side.workload.steps for run in self.runs]
+        return [float(run.peak_bytes) for run in self.runs if run.peak_bytes]
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime inside once the seconds are over (in a main thread, where the system has timers)."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def clear(device: Any) -> None:
+    """Give back what a side held."""
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def run_ours(workload: Workload, device: Any) -> Run:
+    """Train once with our engine."""
+    watch = Stopwatch(device)
+    ours = speed_ours.Ours(workload, device)
+    setup_s = watch.lap()
+    peak = PeakMemory(device)
+    peak.start()
+    watch.lap()
+    ours.warm()
+    losses = ours.steps(workload.warmup)
+    warmup_s = watch.lap()
+    losses += ours.steps(workload.steps)
+    timed_s = watch.lap()
+    memory = peak.stop()
+    return Run(setup_s, warmup_s, timed_s, losses, memory.peak_bytes, memory.baseline_bytes, memory.peak_allocated_bytes, ours.close())
+
+
+def run_side(side: Side, device: Any) -> Run:
+    """One run of one side, its memory given back at the end."""
+    try:
+        return run_ours(side.workload, device) if side.kind == OURS else run_peer(side.workload, side.kind, device)
+    finally:
+        clear(device)
+        if side.kind == "compiled":
+            import torch
+
+            torch._dynamo.reset()
+
+
+def failure(error: BaseException) -> str:
+    """What went wrong, for the record; its trace goes to stderr unless it is a full device or the time limit."""
+    if isinstance(error, OutOfTime):
+        return "time limit"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {str(error).splitlines()[0]}"
+    traceback.print_exception(error, file=sys.stderr)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
+def measure(rows: Sequence[Row], settings: Settings) -> dict[Side, Measured]:
+    """Run the sides of these rows in turn, `repeats` times; a side that fails is left out from then on."""
+    sides = {side: Measured(side) for row in rows for side in (row.over, row.under)}
+    whole, limit = Stopwatch(), settings.limit_s * len(rows)
+    for repeat in range(settings.repeats):
+        lap = Stopwatch()
+        for held in sides.values():
+            if held.error is None:
+                with _noting(held):
+                    with limited(limit - whole.peek()):
+                        run = run_side(held.side, settings.device)
+                    held.runs.append(run)
+                    print(f"  {repeat + 1}/{settings.repeats} {held.side.name}: {_told(held.side.workload, run)}", flush=True)
+        if whole.peek() + lap.peek() > limit:
+            break
+    return sides
+
+
+@contextlib.contextmanager
+def _noting(held: Measured) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # one lost side must not lose the others: it is recorded, and shown
+        held.error = failure(error)
+        print(f"  {held.side.name}: {held.error}", flush=True)
+
+
+def _told(workload: Workload, run: Run) -> str:
+    peak = f", peak {run.peak_bytes / 2**30:.2f} GiB" if run.peak_bytes else ""
+    step = run.timed_s / workload.steps
+    return f"{step * 1e3:.2f} ms/step, {workload.tokens / step:,.0f} tokens/s, warm-up {run.warmup_s:.1f} s{peak}, loss {run.losses[-1]:.4f}"
+
+
+def record(row: Row, sides: dict[Side, Measured], settings: Settings) -> dict[str, Any]:
+    """The row's result: ratio and spread, loss match, and both sides raw; `error` instead of a ratio where one is missing."""
+    over, under = sides[row.over], sides[row.under]
+    found: dict[str, Any] = {"id": row.id, "what": row.what, "required": row.required, "aim": row.aim, "figure": row.figure}
+    values = over.figure(row.figure), under.figure(row.figure)
+    if all(values):
+        found |= speed_stats.ratio(*values)
+        if row.over.workload == row.under.workload:
+            found["loss"] = speed_stats.curves(under.runs[0].losses, over.runs[0].losses, row.under.workload.dtype)
+    else:
+        found["error"] = "; ".join(f"{m.side.name}: {m.error or 'not measured'}" for m, v in zip((over, under), values, strict=True) if not v)
+    return {**found, "over": described(over, settings), "under": described(under, settings)}
+
+
+def described(held: Measured, settings: Settings) -> dict[str, Any]:
+    """A side as the result file holds it."""
+    workload = held.side.workload
+    found: dict[str, Any] = {"kind": held.side.kind, "name": workload.name, "workload": dataclasses.asdict(workload), "error": held.error}
+    if held.runs:
+        steps = held.figure("step_s")
+        step = speed_stats.summary(steps)
+        found |= {
+            "step_s": step, "tokens_per_s": workload.tokens / step["median"],
+            "warmup_s": speed_stats.summary([r.warmup_s for r in held.runs]),
+            "peak_bytes": speed_stats.summary(held.figure("peak_bytes")) if held.figure("peak_bytes") else None,
+            "memory_kind": "gpu_reserved" if settings.device.type == "cuda" else "cpu_rss",
+            "limit": distance(step_flops(workload), step_bytes(workload), step["median"], settings.rates[workload.dtype]),
+        }
+    return {**found, "runs": [dataclasses.asdict(run) for run in held.runs]}
