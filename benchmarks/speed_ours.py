@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.speed_workloads import RATIONALE_WEIGHT, Workload, adapter_config, base_model
-from pipeline.data import Batch
+from pipeline.data import Batch, Encoded
 from pipeline.files import UserError
 from pipeline.loop import lr_factor
 from pipeline.measure import Stopwatch
@@ -48,8 +48,29 @@ def our_model(workload: Workload, device: Any) -> Any:
     return (Full() if workload.trains_base else PeftAdapter(adapter_config(workload))).wrap(model)
 
 
+def examples(workload: Workload, ids: torch.Tensor) -> list[Encoded]:
+    """The rows of a step as the engine takes them; the same labels and weights as `training_batch`."""
+    rows = [tuple(row) for row in ids.tolist()]
+    if workload.technique != "step_by_step":
+        return [Encoded(row, 1) for row in rows]
+    half = len(rows) // 2
+    return [*(Encoded(row, 1) for row in rows[:half]), *(Encoded(row, 1, "rationale", RATIONALE_WEIGHT) for row in rows[half:])]
+
+
+def open_stepper(workload: Workload, model: Any, steps: Sequence[list[Encoded]], device: Any) -> Any:
+    """The fast engine on this model, all rows of a step in one micro-batch."""
+    from pipeline.fast.bind import bind
+    from pipeline.fast.programs import ByHand
+    from pipeline.fast.shapes import Shapes
+    from pipeline.fast.stepper import Stepper
+
+    program = ByHand(bind(model, workload.torch_dtype()))
+    program.flat.weight_decay.zero_()
+    return Stepper(program, Shapes([[step] for step in steps], workload.batch * (workload.length + 8), 1), 0, device)
+
+
 class Ours:
-    """One training run of a workload, a fresh model each."""
+    """One training run of a workload, a fresh model each: the engine that train.engine=auto takes on this device."""
 
     def __init__(self, workload: Workload, device: Any) -> None:
         import torch
@@ -59,37 +80,57 @@ class Ours:
         self.workload, self.device = workload, device
         self.model = our_model(workload, device).train()
         self.objective = Labels()
+        self.step = 0
+        self.stepper = None
+        if device.type == "cuda":
+            self.encoded = [examples(workload, ids) for ids in workload.batches(workload.total)]
+            self.stepper = open_stepper(workload, self.model, self.encoded, device)
+            return
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=workload.lr, weight_decay=0.0, fused=True)
         self.batches = [training_batch(workload, ids) for ids in workload.batches(workload.total)]
-        self.step = 0
 
     def warm(self) -> float:
         """Seconds of getting ready to step (compilation, capture); weights and optimiser are as before."""
-        return Stopwatch(self.device).lap()
+        watch = Stopwatch(self.device)
+        if self.stepper:
+            self.stepper.warm()
+        return watch.lap()
 
     def steps(self, count: int) -> list[float]:
         """The losses of the next `count` steps; the device has done them at return."""
-        losses = [self._step() for _ in range(count)]
+        losses = [self._captured() if self.stepper else self._eager() for _ in range(count)]
         return [float(loss) for loss in losses]
 
     def close(self) -> list[str]:
         """Let go of the device's memory. Returns notes for the result (why a step was not captured)."""
+        if self.stepper:
+            self.stepper.close()
         self.__dict__.clear()
         return []
 
-    def _step(self) -> Any:
+    def _rate(self) -> float:
+        rate = self.workload.lr * lr_factor(self.step, self.workload.total, "cosine", 0.0)
+        self.step += 1
+        return rate
+
+    def _captured(self) -> Any:
+        assert self.stepper is not None
+        rows = self.encoded[self.step]
+        return self.stepper.step([rows], [self._rate()])[0][0]
+
+    def _eager(self) -> Any:
         import torch
 
         with autocast(self.device, self.workload.torch_dtype()):
             loss = self.objective.loss(self.model, self.batches[self.step].to(self.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        rate = self._rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.workload.lr * lr_factor(self.step, self.workload.total, "cosine", 0.0)
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         return loss.detach()
 
 
