@@ -35,7 +35,11 @@ def run(cfg: DictConfig) -> int:
 
 def run_missing(overrides: Sequence[str]) -> int:
     """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result."""
-    cells = [compose(o) for o in grid_overrides(overrides)]
+    return run_cells([compose(o) for o in grid_overrides(overrides)])
+
+
+def run_cells(cells: Sequence[DictConfig]) -> int:
+    """Run those of the cells that have no result. Returns 0 if all have one then."""
     missing = [c for c in cells if not is_done(c)]
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done")
     if not missing:

@@ -7,6 +7,7 @@ and a model's own code are refused unless its config says otherwise.
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def _quantisation(name: str, precision: Precision, dtype: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     if name == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a layer: "inputs will be cast"
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=precision.double_quantisation, bnb_4bit_compute_dtype=dtype
@@ -118,15 +120,15 @@ def _quantisation(name: str, precision: Precision, dtype: Any) -> Any:
 @contextlib.contextmanager
 def quiet() -> Any:
     """Without transformers' loading bars and hints; errors still raise."""
-    from transformers.utils import logging
+    from transformers.utils import logging as hints
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    before = hints.get_verbosity()
+    hints.set_verbosity_error()
+    hints.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        hints.set_verbosity(before)
 
 
 def most_tokens(model: Any, wanted: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import UserError
+from pipeline.files import UserError, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -93,6 +93,9 @@ def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: 
     from pipeline.model import quiet
 
     tokenizer = _tokenizer(folder, shown, trust_remote_code)
+    held = Path(folder) / "config.json"
+    if held.exists() and read_json(held).get("is_encoder_decoder"):
+        raise UserError(f"the model {shown} is an encoder-decoder, and every technique here is for decoder-only models; choose a causal language model")
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.files import UserError, read_json
 from pipeline.results import Result
 
+ADAPTER = "adapter_config.json"
 TRAINING = "training_params.json"
 DEFAULTS: dict[str, Any] = {
     "model_id": "", "dtype": "bfloat16", "max_seq_length": 768, "batch_size": 4, "batch_size_eval": 50, "max_steps": 5000, "eval_steps": 250,
@@ -24,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
 }
 """The keys of training_params.json and, where they say how an adapter learns, the comparison's own defaults."""
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16", "int8": "int8", "int4": "nf4"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "nf4": "int4"}
 OPTIMIZERS = {"AdamW": {"lr", "weight_decay"}, "lora+": {"lr", "weight_decay", "loraplus_weight_decay", "loraplus_lr_ratio"}}
 SCHEDULES = {"cosine": "cosine", None: "constant"}
 
@@ -37,13 +39,14 @@ def read_adapter(path: str) -> Any:
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    held = _json(Path(path), "technique.path")
-    kind = held.get("peft_type")
+    if Path(path).name != ADAPTER:
+        raise UserError(f"technique.path={path} is not named {ADAPTER}; PEFT reads files of that name, one a folder")
+    kind = _json(Path(path), "technique.path").get("peft_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = sorted(str(getattr(k, "value", k)) for k in PEFT_TYPE_TO_CONFIG_MAPPING)
         raise UserError(f"{path} has peft_type {kind!r}, which this version of PEFT does not know; it knows {', '.join(known)}")
     try:
-        config = PeftConfig.from_peft_type(**held)
+        config = PeftConfig.from_pretrained(str(Path(path).parent))
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{path} is refused by PEFT: {' '.join(str(error).split())}") from error
     config.task_type = config.task_type or "CAUSAL_LM"  # as the comparison's own runner, which loads causal models alone
@@ -107,7 +110,7 @@ def experiment_name(path: str) -> str:
 def find(path: str) -> list[Path]:
     """The adapter_config.json files at or below a path. Raises UserError where there is none."""
     there = Path(path)
-    files = [there] if there.is_file() else sorted(there.rglob("adapter_config.json"))
+    files = [there] if there.is_file() else sorted(there.rglob(ADAPTER))
     if not files:
         raise UserError(f"technique.path={path} holds no adapter_config.json; name one, or a folder of <method>/<experiment>/adapter_config.json")
     return files
@@ -120,7 +123,7 @@ def as_peft_result(result: Result) -> dict[str, Any]:
     """
     path, train = result.config["technique"]["path"], result.config["train"]
     work, size, memory, phases = result.work, result.size, result.memory, result.phases
-    settings = {**DEFAULTS, **read_training(path), "model_id": result.model, "seed": result.seed, "batch_size": train["batch_size"],
+    settings = {**DEFAULTS, **read_training(path), "model_id": result.model, "seed": result.seed, "dtype": DTYPES.get(result.precision), "batch_size": train["batch_size"],
                 "max_steps": work.steps if work else 0, "max_seq_length": train["max_length"]}
     settings["optimizer_kwargs"] = {**settings["optimizer_kwargs"], "lr": train["lr"], "weight_decay": train["weight_decay"]}
     peak = memory.peak_bytes - (memory.baseline_bytes or 0) if memory and memory.peak_bytes is not None else None

@@ -15,6 +15,7 @@ from pipeline import results
 from pipeline.files import UserError, read_jsonl
 from pipeline.results import Result
 
+FROM_FILES = "peft_config"  # python -m pipeline.peft_configs adds such cells to any experiment
 NAME = re.compile(r"(?P<technique>[^+]+?)(\+(?P<variant>.+))?-s(?P<seed>\d+)-n(?P<rows>\d+|all)")
 
 
@@ -67,7 +68,7 @@ def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:
     for path in sorted(root.rglob("result.json")):
         name = path.parent.name
         parts = NAME.fullmatch(name)
-        if parts and (name in wanted or (parts["variant"] and parts["technique"] in grid["techniques"])):
+        if parts and (name in wanted or (parts["variant"] and parts["technique"] in (*grid["techniques"], FROM_FILES))):
             label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
             found[name] = Cell(results.read(path), path.parent, label, parts["rows"])
     if not found:

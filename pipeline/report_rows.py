@@ -183,10 +183,16 @@ def _data(cells: list[Cell]) -> dict[str, Any]:
     result = cells[0].result
     taught = result.teacher if result.method != "teacher" else None
     return {
-        "labelled_rows": int(result.hyperparameters.get("k", 0)) if cells[0].untrained else result.train_rows + result.validation_rows,
+        "labelled_rows": _untrained_rows(result) if cells[0].untrained else result.train_rows + result.validation_rows,
         "rationale_rows": taught.rows if taught else None,
         "teacher_s": _mean(cells, lambda r: r.teacher.seconds if r.teacher else None),
     }
+
+
+def _untrained_rows(result: Result) -> int:
+    """Few-shot's demonstrations; all rows that retrieval or a choice of prompt reads; none for the untouched base."""
+    read = {"train": result.train_rows, "validation": result.validation_rows}
+    return read.get(str(result.hyperparameters.get("labels_from")), int(result.hyperparameters.get("k", 0)))
 
 
 def _training(cells: list[Cell]) -> dict[str, Any]:

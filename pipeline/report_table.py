@@ -78,7 +78,7 @@ ABOUT = {
     "name": "The file in conf/technique/; after a + its variant, such as the best setting of a sweep. Under it the family, techniques "
     "that change the model in the same way, and the precision that the base's weights are held in.",
     "labelled_rows": "Labelled rows that the technique used: training rows, plus the validation rows that chose the checkpoint; "
-    "demonstrations alone for few-shot; none for an untouched base.",
+    "demonstrations alone for few-shot, all rows that retrieval searches or a choice of prompt is scored on; none for an untouched base.",
     "rationale_rows": "Training rows with a rationale of the teacher.",
     "seeds": "Runs with different seeds; the figures are their means.",
     "test": "Share of the test rows answered right (or the task's own metric), in percent. Under it the 95% interval of accuracy (Wilson); "

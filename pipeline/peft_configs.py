@@ -1,0 +1,61 @@
+"""Run PEFT's own adapter configurations, a file or a folder of them, as cells of an experiment.
+
+    python -m pipeline.peft_configs experiments=quick technique=peft_config technique.path=path/to/experiments
+
+A folder is laid out as PEFT's method_comparison/MetaMathQA/experiments: <method>/<name>/adapter_config.json, with an optional
+training_params.json beside it. Every cell leaves its usual files under results/, and peft_results/<method>--<name>.json in
+the format of that project's results. A configuration that does not fit is named and passed over.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline import cell
+from pipeline.cells import grid_overrides, is_done, run_cells
+from pipeline.config import build, compose, entry, task_overrides
+from pipeline.files import UserError, write_json
+from pipeline.peft_files import as_peft_result, find
+from pipeline.results import read
+
+
+def run(cfg: DictConfig) -> int:
+    """Run the missing cells of every configuration and write their results in PEFT's format. 2 if any was passed over."""
+    path = OmegaConf.select(cfg, "technique.path")
+    if not path:
+        raise UserError("pipeline.peft_configs needs a file or folder; add technique=peft_config technique.path=<adapter_config.json or folder>")
+    cells, code = [], 0
+    for file in find(path):
+        made = [compose(o) for o in grid_overrides(_of(file))]
+        try:
+            for one in made:
+                cell.read(one)
+                build(one.method, "method")
+            cells += made
+        except UserError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+            code = 2
+    code = max(code, run_cells(cells))
+    done = [one for one in cells if is_done(one)]
+    names = [one.variant for one in done]
+    for one in done:
+        suffix = "" if names.count(one.variant) == 1 else cell.name(one).rpartition(one.variant)[2]
+        target = Path(cfg.paths.peft_results) / f"{one.variant}{suffix}.json"
+        write_json(target, as_peft_result(read(cell.folder_of(one))))
+        print(target)
+    return code
+
+
+def _of(file: Path) -> list[str]:
+    """The overrides of this command for one configuration."""
+    rest = [o for o in task_overrides() if o.partition("=")[0] not in ("technique", "technique.path")]
+    return [*rest, "technique=peft_config", f"technique.path={file}"]
+
+
+main = entry(run)
+
+if __name__ == "__main__":
+    sys.exit(main())
