@@ -6,6 +6,7 @@ them, `step_batches` puts them into padded batches in an order that is a functio
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -172,9 +173,14 @@ def load_rationales(folder: Path) -> dict[str, dict]:
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
     """The order of the rows in an epoch: a function of seed and epoch alone, so a resumed run finds its place."""
+    return list(_epoch_order(rows, seed, epoch))
+
+
+@functools.lru_cache(maxsize=128)  # a shuffle takes longer than a short step, and every step of an epoch asks
+def _epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
+    return tuple(order)
 
 
 def steps_in_epoch(rows: int, batch_size: int) -> int:
@@ -184,7 +190,7 @@ def steps_in_epoch(rows: int, batch_size: int) -> int:
 def step_rows(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The rows of optimiser step `step` (from 0); an epoch's last step may be smaller."""
     epoch, index = divmod(step, steps_in_epoch(rows, batch_size))
-    return epoch_order(rows, seed, epoch)[index * batch_size : (index + 1) * batch_size]
+    return list(_epoch_order(rows, seed, epoch)[index * batch_size : (index + 1) * batch_size])
 
 
 def step_batches(examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:

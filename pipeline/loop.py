@@ -73,6 +73,11 @@ def lr_factor(step: int, total: int, schedule: str, warmup_share: float) -> floa
     return left if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
 
 
+def validation_steps(total: int, validations: int) -> set[int]:
+    """After which optimiser steps (counted from 1) validation runs: evenly spread, the last after the last step."""
+    return {math.ceil(total * (i + 1) / validations) for i in range(validations)} if total else set()
+
+
 class Loop:
     """Trains `model` on `examples` (one list of encoded examples a row).
 
@@ -103,7 +108,7 @@ class Loop:
         self.memory.start()
         self._prepare()
         self._resume()
-        marks = {math.ceil(self.total * (i + 1) / self.settings.validations) for i in range(self.settings.validations)} if self.total else set()
+        marks = validation_steps(self.total, self.settings.validations)
         saved = Stopwatch()
         energy = energy_j(self.device)
         first = self.state.step

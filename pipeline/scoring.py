@@ -13,6 +13,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,45 +51,69 @@ def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: tor
         hook.remove()
 
 
-def choice_log_likelihoods(model: Any, items: Sequence[tuple[list[int], list[list[int]]]], batch_tokens: int, pad_id: int,
-                           device: Any, dtype: Any) -> list[list[float]]:
-    """Sum of token log-probabilities of every choice after its prompt, nats.
+Items = Sequence[tuple[list[int], list[list[int]]]]
+"""(prompt ids, [choice ids, …]) a row."""
 
-    Args:
-        items: (prompt ids, [choice ids, …]) a row. A choice's first tokens are read off the longest sequence that
-            contains them, so choices of one token each cost one forward pass over the prompt.
+
+@dataclass(frozen=True)
+class Reads:
+    """What choice scoring feeds and reads off.
+
+    sequences: token ids to feed; at [sequence]: (column, target, place) to read off each, where place counts places:
+    (item, choice), to which a read is added.
     """
+
+    sequences: list[list[int]]
+    at: list[list[tuple[int, int, int]]]
+    places: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, items: Items) -> Reads:
+        """A choice's first tokens are read off the longest sequence that contains them, so choices of one token each cost one forward pass
+        over the prompt."""
+        found = cls([], [], [])
+        for item, (prompt, choices) in enumerate(items):
+            heads = {tuple(c[:-1]) for c in choices}
+            longest = sorted(h for h in heads if not any(o != h and o[: len(h)] == h for o in heads))
+            where = {head: len(found.sequences) + i for i, head in enumerate(longest)}
+            found.sequences.extend([*prompt, *head] for head in longest)
+            found.at.extend([] for _ in longest)
+            for choice, ids in enumerate(choices):
+                home = next(where[h] for h in longest if h[: len(ids) - 1] == tuple(ids[:-1]))
+                found.places.append((item, choice))
+                found.at[home].extend((len(prompt) - 1 + i, token, len(found.places) - 1) for i, token in enumerate(ids))
+        return found
+
+    def batches(self, batch_tokens: int) -> Iterator[tuple[list[list[int]], tuple[torch.Tensor, ...]]]:
+        """(sequences of similar length, their reads as rows, columns, targets, places [N])."""
+        import torch
+
+        for part in by_length([len(s) for s in self.sequences], batch_tokens):
+            flat = [(row, *read) for row, index in enumerate(part) for read in self.at[index]]
+            yield [self.sequences[i] for i in part], tuple(torch.tensor(v) for v in zip(*flat, strict=True))
+
+    def by_item(self, sums: Sequence[float]) -> list[list[float]]:
+        """What was summed up by place, as one list of choices an item."""
+        found: list[list[float]] = [[] for _ in range(1 + max((item for item, _ in self.places), default=-1))]
+        for (item, _), value in zip(self.places, sums, strict=True):
+            found[item].append(value)
+        return found
+
+
+def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: int, device: Any, dtype: Any) -> list[list[float]]:
+    """Sum of token log-probabilities of every choice after its prompt, nats."""
     import torch
 
-    sequences: list[list[int]] = []
-    reads: list[list[tuple[int, int, int]]] = []  # by sequence: (column, target, index into `slots`)
-    slots: list[tuple[int, int]] = []  # (item, choice) that a read adds to
-    for item, (prompt, choices) in enumerate(items):
-        heads = {tuple(c[:-1]) for c in choices}
-        longest = [h for h in heads if not any(o != h and o[: len(h)] == h for o in heads)]
-        where = {}
-        for head in sorted(longest):
-            where[head] = len(sequences)
-            sequences.append([*prompt, *head])
-            reads.append([])
-        for choice, ids in enumerate(choices):
-            home = next(where[h] for h in sorted(longest) if h[: len(ids) - 1] == tuple(ids[:-1]))
-            slots.append((item, choice))
-            reads[home].extend((len(prompt) - 1 + i, token, len(slots) - 1) for i, token in enumerate(ids))
-    sums = torch.zeros(len(slots), dtype=torch.float64)
+    reads = Reads.of(items)
+    sums = torch.zeros(len(reads.places), dtype=torch.float64)
     with torch.inference_mode(), autocast(device, dtype):
-        for part in by_length([len(s) for s in sequences], batch_tokens):
-            flat = [(row, *read) for row, index in enumerate(part) for read in reads[index]]
-            rows, cols, targets, slot = (torch.tensor(v) for v in zip(*flat, strict=True))
-            inputs = pad([sequences[i] for i in part], pad_id).to(device)
+        for sequences, (rows, cols, targets, place) in reads.batches(batch_tokens):
+            inputs = pad(sequences, pad_id).to(device)
             places, inverse = torch.unique(rows * inputs.shape[1] + cols, return_inverse=True)
             logits = logits_at(model, inputs, (places // inputs.shape[1]).to(device), (places % inputs.shape[1]).to(device))
             picked = torch.log_softmax(logits, -1)[inverse.to(device), targets.to(device)]
-            sums.index_add_(0, slot, picked.double().cpu())
-    found: list[list[float]] = [[] for _ in items]
-    for (item, _), value in zip(slots, sums.tolist(), strict=True):
-        found[item].append(value)
-    return found
+            sums.index_add_(0, place, picked.double().cpu())
+    return reads.by_item(sums.tolist())
 
 
 def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int,
@@ -140,6 +165,23 @@ def canonical(answer: str) -> str:
         return text
 
 
+def chosen(rows: Sequence[dict], scores: Sequence[Sequence[float]], task: Task) -> list[dict]:
+    """One prediction a row from its choices' log-likelihoods: {id, answer, prediction, correct, scores}."""
+    found = []
+    for row, values in zip(rows, scores, strict=True):
+        if not all(map(math.isfinite, values)):  # a model whose training diverged answers nothing
+            found.append({"id": row["id"], "answer": row["answer"], "prediction": None, "correct": False, "scores": {}})
+            continue
+        lengths = [len(c) if task.length_normalised else 1 for c in row["choices"]]
+        best = max(range(len(values)), key=lambda i: values[i] / lengths[i])  # noqa: B023 (used at once)
+        prediction = row["choices"][best]
+        found.append({
+            "id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": prediction == row["answer"],
+            "scores": {c: round(v, 6) for c, v in zip(row["choices"], values, strict=True)},
+        })
+    return found
+
+
 class Scorer:
     """Answers rows with a model and scores them.
 
@@ -177,19 +219,7 @@ class Scorer:
 
     def _choose(self, rows: Sequence[dict]) -> list[dict]:
         scores = choice_log_likelihoods(self.model, self.items(rows), self.batch_tokens, self.encoder.pad_id, self.device, self.dtype)
-        found = []
-        for row, values in zip(rows, scores, strict=True):
-            if not all(map(math.isfinite, values)):  # a model whose training diverged answers nothing
-                found.append({"id": row["id"], "answer": row["answer"], "prediction": None, "correct": False, "scores": {}})
-                continue
-            lengths = [len(c) if self.task.length_normalised else 1 for c in row["choices"]]
-            best = max(range(len(values)), key=lambda i: values[i] / lengths[i])  # noqa: B023 (used at once)
-            prediction = row["choices"][best]
-            found.append({
-                "id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": prediction == row["answer"],
-                "scores": {c: round(v, 6) for c, v in zip(row["choices"], values, strict=True)},
-            })
-        return found
+        return chosen(rows, scores, self.task)
 
     def _generate(self, rows: Sequence[dict]) -> list[dict]:
         prompts, room = [prompt for prompt, _ in self.items(rows)], self.task.max_new_tokens

@@ -7,6 +7,7 @@ that a run uses are chosen from all its steps, and so is how many labels a batch
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from pipeline.data import Encoded
 
 GRAIN = 8  # widths are multiples of this
+SAMPLED = 256  # steps that are drawn to choose widths where the steps to come are not known
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,36 @@ class Shapes:
             rows = self.rows(width)
             yield width, [part[:rows] for part in left]
             left = [part[rows:] for part in left]
+
+
+class OpenShapes(Shapes):
+    """Shapes for steps that are not known yet: runs come and go, and each draws its rows in an order of its own.
+
+    The widest holds any row, and a width's labels are enough for whichever rows it can hold.
+
+    Args:
+        examples: of every row that a step may draw, one list a row.
+        slots, rows: runs at once, and the most rows of one's step.
+        most_tokens, most_widths: as in Shapes.
+    """
+
+    def __init__(self, examples: Sequence[Sequence[Encoded]], slots: int, rows: int, most_tokens: int, most_widths: int) -> None:
+        every = [e for row in examples for e in row]
+        lengths = [max(map(length, row)) for row in examples if row]
+        self.slots, self.most_tokens = slots, most_tokens
+        self.examples = sum(sorted(map(len, examples), reverse=True)[:rows])
+        draw = random.Random(0)
+        needed: dict[int, int] = {}
+        for longest in [max(lengths), *(max(draw.choices(lengths, k=slots * rows)) for _ in range(SAMPLED))]:
+            width = -(-longest // GRAIN) * GRAIN
+            needed[width] = needed.get(width, 0) + 1
+        self.widths = choose_widths(_coarser(needed) if len(needed) > 64 else needed, most_widths)
+        self.accumulates = any(self.rows(width) < self.examples for width in self.widths)
+        self.capacity, self.dense = {}, {}
+        for width in self.widths:
+            held = sorted((labels(e) for e in every if length(e) <= width), reverse=True)
+            self.capacity[width] = sum(held[: self.rows(width)])
+            self.dense[width] = all(length(e) == width == labels(e) for e in every if length(e) <= width) and len(held) >= self.rows(width)
 
 
 def _coarser(needed: dict[int, int]) -> dict[int, int]:
