@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,6 +80,9 @@ def explain(error: BaseException) -> str:
     """One sentence for an error of Hydra or OmegaConf."""
     if isinstance(error.__cause__, UserError):  # raised by a resolver
         return str(error.__cause__)
+    missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+    if missing:
+        return f"config key {missing[1]!r} is missing; set it"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = [o for o in error.options or [] if o != "dvc"]

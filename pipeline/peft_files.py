@@ -90,6 +90,8 @@ def value(path: str, key: str, default: Any = None) -> Any:
     if key == "name":
         return experiment_name(path).replace("/", "--")
     if key == "sha256":
+        if not Path(path).is_file():
+            raise UserError(f"technique.path={path} is not a file; name an {ADAPTER}")
         files = [Path(path), Path(path).parent / TRAINING]
         return hashlib.sha256(b"\0".join(f.read_bytes() for f in files if f.exists())).hexdigest()
     held = read_training(path)
@@ -165,7 +167,7 @@ def _metrics(result: Result) -> list[dict[str, Any]]:
 
 def _json(file: Path, key: str) -> dict[str, Any]:
     if not file.is_file():
-        raise UserError(f"{key}={file} is not a file; name an adapter_config.json")
+        raise UserError(f"{key}={file} is not a file; name an {ADAPTER}")
     held = read_json(file)
     if not isinstance(held, dict):
         raise UserError(f"{file} is not a JSON object; write the keys of PEFT's own config there")

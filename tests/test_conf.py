@@ -18,6 +18,10 @@ EXPERIMENTS = sorted(p.stem for p in ROOT.glob("experiments/*.yaml"))
 BUILT = ("method", "objective", "teacher", "task.source", "model.source")
 
 
+PEFT = ["technique=peft_config", "technique.path=tests/data/peft/lora/rank4/adapter_config.json"]
+"""What a user gives with conf/technique/peft_config.yaml: a file that composing reads."""
+
+
 def composed(*overrides: str) -> DictConfig:
     """The config, with a word in each place that a user must fill."""
     cfg = compose(overrides)
@@ -26,6 +30,8 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def override(file: Path) -> list[str]:
+    if file.stem == "peft_config":
+        return PEFT
     return [] if file.name == "config.yaml" else [f"{file.parent.as_posix()}={file.stem}"]
 
 
@@ -42,7 +48,7 @@ def test_every_file_composes_with_every_experiment_and_can_be_built(file, experi
     settings.read(cfg)
     tasks.read(cfg)
     settings.build(tracking.Tracking, plain(cfg)["tracking"], "tracking")
-    if "r" in cfg.method.get("config", {}):  # else there is no rank to search
+    if {"r", "lora_alpha"} <= set(cfg.method.get("config", {})):  # else conf/sweep/ has no rank to search
         sweep_space.read(cfg)
     assert set(cfg.model) == KEYS
     for group in BUILT:

@@ -224,7 +224,7 @@ def test_what_is_shown_of_a_method():
     assert lora(4, lora_dropout=0.1).hyperparameters() == {"r": 4, "alpha": 8, "dropout": 0.1}
     assert lora(4, use_dora=True, merge=True).hyperparameters() == {"r": 4, "alpha": 8, "dropout": 0.0, "use_dora": True, "merge": True}
     assert (
-        soft_prompt(6).hyperparameters() == {"virtual_tokens": 6}
+        soft_prompt(6).hyperparameters() == {"virtual_tokens": 6, "init": "RANDOM"}
         and FewShot(3).hyperparameters() == {"k": 3}
         and Full().hyperparameters() == {}
     )
