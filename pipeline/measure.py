@@ -252,6 +252,18 @@ def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any) -> floa
     return statistics.median(times)
 
 
+def device_seconds(call: Callable[[], Any], device: Any, repeats: int = 20) -> float:
+    """Seconds of a call on a GPU, back to back, after three to warm up."""
+    for _ in range(3):
+        call()
+    synchronise(device)
+    at = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - at) / repeats
+
+
 class Stopwatch:
     """Seconds since it was made or last read, device synchronised."""
 

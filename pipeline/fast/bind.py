@@ -21,7 +21,6 @@ from pipeline.fast.ops import Tensor
 FAMILIES = ("llama", "mistral", "qwen2")
 GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)), ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
 WIDE = (GROUPS[0], GROUPS[2], GROUPS[3])  # what they read is made by our own kernels, which leave room beside it for x Aᵀ
-KEEP_BYTES = 2**30  # norms' outputs are kept for backward while they take less than this
 
 
 class Unsupported(Exception):
@@ -145,13 +144,6 @@ class _Parts:
     def frozen_build(self, groups: dict[tuple[int, int], Group], lowest: int) -> Llama:
         embedding = self.frozen(self.model.embed_tokens.weight)
         return self.build(groups, lambda m: Norm(self.frozen(m.weight)), embedding, self.frozen(self.base.lm_head.weight), lowest)
-
-
-def set_keep(llama: Llama, tokens: int) -> None:
-    """Decide whether the norms' outputs of `tokens` tokens are kept for backward."""
-    size = 2 * len(llama.layers) * tokens * llama.embedding.shape[1] * llama.embedding.element_size()
-    for layer in llama.layers:
-        layer.keep = size <= KEEP_BYTES
 
 
 def _stack(parts: _Parts, modules: list[tuple[str, Any]], room: int = 0) -> tuple[Callable[[], Tensor], Tensor | None, list[tuple[int, int]]]:

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 
 from pipeline.fast import ops
 from pipeline.fast.ops import Tensor
 
-LOGITS_AT_ONCE = 2**28  # numbers of the [chunk, V] logits that exist at a time
+LOGITS_AT_ONCE = 2**27  # numbers of the [chunk, V] logits that exist at a time
 
 
 @dataclass
@@ -52,15 +53,15 @@ class Group:
     low: list[Low] = field(default_factory=list)
     room: int = 0
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, keep: bool = True) -> tuple[Tensor, Tensor | None]:
-        """(y [N, out] (+ residual), x Aᵀ [K, N/K, m·r] for backward) of x [N, in + room]; keep: x stays as it is until then."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, lasts: bool = True) -> tuple[Tensor, Tensor | None]:
+        """(y [N, out] (+ residual), x Aᵀ [K, N/K, m·r] for backward) of x [N, in + room]; lasts: x is kept until then anyway."""
         kept = None
         if self.room and self.a is not None:
             width, rank = self.a.shape[2], self.a.shape[1]
             kept = torch.mm(x[:, :width], self.a[0].t(), out=x[:, width : width + rank])
             if rank < self.room:
                 x[:, width + rank :].zero_()
-            kept = kept[None] if keep else kept[None].clone()
+            kept = kept[None] if lasts else kept[None].clone()
         w = self.weight()
         y = torch.addmm(residual, x, w.t()) if residual is not None else F.linear(x, w, self.bias)
         if self.a is None or self.room:
@@ -154,55 +155,65 @@ class Layer:
     groups: int
     width: int
     eps: float
-    keep: bool = True
-    """Keep the norms' outputs for backward (launch-bound shapes) instead of making them again (memory-bound ones)."""
+    backends: list[Any] | None = None
+    """The attention kernels to choose from (torch.nn.attention.SDPBackend); None: torch's own order."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, save: bool) -> tuple[Tensor, tuple]:
         """(output [N, d], what backward needs) of x [N, d]; cos, sin [T, width]."""
         n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room)
-        qkv, kept_qkv = self.qkv.forward(n1, keep=self.keep)
+        qkv, kept_qkv = self.qkv.forward(n1)
         ops.rotate_(qkv.view(len(qkv), -1, self.width), cos, sin, self.heads + self.groups)
         attended = self._attend(qkv, cos.shape[0], save)
-        mixed = attended[-1].detach().transpose(1, 2).reshape(len(x), -1)
-        x2, kept_out = self.out.forward(mixed, x)
+        x2, kept_out = self.out.forward(self._mixed(attended[-1].detach()), x, lasts=False)
         n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room)
-        gu, kept_gu = self.gate_up.forward(n2, keep=self.keep)
-        y, kept_down = self.down.forward(ops.swiglu(gu, self.down.room), x2, keep=False)
-        if not save:
-            return y, ()
-        return y, (x, n1 if self.keep else None, r1, kept_qkv, attended, mixed, kept_out, x2, n2 if self.keep else None, r2, kept_gu, gu, kept_down)
+        gu, kept_gu = self.gate_up.forward(n2)
+        y, kept_down = self.down.forward(ops.swiglu(gu, self.down.room), x2, lasts=False)
+        return y, (n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, kept_down) if save else ()
 
     def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, wanted: bool) -> Tensor | None:
         """dx [N, d] (None unless wanted) of dy [N, d]; gradients of what is trained are written where they belong."""
-        x, n1, r1, kept_qkv, attended, mixed, kept_out, x2, n2, r2, kept_gu, gu, kept_down = saved
+        n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, kept_down = saved
+        d = dy.shape[1]
         dh, dkept = self.down.backward_input(dy)
         assert dh is not None
         h, dgu = ops.swiglu_backward_(dh, gu)
         self.down.backward_weight(dy, h, kept_down, dkept)
         dn, dkept = self.gate_up.backward_input(dgu)
         assert dn is not None
-        if self.gate_up.trained:
-            self.gate_up.backward_weight(dgu, n2 if n2 is not None else ops.rmsnorm(x2, self.norm2.weight, self.eps)[0], kept_gu, dkept)
-        dx2 = ops.rmsnorm_backward(dn, x2, self.norm2.weight, r2, dy, self.norm2.dweight)
+        self.gate_up.backward_weight(dgu, n2, kept_gu, dkept)
+        dx2 = ops.rmsnorm_backward(dn, n2[:, :d], self.norm2.weight, r2, dy, self.norm2.dweight)
         dmixed, dkept = self.out.backward_input(dx2)
         assert dmixed is not None
-        self.out.backward_weight(dx2, mixed, kept_out, dkept)
         *inputs, output = attended
+        if self.out.trained:
+            self.out.backward_weight(dx2, self._mixed(output.detach()), kept_out, dkept)
         dout = dmixed.reshape(output.shape[0], output.shape[2], self.heads, self.width).transpose(1, 2)
         dq, dk, dv = torch.autograd.grad(output, inputs, dout)
         dqkv = ops.unrotate(dq, dk, dv, cos, sin)
         dn, dkept = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
-        if self.qkv.trained:
-            self.qkv.backward_weight(dqkv, n1 if n1 is not None else ops.rmsnorm(x, self.norm1.weight, self.eps)[0], kept_qkv, dkept)
-        return ops.rmsnorm_backward(dn, x, self.norm1.weight, r1, dx2, self.norm1.dweight) if dn is not None else None
+        self.qkv.backward_weight(dqkv, n1, kept_qkv, dkept)
+        return ops.rmsnorm_backward(dn, n1[:, :d], self.norm1.weight, r1, dx2, self.norm1.dweight) if dn is not None else None
+
+    def _mixed(self, output: Tensor) -> Tensor:
+        """The heads' outputs [R, H, T, width] side by side, [N, H·width]."""
+        return output.transpose(1, 2).reshape(-1, self.heads * self.width)
 
     def _attend(self, qkv: Tensor, t: int, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, v, output), each [R, heads, T, width]; with `save` the output remembers how to go back to the three."""
         parts = qkv.view(-1, t, self.heads + 2 * self.groups, self.width).transpose(1, 2).split((self.heads, self.groups, self.groups), 1)
         with torch.set_grad_enabled(save):
             q, k, v = (p.detach().requires_grad_(save) for p in parts)
-            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.groups)
+            output = attention(q, k, v, self.backends)
         return q, k, v, output
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backends: list[Any] | None) -> Tensor:
+    """Causal attention [R, H, T, e] of q [R, H, T, e], k, v [R, G, T, e], by one of the `backends` (None: torch chooses)."""
+    grouped = q.shape[1] != k.shape[1]
+    if backends is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    with torch.nn.attention.sdpa_kernel(backends):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 @dataclass
@@ -258,7 +269,7 @@ class Llama:
             picked = x if dense else x[at]
             normed, rstd = ops.rmsnorm(picked, self.norm.weight, self.layers[0].eps)
             loss, dnormed = self._head(normed, targets, weights)
-            dpicked = ops.rmsnorm_backward(dnormed, picked, self.norm.weight, rstd, None, self.norm.dweight)
+            dpicked = ops.rmsnorm_backward(dnormed, normed, self.norm.weight, rstd, None, self.norm.dweight)
             dx: Any = dpicked if dense else torch.zeros_like(x).index_add_(0, at, dpicked)
             if len(self.layers) > self.lowest:
                 cos, sin = self.angles(ids.shape[1] + self.virtual)

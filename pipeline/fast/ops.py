@@ -33,16 +33,18 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tenso
     return y, rstd
 
 
-def rmsnorm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None) -> Tensor:
-    """Gradient for x [N, d] of dy (rows may lie apart), plus `dres` (what flows past the norm). Writes the weight's gradient into `dweight` [d] if given."""
-    if kernels := _kernels(x):
-        return kernels.rmsnorm_backward(dy, x, weight, rstd, dres, dweight)
-    normed = x.float() * rstd[:, None]
+def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None) -> Tensor:
+    """Gradient for the norm's input, from its output y [N, d] (x / rms(x) is y / weight, so that x need not be kept), plus `dres`
+    (what flows past the norm). Rows of dy and y may lie apart. Writes the weight's gradient into `dweight` [d] if given."""
+    if kernels := _kernels(y):
+        return kernels.rmsnorm_backward(dy, y, weight, rstd, dres, dweight)
+    w = weight.float()
+    normed = torch.where(w != 0, y.float() / w, 0.0)
     if dweight is not None:
         dweight.copy_((dy.float() * normed).sum(0))
-    scaled = dy.float() * weight.float()
+    scaled = dy.float() * w
     dx = rstd[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    return (dx + dres.float() if dres is not None else dx).to(x.dtype)
+    return (dx + dres.float() if dres is not None else dx).to(y.dtype)
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:

@@ -6,14 +6,18 @@ and returns weighted losses [K·labels]; every part of it can be captured.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from pipeline.data import Batch
-from pipeline.fast.bind import Bound, Unsupported, set_keep
+from pipeline.fast.bind import Bound, Unsupported
+from pipeline.fast.capture import Graphs
 from pipeline.fast.flat import Flat, Region
+from pipeline.fast.llama import attention
 from pipeline.fast.shapes import Static
+from pipeline.measure import device_seconds
 
 
 class ByHand:
@@ -23,9 +27,12 @@ class ByHand:
         self.bound = bound
         self.llama, self.flat, self.virtual = bound.llama, bound.flat, bound.llama.virtual
 
-    def prepare(self, tokens: int) -> None:
-        """`tokens`: in the largest micro-batch."""
-        set_keep(self.llama, tokens)
+    def prepare(self, rows: int, width: int) -> None:
+        """Choose the attention kernel for the largest micro-batch, [rows, width] tokens, by trying those there are."""
+        first = self.llama.layers[0]
+        backends = fastest_attention(rows, first.heads, first.groups, width, first.width, self.llama.embedding)
+        for layer in self.llama.layers:
+            layer.backends = backends
 
     def run(self, static: Static) -> torch.Tensor:
         loss = self.llama.step(static.ids, static.at, static.targets, static.weights, static.shape.dense and not self.virtual)
@@ -68,7 +75,7 @@ class ByAutograd:
             parameter.data, parameter.grad = views
             at += parameter.numel()
 
-    def prepare(self, tokens: int) -> None:
+    def prepare(self, rows: int, width: int) -> None:
         self.model.train()
 
     def run(self, static: Static) -> torch.Tensor:
@@ -84,3 +91,31 @@ class ByAutograd:
         """Let go of the gradients; the parameters keep their values."""
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def fastest_attention(rows: int, heads: int, groups: int, width: int, size: int, like: torch.Tensor) -> list[Any] | None:
+    """The attention backend, as a list of one, whose forward and backward take least at this shape on a GPU; None elsewhere (torch chooses).
+
+    like: a tensor of the device and dtype. The choice is by measurement, so two machines may choose differently; all compute the same sums.
+    """
+    if not like.is_cuda:
+        return None
+    from torch.nn.attention import SDPBackend
+
+    q, k, v = (torch.randn(rows, width, h, size, device=like.device, dtype=like.dtype).transpose(1, 2).requires_grad_() for h in (heads, groups, groups))
+    seconds = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        graphs = Graphs(like.device)  # a replay takes what the kernels take; a call would take what launching takes
+        try:
+            seconds[backend] = device_seconds(graphs.capture(functools.partial(_attend_and_back, q, k, v, backend)), like.device)
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                raise
+        finally:
+            graphs.close()
+    return [min(seconds, key=seconds.__getitem__)] if seconds else None
+
+
+def _attend_and_back(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: Any) -> None:
+    output = attention(q, k, v, [backend])
+    torch.autograd.grad(output, (q, k, v), output.detach())

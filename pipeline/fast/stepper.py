@@ -41,8 +41,8 @@ class Stepper:
 
     def warm(self) -> None:
         """Capture everything. The slots' values are as before; moments and step counts start at zero."""
-        widest = max(s.slots * s.shape.rows * (s.shape.width + s.virtual) for s in self.statics.values())
-        self.program.prepare(widest)
+        largest = max(self.statics.values(), key=lambda s: s.shape.rows * s.shape.width)
+        self.program.prepare(self.slots * largest.shape.rows, largest.shape.width + largest.virtual)
         for width, static in self.statics.items():
             self._replay[width] = self.graphs.capture(functools.partial(self._forward_backward, static))
         self.flat.lr.zero_()

@@ -41,18 +41,19 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rmsnorm_backward(dy, x, w, r, dres, dx, dw, n, d, stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr, HAS_DW: tl.constexpr, BLOCK: tl.constexpr):
+def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, dy_stride, y_stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr, HAS_DW: tl.constexpr, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
     col = tl.arange(0, BLOCK)
     weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
+    inverse = tl.where(weight != 0.0, 1.0 / weight, 0.0)
     total = tl.zeros((BLOCK,), tl.float32)
     for step in range(ROWS):
         row = first + step
         live = (col < d) & (row < n)
         at = row * d + col
         rstd = tl.load(r + row, row < n, 0.0)
-        g = tl.load(dy + row * stride + col, live, 0.0).to(tl.float32)
-        normed = tl.load(x + at, live, 0.0).to(tl.float32) * rstd
+        g = tl.load(dy + row * dy_stride + col, live, 0.0).to(tl.float32)
+        normed = tl.load(y + row * y_stride + col, live, 0.0).to(tl.float32) * inverse
         if HAS_DW:
             total += g * normed
         g = g * weight
@@ -64,17 +65,17 @@ def _rmsnorm_backward(dy, x, w, r, dres, dx, dw, n, d, stride, ROWS: tl.constexp
         tl.store(dw + tl.program_id(0) * d + col, total, col < d)
 
 
-def rmsnorm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None) -> Tensor:
-    n, d = x.shape
+def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None) -> Tensor:
+    n, d = y.shape[0], weight.shape[0]
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    dx = torch.empty_like(x)
+    dx = torch.empty(n, d, device=y.device, dtype=y.dtype)
     rows = 1 if dweight is None else max(1, -(-n // 264))
     programs = -(-n // rows)
-    partial = torch.empty(programs, d, device=x.device) if dweight is not None else x
+    partial = torch.empty(programs, d, device=y.device) if dweight is not None else y
     block, warps = _width(d)
     _rmsnorm_backward[(programs,)](
-        dy, x, weight, rstd, dres if dres is not None else x, dx, partial, n, d, dy.stride(0), ROWS=rows, HAS_RES=dres is not None, HAS_DW=dweight is not None,
-        BLOCK=block, num_warps=warps,
+        dy, y, weight, rstd, dres if dres is not None else y, dx, partial, n, d, dy.stride(0), y.stride(0), ROWS=rows, HAS_RES=dres is not None,
+        HAS_DW=dweight is not None, BLOCK=block, num_warps=warps,
     )
     if dweight is not None:
         dweight.copy_(partial.sum(0))
