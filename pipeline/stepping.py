@@ -117,7 +117,7 @@ class Fast:
         try:
             if not plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.lr:
                 raise Unsupported("its loss or optimiser is its own")
-            program: Any = ByHand(bind(model, dtype, accumulate=shapes.accumulates))
+            program: Any = ByHand(bind(model, dtype, accumulate=shapes.accumulates, seed=seed))
             way = "hand-written step"
         except Unsupported as reason:
             program = ByAutograd(model, objective, groups, settings.lr, device, dtype)

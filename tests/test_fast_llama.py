@@ -156,6 +156,70 @@ def test_slots_are_runs_of_their_own():
     assert again[1].isnan().all() and torch.equal(again[[0, 2]], loss[[0, 2]]) and torch.equal(bound.flat.raw[[0, 2]], raw[[0, 2]])
 
 
+def noise(p, seed, tokens=T, step=0.0, first=0):
+    return ops.Noise(torch.tensor(p), torch.tensor(seed), torch.full((len(p),), step), torch.tensor(first), tokens)
+
+
+def test_dropout_is_a_function_of_the_run_and_the_place_alone():
+    x = torch.ones(2 * R * T, 40)
+    both = ops.drop(x, noise([0.25, 0.5], [3, 4]), 7).view(2, R, T, 40)
+    assert torch.equal(both, ops.drop(x, noise([0.25, 0.5], [3, 4]), 7).view(2, R, T, 40))
+    for k, p, seed in ((0, 0.25, 3), (1, 0.5, 4)):
+        alone = ops.drop(torch.ones(R * (T + 2), 40), noise([p], [seed], T + 2), 7).view(R, T + 2, 40)
+        assert torch.equal(alone[:, :T], both[k]), "neighbours and padding change nothing"
+        later = ops.drop(torch.ones(2 * T, 40), noise([p], [seed], first=2), 7).view(2, T, 40)
+        assert torch.equal(later, both[k, 2:]), "nor does the way a step is split"
+        others = [ops.drop(torch.ones(R * T, 40), n, m).view(R, T, 40) for n, m in
+                  ((noise([p], [seed], step=1.0), 7), (noise([p], [seed + 1]), 7), (noise([p], [seed]), 8))]
+        for other in others:
+            agree = ((other == 0) == (both[k] == 0)).float().mean().item()
+            assert agree == pytest.approx(p * p + (1 - p) ** 2, abs=0.05), "another step, seed or member is independent of it"
+    big = ops.drop(torch.ones(2000, 500), noise([0.3], [1], 50), 0)
+    assert (big == 0).float().mean().item() == pytest.approx(0.3, abs=0.002) and big.mean().item() == pytest.approx(1.0, abs=0.004)
+    assert (big == 0).float().mean(0).std() < 0.014 and (big == 0).float().mean(1).std() < 0.025, "no column and no row is favoured"
+    assert torch.equal(ops.drop(x, noise([0.0, 0.0], [3, 4]), 7), x)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_gradients_with_dropout_are_autograds_over_the_same_noise(slots):
+    """The adapters' dropout modules are replaced by ones that draw what the hand-written step draws."""
+    ids, rows, cols, targets, weights, at = batch(4)
+    p = 0.3
+    model = lora(base(), targets="all-linear")
+    bound = binding.bind(copy.deepcopy(model) if slots == 2 else model, torch.float32, slots=slots, rank=4 if slots == 2 else None, dropout=True, seed=5)
+    bound.flat.dropout.fill_(p)
+    if slots == 2:
+        for k, seed in enumerate((5, 9)):
+            bound.flat.seed[k] = seed
+            for name, (a, b) in bound.pairs.items():
+                module = model.base_model.model.get_submodule(name)
+                a[k].copy_(module.lora_A["default"].weight.data)
+                b[k].copy_(module.lora_B["default"].weight.data)
+        bound.flat.scale.fill_(2.0)
+        bound.flat.sync()
+    peer = copy.deepcopy(model)
+
+    class Same(torch.nn.Module):
+        def __init__(self, member):
+            super().__init__()
+            self.member = member
+
+        def forward(self, x):
+            mask = ops.drop(torch.ones(R * T, x.shape[-1]), noise([p], [5]), self.member)
+            return x * mask.view(x.shape)
+
+    for member, name in enumerate(bound.pairs):
+        peer.base_model.model.get_submodule(name).lora_dropout["default"] = Same(member)
+    expected, gradients = reference(peer, ids, rows, cols, targets, weights)
+    many = [v.repeat(slots) if v.dim() == 1 else v.repeat(slots, 1) for v in (ids, targets, weights)]
+    places = torch.cat([at + k * R * T for k in range(slots)])
+    close(bound.llama.step(many[0], places, many[1], many[2])[: len(at)], expected)
+    for name, (a, b) in bound.pairs.items():
+        for view, key, factor in ((a, "lora_A", 1.0), (b, "lora_B", 2.0)):
+            start, size = view.storage_offset(), view[0].numel()
+            close(factor * bound.flat.raw[0, start : start + size].view(view.shape[1:]), gradients[f"base_model.model.{name}.{key}.default.weight"])
+
+
 def test_a_weight_of_zero_is_a_zero_whatever_the_logits():
     logits = torch.randn(3, 7)
     logits[1] = float("nan")

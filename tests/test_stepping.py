@@ -68,6 +68,15 @@ def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides,
     assert one == other
 
 
+def test_dropout_of_a_fast_run_does_not_depend_on_how_steps_are_split(overrides, tmp_path):
+    more = ["technique=lora", "train.engine=fast", "train.lr=1e-2", "method.config.lora_dropout=0.3"]
+    whole, split = (run(overrides, tmp_path / str(n), *more, f"train.micro_batch_tokens={n}") for n in (2048, 40))
+    assert any("hand-written" in n for n in whole.notes)
+    assert [h["loss"] for h in split.history] == pytest.approx([h["loss"] for h in whole.history], rel=1e-4)
+    dry = run(overrides, tmp_path / "dry", *more, "method.config.lora_dropout=0.0")
+    assert [h["loss"] for h in dry.history][1:] != pytest.approx([h["loss"] for h in whole.history][1:], rel=1e-3)
+
+
 def test_eager_remains_on_the_cpu_unless_asked_for(overrides, tmp_path):
     result = run(overrides, tmp_path / "auto", "technique=lora")
     assert not any(n.startswith("engine:") for n in result.notes)

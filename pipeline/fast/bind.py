@@ -43,7 +43,7 @@ class Bound:
             module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
 
 
-def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumulate: bool = False) -> Bound:
+def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumulate: bool = False, dropout: bool = False, seed: int = 0) -> Bound:
     """Bind what `model` trains.
 
     Args:
@@ -51,6 +51,8 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
         dtype: of the arithmetic.
         slots, rank: K runs at once, with room for this rank each (LoRA; the model's own adapter says which modules).
             With one slot the model's own parameters become the masters; with several the caller fills the slots.
+        dropout: leave way for dropout even if the model's own adapter has none (the caller fills flat.dropout and flat.seed).
+        seed: of the dropout.
 
     Raises:
         Unsupported: another architecture, adapter or option.
@@ -58,7 +60,11 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
     base, kind = _base(model)
     parts = _Parts(base, dtype)
     if kind == "lora":
-        return _lora(parts, dtype, slots, rank, accumulate)
+        bound = _lora(parts, dtype, slots, rank, accumulate)
+        p = model.active_peft_config.lora_dropout
+        if p or dropout:
+            _let_drop(bound, p, seed)
+        return bound
     if kind == "prompt":
         return _prompt(model, parts, dtype, slots, accumulate)
     if slots != 1:
@@ -83,8 +89,6 @@ def _base(model: Any) -> tuple[Any, str]:
             raise Unsupported(f"LoRA with {option} has no hand-written step")
     if config.bias != "none":
         raise Unsupported("LoRA that trains biases has no hand-written step")
-    if config.lora_dropout > 0:
-        raise Unsupported("LoRA with dropout has no hand-written step")
     return model.base_model.model, "lora"
 
 
@@ -241,7 +245,7 @@ def _lora(parts: _Parts, dtype: Any, slots: int, rank: int | None, accumulate: b
             span = slice(at_a, at_a + len(members) * size)
             group.a, group.da = (held[:, span].view(slots, len(members) * wide, width) for held in (flat.compute, flat.raw))
             at_a = span.stop
-            if room and hasattr(getattr(members[0][1], "base_layer", None).weight, "quant_state"):
+            if room and hasattr(members[0][1].base_layer.weight, "quant_state"):
                 group.weight = _with_columns(weight, columns)
             elif room:
                 places += [(held, weight()[rows, cols]) for held, rows, cols in columns]
@@ -251,6 +255,21 @@ def _lora(parts: _Parts, dtype: Any, slots: int, rank: int | None, accumulate: b
     flat.sync()
     lowest = min(layer for (layer, _), group in groups.items() if group.trained)
     return Bound(parts.frozen_build(groups, lowest), flat, pairs, parts.moved)
+
+
+def _let_drop(bound: Bound, p: float, seed: int) -> None:
+    """Give every adapted group its noise."""
+    flat = bound.flat
+    flat.dropout.fill_(p)
+    flat.seed.fill_(seed)
+    noise = ops.Noise(flat.dropout, flat.seed, flat.count, torch.zeros((), dtype=torch.long, device=flat.seed.device))
+    bound.llama.noise = noise
+    member = 0
+    for layer in bound.llama.layers:
+        for group in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            for low in group.low:
+                low.member, member = member, member + 1
+            group.noise = noise if group.low else None
 
 
 def _adopt(parameter: Any, view: Tensor) -> None:

@@ -48,6 +48,9 @@ class Flat:
         self.lr, self.weight_decay, self.max_norm, self.scale = (torch.ones(slots, device=device) for _ in range(4))
         self.count = torch.zeros(slots, device=device, dtype=torch.float64)
         """Optimiser steps taken by each slot."""
+        self.dropout = torch.zeros(slots, device=device)
+        self.seed = torch.zeros(slots, dtype=torch.long, device=device)
+        """Of the slots' dropout."""
         self.places = ops.Places([])
         """Where else parts of the compute copy are needed; written whenever it is."""
 

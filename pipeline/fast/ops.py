@@ -6,6 +6,7 @@ are tested against. Shapes: N tokens, d width, f inner width, H query heads, G k
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -125,6 +126,52 @@ def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, rate
     if copy is not None:
         copy.copy_(p if scale is None else p * scale[:, None])
     return None
+
+
+@dataclass
+class Noise:
+    """What decides the dropout of K slots, all on the device: p [K] fp32, seed [K] int64, step [K] (a slot's own count), first [] int64
+    (the row of the step that a micro-batch begins with). Whether a number falls out is a hash of its seed, step, member of the model, row,
+    token and column alone: a run's noise does not depend on its neighbours, on padding or on how a step is split."""
+
+    p: Tensor
+    seed: Tensor
+    step: Tensor
+    first: Tensor
+    tokens: int = 0
+    """Tokens a row (of the batch at hand)."""
+    on: bool = True
+    """False while a model only answers."""
+
+    def keys(self, rows: int, member: int) -> Tensor:
+        """[rows] int64 below 2^32: the hash of everything but the column, for rows = K·R·T."""
+        slots = len(self.p)
+        at = torch.arange(rows, device=self.p.device).view(slots, -1)
+        row, token = (at - at[:, :1]) // self.tokens + self.first, at % self.tokens
+        start = mix(mix(self.seed + GOLDEN) ^ (self.step.long() * GOLDEN & MASK)) ^ (member * GOLDEN & MASK)
+        return mix(mix(start)[:, None] ^ (row * 65536 + token & MASK)).reshape(-1)
+
+
+GOLDEN, MASK = 0x9E3779B1, 0xFFFFFFFF
+
+
+def mix(h: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser (Appleby, 2011), in int64."""
+    h = h & MASK
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & MASK
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & MASK
+    return h ^ (h >> 16)
+
+
+def drop(x: Tensor, noise: Noise, member: int) -> Tensor:
+    """x [N, d] with each number dropped with its slot's p, else divided by 1 - p; the same noise at every call with the same arguments."""
+    keys = noise.keys(len(x), member)
+    if kernels := _kernels(x):
+        return kernels.drop(x, keys, noise.p)
+    column = torch.arange(x.shape[1], device=x.device) * GOLDEN & MASK
+    p = noise.p.repeat_interleave(len(x) // len(noise.p))[:, None]
+    stays = mix(keys[:, None] ^ column) >= (p.double() * 2**32)
+    return torch.where(stays, x / (1 - p), 0.0).to(x.dtype)
 
 
 class Places:

@@ -16,7 +16,7 @@ from pipeline.fast.bind import Bound, Unsupported
 from pipeline.fast.capture import Graphs
 from pipeline.fast.flat import Flat, Region
 from pipeline.fast.llama import attention
-from pipeline.fast.shapes import Static
+from pipeline.fast.shapes import Micro, Static
 from pipeline.measure import device_seconds
 
 
@@ -33,6 +33,11 @@ class ByHand:
         backends = fastest_attention(rows, first.heads, first.groups, width, first.width, self.llama.embedding)
         for layer in self.llama.layers:
             layer.backends = backends
+
+    def begin(self, micro: Micro) -> None:
+        """Called before a micro-batch is run or replayed."""
+        if self.llama.noise is not None:
+            self.llama.noise.first.fill_(micro.first)
 
     def run(self, static: Static) -> torch.Tensor:
         loss = self.llama.step(static.ids, static.at, static.targets, static.weights, static.shape.dense and not self.virtual)
@@ -77,6 +82,9 @@ class ByAutograd:
 
     def prepare(self, rows: int, width: int) -> None:
         self.model.train()
+
+    def begin(self, micro: Micro) -> None:
+        """Nothing to do."""
 
     def run(self, static: Static) -> torch.Tensor:
         places = static.at

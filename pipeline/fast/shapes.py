@@ -37,6 +37,8 @@ class Micro:
 
     shape: Shape
     parts: list[tuple[list[Encoded], dict[str, int]]]
+    first: int = 0
+    """How many of a slot's rows the step's micro-batches before it took."""
 
 
 def length(example: Encoded) -> int:
@@ -124,8 +126,10 @@ class Shapes:
             for example in part:
                 found[example.group] = found.get(example.group, 0) + labels(example)
             counts.append(found)
+        first = 0
         for width, parts in self._cut(step):
-            yield Micro(self.shape(width), list(zip(parts, counts, strict=True)))
+            yield Micro(self.shape(width), list(zip(parts, counts, strict=True)), first)
+            first += self.rows(width)
 
     def _cut(self, step: Sequence[Sequence[Encoded]]) -> Iterator[tuple[int, list[list[Encoded]]]]:
         """(width, every slot's examples) of each micro-batch, the longest rows first."""

@@ -58,6 +58,7 @@ class Stepper:
         real = padding = 0
         for micro in self.shapes.micro_batches(examples):
             self.statics[micro.shape.width].fill(micro)
+            self.program.begin(micro)
             self._replay[micro.shape.width]()
             counted = tokens(micro)
             real, padding = real + counted[0], padding + counted[1]

@@ -41,7 +41,8 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, dy_stride, y_stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr, HAS_DW: tl.constexpr, BLOCK: tl.constexpr):
+def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, dy_stride, y_stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr, HAS_DW: tl.constexpr,
+                      BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
     col = tl.arange(0, BLOCK)
     weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
@@ -209,6 +210,29 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     block = min(4096, triton.next_power_of_2(vocabulary))
     _cross_entropy[(n,)](logits, targets, weights, loss, vocabulary, BLOCK=block, num_warps=8)
     return loss
+
+
+@triton.jit
+def _drop(x, keys, p, out, d, stride, rows, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = col < d
+    share = tl.load(p + row // rows)
+    h = tl.load(keys + row).to(tl.uint32) ^ (col.to(tl.uint32) * 0x9E3779B1)
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    h = h ^ (h >> 16)
+    value = tl.load(x + row * stride + col, live, 0.0).to(tl.float32)
+    stays = h.to(tl.float64) >= share.to(tl.float64) * 4294967296.0
+    tl.store(out + row * d + col, tl.where(stays, value / (1 - share), 0.0), live)
+
+
+def drop(x: Tensor, keys: Tensor, p: Tensor) -> Tensor:
+    n, d = x.shape
+    out = torch.empty(n, d, device=x.device, dtype=x.dtype)
+    block = min(1024, triton.next_power_of_2(d))
+    _drop[(n, triton.cdiv(d, block))](x, keys, p, out, d, x.stride(0), n // len(p), BLOCK=block, num_warps=4)
+    return out
 
 
 @triton.jit
