@@ -125,8 +125,10 @@ def as_peft_result(result: Result) -> dict[str, Any]:
     """
     path, train = result.config["technique"]["path"], result.config["train"]
     work, size, memory, phases = result.work, result.size, result.memory, result.phases
-    settings = {**DEFAULTS, **read_training(path), "model_id": result.model, "seed": result.seed, "dtype": DTYPES.get(result.precision), "batch_size": train["batch_size"],
-                "max_steps": work.steps if work else 0, "max_seq_length": train["max_length"]}
+    settings = {
+        **DEFAULTS, **read_training(path), "model_id": result.model, "seed": result.seed, "dtype": DTYPES.get(result.precision),
+        "batch_size": train["batch_size"], "max_steps": work.steps if work else 0, "max_seq_length": train["max_length"],
+    }
     settings["optimizer_kwargs"] = {**settings["optimizer_kwargs"], "lr": train["lr"], "weight_decay": train["weight_decay"]}
     peak = memory.peak_bytes - (memory.baseline_bytes or 0) if memory and memory.peak_bytes is not None else None
     versions = result.provenance.get("packages", {})

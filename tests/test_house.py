@@ -24,6 +24,7 @@ LONGEST = 320
 LONGER = {
     "pipeline/cell.py": "one cell from start to end, read in one go",
     "pipeline/measure.py": "the one file that may read clocks and counters",
+    "pipeline/methods/peft_adapter.py": "PEFT's adapters: classes that build on one, which members of a family may not import",
     "tests/test_sweep.py": "one module's tests stay in one file",
     "tests/test_tracking.py": "one module's tests stay in one file",
 }

@@ -93,7 +93,9 @@ def test_over_a_quantised_base_the_formulas_hold(load, name, precision):
     assert parameters(method(name).wrap(load(precision)))[0] == sum(8 * (i + o) for i, o in LINEAR) + extra
 
 
-SAME_START = ["top_layers", "frozen_embeddings", "head_only", "bitfit_added", "ln_tuning", "rslora", "dora", "adalora", "lora_plus", "loha", "lokr", "vera", "oft", "ia3"]
+SAME_START = [
+    "top_layers", "frozen_embeddings", "head_only", "bitfit_added", "ln_tuning", "rslora", "dora", "adalora", "lora_plus", "loha", "lokr", "vera", "oft", "ia3",
+]
 
 
 @pytest.mark.parametrize("name", SAME_START)
@@ -234,6 +236,20 @@ def test_adalora_s_penalty_is_peft_s_and_comes_once_a_step(load):
         parameter.grad = None
     made.penalty(model).backward()
     assert got and all(torch.equal(p.grad, got[n]) for n, p in model.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["p_tuning", "adalora"])
+def test_in_bf16_too_the_artefact_answers_to_the_digit(overrides, tmp_path, name):
+    cfg = compose([*overrides, f"technique={name}", "precision=bf16", "train.lr=1e-2", "train.steps=6", "train.validations=1"])
+    cell.run(cfg, folder=tmp_path / "cell")
+    held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    for one, other in zip(evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0], held, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-6)
+
+
+def test_ia3_merges_over_an_8_bit_base(load):
+    made = method("ia3")
+    assert parameters(made.merged(made.wrap(load("int8"))))[1] == ALL
 
 
 def test_lora_plus_has_b_learn_faster(load):

@@ -82,7 +82,7 @@ BAD = {
     "rank": ({"peft_type": "LORA", "r": 0}, None, r"method\.config\.r is 0"),
     "key": ({"peft_type": "LORA"}, {"max_step": 5}, "unknown key 'max_step', did you mean 'max_steps'"),
     "optimizer": ({"peft_type": "LORA"}, {"optimizer_type": "SGD"}, r"has optimizer_type 'SGD'; this loop has AdamW, lora\+"),
-    "option": ({"peft_type": "LORA"}, {"optimizer_kwargs": {"lr": 1e-3, "betas": [0.9, 0.9]}}, r"has optimizer_kwargs\.betas; with AdamW this loop takes lr, weight_decay"),
+    "option": ({"peft_type": "LORA"}, {"optimizer_kwargs": {"betas": [0.9, 0.9]}}, r"has optimizer_kwargs\.betas; with AdamW this loop takes lr, weight_decay"),
     "schedule": ({"peft_type": "LORA"}, {"lr_scheduler": "step"}, "has lr_scheduler 'step'; this loop has cosine, null"),
     "dtype": ({"peft_type": "LORA"}, {"dtype": "fp8"}, "has dtype 'fp8'; this loop has float32"),
     "prefix": ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, {"init_kv_cache_prefix": "Hello"}, "init_kv_cache_prefix, which is not built"),

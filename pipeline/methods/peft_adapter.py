@@ -23,6 +23,8 @@ SHOWN = {
 QUANTISED = ("nf4", "int8")
 NEEDS_FLOATS = ("pissa", "olora", "corda", "eva", "loftq")
 """Initialisations of LoRA that take the base's weights apart, and write the rest back."""
+UNMERGED = ("ADAPTION_PROMPT", "BEFT", "LILY", "POLY", "SHADOW", "XLORA")
+"""Adapters that PEFT cannot fold into a base's weights (BEFT: into one without biases)."""
 BASE = "base"
 """In a config's tokenizer_name_or_path: the base model's own."""
 
@@ -60,7 +62,7 @@ class PeftAdapter(Method):
 
     @property
     def merges(self) -> bool:
-        return not self.config.is_prompt_learning
+        return not self.config.is_prompt_learning and self.config.peft_type.value not in UNMERGED
 
     def check(self, precision: str) -> None:
         if precision not in QUANTISED:
@@ -70,7 +72,8 @@ class PeftAdapter(Method):
             mend = "technique=loftq does it beside an nf4 base" if start == "loftq" else "choose precision=auto, fp32 or bf16"
             raise UserError(f"init_lora_weights={start} takes the base's weights apart, and {precision} ones are rounded already; {mend}")
         if not (self.config.is_prompt_learning or self.name == "ln_tuning" or _has_quantised_layers(self.name)):
-            raise UserError(f"PEFT's {self.config.peft_type.value} has no layer for {precision} weights; choose precision=auto, fp32 or bf16, or another adapter")
+            kind = self.config.peft_type.value
+            raise UserError(f"PEFT's {kind} has no layer for {precision} weights; choose precision=auto, fp32 or bf16, or another adapter")
 
     def wrap(self, model: Any) -> Any:
         import copy
@@ -120,6 +123,7 @@ class PeftAdapter(Method):
         if not getattr(model.get_base_model(), "quantization_method", None):
             return model.merge_and_unload()
         weights, config = get_peft_model_state_dict(model), model.peft_config["default"]
+        model.get_base_model().is_loaded_in_8bit = False  # else IA3 refuses, though what it merges with is no longer 8-bit then
         plain = get_peft_model(model.unload().dequantize(), config)
         set_peft_model_state_dict(plain, weights)
         return plain.merge_and_unload()
@@ -218,6 +222,18 @@ def _of_task_0(model: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class PTuning(PeftAdapter):
+    """P-tuning (Liu et al., 2021): a small network makes the soft prompt; what it made last is served and stored."""
+
+    def served(self, model: Any, dtype: Any) -> Any:
+        encoder = model.prompt_encoder["default"]
+        made = model.get_prompt_embedding_to_save("default").float()
+        encoder.embedding.weight.data = made.to(encoder.embedding.weight.device)
+        encoder.forward = encoder.embedding.forward
+        return model
+
+
+@dataclass(frozen=True)
 class AdaLora(PeftAdapter):
     """AdaLoRA (Zhang et al., 2023): ranks are taken from the layers that need them least while training goes on.
 
@@ -233,9 +249,17 @@ class AdaLora(PeftAdapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.config.target_r >= self.config.init_r:
-            raise UserError(f"method.config.target_r is {self.config.target_r}; AdaLoRA brings ranks down to it from init_r={self.config.init_r}, so it is less")
+            begins = self.config.init_r
+            raise UserError(f"method.config.target_r is {self.config.target_r}; AdaLoRA brings ranks down to it from init_r={begins}, so it is less")
         if (self.start_share or 0) + (self.end_share or 0) >= 1:
             raise UserError("method.start_share and method.end_share leave no steps to take ranks in; together they are below 1")
+
+    def wrap(self, model: Any) -> Any:
+        wrapped = super().wrap(model)
+        for name, parameter in wrapped.named_parameters():
+            if "ranknum" in name:  # PEFT makes it trainable when it casts the adapter to fp32, and does not save it
+                parameter.requires_grad_(False)
+        return wrapped
 
     def before_training(self, model: Any, steps: int) -> None:
         if self.start_share is not None and self.end_share is not None:
@@ -271,11 +295,33 @@ class AdaLora(PeftAdapter):
         model.base_model.update_and_allocate(done)
 
     def served(self, model: Any, dtype: Any) -> Any:
-        """The ranks that the selected weights have, which may be those of an earlier step than the last."""
+        """The adapter cut down to the ranks of the selected weights, which may be those of an earlier step than the last."""
+        from peft import get_peft_model_state_dict
+
         config = model.peft_config["default"]
         if config.rank_pattern is not None:
-            config.rank_pattern = _ranks(model)
+            ranks = config.rank_pattern = _ranks(model)
+            kept = get_peft_model_state_dict(model)
+            model.base_model.resize_modules_by_rank_pattern(ranks, "default")
+            _put_fp32(model, kept)
         return super().served(model, dtype)
+
+    def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
+        from safetensors.torch import load_file
+
+        model, state = super().load(base, folder)
+        if not self.merge:
+            _put_fp32(model, load_file(folder / "adapter_model.safetensors"))
+        return model, state
+
+
+def _put_fp32(model: Any, weights: dict[str, Any]) -> None:
+    """Put AdaLoRA's weights in place once more: cutting ranks, in PEFT, rounds them to the base's dtype."""
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".default") in weights:
+            parameter.data = weights[name.removesuffix(".default")].to(parameter.device).float()
+        elif "ranknum" in name:
+            parameter.data = parameter.data.float()
 
 
 def _ranks(model: Any) -> dict[str, list[bool]]:
@@ -284,7 +330,7 @@ def _ranks(model: Any) -> dict[str, list[bool]]:
     return {n.removeprefix(prefix): (p.detach() != 0).view(-1).tolist() for n, p in model.named_parameters() if "lora_E" in n}
 
 
-KINDS: dict[str, type[PeftAdapter]] = {"ADALORA": AdaLora, "MULTITASK_PROMPT_TUNING": MultitaskPrompt}
+KINDS: dict[str, type[PeftAdapter]] = {"ADALORA": AdaLora, "MULTITASK_PROMPT_TUNING": MultitaskPrompt, "P_TUNING": PTuning}
 
 
 def from_file(path: str, sha256: str | None = None) -> PeftAdapter:

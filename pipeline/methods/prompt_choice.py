@@ -37,7 +37,7 @@ class PromptChoice(Method):
         usable = [t for t in self.templates if state["answers"] or "{answers}" not in t]
         if not usable:
             raise UserError(f"every one of method.templates asks for {{answers}}, but the task has more than {MOST_ANSWERS}; add one without it")
-        tried = []
+        tried: list[dict[str, Any]] = []
         for template in usable:
             metric, nll = validate({**state, "template": template})
             tried.append({"template": template, "metric": metric, "nll": nll})
