@@ -10,8 +10,8 @@ Shapes: K slots (runs), R rows in all, T tokens a row, N = R·T, d width, r rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,155 +19,10 @@ import torch.nn.attention
 import torch.nn.functional as F
 
 from pipeline.fast import ops
+from pipeline.fast.group import Group
 from pipeline.fast.ops import Tensor
 
 LOGITS_AT_ONCE = 2**27  # numbers of the [chunk, V] logits that exist at a time
-
-
-@dataclass
-class Low:
-    """The B of one member of a group, for all slots: [K, hi - lo, r], already scaled, and its gradient; lo, hi: its columns of y."""
-
-    lo: int
-    hi: int
-    b: Tensor
-    db: Tensor
-    member: int = 0
-    """Its number in the model: its dropout's own."""
-
-
-@dataclass
-class Group:
-    """Linear maps that read the same input, stacked: y = x Wᵀ (+ bias) + Σ (x Aᵀ) Bᵀ.
-
-    weight: gives W [out, in] in the arithmetic's dtype (a stored tensor, or one dequantised for the call).
-    dweight: where W's gradient goes, None if W is frozen.
-    a, da: the members' A stacked, [K, m·r, in], and its gradient; None without adapters.
-    room: with one slot, columns that x and W have beyond `in`: x's then hold x Aᵀ and W's hold B, so that one product
-        gives y, and one gives dx and d(x Aᵀ). 0: B is applied by products of its own.
-    noise: what drops out of x on its way to A, anew for every member; None: nothing does.
-    """
-
-    weight: Callable[[], Tensor]
-    bias: Tensor | None = None
-    dweight: Tensor | None = None
-    a: Tensor | None = None
-    da: Tensor | None = None
-    low: list[Low] = field(default_factory=list)
-    room: int = 0
-    noise: ops.Noise | None = None
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, lasts: bool = True) -> tuple[Tensor, Tensor | None]:
-        """(y [N, out] (+ residual), x Aᵀ [K, N/K, m·r] for backward) of x [N, in + room]; lasts: x is kept until then anyway."""
-        kept = None
-        if self.room and self.a is not None:
-            width, rank = self.a.shape[2], self.a.shape[1]
-            kept = self._down(x[:, :width], x[None, :, width : width + rank])[0]
-            if rank < self.room:
-                x[:, width + rank :].zero_()
-            kept = kept[None] if lasts else kept[None].clone()
-        w = self.weight()
-        y = torch.addmm(residual, x, w.t()) if residual is not None else F.linear(x, w, self.bias)
-        if self.a is None or self.room:
-            return y, kept
-        slots, rank = self.a.shape[0], self.low[0].b.shape[2]
-        kept = self._down(x, x.new_empty(slots, len(x) // slots, self.a.shape[1]))
-        if slots == 1:
-            for j, low in enumerate(self.low):
-                y[:, low.lo : low.hi].addmm_(kept[0, :, j * rank : (j + 1) * rank], low.b[0].t())
-            return y, kept
-        out = y.view(slots, -1, y.shape[1])
-        for j, low in enumerate(self.low):
-            out[:, :, low.lo : low.hi].baddbmm_(kept[:, :, j * rank : (j + 1) * rank], low.b.transpose(1, 2))
-        return y, kept
-
-    def _down(self, x: Tensor, to: Tensor) -> Tensor:
-        """x Aᵀ of x [N, in], written into `to` [K, N/K, m·r]."""
-        assert self.a is not None
-        for columns, a, dropped in self._inputs(x):
-            if len(a) == 1:
-                torch.mm(dropped, a[0].t(), out=to[0, :, columns])
-            else:
-                torch.bmm(dropped.view(len(a), -1, dropped.shape[1]), a.transpose(1, 2), out=to[:, :, columns])
-        return to
-
-    def _inputs(self, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(columns of x Aᵀ, their A, the x that they read): all members at once, or one by one where each drops its own."""
-        assert self.a is not None
-        if self.noise is None or not self.noise.on:
-            yield slice(0, self.a.shape[1]), self.a, x
-            return
-        rank = self.low[0].b.shape[2]
-        for j, low in enumerate(self.low):
-            columns = slice(j * rank, (j + 1) * rank)
-            yield columns, self.a[:, columns], ops.drop(x, self.noise, low.member)
-
-    def _add_down(self, dx: Tensor, dkept: Tensor) -> Tensor:
-        """dx [N, in] (in place) plus what flows back through A."""
-        assert self.a is not None
-        slots = len(self.a)
-        if self.noise is not None:
-            rank = self.low[0].b.shape[2]
-            for j, low in enumerate(self.low):
-                columns = slice(j * rank, (j + 1) * rank)
-                part = torch.bmm(dkept[:, :, columns], self.a[:, columns]).view(len(dx), -1)
-                dx.add_(ops.drop(part, self.noise, low.member))
-            return dx
-        if slots == 1:
-            return dx.addmm_(dkept[0], self.a[0])
-        dx.view(slots, -1, dx.shape[1]).baddbmm_(dkept, self.a)
-        return dx
-
-    def backward_input(self, dy: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """(dx [N, in], d(x Aᵀ)) of dy [N, out]; dx is None unless wanted."""
-        if self.a is None:
-            return (dy @ self.weight() if wanted else None), None
-        if self.room:
-            return self._backward_wide(dy, wanted)
-        dx = dy @ self.weight() if wanted else None
-        slots, rank = self.a.shape[0], self.low[0].b.shape[2]
-        dys = dy.view(slots, -1, dy.shape[1])
-        dkept = dy.new_empty(slots, dys.shape[1], self.a.shape[1])
-        for j, low in enumerate(self.low):
-            part, to = dys[:, :, low.lo : low.hi], dkept[:, :, j * rank : (j + 1) * rank]
-            if slots == 1:
-                torch.mm(part[0], low.b[0], out=to[0])
-            else:
-                torch.bmm(part, low.b, out=to)
-        return (self._add_down(dx, dkept) if dx is not None else None), dkept
-
-    def _backward_wide(self, dy: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor]:
-        assert self.a is not None
-        width, rank = self.a.shape[2], self.a.shape[1]
-        w = self.weight()
-        if not wanted:
-            return None, (dy @ w[:, width : width + rank])[None]
-        both = dy @ w
-        dkept = both[None, :, width : width + rank]
-        return self._add_down(both[:, :width], dkept), dkept
-
-    def backward_weight(self, dy: Tensor, x: Tensor, kept: Tensor | None, dkept: Tensor | None) -> None:
-        """Write the gradients of what is trained: dW = dyᵀ x, dB = dyᵀ (x Aᵀ), dA = d(x Aᵀ)ᵀ x; x [N, in] or [N, in + room]."""
-        if self.dweight is not None:
-            torch.mm(dy.t(), x, out=self.dweight)
-        if self.a is None or kept is None or dkept is None or self.da is None:
-            return
-        slots, rank = self.a.shape[0], self.low[0].b.shape[2]
-        for j, low in enumerate(self.low):
-            held = kept[:, :, j * rank : (j + 1) * rank]
-            if slots == 1:
-                torch.mm(dy[:, low.lo : low.hi].t(), held[0], out=low.db[0])
-            else:
-                torch.bmm(dy.view(slots, -1, dy.shape[1])[:, :, low.lo : low.hi].transpose(1, 2), held, out=low.db)
-        for columns, _, dropped in self._inputs(x[:, : self.a.shape[2]]):
-            if slots == 1:
-                torch.mm(dkept[0, :, columns].t(), dropped, out=self.da[0, columns])
-            else:
-                torch.bmm(dkept[:, :, columns].transpose(1, 2), dropped.view(slots, -1, dropped.shape[1]), out=self.da[:, columns])
-
-    @property
-    def trained(self) -> bool:
-        return self.a is not None or self.dweight is not None
 
 
 @dataclass
