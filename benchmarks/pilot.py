@@ -1,9 +1,12 @@
 """The pilot behind the default labelling and learning rates: every technique on three labellings of the movie reviews.
 
     python -m benchmarks.pilot benchmarks/results/pilot.jsonl [minutes]
+    python -m benchmarks.pilot benchmarks/results/techniques.jsonl 5 techniques      the rates of all other techniques, five classes alone
+    for i in 0 1 2 3; do python -m benchmarks.pilot out.jsonl 5 techniques $i/4 & done; wait; python -m benchmarks.pilot out.jsonl 0 techniques
 
-Needs the tasks vader_movies, vader_movies_3 and vader_movies_5 prepared, their lexicon rationales, and the model. The test split is
-never read: validation rows beyond the first 200 stand in for it. Writes one JSON object a cell and goes on where it stopped.
+Needs the tasks vader_movies, vader_movies_3 and vader_movies_5 prepared (the last alone for techniques), their lexicon rationales, and the
+model. The test split is never read: validation rows beyond the first 200 stand in for it. Writes one JSON object a cell and goes on where it
+stopped; the third form shares the cells among four processes on one GPU and then prints the table.
 """
 
 from __future__ import annotations
@@ -24,6 +27,17 @@ RATES = {
     "full": (5e-5, 1e-4, 2e-5, 2e-4), "lora": (1e-3, 2e-3, 5e-3, 5e-4), "qlora": (1e-3, 2e-3), "prompt_tuning": (3e-2, 1e-1, 3e-1, 1e-2),
     "step_by_step": (5e-5, 1e-4, 2e-4),
 }
+FURTHER = {
+    "top_layers": (1e-4, 3e-4, 5e-5), "frozen_embeddings": (5e-5, 1e-4, 2e-4), "head_only": (1e-3, 1e-4, 1e-2), "bitfit_added": (3e-3, 1e-3, 1e-2),
+    "ln_tuning": (3e-3, 1e-3, 1e-2), "from_scratch": (1e-3, 3e-4, 3e-3), "rslora": (1e-3, 5e-4, 2e-3), "dora": (1e-3, 5e-4, 2e-3),
+    "adalora": (3e-3, 1e-3, 1e-2), "lora_plus": (2e-4, 1e-4, 5e-4), "pissa": (5e-4, 2e-4, 1e-3), "olora": (5e-4, 2e-4, 1e-3),
+    "loha": (2e-3, 5e-4, 5e-3), "lokr": (3e-3, 1e-3, 1e-2), "vera": (1e-2, 3e-3, 3e-2), "oft": (1e-3, 3e-4, 3e-3), "qdora": (1e-3, 5e-4, 2e-3),
+    "loftq": (1e-3, 5e-4, 2e-3), "lora_int8": (1e-3, 5e-4, 2e-3), "ia3": (1e-2, 3e-3, 3e-2), "prompt_tuning_text": (1e-1, 3e-2, 3e-1),
+    "prompt_tuning_random": (1e-1, 3e-2, 3e-1), "prefix_tuning": (1e-2, 3e-3, 3e-2), "p_tuning": (3e-3, 1e-3, 1e-2), "multitask_prompt": (1e-1, 3e-2, 3e-1),
+}
+"""The likeliest rate first, then one below and one above it."""
+UNTRAINED = (("zero_shot_int8", "seed=0"), ("zero_shot_nf4", "seed=0"), ("prompt_choice", "seed=0"), *(
+    (name, f"method.k={k}") for k in (4, 8, 16) for name in ("retrieval", "retrieval_embedding")))
 SHOTS = (4, 8, 16)
 LABELLINGS = ("vader_movies_5", "vader_movies", "vader_movies_3")
 ROWS, HELD_BACK = 200, 200
@@ -37,6 +51,14 @@ def settings() -> Iterator[tuple[str, str, str, int]]:
         yield from ((task, technique, f"train.lr={rates[0]}", 0) for technique, rates in RATES.items())
     for seed, task in itertools.product((0, 1), LABELLINGS[:2]):
         yield from ((task, technique, f"train.lr={lr}", seed) for technique, rates in RATES.items() for lr in rates)
+
+
+def further() -> Iterator[tuple[str, str, str, int]]:
+    """The same for the other techniques on the first labelling: every first rate, then the others, then a second seed of all."""
+    task = LABELLINGS[0]
+    yield from ((task, technique, extra, 0) for technique, extra in UNTRAINED)
+    for seed, place in itertools.product((0, 1), range(3)):
+        yield from ((task, technique, f"train.lr={rates[place]}", seed) for technique, rates in FURTHER.items())
 
 
 def stand_in(task: str, root: Path) -> None:
@@ -58,14 +80,16 @@ def table(target: Path) -> None:
         print(*key, *(f"{v:.3f}" if v is not None else "oom" for v in values), sep="\t")
 
 
-def main(target: Path, minutes: float = 600.0) -> None:
-    """Run what is missing within the time."""
+def main(target: Path, minutes: float = 600.0, which: str = "pilot", share: str = "0/1") -> None:
+    """Run what is missing within the time; of the cells, every `of`-th from `number` on where share is number/of."""
+    number, of = map(int, share.split("/"))
+    wanted = list(further() if which == "techniques" else settings())[number::of]
     done = {(r["task"], r["technique"], r["extra"], r["seed"]) for r in (read_jsonl(target) if target.exists() else [])}
     clock = measure.Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
-        for task in LABELLINGS:
+        for task in sorted({key[0] for key in wanted}):
             stand_in(task, Path(folder))
-        for key in settings():
+        for key in wanted:
             if key in done or clock.peek() > 60 * minutes:
                 continue
             done.add(key)
@@ -86,5 +110,5 @@ def main(target: Path, minutes: float = 600.0) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(float, sys.argv[2:]))
+    main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 600.0, *sys.argv[3:])
     table(Path(sys.argv[1]))
