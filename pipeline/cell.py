@@ -102,7 +102,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
     try:
         result = cell.run()
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         result = oom_result(cfg, str(error).splitlines()[0], measure.hardware(cell.device))
         cell.predictions, cell.artefact = [], None
@@ -115,9 +115,13 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
 
 def oom_result(cfg: DictConfig, error: str, hardware: dict[str, Any]) -> Result:
     """The row of a cell that ran out of memory."""
-    fields = _identity(cfg, read(cfg), build(cfg.method, "method"), build(cfg.objective, "objective"))
-    return Result(**fields, status="oom", error=error, hardware=hardware, precision=cfg.precision.name,
-                  provenance={**measure.provenance(), "fingerprint": fingerprint(cfg)})
+    return bare_result(cfg, status="oom", error=error, hardware=hardware, precision=cfg.precision.name,
+                       provenance={**measure.provenance(), "fingerprint": fingerprint(cfg)})
+
+
+def bare_result(cfg: DictConfig, **measured: Any) -> Result:
+    """A result with what names the cell, and these fields."""
+    return Result(**_identity(cfg, read(cfg), build(cfg.method, "method"), build(cfg.objective, "objective")) | measured)
 
 
 def write_oom(cfg: DictConfig, error: str) -> Result:
@@ -128,7 +132,8 @@ def write_oom(cfg: DictConfig, error: str) -> Result:
     return result
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, a GPU's or the machine's, did not suffice."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
 

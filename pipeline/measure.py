@@ -180,6 +180,24 @@ def _status(key: str) -> int | None:
     return None
 
 
+def free_bytes(device: Any) -> int:
+    """Memory that may still be taken: of the GPU, or of the machine and this process's control group."""
+    if getattr(device, "type", device) == "cuda":
+        import torch
+
+        synchronise(device)
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, most - used)
+    return max(0, int(free))
+
+
 def child_rss(pid: int) -> int | None:
     """Resident bytes of a process, None when it is gone or the system does not tell."""
     try:

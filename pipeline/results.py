@@ -167,6 +167,9 @@ class Result:
     """The composed config of the cell."""
     error: str | None = None
     packed: bool = False
+    """Trained at once with others in one process: its times are a share of theirs, its memory is not its own."""
+    slots: int | None = None
+    """How many ran at once, if packed."""
     schema: int = SCHEMA
 
     @property

@@ -3,6 +3,7 @@
     python -m pipeline.sweep experiments=quick technique=lora                       every rank once (make sweep)
     python -m pipeline.sweep experiments=quick technique=lora sweep=rank_memory     accuracy against peak memory
     python -m pipeline.sweep experiments=quick technique=lora sweep=rank_alpha_lr   rank x alpha x learning rate
+    python -m pipeline.sweep experiments=quick technique=lora sweep.executor=packed several trials at once (auto: on a GPU)
     optuna-dashboard sqlite:///sweeps/quick/lora/study.db                           look at it
 
 Writes sweeps/<experiment>/<technique>/{study.db, sweep.json, trials.csv, best.json} and the confirm cell under results/.
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline import cell, cells, results, settings, tracking, train
+from pipeline import cell, cells, results, settings, sweep_packed, tracking, train
 from pipeline.config import entry
 from pipeline.files import UserError
 from pipeline.measure import Stopwatch, hardware, now
@@ -99,6 +100,14 @@ def search(study: optuna.Study, sweep: Sweep, cfg: DictConfig, folder: Path) -> 
     write_trials(folder, study, sweep)
     print(f"{answered(study)} of {sweep.target} trials are done")
     watch, shared = Stopwatch(), None
+    if answered(study) < sweep.target:
+        reason = sweep_packed.refusal(sweep, cfg)
+        if reason is None:
+            shared = cells.preload([cfg])
+            reason = sweep_packed.search(study, sweep, cfg, folder, shared)
+            revive(study, sweep)
+        if reason:
+            _not_packed(sweep, reason)
     while answered(study) < sweep.target and (sweep.timeout_s is None or watch.peek() < sweep.timeout_s):
         shared = shared or cells.preload([cfg])
         trial = study.ask()
@@ -112,6 +121,13 @@ def search(study: optuna.Study, sweep: Sweep, cfg: DictConfig, folder: Path) -> 
         finally:
             write_trials(folder, study, sweep)
         print(f"trial {answered(study)} of {sweep.target}: {short(chosen)}: {_outcome(result)}", flush=True)
+
+
+def _not_packed(sweep: Sweep, reason: str) -> None:
+    if sweep.pruner:
+        raise UserError(f"sweep.pruner needs packed trials, but {reason}; set sweep.pruner=null")
+    if sweep.executor != "sequential":
+        print(f"one trial after another, because {reason}", flush=True)
 
 
 def run_trial(cfg: DictConfig, shared: cell.Shared, scratch: Path, label: str) -> Result:

@@ -18,6 +18,8 @@ from pipeline.files import UserError
 from pipeline.settings import build
 
 SAMPLERS = ("brute_force", "tpe")
+EXECUTORS = ("auto", "packed", "sequential")
+PRUNERS = ("median", "successive_halving", "hyperband")
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {"validation": "maximize", "peak_memory": "minimize"}
 UNRELATED = ("sweep", "tracking", "paths", "variant", "train.progress", "train.checkpoint_every_s", "evaluate")
 """Config keys (or groups) that may differ between the runs of one study; evaluate, because trials see validation rows only."""
@@ -67,6 +69,13 @@ class Sweep:
     """Of the sampler."""
     confirm: bool = True
     """Run the best setting (each Pareto point for two objectives) as a cell that is scored on test."""
+    executor: str = "auto"
+    """sequential (a process a trial, the reference), packed (many trials at once over one base in one process), or auto: packed on a
+    GPU where the technique allows it."""
+    slots: int | None = None
+    """Packed: trials at once; null: as many as the free memory holds."""
+    pruner: str | None = None
+    """Packed: Optuna's pruner, asked at every validation (train.validations); its trial's slot goes to the next one. null: none."""
 
     def check(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -78,6 +87,16 @@ class Sweep:
         for name in self.objectives:
             if name not in OBJECTIVES:
                 raise UserError(f"sweep.objectives names {name!r}; choose from {', '.join(OBJECTIVES)}")
+        if self.executor not in EXECUTORS:
+            raise UserError(f"sweep.executor is {self.executor!r}; choose one of {', '.join(EXECUTORS)}")
+        if self.executor == "packed" and "peak_memory" in self.objectives:
+            raise UserError("sweep.executor=packed cannot measure peak_memory: trials share it; choose sweep.executor=sequential or drop the objective")
+        if self.slots is not None and self.slots < 1:
+            raise UserError(f"sweep.slots is {self.slots}; it must be at least 1, or null")
+        if self.pruner is not None and self.pruner not in PRUNERS:
+            raise UserError(f"sweep.pruner is {self.pruner!r}; choose null or one of {', '.join(PRUNERS)}")
+        if self.pruner is not None and (self.executor == "sequential" or len(self.objectives) > 1):
+            raise UserError("sweep.pruner needs packed trials and one objective; set sweep.executor=packed and objectives [validation], or sweep.pruner=null")
         if self.n_trials is not None and self.n_trials < 1:
             raise UserError(f"sweep.n_trials is {self.n_trials}; it must be at least 1")
         if self.n_trials is None and self.sampler != "brute_force":

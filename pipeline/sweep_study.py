@@ -22,8 +22,11 @@ from pipeline.sweep_space import Point, Sweep, identity, overrides
 if TYPE_CHECKING:
     import optuna
 
-NUMBERS = ("train_s", "tokens_per_s", "peak_bytes", "memory_kind")
-"""What a trial keeps of its result besides its objectives, as Optuna user attributes and columns of trials.csv."""
+NUMBERS = ("train_s", "tokens_per_s", "peak_bytes", "memory_kind", "packed", "slots")
+"""What a trial keeps of its result besides its objectives, as Optuna user attributes and columns of trials.csv.
+
+packed: `slots` trials trained at once; train_s is then the trial's share of the time of their steps, and its memory is not measured.
+"""
 
 
 def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> optuna.Study:
@@ -43,7 +46,7 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> optuna.Study:
             storage=f"sqlite:///{path}",
             study_name=name,
             directions=sweep.directions,
-            pruner=optuna.pruners.NopPruner(),
+            pruner=_pruner(sweep),
             load_if_exists=True,
         )
     except (SQLAlchemyError, RuntimeError) as error:
@@ -57,6 +60,16 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> optuna.Study:
     if not study.trials or not (folder / "sweep.json").exists():
         write_json(folder / "sweep.json", _description(cfg, sweep))
     return study
+
+
+def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
+    import optuna
+
+    kinds: dict[str | None, type[optuna.pruners.BasePruner]] = {
+        None: optuna.pruners.NopPruner, "median": optuna.pruners.MedianPruner, "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+    }
+    return kinds[sweep.pruner]()
 
 
 def _identity(cfg: DictConfig, sweep: Sweep) -> dict[str, Any]:
@@ -100,12 +113,12 @@ def _description(cfg: DictConfig, sweep: Sweep) -> dict[str, Any]:
 
 
 def answered(study: optuna.Study) -> int:
-    """Trials that completed or ran out of memory. One that died has no answer."""
+    """Trials that completed, were pruned or ran out of memory. One that died has no answer."""
     return sum(_has_answer(trial) for trial in study.trials)
 
 
 def _has_answer(trial: optuna.trial.FrozenTrial) -> bool:
-    return trial.state.name == "COMPLETE" or trial.user_attrs.get("status") == "oom"
+    return trial.state.name in ("COMPLETE", "PRUNED") or trial.user_attrs.get("status") == "oom"
 
 
 def revive(study: optuna.Study, sweep: Sweep) -> None:
@@ -137,11 +150,22 @@ def fail(study: optuna.Study, number: int) -> None:
     study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
 
+def tell_pruned(study: optuna.Study, trial: optuna.Trial, result: Result) -> None:
+    """A trial that the pruner ended: its value is the last that it reported."""
+    import optuna
+
+    _keep(trial, "pruned", numbers(result))
+    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+
+
+def _keep(trial: optuna.Trial, status: str, found: dict[str, Any]) -> None:
+    for key, value in {"status": status, **found}.items():
+        trial.set_user_attr(key, value)
+
+
 def tell(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, result: Result) -> None:
-    trial.set_user_attr("status", result.status)
     found = numbers(result)
-    for key in NUMBERS:
-        trial.set_user_attr(key, found[key])
+    _keep(trial, result.status, found)
     if result.status != "ok":
         trial.set_user_attr("error", result.error)
         fail(study, trial.number)
@@ -159,6 +183,8 @@ def numbers(result: Result) -> dict[str, Any]:
         "tokens_per_s": result.work.tokens_per_s if result.work else None,
         "peak_bytes": result.memory.peak_bytes if result.memory else None,
         "memory_kind": result.memory.kind if result.memory else None,
+        "packed": result.packed,
+        "slots": result.slots,
     }
 
 

@@ -85,8 +85,8 @@ class Starts:
         """The base in this method's adapter, with these weights; inside the context only."""
         model = method.wrap(self.base)
         try:
-            for name, parameter in model.named_parameters() if weights else ():
-                if name in weights:
+            for name, parameter in model.named_parameters():
+                if weights and name in weights:
                     parameter.data.copy_(weights[name])
             yield model
         finally:
