@@ -48,8 +48,11 @@ class Group:
     room: int = 0
     noise: ops.Noise | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, lasts: bool = True) -> tuple[Tensor, Tensor | None]:
-        """(y [N, out] (+ residual), x Aᵀ [K, N/K, m·r] for backward) of x [N, in + room]; lasts: x is kept until then anyway."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, lasts: bool = True, to: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(y [N, out] (+ residual), x Aᵀ [K, N/K, m·r] for backward) of x [N, in + room].
+
+        lasts: x is kept until then anyway. to: a tensor to write y into (without a residual).
+        """
         kept = None
         if self.room and self.a is not None:
             width, rank = self.a.shape[2], self.a.shape[1]
@@ -58,7 +61,12 @@ class Group:
                 x[:, width + rank :].zero_()
             kept = kept[None] if lasts else kept[None].clone()
         w = self.weight()
-        y = torch.addmm(residual, x, w.t()) if residual is not None else F.linear(x, w, self.bias)
+        if residual is not None:
+            y = torch.addmm(residual, x, w.t())
+        elif to is None:
+            y = F.linear(x, w, self.bias)
+        else:
+            y = torch.mm(x, w.t(), out=to) if self.bias is None else torch.addmm(self.bias, x, w.t(), out=to)
         if self.a is None or self.room:
             return y, kept
         slots, rank = self.a.shape[0], self.low[0].b.shape[2]

@@ -47,20 +47,29 @@ class Layer:
     groups: int
     width: int
     eps: float
+    held: list[Tensor] | None = None
+    """Where the largest of what backward needs goes, for as many tokens as will come; None: into new tensors."""
     backends: list[Any] | None = None
     """The attention kernels to choose from (torch.nn.attention.SDPBackend); None: torch's own order."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, save: bool) -> tuple[Tensor, tuple]:
         """(output [N, d], what backward needs) of x [N, d]; cos, sin [T, width]."""
-        n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room)
-        qkv, kept_qkv = self.qkv.forward(n1)
+        to1, to2, to3, to4 = [held[: len(x)] for held in self.held] if save and self.held else [None] * 4
+        n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room, to1)
+        qkv, kept_qkv = self.qkv.forward(n1, to=to2)
         ops.rotate_(qkv.view(len(qkv), -1, self.width), cos, sin, self.heads + self.groups)
         attended = self._attend(qkv, cos.shape[0], save)
         x2, kept_out = self.out.forward(self._mixed(attended[-1].detach()), x, lasts=False)
-        n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room)
-        gu, kept_gu = self.gate_up.forward(n2)
+        n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room, to3)
+        gu, kept_gu = self.gate_up.forward(n2, to=to4)
         y, kept_down = self.down.forward(ops.swiglu(gu, self.down.room), x2, lasts=False)
         return y, (n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, kept_down) if save else ()
+
+    def hold(self, tokens: int, inner: int, like: Tensor) -> None:
+        """Set memory aside for `tokens` tokens, once: what is taken and given back at every step leaves holes between."""
+        d = self.norm1.weight.shape[0]
+        widths = (d + self.qkv.room, (self.heads + 2 * self.groups) * self.width, d + self.gate_up.room, 2 * inner)
+        self.held = [like.new_empty(tokens, width) for width in widths]
 
     def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, wanted: bool) -> Tensor | None:
         """dx [N, d] (None unless wanted) of dy [N, d]; gradients of what is trained are written where they belong."""
@@ -121,6 +130,8 @@ class Llama:
     norm: Norm
     head: Tensor
     angles: Callable[[int], tuple[Tensor, Tensor]]
+    inner: int
+    """Width inside the feed-forward layers."""
     lowest: int = 0
     dembedding: Tensor | None = None
     """Gradient of the embedding [V, d]; None if frozen."""
@@ -155,6 +166,11 @@ class Llama:
             kept.append(saved)
         return x, kept
 
+    def hold(self, tokens: int) -> None:
+        """Set memory aside in every layer that backward will walk, for batches of at most `tokens` tokens (soft ones counted)."""
+        for layer in self.layers[self.lowest :]:
+            layer.hold(tokens, self.inner, self.embedding)
+
     def step(self, ids: Tensor, at: Tensor, targets: Tensor, weights: Tensor, dense: bool = False) -> Tensor:
         """Forward and backward: weights · nll [M] fp32; gradients are written where they belong.
 
@@ -167,6 +183,7 @@ class Llama:
             loss, dnormed = self._head(normed, targets, weights)
             dpicked = ops.rmsnorm_backward(dnormed, normed, self.norm.weight, rstd, None, self.norm.dweight)
             dx: Any = dpicked if dense else torch.zeros_like(x).index_add_(0, at, dpicked)
+            del x, picked, normed, dnormed, dpicked  # or they would stay through the whole way back
             if len(self.layers) > self.lowest:
                 cos, sin = self.angles(ids.shape[1] + self.virtual)
                 below = self.dembedding is not None or self.dprompt is not None

@@ -24,9 +24,10 @@ def _kernels(tensor: Tensor) -> Any:
     return triton_ops
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
-    """(weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019); the last `room` columns are not set."""
-    y = x.new_empty(len(x), x.shape[1] + room)
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019); the last `room` columns are not set.
+    out: a tensor to write into."""
+    y = x.new_empty(len(x), x.shape[1] + room) if out is None else out
     if kernels := _kernels(x):
         return y, kernels.rmsnorm(x, weight, eps, y)
     rstd = torch.rsqrt(x.float().square().mean(-1) + eps)

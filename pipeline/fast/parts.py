@@ -75,7 +75,7 @@ class Parts:
                 norms(layer.input_layernorm), qkv, out, norms(layer.post_attention_layernorm), gate_up, down,
                 config.num_attention_heads, config.num_key_value_heads, self.width, config.rms_norm_eps,
             ))
-        return Llama(embedding, layers, norms(self.model.norm), head, self.angles, lowest)
+        return Llama(embedding, layers, norms(self.model.norm), head, self.angles, config.intermediate_size, lowest)
 
     def frozen_build(self, groups: dict[tuple[int, int], Group], lowest: int) -> Llama:
         embedding = self.frozen(self.model.embed_tokens.weight)

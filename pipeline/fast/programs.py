@@ -28,7 +28,8 @@ class ByHand:
         self.llama, self.flat, self.virtual = bound.llama, bound.flat, bound.llama.virtual
 
     def prepare(self, rows: int, width: int) -> None:
-        """Choose the attention kernel for the largest micro-batch, [rows, width] tokens, by trying those there are."""
+        """Set memory aside for the largest micro-batch, [rows, width] tokens, and choose its attention kernel by trying those there are."""
+        self.llama.hold(rows * width)
         first = self.llama.layers[0]
         backends = fastest_attention(rows, first.heads, first.groups, width, first.width, self.llama.embedding)
         for layer in self.llama.layers:
@@ -45,7 +46,9 @@ class ByHand:
         return loss
 
     def release(self) -> None:
-        """The model's modules own their weights again."""
+        """The model's modules own their weights again, and what was set aside is free."""
+        for layer in self.llama.layers:
+            layer.held = None
         self.bound.release()
 
 
