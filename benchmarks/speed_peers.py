@@ -8,11 +8,12 @@ Steps are timed inside the Trainer, between two optimiser steps; its start and e
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ class Run:
     baseline_bytes: int | None
     """The same counter before the first step, model loaded."""
     peak_allocated_bytes: int | None = None
+    times_s: list[float] = field(default_factory=list)
+    """CPU: every timed step, where a clock between two steps costs nothing. A GPU is not asked to wait there."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -51,7 +54,8 @@ def silence() -> None:
 
     hints.set_verbosity_error()
     hints.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(peft|transformers|accelerate|bitsandbytes|torch)\b.*")
 
 
@@ -157,8 +161,26 @@ def make_trainer(workload: Workload, device: Any, model: Any, folder: str, more:
     return trainer
 
 
+@contextlib.contextmanager
+def unpatched() -> Iterator[None]:
+    """Put transformers' Llama module back as it was: Liger replaces its rotary function, norm and MLP for all later models of the process."""
+    from transformers.models.llama import modeling_llama
+
+    held, forward = dict(vars(modeling_llama)), modeling_llama.LlamaForCausalLM.forward
+    try:
+        yield
+    finally:
+        vars(modeling_llama).update(held)
+        modeling_llama.LlamaForCausalLM.forward = forward  # type: ignore[method-assign]
+
+
 def run_peer(workload: Workload, kind: str, device: Any) -> Run:
-    """Train once and read time, memory and losses from inside the Trainer."""
+    """Train once and read time, memory and losses from inside the Trainer. Later models are not touched by the peer's switches."""
+    with unpatched():
+        return _train(workload, kind, device)
+
+
+def _train(workload: Workload, kind: str, device: Any) -> Run:
     silence()
     watch = Stopwatch(device)
     more, attention, notes = switches(kind, device)
@@ -184,11 +206,14 @@ def _clock(workload: Workload, device: Any) -> Any:
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.memory.start()
-            self.watch = Stopwatch(device)
+            self.watch, self.lap = Stopwatch(device), Stopwatch()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if device.type == "cpu" and state.global_step > workload.warmup:
+                self.run.times_s.append(self.lap.lap())
             if state.global_step == workload.warmup:
                 self.run.warmup_s = self.watch.lap()
+                self.lap.lap()
             if state.global_step == workload.total:
                 self.run.timed_s = self.watch.lap()
                 memory = self.memory.stop()

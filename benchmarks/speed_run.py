@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import signal
+import statistics
 import sys
 import threading
 import traceback
@@ -18,10 +19,13 @@ from typing import Any
 
 from benchmarks import speed_ours, speed_stats
 from benchmarks.speed_limits import distance, step_bytes, step_flops
-from benchmarks.speed_peers import Run, run_peer
+from benchmarks.speed_peers import Run, run_peer, silence
 from benchmarks.speed_targets import OURS, Row, Side
 from benchmarks.speed_workloads import Workload
 from pipeline.measure import PeakMemory, Stopwatch
+
+BUSY = 2.0
+"""Slowest over fastest step of a side on a CPU from which on the machine counts as busy."""
 
 
 class OutOfTime(Exception):
@@ -49,9 +53,9 @@ class Measured:
     error: str | None = None
 
     def figure(self, name: str) -> list[float]:
-        """step_s or peak_bytes of every run."""
+        """step_s (the timed steps' mean; on a CPU, which others may use too, their median) or peak_bytes of every run."""
         if name == "step_s":
-            return [run.timed_s / self.side.workload.steps for run in self.runs]
+            return [statistics.median(run.times_s) if run.times_s else run.timed_s / self.side.workload.steps for run in self.runs]
         return [float(run.peak_bytes) for run in self.runs if run.peak_bytes]
 
 
@@ -85,6 +89,7 @@ def clear(device: Any) -> None:
 
 def run_ours(workload: Workload, device: Any) -> Run:
     """Train once with our engine."""
+    silence()
     watch = Stopwatch(device)
     ours = speed_ours.Ours(workload, device)
     setup_s = watch.lap()
@@ -94,10 +99,17 @@ def run_ours(workload: Workload, device: Any) -> Run:
     ours.warm()
     losses = ours.steps(workload.warmup)
     warmup_s = watch.lap()
-    losses += ours.steps(workload.steps)
+    times = []
+    if device.type == "cpu":
+        lap = Stopwatch()
+        for _ in range(workload.steps):
+            losses += ours.steps(1)
+            times.append(lap.lap())
+    else:
+        losses += ours.steps(workload.steps)
     timed_s = watch.lap()
     memory = peak.stop()
-    return Run(setup_s, warmup_s, timed_s, losses, memory.peak_bytes, memory.baseline_bytes, memory.peak_allocated_bytes, ours.close())
+    return Run(setup_s, warmup_s, timed_s, losses, memory.peak_bytes, memory.baseline_bytes, memory.peak_allocated_bytes, times, ours.close())
 
 
 def run_side(side: Side, device: Any) -> Run:
@@ -151,7 +163,7 @@ def _noting(held: Measured) -> Iterator[None]:
 
 def _told(workload: Workload, run: Run) -> str:
     peak = f", peak {run.peak_bytes / 2**30:.2f} GiB" if run.peak_bytes else ""
-    step = run.timed_s / workload.steps
+    step = statistics.median(run.times_s) if run.times_s else run.timed_s / workload.steps
     return f"{step * 1e3:.2f} ms/step, {workload.tokens / step:,.0f} tokens/s, warm-up {run.warmup_s:.1f} s{peak}, loss {run.losses[-1]:.4f}"
 
 
@@ -161,12 +173,22 @@ def record(row: Row, sides: dict[Side, Measured], settings: Settings) -> dict[st
     found: dict[str, Any] = {"id": row.id, "what": row.what, "required": row.required, "aim": row.aim, "figure": row.figure}
     values = over.figure(row.figure), under.figure(row.figure)
     if all(values):
-        found |= speed_stats.ratio(*values)
+        found |= speed_stats.ratio(*values) | busy(over, under)
         if row.over.workload == row.under.workload:
             found["loss"] = speed_stats.curves(under.runs[0].losses, over.runs[0].losses, row.under.workload.dtype)
     else:
         found["error"] = "; ".join(f"{m.side.name}: {m.error or 'not measured'}" for m, v in zip((over, under), values, strict=True) if not v)
     return {**found, "over": described(over, settings), "under": described(under, settings)}
+
+
+def busy(over: Measured, under: Measured) -> dict[str, Any]:
+    """For a CPU: the ratio of the fastest steps, which other processes disturb least; and a note where steps of one side varied."""
+    steps = [[t for run in held.runs for t in run.times_s] for held in (over, under)]
+    if not all(steps):
+        return {}
+    worst = max(max(times) / min(times) for times in steps)
+    notes = [f"the slowest step took {worst:.1f} times the fastest of its side: the machine was busy; measure again"] if worst > BUSY else []
+    return {"best_ratio": min(steps[0]) / min(steps[1]), "notes": notes}
 
 
 def described(held: Measured, settings: Settings) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def _further() -> list[AnyRow]:
 def _cpu() -> list[AnyRow]:
     found: list[AnyRow] = []
     for technique in RATES:
-        workload = Workload(technique, "135m", 4, 64, dtype="fp32", warmup=1, steps=3)
+        workload = Workload(technique, "135m", 4, 64, dtype="fp32", warmup=1, steps=4)
         found.append(_against(f"cpu-{technique}", f"{technique}, 135M, 4 x 64, fp32 on the CPU: step time against (a)", "plain", workload, 1.0, set="cpu"))
     return found
 
