@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pipeline import settings, sweep_space, tasks, tracking
 from pipeline.base_model import KEYS
 from pipeline.config import CONF, ROOT, build, compose, plain
 from pipeline.files import UserError
+from pipeline.peft_files import DEFAULTS
 
 FILES = sorted(p.relative_to(CONF) for p in CONF.rglob("*.yaml"))
 EXPERIMENTS = sorted(p.stem for p in ROOT.glob("experiments/*.yaml"))
@@ -77,3 +79,19 @@ def test_experiments_lie_outside_conf_and_are_found_from_any_folder(tmp_path, mo
     assert compose(["experiments=quick"]).experiment == "quick"
     with pytest.raises(UserError, match="unknown experiments 'quik', did you mean 'quick'"):
         compose(["experiments=quik"])
+
+
+def test_the_documents_name_every_technique_and_no_other():
+    text = (ROOT / "docs" / "techniques.md").read_text()
+    rows = {name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    there = {f.stem for f in FILES if f.parent.name == "technique"}
+    assert there - rows == {"step_by_step", "peft_config"} and all(f"## {what}" in text for what in ("Distillation", "Any adapter of PEFT"))
+    assert rows - there <= {*DEFAULTS, "loraplus_lr_ratio"}, "the table of training_params.json"
+
+
+def test_a_technique_says_its_family_and_where_its_rate_comes_from():
+    for file in FILES:
+        if file.parent.name == "technique":
+            text = (CONF / file).read_text()
+            assert yaml.safe_load(text)["technique"]["family"]
+            assert "Untuned" in text or "Default found" in text or "# unused" in text or file.stem == "peft_config", file
