@@ -5,16 +5,17 @@ Library. `Ours` trains one workload, `packed_sweep` several LoRA trials at once,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.speed_workloads import RATIONALE_WEIGHT, Workload, adapter_config, base_model
 from pipeline.data import Batch, Encoded
-from pipeline.files import UserError
 from pipeline.loop import lr_factor
 from pipeline.measure import Stopwatch
 from pipeline.scoring import autocast, choice_log_likelihoods
 from pipeline.scoring import generate as generate_texts
+from pipeline.settings import Train
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +141,44 @@ def packed_sweep(workload: Workload, trials: Sequence[Trial], validation: Sequen
     workload: LoRA; its steps + warm-up are a trial's steps (none is left out of the time). A trial's batches are
     `trial.workload(workload).batches(total)`; validation: token ids [B, T] by batch, scored by the mean loss of every token.
     """
-    raise UserError("there is no packed sweep yet; benchmarks/speed_ours.py packed_sweep is to call it")
+    import torch
+
+    from benchmarks.speed_sweep import Found
+    from pipeline.fast.pack import Job, Pack, Running, Scored
+    from pipeline.fast.shapes import OpenShapes
+    from pipeline.fast.starts import Starts
+    from pipeline.methods.peft_adapter import PeftAdapter
+
+    base = base_model(workload, device).requires_grad_(False)
+    starts, sizes = Starts(base), [trial.workload(workload) for trial in trials]
+    methods = [PeftAdapter(adapter_config(size)) for size in sizes]
+    steps = [[examples(size, ids) for ids in size.batches(size.total)] for size in sizes]
+    rows = [(ids[:1], [ids[1:]]) for batch in validation for ids in batch.tolist()]
+    rank, tokens = max(trial.r for trial in trials), len(trials) * workload.batch * (workload.length + 8)
+    shapes = OpenShapes([[row] for row in steps[0][0]], len(trials), workload.batch, tokens, 1)
+
+    def score(pack: Pack, running: list[Running]) -> list[Scored]:
+        sums = pack.choice_log_likelihoods(running, rows, tokens)
+        losses = [-sum(one[0] for one in found) / sum(len(choices[0]) for _, choices in rows) for found in sums]
+        return [Scored(-loss, loss, loss) for loss in losses]
+
+    def settings(size: Workload) -> Train:
+        return Train(lr=size.lr, epochs=1, batch_size=size.batch, micro_batch_tokens=tokens, warmup_share=0.0, validations=0, progress=False)
+
+    jobs = [
+        Job(trial.number, steps[k].__getitem__, functools.partial(starts.make, methods[k], sizes[k].seed), sizes[k].total, settings(sizes[k]))
+        for k, trial in enumerate(trials)
+    ]
+    ended: list[Running] = []
+    with starts.template(methods[0], starts.names(methods[0]), rank) as template:
+        pack = Pack(template, len(trials), rank, shapes, 0, device, workload.torch_dtype(), score)
+        pack.warm()
+        pack.run(lambda count: [jobs.pop(0) for _ in range(min(count, len(jobs)))], ended.append)
+        pack.close()
+    del base, starts, template, pack
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return [Found(run.job.name, [h["loss"] for h in run.history], run.found) for run in sorted(ended, key=lambda run: run.job.name)]
 
 
 def choose(model: Any, items: Sequence[tuple[list[int], list[list[int]]]], batch_tokens: int, pad_id: int, device: Any, dtype: Any) -> list[list[float]]:
