@@ -9,7 +9,7 @@ import torch
 
 from pipeline import cell, evaluate
 from pipeline.config import build, compose
-from pipeline.files import read_json, read_jsonl
+from pipeline.files import read_jsonl
 from pipeline.model import load_model, parameters
 from pipeline.settings import Precision
 
@@ -210,32 +210,6 @@ def test_merged_and_attached_agree(load, name):
 
 
 # what single techniques promise
-
-
-def test_adalora_ends_at_its_budget_of_ranks(overrides, tmp_path):
-    cfg = compose([*overrides, "technique=adalora", "train.lr=3e-2", "train.epochs=6", "train.batch_size=8", "train.validations=0"])
-    cell.run(cfg, folder=tmp_path / "cell")
-    ranks = read_json(tmp_path / "cell" / "artefact" / "adapter_config.json")["rank_pattern"]
-    counts = [sum(kept) for kept in ranks.values()]
-    assert len(counts) == len(LINEAR) and sum(counts) == 8 * len(LINEAR) and len(set(counts)) > 1
-    assert all(len(kept) == 12 for kept in ranks.values())
-
-
-def test_adalora_s_penalty_is_peft_s_and_comes_once_a_step(load):
-    made = method("adalora")
-    model = made.wrap(load())
-    model.train()
-    labelled = model(input_ids=IDS, labels=IDS)
-    bare = torch.nn.functional.cross_entropy(labelled.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-    assert float(made.penalty(model)) == pytest.approx(float(labelled.loss - bare), rel=1e-4)
-    made.before_training(model, 10)
-    for _ in range(3):  # micro-batches of one step
-        model(input_ids=IDS)
-    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    for parameter in model.parameters():
-        parameter.grad = None
-    made.penalty(model).backward()
-    assert got and all(torch.equal(p.grad, got[n]) for n, p in model.named_parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("name", ["p_tuning", "adalora"])

@@ -290,8 +290,11 @@ class AdaLora(PeftAdapter):
         done = step + 1
         if done > config.total_step:
             return
-        if done > config.total_step - config.tfinal and config.rank_pattern is None:  # resumed after the ranks were fixed
+        fixed = config.total_step - config.tfinal
+        if done > fixed and config.rank_pattern is None:  # resumed after the ranks were fixed
             config.rank_pattern = _ranks(model)
+        if done == fixed and not model.base_model.rankallocator.ipt:  # resumed just here, or a run of one step
+            model.base_model.rankallocator.update_ipt(model.base_model.model)
         model.base_model.update_and_allocate(done)
 
     def served(self, model: Any, dtype: Any) -> Any:

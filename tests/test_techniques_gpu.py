@@ -1,0 +1,25 @@
+"""Every technique that trains, on a CUDA device: python -m pytest -m gpu tests/test_techniques_gpu.py"""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import cell, evaluate
+from pipeline.cells import grid
+from pipeline.config import compose
+from pipeline.files import read_jsonl
+
+pytestmark = pytest.mark.gpu
+SMALL = {"top_layers": ["method.top_layers=1"], "vera": ["method.config.r=16"], "oft": ["method.config.oft_block_size=16"]}
+
+
+@pytest.mark.parametrize("name", [t for t in grid("techniques")["grid"]["techniques"] if t != "teacher"])
+def test_a_technique_runs_on_the_gpu_and_its_artefact_answers_alike(overrides, tmp_path, name):
+    mine = [*(o for o in overrides if o != "device=cpu"), "device=cuda", f"technique={name}", "train.steps=12", *SMALL.get(name, [])]
+    cfg = compose(mine)
+    result = cell.run(cfg, folder=tmp_path / "cell")
+    assert result.status == "ok" and len(result.history) == (12 if result.size.trainable else 0)
+    held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
+    for one, other in zip(found, held, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=0.1)  # bf16, and atomic sums of some kernels
