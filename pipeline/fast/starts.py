@@ -57,14 +57,12 @@ class Starts:
     def make(self, method: Method, seed: int) -> Start:
         """The start of a run of this method and seed. Raises UserError where the method does not fit the model."""
         config = method.config  # type: ignore[attr-defined]
-        if config.is_prompt_learning:
-            return self._by_peft(method, seed)
         key = repr(sorted((k, str(v)) for k, v in vars(config).items() if k not in ("r", "lora_alpha", "use_rslora", "lora_dropout")))
         with self._one:  # PEFT changes the base while it wraps it, and draws from the generator that all threads share
             plan = self._plans.get(key)
             if plan is None:
                 made = self._by_peft(method, seed)
-                self._plans.setdefault(key, self._plan(config, made, seed))
+                self._plans[key] = self._plan(config, made, seed)
                 return made
         scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         return Start(_draw(plan, config.r, seed), scale, config.lora_dropout, seed)
