@@ -153,7 +153,6 @@ def _told(found: dict[str, Any]) -> str:
     text = f"{speed_files.number(found['ratio'])}x ({' to '.join(map(speed_files.number, found['spread']))})"
     text += f", required {found['required']:g}x" if found["required"] is not None else ""
     text += f", fastest steps {found['best_ratio']:.2f}x" if "best_ratio" in found else ""
-    text += f" ({'; '.join(found['notes'])})" if found.get("notes") else ""
     if loss := found.get("loss"):
         apart = "not finite" if loss["max_relative"] is None else f"{loss['max_relative']:.2g} apart"
         text += f", losses {'match' if loss['matched'] else 'DIFFER'} ({apart})"

@@ -34,9 +34,14 @@ def origin(device: Any) -> dict[str, Any]:
 
 
 def keep(folder: Path, row: AnyRow, found: dict[str, Any], about: dict[str, Any]) -> None:
-    """Write one id's record into speed-<set>.json and, if it is a headline with a ratio, targets.json; other rows stay."""
-    record = {**found, **about}
-    _update(folder / f"speed-{row.set}.json", record, list(KNOWN))
+    """Write one id's record into speed-<set>.json and, if it is a headline with a ratio, targets.json; other rows stay.
+
+    A record without a ratio does not displace one that has it: it is kept in that one's `last_failure`.
+    """
+    record, path = {**found, **about}, folder / f"speed-{row.set}.json"
+    before = next((held for held in rows(path) if held["id"] == row.id), {})
+    failed = found.get("ratio") is None and before.get("ratio") is not None
+    _update(path, {**before, "last_failure": record} if failed else record, list(KNOWN))
     if row.id in HEADLINE and found.get("ratio") is not None:
         _update(folder / "targets.json", {key: record[key] for key in TARGET_KEYS}, HEADLINE)
 
@@ -67,8 +72,6 @@ def table(folder: Path) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for row in short:
         more = details.get(row["id"], {})
-        if more.get("date") != row["date"] or more.get("ratio") != row["ratio"]:
-            more = {}  # a later run of this id failed; its record is not what the ratio came from
         bold = "**" if row["required"] is None or row["ratio"] >= row["required"] else ""
         low, high = row["spread"]
         cells = [

@@ -24,11 +24,12 @@ def test_a_row_is_kept_beside_the_others(tmp_path):
     held = json.loads((tmp_path / "targets.json").read_text())
     assert [(row["id"], row["ratio"], row["date"]) for row in held] == [("lora-135m-step", 9.0, "2026-01-02"), ("lora-1b-small", 2.0, "2026-01-01")]
     assert all(tuple(row) == speed_files.TARGET_KEYS for row in held)
-    assert "error" in speed_files.rows(tmp_path / "speed-step.json")[1], "the record of the last run, failed or not"
+    record = speed_files.rows(tmp_path / "speed-step.json")[1]
+    assert record["ratio"] == 2.0 and record["last_failure"]["error"] == "lost", "a failed run does not displace a good one"
     text = speed_files.table(tmp_path)
     lines = text.splitlines()
     assert len(lines) == 4 and lines[2].startswith("| `lora-135m-step` | first | **9.00x** (1.00 to 3.00) | ≥ 8x | ≥ 15x |")
-    assert lines[3].startswith("| `lora-1b-small` |  | 2.00x (1.00 to 3.00) |"), "not bold: not reached; a failed run's record is not its source"
+    assert lines[3].startswith("| `lora-1b-small` | first | 2.00x (1.00 to 3.00) |"), "not bold: not reached"
     assert len({line.count("|") for line in lines}) == 1
 
 
