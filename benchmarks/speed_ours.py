@@ -172,9 +172,9 @@ def packed_sweep(workload: Workload, trials: Sequence[Trial], validation: Sequen
     ended: list[Running] = []
     with starts.template(methods[0], starts.names(methods[0]), rank) as template:
         pack = Pack(template, len(trials), rank, shapes, 0, device, workload.torch_dtype(), score)
-        pack.warm()
-        pack.run(lambda count: [jobs.pop(0) for _ in range(min(count, len(jobs)))], ended.append)
-        pack.close()
+    pack.warm()
+    pack.run(lambda count: [jobs.pop(0) for _ in range(min(count, len(jobs)))], ended.append)
+    pack.close()
     del base, starts, template, pack
     if device.type == "cuda":
         torch.cuda.synchronize(device)

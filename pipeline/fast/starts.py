@@ -81,6 +81,7 @@ class Starts:
     @contextlib.contextmanager
     def wrapped(self, method: Method, weights: Weights | None = None) -> Iterator[Any]:
         """The base in this method's adapter, with these weights; inside the context only."""
+        assert not hasattr(self.base, "peft_config"), "one adapter at a time is around the base"
         model = method.wrap(self.base)
         try:
             for name, parameter in model.named_parameters():
