@@ -131,6 +131,19 @@ def test_a_folder_runs_and_leaves_peft_s_results(overrides, tmp_path, capsys, im
     assert 0 <= last["test accuracy"] <= 1 and last["step"] == 4 and "valid accuracy" in found["train_info"]["metrics"][0]
 
 
+def test_the_report_shows_them_beside_the_grid(tmp_path):
+    from dataclasses import replace
+
+    from pipeline import report_cells
+    from pipeline.results import Result, write
+
+    bare = Result("quick", "c", "peft_config", "f", "lora", "labels", "fp32", "t", "m", 0, 32, "ok")
+    for name in ("peft_config+lora--rank4-s0-n32", "lora-s0-n32", "vera+x-s0-n32"):
+        write(tmp_path / name, replace(bare, cell=name))
+    found, missing = report_cells.select(tmp_path, {"techniques": ["lora"], "seeds": [0], "train_rows": [32]})
+    assert [c.label for c in found] == ["lora", "peft_config+lora--rank4"] and not missing
+
+
 def test_a_path_without_configurations_is_named(tmp_path, capsys):
     assert peft_configs.main(["technique=peft_config", f"technique.path={tmp_path}", "experiments=quick"]) == 2
     assert "holds no adapter_config.json; name one, or a folder of <method>/<experiment>/adapter_config.json" in capsys.readouterr().err
