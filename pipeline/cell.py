@@ -257,7 +257,7 @@ class Cell:
             self.model = self.method.wrap(self.base)
             self.counts = parameters(self.model)
             self.scorer = scoring.Scorer(self.model, self.encoder, self.settings.task, self._prompt, self.settings.evaluate.batch_tokens,
-                                         self.device, self.dtype)
+                                         self.device, self.dtype, self.notes)
             with self.meter.phase("validate"):
                 self.state = self.method.choose(self.state, self._validate_state)
             self.notes += self.scorer.check({split: found for split, found in self.rows.scored.items() if self._wants(split.partition("/")[0])})

@@ -13,10 +13,10 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.choices import Group, Items, Reads, arrange
 from pipeline.data import Encoder, by_length, pad
 from pipeline.results import Score
 from pipeline.settings import Task
@@ -32,11 +32,11 @@ def autocast(device: Any, dtype: Any, cache: bool = True) -> Any:
     return torch.autocast(device.type, dtype, cache_enabled=cache) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
-def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, **further: Any) -> torch.Tensor:
     """Logits at chosen positions alone, fp32 [N, V]; the [B, T, V] ones are never made.
 
     The output layer is given the selected hidden states only. Virtual tokens that an adapter puts before the input
-    shift the columns. input_ids [B, T] right-padded; rows, cols [N].
+    shift the columns. input_ids [B, T] right-padded; rows, cols [N]; further: the model's other inputs (a mask, a cache).
     """
     width = input_ids.shape[1]
 
@@ -46,94 +46,71 @@ def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: tor
 
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        return model(input_ids=input_ids, use_cache=False).logits.float()
+        return model(**{"input_ids": input_ids, "use_cache": False} | further).logits.float()
     finally:
         hook.remove()
 
 
-Items = Sequence[tuple[list[int], list[list[int]]]]
-"""(prompt ids, [choice ids, …]) a row."""
+def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: int, device: Any, dtype: Any,
+                           notes: list[str] | None = None) -> list[list[float]]:
+    """Sum of token log-probabilities of every choice after its prompt, nats.
 
+    What a row's choices, or all rows, have in common is fed once where that saves enough and the model allows it.
 
-@dataclass(frozen=True)
-class Reads:
-    """What choice scoring feeds and reads off.
-
-    sequences: token ids to feed; at [sequence]: (column, target, place) to read off each, where place counts places:
-    (item, choice), to which a read is added.
+    Args:
+        notes: takes the reason where a pass could not be captured.
     """
-
-    sequences: list[list[int]]
-    at: list[list[tuple[int, int, int]]]
-    places: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, items: Items) -> Reads:
-        """A choice's first tokens are read off the longest sequence that contains them, so choices of one token each cost one forward pass
-        over the prompt."""
-        found = cls([], [], [])
-        for item, (prompt, choices) in enumerate(items):
-            heads = {tuple(c[:-1]) for c in choices}
-            longest = sorted(h for h in heads if not any(o != h and o[: len(h)] == h for o in heads))
-            where = {head: len(found.sequences) + i for i, head in enumerate(longest)}
-            found.sequences.extend([*prompt, *head] for head in longest)
-            found.at.extend([] for _ in longest)
-            for choice, ids in enumerate(choices):
-                home = next(where[h] for h in longest if h[: len(ids) - 1] == tuple(ids[:-1]))
-                found.places.append((item, choice))
-                found.at[home].extend((len(prompt) - 1 + i, token, len(found.places) - 1) for i, token in enumerate(ids))
-        return found
-
-    def batches(self, batch_tokens: int) -> Iterator[tuple[list[list[int]], tuple[torch.Tensor, ...]]]:
-        """(sequences of similar length, their reads as rows, columns, targets, places [N])."""
-        import torch
-
-        for part in by_length([len(s) for s in self.sequences], batch_tokens):
-            flat = [(row, *read) for row, index in enumerate(part) for read in self.at[index]]
-            yield [self.sequences[i] for i in part], tuple(torch.tensor(v) for v in zip(*flat, strict=True))
-
-    def by_item(self, sums: Sequence[float]) -> list[list[float]]:
-        """What was summed up by place, as one list of choices an item."""
-        found: list[list[float]] = [[] for _ in range(1 + max((item for item, _ in self.places), default=-1))]
-        for (item, _), value in zip(self.places, sums, strict=True):
-            found[item].append(value)
-        return found
-
-
-def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: int, device: Any, dtype: Any) -> list[list[float]]:
-    """Sum of token log-probabilities of every choice after its prompt, nats."""
     import torch
 
+    from pipeline.fast.forward import Reader
+    from pipeline.fast.reuse import sharing_refused
+
     reads = Reads.of(items)
-    sums = torch.zeros(len(reads.places), dtype=torch.float64)
+    groups = arrange(reads, items)
     with torch.inference_mode(), autocast(device, dtype):
-        for sequences, (rows, cols, targets, place) in reads.batches(batch_tokens):
-            inputs = pad(sequences, pad_id).to(device)
-            places, inverse = torch.unique(rows * inputs.shape[1] + cols, return_inverse=True)
-            logits = logits_at(model, inputs, (places // inputs.shape[1]).to(device), (places % inputs.shape[1]).to(device))
-            picked = torch.log_softmax(logits, -1)[inverse.to(device), targets.to(device)]
-            sums.index_add_(0, place, picked.double().cpu())
-    return reads.by_item(sums.tolist())
+        reader = Reader(model, functools.partial(logits_at, model), lambda: autocast(device, dtype, cache=False), batch_tokens, pad_id, device,
+                        [] if notes is None else notes)
+        try:
+            if any(group.shares for group in groups) and sharing_refused(model, dtype, items, groups, reader.sums):
+                groups = [Group([], reads.rows())]
+            return reads.by_item(reader.sums(groups, len(reads.places)))
+        finally:
+            reader.close()
 
 
 def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int,
-             device: Any, dtype: Any) -> list[str]:
-    """Greedy continuations as text, prompts of similar length together."""
+             device: Any, dtype: Any, notes: list[str] | None = None) -> list[str]:
+    """Greedy continuations as text, prompts of similar length together. notes: takes the reason where a pass could not be captured."""
     import torch
 
-    texts = [""] * len(prompts)
+    from pipeline.fast.decode import greedy, unsuited
+
+    texts, end = [""] * len(prompts), tokenizer.eos_token_id
     with torch.inference_mode(), autocast(device, dtype):
-        for part in _generation_batches(model, [len(p) for p in prompts], max_new_tokens, batch_tokens):
-            ids = pad([prompts[i] for i in part], pad_id, left=True).to(device)
-            lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
-            mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id,
-                eos_token_id=tokenizer.eos_token_id, use_cache=True,
-            )
-            for index, text in zip(part, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
+        if unsuited(model, max(map(len, prompts)) + max_new_tokens):
+            found = _generate(model, prompts, max_new_tokens, batch_tokens, end, pad_id, device)
+        else:
+            found = greedy(model, functools.partial(logits_at, model), lambda: autocast(device, dtype, cache=False), prompts, max_new_tokens, batch_tokens,
+                           end, pad_id, device, [] if notes is None else notes)
+        for part, tokens in found:
+            for index, text in zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
                 texts[index] = text
     return texts
+
+
+def _generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, end: int | None, pad_id: int,
+              device: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """By the model's own generate: (indices of prompts, what follows them [rows, new])."""
+    import torch
+
+    for part in _generation_batches(model, [len(p) for p in prompts], max_new_tokens, batch_tokens):
+        ids = pad([prompts[i] for i in part], pad_id, left=True).to(device)
+        lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id, eos_token_id=end, use_cache=True,
+        )
+        yield part, out[:, ids.shape[1] :]
 
 
 def _generation_batches(model: Any, lengths: list[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
@@ -187,11 +164,14 @@ class Scorer:
 
     Args:
         prompt: what the technique makes of a row's prompt (demonstrations, a predict prefix).
+        notes: takes what a reader of the result should know of how the answers came about.
     """
 
-    def __init__(self, model: Any, encoder: Encoder, task: Task, prompt: Callable[[str], str], batch_tokens: int, device: Any, dtype: Any) -> None:
+    def __init__(self, model: Any, encoder: Encoder, task: Task, prompt: Callable[[str], str], batch_tokens: int, device: Any, dtype: Any,
+                 notes: list[str] | None = None) -> None:
         self.model, self.encoder, self.task, self.prompt = model, encoder, task, prompt
         self.batch_tokens, self.device, self.dtype = batch_tokens, device, dtype
+        self.notes = [] if notes is None else notes
 
     def items(self, rows: Sequence[dict]) -> list[tuple[list[int], list[list[int]]]]:
         """(prompt ids, [choice ids, …]) a row, the prompt cut so that its answer fits; no choices where it is generated."""
@@ -218,12 +198,12 @@ class Scorer:
         return self._choose(rows) if self.task.scoring == "choice" else self._generate(rows)
 
     def _choose(self, rows: Sequence[dict]) -> list[dict]:
-        scores = choice_log_likelihoods(self.model, self.items(rows), self.batch_tokens, self.encoder.pad_id, self.device, self.dtype)
+        scores = choice_log_likelihoods(self.model, self.items(rows), self.batch_tokens, self.encoder.pad_id, self.device, self.dtype, self.notes)
         return chosen(rows, scores, self.task)
 
     def _generate(self, rows: Sequence[dict]) -> list[dict]:
         prompts, room = [prompt for prompt, _ in self.items(rows)], self.task.max_new_tokens
-        outputs = generate(self.model, prompts, room, self.batch_tokens, self.encoder.tokenizer, self.encoder.pad_id, self.device, self.dtype)
+        outputs = generate(self.model, prompts, room, self.batch_tokens, self.encoder.tokenizer, self.encoder.pad_id, self.device, self.dtype, self.notes)
         found = []
         for row, output in zip(rows, outputs, strict=True):
             prediction = extract(output, self.task.answer_pattern)

@@ -1,0 +1,159 @@
+"""What choice scoring feeds and reads off: every row's prompt and choices as token sequences, with what they have in common fed once.
+
+Library. Lists alone, but for `Reads.batches`. `Reads` shares nothing but the beginning of a choice that is another one's; `arrange`
+lets a row's choices share its prompt, and all rows the tokens that they begin with, where that saves enough tokens.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.data import by_length
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST = 0.15  # of all tokens, saved: less does not pay for the mask that sharing needs
+LEAD = 8  # tokens that rows have in common at least, if they are to share their beginning
+
+Items = Sequence[tuple[list[int], list[list[int]]]]
+"""(prompt ids, [choice ids, …]) a row."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What choice scoring feeds and reads off.
+
+    sequences: token ids to feed; at [sequence]: (column, target, place) to read off each, where place counts places:
+    (item, choice), to which a read is added.
+    """
+
+    sequences: list[list[int]]
+    at: list[list[tuple[int, int, int]]]
+    places: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, items: Items) -> Reads:
+        """A choice's first tokens are read off the longest sequence that contains them, so choices of one token each cost one forward pass
+        over the prompt."""
+        found = cls([], [], [])
+        for item, (prompt, choices) in enumerate(items):
+            heads = {tuple(c[:-1]) for c in choices}
+            longest = sorted(h for h in heads if not any(o != h and o[: len(h)] == h for o in heads))
+            where = {head: len(found.sequences) + i for i, head in enumerate(longest)}
+            found.sequences.extend([*prompt, *head] for head in longest)
+            found.at.extend([] for _ in longest)
+            for choice, ids in enumerate(choices):
+                home = next(where[h] for h in longest if h[: len(ids) - 1] == tuple(ids[:-1]))
+                found.places.append((item, choice))
+                found.at[home].extend((len(prompt) - 1 + i, token, len(found.places) - 1) for i, token in enumerate(ids))
+        return found
+
+    def batches(self, batch_tokens: int) -> Iterator[tuple[list[list[int]], tuple[torch.Tensor, ...]]]:
+        """(sequences of similar length, their reads as rows, columns, targets, places [N])."""
+        import torch
+
+        for part in by_length([len(s) for s in self.sequences], batch_tokens):
+            flat = [(row, *read) for row, index in enumerate(part) for read in self.at[index]]
+            yield [self.sequences[i] for i in part], tuple(torch.tensor(v) for v in zip(*flat, strict=True))
+
+    def rows(self) -> list[Row]:
+        """The sequences of which something is read, each a row that shares nothing."""
+        return [Row(ids, at, self.places[at[0][2]][0]) for ids, at in zip(self.sequences, self.at, strict=True) if at]
+
+    def by_item(self, sums: Sequence[float]) -> list[list[float]]:
+        """What was summed up by place, as one list of choices an item."""
+        found: list[list[float]] = [[] for _ in range(1 + max((item for item, _ in self.places), default=-1))]
+        for (item, _), value in zip(self.places, sums, strict=True):
+            found[item].append(value)
+        return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens that are fed together, and what is read off them.
+
+    reads: (column, target, place): log p of target is read at column and added to place. parents: for the last tokens, the
+    column of the token that each follows; all tokens before them follow one another. item: the row of the task.
+    """
+
+    ids: list[int]
+    reads: list[tuple[int, int, int]]
+    item: int
+    parents: tuple[int, ...] = ()
+
+    @property
+    def trunk(self) -> int:
+        """Tokens before the first that has a parent."""
+        return len(self.ids) - len(self.parents)
+
+    @property
+    def branches(self) -> bool:
+        """Whether some token does not follow the one before it."""
+        return any(parent != self.trunk + i - 1 for i, parent in enumerate(self.parents))
+
+    def after(self, count: int) -> Row:
+        """The row without its first tokens."""
+        reads = [(column - count, target, place) for column, target, place in self.reads]
+        return Row(self.ids[count:], reads, self.item, tuple(parent - count for parent in self.parents))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that follow the same tokens (none: []), which are fed once."""
+
+    prefix: list[int]
+    rows: list[Row]
+
+    @property
+    def shares(self) -> bool:
+        """Whether it takes a mask and positions of its own, so that a model has to allow it."""
+        return bool(self.prefix) or any(row.branches for row in self.rows)
+
+
+def joined(items: Items) -> list[Row]:
+    """One row an item: the prompt, then every beginning of a choice once; places count the choices of all items."""
+    rows, place = [], 0
+    for item, (prompt, choices) in enumerate(items):
+        ids, parents, reads = list(prompt), [], []
+        ends: dict[tuple[int, ...], int] = {(): len(prompt) - 1}  # a choice's beginning -> the column of its last token
+        for choice in choices:
+            for i, token in enumerate(choice):
+                head = tuple(choice[:i])
+                if head not in ends:
+                    ends[head] = len(ids)
+                    parents.append(ends[head[:-1]])
+                    ids.append(head[-1])
+                reads.append((ends[head], token, place))
+            place += 1
+        rows.append(Row(ids, reads, item, tuple(parents)))
+    return [row for row in rows if row.reads]
+
+
+def arrange(reads: Reads, items: Items, least: float = LEAST) -> list[Group]:
+    """The rows of `items` with as much shared as saves `least` of all tokens.
+
+    Args:
+        reads: Reads.of(items).
+    """
+    apart, together = reads.rows(), joined(items)
+    rows = together if _tokens(apart) - _tokens(together) >= least * _tokens(apart) else apart
+    if not rows:
+        return []
+    lead = Counter(tuple(row.ids[:LEAD]) for row in rows).most_common(1)[0][0]
+    same = [row for row in rows if tuple(row.ids[:LEAD]) == lead]
+    first_reads = min(column for row in same for column, _, _ in row.reads)
+    count = min(first_reads, len(os.path.commonprefix([row.ids for row in same])))
+    if count < LEAD or count * (len(same) - 1) < least * _tokens(rows):
+        return [Group([], rows)]
+    others = [row for row in rows if tuple(row.ids[:LEAD]) != lead]
+    shared = Group(same[0].ids[:count], [row.after(count) for row in same])
+    return [shared, Group([], others)] if others else [shared]
+
+
+def _tokens(rows: list[Row]) -> int:
+    return sum(len(row.ids) for row in rows)

@@ -1,0 +1,90 @@
+"""Greedy decoding over a static cache against the model's own generate, and when it leaves the work to that."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from scoring_models import CPU, KINDS, PAD, items_of, of_kind, with_prompt
+
+from pipeline.fast import decode
+from pipeline.model import load_model, load_tokenizer
+from pipeline.scoring import generate
+from pipeline.settings import Precision
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(tiny / "models" / "smollm2_135m")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, base):
+    return of_kind(request.param, base)
+
+
+def by_generate(model: Any, prompts: list[list[int]], new: int, tokenizer: Any) -> list[str]:
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=PAD,
+                             eos_token_id=tokenizer.eos_token_id)
+        found.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+    return found
+
+
+@pytest.mark.parametrize("shapes", ["exact", "static"])
+@pytest.mark.parametrize("new", [1, 2, 20])
+def test_texts_are_those_of_generate(monkeypatch, model, tokenizer, shapes, new):
+    if shapes == "static":
+        monkeypatch.setattr(decode, "STATIC", ("cpu",))
+    prompts = [prompt for prompt, _ in items_of(9)]
+    expected = by_generate(model, prompts, new, tokenizer)
+    assert generate(model, prompts, new, 128, tokenizer, PAD, CPU, torch.float32) == expected
+
+
+def test_ended_rows_go_on_with_padding_and_the_batch_stops_soon_after(base):
+    forwards = []
+
+    def counting(ids: torch.Tensor, *_: Any, **inputs: Any) -> torch.Tensor:
+        forwards.append(ids.shape)
+        logits = torch.zeros(len(ids), 31)
+        logits[:, 5] = 1.0
+        logits[0 if len(forwards) == 3 else slice(0, 0), 9] = 2.0  # the first row ends at its third token
+        logits[1 if len(forwards) == 6 else slice(0, 0), 9] = 2.0
+        return logits
+
+    decoder = decode.Decoder(counting, base.config, 3, 4, 40, 9, PAD, CPU)
+    decoder.fill([[2, 3], [4, 5, 6, 7]])
+    out = decoder.run(decoder.prefill, decoder.step)
+    assert out[0].tolist() == [5, 5, 9, *[PAD] * 37] and out[1, :7].tolist() == [5, 5, 5, 5, 5, 9, PAD]
+    assert out[2].tolist() == [PAD] * 40, "a row without a prompt says nothing"
+    assert len(forwards) == decode.ASK_EVERY and tuple(forwards[0]) == (3, 4) and set(map(tuple, forwards[1:])) == {(3, 1)}
+
+
+def test_a_generation_config_that_matters_and_a_soft_prompt_keep_generate(base, tokenizer):
+    model = copy.deepcopy(base)
+    assert decode.unsuited(model, 50) is None
+    model.generation_config.repetition_penalty = 1.5
+    assert "repetition_penalty" in str(decode.unsuited(model, 50))
+    prompts = [prompt for prompt, _ in items_of(4)]
+    texts = generate(model, prompts, 12, 4096, tokenizer, PAD, CPU, torch.float32)
+    assert texts == by_generate(model, prompts, 12, tokenizer) != by_generate(base, prompts, 12, tokenizer)
+    assert "soft prompt" in str(decode.unsuited(with_prompt(base), 50))
+
+
+def test_static_batches_are_few_shapes_within_the_budget():
+    rng = random.Random(3)
+    lengths = [rng.randint(10, 90) for _ in range(700)]
+    batches = decode._static(lengths, 16, 2048)
+    assert sorted(i for part, _, _ in batches for i in part) == list(range(700))
+    assert len({(rows, width) for _, rows, width in batches}) <= decode.MOST_WIDTHS
+    assert all(rows * (width + 16) <= 2048 and len(part) <= rows and max(lengths[i] for i in part) <= width for part, rows, width in batches)

@@ -1,0 +1,252 @@
+"""Scoring that shares tokens and runs over static shapes, against naive loops: equal scores, and what refuses."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from typing import Any
+
+import pytest
+import torch
+from scoring_models import CPU, KINDS, PAD, items_of, of_kind, with_prompt
+
+from pipeline import scoring
+from pipeline.choices import Reads, joined
+from pipeline.fast import decode, forward, reuse
+from pipeline.fast.capture import Graphs
+from pipeline.model import load_model, load_tokenizer
+from pipeline.scoring import choice_log_likelihoods, generate
+from pipeline.settings import Precision
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(tiny / "models" / "smollm2_135m")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, base):
+    return of_kind(request.param, base)
+
+
+def naive(model: Any, items: list) -> list[list[float]]:
+    """Log-likelihoods, each choice a sequence of its own."""
+    found = []
+    for prompt, choices in items:
+        values = []
+        for choice in choices:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*prompt, *choice]])).logits[0]
+            chances = torch.log_softmax(logits[logits.shape[0] - len(prompt) - len(choice) :].double(), -1)
+            values.append(sum(float(chances[len(prompt) - 1 + i, token]) for i, token in enumerate(choice)))
+        found.append(values)
+    return found
+
+
+def scores(model: Any, items: list, batch_tokens: int = 4096, notes: list[str] | None = None) -> list[list[float]]:
+    return choice_log_likelihoods(model, items, batch_tokens, PAD, CPU, torch.float32, notes)
+
+
+def same(found: list[list[float]], expected: list[list[float]]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def fed(model: Any, work: Any) -> list[tuple[int, ...]]:
+    """Shapes of the token ids that went through the model in `work`."""
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    try:
+        work()
+    finally:
+        hook.remove()
+    return seen
+
+
+def tokens(shapes: list[tuple[int, ...]]) -> int:
+    return sum(rows * width for rows, width in shapes)
+
+
+@pytest.fixture
+def static(monkeypatch):
+    """Batches over static shapes on the CPU, as if launching a pass cost much and a capture little."""
+    for module in (forward, decode):
+        monkeypatch.setattr(module, "STATIC", ("cpu",))
+    monkeypatch.setattr(forward, "pass_tokens", lambda _: 2000.0)
+    monkeypatch.setattr(forward, "CAPTURE", 1)
+    made: list[Any] = []
+    record = Graphs.capture
+
+    def capture(self: Graphs, work: Any) -> Any:
+        made.append(work)
+        return record(self, work)
+
+    monkeypatch.setattr(Graphs, "capture", capture)
+    return made
+
+
+def test_a_tokens_mask_shows_it_the_trunk_its_ancestors_and_itself():
+    (row,) = joined([([5, 6], [[7], [7, 8], [7, 8, 9], [7, 10, 11], [12]])])
+    inputs = forward.Inputs(forward.Shape(2, 6, 8, 12, True), CPU)
+    inputs.fill([row], PAD, 3)
+    assert inputs.mask is not None
+    assert inputs.mask[0, 0].int().tolist()[:5] == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0]]
+    assert inputs.positions[0, :5].tolist() == [3, 4, 5, 6, 6] and inputs.ids[0].tolist() == [5, 6, 7, 8, 10, PAD]
+    assert inputs.mask.any(-1).all(), "a token that sees nothing gives nan"
+
+
+# the same scores
+
+
+@pytest.mark.parametrize("demonstrations", [0, 40])
+@pytest.mark.parametrize("batch_tokens", [1, 150, 4096])
+def test_scores_are_those_of_a_naive_loop(model, demonstrations, batch_tokens):
+    items = items_of(7, demonstrations)
+    same(scores(model, items, batch_tokens), naive(model, items))
+
+
+def test_demonstrations_and_prompts_are_fed_once(base):
+    items = items_of(24, demonstrations=60)
+    scores(base, items)  # once to learn that the model may share
+    alone = sum(len(ids) for ids in Reads.of(items).sequences)
+    shapes = fed(base, lambda: scores(base, items))
+    assert shapes[0] == (1, 60) and sum(shape[0] for shape in shapes[1:]) == 24
+    assert tokens(shapes) < alone / 5
+
+
+def test_a_soft_prompt_is_put_before_whole_rows(base):
+    model, items = with_prompt(base), items_of(6, demonstrations=40)
+    given = []
+    hook = model.base_model.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs.get("past_key_values")), with_kwargs=True)
+    scores(model, items)
+    hook.remove()
+    assert given and not any(given)
+
+
+def test_a_model_that_takes_no_notice_of_the_mask_is_found_out(base):
+    model = copy.deepcopy(base)
+    whole = model.forward
+    model.forward = lambda attention_mask=None, **inputs: whole(**inputs)
+    model.forward.__signature__ = inspect.signature(whole)
+    items = items_of(6)
+    same(scores(model, items), naive(base, items))
+    assert reuse._KNOWN[model] == "its scores change"
+
+
+def test_a_model_that_fails_with_a_cache_is_scored_without(base):
+    model = copy.deepcopy(base)
+    whole = model.forward
+
+    def forward_without(past_key_values: Any = None, position_ids: Any = None, attention_mask: Any = None, **inputs: Any) -> Any:
+        if past_key_values is not None:
+            raise TypeError("no cache here")
+        return whole(attention_mask=attention_mask, position_ids=position_ids, **inputs)
+
+    model.forward = forward_without
+    items = items_of(5, demonstrations=40)
+    same(scores(model, items), naive(base, items))
+    assert reuse._KNOWN[model] == "it fails (no cache here)"
+
+
+def test_a_diverged_model_scores_nan_and_is_not_judged_by_it(base):
+    model = copy.deepcopy(base)
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    assert all(v != v for values in scores(model, items_of(3)) for v in values)
+    assert model not in reuse._KNOWN
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"_attn_implementation": "eager"}, "sdpa"),
+    ({"layer_types": ["full_attention", "linear_attention"]}, "state"),
+    ({"sliding_window": 30}, "window"),
+    ({"alibi": True}, "positions"),
+    ({}, None),
+])
+def test_what_a_configuration_refuses(base, change, reason):
+    model = copy.deepcopy(base)
+    for key, value in change.items():
+        object.__setattr__(model.config, key, value)
+    found = reuse.refusal(model, 31)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_rows_within_a_window_may_share_but_not_decode(base):
+    model = copy.deepcopy(base)
+    model.config.sliding_window = 100
+    assert reuse.refusal(model, 99) is None and "window" in str(reuse.refusal(model, 99, slides=False))
+
+
+# static shapes
+
+
+@pytest.mark.parametrize("pass_tokens", [0, 10, 500, 5000, 1e6])
+@pytest.mark.parametrize("rows", [1, 9, 400])
+def test_a_plan_has_every_row_once_within_its_shape_and_budget(pass_tokens, rows):
+    rng = random.Random(rows)
+    lengths, extra = [rng.randint(3, 70) for _ in range(rows)], 10
+    batches = forward.plan(lengths, 512, pass_tokens, extra)
+    assert sorted(i for part, _, _ in batches for i in part) == list(range(rows))
+    for part, count, width in batches:
+        assert max(lengths[i] for i in part) <= (width or 70) and len(part) <= (count or rows)
+        assert len(part) == 1 or (count or len(part)) * (extra + (width or max(lengths[i] for i in part))) <= 512
+    assert rows > 1 or batches == [([0], 0, 0)]
+
+
+def test_captures_pay_where_the_device_would_wait_for_many_batches():
+    lengths = [random.Random(1).randint(24, 96) for _ in range(2000)]
+
+    def shapes(pass_tokens: float, rows: int = 2000) -> set[tuple[int, int]]:
+        return {(count, width) for _, count, width in forward.plan(lengths[:rows], 4096, pass_tokens)}
+
+    assert 1 <= len(shapes(11000)) <= 3 and (0, 0) not in shapes(11000), "the 135M shape"
+    assert shapes(600) == {(0, 0)}, "the 1B shape keeps the device busy"
+    assert shapes(11000, rows=100) == {(0, 0)}, "three batches"
+
+
+@pytest.mark.parametrize("demonstrations", [0, 40])
+def test_static_shapes_change_no_score(base, static, demonstrations):
+    items = items_of(30, demonstrations)
+    expected = naive(base, items)
+    scores(base, items[:2])
+    shapes = fed(base, lambda: same(scores(base, items, 100), expected))
+    assert static and len(set(shapes)) <= 6 < len(shapes), "the same shapes come again"
+
+
+def test_single_token_choices_run_over_static_shapes_without_a_mask(base, static):
+    items = [(prompt, [[3], [4], [5]]) for prompt, _ in items_of(60)]
+    same(scores(base, items, 200), naive(base, items))
+    assert static
+
+
+def test_a_capture_that_fails_is_noted_once_and_the_scores_stand(base, static, monkeypatch, tokenizer):
+    def fails(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Graphs, "capture", fails)
+    items = items_of(40)
+    notes: list[str] = []
+    same(scores(base, items, 100, notes), naive(base, items))
+    assert notes == ["choice scoring: eager, because the capture failed (operation not permitted when stream is capturing)"]
+    generate(base, [prompt for prompt, _ in items], 4, 100, tokenizer, PAD, CPU, torch.float32, notes)
+    assert len(notes) == 2 and notes[1].startswith("generation: eager, because the capture failed")
+
+
+def test_a_scorers_notes_reach_its_owner(base, tokenizer, monkeypatch):
+    from pipeline.data import Encoder
+    from pipeline.settings import Task
+
+    def told(*args: Any) -> list[list[float]]:
+        args[-1].append("a note")
+        return [[-1.0, -2.0]]
+
+    monkeypatch.setattr(scoring, "choice_log_likelihoods", told)
+    task, notes = Task("t", "choice"), ["first"]
+    scorer = scoring.Scorer(base, Encoder(tokenizer, task, 64, "truncate"), task, lambda p: p, 512, CPU, torch.float32, notes)
+    scorer.predict([{"id": "0", "prompt": "the", "answer": "no", "choices": ["no", "yes"]}])
+    assert notes == ["first", "a note"]
