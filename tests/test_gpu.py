@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from pipeline import cell
-from pipeline.config import compose
+from pipeline.config import ROOT, compose
 
 pytestmark = pytest.mark.gpu
 
@@ -57,3 +60,24 @@ def test_captured_steps_are_the_eager_ones(overrides, tmp_path, technique, way):
     tolerance = 0.3 if "dropout" in technique else 0.03  # other noise
     assert losses[1] == pytest.approx(losses[0], rel=tolerance, abs=tolerance)
     assert fast.phases.warmup_s > 0 and fast.memory.peak_bytes > 0
+
+
+def test_a_packed_sweep_agrees_with_one_trial_after_another(overrides, tmp_path):
+    """In bf16: validation within what another order of sums moves, and no slot without an answer."""
+    import csv
+
+    from pipeline import sweep
+
+    words = [*on_gpu(overrides, "technique=lora", "experiment=tried", "train_rows=64", "train.batch_size=8", "train.epochs=6", "train.lr=0.01", "precision=bf16"),
+             "sweep.space={method.config.r: {choices: [1, 2, 4, 8]}}", "sweep.confirm=false"]
+    found = {}
+    for executor in ("packed", "sequential"):
+        # a process of its own: the sweep forks, which a process that has used the GPU cannot
+        command = [sys.executable, "-m", "pipeline.sweep", *words, f"sweep.executor={executor}", "sweep.slots=3", f"paths.sweeps={tmp_path}/{executor}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        with open(tmp_path / executor / "tried/lora/trials.csv", newline="") as lines:
+            found[executor] = {row["method.config.r"]: row for row in csv.DictReader(lines)}
+    assert {row["packed"] for row in found["packed"].values()} == {"True"} and {row["slots"] for row in found["packed"].values()} == {"3"}
+    for rank, row in found["packed"].items():
+        assert float(row["validation"]) == pytest.approx(float(found["sequential"][rank]["validation"]), abs=0.1), rank
