@@ -20,8 +20,8 @@ from pipeline.sweep_space import at
 from pipeline.sweep_space import read as read_space
 
 RANKS = [1, 2, 4, 8, 16, 32]
-SHORT = ["technique=lora", "precision=fp32", "experiment=tried", "train_rows=32", "train.batch_size=8", "train.epochs=1", "train.lr=0.02", "train.validations=2",
-         "sweep.executor=packed", "sweep.confirm=false"]
+SHORT = ["technique=lora", "precision=fp32", "experiment=tried", "train_rows=32", "train.batch_size=8", "train.epochs=1", "train.lr=0.02",
+         "train.validations=2", "sweep.executor=packed", "sweep.confirm=false"]
 
 
 @pytest.fixture
