@@ -175,3 +175,101 @@ def test_weights_changed_in_place_change_the_next_scores_and_memory_is_given_bac
             if "lora_B" in name:
                 parameter.zero_()
     assert run() != before
+
+
+def on_device(tiny, precision: str, lora: bool):
+    """(model, dtype of the arithmetic) on the GPU."""
+    import torch
+    from scoring_models import with_lora
+
+    from pipeline.model import load_model, resolve
+    from pipeline.settings import Precision
+
+    device, (name, _, compute) = torch.device("cuda"), precision.partition("/")
+    wanted = Precision(name, compute or "auto")
+    model = load_model(tiny / "models" / "smollm2_135m", wanted, device)
+    return with_lora(model) if lora else model, resolve(wanted, device)[1]
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Which work was captured."""
+    from pipeline.fast.capture import Graphs
+
+    made, record = [], Graphs.capture
+
+    def capture(self, work):
+        made.append(work)
+        return record(self, work)
+
+    monkeypatch.setattr(Graphs, "capture", capture)
+    return made
+
+
+@pytest.mark.parametrize(("precision", "lora"), [("fp32", False), ("fp32", True), ("bf16", False), ("nf4", False), ("nf4/fp32", False)])
+@pytest.mark.parametrize(("demonstrations", "single"), [(0, False), (40, False), (0, True)])
+def test_captured_scores_are_the_eager_ones(tiny, monkeypatch, captures, precision, lora, demonstrations, single):
+    import torch
+    from scoring_models import PAD, items_of
+
+    from pipeline.fast import forward
+    from pipeline.scoring import choice_log_likelihoods
+
+    model, dtype = on_device(tiny, precision, lora)
+    notes: list[str] = []
+    items = [(prompt, [[3], [4], [5]] if single else choices) for prompt, choices in items_of(200, demonstrations)]
+    run = lambda: choice_log_likelihoods(model, items, 256, PAD, torch.device("cuda"), dtype, notes)  # noqa: E731
+    fast = run()
+    assert captures and not notes, notes
+    monkeypatch.setattr(forward, "STATIC", ())
+    captures.clear()
+    eager = run()
+    assert not captures
+    for one, other in zip(fast, eager, strict=True):
+        assert one == pytest.approx(other, abs=1e-3 if dtype == torch.float32 else 0.25)
+
+
+@pytest.mark.parametrize(("precision", "lora"), [("fp32", False), ("fp32", True), ("nf4/fp32", False), ("bf16", False)])
+def test_captured_decoding_writes_the_eager_texts(tiny, monkeypatch, captures, precision, lora):
+    import torch
+    from scoring_models import PAD, items_of
+
+    from pipeline.fast import decode
+    from pipeline.model import load_tokenizer
+    from pipeline.scoring import generate
+
+    model, dtype = on_device(tiny, precision, lora)
+    notes: list[str] = []
+    tokenizer, prompts = load_tokenizer(tiny / "models" / "smollm2_135m"), [prompt for prompt, _ in items_of(120)]
+    run = lambda: generate(model, prompts, 16, 512, tokenizer, PAD, torch.device("cuda"), dtype, notes)  # noqa: E731
+    fast = run()
+    assert len(captures) >= 2 and not notes, notes
+    monkeypatch.setattr(decode, "STATIC", ())
+    eager = run()
+    monkeypatch.setattr(decode, "unsuited", lambda *_: "compared with the model's own generate")
+    own = run()
+    least = 0.97 if dtype == torch.float32 else 0.8  # bf16 rounds, and a text goes another way from there on
+    for other in (eager, own):
+        assert sum(a == b for a, b in zip(fast, other, strict=True)) >= least * len(prompts)
+
+
+def test_weights_changed_in_place_change_the_next_scores_and_memory_is_given_back(tiny, captures):
+    import torch
+    from scoring_models import PAD, items_of
+
+    from pipeline.scoring import choice_log_likelihoods
+
+    (model, dtype), items = on_device(tiny, "bf16", True), items_of(200)
+    run = lambda: choice_log_likelihoods(model, items, 256, PAD, torch.device("cuda"), dtype)  # noqa: E731
+    held = []
+    for _ in range(6):
+        run()
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert len(captures) >= 6 and held[-1] - held[1] <= 2**26, held
+    before = run()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert run() != before
