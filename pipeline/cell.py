@@ -13,13 +13,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from pipeline import measure, probes, scoring
 from pipeline.config import build, plain
-from pipeline.data import Encoder, Rows, load_rationales, load_rows
+from pipeline.data import Encoded, Encoder, Rows, load_rationales, load_rows
 from pipeline.files import UserError, atomic_path, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
 from pipeline.measure import Meter, PeakMemory
 from pipeline.methods.base import Method
@@ -27,6 +27,9 @@ from pipeline.model import device_of, load_model, load_stored, load_tokenizer, m
 from pipeline.objectives.base import Objective
 from pipeline.results import SHARED_PROCESS, Forgetting, Inference, Memory, Result, Score, Size, Teacher, Work, write
 from pipeline.settings import Settings, read
+
+if TYPE_CHECKING:
+    from pipeline.loop import Trained
 
 CODE = ("cell.py", "data.py", "loop.py", "model.py", "scoring.py", "methods/*.py", "objectives/*.py")
 
@@ -60,7 +63,7 @@ def folder_of(cfg: DictConfig) -> Path:
 
 def decides(cfg: DictConfig) -> dict[str, Any]:
     """What of a cell's config decides its outcome: not where files lie, how progress is shown or where it is tracked."""
-    raw = {k: v for k, v in plain(cfg).items() if k not in ("paths", "tracking", "sweep", "variant", "cell", "split", "memory_limit_gb")}
+    raw = {k: v for k, v in plain(cfg).items() if k not in ("paths", "tracking", "sweep", "variant", "cell", "split", "memory_limit_gb", "pack")}
     raw["train"].pop("progress", None)
     raw["train"].pop("checkpoint_every_s", None)
     return raw
@@ -81,6 +84,11 @@ def checkpoint_of(cfg: DictConfig) -> Path:
         for path in sorted(Path(__file__).parent.glob(pattern)):
             code.update(path.read_bytes())
     return Path(cfg.paths.work) / "checkpoints" / f"{name(cfg)}-{fingerprint(cfg)}-{code.hexdigest()[:8]}.pt"
+
+
+def packed_of(cfg: DictConfig) -> Path:
+    """Where the training of a cell that was packed with others (pack=true) waits for the cell to take it up."""
+    return checkpoint_of(cfg).with_suffix(".packed")
 
 
 def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...] | None = None, folder: Path | None = None,
@@ -164,6 +172,7 @@ class Cell:
         self.artefact: Callable[[Path], None] | None = None
         self.artefact_bytes = 0
         self.discard_checkpoint: Callable[[], None] | None = None
+        self.slots: int | None = None
 
     def run(self) -> Result:
         history: list[dict[str, float]]
@@ -186,7 +195,7 @@ class Cell:
             **{**_identity(self.cfg, self.settings, self.method, self.objective), "train_rows": len(self.rows.train)},
             precision=self.precision, status="ok", validation_rows=len(self.rows.validation), scores=self.scores, memory=memory, work=work,
             size=size, inference=inference, forgetting=forgetting, teacher=self._teacher(), history=history, notes=self.notes,
-            hardware=measure.hardware(self.device), provenance=self._provenance(), phases=self.meter.phases(),
+            hardware=measure.hardware(self.device), provenance=self._provenance(), phases=self.meter.phases(), packed=self.slots is not None, slots=self.slots,
         )
 
     def _wants(self, split: str) -> bool:
@@ -244,7 +253,7 @@ class Cell:
         """Wrap the base, train what there is to train, and leave `self.model` as it will be served."""
         import torch
 
-        from pipeline.loop import Loop, total_steps
+        from pipeline.loop import total_steps
 
         with self.meter.phase("load"):
             torch.manual_seed(self.cfg.seed)
@@ -267,17 +276,44 @@ class Cell:
                 self.method.before_training(self.model, total_steps(self.settings.train, len(examples)))
         if not self.method.trains:
             return Work(), None, []
-        with self.meter.phase("load"):
-            checkpoint = checkpoint_of(self.cfg) if self.folder is not None else None
-            loop = Loop(self.model, self.method, self.objective, examples, self.settings.train, self.cfg.seed, self._validate, checkpoint,
-                        self.meter, self.device, self.dtype, self.encoder.pad_id)
-        trained = loop.run()
-        self.discard_checkpoint = loop.discard_checkpoint
+        trained = self._packed() or self._loop(examples)
         self.notes += trained.notes
         with self.meter.phase("save"):
             self.model = self.method.served(self.model, dtype)
             self.scorer.model = self.model
         return trained.work, trained.memory, trained.history
+
+    def _loop(self, examples: list[list[Encoded]]) -> Trained:
+        from pipeline.loop import Loop
+
+        with self.meter.phase("load"):
+            checkpoint = checkpoint_of(self.cfg) if self.folder is not None else None
+            loop = Loop(self.model, self.method, self.objective, examples, self.settings.train, self.cfg.seed, self._validate, checkpoint,
+                        self.meter, self.device, self.dtype, self.encoder.pad_id)
+        self.discard_checkpoint = loop.discard_checkpoint
+        return loop.run()
+
+    def _packed(self) -> Trained | None:
+        """Take up a training that was packed with others, if one waits."""
+        path = packed_of(self.cfg)
+        if self.folder is None or not self.cfg.pack or not path.exists():
+            return None
+        import torch
+
+        from pipeline.loop import Trained
+
+        with self.meter.phase("load"), torch.no_grad():
+            held = torch.load(path, map_location="cpu", weights_only=True)
+            for name, parameter in self.model.named_parameters():
+                if name in held["weights"]:
+                    parameter.copy_(held["weights"][name])
+        for phase in ("warmup", "train"):
+            self.meter.add(phase, held[f"{phase}_s"])
+        self.slots = held["slots"]
+        self.discard_checkpoint = lambda: path.unlink(missing_ok=True)
+        notes = [*held["notes"], f"trained packed, {self.slots} cells at once: training time is a share of theirs, memory was not measured"]
+        kind = "gpu_reserved" if self.device.type == "cuda" else "cpu_rss"
+        return Trained(Work(**held["work"]), Memory(kind, None), held["history"], notes)
 
     def _prompt(self, prompt: str) -> str:
         return self.method.prompt(self.objective.prompt(prompt), self.state)

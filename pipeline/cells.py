@@ -2,6 +2,7 @@
 
     python -m pipeline.cells experiments=quick                 all missing cells of experiments/quick/params.yaml's grid
     python -m pipeline.cells experiments=quick technique=lora  only those of one technique
+    python -m pipeline.cells experiments=quick pack=true       seeds of an adapter trained at once (pipeline/cells_packed.py)
 
 Imports, base model and tokenizer are read once; every cell then goes on in a forked child, so its memory is its own and
 one that runs out of it does not stop the others. A finished cell is passed over (unless its config, data or model
@@ -20,7 +21,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from pipeline import cell, tracking
+from pipeline import cell, cells_packed, tracking
 from pipeline.config import ROOT, compose, entry, task_overrides
 from pipeline.files import UserError
 from pipeline.measure import hardware, now
@@ -47,6 +48,7 @@ def run_cells(cells: Sequence[DictConfig]) -> int:
     shared = preload(missing)
     code = 0
     try:
+        cells_packed.train([c for c in missing if c.pack], shared)
         for number, cfg in enumerate(missing, 1):
             print(f"[{number}/{len(missing)}] {cell.name(cfg)}", flush=True)
             code = max(code, run_cell(cfg, shared, now()))

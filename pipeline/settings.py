@@ -170,7 +170,7 @@ def read(cfg: DictConfig) -> Settings:
     """The checked settings of a composed config. Raises UserError naming the key."""
     raw = plain(cfg)
     _known_keys(raw)
-    for key, hint, least in (("seed", int, 0), ("train_rows", int | None, 1), ("memory_limit_gb", float | None, 0)):
+    for key, hint, least in (("seed", int, 0), ("train_rows", int | None, 1), ("memory_limit_gb", float | None, 0), ("pack", bool, 0)):
         value = _coerce(raw[key], hint, key)
         if value is not None:
             _at_least(key, value, least)

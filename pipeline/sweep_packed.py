@@ -6,9 +6,7 @@ each as it ends; the parent starts a smaller pack if memory ran out, and puts ba
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +14,19 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from pipeline import cell
-from pipeline.files import UserError, read_json, write_json
+from pipeline.files import UserError
 from pipeline.measure import Stopwatch, hardware, provenance
+from pipeline.pack_process import attempt, signals
 from pipeline.results import Phases, Result, Work
-from pipeline.supervise import run_in_child
 from pipeline.sweep_space import Point, Sweep, at
 from pipeline.sweep_study import answered, fail, open_study, revive, short, tell, tell_pruned, write_trials
 
 if TYPE_CHECKING:
     import optuna
 
-    from pipeline.fast.pack import Job, Pack, Running
+    from pipeline.fast.pack import Job, Running
 
-NOTE = ".pack.json"
-REFUSED, OUT_OF_MEMORY, INTERRUPTED = 74, 75, 130
-"""Exit codes of the child."""
+NO_GPU = "there is no GPU here, where packing would pay"
 TPE_AT_ONCE = 10
 """Of a search that learns, no more than this: TPE draws its first ten at random anyway, and the others should know of some answers."""
 
@@ -44,7 +40,7 @@ def refusal(sweep: Sweep, cfg: DictConfig) -> str | None:
     if "peak_memory" in sweep.objectives:
         return "the memory of a packed trial is not a single run's"
     if sweep.executor == "auto" and (cfg.device == "cpu" or torch.version.cuda is None):
-        return "there is no GPU here, where packing would pay"
+        return NO_GPU
     return None
 
 
@@ -57,48 +53,22 @@ def search(study: optuna.Study, sweep: Sweep, cfg: DictConfig, folder: Path, sha
     watch, slots = Stopwatch(), sweep.slots
     while answered(study) < sweep.target and (sweep.timeout_s is None or watch.peek() < sweep.timeout_s):
         revive(study, sweep)
-        left = None if sweep.timeout_s is None else sweep.timeout_s - watch.peek()
-        (folder / NOTE).unlink(missing_ok=True)
-        done = run_in_child(lambda: _child(sweep, cfg, folder, shared, slots, left), cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30))  # noqa: B023
-        note = read_json(folder / NOTE) if (folder / NOTE).exists() else {}
-        (folder / NOTE).unlink(missing_ok=True)
-        if done.code == REFUSED:
-            if sweep.executor == "packed":
-                raise UserError(f"sweep.executor=packed, but {note['refused']}; choose auto or sequential")
-            return str(note["refused"])
-        if done.out_of_memory or done.code == OUT_OF_MEMORY:
-            had = note.get("slots", 1)
-            if had == 1:
+        left_s = None if sweep.timeout_s is None else sweep.timeout_s - watch.peek()
+
+        def work(tell: Callable[[int], None], slots: int | None = slots, left_s: float | None = left_s) -> None:
+            Trials(open_study(folder, cfg, sweep), sweep, cfg, folder, left_s).run(shared, slots, tell)
+
+        ended = attempt(work, shared, folder / ".pack.json", cfg.memory_limit_gb)
+        if ended.refused and sweep.executor == "packed":
+            raise UserError(f"sweep.executor=packed, but {ended.refused}; choose auto or sequential")
+        if ended.refused:
+            return ended.refused
+        if ended.out_of_memory:
+            slots = ended.fewer()
+            if slots is None:
                 return "not even one trial fits beside what a pack needs"
-            slots = had // 2
-            print(f"{had} trials at once ran out of memory; going on with {slots}", flush=True)
-            continue
-        if done.code == INTERRUPTED:
-            raise KeyboardInterrupt
-        if done.code:
-            raise UserError(f"the packed trials ended with code {done.code} (see above); mend the cause and run again")
+            print(f"{ended.slots} trials at once ran out of memory; going on with {slots}", flush=True)
     return None
-
-
-def _child(sweep: Sweep, cfg: DictConfig, folder: Path, shared: cell.Shared, slots: int | None, left_s: float | None) -> int:
-    """The pack's process."""
-    import torch
-
-    from pipeline.fast.bind import Unsupported
-
-    if shared.threads:
-        torch.set_num_threads(shared.threads)
-    trials = Trials(open_study(folder, cfg, sweep), sweep, cfg, folder, left_s)
-    try:
-        trials.run(shared, slots)
-    except Unsupported as reason:
-        write_json(folder / NOTE, {"refused": str(reason)})
-        return REFUSED
-    except (MemoryError, RuntimeError) as error:
-        if not cell.out_of_memory(error):
-            raise
-        return OUT_OF_MEMORY
-    return 0
 
 
 @dataclass
@@ -115,23 +85,22 @@ class Trials:
     """Trials that are being tried, by number."""
     slots: int = 1
 
-    def run(self, shared: cell.Shared, slots: int | None) -> None:
+    def run(self, shared: cell.Shared, slots: int | None, tell: Callable[[int], None]) -> None:
+        from pipeline.fast.bind import Unsupported
         from pipeline.packing import Packing
 
         packing = Packing([at(self.cfg, point) for point in covers(self.cfg, self.sweep)], shared)
         if self.sweep.executor == "auto" and packing.device.type != "cuda":
-            from pipeline.fast.bind import Unsupported
-
-            raise Unsupported("there is no GPU here, where packing would pay")
+            raise Unsupported(NO_GPU)
         left = self.sweep.target - answered(self.study)
         at_once = left if self.sweep.sampler == "brute_force" else min(left, TPE_AT_ONCE)
         self.packing, self.about = packing, provenance()
         self.slots = min(slots, left) if slots else packing.slots(at_once)
-        write_json(self.folder / NOTE, {"slots": self.slots})
+        tell(self.slots)
         pack = packing.open(self.slots, left, self._prune)
         print(f"{self.slots} trials at once", flush=True)
         try:
-            with _signals(pack):
+            with signals(pack):
                 pack.run(self._take, self._done)
         finally:
             for number in self.running:
@@ -187,18 +156,3 @@ def covers(cfg: DictConfig, sweep: Sweep) -> list[Point]:
             linked = {other: rule["times"] * value for other, rule in sweep.link.items() if rule["of"] == key}
             found.append({key: value, **linked})
     return found
-
-
-@contextlib.contextmanager
-def _signals(pack: Pack) -> Iterator[None]:
-    """SIGTERM and SIGINT end the pack after the step at hand."""
-
-    def stop(*_: Any) -> None:
-        pack.stopped = True
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -21,7 +21,7 @@ SAMPLERS = ("brute_force", "tpe")
 EXECUTORS = ("auto", "packed", "sequential")
 PRUNERS = ("median", "successive_halving", "hyperband")
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {"validation": "maximize", "peak_memory": "minimize"}
-UNRELATED = ("sweep", "tracking", "paths", "variant", "train.progress", "train.checkpoint_every_s", "evaluate")
+UNRELATED = ("sweep", "tracking", "paths", "variant", "pack", "train.progress", "train.checkpoint_every_s", "evaluate")
 """Config keys (or groups) that may differ between the runs of one study; evaluate, because trials see validation rows only."""
 
 Point = dict[str, Any]

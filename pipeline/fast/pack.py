@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pipeline.choices import Items
 from pipeline.data import Encoded
 from pipeline.fast.bind import Bound, bind
 from pipeline.fast.programs import ByHand
@@ -23,7 +24,6 @@ from pipeline.fast.starts import Slots, Start, Weights
 from pipeline.fast.stepper import Stepper
 from pipeline.loop import LOSS_EVERY, lr_factor, validation_steps
 from pipeline.measure import Stopwatch
-from pipeline.scoring import Items
 from pipeline.settings import Train
 
 THREADS = 8  # that draw adapters

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
+from pipeline.choices import Items, Reads
 from pipeline.data import pad
 from pipeline.fast import ops
 from pipeline.fast.llama import LOGITS_AT_ONCE, Group, Llama
 from pipeline.fast.shapes import GRAIN
-from pipeline.scoring import Items, Reads
 
 
 def choice_log_likelihoods(llama: Llama, slots: Sequence[int], total: int, items: Items, batch_tokens: int, pad_id: int) -> list[list[list[float]]]:
