@@ -215,9 +215,9 @@ def _trial_run(row: dict[str, str], sweep: dict[str, Any], key: str, params: dic
         name=f"{key.rpartition('/')[2]} trial {row['number']}",
         start_ms=start,
         end_ms=end,
-        status="FINISHED" if row["status"] == "ok" else "FAILED",
+        status="FINISHED" if row["status"] in ("ok", "pruned") else "FAILED",
         params=params | _texts({_short(k): row[k] or None for k in sweep["settings"]}),
-        tags=tags | _texts({"status": row["status"], "memory_kind": row["memory_kind"] or None}),
+        tags=tags | _texts({"status": row["status"], "memory_kind": row["memory_kind"] or None, "packed": row.get("packed") or None}),
         metrics=[Metric(k, float(v), end) for k, v in named.items() if v],
     )
 

@@ -23,7 +23,7 @@ from pipeline.fast.shapes import OpenShapes, length
 from pipeline.fast.starts import Slots, Start, Weights
 from pipeline.fast.stepper import Stepper
 from pipeline.loop import LOSS_EVERY, lr_factor, validation_steps
-from pipeline.measure import Stopwatch
+from pipeline.measure import PeakMemory, Stopwatch
 from pipeline.settings import Train
 
 THREADS = 8  # that draw adapters
@@ -215,16 +215,15 @@ class Pack:
 
 def slot_bytes(template: Any, rank: int, shapes: OpenShapes, pad_id: int, device: Any, dtype: Any) -> int:
     """Bytes that one slot takes: its numbers, and its part of a step over the widest shape (`shapes`: of two slots)."""
-    from pipeline.measure import PeakMemory
-
-    memory = PeakMemory(device)
-    memory.start()
     program = ByHand(bind(template, dtype, slots=shapes.slots, rank=rank, accumulate=shapes.accumulates))
+    flat, memory = program.flat, PeakMemory(device)
+    memory.start()
     stepper = Stepper(program, shapes, pad_id, device)
     widest = stepper.statics[max(stepper.statics)]
     program.prepare(shapes.slots * widest.shape.rows, widest.shape.width + program.virtual)
     program.run(widest)
-    held = memory.stop()
+    step = memory.stop()
     stepper.close()
     program.release()
-    return max(0, (held.peak_bytes or 0) - (held.baseline_bytes or 0)) // shapes.slots
+    numbers = sum(x.numel() * x.element_size() for x in (flat.master, *flat.moments, flat.compute, flat.raw, flat.sum) if x is not None)
+    return (numbers + max(0, (step.peak_bytes or 0) - (step.baseline_bytes or 0))) // shapes.slots
