@@ -47,7 +47,7 @@ def attempt(work: Callable[[Callable[[int], None]], None], shared: cell.Shared, 
     """
     note.parent.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)
-    done = run_in_child(lambda: _child(work, shared, note), memory_limit_gb and int(memory_limit_gb * 2**30))
+    done = run_in_child(lambda: _child(work, shared, note), int(memory_limit_gb * 2**30) if memory_limit_gb else None)
     said = read_json(note) if note.exists() else {}
     note.unlink(missing_ok=True)
     if done.code == INTERRUPTED:

@@ -140,6 +140,7 @@ class Packing:
 
     def open(self, slots: int, left: int, prune: Callable[[Running], bool] = lambda _: False, keep: bool = False) -> Pack:
         """The pack, warmed up; `left`: runs that it will see. Raises Unsupported; RuntimeError if it runs out of memory."""
+        from pipeline.fast.bind import Unsupported
         from pipeline.fast.pack import Pack
         from pipeline.fast.stepper import STEPS_A_WIDTH
 
@@ -149,9 +150,11 @@ class Packing:
             pack = Pack(template, slots, self._rank(), shapes, self.encoder.pad_id, self.device, self.dtype, self.score, prune, keep)
         try:
             pack.warm()
-        except BaseException:
+        except RuntimeError as error:
             pack.close()
-            raise
+            if cell.out_of_memory(error):
+                raise
+            raise Unsupported(f"the capture failed ({str(error).splitlines()[0]})") from error
         return pack
 
     def score(self, pack: Pack, running: list[Running]) -> list[Scored]:

@@ -161,3 +161,22 @@ def test_open_shapes_hold_whatever_rows_come():
                 assert (static.weights[slot * micro.shape.labels : (slot + 1) * micro.shape.labels] > 0).sum() == sum(map(labels, examples))
         assert fed == [len(part) for part in parts]
     assert OpenShapes([[Encoded(tuple(range(9)), 1)]] * 4, 2, 4, 1000, 2).all()[0].dense
+
+
+def test_a_failed_capture_is_a_reason_and_lack_of_memory_is_not(overrides, monkeypatch):
+    from pipeline.fast.bind import Unsupported
+    from pipeline.fast.stepper import Stepper
+
+    def failing(message):
+        def warm(self):
+            raise RuntimeError(message)
+
+        return warm
+
+    cfg = compose([*overrides, *SHORT])
+    monkeypatch.setattr(Stepper, "warm", failing("operation not permitted when stream is capturing\nmore"))
+    with pytest.raises(Unsupported, match=r"the capture failed \(operation not permitted when stream is capturing\)"):
+        pack([cfg], 1)
+    monkeypatch.setattr(Stepper, "warm", failing("CUDA out of memory. Tried"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pack([cfg], 1)
