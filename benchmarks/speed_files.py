@@ -27,8 +27,9 @@ def origin(device: Any) -> dict[str, Any]:
     for name in ("optuna", "liger_kernel", "triton", "flash_attn"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    command = " ".join(word for word in about["command"].split() if not word.startswith("out="))  # where the files went says nothing of how they came about
     return {
-        "hardware": hardware(device), "versions": versions, "date": about["started"][:10], "command": about["command"],
+        "hardware": hardware(device), "versions": versions, "date": about["started"][:10], "command": command,
         "git_commit": about["git_commit"], "git_dirty": about["git_dirty"],
     }
 
