@@ -31,7 +31,7 @@ from pipeline.settings import Settings, read
 if TYPE_CHECKING:
     from pipeline.loop import Trained
 
-CODE = ("cell.py", "data.py", "loop.py", "model.py", "scoring.py", "methods/*.py", "objectives/*.py")
+CODE = ("cell.py", "choices.py", "data.py", "loop.py", "model.py", "scoring.py", "stepping.py", "fast/*.py", "methods/*.py", "objectives/*.py")
 
 
 @dataclass

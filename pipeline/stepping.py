@@ -126,7 +126,7 @@ class Fast:
         program.flat.max_norm.fill_(settings.max_grad_norm)
         self.stepper = Stepper(program, shapes, pad_id, device)
         self.program = program
-        widths = ", ".join(str(w) for w in sorted(self.stepper.statics))
+        widths = ", ".join(str(w) for w in sorted(self.stepper.inputs))
         self.notes.append(f"engine: {way}{', captured in CUDA graphs' if self.stepper.graphs.captures else ''}; widths {widths}")
         if settings.optimizer == "paged_adamw":
             self.notes.append("paged_adamw cannot be captured: the fast engine's AdamW ran, its state not paged")

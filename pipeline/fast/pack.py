@@ -219,7 +219,7 @@ def slot_bytes(template: Any, rank: int, shapes: OpenShapes, pad_id: int, device
     flat, memory = program.flat, PeakMemory(device)
     memory.start()
     stepper = Stepper(program, shapes, pad_id, device)
-    widest = stepper.statics[max(stepper.statics)]
+    widest = stepper.inputs[max(stepper.inputs)]
     program.prepare(shapes.slots * widest.shape.rows, widest.shape.width + program.virtual)
     program.run(widest)
     step = memory.stop()

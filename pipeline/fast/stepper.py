@@ -35,15 +35,15 @@ class Stepper:
         self.slots = self.flat.slots
         self.loss_sum, self.loss = torch.zeros(self.slots, device=device), torch.zeros(self.slots, device=device)
         self.graphs = Graphs(device)
-        self.statics = {s.width: Static(s, self.slots, program.virtual, pad_id, device) for s in shapes.all()}
+        self.inputs = {s.width: Static(s, self.slots, program.virtual, pad_id, device) for s in shapes.all()}
         self._replay: dict[int, Callable[[], None]] = {}
         self._update: Callable[[], None] | None = None
 
     def warm(self) -> None:
         """Capture everything. The slots' values are as before; moments and step counts start at zero."""
-        largest = max(self.statics.values(), key=lambda s: s.shape.rows * s.shape.width)
+        largest = max(self.inputs.values(), key=lambda s: s.shape.rows * s.shape.width)
         self.program.prepare(self.slots * largest.shape.rows, largest.shape.width + largest.virtual)
-        for width, static in self.statics.items():
+        for width, static in self.inputs.items():
             self._replay[width] = self.graphs.capture(functools.partial(self._forward_backward, static))
         self.flat.lr.zero_()
         self._clear_gradients()
@@ -57,7 +57,7 @@ class Stepper:
         assert self._update is not None, "warm first"
         real = padding = 0
         for micro in self.shapes.micro_batches(examples):
-            self.statics[micro.shape.width].fill(micro)
+            self.inputs[micro.shape.width].fill(micro)
             self.program.begin(micro)
             self._replay[micro.shape.width]()
             counted = tokens(micro)
