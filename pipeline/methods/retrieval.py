@@ -5,6 +5,7 @@ conf/method/retrieval.yaml, retrieval_embedding.yaml, retrieval_documents.yaml.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ class Retrieval(Method):
 def by_bm25(texts: Sequence[str]) -> Callable[[str, int], list[int]]:
     """Nearest by BM25 over lower-case words of two letters or more."""
     import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index it builds
 
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(texts), stopwords=None, show_progress=False), show_progress=False)
