@@ -88,8 +88,8 @@ class Layer:
         *inputs, output = attended
         if self.out.trained:
             self.out.backward_weight(dx2, self._mixed(output.detach()), kept_out, dkept)
-        dout = dmixed.reshape(output.shape[0], output.shape[2], self.heads, self.width).transpose(1, 2)
-        dq, dk, dv = torch.autograd.grad(output, inputs, dout)
+        doutput = dmixed.reshape(output.shape[0], output.shape[2], self.heads, self.width).transpose(1, 2)
+        dq, dk, dv = torch.autograd.grad(output, inputs, doutput)
         dqkv = ops.unrotate(dq, dk, dv, cos, sin)
         dn, dkept = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
         self.qkv.backward_weight(dqkv, n1, kept_qkv, dkept)
