@@ -66,6 +66,8 @@ def decides(cfg: DictConfig) -> dict[str, Any]:
     raw = {k: v for k, v in plain(cfg).items() if k not in ("paths", "tracking", "sweep", "variant", "cell", "split", "memory_limit_gb", "pack")}
     raw["train"].pop("progress", None)
     raw["train"].pop("checkpoint_every_s", None)
+    if raw["train"].get("min_steps") is None:  # cells that were run before there was such a key keep their results
+        raw["train"].pop("min_steps", None)
     return raw
 
 
@@ -152,7 +154,7 @@ def _identity(cfg: DictConfig, settings: Settings, method: Method, objective: Ob
     if method.trains:
         train = settings.train
         shown |= {"lr": train.lr, "epochs": train.epochs, "batch_size": train.batch_size, "optimizer": train.optimizer, "schedule": train.schedule}
-        shown |= {"steps": train.steps} if train.steps is not None else {}
+        shown |= {key: steps for key, steps in (("steps", train.steps), ("min_steps", train.min_steps)) if steps is not None}
     return {
         "experiment": cfg.experiment, "cell": name(cfg), "technique": cfg.technique.name, "family": settings.technique.family,
         "method": method.name, "objective": objective.name if method.trains else "none", "task": cfg.task.name, "model": cfg.model.name,

@@ -139,7 +139,9 @@ class Rows:
 
 def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, validation_share: float, test_rows: int | None,
               transfer_rows: int | None) -> Rows:
-    """Read a prepared task. Smaller train_rows are nested in larger ones of the same seed.
+    """Read a prepared task. Smaller train_rows are nested in larger ones of the same seed, whose order is drawn with it (docs/data_dependency.md).
+
+    Validation rows are the first of the split's fixed order, the same for every seed: the share of train_rows rounded down, one at least.
 
     Raises:
         UserError: not prepared, or fewer rows than asked for.
@@ -151,7 +153,7 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
     if wanted > len(train):
         raise UserError(f"train_rows={wanted}, but {folder / 'train.jsonl'} has {len(train)} rows; ask for at most that")
     random.Random(seed).shuffle(train)
-    validation = read_jsonl(folder / "validation.jsonl")[: max(1, round(wanted * validation_share))]
+    validation = read_jsonl(folder / "validation.jsonl")[: max(1, int(wanted * validation_share + 1e-9))]
     transfer = {}
     for name in task.transfer if transfer_rows != 0 else ():
         transfer[name] = read_jsonl(folder / "transfer" / f"{name}.jsonl")[:transfer_rows]

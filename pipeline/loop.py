@@ -56,10 +56,11 @@ class Trained:
 
 
 def total_steps(settings: Train, rows: int) -> int:
-    """Optimiser steps of a run."""
+    """Optimiser steps of a run: `steps`, or as many as the epochs take, at least `min_steps` (none if there are 0 epochs)."""
     if settings.steps is not None:
         return settings.steps
-    return math.ceil(settings.epochs * steps_in_epoch(rows, settings.batch_size))
+    found = math.ceil(settings.epochs * steps_in_epoch(rows, settings.batch_size))
+    return max(found, settings.min_steps or 0) if found else 0
 
 
 def lr_factor(step: int, total: int, schedule: str, warmup_share: float) -> float:

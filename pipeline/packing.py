@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 DIFFER = (
     "seed", "train_rows", "variant", "method.config.r", "method.config.lora_alpha", "method.config.target_modules", "method.config.use_rslora",
     "method.config.lora_dropout",
-    "train.lr", "train.weight_decay", "train.max_grad_norm", "train.schedule", "train.warmup_share", "train.epochs", "train.steps", "train.batch_size",
-    "train.validations",
+    "train.lr", "train.weight_decay", "train.max_grad_norm", "train.schedule", "train.warmup_share", "train.epochs", "train.steps", "train.min_steps",
+    "train.batch_size", "train.validations",
 )
 """Keys in which cells of a pack may differ."""
 MEMORY_SHARE = 0.8  # of the free memory that a pack may plan to take

@@ -66,6 +66,8 @@ class Train:
     """Most tokens (padding included) in one forward pass; a step's rows are split to fit."""
     steps: int | None = None
     """Optimiser steps; overrides epochs. 0 trains nothing but goes through save and load."""
+    min_steps: int | None = None
+    """Fewest optimiser steps: few rows are gone through more often than `epochs` says, until there are as many; null: as `epochs` says."""
     engine: str = "auto"
     """auto (fast on a GPU where technique and model allow it, eager elsewhere), fast (static shapes, CUDA graphs, hand-written steps) or eager."""
     optimizer: str = "adamw"
@@ -90,8 +92,9 @@ class Train:
         _at_least("train.epochs", self.epochs, 0)
         _at_least("train.validations", self.validations, 0)
         _at_least("train.max_length", self.max_length, 2)
-        if self.steps is not None:
-            _at_least("train.steps", self.steps, 0)
+        for key, steps in (("steps", self.steps), ("min_steps", self.min_steps)):
+            if steps is not None:
+                _at_least(f"train.{key}", steps, 0)
         _at_least("train.weight_decay", self.weight_decay, 0)
         _at_least("train.checkpoint_every_s", self.checkpoint_every_s, 0)
         if not 0 <= self.warmup_share <= 1:

@@ -63,7 +63,7 @@ def test_the_files_of_a_cell(overrides, tmp_path):
     assert {p.name for p in (tmp_path / "cell").iterdir()} == {"result.json", "predictions.jsonl", "history.csv", "artefact"}
     splits = [p["split"] for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl")]
     assert splits.count("test") == result.test.rows == 48
-    assert splits.count("validation") == result.validation_rows == round(0.2 * 64)
+    assert splits.count("validation") == result.validation_rows == int(0.2 * 64)
     lines = (tmp_path / "cell" / "history.csv").read_text().splitlines()
     assert lines[0].startswith("step,loss,lr") and len(lines) == 4
     weights = tmp_path / "cell" / "artefact" / "adapter_model.safetensors"

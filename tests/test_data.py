@@ -61,9 +61,17 @@ def test_smaller_training_sets_are_nested_in_larger_ones_of_the_same_seed(tiny):
     assert ids(rows(tiny, 8, seed=1).train) != sets[0]
 
 
-def test_validation_is_a_share_of_the_training_rows_and_test_a_fixed_start(tiny):
-    assert [len(rows(tiny, n).validation) for n in (2, 8, 40, 64)] == [1, 2, 8, 13]
-    assert ids(rows(tiny, 8, seed=3).validation) == ids(rows(tiny, 40).validation)[:2]
+def test_rows_are_drawn_without_looking_at_their_labels(tiny):
+    """Not stratified: over many seeds the labels of the first rows vary as those of a simple random draw do (here 8 of 32 + 32 rows)."""
+    counts = [sum(r["answer"] == "positive" for r in rows(tiny, 8, seed).train) for seed in range(200)]
+    mean, variance = sum(counts) / 200, sum((c - 4) ** 2 for c in counts) / 200
+    assert abs(mean - 4) < 0.35 and 1.2 < variance < 2.4, "hypergeometric: mean 4, variance 1.78; a stratified draw has 0"
+
+
+def test_validation_is_at_most_its_share_of_the_training_rows_nested_and_test_a_fixed_start(tiny):
+    assert [len(rows(tiny, n).validation) for n in (2, 8, 40, 64)] == [1, 1, 8, 12]
+    assert all(len(rows(tiny, n).validation) <= 0.2 * n for n in range(5, 65))
+    assert ids(rows(tiny, 10, seed=3).validation) == ids(rows(tiny, 40).validation)[:2]
     whole = ids(rows(tiny, 8).test)
     assert len(whole) == 48 and ids(rows(tiny, 64, seed=1, test_rows=5).test) == whole[:5]
 

@@ -13,8 +13,9 @@ import pytest
 
 from pipeline import cell
 from pipeline.config import ROOT, compose
-from pipeline.loop import lr_factor
+from pipeline.loop import lr_factor, total_steps
 from pipeline.results import read
+from pipeline.settings import Train
 
 DROPOUT = ["technique=lora", "method.config.lora_dropout=0.1", "train.epochs=3", "train.batch_size=8", "train.checkpoint_every_s=0", "train.lr=1e-2"]
 
@@ -107,3 +108,18 @@ def test_same_seed_same_weights_other_seed_others(overrides, tmp_path):
         return finished(compose([*overrides, "technique=lora", "train.steps=3", f"seed={seed}"]), tmp_path / where)
 
     assert trained(1, "a") == trained(1, "b") != trained(2, "c")
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps"),
+    [(16, {}), (16, {"min_steps": 60}), (320, {"min_steps": 60}), (1600, {"min_steps": 60}), (16, {"min_steps": 60, "steps": 5}), (16, {"min_steps": 60, "epochs": 0})],
+)
+def test_few_rows_are_gone_through_until_there_are_enough_steps(rows, steps):
+    expected = {(16, 1): 3, (16, 60): 60, (320, 60): 60, (1600, 60): 300}[rows, steps.get("min_steps", 1)]
+    settings = Train(**({"lr": 1e-3, "epochs": 3, "batch_size": 16, "micro_batch_tokens": 64} | steps))
+    assert total_steps(settings, rows) == steps.get("steps", 0 if settings.epochs == 0 else expected)
+
+
+def test_an_unset_floor_of_steps_leaves_the_cells_that_were_run_done():
+    plain, floor = compose(["technique=lora"]), compose(["technique=lora", "train.min_steps=60"])
+    assert "min_steps" not in cell.decides(plain)["train"] and cell.decides(floor)["train"]["min_steps"] == 60

@@ -156,4 +156,4 @@ def test_the_choice_is_made_on_validation_and_served(overrides, tmp_path):
     assert kept["template"] == best["template"] and result.scores["validation"].accuracy == best["metric"]
     found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
     assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    assert result.phases.validate_s > 0 and report_rows._untrained_rows(result) == result.validation_rows == 13
+    assert result.phases.validate_s > 0 and report_rows._untrained_rows(result) == result.validation_rows == 12
