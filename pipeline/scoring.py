@@ -62,13 +62,14 @@ def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: 
     """
     import torch
 
+    from pipeline.fast.answering import by_hand
     from pipeline.fast.forward import Reader
     from pipeline.fast.reuse import sharing_refused
 
     reads = Reads.of(items)
     groups = arrange(reads, items)
-    with torch.inference_mode(), autocast(device, dtype):
-        reader = Reader(model, functools.partial(logits_at, model), lambda: autocast(device, dtype, cache=False), batch_tokens, pad_id, device,
+    with torch.inference_mode(), autocast(device, dtype), by_hand(model, dtype, device, len(items)) as written:
+        reader = Reader(model, written or functools.partial(logits_at, model), lambda: autocast(device, dtype, cache=False), batch_tokens, pad_id, device,
                         [] if notes is None else notes)
         try:
             if any(group.shares for group in groups) and sharing_refused(model, dtype, items, groups, reader.sums):
@@ -83,15 +84,21 @@ def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batc
     """Greedy continuations as text, prompts of similar length together. notes: takes the reason where a pass could not be captured."""
     import torch
 
-    from pipeline.fast.decode import greedy, unsuited
+    from pipeline.fast.answering import by_hand
+    from pipeline.fast.decode import Cached, Decoder, Written, greedy, unsuited
 
     texts, end = [""] * len(prompts), tokenizer.eos_token_id
-    with torch.inference_mode(), autocast(device, dtype):
-        if unsuited(model, max(map(len, prompts)) + max_new_tokens):
+    refused = unsuited(model, max(map(len, prompts)) + max_new_tokens)
+    with torch.inference_mode(), autocast(device, dtype), by_hand(model, dtype, device, 0 if refused else len(prompts)) as written:
+
+        def make(rows: int, width: int) -> Decoder:
+            shape = (rows, width, max_new_tokens, end, pad_id, device)
+            return Written(written, *shape) if written else Cached(functools.partial(logits_at, model), model.config, *shape)
+
+        if refused:
             found = _generate(model, prompts, max_new_tokens, batch_tokens, end, pad_id, device)
         else:
-            found = greedy(model, functools.partial(logits_at, model), lambda: autocast(device, dtype, cache=False), prompts, max_new_tokens, batch_tokens,
-                           end, pad_id, device, [] if notes is None else notes)
+            found = greedy(make, lambda: autocast(device, dtype, cache=False), prompts, max_new_tokens, batch_tokens, device, [] if notes is None else notes)
         for part, tokens in found:
             for index, text in zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
                 texts[index] = text

@@ -117,7 +117,9 @@ class Fast:
         try:
             if not plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.lr:
                 raise Unsupported("its loss or optimiser is its own")
-            program: Any = ByHand(bind(model, dtype, accumulate=shapes.accumulates, seed=seed))
+            bound = bind(model, dtype, accumulate=shapes.accumulates, seed=seed)
+            bound.serve(model)
+            program: Any = ByHand(bound)
             way = "hand-written step"
         except Unsupported as reason:
             program = ByAutograd(model, objective, groups, settings.lr, device, dtype)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scoring_models import CPU, KINDS, PAD, items_of, of_kind, with_prompt
 
-from pipeline.fast import decode
+from pipeline.fast import answering, decode
 from pipeline.model import load_model, load_tokenizer
 from pipeline.scoring import generate
 from pipeline.settings import Precision
@@ -41,11 +41,12 @@ def by_generate(model: Any, prompts: list[list[int]], new: int, tokenizer: Any) 
     return found
 
 
-@pytest.mark.parametrize("shapes", ["exact", "static"])
+@pytest.mark.parametrize("shapes", ["exact", "static", "written"])
 @pytest.mark.parametrize("new", [1, 2, 20])
 def test_texts_are_those_of_generate(monkeypatch, model, tokenizer, shapes, new):
-    if shapes == "static":
-        monkeypatch.setattr(decode, "STATIC", ("cpu",))
+    if shapes != "exact":
+        monkeypatch.setattr(answering, "STATIC", ("cpu",))
+        monkeypatch.setattr(answering, "FEW", 0 if shapes == "written" else 10**9)
     prompts = [prompt for prompt, _ in items_of(9)]
     expected = by_generate(model, prompts, new, tokenizer)
     assert generate(model, prompts, new, 128, tokenizer, PAD, CPU, torch.float32) == expected
@@ -62,7 +63,7 @@ def test_ended_rows_go_on_with_padding_and_the_batch_stops_soon_after(base):
         logits[1 if len(forwards) == 6 else slice(0, 0), 9] = 2.0
         return logits
 
-    decoder = decode.Decoder(counting, base.config, 3, 4, 40, 9, PAD, CPU)
+    decoder = decode.Cached(counting, base.config, 3, 4, 40, 9, PAD, CPU)
     decoder.fill([[2, 3], [4, 5, 6, 7]])
     out = decoder.run(decoder.prefill, decoder.step)
     assert out[0].tolist() == [5, 5, 9, *[PAD] * 37] and out[1, :7].tolist() == [5, 5, 5, 5, 5, 9, PAD]

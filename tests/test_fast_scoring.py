@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from scoring_models import CPU, KINDS, PAD, items_of, of_kind, with_prompt
+from scoring_models import CPU, KINDS, PAD, items_of, of_kind, with_lora, with_prompt
 
 from pipeline import scoring
 from pipeline.choices import Reads, joined
-from pipeline.fast import decode, forward, reuse
+from pipeline.fast import answering, bind, forward, reuse
 from pipeline.fast.capture import Graphs
+from pipeline.fast.parts import Unsupported
 from pipeline.model import load_model, load_tokenizer
 from pipeline.scoring import choice_log_likelihoods, generate
 from pipeline.settings import Precision
@@ -76,9 +77,9 @@ def tokens(shapes: list[tuple[int, ...]]) -> int:
 @pytest.fixture
 def static(monkeypatch):
     """Batches over static shapes on the CPU, as if launching a pass cost much and a capture little."""
-    for module in (forward, decode):
-        monkeypatch.setattr(module, "STATIC", ("cpu",))
-    monkeypatch.setattr(forward, "pass_tokens", lambda _: 2000.0)
+    monkeypatch.setattr(answering, "STATIC", ("cpu",))
+    monkeypatch.setattr(answering, "FEW", 10**9)
+    monkeypatch.setattr(forward, "pass_tokens", lambda *_: 2000.0)
     monkeypatch.setattr(forward, "CAPTURE", 1)
     made: list[Any] = []
     record = Graphs.capture
@@ -216,6 +217,46 @@ def test_static_shapes_change_no_score(base, static, demonstrations):
     scores(base, items[:2])
     shapes = fed(base, lambda: same(scores(base, items, 100), expected))
     assert static and len(set(shapes)) <= 6 < len(shapes), "the same shapes come again"
+
+
+@pytest.mark.parametrize("demonstrations", [0, 40])
+@pytest.mark.parametrize("batch_tokens", [1, 150, 4096])
+def test_the_hand_written_forward_gives_the_same_scores_and_leaves_the_model_as_it_was(model, static, monkeypatch, demonstrations, batch_tokens):
+    monkeypatch.setattr(answering, "FEW", 0)
+    items = items_of(30, demonstrations)
+    before = {name: (p.data_ptr(), p.stride(), p.clone()) for name, p in model.named_parameters()}
+    known = type(model).__name__ != "GPT2LMHeadModel" and not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    plain, whole = [], scoring.logits_at
+    monkeypatch.setattr(scoring, "logits_at", lambda *args, **further: plain.append(1) or whole(*args, **further))
+    same(scores(model, items, batch_tokens), naive(model, items))
+    assert bool(plain) is not known, "transformers' own forward runs for what is not known, and only there"
+    for name, parameter in model.named_parameters():
+        assert parameter.is_contiguous() and torch.equal(parameter, before[name][2]) and not parameter.is_inference()
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4, "every weight owns its memory again"
+
+
+def test_a_model_that_somebody_hooked_into_keeps_its_own_forward(base):
+    model = copy.deepcopy(base)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(Unsupported, match="model.layers.1.mlp"):
+        bind.answering(model, torch.float32)
+    with pytest.raises(Unsupported, match="model.layers.1.mlp"):
+        bind.bind(model, torch.float32)
+
+
+def test_a_model_in_training_answers_with_what_it_trains(base, monkeypatch):
+    monkeypatch.setattr(answering, "STATIC", ("cpu",))
+    model, items = with_lora(base), items_of(3)
+    bound = bind.bind(model, torch.float32, dropout=True)
+    bound.serve(model)
+    bound.flat.master.mul_(1.5)
+    bound.flat.sync()
+    with answering.by_hand(model, torch.float32, CPU, 1) as written:
+        assert written is not None and written.llama is bound.llama
+        same(scores(model, items), naive(model, items))
+    bound.release()
+    with answering.by_hand(model, torch.float32, CPU, 1) as written:
+        assert written is None
 
 
 def test_single_token_choices_run_over_static_shapes_without_a_mask(base, static):

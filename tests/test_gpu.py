@@ -116,7 +116,7 @@ def test_captured_scores_are_the_eager_ones(tiny, monkeypatch, captures, precisi
     import torch
     from scoring_models import PAD, items_of
 
-    from pipeline.fast import forward
+    from pipeline.fast import answering
     from pipeline.scoring import choice_log_likelihoods
 
     model, dtype = on_device(tiny, precision, lora)
@@ -125,7 +125,7 @@ def test_captured_scores_are_the_eager_ones(tiny, monkeypatch, captures, precisi
     run = lambda: choice_log_likelihoods(model, items, 256, PAD, torch.device("cuda"), dtype, notes)  # noqa: E731
     fast = run()
     assert captures and not notes, notes
-    monkeypatch.setattr(forward, "STATIC", ())
+    monkeypatch.setattr(answering, "STATIC", ())
     captures.clear()
     eager = run()
     assert not captures
@@ -138,7 +138,7 @@ def test_captured_decoding_writes_the_eager_texts(tiny, monkeypatch, captures, p
     import torch
     from scoring_models import PAD, items_of
 
-    from pipeline.fast import decode
+    from pipeline.fast import answering, decode
     from pipeline.model import load_tokenizer
     from pipeline.scoring import generate
 
@@ -148,7 +148,7 @@ def test_captured_decoding_writes_the_eager_texts(tiny, monkeypatch, captures, p
     run = lambda: generate(model, prompts, 16, 512, tokenizer, PAD, torch.device("cuda"), dtype, notes)  # noqa: E731
     fast = run()
     assert len(captures) >= 2 and not notes, notes
-    monkeypatch.setattr(decode, "STATIC", ())
+    monkeypatch.setattr(answering, "STATIC", ())
     eager = run()
     monkeypatch.setattr(decode, "unsuited", lambda *_: "compared with the model's own generate")
     own = run()

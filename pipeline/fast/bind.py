@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -30,10 +31,44 @@ class Bound:
     """LoRA: module name -> (A [K, r, in], B [K, out, r]) as views of the masters."""
     moved: list[Any] = field(default_factory=list)
 
+    def serve(self, model: Any) -> None:
+        """Answer for the model, whose own parameters these are, until the release."""
+        _BOUND[model] = self
+
     def release(self) -> None:
         """Give every frozen module a weight of its own again, laid out as before."""
-        for module in self.moved:
-            module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
+        for model, bound in list(_BOUND.items()):
+            if bound is self:
+                del _BOUND[model]
+        give_back(self.moved)
+
+
+@dataclass
+class Answering:
+    """A model bound for its answers alone."""
+
+    llama: Llama
+    moved: list[Any]
+
+    def release(self) -> None:
+        """As Bound.release."""
+        give_back(self.moved)
+
+
+_BOUND: WeakKeyDictionary[Any, Bound] = WeakKeyDictionary()
+"""Model -> how its training is bound."""
+
+
+def bound_to(model: Any, dtype: Any) -> Llama | None:
+    """What trains this model at present in this arithmetic, to answer with; None: nothing does, or it has soft prompts."""
+    bound = _BOUND.get(model)
+    return bound.llama if bound is not None and bound.llama.prompt is None and bound.llama.embedding.dtype == dtype else None
+
+
+def give_back(modules: list[Any]) -> None:
+    """Let every module own its weight again."""
+    for module in modules:
+        module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
 
 
 def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumulate: bool = False, dropout: bool = False, seed: int = 0) -> Bound:
@@ -57,19 +92,55 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
         p = model.active_peft_config.lora_dropout
         if p or dropout:
             _let_drop(bound, p, seed)
-        return bound
-    if kind == "prompt":
-        return _prompt(model, parts, dtype, slots, accumulate)
-    if slots != 1:
+    elif kind == "prompt":
+        bound = _prompt(model, parts, dtype, slots, accumulate)
+    elif not all(p.requires_grad for p in model.parameters()):
+        raise Unsupported("a part of the weights is frozen without an adapter")
+    elif slots != 1:
         raise Unsupported("full fine-tuning runs are not packed: nothing of the base could be shared")
-    return _full(parts, dtype, accumulate)
+    else:
+        bound = _full(parts, dtype, accumulate)
+    return bound
+
+
+def answering(model: Any, dtype: Any) -> Answering:
+    """Bind what `model` answers with: a plain one, or one with LoRA that is active and not merged.
+
+    Raises:
+        Unsupported: as bind, and for soft prompts.
+    """
+    base, kind = _base(model)
+    if kind == "prompt":
+        raise Unsupported("a soft prompt stands before every row")
+    parts = Parts(base, dtype)
+    _adapters(parts)
+    groups = {}
+    try:
+        for layer, index, modules in parts.groups():
+            weight, bias, spans = stack(parts, modules)
+            groups[layer, index] = _adapted(Group(weight, bias), modules, spans, dtype)
+        return Answering(parts.frozen_build(groups, len(parts.layers)), parts.moved)
+    except BaseException:
+        give_back(parts.moved)
+        raise
+
+
+def _adapted(group: Group, modules: list[tuple[str, Any]], spans: list[tuple[int, int]], dtype: Any) -> Group:
+    """The group with the adapters of its modules as they are now, in the arithmetic's dtype."""
+    members = [(m, span) for (_, m), span in zip(modules, spans, strict=True) if hasattr(m, "lora_A")]
+    if any(m.merged or m.disable_adapters or m.active_adapters != ["default"] for m, _ in members):
+        raise Unsupported("its adapters are merged or not active")
+    if len({m.r["default"] for m, _ in members}) > 1:
+        raise Unsupported("LoRA with several ranks has no hand-written step")
+    if members:
+        group.a = torch.cat([m.lora_A["default"].weight.detach().to(dtype) for m, _ in members])[None]
+        group.low = [Low(lo, hi, (m.lora_B["default"].weight.detach() * m.scaling["default"]).to(dtype)[None]) for m, (lo, hi) in members]
+    return group
 
 
 def _base(model: Any) -> tuple[Any, str]:
     config = getattr(model, "active_peft_config", None)
     if config is None:
-        if not all(p.requires_grad for p in model.parameters()):
-            raise Unsupported("a part of the weights is frozen without an adapter")
         return model, "full"
     kind = config.peft_type.value
     if kind == "PROMPT_TUNING":
@@ -86,10 +157,7 @@ def _base(model: Any) -> tuple[Any, str]:
 
 
 def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bool) -> Bound:
-    adapted = {name: module for _, _, modules in parts.groups() for name, module in modules if hasattr(module, "lora_A")}
-    others = [n for n, m in parts.base.named_modules() if hasattr(m, "lora_A") and n not in adapted]
-    if others:
-        raise Unsupported(f"LoRA on {others[0]} has no hand-written step")
+    adapted = _adapters(parts)
     ranks = {m.r["default"] for m in adapted.values()}
     scales = {m.scaling["default"] for m in adapted.values()}
     if len(ranks) != 1 or len(scales) != 1:
@@ -132,6 +200,15 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
     flat.sync()
     lowest = min(layer for (layer, _), group in groups.items() if group.trained)
     return Bound(parts.frozen_build(groups, lowest), flat, pairs, parts.moved)
+
+
+def _adapters(parts: Parts) -> dict[str, Any]:
+    """Name -> module with LoRA."""
+    adapted = {name: module for _, _, modules in parts.groups() for name, module in modules if hasattr(module, "lora_A")}
+    others = [n for n, m in parts.base.named_modules() if hasattr(m, "lora_A") and n not in adapted]
+    if others:
+        raise Unsupported(f"LoRA on {others[0]} has no hand-written step")
+    return adapted
 
 
 def _let_drop(bound: Bound, p: float, seed: int) -> None:

@@ -1,6 +1,6 @@
-"""Greedy decoding over a static cache: every step works on the same tensors, so that on a GPU one captured step serves all batches.
+"""Greedy decoding over tensors that stay: every step works on the same ones, so that on a GPU one captured step serves all batches.
 
-Library. Prompts are padded on the left; a row that has ended goes on with padding; whether all have ended is asked every few steps.
+Library. A row that has ended goes on with padding; whether all have ended is asked every few steps.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from transformers import GenerationConfig, StaticCache
 
 from pipeline.data import by_length, pad
+from pipeline.fast import answering, ops
+from pipeline.fast.answering import Forward, seen
 from pipeline.fast.capture import Graphs
-from pipeline.fast.forward import STATIC, capture
+from pipeline.fast.forward import capture
 from pipeline.fast.reuse import refusal
 from pipeline.fast.shapes import GRAIN, choose_widths
 
@@ -41,66 +43,49 @@ def unsuited(model: Any, longest: int) -> str | None:
 
 
 class Decoder:
-    """A batch of a fixed shape, and its greedy continuations.
+    """A batch of a fixed shape, and its greedy continuations: what every way to feed a model shares.
 
     Args:
-        forward: (ids [R, T], rows [R], cols [R], further inputs of the model) -> logits [R, V] fp32.
+        rows, width: of the prompts; new: tokens that follow at most.
         end: the token that ends a text, or None.
     """
 
-    def __init__(self, forward: Callable[..., torch.Tensor], config: Any, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any) -> None:
-        self.forward, self.width, self.new, self.pad_id, self.device = forward, width, new, pad_id, device
-        self.cache = StaticCache(config=config, max_cache_len=width + new)
+    def __init__(self, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any) -> None:
+        self.width, self.new, self.pad_id, self.device = width, new, pad_id, device
         whole = {"dtype": torch.long, "device": device}
         self.end, self.padding = torch.tensor(-1 if end is None else end, **whole), torch.tensor(pad_id, **whole)
-        self.ids, self.positions = torch.zeros(rows, width, **whole), torch.zeros(rows, width, **whole)
-        self.mask = torch.zeros(rows, 1, width, width + new, dtype=torch.bool, device=device)
-        self.seen = torch.zeros(rows, 1, 1, width + new, dtype=torch.bool, device=device)
-        self.every, self.last, self.first = torch.arange(rows, device=device), torch.full((rows,), width - 1, **whole), torch.zeros(rows, **whole)
-        self.at, self.slot = torch.zeros(rows, 1, **whole), torch.zeros(1, **whole)
+        self.ids, self.every = torch.zeros(rows, width, **whole), torch.arange(rows, device=device)
+        self.at, self.slot = torch.zeros(rows, **whole), torch.zeros(1, **whole)
         self.token, self.done = torch.zeros(rows, 1, **whole), torch.zeros(rows, 1, dtype=torch.bool, device=device)
         self.out = torch.zeros(rows, new, **whole)
 
     def fill(self, prompts: Sequence[list[int]]) -> None:
         """Put prompts in, at most as many as there are rows; the rest have ended from the start."""
         rows = [*prompts, *([[self.pad_id]] * (len(self.ids) - len(prompts)))]
-        ids = torch.nn.functional.pad(pad(rows, self.pad_id, left=True), (self.width - max(map(len, rows)), 0), value=self.pad_id)
-        starts = torch.tensor([self.width - len(row) for row in rows])[:, None]
-        columns = torch.arange(self.width + self.new)
-        real = (columns >= starts) & (columns < self.width)
-        among = columns[: self.width, None]
-        # a padding token sees itself alone, because attention over nothing is not a number
-        mask = (real[:, None] & (columns <= among)) | (columns == among)
-        self.ids.copy_(ids)
-        self.positions.copy_((columns[: self.width] - starts).clamp(min=0))
-        self.mask.copy_(mask[:, None])
-        self.seen.copy_(real[:, None, None])
-        self.at.copy_(self.width - starts)
-        self.slot.fill_(self.width)
+        self.at.copy_(torch.tensor([len(row) for row in rows]))
+        self.place(rows)
+        self.slot.zero_()
         self.done.copy_(torch.arange(len(rows))[:, None] >= len(prompts))
         self.out.fill_(self.pad_id)
-        self.cache.reset()
+
+    def place(self, rows: list[list[int]]) -> None:
+        """Put the prompts' ids where `prefill` finds them."""
+        raise NotImplementedError
 
     def prefill(self) -> None:
         """Feed the prompts and choose the first token."""
-        self._choose(self.forward(self.ids, self.every, self.last, attention_mask=self.mask, position_ids=self.positions, **self._past))
+        raise NotImplementedError
 
     def step(self) -> None:
-        """Feed the last token and choose the next."""
-        self.seen.index_fill_(3, self.slot, True)
-        logits = self.forward(self.token, self.every, self.first, attention_mask=self.seen, position_ids=self.at, **self._past)
-        self.at.add_(1)
-        self.slot.add_(1)
-        self._choose(logits)
+        """Feed the last token, at position `at` of its row, and choose the next."""
+        raise NotImplementedError
 
-    @property
-    def _past(self) -> dict[str, Any]:
-        return {"past_key_values": self.cache, "use_cache": True}
-
-    def _choose(self, logits: torch.Tensor) -> None:
+    def choose(self, logits: torch.Tensor) -> None:
+        """Take the most likely tokens; logits [R, V]."""
         self.token.copy_(torch.where(self.done, self.padding, logits.argmax(-1, keepdim=True)))
         self.done.logical_or_(self.token == self.end)
-        self.out.index_copy_(1, self.slot - self.width, self.token)
+        self.out.index_copy_(1, self.slot, self.token)
+        self.slot.add_(1)
 
     def run(self, prefill: Callable[[], None], step: Callable[[], None]) -> torch.Tensor:
         """What follows each row [R, new], padded from where it has ended, by these ways to do the work once `fill` was called."""
@@ -112,18 +97,96 @@ class Decoder:
         return self.out.clone()
 
 
-def greedy(model: Any, forward: Callable[..., torch.Tensor], fresh: Callable[[], Any], prompts: Sequence[list[int]], new: int, batch_tokens: int,
-           end: int | None, pad_id: int, device: Any, notes: list[str]) -> Iterator[tuple[list[int], torch.Tensor]]:
+class Cached(Decoder):
+    """Over transformers' static cache. Prompts are padded on the left.
+
+    Args:
+        forward: (ids [R, T], rows [R], cols [R], further inputs of the model) -> logits [R, V] fp32.
+    """
+
+    def __init__(self, forward: Callable[..., torch.Tensor], config: Any, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any) -> None:
+        super().__init__(rows, width, new, end, pad_id, device)
+        self.forward, self.cache = forward, StaticCache(config=config, max_cache_len=width + new)
+        whole = {"dtype": torch.long, "device": device}
+        self.positions = torch.zeros(rows, width, **whole)
+        self.mask = torch.zeros(rows, 1, width, width + new, dtype=torch.bool, device=device)
+        self.seen = torch.zeros(rows, 1, 1, width + new, dtype=torch.bool, device=device)
+        self.last, self.first = torch.full((rows,), width - 1, **whole), torch.zeros(rows, **whole)
+
+    def place(self, rows: list[list[int]]) -> None:
+        ids = torch.nn.functional.pad(pad(rows, self.pad_id, left=True), (self.width - max(map(len, rows)), 0), value=self.pad_id)
+        starts = torch.tensor([self.width - len(row) for row in rows])[:, None]
+        columns = torch.arange(self.width + self.new)
+        real = (columns >= starts) & (columns < self.width)
+        among = columns[: self.width, None]
+        # a padding token sees itself alone, because attention over nothing is not a number
+        mask = (real[:, None] & (columns <= among)) | (columns == among)
+        self.ids.copy_(ids)
+        self.positions.copy_((columns[: self.width] - starts).clamp(min=0))
+        self.mask.copy_(mask[:, None])
+        self.seen.copy_(real[:, None, None])
+        self.cache.reset()
+
+    def prefill(self) -> None:
+        self.choose(self.forward(self.ids, self.every, self.last, attention_mask=self.mask, position_ids=self.positions, **self._past))
+
+    def step(self) -> None:
+        self.seen.index_fill_(3, self.width - 1 + self.slot, True)
+        logits = self.forward(self.token, self.every, self.first, attention_mask=self.seen, position_ids=self.at[:, None], **self._past)
+        self.at.add_(1)
+        self.choose(logits)
+
+    @property
+    def _past(self) -> dict[str, Any]:
+        return {"past_key_values": self.cache, "use_cache": True}
+
+
+class Written(Decoder):
+    """Over the hand-written layers and keys and values of its own. Prompts begin at column 0, every row is as long as it is: there is no mask."""
+
+    def __init__(self, forward: Forward, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any) -> None:
+        super().__init__(rows, width, new, end, pad_id, device)
+        self.llama = forward.llama
+        self.cos, self.sin = forward.table(width + new)
+        self.held = [self.llama.embedding.new_zeros(2, rows, layer.groups, width + new, layer.width) for layer in self.llama.layers]
+
+    def place(self, rows: list[list[int]]) -> None:
+        ids = pad(rows, self.pad_id)
+        self.ids.copy_(torch.nn.functional.pad(ids, (0, self.width - ids.shape[1]), value=self.pad_id))
+
+    def prefill(self) -> None:
+        hidden = self.llama.answer(self.ids.reshape(-1), self.cos[: self.width], self.sin[: self.width], self._among)
+        self.choose(self.llama.logits(hidden.view(*self.ids.shape, -1)[self.every, self.at - 1]))
+
+    def step(self) -> None:
+        logits = self.llama.logits(self.llama.answer(self.token[:, 0], self.cos[self.at], self.sin[self.at], self._after))
+        self.at.add_(1)
+        self.choose(logits)
+
+    def _among(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
+        layer = self.llama.layers[index]
+        q, k, v = layer.parts(qkv, self.width)
+        for held, part in zip(self.held[index], (k, v), strict=True):
+            held[:, :, : self.width] = part
+        return layer.mixed(seen(q, k, v, None))
+
+    def _after(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
+        keys, values = self.held[index]
+        return ops.attend_next_(qkv, keys, values, self.at, self.llama.layers[index].heads)
+
+
+def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompts: Sequence[list[int]], new: int, batch_tokens: int, device: Any,
+           notes: list[str]) -> Iterator[tuple[list[int], torch.Tensor]]:
     """(indices of prompts, their continuations [rows, new] padded from the end on), batch by batch.
 
     Args:
-        forward, end: as in Decoder.
+        make: (rows, width) -> a decoder of this shape.
         fresh: a context in which no cast of a weight is kept from before: what a capture runs in.
         notes: takes the reason where a capture failed.
     """
     graphs = Graphs(device)
     held: dict[tuple[int, int], tuple[Decoder, Callable[[], None], Callable[[], None]]] = {}
-    static = torch.device(device).type in STATIC
+    static = torch.device(device).type in answering.STATIC
     batches = _static([len(p) for p in prompts], new, batch_tokens) if static else _exact([len(p) for p in prompts], new, batch_tokens)
     uses: dict[tuple[int, int], int] = {}
     for _, rows, width in batches:
@@ -133,7 +196,7 @@ def greedy(model: Any, forward: Callable[..., torch.Tensor], fresh: Callable[[],
             key, mine = (rows, width), [prompts[i] for i in part]
             if key not in held:
                 held.clear()  # batches of a shape come one after another
-                decoder = Decoder(forward, model.config, rows, width, new, end, pad_id, device)
+                decoder = make(rows, width)
                 ways = _captured(decoder, mine, graphs, fresh, uses[key], notes) if static else (decoder.prefill, decoder.step)
                 held[key] = (decoder, *ways)
             decoder, prefill, step = held[key]

@@ -17,22 +17,21 @@ import torch
 
 from pipeline.choices import Group, Row
 from pipeline.data import by_length
+from pipeline.fast import answering
 from pipeline.fast.capture import Graphs
 from pipeline.fast.reuse import keep
 from pipeline.fast.shapes import GRAIN, choose_widths
 from pipeline.model import parameters
 
-STATIC = ("cuda",)
-"""Device types on which batches are padded to static shapes."""
 MOST_WIDTHS, GRAINS = 8, 16  # shapes to choose, out of so many candidates
 CAPTURE = 4  # passes that the host launches in the time of one capture
-LAYER_S, RATE = 5e-4, 2e14  # to tell when captures pay: seconds in which the host launches a layer, FLOP/s of the device
+LAYER_S, WRITTEN_S, RATE = 5e-4, 1.5e-4, 2e14  # to tell when captures pay: seconds to launch a layer (transformers', by hand), FLOP/s of the device
 
 
-def pass_tokens(model: Any) -> float:
+def pass_tokens(model: Any, layer_s: float = LAYER_S) -> float:
     """Tokens that the device computes while the host launches one pass, an estimate: with fewer in a batch, the device waits."""
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-    return layers * LAYER_S * RATE / (2 * parameters(model)[1])
+    return layers * layer_s * RATE / (2 * parameters(model)[1])
 
 
 def plan(lengths: Sequence[int], batch_tokens: int, pass_tokens: float, extra: int = 0) -> list[tuple[list[int], int, int]]:
@@ -171,7 +170,8 @@ class Reader:
                  notes: list[str]) -> None:
         self.forward, self.fresh, self.batch_tokens, self.pad_id, self.device, self.notes = forward, fresh, batch_tokens, pad_id, device, notes
         self.graphs = Graphs(device)
-        self.pass_tokens = pass_tokens(model) if torch.device(device).type in STATIC else 0.0
+        layer_s = WRITTEN_S if isinstance(forward, answering.Forward) else LAYER_S
+        self.pass_tokens = pass_tokens(model, layer_s) if torch.device(device).type in answering.STATIC else 0.0
 
     def sums(self, groups: Sequence[Group], places: int) -> list[float]:
         """By place: the sum of what the groups' rows read for it, nats."""

@@ -22,7 +22,7 @@ class Low:
     lo: int
     hi: int
     b: Tensor
-    db: Tensor
+    db: Tensor | None = None
     member: int = 0
     """Its number in the model: its dropout's own."""
 
@@ -154,6 +154,7 @@ class Group:
         slots, rank = self.a.shape[0], self.low[0].b.shape[2]
         for j, low in enumerate(self.low):
             held = kept[:, :, j * rank : (j + 1) * rank]
+            assert low.db is not None
             if slots == 1:
                 torch.mm(dy[:, low.lo : low.hi].t(), held[0], out=low.db[0])
             else:

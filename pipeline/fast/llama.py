@@ -10,6 +10,7 @@ Shapes: K slots (runs), R rows in all, T tokens a row, N = R·T, d width, r rank
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +53,18 @@ class Layer:
     backends: list[Any] | None = None
     """The attention kernels to choose from (torch.nn.attention.SDPBackend); None: torch's own order."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, save: bool) -> tuple[Tensor, tuple]:
-        """(output [N, d], what backward needs) of x [N, d]; cos, sin [T, width]."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, save: bool, attend: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, tuple]:
+        """(output [N, d], what backward needs) of x [N, d]; cos, sin [T, width].
+
+        attend: rotated q, k, v [N, (H + 2G)·width] -> the heads' outputs side by side [N, H·width]; None: causal, over rows of T tokens.
+        """
         to1, to2, to3, to4 = [held[: len(x)] for held in self.held] if save and self.held else [None] * 4
         n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room, to1)
         qkv, kept_qkv = self.qkv.forward(n1, to=to2)
         ops.rotate_(qkv.view(len(qkv), -1, self.width), cos, sin, self.heads + self.groups)
-        attended = self._attend(qkv, cos.shape[0], save)
-        x2, kept_out = self.out.forward(self._mixed(attended[-1].detach()), x, lasts=False)
+        attended = None if attend else self._attend(qkv, cos.shape[0], save)
+        mixed = attend(qkv) if attend else self.mixed(attended[-1].detach())  # type: ignore[index]
+        x2, kept_out = self.out.forward(mixed, x, lasts=False)
         n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room, to3)
         gu, kept_gu = self.gate_up.forward(n2, to=to4)
         y, kept_down = self.down.forward(ops.swiglu(gu, self.down.room), x2, lasts=False)
@@ -87,7 +92,7 @@ class Layer:
         assert dmixed is not None
         *inputs, output = attended
         if self.out.trained:
-            self.out.backward_weight(dx2, self._mixed(output.detach()), kept_out, dkept)
+            self.out.backward_weight(dx2, self.mixed(output.detach()), kept_out, dkept)
         doutput = dmixed.reshape(output.shape[0], output.shape[2], self.heads, self.width).transpose(1, 2)
         dq, dk, dv = torch.autograd.grad(output, inputs, doutput)
         dqkv = ops.unrotate(dq, dk, dv, cos, sin)
@@ -95,20 +100,23 @@ class Layer:
         self.qkv.backward_weight(dqkv, n1, kept_qkv, dkept)
         return ops.rmsnorm_backward(dn, n1[:, :d], self.norm1.weight, r1, dx2, self.norm1.dweight) if dn is not None else None
 
-    def _mixed(self, output: Tensor) -> Tensor:
+    def mixed(self, output: Tensor) -> Tensor:
         """The heads' outputs [R, H, T, width] side by side, [N, H·width]."""
         return output.transpose(1, 2).reshape(-1, self.heads * self.width)
 
+    def parts(self, qkv: Tensor, t: int) -> Sequence[Tensor]:
+        """q [R, H, T, width], k, v [R, G, T, width] of qkv [R·T, (H + 2G)·width], as views."""
+        return qkv.view(-1, t, self.heads + 2 * self.groups, self.width).transpose(1, 2).split((self.heads, self.groups, self.groups), 1)
+
     def _attend(self, qkv: Tensor, t: int, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, v, output), each [R, heads, T, width]; with `save` the output remembers how to go back to the three."""
-        parts = qkv.view(-1, t, self.heads + 2 * self.groups, self.width).transpose(1, 2).split((self.heads, self.groups, self.groups), 1)
         with torch.set_grad_enabled(save):
-            q, k, v = (p.detach().requires_grad_(save) for p in parts)
+            q, k, v = (p.detach().requires_grad_(save) for p in self.parts(qkv, t))
             output = attention(q, k, v, self.backends)
         return q, k, v, output
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backends: list[Any] | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, backends: list[Any] | None = None) -> Tensor:
     """Causal attention [R, H, T, e] of q [R, H, T, e], k, v [R, G, T, e], by one of the `backends` (None: torch chooses)."""
     grouped = q.shape[1] != k.shape[1]
     if backends is None:
@@ -165,6 +173,22 @@ class Llama:
             x, saved = layer.forward(x, cos, sin, save and index >= self.lowest)
             kept.append(saved)
         return x, kept
+
+    def answer(self, ids: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Hidden states before the last norm [N, d] of ids [N] (adapters without dropout, no soft prompt); nothing is kept.
+
+        cos, sin [T, width]: of tokens in rows of T (T = N: each token its own). attend: (layer, rotated q, k, v) -> the heads' outputs, as in Layer.
+        """
+        if self.noise is not None:
+            self.noise.on = False
+        x = F.embedding(ids, self.embedding)
+        for index, layer in enumerate(self.layers):
+            x, _ = layer.forward(x, cos, sin, False, functools.partial(attend, index))
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [M, V] fp32 of hidden states before the last norm [M, d]."""
+        return (ops.rmsnorm(hidden, self.norm.weight, self.layers[0].eps)[0] @ self.head.t()).float()
 
     def hold(self, tokens: int) -> None:
         """Set memory aside in every layer that backward will walk, for batches of at most `tokens` tokens (soft ones counted)."""

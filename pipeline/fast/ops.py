@@ -70,6 +70,22 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Te
     return torch.cat((turned, dv), 1).transpose(1, 2).reshape(dq.shape[0] * dq.shape[2], -1)
 
 
+def attend_next_(qkv: Tensor, keys: Tensor, values: Tensor, at: Tensor, heads: int) -> Tensor:
+    """One more token of every row: its key and value are written into keys, values [R, G, L, e] at column at [R], and its query heads attend
+    to what stands up to there. qkv [R, (H + 2G)·e], rotated -> [R, H·e]."""
+    if qkv.is_cuda:
+        from pipeline.fast.triton_attention import attend_next
+
+        return attend_next(qkv, keys, values, at, heads)
+    rows, groups, length, e = keys.shape
+    q, k, v = qkv.view(rows, -1, e).split((heads, groups, groups), 1)
+    every = torch.arange(rows, device=at.device)
+    keys[every, :, at], values[every, :, at] = k, v
+    seen = torch.arange(length, device=at.device) <= at[:, None]
+    out = F.scaled_dot_product_attention(q[:, :, None], keys, values, seen[:, None, None], enable_gqa=heads != groups)
+    return out.reshape(rows, heads * e)
+
+
 def swiglu(gu: Tensor, room: int = 0) -> Tensor:
     """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020); the last `room` columns are not set."""
     f = gu.shape[1] // 2

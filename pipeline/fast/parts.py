@@ -20,6 +20,10 @@ GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj"
 WIDE = (GROUPS[0], GROUPS[2], GROUPS[3])  # what they read is made by our own kernels, which leave room beside it for x Aᵀ
 
 
+KNOWN = ("torch", "transformers", "peft", "bitsandbytes")
+"""Whose modules and hooks a model may hold."""
+
+
 class Unsupported(Exception):
     """The reason why a model or technique cannot go this way, one clause."""
 
@@ -37,6 +41,8 @@ class Parts:
             raise Unsupported("its activation, biases or dropout have no hand-written step")
         if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
             raise Unsupported("its rotary positions depend on the length")
+        if changed := next((name for name, module in base.named_modules() if _changed(module)), None):
+            raise Unsupported(f"its module {changed or 'at the top'} does more than its class says")
         self.base, self.config, self.dtype = base, config, dtype
         self.model, self.layers = base.model, list(base.model.layers)
         self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -80,6 +86,13 @@ class Parts:
     def frozen_build(self, groups: dict[tuple[int, int], Group], lowest: int) -> Llama:
         embedding = self.frozen(self.model.embed_tokens.weight)
         return self.build(groups, lambda m: Norm(self.frozen(m.weight)), embedding, self.frozen(self.base.lm_head.weight), lowest)
+
+
+def _changed(module: Any) -> bool:
+    """Whether somebody has hooked into the module or replaced it, so that its class does not tell what it does."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    makers = [getattr(getattr(hook, "func", hook), "__module__", "") for hook in hooks] + [type(module).__module__]
+    return "forward" in vars(module) or any(maker.split(".")[0] not in KNOWN for maker in makers)
 
 
 def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0) -> tuple[Callable[[], Tensor], Tensor | None, list[tuple[int, int]]]:

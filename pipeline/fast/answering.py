@@ -1,0 +1,90 @@
+"""A model's answers by hand: the forward pass of llama.py over a transformers or PEFT model, for scoring and generation.
+
+Library. `by_hand` binds a model for as long as its answers are wanted; a model that is bound for training answers with what it trains.
+What is not known keeps its own forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from pipeline.fast.bind import answering, bound_to
+from pipeline.fast.llama import Llama, attention
+from pipeline.fast.ops import Tensor
+from pipeline.fast.parts import Unsupported
+
+STATIC = ("cuda",)
+"""Device types on which launching kernels is what a model's own forward pass waits for."""
+FEW = 32
+"""Rows below which binding a model costs more than it brings."""
+LEAST_TABLE = 64
+
+
+class Forward:
+    """Logits at chosen positions, as scoring.logits_at gives them."""
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama = llama
+
+    def table(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [at least `length`, e]; few different ones are ever made."""
+        with torch.inference_mode(False):  # training may read them next
+            return self.llama.angles(max(LEAST_TABLE, 1 << (length - 1).bit_length()))
+
+    def __call__(self, ids: Tensor, rows: Tensor, cols: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                 past_key_values: Any = None, use_cache: bool = False) -> Tensor:
+        """fp32 [N, V] at (rows, cols) [N] of ids [R, T].
+
+        Args:
+            attention_mask: [R, 1, T, P + T], True where a token sees another; None: causal.
+            position_ids: [R, T]; None: 0 to T - 1. past_key_values: a transformers cache of P tokens, added to.
+        """
+        count, width = ids.shape
+        if position_ids is None:
+            cos, sin = (part[:width] for part in self.table(width))
+        else:
+            longest = attention_mask.shape[-1] if attention_mask is not None else width
+            cos, sin = (part[position_ids.reshape(-1)] for part in self.table(longest))
+
+        def attend(index: int, qkv: Tensor) -> Tensor:
+            layer = self.llama.layers[index]
+            q, k, v = layer.parts(qkv, width)
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, index)
+            return layer.mixed(seen(q, k, v, attention_mask))
+
+        hidden = self.llama.answer(ids.reshape(-1), cos, sin, attend).view(count, width, -1)
+        return self.llama.logits(hidden[rows, cols])
+
+
+def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention [R, H, T, e], causal or by the mask. Only causal attention in 16 bits has a kernel on CUDA that shares key-value heads."""
+    if mask is None and (q.dtype != torch.float32 or not q.is_cuda):
+        return attention(q, k, v)
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+
+
+@contextmanager
+def by_hand(model: Any, dtype: Any, device: Any, rows: int) -> Iterator[Forward | None]:
+    """The model's forward pass by hand while the context lasts; None where the model is not known, the rows are few or the device gains nothing."""
+    if torch.device(device).type not in STATIC:
+        yield None
+        return
+    if (llama := bound_to(model, dtype)) is not None:
+        yield Forward(llama)
+        return
+    bound = None
+    if rows >= FEW:
+        with torch.inference_mode(False), torch.no_grad(), suppress(Unsupported):
+            bound = answering(model, dtype)
+    try:
+        yield Forward(bound.llama) if bound is not None else None
+    finally:
+        if bound is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                bound.release()
