@@ -26,6 +26,33 @@ from pipeline.fast.ops import Tensor
 LOGITS_AT_ONCE = 2**27  # numbers of the [chunk, V] logits that exist at a time
 
 
+class Beside:
+    """Where weight gradients are made: at once, or on a stream beside the one that the way back goes on with.
+
+    What is made beside reads tensors that this object keeps until the streams have met, so that their memory is not given away.
+    """
+
+    def __init__(self, stream: Any = None) -> None:
+        self.stream = stream
+        self._read: list[tuple] = []
+
+    def do(self, group: Group, *tensors: Any) -> None:
+        """group.backward_weight(*tensors)."""
+        if self.stream is None or not group.trained:
+            group.backward_weight(*tensors)
+            return
+        self._read.append(tensors)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            group.backward_weight(*tensors)
+
+    def join(self) -> None:
+        """What follows comes after what was made beside."""
+        if self._read:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self._read.clear()
+
+
 @dataclass
 class Norm:
     """RMSNorm's weight [d], and where its gradient goes if it is trained."""
@@ -76,28 +103,33 @@ class Layer:
         widths = (d + self.qkv.room, (self.heads + 2 * self.groups) * self.width, d + self.gate_up.room, 2 * inner)
         self.held = [like.new_empty(tokens, width) for width in widths]
 
-    def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, wanted: bool) -> Tensor | None:
-        """dx [N, d] (None unless wanted) of dy [N, d]; gradients of what is trained are written where they belong."""
+    def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, wanted: bool, beside: Beside) -> Tensor | None:
+        """dx [N, d] (None unless wanted) of dy [N, d]; gradients of what is trained are written where they belong, by `beside`."""
         n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, kept_down = saved
         d = dy.shape[1]
         dh, dkept = self.down.backward_input(dy)
         assert dh is not None
+        beside.join()  # the layer above
         h, dgu = ops.swiglu_backward_(dh, gu)
-        self.down.backward_weight(dy, h, kept_down, dkept)
+        beside.do(self.down, dy, h, kept_down, dkept)
         dn, dkept = self.gate_up.backward_input(dgu)
         assert dn is not None
-        self.gate_up.backward_weight(dgu, n2, kept_gu, dkept)
+        beside.do(self.gate_up, dgu, n2, kept_gu, dkept)
         dx2 = ops.rmsnorm_backward(dn, n2[:, :d], self.norm2.weight, r2, dy, self.norm2.dweight)
+        del dn, gu, dgu
         dmixed, dkept = self.out.backward_input(dx2)
         assert dmixed is not None
+        beside.join()
+        del dh, h  # the largest: attention needs its room
         *inputs, output = attended
         if self.out.trained:
-            self.out.backward_weight(dx2, self.mixed(output.detach()), kept_out, dkept)
+            beside.do(self.out, dx2, self.mixed(output.detach()), kept_out, dkept)
         doutput = dmixed.reshape(output.shape[0], output.shape[2], self.heads, self.width).transpose(1, 2)
         dq, dk, dv = torch.autograd.grad(output, inputs, doutput)
         dqkv = ops.unrotate(dq, dk, dv, cos, sin)
+        del dq, dk, dv
         dn, dkept = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
-        self.qkv.backward_weight(dqkv, n1, kept_qkv, dkept)
+        beside.do(self.qkv, dqkv, n1, kept_qkv, dkept)
         return ops.rmsnorm_backward(dn, n1[:, :d], self.norm1.weight, r1, dx2, self.norm1.dweight) if dn is not None else None
 
     def mixed(self, output: Tensor) -> Tensor:
@@ -152,6 +184,8 @@ class Llama:
     dprompt: Tensor | None = None
     noise: ops.Noise | None = None
     """Of the adapters' dropout; shared by the groups."""
+    beside: Any = None
+    """A CUDA stream on which weight gradients are made while the way back goes on; None: they take their turn."""
 
     @property
     def virtual(self) -> int:
@@ -200,6 +234,7 @@ class Llama:
 
         ids [R, T]; at [M]: labelled positions in the flattened [R, n + T]; targets, weights [M]. dense: `at` is every position in order.
         """
+        beside = Beside(self.beside)
         with torch.no_grad():
             x, kept = self.hidden(ids, True)
             picked = x if dense else x[at]
@@ -212,7 +247,8 @@ class Llama:
                 cos, sin = self.angles(ids.shape[1] + self.virtual)
                 below = self.dembedding is not None or self.dprompt is not None
                 for index in range(len(self.layers) - 1, self.lowest - 1, -1):
-                    dx = self.layers[index].backward(dx, kept.pop(), cos, sin, index > self.lowest or below)
+                    dx = self.layers[index].backward(dx, kept.pop(), cos, sin, index > self.lowest or below, beside)
+            beside.join()
             self._inputs(ids, dx)
         return loss
 
