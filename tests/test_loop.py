@@ -112,12 +112,13 @@ def test_same_seed_same_weights_other_seed_others(overrides, tmp_path):
 
 @pytest.mark.parametrize(
     ("rows", "steps"),
-    [(16, {}), (16, {"min_steps": 60}), (320, {"min_steps": 60}), (1600, {"min_steps": 60}), (16, {"min_steps": 60, "steps": 5}), (16, {"min_steps": 60, "epochs": 0})],
+    [(16, {}), (16, {"min_steps": 60}), (320, {"min_steps": 60}), (1600, {"min_steps": 60})],
 )
 def test_few_rows_are_gone_through_until_there_are_enough_steps(rows, steps):
     expected = {(16, 1): 3, (16, 60): 60, (320, 60): 60, (1600, 60): 300}[rows, steps.get("min_steps", 1)]
-    settings = Train(**({"lr": 1e-3, "epochs": 3, "batch_size": 16, "micro_batch_tokens": 64} | steps))
-    assert total_steps(settings, rows) == steps.get("steps", 0 if settings.epochs == 0 else expected)
+    common = {"lr": 1e-3, "batch_size": 16, "micro_batch_tokens": 64, **steps}
+    assert total_steps(Train(**common, epochs=3), rows) == expected
+    assert total_steps(Train(**common, epochs=3, steps=5), rows) == 5 and total_steps(Train(**common, epochs=0), rows) == 0
 
 
 def test_an_unset_floor_of_steps_leaves_the_cells_that_were_run_done():
