@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline import measure, probes, scoring
+from pipeline import measure, scoring
 from pipeline.config import build, plain
 from pipeline.data import Encoded, Encoder, Rows, load_rationales, load_rows
 from pipeline.files import UserError, atomic_path, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
@@ -25,7 +26,8 @@ from pipeline.measure import Meter, PeakMemory
 from pipeline.methods.base import Method
 from pipeline.model import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, most_tokens, parameters, resolve
 from pipeline.objectives.base import Objective
-from pipeline.results import SHARED_PROCESS, Forgetting, Inference, Memory, Result, Score, Size, Teacher, Work, write
+from pipeline.probes import Probing
+from pipeline.results import SHARED_PROCESS, Inference, Memory, Result, Score, Size, Teacher, Work, write
 from pipeline.settings import Settings, read
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ def decides(cfg: DictConfig) -> dict[str, Any]:
     raw["train"].pop("checkpoint_every_s", None)
     if raw["train"].get("min_steps") is None:  # cells that were run before there was such a key keep their results
         raw["train"].pop("min_steps", None)
+    if not (raw["evaluate"].get("forgetting") and raw["evaluate"].get("probe_lambada")):
+        raw["evaluate"].pop("probe_lambada", None)
     return raw
 
 
@@ -175,6 +179,7 @@ class Cell:
         self.artefact_bytes = 0
         self.discard_checkpoint: Callable[[], None] | None = None
         self.slots: int | None = None
+        self.probing: Probing | None = None
 
     def run(self) -> Result:
         history: list[dict[str, float]]
@@ -191,7 +196,8 @@ class Cell:
             size = self._save()
             inference, evaluation = self._evaluate()
             memory = training or evaluation
-            forgetting = self._forgetting() if self._wants("forgetting") and self.settings.evaluate.forgetting else None
+            with self.meter.phase("evaluate"):
+                forgetting = self.probing.forgetting(self.model) if self.probing else None
             inference = self._merged_latency(inference)
         return Result(
             **{**_identity(self.cfg, self.settings, self.method, self.objective), "train_rows": len(self.rows.train)},
@@ -263,7 +269,10 @@ class Cell:
             labels = [self.objective.label_example(row, self.settings.task) for row in rows]
             self.state = self.method.prepare(labels, self.cfg.seed, self.base)
             self.model_bytes = memory_bytes(self.base)
-            self._forgetting_base()
+            if self._wants("forgetting") and self.settings.evaluate.forgetting:
+                with self.meter.phase("evaluate"):
+                    self.probing = Probing(self.cfg, self.settings, self.tokenizer, self.base)
+                self._note(self.probing.note)
             dtype = self.base.dtype
             self.model = self.method.wrap(self.base)
             self.counts = parameters(self.model)
@@ -292,7 +301,8 @@ class Cell:
             checkpoint = checkpoint_of(self.cfg) if self.folder is not None else None
             loop = Loop(self.model, self.method, self.objective, examples, self.settings.train, self.cfg.seed, self._validate, checkpoint,
                         self.meter, self.device, self.dtype, self.encoder.pad_id)
-        self.discard_checkpoint = loop.discard_checkpoint
+        if checkpoint:  # not a method of the loop: that would keep the optimiser's state in memory while the cell is evaluated
+            self.discard_checkpoint = functools.partial(checkpoint.unlink, missing_ok=True)
         return loop.run()
 
     def _packed(self) -> Trained | None:
@@ -382,34 +392,6 @@ class Cell:
                 return dataclasses.replace(inference, merged_latency_s=inference.latency_s)
             self.scorer.model = self.method.merged(self.model)
             return dataclasses.replace(inference, merged_latency_s=measure.latency_s(lambda row: self.scorer.predict([row]), rows, self.device))
-
-    def _probe(self, model: Any, dtype: Any) -> probes.Probe:
-        return probes.probe(model, self.tokenizer, self.settings.evaluate.probe_texts, self.settings.evaluate.probe_pairs, self.device, dtype)
-
-    def _forgetting_base(self) -> None:
-        """Probe the untouched base in the cell's precision and in 16 bits; both are kept for the other cells."""
-        if not (self._wants("forgetting") and self.settings.evaluate.forgetting):
-            return
-        evaluate, folder = self.settings.evaluate, Path(self.cfg.paths.work) / "probes"
-        key = {"model": manifest(Path(self.cfg.paths.models) / self.cfg.model.name)["sha256"], "texts": evaluate.probe_texts,
-               "pairs": evaluate.probe_pairs, "hardware": measure.hardware(self.device), "precision": vars(self.settings.precision) | {"name": self.precision}}
-        self.probe_base = probes.cached(folder, key, lambda: self._probe(self.base, self.dtype))
-        self.probe_16bit = probes.cached(folder, {**key, "precision": "bf16"}, self._probe_16bit)
-
-    def _probe_16bit(self) -> probes.Probe:
-        import torch
-
-        from pipeline.settings import Precision
-
-        base = load_model(Path(self.cfg.paths.models) / self.cfg.model.name, Precision("bf16"), self.device)
-        return self._probe(base, torch.bfloat16)
-
-    def _forgetting(self) -> Forgetting:
-        with self.meter.phase("evaluate"):
-            after = self._probe(self.model, self.dtype)
-        base, half = self.probe_base, self.probe_16bit
-        about = f"{self.settings.evaluate.probe_texts} news sentences, {self.settings.evaluate.probe_pairs} agreement pairs"
-        return Forgetting(after.perplexity, base.perplexity, after.pairs, base.pairs, half.perplexity, half.pairs, about)
 
     def _score_answers(self) -> None:
         """Score answers that come without a model (the teacher's)."""

@@ -143,11 +143,6 @@ class Loop:
         self._select()
         return Trained(self._work(times), memory, self.state.history, self.notes)
 
-    def discard_checkpoint(self) -> None:
-        """Once the result is on disk there is nothing to resume."""
-        if self.checkpoint:
-            self.checkpoint.unlink(missing_ok=True)
-
     def _prepare(self) -> None:
         """The way to step; what it does once is booked as warm-up."""
         common = (self.model, self.method, self.objective, self.examples, self.settings, self.seed, self.device, self.dtype, self.pad_id)

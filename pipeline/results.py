@@ -101,9 +101,10 @@ class Inference:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Unrelated text and grammar probes, after against the untouched base (same precision, and 16 bits).
+    """Probes of unrelated text and grammar, after against the untouched base (same precision, and 16 bits).
 
-    Perplexity is per token of the probe text; pairs is the share of minimal pairs ranked right.
+    Perplexity is per token of the probe text; pairs is the share of minimal pairs ranked right; lambada is the share of LAMBADA
+    passages whose last word was said, its perplexity is per such word.
     """
 
     perplexity: float
@@ -113,6 +114,12 @@ class Forgetting:
     perplexity_base_16bit: float | None = None
     pairs_base_16bit: float | None = None
     probes: str = ""
+    lambada: float | None = None
+    lambada_base: float | None = None
+    lambada_base_16bit: float | None = None
+    lambada_perplexity: float | None = None
+    lambada_perplexity_base: float | None = None
+    lambada_perplexity_base_16bit: float | None = None
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,9 @@ class Train:
     """Fewest optimiser steps: few rows are gone through more often than `epochs` says, until there are as many; null: as `epochs` says."""
     engine: str = "auto"
     """auto (fast on a GPU where technique and model allow it, eager elsewhere), fast (static shapes, CUDA graphs, hand-written steps) or eager."""
+    packing: str = "auto"
+    """The fast engine's rows, one after another without padding and with attention within a row: auto (on a GPU in 16 bits, where that is less work
+    than rows of equal width), always (where the step is hand-written) or never."""
     optimizer: str = "adamw"
     """adamw, or paged_adamw: bitsandbytes' paged AdamW on a GPU, plain AdamW on the CPU (noted in the result)."""
     schedule: str = "cosine"
@@ -103,6 +106,7 @@ class Train:
             if not getattr(self, key) > 0:
                 raise UserError(f"config key 'train.{key}' is {getattr(self, key)}; it must be above 0")
         _one_of("train.engine", self.engine, ("auto", "fast", "eager"))
+        _one_of("train.packing", self.packing, ("auto", "always", "never"))
         _one_of("train.optimizer", self.optimizer, ("adamw", "paged_adamw"))
         _one_of("train.schedule", self.schedule, ("cosine", "linear", "constant"))
         _one_of("train.too_long", self.too_long, ("error", "truncate"))
@@ -121,6 +125,8 @@ class Evaluate:
     forgetting: bool = False
     probe_pairs: int = 500
     probe_texts: int = 100
+    probe_lambada: int = 0
+    """Passages of LAMBADA (the file paths.lambada), the first so many; 0: none."""
     latency_rows: int = 16
     """One-row requests timed for the latency; 0: not measured."""
 
@@ -130,7 +136,7 @@ class Evaluate:
             value = getattr(self, key)
             if value is not None:
                 _at_least(f"evaluate.{key}", value, 1 if key == "test_rows" else 0)
-        for key, least in (("probe_pairs", 1), ("probe_texts", 1), ("latency_rows", 0)):
+        for key, least in (("probe_pairs", 1), ("probe_texts", 1), ("probe_lambada", 0), ("latency_rows", 0)):
             _at_least(f"evaluate.{key}", getattr(self, key), least)
         if not 0 < self.validation_share <= 0.2:
             raise UserError(f"evaluate.validation_share is {self.validation_share}; choose above 0, at most 0.2 (validation rows are labelled data)")

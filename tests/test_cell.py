@@ -44,13 +44,16 @@ def test_shuffled_labels_give_chance(overrides, tiny, tmp_path):
 
 def test_an_untrained_lora_is_the_base(overrides, tmp_path):
     """B = 0: through train (0 steps), save, load and evaluate, nothing may change, and nothing is forgotten."""
-    probing = ["evaluate.forgetting=true", "evaluate.probe_pairs=20", "evaluate.probe_texts=5"]
+    write_jsonl(tmp_path / "lambada.jsonl", [{"text": "the cast of the film was fine"}, {"context": "the story with the plot", "continuation": "awful"}])
+    probing = ["evaluate.forgetting=true", "evaluate.probe_pairs=20", "evaluate.probe_texts=5", "evaluate.probe_lambada=2",
+               f"paths.lambada={tmp_path}/lambada.jsonl"]
     base = run(overrides, "technique=zero_shot", *probing, folder=tmp_path / "base")
     lora = run(overrides, "technique=lora", "train.steps=0", *probing, folder=tmp_path / "lora")
     held = read_jsonl(tmp_path / "base" / "predictions.jsonl")
     assert read_jsonl(tmp_path / "lora" / "predictions.jsonl") == held
-    assert lora.forgetting.perplexity == lora.forgetting.perplexity_base == base.forgetting.perplexity
-    assert lora.forgetting.pairs == lora.forgetting.pairs_base
+    assert lora.forgetting == base.forgetting
+    for probe in ("perplexity", "pairs", "lambada", "lambada_perplexity"):
+        assert getattr(lora.forgetting, probe) == getattr(lora.forgetting, f"{probe}_base") is not None
     assert lora.work.steps == 0 and lora.phases.train_s < 0.5
     cfg = compose([*overrides, "technique=lora", "train.steps=0"])
     loaded, _ = evaluate.score_artefact(cfg, tmp_path / "lora" / "artefact", "test")

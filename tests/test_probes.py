@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline import probes
+from pipeline.files import UserError, write_jsonl
 from pipeline.model import load_model, load_tokenizer
-from pipeline.probes import NOUNS, VERBS, Probe, agreement_pairs, cached, probe
-from pipeline.settings import Precision
+from pipeline.probes import NOUNS, VERBS, Probe, Probing, agreement_pairs, cached, last_words, probe, read_passages
+from pipeline.settings import Evaluate, Precision
 
 CPU = torch.device("cpu")
 NUMBER = {noun: number for pair in NOUNS for number, noun in enumerate(pair)}
@@ -131,3 +133,63 @@ def test_a_probe_is_computed_once_for_a_key(tmp_path):
     assert len(made) == 1
     cached(tmp_path, {**key, "model": "abd"}, compute)
     assert len(made) == 2
+
+
+def test_lambada_rows_come_in_two_layouts(tmp_path):
+    path = tmp_path / "lambada.jsonl"
+    write_jsonl(path, [{"text": "She looked at the sea"}, {"context": "He opened the ", "continuation": "door"}])
+    assert read_passages(path, 2) == [("She looked at the", "sea"), ("He opened the", "door")]
+    assert read_passages(path, 1) == [("She looked at the", "sea")]
+    assert read_passages(path, 0) == read_passages(tmp_path / "none.jsonl", 2) == []
+    with pytest.raises(UserError, match="has 2 passages; set evaluate.probe_lambada"):
+        read_passages(path, 3)
+    for row in ({"text": "sea"}, {"context": "He"}, {"question": "?"}):
+        write_jsonl(path, [row])
+        with pytest.raises(UserError, match="row 1 has neither"):
+            read_passages(path, 1)
+
+
+PASSAGES = [("The key to the garden", "is old"), ("The author near the farmers", "seems"), ("The", "teachers"), ("The pilot has been here for", "years")]
+
+
+def test_last_words_against_a_naive_loop(model, english):
+    """Greedy decoding says the word or not; its probability is the product over its tokens."""
+    tokenizer = load_tokenizer(english)
+    nats = hits = 0.0
+    for context, word in PASSAGES:
+        ids, wanted = tokenizer(context)["input_ids"], tokenizer(word)["input_ids"]
+        said = model.generate(torch.tensor([ids]), max_new_tokens=len(wanted), do_sample=False, eos_token_id=None, pad_token_id=1)[0, len(ids):]
+        hits += said.tolist() == wanted
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + wanted])).logits[0].log_softmax(-1)
+        nats -= sum(float(logits[len(ids) - 1 + k, token]) for k, token in enumerate(wanted))
+    accuracy, perplexity = last_words(model, tokenizer, PASSAGES, CPU, torch.float32)
+    assert accuracy == hits / len(PASSAGES)
+    assert perplexity == pytest.approx(math.exp(nats / len(PASSAGES)), rel=1e-4)
+
+
+def test_a_model_that_says_the_words_has_all_of_them(model, english):
+    """The words that it would say itself, of one and of two tokens."""
+    tokenizer = load_tokenizer(english)
+    own = []
+    for context, length in (("The river", 1), ("The letter above the", 2), ("The engine behind the students", 1)):
+        ids = tokenizer(context)["input_ids"]
+        said = model.generate(torch.tensor([ids]), max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=1)[0, len(ids):]
+        own.append((context, tokenizer.decode(said)))
+    assert last_words(model, tokenizer, own, CPU, torch.float32)[0] == 1.0
+    wrong = [(context, "garden is" if word != "garden is" else "is garden") for context, word in own]
+    assert last_words(model, tokenizer, wrong, CPU, torch.float32)[0] == 0.0
+
+
+def test_without_the_file_lambada_is_null_and_a_note_says_so(english, model, tmp_path):
+    from omegaconf import OmegaConf
+
+    settings = SimpleNamespace(evaluate=Evaluate(512, probe_texts=2, probe_pairs=2, probe_lambada=2), precision=Precision("fp32"))
+    cfg = OmegaConf.create({"paths": {"lambada": f"{tmp_path}/none.jsonl", "models": str(english.parent), "work": str(tmp_path)},
+                            "model": {"name": english.name}})
+    probing = Probing(cfg, settings, load_tokenizer(english), model)
+    assert "none.jsonl is not there" in probing.note
+    found = probing.forgetting(model)
+    assert found.lambada is found.lambada_base is found.lambada_perplexity is None
+    assert found.perplexity == found.perplexity_base != found.perplexity_base_16bit
+    assert found.probes == "2 news sentences, 2 agreement pairs"
