@@ -6,13 +6,17 @@ Library. `choose` takes the fast way where `train.engine` and the device allow i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.data import Encoded, step_batches, step_rows
 from pipeline.methods.base import Method
 from pipeline.objectives.base import Objective
 from pipeline.scoring import autocast
 from pipeline.settings import Train
+
+if TYPE_CHECKING:
+    from pipeline.fast.shapes import Shapes
+    from pipeline.fast.streams import Streams
 
 
 class Stepping(Protocol):
@@ -101,8 +105,7 @@ class Fast:
                  dtype: Any, pad_id: int, total: int) -> None:
         from pipeline.fast.bind import Unsupported, bind
         from pipeline.fast.programs import ByAutograd, ByHand
-        from pipeline.fast.shapes import Shapes, solo_steps
-        from pipeline.fast.stepper import MOST_WIDTHS, STEPS_A_WIDTH, Stepper
+        from pipeline.fast.stepper import Stepper
 
         if not total:
             raise Unsupported("there is nothing to train")
@@ -110,28 +113,48 @@ class Fast:
             raise Unsupported("the method acts between steps")
         self.examples, self.settings, self.seed, self.lr = examples, settings, seed, settings.lr
         self.notes: list[str] = []
-        orders = (step_rows(len(examples), settings.batch_size, seed, step) for step in range(total))
-        shapes = Shapes(solo_steps(examples, orders), settings.micro_batch_tokens, max(1, min(MOST_WIDTHS, total // STEPS_A_WIDTH)))
+        buckets, streams = self._shapes(model, device, dtype, total)
         groups = method.optimizer_groups(model, settings.lr)
         plain = type(objective).loss is Objective.loss
         try:
             if not plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.lr:
                 raise Unsupported("its loss or optimiser is its own")
+            shapes = streams or buckets
             bound = bind(model, dtype, accumulate=shapes.accumulates, seed=seed)
             bound.serve(model)
             program: Any = ByHand(bound)
             way = "hand-written step"
         except Unsupported as reason:
-            program = ByAutograd(model, objective, groups, settings.lr, device, dtype)
+            program, shapes = ByAutograd(model, objective, groups, settings.lr, device, dtype), buckets
             way = f"autograd, because {reason}"
         program.flat.weight_decay.fill_(settings.weight_decay)
         program.flat.max_norm.fill_(settings.max_grad_norm)
         self.stepper = Stepper(program, shapes, pad_id, device)
         self.program = program
         widths = ", ".join(str(w) for w in sorted(self.stepper.inputs))
-        self.notes.append(f"engine: {way}{', captured in CUDA graphs' if self.stepper.graphs.captures else ''}; widths {widths}")
+        kind = "rows packed into streams of tokens" if shapes is streams else "widths"
+        self.notes.append(f"engine: {way}{', captured in CUDA graphs' if self.stepper.graphs.captures else ''}; {kind} {widths}")
         if settings.optimizer == "paged_adamw":
             self.notes.append("paged_adamw cannot be captured: the fast engine's AdamW ran, its state not paged")
+
+    def _shapes(self, model: Any, device: Any, dtype: Any, total: int) -> tuple[Shapes, Streams | None]:
+        """Rows of equal width, and streams where they are wanted."""
+        import torch
+
+        from pipeline.fast.shapes import Shapes, solo_steps
+        from pipeline.fast.stepper import MOST_WIDTHS, STEPS_A_WIDTH
+        from pipeline.fast.streams import Streams, least_tokens, worth_it
+
+        settings = self.settings
+        orders = [step_rows(len(self.examples), settings.batch_size, self.seed, step) for step in range(total)]
+        most = max(1, min(MOST_WIDTHS, total // STEPS_A_WIDTH))
+        buckets = Shapes(solo_steps(self.examples, orders), settings.micro_batch_tokens, most)
+        soft = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        has_kernel = device.type == "cuda" and dtype == torch.bfloat16
+        if settings.packing == "never" or soft or not (has_kernel or (settings.packing == "always" and device.type != "cuda")):
+            return buckets, None
+        streams = Streams(solo_steps(self.examples, orders), settings.micro_batch_tokens, most)
+        return buckets, streams if settings.packing == "always" or worth_it(streams, buckets, least_tokens(model)) else None
 
     def warm(self) -> None:
         self.stepper.warm()

@@ -49,6 +49,7 @@ def test_an_untrained_lora_is_the_base_on_the_gpu(overrides, tmp_path):
 @pytest.mark.parametrize(("technique", "way"), [
     ("full", "hand-written"), ("lora", "hand-written"), ("qlora", "hand-written"), ("step_by_step", "hand-written"),
     ("prompt_tuning precision=fp32", "hand-written"),  # in bf16 the first steps' signs are rounding's
+    ("lora train.packing=always", "streams"), ("full train.packing=always", "streams"), ("qlora train.packing=always train.micro_batch_tokens=256", "streams"),
     ("lora method.config.use_dora=true", "autograd"), ("lora method.config.lora_dropout=0.1", "hand-written"),
 ])
 def test_captured_steps_are_the_eager_ones(overrides, tmp_path, technique, way):

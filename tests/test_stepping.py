@@ -27,6 +27,10 @@ def run(overrides, folder, *more):
     ("full", ["train.lr=1e-3"], "hand-written"),
     ("prompt_tuning", ["train.lr=1e-2"], "hand-written"),
     ("step_by_step", ["train.lr=1e-3"], "hand-written"),
+    ("lora", ["train.lr=1e-2", "train.packing=always"], "packed into streams"),
+    ("lora", ["train.lr=1e-2", "train.packing=always", "train.micro_batch_tokens=40", "train.weight_decay=0.1"], "packed into streams"),
+    ("full", ["train.lr=1e-3", "train.packing=always"], "packed into streams"),
+    ("prompt_tuning", ["train.lr=1e-2", "train.packing=always"], "; widths"),
 ])
 def test_fast_steps_are_the_eager_ones(overrides, tmp_path, technique, more, way):
     eager = run(overrides, tmp_path / "eager", f"technique={technique}", *more, "train.engine=eager")
@@ -71,8 +75,11 @@ def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides,
 def test_dropout_of_a_fast_run_does_not_depend_on_how_steps_are_split(overrides, tmp_path):
     more = ["technique=lora", "train.engine=fast", "train.lr=1e-2", "method.config.lora_dropout=0.3"]
     whole, split = (run(overrides, tmp_path / str(n), *more, f"train.micro_batch_tokens={n}") for n in (2048, 40))
-    assert any("hand-written" in n for n in whole.notes)
-    assert [h["loss"] for h in split.history] == pytest.approx([h["loss"] for h in whole.history], rel=1e-4)
+    packed = run(overrides, tmp_path / "packed", *more, "train.packing=always", "train.micro_batch_tokens=70")
+    assert any("hand-written" in n for n in whole.notes) and any("streams" in n for n in packed.notes)
+    for other in (split, packed):
+        assert [h["loss"] for h in other.history] == pytest.approx([h["loss"] for h in whole.history], rel=1e-4)
+    assert packed.work.padding_share < whole.work.padding_share
     dry = run(overrides, tmp_path / "dry", *more, "method.config.lora_dropout=0.0")
     assert [h["loss"] for h in dry.history][1:] != pytest.approx([h["loss"] for h in whole.history][1:], rel=1e-3)
 

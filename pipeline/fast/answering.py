@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from pipeline.fast.attend import Heads, seen
 from pipeline.fast.bind import answering, bound_to
-from pipeline.fast.llama import Llama, attention
+from pipeline.fast.llama import Llama
 from pipeline.fast.ops import Tensor
 from pipeline.fast.parts import Unsupported
 
@@ -50,23 +52,26 @@ class Forward:
             longest = attention_mask.shape[-1] if attention_mask is not None else width
             cos, sin = (part[position_ids.reshape(-1)] for part in self.table(longest))
 
-        def attend(index: int, qkv: Tensor) -> Tensor:
-            layer = self.llama.layers[index]
-            q, k, v = layer.parts(qkv, width)
-            if past_key_values is not None:
-                k, v = past_key_values.update(k, v, index)
-            return layer.mixed(seen(q, k, v, attention_mask))
-
-        hidden = self.llama.answer(ids.reshape(-1), cos, sin, attend).view(count, width, -1)
+        attends = [Masked(width, attention_mask, past_key_values, layer) for layer in range(len(self.llama.layers))]
+        hidden = self.llama.answer(ids.reshape(-1), cos, sin, attends).view(count, width, -1)
         return self.llama.logits(hidden[rows, cols])
 
 
-def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention [R, H, T, e], causal or by the mask. Only causal attention in 16 bits has a kernel on CUDA that shares key-value heads."""
-    if mask is None and (q.dtype != torch.float32 or not q.is_cuda):
-        return attention(q, k, v)
-    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+@dataclass(frozen=True)
+class Masked:
+    """Rows of `tokens` tokens for answers alone: causal, or by `mask` [R, 1, T, P + T] (True where a token sees another), after the tokens of `past`
+    (a transformers cache of P tokens, added to)."""
+
+    tokens: int
+    mask: Tensor | None = None
+    past: Any = None
+    layer: int = 0
+
+    def forward(self, heads: Heads, qkv: Tensor, save: bool) -> tuple[Tensor, tuple]:
+        q, k, v = heads.parts(qkv, self.tokens)
+        if self.past is not None:
+            k, v = self.past.update(k, v, self.layer)
+        return heads.mixed(seen(q, k, v, self.mask)), ()
 
 
 @contextmanager

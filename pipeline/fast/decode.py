@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from transformers import GenerationConfig, StaticCache
 
 from pipeline.data import by_length, pad
 from pipeline.fast import answering, ops
-from pipeline.fast.answering import Forward, seen
+from pipeline.fast.answering import Forward
+from pipeline.fast.attend import Heads, seen
 from pipeline.fast.capture import Graphs
 from pipeline.fast.forward import capture
 from pipeline.fast.reuse import refusal
@@ -148,31 +150,46 @@ class Written(Decoder):
         super().__init__(rows, width, new, end, pad_id, device)
         self.llama = forward.llama
         self.cos, self.sin = forward.table(width + new)
-        self.held = [self.llama.embedding.new_zeros(2, rows, layer.groups, width + new, layer.width) for layer in self.llama.layers]
+        held = [self.llama.embedding.new_zeros(2, rows, layer.heads.groups, width + new, layer.heads.width) for layer in self.llama.layers]
+        self.among, self.after = [Among(one, width) for one in held], [After(one, self.at) for one in held]
 
     def place(self, rows: list[list[int]]) -> None:
         ids = pad(rows, self.pad_id)
         self.ids.copy_(torch.nn.functional.pad(ids, (0, self.width - ids.shape[1]), value=self.pad_id))
 
     def prefill(self) -> None:
-        hidden = self.llama.answer(self.ids.reshape(-1), self.cos[: self.width], self.sin[: self.width], self._among)
+        hidden = self.llama.answer(self.ids.reshape(-1), self.cos[: self.width], self.sin[: self.width], self.among)
         self.choose(self.llama.logits(hidden.view(*self.ids.shape, -1)[self.every, self.at - 1]))
 
     def step(self) -> None:
-        logits = self.llama.logits(self.llama.answer(self.token[:, 0], self.cos[self.at], self.sin[self.at], self._after))
+        logits = self.llama.logits(self.llama.answer(self.token[:, 0], self.cos[self.at], self.sin[self.at], self.after))
         self.at.add_(1)
         self.choose(logits)
 
-    def _among(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
-        layer = self.llama.layers[index]
-        q, k, v = layer.parts(qkv, self.width)
-        for held, part in zip(self.held[index], (k, v), strict=True):
-            held[:, :, : self.width] = part
-        return layer.mixed(seen(q, k, v, None))
 
-    def _after(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
-        keys, values = self.held[index]
-        return ops.attend_next_(qkv, keys, values, self.at, self.llama.layers[index].heads)
+@dataclass(frozen=True)
+class Among:
+    """Prompts [R, W] attend among themselves; their keys and values are kept in `held` [2, R, G, L, e]."""
+
+    held: torch.Tensor
+    width: int
+
+    def forward(self, heads: Heads, qkv: torch.Tensor, save: bool) -> tuple[torch.Tensor, tuple]:
+        q, k, v = heads.parts(qkv, self.width)
+        for held, part in zip(self.held, (k, v), strict=True):
+            held[:, :, : self.width] = part
+        return heads.mixed(seen(q, k, v, None)), ()
+
+
+@dataclass(frozen=True)
+class After:
+    """One token a row, at column `at` [R], attends to what is kept before it."""
+
+    held: torch.Tensor
+    at: torch.Tensor
+
+    def forward(self, heads: Heads, qkv: torch.Tensor, save: bool) -> tuple[torch.Tensor, tuple]:
+        return ops.attend_next_(qkv, self.held[0], self.held[1], self.at, heads.queries), ()
 
 
 def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompts: Sequence[list[int]], new: int, batch_tokens: int, device: Any,

@@ -10,16 +10,15 @@ Shapes: K slots (runs), R rows in all, T tokens a row, N = R·T, d width, r rank
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.attention
 import torch.nn.functional as F
 
 from pipeline.fast import ops
+from pipeline.fast.attend import Attend, Attends, Heads, Rows, Stream
 from pipeline.fast.group import Group
 from pipeline.fast.ops import Tensor
 
@@ -63,7 +62,7 @@ class Norm:
 
 @dataclass
 class Layer:
-    """One decoder layer. heads: query heads; groups: key-value heads; width: of a head."""
+    """One decoder layer."""
 
     norm1: Norm
     qkv: Group
@@ -71,26 +70,18 @@ class Layer:
     norm2: Norm
     gate_up: Group
     down: Group
-    heads: int
-    groups: int
-    width: int
+    heads: Heads
     eps: float
     held: list[Tensor] | None = None
     """Where the largest of what backward needs goes, for as many tokens as will come; None: into new tensors."""
-    backends: list[Any] | None = None
-    """The attention kernels to choose from (torch.nn.attention.SDPBackend); None: torch's own order."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, save: bool, attend: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, tuple]:
-        """(output [N, d], what backward needs) of x [N, d]; cos, sin [T, width].
-
-        attend: rotated q, k, v [N, (H + 2G)·width] -> the heads' outputs side by side [N, H·width]; None: causal, over rows of T tokens.
-        """
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attends, save: bool) -> tuple[Tensor, tuple]:
+        """(output [N, d], what backward needs) of x [N, d]; cos, sin [T, e] with N a multiple of T."""
         to1, to2, to3, to4 = [held[: len(x)] for held in self.held] if save and self.held else [None] * 4
         n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room, to1)
         qkv, kept_qkv = self.qkv.forward(n1, to=to2)
-        ops.rotate_(qkv.view(len(qkv), -1, self.width), cos, sin, self.heads + self.groups)
-        attended = None if attend else self._attend(qkv, cos.shape[0], save)
-        mixed = attend(qkv) if attend else self.mixed(attended[-1].detach())  # type: ignore[index]
+        ops.rotate_(qkv.view(len(qkv), -1, self.heads.width), cos, sin, self.heads.queries + self.heads.groups)
+        mixed, attended = attend.forward(self.heads, qkv, save)
         x2, kept_out = self.out.forward(mixed, x, lasts=False)
         n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room, to3)
         gu, kept_gu = self.gate_up.forward(n2, to=to4)
@@ -100,10 +91,10 @@ class Layer:
     def hold(self, tokens: int, inner: int, like: Tensor) -> None:
         """Set memory aside for `tokens` tokens, once: what is taken and given back at every step leaves holes between."""
         d = self.norm1.weight.shape[0]
-        widths = (d + self.qkv.room, (self.heads + 2 * self.groups) * self.width, d + self.gate_up.room, 2 * inner)
+        widths = (d + self.qkv.room, (self.heads.queries + 2 * self.heads.groups) * self.heads.width, d + self.gate_up.room, 2 * inner)
         self.held = [like.new_empty(tokens, width) for width in widths]
 
-    def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, wanted: bool, beside: Beside) -> Tensor | None:
+    def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, attend: Attend, wanted: bool, beside: Beside) -> Tensor | None:
         """dx [N, d] (None unless wanted) of dy [N, d]; gradients of what is trained are written where they belong, by `beside`."""
         n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, kept_down = saved
         d = dy.shape[1]
@@ -121,40 +112,14 @@ class Layer:
         assert dmixed is not None
         beside.join()
         del dh, h  # the largest: attention needs its room
-        *inputs, output = attended
         if self.out.trained:
-            beside.do(self.out, dx2, self.mixed(output.detach()), kept_out, dkept)
-        doutput = dmixed.reshape(output.shape[0], output.shape[2], self.heads, self.width).transpose(1, 2)
-        dq, dk, dv = torch.autograd.grad(output, inputs, doutput)
+            beside.do(self.out, dx2, attend.again(self.heads, attended), kept_out, dkept)
+        dq, dk, dv = attend.backward(self.heads, attended, dmixed)
         dqkv = ops.unrotate(dq, dk, dv, cos, sin)
         del dq, dk, dv
         dn, dkept = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
         beside.do(self.qkv, dqkv, n1, kept_qkv, dkept)
         return ops.rmsnorm_backward(dn, n1[:, :d], self.norm1.weight, r1, dx2, self.norm1.dweight) if dn is not None else None
-
-    def mixed(self, output: Tensor) -> Tensor:
-        """The heads' outputs [R, H, T, width] side by side, [N, H·width]."""
-        return output.transpose(1, 2).reshape(-1, self.heads * self.width)
-
-    def parts(self, qkv: Tensor, t: int) -> Sequence[Tensor]:
-        """q [R, H, T, width], k, v [R, G, T, width] of qkv [R·T, (H + 2G)·width], as views."""
-        return qkv.view(-1, t, self.heads + 2 * self.groups, self.width).transpose(1, 2).split((self.heads, self.groups, self.groups), 1)
-
-    def _attend(self, qkv: Tensor, t: int, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, output), each [R, heads, T, width]; with `save` the output remembers how to go back to the three."""
-        with torch.set_grad_enabled(save):
-            q, k, v = (p.detach().requires_grad_(save) for p in self.parts(qkv, t))
-            output = attention(q, k, v, self.backends)
-        return q, k, v, output
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, backends: list[Any] | None = None) -> Tensor:
-    """Causal attention [R, H, T, e] of q [R, H, T, e], k, v [R, G, T, e], by one of the `backends` (None: torch chooses)."""
-    grouped = q.shape[1] != k.shape[1]
-    if backends is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    with torch.nn.attention.sdpa_kernel(backends):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 @dataclass
@@ -184,6 +149,8 @@ class Llama:
     dprompt: Tensor | None = None
     noise: ops.Noise | None = None
     """Of the adapters' dropout; shared by the groups."""
+    backends: list[Any] | None = None
+    """The attention kernels to choose from (torch.nn.attention.SDPBackend); None: torch's own order."""
     beside: Any = None
     """A CUDA stream on which weight gradients are made while the way back goes on; None: they take their turn."""
 
@@ -192,32 +159,42 @@ class Llama:
         """Soft tokens before every row."""
         return self.prompt.shape[1] if self.prompt is not None else 0
 
-    def hidden(self, ids: Tensor, save: bool) -> tuple[Tensor, list[tuple]]:
-        """(hidden states before the last norm [R·(n + T), d], what each layer keeps) of ids [R, T]."""
+    def hidden(self, ids: Tensor, save: bool, stream: Stream | None = None) -> tuple[Tensor, list[tuple]]:
+        """(hidden states before the last norm [R·(n + T), d], what each layer keeps) of ids [R, T].
+
+        stream: ids hold a slot's rows one after another, R = K (without soft prompts).
+        """
         x = F.embedding(ids, self.embedding)
         if self.prompt is not None:
             slots, n, d = self.prompt.shape
             before = self.prompt[:, None].expand(slots, len(ids) // slots, n, d).reshape(-1, n, d)
             x = torch.cat((before, x), 1)
-        cos, sin = self.angles(x.shape[1])
+        cos, sin, attend = self._places(x.shape[1], stream)
         if self.noise is not None:
-            self.noise.tokens, self.noise.on = x.shape[1], save
+            self.noise.tokens, self.noise.on, self.noise.stream = x.shape[1], save, (stream.row, stream.position) if stream else None
         x, kept = x.reshape(-1, x.shape[-1]), []
         for index, layer in enumerate(self.layers):
-            x, saved = layer.forward(x, cos, sin, save and index >= self.lowest)
+            x, saved = layer.forward(x, cos, sin, attend, save and index >= self.lowest)
             kept.append(saved)
         return x, kept
 
-    def answer(self, ids: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def _places(self, t: int, stream: Stream | None) -> tuple[Tensor, Tensor, Attend]:
+        """(cos, sin, the way to attend) of rows of t tokens, or of a stream."""
+        if stream is None:
+            return *self.angles(t), Rows(t, self.backends)
+        cos, sin = (part[stream.position] for part in self.angles(stream.longest))
+        return cos, sin, stream
+
+    def answer(self, ids: Tensor, cos: Tensor, sin: Tensor, attends: Sequence[Attends]) -> Tensor:
         """Hidden states before the last norm [N, d] of ids [N] (adapters without dropout, no soft prompt); nothing is kept.
 
-        cos, sin [T, width]: of tokens in rows of T (T = N: each token its own). attend: (layer, rotated q, k, v) -> the heads' outputs, as in Layer.
+        cos, sin [T, e]: of tokens in rows of T (T = N: each token its own). attends: of every layer.
         """
         if self.noise is not None:
             self.noise.on = False
         x = F.embedding(ids, self.embedding)
-        for index, layer in enumerate(self.layers):
-            x, _ = layer.forward(x, cos, sin, False, functools.partial(attend, index))
+        for layer, attend in zip(self.layers, attends, strict=True):
+            x, _ = layer.forward(x, cos, sin, attend, False)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -229,14 +206,15 @@ class Llama:
         for layer in self.layers[self.lowest :]:
             layer.hold(tokens, self.inner, self.embedding)
 
-    def step(self, ids: Tensor, at: Tensor, targets: Tensor, weights: Tensor, dense: bool = False) -> Tensor:
+    def step(self, ids: Tensor, at: Tensor, targets: Tensor, weights: Tensor, dense: bool = False, stream: Stream | None = None) -> Tensor:
         """Forward and backward: weights · nll [M] fp32; gradients are written where they belong.
 
         ids [R, T]; at [M]: labelled positions in the flattened [R, n + T]; targets, weights [M]. dense: `at` is every position in order.
+        stream: as in hidden.
         """
         beside = Beside(self.beside)
         with torch.no_grad():
-            x, kept = self.hidden(ids, True)
+            x, kept = self.hidden(ids, True, stream)
             picked = x if dense else x[at]
             normed, rstd = ops.rmsnorm(picked, self.norm.weight, self.layers[0].eps)
             loss, dnormed = self._head(normed, targets, weights)
@@ -244,10 +222,10 @@ class Llama:
             dx: Any = dpicked if dense else torch.zeros_like(x).index_add_(0, at, dpicked)
             del x, picked, normed, dnormed, dpicked  # or they would stay through the whole way back
             if len(self.layers) > self.lowest:
-                cos, sin = self.angles(ids.shape[1] + self.virtual)
+                cos, sin, attend = self._places(ids.shape[1] + self.virtual, stream)
                 below = self.dembedding is not None or self.dprompt is not None
                 for index in range(len(self.layers) - 1, self.lowest - 1, -1):
-                    dx = self.layers[index].backward(dx, kept.pop(), cos, sin, index > self.lowest or below, beside)
+                    dx = self.layers[index].backward(dx, kept.pop(), cos, sin, attend, index > self.lowest or below, beside)
             beside.join()
             self._inputs(ids, dx)
         return loss

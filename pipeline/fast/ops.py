@@ -159,12 +159,14 @@ class Noise:
     """Tokens a row (of the batch at hand)."""
     on: bool = True
     """False while a model only answers."""
+    stream: tuple[Tensor, Tensor] | None = None
+    """(row, token) [K·R·T] where rows stand one after another; None: rows of `tokens` tokens."""
 
     def keys(self, rows: int, member: int) -> Tensor:
         """[rows] int64 below 2^32: the hash of everything but the column, for rows = K·R·T."""
-        slots = len(self.p)
-        at = torch.arange(rows, device=self.p.device).view(slots, -1)
-        row, token = (at - at[:, :1]) // self.tokens + self.first, at % self.tokens
+        at = torch.arange(rows, device=self.p.device).view(len(self.p), -1)
+        row, token = (part.view(at.shape) for part in self.stream) if self.stream else ((at - at[:, :1]) // self.tokens, at % self.tokens)
+        row = row + self.first
         start = mix(mix(self.seed + GOLDEN) ^ (self.step.long() * GOLDEN & MASK)) ^ (member * GOLDEN & MASK)
         return mix(mix(start)[:, None] ^ (row * 65536 + token & MASK)).reshape(-1)
 

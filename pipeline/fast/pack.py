@@ -220,7 +220,7 @@ def slot_bytes(template: Any, rank: int, shapes: OpenShapes, pad_id: int, device
     memory.start()
     stepper = Stepper(program, shapes, pad_id, device)
     widest = stepper.inputs[max(stepper.inputs)]
-    program.prepare(shapes.slots * widest.shape.rows, widest.shape.width + program.virtual)
+    program.prepare(shapes.slots * widest.shape.rows, widest.shape.width + program.virtual, False)
     program.run(widest)
     step = memory.stop()
     stepper.close()

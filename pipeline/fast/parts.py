@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.fast import ops
+from pipeline.fast.attend import Heads
 from pipeline.fast.group import Group
 from pipeline.fast.llama import Layer, Llama, Norm
 from pipeline.fast.ops import Tensor
@@ -79,7 +80,7 @@ class Parts:
             qkv, out, gate_up, down = (groups[at, index] for index in range(4))
             layers.append(Layer(
                 norms(layer.input_layernorm), qkv, out, norms(layer.post_attention_layernorm), gate_up, down,
-                config.num_attention_heads, config.num_key_value_heads, self.width, config.rms_norm_eps,
+                Heads(config.num_attention_heads, config.num_key_value_heads, self.width), config.rms_norm_eps,
             ))
         return Llama(embedding, layers, norms(self.model.norm), head, self.angles, config.intermediate_size, lowest)
 

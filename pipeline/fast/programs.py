@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from pipeline.data import Batch
+from pipeline.fast.attend import Heads, attention
 from pipeline.fast.bind import Bound, Unsupported
 from pipeline.fast.capture import Graphs
 from pipeline.fast.flat import Flat, Region
-from pipeline.fast.llama import attention
 from pipeline.fast.shapes import Micro, Static
 from pipeline.measure import device_seconds
 
@@ -27,13 +27,12 @@ class ByHand:
         self.bound = bound
         self.llama, self.flat, self.virtual = bound.llama, bound.flat, bound.llama.virtual
 
-    def prepare(self, rows: int, width: int) -> None:
-        """Set memory aside for the largest micro-batch, [rows, width] tokens, and choose its attention kernel by trying those there are."""
+    def prepare(self, rows: int, width: int, stream: bool) -> None:
+        """Set memory aside for the largest micro-batch, [rows, width] tokens, and choose its attention kernel by trying those there are (a stream's
+        is flash attention)."""
         self.llama.hold(rows * width)
-        first = self.llama.layers[0]
-        backends = fastest_attention(rows, first.heads, first.groups, width, first.width, self.llama.embedding)
-        for layer in self.llama.layers:
-            layer.backends = backends
+        if not stream:
+            self.llama.backends = fastest_attention(rows, self.llama.layers[0].heads, width, self.llama.embedding)
 
     def begin(self, micro: Micro) -> None:
         """Called before a micro-batch is run or replayed."""
@@ -41,7 +40,7 @@ class ByHand:
             self.llama.noise.first.fill_(micro.first)
 
     def run(self, static: Static) -> torch.Tensor:
-        loss = self.llama.step(static.ids, static.at, static.targets, static.weights, static.shape.dense and not self.virtual)
+        loss = self.llama.step(static.ids, static.at, static.targets, static.weights, static.shape.dense and not self.virtual, static.stream)
         self.flat.keep()
         return loss
 
@@ -83,7 +82,7 @@ class ByAutograd:
             parameter.data, parameter.grad = views
             at += parameter.numel()
 
-    def prepare(self, rows: int, width: int) -> None:
+    def prepare(self, rows: int, width: int, stream: bool) -> None:
         self.model.train()
 
     def begin(self, micro: Micro) -> None:
@@ -104,7 +103,7 @@ class ByAutograd:
             parameter.grad = None
 
 
-def fastest_attention(rows: int, heads: int, groups: int, width: int, size: int, like: torch.Tensor) -> list[Any] | None:
+def fastest_attention(rows: int, heads: Heads, width: int, like: torch.Tensor) -> list[Any] | None:
     """The attention backend, as a list of one, whose forward and backward take least at this shape on a GPU; None elsewhere (torch chooses).
 
     like: a tensor of the device and dtype. The choice is by measurement, so two machines may choose differently; all compute the same sums.
@@ -113,7 +112,10 @@ def fastest_attention(rows: int, heads: int, groups: int, width: int, size: int,
         return None
     from torch.nn.attention import SDPBackend
 
-    q, k, v = (torch.randn(rows, width, h, size, device=like.device, dtype=like.dtype).transpose(1, 2).requires_grad_() for h in (heads, groups, groups))
+    q, k, v = (
+        torch.randn(rows, width, count, heads.width, device=like.device, dtype=like.dtype).transpose(1, 2).requires_grad_()
+        for count in (heads.queries, heads.groups, heads.groups)
+    )
     seconds = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         graphs = Graphs(like.device)  # a replay takes what the kernels take; a call would take what launching takes

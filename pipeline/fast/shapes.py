@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.data import Encoded
+from pipeline.fast.attend import Stream
 
 GRAIN = 8  # widths are multiples of this
 SAMPLED = 256  # steps that are drawn to choose widths where the steps to come are not known
@@ -23,12 +24,21 @@ SAMPLED = 256  # steps that are drawn to choose widths where the steps to come a
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one slot's part of a batch: rows [rows, width], labels [labels]; dense: every position is one, in order."""
+    """Of one slot's part of a batch: rows [rows, width], labels [labels]; dense: every position is one, in order.
+
+    longest: tokens of its longest row, where rows stand one after another in [width] tokens; 0: each has a width of its own.
+    """
 
     rows: int
     width: int
     labels: int
     dense: bool = False
+    longest: int = 0
+
+    @property
+    def cells(self) -> int:
+        """Tokens, padding counted."""
+        return self.width if self.longest else self.rows * self.width
 
 
 @dataclass(frozen=True)
@@ -91,10 +101,9 @@ class Shapes:
                 width = -(-found[0] // GRAIN) * GRAIN
                 needed[width] = needed.get(width, 0) + 1
                 held.append(step)
-        if len(needed) > 64:
-            needed = _coarser(needed)
-        self.widths = choose_widths(needed, most_widths)
+        self.widths = choose_widths(coarser(needed), most_widths)
         self.capacity: dict[int, int] = {}
+        self.fed: dict[int, int] = {}
         dense = dict.fromkeys(self.widths, True)
         self.accumulates = False
         for step in held:
@@ -104,6 +113,7 @@ class Shapes:
                 rows = self.rows(width)
                 counts = [sum(map(labels, part)) for part in parts]
                 self.capacity[width] = max(self.capacity.get(width, 1), *counts)
+                self.fed[width] = self.fed.get(width, 0) + 1
                 dense[width] &= all(len(part) == rows and all(length(e) == width and labels(e) == width for e in part) for part in parts)
         self.dense = {width: dense[width] for width in self.capacity}
 
@@ -129,7 +139,11 @@ class Shapes:
         first = 0
         for width, parts in self._cut(step):
             yield Micro(self.shape(width), list(zip(parts, counts, strict=True)), first)
-            first += self.rows(width)
+            first += max(map(len, parts))
+
+    def cost(self, least: float) -> float:
+        """Tokens that all steps feed, padding counted, where a micro-batch takes the device as long as `least` tokens do at least."""
+        return sum(count * max(self.slots * self.shape(width).cells, least) for width, count in self.fed.items())
 
     def _cut(self, step: Sequence[Sequence[Encoded]]) -> Iterator[tuple[int, list[list[Encoded]]]]:
         """(width, every slot's examples) of each micro-batch, the longest rows first."""
@@ -163,7 +177,7 @@ class OpenShapes(Shapes):
         for longest in [max(lengths), *(max(draw.choices(lengths, k=slots * rows)) for _ in range(SAMPLED))]:
             width = -(-longest // GRAIN) * GRAIN
             needed[width] = needed.get(width, 0) + 1
-        self.widths = choose_widths(_coarser(needed) if len(needed) > 64 else needed, most_widths)
+        self.widths = choose_widths(coarser(needed), most_widths)
         self.accumulates = any(self.rows(width) < self.examples for width in self.widths)
         self.capacity, self.dense = {}, {}
         for width in self.widths:
@@ -172,9 +186,11 @@ class OpenShapes(Shapes):
             self.dense[width] = all(length(e) == width == labels(e) for e in every if length(e) <= width) and len(held) >= self.rows(width)
 
 
-def _coarser(needed: dict[int, int]) -> dict[int, int]:
+def coarser(needed: dict[int, int]) -> dict[int, int]:
     """At most 64 widths, each joined to the next one up."""
     widths = sorted(needed)
+    if len(widths) <= 64:
+        return needed
     size = -(-len(widths) // 64)
     groups = [widths[i : i + size] for i in range(0, len(widths), size)]
     return {group[-1]: sum(needed[w] for w in group) for group in groups}
@@ -183,46 +199,72 @@ def _coarser(needed: dict[int, int]) -> dict[int, int]:
 class Static:
     """One shape's input tensors on the device, filled from pinned memory.
 
-    ids [K·rows, width]; at, targets [K·labels]; weights [K·labels] fp32. at counts positions in the flattened
-    [K·rows, virtual + width]. Places without a label point at their slot's first position with weight 0.
+    ids [K·rows, width] (a stream's: [K, width]); at, targets [K·labels]; weights [K·labels] fp32. at counts positions in the flattened
+    [K·rows, virtual + width]. Places without a label point at their slot's first position with weight 0. stream: None, or where its rows are.
     """
 
     def __init__(self, shape: Shape, slots: int, virtual: int, pad_id: int, device: Any) -> None:
         self.shape, self.slots, self.virtual, self.pad_id, self.device = shape, slots, virtual, pad_id, device
-        cells, marks = slots * shape.rows * shape.width, slots * shape.labels
+        cells, marks = slots * shape.cells, slots * shape.labels
         self._whole = torch.zeros(cells + 2 * marks, dtype=torch.long, device=device)
         self.weights = torch.zeros(marks, device=device)
         self.ids = self._whole[:cells].view(-1, shape.width)
         self.at, self.targets = self._whole[cells : cells + marks], self._whole[cells + marks :]
+        self.stream: Stream | None = None
+        if shape.longest:
+            ends = torch.zeros(slots * self._sequences + 1, dtype=torch.int32, device=device)
+            self.stream = Stream(ends, torch.zeros_like(self._whole[:cells]), torch.zeros_like(self._whole[:cells]), shape.longest)
+
+    @property
+    def _sequences(self) -> int:
+        """A stream's rows a slot: those of the step, and what the rest is cut into, because no row may be longer than the longest."""
+        return self.shape.rows + -(-self.shape.width // self.shape.longest)
 
     def fill(self, micro: Micro) -> None:
         """Copy a micro-batch in; returns before the copy has happened."""
-        shape, marks = self.shape, self.slots * self.shape.labels
-        ids = np.full((self.slots * shape.rows, shape.width), self.pad_id, dtype=np.int64)
+        shape, marks, cells = self.shape, self.slots * self.shape.labels, self.shape.cells
+        ids = np.full(self.slots * cells, self.pad_id, dtype=np.int64)
         at, targets = np.zeros(marks, dtype=np.int64), np.zeros(marks, dtype=np.int64)
         weights = np.zeros(marks, dtype=np.float32)
-        stride = self.virtual + shape.width
         for slot, (examples, counts) in enumerate(micro.parts):
-            mark, first = slot * shape.labels, slot * shape.rows
-            at[mark : mark + shape.labels] = first * stride
-            for row, example in enumerate(examples, first):
-                ids[row, : length(example)] = example.ids[:-1]
+            mark, begin = slot * shape.labels, slot * cells
+            at[mark : mark + shape.labels] = begin + slot * shape.rows * self.virtual
+            for row, example in enumerate(examples, slot * shape.rows):
+                ids[begin : begin + length(example)] = example.ids[:-1]
                 n = labels(example)
-                at[mark : mark + n] = np.arange(n) + (row * stride + self.virtual + example.start - 1)
+                at[mark : mark + n] = np.arange(n) + (begin + (row + 1) * self.virtual + example.start - 1)
                 targets[mark : mark + n] = example.ids[example.start :]
                 weights[mark : mark + n] = example.weight / counts[example.group]
                 mark += n
-        whole, scales = torch.from_numpy(np.concatenate((ids.reshape(-1), at, targets))), torch.from_numpy(weights)
-        if self._whole.is_cuda:
-            whole, scales = whole.pin_memory(), scales.pin_memory()
-        self._whole.copy_(whole, non_blocking=True)
-        self.weights.copy_(scales, non_blocking=True)
+                begin += length(example) if shape.longest else shape.width
+        self._copy(self._whole, np.concatenate((ids, at, targets)))
+        self._copy(self.weights, weights)
+        if self.stream:
+            self._fill_stream(self.stream, [[length(e) for e in examples] for examples, _ in micro.parts])
+
+    def _fill_stream(self, stream: Stream, lengths: list[list[int]]) -> None:
+        sizes = []
+        for own in lengths:
+            left = self.shape.width - sum(own)
+            own = [*own, *([stream.longest] * (left // stream.longest)), left % stream.longest]
+            sizes.append(own + [0] * (self._sequences - len(own)))
+        every = np.array(sizes)
+        numbers, flat = np.tile(np.arange(every.shape[1]), len(sizes)), every.reshape(-1)
+        ends = np.concatenate(([0], np.cumsum(flat)))
+        self._copy(stream.ends, ends.astype(np.int32))
+        self._copy(stream.position, np.arange(ends[-1]) - np.repeat(ends[:-1], flat))
+        self._copy(stream.row, np.repeat(numbers, flat))
+
+    @staticmethod
+    def _copy(to: torch.Tensor, values: np.ndarray) -> None:
+        host = torch.from_numpy(values)
+        to.copy_(host.pin_memory() if to.is_cuda else host, non_blocking=True)
 
 
 def tokens(micro: Micro) -> tuple[int, int]:
     """(real tokens, padding) of a micro-batch, all slots together."""
     real = sum(length(e) for examples, _ in micro.parts for e in examples)
-    return real, len(micro.parts) * micro.shape.rows * micro.shape.width - real
+    return real, len(micro.parts) * micro.shape.cells - real
 
 
 def solo_steps(examples: Sequence[Sequence[Encoded]], order: Iterable[Sequence[int]]) -> Iterator[list[list[Encoded]]]:

@@ -41,8 +41,8 @@ class Stepper:
 
     def warm(self) -> None:
         """Capture everything. The slots' values are as before; moments and step counts start at zero."""
-        largest = max(self.inputs.values(), key=lambda s: s.shape.rows * s.shape.width)
-        self.program.prepare(self.slots * largest.shape.rows, largest.shape.width + largest.virtual)
+        largest = max(self.inputs.values(), key=lambda s: s.shape.cells)
+        self.program.prepare(len(largest.ids), largest.shape.width + largest.virtual, largest.stream is not None)
         for width, static in self.inputs.items():
             self._replay[width] = self.graphs.capture(functools.partial(self._forward_backward, static))
         self.flat.lr.zero_()
