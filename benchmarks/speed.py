@@ -5,7 +5,7 @@
     python -m benchmarks.speed ids=wide plan=true                     what would run, and about how long; nothing does
     python -m benchmarks.speed table                                  the README's table from the result files
 
-Keys: ids (sets all, step, sweep, eval, wide, cpu, or ids), repeats (2), steps and warmup of a step row (by shape), sweep_steps (100 a trial),
+Keys: ids (sets all, step, sweep, eval, wide, cpu, or ids), repeats (3), steps and warmup of a step row (by shape), sweep_steps (100 a trial),
 peer_b (liger, or liger+compile: rows of their own), limit_s (seconds an id may take, 300; its time for sweeps is doubled), device (auto),
 out (benchmarks/results), model and task (folders for the evaluation rows; random weights and tokens where they are missing), plan.
 Every id is written as soon as it is measured: all of it to speed-<set>.json, a headline row to targets.json; other ids' rows stay.
@@ -31,7 +31,7 @@ class Options:
     """The command's words."""
 
     ids: str | None = None
-    repeats: int = 2
+    repeats: int = 3
     steps: int | None = None
     warmup: int | None = None
     sweep_steps: int | None = None

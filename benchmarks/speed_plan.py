@@ -41,7 +41,7 @@ def estimate(group: Sequence[AnyRow], repeats: int, device: str, measured: bool 
     if isinstance(first, SweepRow):
         trial = 1.0 + first.workload.total * step_s(first.workload, device)
         packed = SETUP_S[first.workload.shape] + CAPTURE_S + trial * first.trials / SPEEDUP[device] / (4 if device == "cuda" else 1)
-        return min(2, repeats) * packed + (0 if measured else first.measured * trial + trial + PROCESS_S)
+        return repeats * packed + (0 if measured else first.measured * trial + trial + PROCESS_S)
     return repeats * 2 * (6.0 if device == "cuda" else 300.0)
 
 

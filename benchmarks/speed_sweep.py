@@ -160,7 +160,7 @@ def process_s(workload: Workload, device: str) -> float:
 def measure(row: SweepRow, settings: Settings, kept: dict[Workload, Pass]) -> dict[str, Any]:
     """The row's result. `kept`: the peer's passes of this session by workload; one with enough trials is taken again.
 
-    Our sweep runs before and after the peer's (once if repeats is 1).
+    Our sweep runs once before the peer's and `repeats` - 1 times after it.
     """
     watch, limit = Stopwatch(), settings.limit_s
     found: dict[str, Any] = {"id": row.id, "what": row.what, "required": row.required, "aim": row.aim, "figure": "wall_s"}
@@ -179,7 +179,7 @@ def measure(row: SweepRow, settings: Settings, kept: dict[Workload, Pass]) -> di
         finally:
             clear(settings.device)
 
-    for place in range(min(2, settings.repeats)):
+    for place in range(settings.repeats):
         done = attempt(lambda: packed(row.workload, row.trials, settings.device), "ours")
         ours += [done] if done else []
         if done:
