@@ -29,11 +29,14 @@ from pipeline.objectives.base import Objective
 from pipeline.probes import Probing
 from pipeline.results import SHARED_PROCESS, Inference, Memory, Result, Score, Size, Teacher, Work, write
 from pipeline.settings import Settings, read
+from pipeline.sharing import shared_latency
 
 if TYPE_CHECKING:
     from pipeline.loop import Trained
 
 CODE = ("cell.py", "choices.py", "data.py", "loop.py", "model.py", "scoring.py", "stepping.py", "fast/*.py", "methods/*.py", "objectives/*.py")
+ASIDE = ("paths", "tracking", "report", "sweep", "variant", "cell", "split", "requests", "to", "memory_limit_gb", "pack")
+"""Keys of a config that decide no cell's outcome."""
 
 
 @dataclass
@@ -65,13 +68,15 @@ def folder_of(cfg: DictConfig) -> Path:
 
 def decides(cfg: DictConfig) -> dict[str, Any]:
     """What of a cell's config decides its outcome: not where files lie, how progress is shown or where it is tracked."""
-    raw = {k: v for k, v in plain(cfg).items() if k not in ("paths", "tracking", "sweep", "variant", "cell", "split", "memory_limit_gb", "pack")}
+    raw = {k: v for k, v in plain(cfg).items() if k not in ASIDE}
     raw["train"].pop("progress", None)
     raw["train"].pop("checkpoint_every_s", None)
     if raw["train"].get("min_steps") is None:  # cells that were run before there was such a key keep their results
         raw["train"].pop("min_steps", None)
     if not (raw["evaluate"].get("forgetting") and raw["evaluate"].get("probe_lambada")):
         raw["evaluate"].pop("probe_lambada", None)
+    if not (raw["evaluate"].get("adapters") and raw["evaluate"].get("latency_rows")):
+        raw["evaluate"].pop("adapters", None)
     return raw
 
 
@@ -198,7 +203,7 @@ class Cell:
             memory = training or evaluation
             with self.meter.phase("evaluate"):
                 forgetting = self.probing.forgetting(self.model) if self.probing else None
-            inference = self._merged_latency(inference)
+            inference = self._merged(self._many_adapters(inference))
         return Result(
             **{**_identity(self.cfg, self.settings, self.method, self.objective), "train_rows": len(self.rows.train)},
             precision=self.precision, status="ok", validation_rows=len(self.rows.validation), scores=self.scores, memory=memory, work=work,
@@ -369,29 +374,46 @@ class Cell:
         with self.meter.phase("validate"):
             if self._wants("validation"):
                 self._predict("validation", self.rows.validation)
-        watch, latency, peak = measure.Stopwatch(self.device), None, memory.stop()
+        watch, peak = measure.Stopwatch(self.device), memory.stop()
         if self._wants("test"):
             with self.meter.phase("evaluate"):
                 watch.lap()
                 memory.start()
                 self._predict("test", self.rows.test)
                 seconds, peak = watch.lap(), memory.stop()
-                latency = measure.latency_s(lambda row: self.scorer.predict([row]), self.rows.test[: self.settings.evaluate.latency_rows], self.device)
+                latency, request_bytes = self._requests()
                 for split, rows in self.rows.transfer.items():
                     self._predict(f"transfer/{split}", rows)
-            return Inference(latency, len(self.rows.test) / seconds, peak.peak_bytes), peak
+            return Inference(latency, len(self.rows.test) / seconds, peak.peak_bytes, request_peak_bytes=request_bytes), peak
         return None, peak
 
-    def _merged_latency(self, inference: Inference | None) -> Inference | None:
-        """The latency once more with the adapter folded in, where that is possible; the last thing done to the model."""
+    def _requests(self) -> tuple[float | None, int | None]:
+        """Median seconds of a one-row request to the model as it stands, and the peak memory of answering some."""
+        memory = PeakMemory(self.device)
+        memory.start()
         rows = self.rows.test[: self.settings.evaluate.latency_rows]
-        if inference is None or not self.method.merges or self.model is not self.scorer.model or not rows:
+        latency = measure.latency_s(lambda row: self.scorer.predict([row]), rows, self.device)
+        return latency, memory.stop().peak_bytes if rows else None
+
+    def _many_adapters(self, inference: Inference | None) -> Inference | None:
+        """How long requests take that each have an adapter of their own over one base, where adapters can share one."""
+        rows = self.rows.test[: self.settings.evaluate.latency_rows]
+        if inference is None or not self.settings.evaluate.adapters:
+            return inference
+        with self.meter.phase("evaluate"):
+            found = shared_latency(self.scorer, self.method, rows, self.settings.evaluate.adapters)
+        return dataclasses.replace(inference, adapters=found.own, one_adapter=found.same, adapters_mixed=found.mixed) if found else inference
+
+    def _merged(self, inference: Inference | None) -> Inference | None:
+        """Latency and memory once more with the adapter folded in, where that is possible; the last thing done to the model."""
+        if inference is None or inference.latency_s is None or not self.method.merges:
             return inference
         with self.meter.phase("evaluate"):
             if not hasattr(self.model, "peft_config"):
-                return dataclasses.replace(inference, merged_latency_s=inference.latency_s)
-            self.scorer.model = self.method.merged(self.model)
-            return dataclasses.replace(inference, merged_latency_s=measure.latency_s(lambda row: self.scorer.predict([row]), rows, self.device))
+                return dataclasses.replace(inference, merged_latency_s=inference.latency_s, merged_request_peak_bytes=inference.request_peak_bytes)
+            self.scorer.model = self.model = self.method.merged(self.model)
+            latency, request_bytes = self._requests()
+        return dataclasses.replace(inference, merged_latency_s=latency, merged_request_peak_bytes=request_bytes)
 
     def _score_answers(self) -> None:
         """Score answers that come without a model (the teacher's)."""

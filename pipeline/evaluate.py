@@ -2,7 +2,8 @@
 
     python -m pipeline.evaluate cell=results/quick/lora-s0-n160 split=transfer/tweets
 
-Splits: validation, test, transfer/<set>. Writes evaluations/<experiment>/<cell>/<split>/{score.json, predictions.jsonl}.
+Splits: validation, test, transfer/<set>. Writes evaluations/<experiment>/<cell>/<split>/{score.json, predictions.jsonl}. With
+split=probes it probes what the artefact forgot (docs/forgetting.md) and writes forgetting.json there.
 """
 
 from __future__ import annotations
@@ -11,25 +12,28 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from pipeline.config import build, entry
+from pipeline.config import entry
 from pipeline.files import UserError, read_jsonl, write_json, write_jsonl
-from pipeline.results import Score
-from pipeline.results import read as read_result
-from pipeline.scoring import headline
+from pipeline.probes import Probing
+from pipeline.results import Forgetting, Score
+from pipeline.scoring import headline, score
+from pipeline.serving import Artefact, Base, finished, held
 
 
 def run(cfg: DictConfig) -> int:
     """Load the cell's artefact onto its base and score the split; limits and batch size are this command's."""
     if not cfg.cell:
         raise UserError("pipeline.evaluate needs a finished cell; add cell=results/<experiment>/<cell>")
-    result = read_result(cfg.cell)
-    if result.status != "ok":
-        raise UserError(f"{cfg.cell} has status {result.status} and no artefact; choose a cell that finished")
-    held = OmegaConf.create({**result.config, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})
+    result = finished(cfg.cell)
     target = Path(cfg.paths.evaluations) / result.experiment / result.cell / cfg.split.replace("/", "-")
-    predictions, score = score_artefact(held, Path(cfg.cell) / "artefact", cfg.split)
+    if cfg.split == "probes":
+        found = probe_artefact(held(result, cfg), Path(cfg.cell) / "artefact")
+        write_json(target / "forgetting.json", {"cell": result.cell, **dataclasses.asdict(found)})
+        print(f"{result.cell}: perplexity {found.perplexity:.2f}, the base's {found.perplexity_base:.2f}; {found.probes}; {target}/forgetting.json")
+        return 0
+    predictions, score = score_artefact(held(result, cfg), Path(cfg.cell) / "artefact", cfg.split)
     write_jsonl(target / "predictions.jsonl", predictions)
     write_json(target / "score.json", {"split": cfg.split, "cell": result.cell, **dataclasses.asdict(score)})
     print(f"{result.cell} on {cfg.split}: {result.metric} {headline(score, result.metric):.3f}, {score.rows} rows; {target}/score.json")
@@ -42,34 +46,24 @@ def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[di
     Raises:
         UserError: no such split or artefact, a damaged one, or a technique whose answers come without a model.
     """
-    from safetensors import SafetensorError
-
-    from pipeline import scoring
-    from pipeline.data import Encoder
-    from pipeline.model import device_of, load_model, load_tokenizer, most_tokens, resolve
-    from pipeline.settings import read
-
-    settings, method, objective = read(cfg), build(cfg.method, "method"), build(cfg.objective, "objective")
     rows = _rows(cfg, split)
-    if not (artefact / "artefact.json").exists():
-        raise UserError(f"{artefact} holds no artefact; run the cell again, or dvc checkout it")
-    if method.name == "teacher":
-        raise UserError("the teacher answers without a model; its rows stand in rationales/")
-    device = device_of(cfg.device)
-    folder = Path(cfg.paths.models) / cfg.model.name
-    tokenizer = load_tokenizer(folder)
-    base = load_model(folder, settings.precision, device)
-    encoder = Encoder(tokenizer, settings.task, most_tokens(base, settings.train.max_length), settings.train.too_long)
-    try:
-        model, state = method.load(base, artefact)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{artefact} cannot be loaded ({' '.join(str(error).split())}); run the cell again, or dvc checkout it") from error
-    scorer = scoring.Scorer(model, encoder, settings.task, lambda p: method.prompt(objective.prompt(p), state), settings.evaluate.batch_tokens,
-                            device, resolve(settings.precision, device)[1])
+    served = Artefact.at(cfg.technique.name, artefact, cfg)
+    base = Base.of(cfg)
+    scorer = served.scorer(base, *served.load(base))
     for note in scorer.check({split: rows}):
         print(f"note: {note}")
     predictions = scorer.predict(rows)
-    return [{"split": split, **p} for p in predictions], scoring.score(predictions, settings.task)
+    return [{"split": split, **p} for p in predictions], score(predictions, scorer.task)
+
+
+def probe_artefact(cfg: DictConfig, artefact: Path) -> Forgetting:
+    """What an artefact forgot against its untouched base, from the files alone."""
+    served = Artefact.at(cfg.technique.name, artefact, cfg)
+    base = Base.of(cfg)
+    probing = Probing(cfg, served.settings, base.tokenizer, base.model)
+    if probing.note:
+        print(f"note: {probing.note}")
+    return probing.forgetting(served.load(base)[0])
 
 
 def _rows(cfg: DictConfig, split: str) -> list[dict]:

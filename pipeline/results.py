@@ -97,6 +97,15 @@ class Inference:
     rows_per_s: float | None = None
     peak_bytes: int | None = None
     merged_latency_s: float | None = None
+    request_peak_bytes: int | None = None
+    """Peak memory while one-row requests are answered, of the counter that `Memory.kind` names."""
+    merged_request_peak_bytes: int | None = None
+    adapters: dict[str, float] | None = None
+    """Seconds for N requests at once, each by an adapter of its own over one base, by N ("1", "8", "64")."""
+    one_adapter: dict[str, float] | None = None
+    """Seconds for the same requests as one batch, all by one adapter."""
+    adapters_mixed: bool | None = None
+    """Whether `adapters` is one mixed batch; False: the adapters take turns, one request after another."""
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ def _cell_metrics(result: Result) -> dict[str, float]:
     found |= {f"forgetting/{k}": v for k, v in _fields(result.forgetting).items()}
     found |= {f"size/{k}": v for k, v in _fields(result.size).items()}
     found |= {f"inference/{k}": v for k, v in _fields(result.inference).items()}
+    found |= {f"inference/adapters/{n}": v for n, v in ((result.inference and result.inference.adapters) or {}).items()}
     found |= {f"teacher/{k}": v for k, v in _fields(result.teacher).items()}
     found |= {f"train/{k}": v for k, v in _fields(result.work).items()}
     found |= {f"train/{k}": v for k, v in _fields(result.memory).items()}

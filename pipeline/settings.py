@@ -129,6 +129,8 @@ class Evaluate:
     """Passages of LAMBADA (the file paths.lambada), the first so many; 0: none."""
     latency_rows: int = 16
     """One-row requests timed for the latency; 0: not measured."""
+    adapters: tuple[int, ...] = ()
+    """With so many adapters on one base, each answering a request of one batch, time the batch; empty: not measured."""
 
     def check(self) -> None:
         _at_least("evaluate.batch_tokens", self.batch_tokens, 1)
@@ -138,6 +140,8 @@ class Evaluate:
                 _at_least(f"evaluate.{key}", value, 1 if key == "test_rows" else 0)
         for key, least in (("probe_pairs", 1), ("probe_texts", 1), ("probe_lambada", 0), ("latency_rows", 0)):
             _at_least(f"evaluate.{key}", getattr(self, key), least)
+        if any(type(n) is not int or n < 1 for n in self.adapters):
+            raise UserError(f"evaluate.adapters is {list(self.adapters)}; list whole numbers of at least 1, or none: []")
         if not 0 < self.validation_share <= 0.2:
             raise UserError(f"evaluate.validation_share is {self.validation_share}; choose above 0, at most 0.2 (validation rows are labelled data)")
 
@@ -191,10 +195,10 @@ def read(cfg: DictConfig) -> Settings:
 
 
 def _known_keys(raw: dict[str, Any]) -> None:
-    """An experiment file adds keys unchecked; those at the top and below paths must be conf/config.yaml's."""
+    """An experiment file adds keys unchecked; those at the top and below paths and report must be conf/config.yaml's."""
     held = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     groups = [name for entry in held["defaults"] if isinstance(entry, dict) for name in entry]
-    for values, known, prefix in ((raw, [*held, *groups], ""), (raw["paths"], list(held["paths"]), "paths.")):
+    for values, known, prefix in ((raw, [*held, *groups], ""), *((raw[k], list(held[k]), f"{k}.") for k in ("paths", "report"))):
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)

@@ -89,3 +89,9 @@ class Method:
     def merged(self, model: Any) -> Any:
         """A plain model of the base's architecture with the artefact folded in; consumes `model`."""
         raise UserError(f"{type(self).__name__} leaves nothing that could be merged; set method.merge=false")
+
+    @property
+    def sharing(self) -> str:
+        """How its artefacts are served over one base: together (rows of one batch by different artefacts), in_turn (one after another),
+        or no (they change the base's own weights)."""
+        return "no"

@@ -24,6 +24,10 @@ class Untouched(Method):
     def name(self) -> str:
         return "none"
 
+    @property
+    def sharing(self) -> str:
+        return "together"
+
 
 @dataclass(frozen=True)
 class FewShot(Method):
@@ -40,6 +44,10 @@ class FewShot(Method):
     def __post_init__(self) -> None:
         if self.k < 1:
             raise UserError(f"method.k is {self.k}; few-shot needs at least 1 demonstration (zero_shot has none)")
+
+    @property
+    def sharing(self) -> str:
+        return "together"
 
     def prepare(self, examples: Sequence[Example], seed: int, base: Any = None) -> list[dict[str, str]]:
         if self.k > len(examples):

@@ -64,6 +64,14 @@ class PeftAdapter(Method):
     def merges(self) -> bool:
         return not self.config.is_prompt_learning and self.config.peft_type.value not in UNMERGED
 
+    @property
+    def sharing(self) -> str:
+        start = getattr(self.config, "init_lora_weights", True)
+        if self.merge or isinstance(start, str) and start.lower().startswith(NEEDS_FLOATS):
+            return "no"
+        plain = type(self).load is PeftAdapter.load and not getattr(self.config, "use_dora", False)
+        return "together" if self.config.peft_type.value == "LORA" and plain else "in_turn"
+
     def check(self, precision: str) -> None:
         if precision not in QUANTISED:
             return

@@ -29,6 +29,10 @@ class PromptChoice(Method):
         if bad is not None or not self.templates:
             raise UserError(f"method.templates has {bad!r}; every template holds {{prompt}}, where the task's prompt goes")
 
+    @property
+    def sharing(self) -> str:
+        return "together"
+
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> dict[str, Any]:
         answers = sorted({e.answer for e in examples})
         return {"template": self.templates[0], "answers": answers if len(answers) <= MOST_ANSWERS else [], "tried": []}

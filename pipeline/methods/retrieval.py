@@ -62,6 +62,10 @@ class Retrieval(Method):
     def name(self) -> str:
         return f"retrieval_{self.by}"
 
+    @property
+    def sharing(self) -> str:
+        return "together"
+
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> Index:
         if self.documents is None:
             entries = [{"text": e.prompt, "answer": e.answer} for e in examples]

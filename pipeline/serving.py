@@ -1,0 +1,208 @@
+"""Artefacts of finished cells, ready to answer: alone on their base, or many over one base, chosen row by row.
+
+Library of `python -m pipeline.evaluate`, `pipeline.serve` and `pipeline.export`. LoRA adapters, and techniques that change the
+request alone (zero-shot, few-shot, retrieval), share a batch (pipeline/sharing.py); other adapters are put on the base in turn.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline import scoring
+from pipeline.choices import Items
+from pipeline.config import build
+from pipeline.data import Encoder
+from pipeline.files import UserError
+from pipeline.methods.base import Method
+from pipeline.model import device_of, load_model, load_tokenizer, most_tokens, resolve
+from pipeline.objectives.base import Objective
+from pipeline.results import Result
+from pipeline.results import read as read_result
+from pipeline.settings import Settings, read
+from pipeline.sharing import NO_ADAPTER, choice_log_likelihoods, generate
+
+
+@dataclass(frozen=True)
+class Base:
+    """An untouched base model on its device. dtype: of its arithmetic."""
+
+    model: Any
+    tokenizer: Any
+    device: Any
+    dtype: Any
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> Base:
+        """The base of a cell's config. Raises UserError where its folder is not there."""
+        device, folder = device_of(cfg.device), Path(cfg.paths.models) / cfg.model.name
+        precision = read(cfg).precision
+        return cls(load_model(folder, precision, device), load_tokenizer(folder), device, resolve(precision, device)[1])
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a cell left to serve, not loaded yet."""
+
+    name: str
+    folder: Path
+    cfg: DictConfig
+    settings: Settings
+    method: Method
+    objective: Objective
+
+    @classmethod
+    def at(cls, name: str, folder: Path, cfg: DictConfig) -> Artefact:
+        """Raises UserError: no artefact there, or a technique whose answers come without a model."""
+        method = build(cfg.method, "method")
+        if not (folder / "artefact.json").exists():
+            raise UserError(f"{folder} holds no artefact; run the cell again, or dvc checkout it")
+        if method.name == "teacher":
+            raise UserError("the teacher answers without a model; its rows stand in rationales/")
+        return cls(name, folder, cfg, read(cfg), method, build(cfg.objective, "objective"))
+
+    def load(self, base: Base) -> tuple[Any, Any]:
+        """(model, state) on the base, which may be changed in place. Raises UserError where the files are damaged."""
+        return self.guarded(lambda: self.method.load(base.model, self.folder))
+
+    def guarded(self, load: Callable[[], Any]) -> Any:
+        """What `load` gives. Raises UserError where the files are damaged."""
+        from safetensors import SafetensorError
+
+        try:
+            return load()
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise UserError(f"{self.folder} cannot be loaded ({' '.join(str(error).split())}); run the cell again, or dvc checkout it") from error
+
+    def scorer(self, base: Base, model: Any, state: Any) -> scoring.Scorer:
+        """What answers this artefact's rows with `model`."""
+        train = self.settings.train
+        encoder = Encoder(base.tokenizer, self.settings.task, most_tokens(base.model, train.max_length), train.too_long)
+        return scoring.Scorer(model, encoder, self.settings.task, lambda p: self.method.prompt(self.objective.prompt(p), state),
+                              self.settings.evaluate.batch_tokens, base.device, base.dtype)
+
+
+def finished(folder: str | Path) -> Result:
+    """The result of a cell that has an artefact. Raises UserError where it has none."""
+    result = read_result(folder)
+    if result.status != "ok":
+        raise UserError(f"{folder} has status {result.status} and no artefact; choose a cell that finished")
+    return result
+
+
+def held(result: Result, cfg: DictConfig) -> DictConfig:
+    """A finished cell's config with this command's paths, device and evaluate settings, and keys that are newer than the cell."""
+    newer = {str(key): value for key, value in cfg.items()}
+    return OmegaConf.create({**newer, **result.config, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})
+
+
+def check_sharing(artefacts: Sequence[Artefact]) -> None:
+    """Raises UserError naming an artefact that cannot share a base with others."""
+    for artefact in artefacts:
+        if artefact.method.sharing == "no":
+            what = f"{artefact.name} cannot share a base: {artefact.method.name} changes the base's own weights"
+            raise UserError(f"{what}; pipeline.evaluate scores it alone, pipeline.export writes it as a model of its own")
+
+
+class Door:
+    """Many artefacts over one base: requests {adapter, prompt, choices} in, answers out.
+
+    Args:
+        artefacts: those that `check_sharing` lets through.
+
+    Raises (from `answer`):
+        UserError: an artefact that cannot be loaded.
+    """
+
+    def __init__(self, base: Base, artefacts: Sequence[Artefact]) -> None:
+        self.base, self.artefacts = base, {a.name: a for a in artefacts}
+        self.told: list[str] = []
+
+    def answer(self, requests: Sequence[dict]) -> list[dict]:
+        """One answer a request, in their order: {answer, scores} or {answer, output}."""
+        found: list[dict] = [{} for _ in requests]
+        by_name: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_name.setdefault(request["adapter"], []).append(index)
+        together = [n for n in by_name if self.artefacts[n].method.sharing == "together"]
+        self._put(found, requests, sorted(i for n in together for i in by_name[n]), functools.partial(self._mixed, together))
+        for name in by_name:
+            if name not in together:
+                self._put(found, requests, by_name[name], functools.partial(self._alone, name))
+        return found
+
+    def _put(self, found: list[dict], requests: Sequence[dict], indices: list[int], answer: Callable[[list[dict]], list[dict]]) -> None:
+        rows = [{"choices": None, **requests[i], "id": i, "answer": ""} for i in indices]
+        for prediction in answer(rows) if rows else ():
+            kept = {k: prediction[k] for k in ("scores", "output") if k in prediction}
+            found[prediction["id"]] = {"answer": prediction["prediction"], **kept}
+
+    def _alone(self, name: str, rows: list[dict]) -> list[dict]:
+        artefact = self.artefacts[name]
+        self.told.append(f"{len(rows)} by {name} alone ({artefact.method.name} cannot share a batch)")
+        model, state = artefact.load(self.base)
+        try:
+            return artefact.scorer(self.base, model, state).predict(rows)
+        finally:
+            detach(model, self.base)
+
+    def _mixed(self, names: Sequence[str], rows: list[dict]) -> list[dict]:
+        """Rows of several artefacts in one batch, choices and generated answers apart."""
+        loaded = [n for n in names if hasattr(self.artefacts[n].method, "config")]
+        labels = {n: f"a{i}" for i, n in enumerate(loaded)}
+        scorers = {n: self.artefacts[n].scorer(self.base, self.base.model, self._state(n)) for n in names}
+        items = [scorers[row["adapter"]].items([row])[0] for row in rows]  # before any adapter is there: retrieval embeds with the base
+        kinds: dict[tuple[str, int], list[int]] = {}
+        for index, row in enumerate(rows):
+            task = scorers[row["adapter"]].task
+            kinds.setdefault((task.scoring, task.max_new_tokens if task.scoring == "generate" else 0), []).append(index)
+        model = self._attached(labels)
+        try:
+            return [p for part in kinds.values() for p in self._batch(model, part, rows, items, scorers, labels)]
+        finally:
+            detach(model, self.base)
+
+    def _batch(self, model: Any, part: list[int], rows: list[dict], items: Items, scorers: dict[str, Any], labels: dict[str, str]) -> list[dict]:
+        mine = [rows[i] for i in part]
+        scorer = scorers[mine[0]["adapter"]]
+        owners = [labels.get(row["adapter"], NO_ADAPTER) for row in mine] if labels else None
+        count = len({row["adapter"] for row in mine})
+        self.told.append(f"{len(mine)} in one batch of {count} artefact{'s' * (count > 1)}")
+        if scorer.task.scoring == "choice":
+            sums = choice_log_likelihoods(model, [items[i] for i in part], owners, scorer)
+            return [p for row, values in zip(mine, sums, strict=True) for p in scoring.chosen([row], [values], scorers[row["adapter"]].task)]
+        texts = generate(model, [items[i][0] for i in part], owners, scorer)
+        return [{"id": row["id"], "prediction": scoring.extract(text, scorers[row["adapter"]].task.answer_pattern), "output": text}
+                for row, text in zip(mine, texts, strict=True)]
+
+    def _state(self, name: str) -> Any:
+        artefact = self.artefacts[name]
+        return None if hasattr(artefact.method, "config") else artefact.load(self.base)[1]
+
+    def _attached(self, labels: dict[str, str]) -> Any:
+        from peft import PeftModel
+
+        model = self.base.model
+        for name, label in labels.items():
+            artefact = self.artefacts[name]
+            first = model is self.base.model
+            attach = functools.partial(PeftModel.from_pretrained, model) if first else model.load_adapter
+            made = artefact.guarded(functools.partial(attach, artefact.folder, adapter_name=label))
+            model = made if first else model
+        return model.eval()
+
+
+def detach(model: Any, base: Base) -> None:
+    """Leave the base as it was before an adapter of PEFT was put on it."""
+    if not hasattr(model, "peft_config") or model is base.model:
+        return
+    if not model.active_peft_config.is_prompt_learning:
+        model.unload()
+    if hasattr(base.model, "peft_config"):
+        del base.model.peft_config
+    base.model.eval()
