@@ -81,39 +81,41 @@ def forest(rows: Sequence[Row], colour: dict[str, str]) -> Markup:
     shown = [r for r in rows if r.test is not None]
     left = min(150.0, 14 + max(text_width(r.technique) for r in shown))
     height = 30 + 28 * len(shown)
-    axis = scale([v for r in shown for v in _bounds(r)], left, WIDTH - 46.0, room=0.03)
+    axis = scale([v for r in shown for v in bounds(r)], left, WIDTH - 46.0, room=0.03)
     best = next((r for r in shown if not r.teacher), shown[0])
-    low, high = _bounds(best)
+    low, high = bounds(best)
     parts = [tag("rect", class_="band", x=axis(low), y=4, width=axis(high) - axis(low), height=height - 26)] if high > low else []
     for at in axis.ticks():
         parts.append(tag("line", class_="grid", x1=axis(at), x2=axis(at), y1=4, y2=height - 22))
         parts.append(tag("text", f"{100 * at:g}", class_="tick", x=axis(at), y=height - 7, text_anchor="middle"))
     for i, row in enumerate(shown):
         parts += _forest_line(row, 20 + 28 * i, left, axis, colour[row.family])
-    return _svg(height, parts, "Test result and 95% interval of every technique")
+    return svg(height, parts, "Test result and 95% interval of every technique")
 
 
 def _forest_line(row: Row, y: int, left: float, axis: Scale, colour: str) -> list[Markup]:
     assert row.test is not None
-    low, high = _bounds(row)
+    low, high = bounds(row)
     seeds = [c.result.test.accuracy for c in row.cells if c.result.test] if row.seeds > 1 and interval(row) else []
     name = shorten(row.technique, left - 10)
     return [
         tag("text", name, class_="name", x=left - 10, y=y + 4, text_anchor="end"),
         tag("line", class_=f"whisker {colour}", x1=axis(low), x2=axis(high), y1=y, y2=y) if high > low else Markup(""),
         *(tag("line", class_=f"seed {colour}", x1=axis(s), x2=axis(s), y1=y - 6, y2=y + 6) for s in seeds),
-        _point(axis(row.test), float(y), colour, row.teacher, tip(row)),
+        point(axis(row.test), float(y), colour, row.teacher, tip(row)),
         tag("text", f.percent(row.test), class_="value", x=WIDTH - 4, y=y + 4, text_anchor="end"),
     ]
 
 
-def _bounds(row: Row) -> tuple[float, float]:
+def bounds(row: Row) -> tuple[float, float]:
+    """Low and high end of a row's interval; the figure itself where it has none."""
     if row.metric == "accuracy" and row.accuracy_low is not None and row.accuracy_high is not None:
         return row.accuracy_low, row.accuracy_high
     return row.test or 0.0, row.test or 0.0
 
 
-def _point(x: float, y: float, colour: str, hollow: bool, title: Markup) -> Markup:
+def point(x: float, y: float, colour: str, hollow: bool, title: Markup) -> Markup:
+    """A dot with its tooltip, to be touched, pointed at or reached by Tab."""
     dot = tag("circle", class_=f"dot {colour}{' hollow' if hollow else ''}", cx=x, cy=y, r=4.5)
     return tag("g", title, tag("circle", class_="hit", cx=x, cy=y, r=13), dot, class_="point", tabindex=0)
 
@@ -126,17 +128,17 @@ def scatter(rows: Sequence[Row], cost: Cost, colour: dict[str, str]) -> Chart | 
     values = [cost.value(r) or 0.0 for r in shown]
     inset = 14.0 if min(values) == 0 else 0.0  # room for whiskers beside the y axis
     x = scale(values, FRAME.left + inset, FRAME.right - 6, log=True, floor=None if min(values) > 0.7 * max(values) else 0.0)
-    y = scale([v for r in shown for v in _bounds(r)], FRAME.bottom, FRAME.top, room=0.08)
+    y = scale([v for r in shown for v in bounds(r)], FRAME.bottom, FRAME.top, room=0.08)
     at = _apart([(x(v), y(r.test or 0.0)) for v, r in zip(values, shown, strict=True)])
     front = pareto([(v, r.test or 0.0) for v, r in zip(values, shown, strict=True)])
     stairs = _stairs([at[i] for i in front])
     parts = [*_axes(x, y, cost), tag("path", class_="front", d="M" + " L".join(f"{a:.1f},{b:.1f}" for a, b in stairs))]
-    parts += [tag("line", class_=f"whisker {colour[r.family]}", x1=px, x2=px, y1=y(_bounds(r)[0]), y2=y(_bounds(r)[1]))
+    parts += [tag("line", class_=f"whisker {colour[r.family]}", x1=px, x2=px, y1=y(bounds(r)[0]), y2=y(bounds(r)[1]))
               for r, (px, _) in zip(shown, at, strict=True)]
     parts += _labels(shown, at, stairs, y)
     for i, (row, (px, py)) in enumerate(zip(shown, at, strict=True)):
-        parts.append(_point(px, py, colour[row.family], i not in front, tip(row, cost.words(values[i]))))
-    return Chart(f"Against {cost.name}", _svg(HEIGHT, parts, f"Test result against {cost.title}"), left_out)
+        parts.append(point(px, py, colour[row.family], i not in front, tip(row, cost.words(values[i]))))
+    return Chart(f"Against {cost.name}", svg(HEIGHT, parts, f"Test result against {cost.title}"), left_out)
 
 
 def _drawable(rows: Sequence[Row], cost: Cost) -> tuple[list[Row], list[str]]:
@@ -198,16 +200,17 @@ def _axes(x: Scale, y: Scale, cost: Cost) -> list[Markup]:
 
 def _labels(rows: Sequence[Row], at: Sequence[tuple[float, float]], stairs: Sequence[tuple[float, float]], y: Scale) -> list[Markup]:
     dots = [Box(px - 6, py - 6, px + 6, py + 6) for px, py in at]
-    whiskers = [Box(px - 1.5, y(_bounds(r)[1]), px + 1.5, y(_bounds(r)[0])) for r, (px, _) in zip(rows, at, strict=True)]
+    whiskers = [Box(px - 1.5, y(bounds(r)[1]), px + 1.5, y(bounds(r)[0])) for r, (px, _) in zip(rows, at, strict=True)]
     lines = [Box(min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in zip(stairs, stairs[1:], strict=False)]
     room = Box(FRAME.left + 2, FRAME.top - 10, WIDTH - 2.0, FRAME.bottom - 2)
     placed = place_labels([(px, py, r.technique) for r, (px, py) in zip(rows, at, strict=True)], [dots, whiskers, lines], room)
-    return [part for row, point, label in zip(rows, at, placed, strict=True) if label for part in _label(row.technique, point, label)]
+    return [part for row, where, label in zip(rows, at, placed, strict=True) if label for part in named(row.technique, where, label)]
 
 
-def _label(name: str, point: tuple[float, float], label: Label) -> list[Markup]:
-    end = min(max(point[0], label.x), label.x + label.width)
-    line = [tag("line", class_="leader", x1=point[0], y1=point[1], x2=end, y2=label.y)] if label.far else []
+def named(name: str, at: tuple[float, float], label: Label) -> list[Markup]:
+    """A placed label, with a line to its point where it is far from it."""
+    end = min(max(at[0], label.x), label.x + label.width)
+    line = [tag("line", class_="leader", x1=at[0], y1=at[1], x2=end, y2=label.y)] if label.far else []
     return [*line, tag("text", name, class_="name", x=label.x + label.width / 2, y=label.y + 4, text_anchor="middle")]
 
 
@@ -226,13 +229,14 @@ def by_rows(rows: Sequence[Row], colour: dict[str, str]) -> Markup | None:
         at = [(x(r.train_rows), y(r.test or 0.0)) for r in line]
         parts.append(tag("path", class_=f"line {colour[line[0].family]}", d="M" + " L".join(f"{a:.1f},{b:.1f}" for a, b in at)))
         for row, (px, py) in zip(line, at, strict=True):
-            parts.append(_point(px, py, colour[row.family], False, tip(row, f"{row.labelled_rows} labelled rows")))
+            parts.append(point(px, py, colour[row.family], False, tip(row, f"{row.labelled_rows} labelled rows")))
         ends.append((*at[-1], name))
     for (px, py, name), level in zip(ends, stacked([py for _, py, _ in ends], LINE), strict=True):
         parts.append(tag("line", class_="leader", x1=px + 5, y1=py, x2=FRAME.right - margin + 12, y2=level))
         parts.append(tag("text", shorten(name, margin), class_="name", x=FRAME.right - margin + 15, y=level + 4))
-    return _svg(HEIGHT, parts, "Test result against the number of training rows")
+    return svg(HEIGHT, parts, "Test result against the number of training rows")
 
 
-def _svg(height: float, parts: Sequence[Markup], about: str) -> Markup:
+def svg(height: float, parts: Sequence[Markup], about: str) -> Markup:
+    """The drawing of these parts; about: what a screen reader says of it."""
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {height:.0f}", role="img", aria_label=about)

@@ -74,10 +74,16 @@ class Row:
     artefact_bytes: float | None
     latency_s: float | None
     merged_latency_s: float | None
+    request_peak_bytes: float | None
+    merged_request_peak_bytes: float | None
     perplexity_change: float | None
     perplexity_change_16bit: float | None
     pairs_change: float | None
     pairs_change_16bit: float | None
+    lambada_change: float | None
+    lambada_change_16bit: float | None
+    transfer_change: float | None = None
+    """Mean of the transfer sets above zero-shot's."""
     energy_j: float | None
     notes: str
     own_notes: tuple[str, ...]
@@ -217,6 +223,8 @@ def _model(cells: list[Cell]) -> dict[str, Any]:
         "artefact_bytes": _mean(with_model, lambda r: r.size.artefact_bytes if r.size else None),
         "latency_s": _mean(cells, lambda r: r.inference.latency_s if r.inference else None),
         "merged_latency_s": _mean(cells, lambda r: r.inference.merged_latency_s if r.inference else None),
+        "request_peak_bytes": _mean(cells, lambda r: r.inference.request_peak_bytes if r.inference else None),
+        "merged_request_peak_bytes": _mean(cells, lambda r: r.inference.merged_request_peak_bytes if r.inference else None),
     }
 
 
@@ -224,8 +232,10 @@ def _forgetting(cells: list[Cell]) -> dict[str, Any]:
     return {
         "perplexity_change": _mean(cells, lambda r: _growth(r, "perplexity_base")),
         "perplexity_change_16bit": _mean(cells, lambda r: _growth(r, "perplexity_base_16bit")),
-        "pairs_change": _mean(cells, lambda r: _change(r, "pairs_base")),
-        "pairs_change_16bit": _mean(cells, lambda r: _change(r, "pairs_base_16bit")),
+        "pairs_change": _mean(cells, lambda r: _change(r, "pairs", "pairs_base")),
+        "pairs_change_16bit": _mean(cells, lambda r: _change(r, "pairs", "pairs_base_16bit")),
+        "lambada_change": _mean(cells, lambda r: _change(r, "lambada", "lambada_base")),
+        "lambada_change_16bit": _mean(cells, lambda r: _change(r, "lambada", "lambada_base_16bit")),
     }
 
 
@@ -234,15 +244,17 @@ def _growth(result: Result, base: str) -> float | None:
     return result.forgetting.perplexity / before - 1 if result.forgetting and before else None
 
 
-def _change(result: Result, base: str) -> float | None:
-    before = getattr(result.forgetting, base, None)
-    return result.forgetting.pairs - before if result.forgetting and before is not None else None
+def _change(result: Result, probe: str, base: str) -> float | None:
+    before, after = getattr(result.forgetting, base, None), getattr(result.forgetting, probe, None)
+    return after - before if before is not None and after is not None else None
 
 
 def _against_zero_shot(rows: list[Row], answers: dict[str, list[dict[str, bool]]]) -> list[Row]:
     base = next((r for r in rows if r.method == "none"), None)
 
     def compared(row: Row) -> Row:
+        if base and row.transfer is not None and base.transfer is not None:
+            row = dataclasses.replace(row, transfer_change=row.transfer - base.transfer)
         found = paired(answers[row.name], answers[base.name]) if base and row.method != "none" else None
         return dataclasses.replace(row, against_zero_shot=found.difference, against_zero_shot_p=found.p) if found else row
 

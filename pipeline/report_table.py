@@ -72,6 +72,8 @@ COLUMNS = [
            lambda r: _to_16bit(r, r.perplexity_change_16bit, _growth)),
     Column("pairs_change", "Minimal pairs", "Forgetting", lambda r: f.points(r.pairs_change),
            lambda r: _to_16bit(r, r.pairs_change_16bit, f.points)),
+    Column("lambada_change", "LAMBADA", "Forgetting", lambda r: f.points(r.lambada_change),
+           lambda r: _to_16bit(r, r.lambada_change_16bit, f.points), optional=True),
 ]
 
 ABOUT = {
@@ -104,6 +106,7 @@ ABOUT = {
     "perplexity_change": "Change of the perplexity on unrelated text against the untouched base in the same precision "
     "(above 0: forgotten); under it against the base in 16 bits, where the base is quantised.",
     "pairs_change": "Change of the share of grammatical minimal pairs ranked right, in percentage points (below 0: forgotten), likewise.",
+    "lambada_change": "Change of the share of LAMBADA passages whose last word the model says, in percentage points (below 0: forgotten), likewise.",
 }
 
 
