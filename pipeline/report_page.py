@@ -14,6 +14,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from pipeline import report_complexity, report_forgetting
 from pipeline import report_format as f
 from pipeline.report_cells import Cell
 from pipeline.report_charts import by_rows, colours, costs, forest, scatter
@@ -54,7 +55,7 @@ def _content(experiment: str, rows: Sequence[Row], missing: Sequence[str]) -> di
     first = cells[0].result
     heading = {"experiment": experiment, "task": first.task, "model": first.model, "metric": metric_name(rows)}
     words = {"opening": opening(rows), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
-    assets = {"css": _asset("report.css"), "js": _asset("report.js")}
+    assets = {"css": _asset("report.css") + _asset("panels.css"), "js": _asset("report.js")}
     return {**heading, **words, **assets, **_table(rows), **_charts(rows, colour), **_cells(rows)}
 
 
@@ -75,6 +76,9 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
         "by_rows": by_rows(rows, colour),
         "charts": [(name, charts) for name, charts in costly if charts],
         "curves": panels(rows, colour),
+        "forgetting": [(rows_in_words(name), found) for name, group in groups.items() if (found := report_forgetting.charts(group, colour))],
+        "probed": report_forgetting.probes(rows),
+        "complexity": report_complexity.panels(first),
     }
 
 

@@ -1,0 +1,118 @@
+"""The report's charts of what was forgotten, and its panels of what a technique costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_cells import keep, result
+
+from pipeline import report_complexity, report_forgetting
+from pipeline.report_cells import select
+from pipeline.report_charts import colours
+from pipeline.report_page import page
+from pipeline.report_rows import Row, make_rows
+from pipeline.results import Forgetting, Result
+
+PROBED = "100 news sentences, 500 agreement pairs, 200 LAMBADA passages"
+
+
+def probed(name: str, right: int, ppl: float, pairs: float = 0.9, lambada: float | None = 0.4, **more: Any) -> Result:
+    """A cell whose base has perplexity 100, 90% of the pairs and 40% of LAMBADA, in 16 bits 80, 92% and 44%."""
+    held = Forgetting(ppl, 100.0, pairs, 0.9, 80.0, 0.92, PROBED, lambada, None if lambada is None else 0.4, None if lambada is None else 0.44)
+    return dataclasses.replace(result(name, right), forgetting=held, **more)
+
+
+def rows_of(root: Path, *found: Result) -> list[Row]:
+    for one in found:
+        keep(root, one)
+    grid = {"techniques": [r.technique for r in found], "seeds": [0, 1], "train_rows": [200]}
+    return make_rows(select(root / "quick", grid)[0])
+
+
+def by_name(rows: list[Row]) -> dict[str, Row]:
+    return {r.technique: r for r in rows}
+
+
+def test_lambada_and_transfer_have_their_changes(tmp_path: Path) -> None:
+    rows = by_name(rows_of(tmp_path, probed("zero_shot", 150, 100.0), probed("qlora", 200, 130.0, 0.86, 0.35)))
+    assert rows["zero_shot"].lambada_change == rows["zero_shot"].perplexity_change == rows["zero_shot"].transfer_change == 0.0
+    assert rows["qlora"].lambada_change == pytest.approx(-0.05) and rows["qlora"].lambada_change_16bit == pytest.approx(-0.09)
+    assert rows["qlora"].transfer_change == pytest.approx(0.2)
+
+
+def test_a_chart_has_the_base_at_zero_and_says_what_was_learned_and_lost(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, probed("zero_shot", 150, 100.0), probed("lora", 200, 112.0, 0.86), probed("qlora", 190, 130.0, 0.86, 0.35))
+    found = report_forgetting.charts(rows, colours(rows))
+    assert [c.title for c in found] == ["Against perplexity", "Against grammar", "Against LAMBADA", "What carries over"]
+    assert all(not c.left_out for c in found)
+    svg = str(found[0].svg)
+    assert "learned +20.0 points above zero-shot\nperplexity of news +12.0%" in svg
+    assert "learned 0.0 points above zero-shot\nperplexity of news 0.0%" in svg
+    assert "perplexity of news +30.0%\nagainst the base in 16 bits +62.5%" in svg and svg.count("whisker") == 1
+    assert "minimal pairs lost +4.0 points" in str(found[1].svg) and "lambada words lost +5.0 points" in str(found[2].svg)
+    assert svg.count('tabindex="0"') == 3
+    assert report_forgetting.probes(rows) == [PROBED]
+
+
+def test_without_zero_shot_or_a_probe_there_is_no_chart(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "a", probed("full", 210, 120.0), probed("lora", 200, 112.0))
+    assert report_forgetting.charts(rows, colours(rows)) == []
+    rows = rows_of(tmp_path / "b", probed("zero_shot", 150, 100.0, lambada=None), probed("lora", 200, 112.0, lambada=None))
+    assert "Against LAMBADA" not in [c.title for c in report_forgetting.charts(rows, colours(rows))]
+
+
+def test_what_was_not_measured_or_lies_too_far_is_named(tmp_path: Path) -> None:
+    trained = [probed(name, 200 + i, 110.0 + i) for i, name in enumerate(("full", "lora", "prompt_tuning", "bitfit"))]
+    bare = dataclasses.replace(result("dora", 205), forgetting=None)
+    rows = rows_of(tmp_path, probed("zero_shot", 150, 100.0), *trained, probed("step_by_step", 220, 50_000.0), bare)
+    chart = report_forgetting.charts(rows, colours(rows))[0]
+    assert [text.partition(" ")[0] for text in chart.left_out] == ["step_by_step", "dora"]
+    assert "forgot +49900.0%, learned +28.0" in chart.left_out[0] and "not measured" in chart.left_out[1]
+
+
+def test_learning_is_counted_from_the_base_in_the_experiments_own_precision(tmp_path: Path) -> None:
+    better = probed("zero_shot_nf4", 160, 100.0, precision="nf4", method="none", objective="none")
+    rows = rows_of(tmp_path, better, probed("zero_shot", 150, 100.0), probed("lora", 200, 112.0))
+    found = report_forgetting.zero_shot(rows)
+    assert found and found.technique == "zero_shot"
+
+
+def served(name: str, seed: int = 0, own: float = 2.0, mixed: bool = True) -> Result:
+    one = result(name, 200, seed)
+    assert one.inference
+    times: dict[str, Any] = {"adapters": {"1": 0.1, "8": own, "64": 8 * own}, "one_adapter": {"1": 0.1, "8": 1.0, "64": 8.0}, "adapters_mixed": mixed}
+    return dataclasses.replace(one, inference=dataclasses.replace(one.inference, request_peak_bytes=2**30, merged_request_peak_bytes=2**29, **times))
+
+
+def test_a_panel_shows_what_a_technique_costs(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, served("lora", 0, 2.0), served("lora", 1, 4.0), result("full", 190), result("zero_shot", 150), result("teacher", 178))
+    panels = {p.row.technique: p for p in report_complexity.panels(rows)}
+    assert list(panels) == ["lora", "full", "zero_shot"], "the teacher is no way of making the model do the task"
+    lora = {g.title: g for g in panels["lora"].figures}
+    assert lora["Trainable"].text == "2.44 M" and lora["Trainable"].share == pytest.approx(100 * 2_442_240 / 134_515_008, abs=0.01)
+    assert (lora["Its memory"].text, lora["Its memory, merged"].text) == ("1 GiB", "512 MiB")
+    assert (lora["Its memory"].share, lora["Its memory, merged"].share) == (100.0, 50.0), "attached and merged on one scale"
+    full = {g.title: g for g in panels["full"].figures}
+    assert (full["Its memory"].text, full["Its memory"].share) == ("—", None) and full["Trainable"].share == 100.0
+    assert panels["lora"].numbers == ["1", "8", "64"]
+    assert panels["lora"].many == {"own adapter": ["100 ms", "3.0 s", "24 s"], "all by one": ["100 ms", "1.0 s", "8.0 s"]}
+    assert panels["full"].numbers == [] and "Tuning" not in full, "what no technique has is left out"
+
+
+def test_a_panel_says_how_adapters_share_the_base(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, served("lora"), served("prompt_tuning", mixed=False), served("few_shot"))
+    how = {p.row.technique: (p.how, list(p.many)) for p in report_complexity.panels(rows)}
+    assert how["lora"] == ("one batch, every row by its own adapter", ["own adapter", "all by one"])
+    assert how["prompt_tuning"][0] == "adapters take turns: PEFT does not mix them"
+    assert how["few_shot"] == ("the model is the base itself", ["requests"])
+
+
+def test_both_parts_stand_on_the_page_and_only_where_something_was_measured(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "a", probed("zero_shot", 150, 100.0), probed("lora", 200, 112.0), served("full"))
+    text = page("quick", rows, [])
+    assert "Learned against forgotten" in text and PROBED in text and "Complexity" in text and 'class="panel"' in text
+    bare = [dataclasses.replace(result(n, 190), forgetting=None, scores={"test": result(n, 190).scores["test"]}) for n in ("zero_shot", "lora")]
+    assert "Learned against forgotten" not in page("quick", rows_of(tmp_path / "b", *bare), [])
