@@ -141,7 +141,8 @@ def test_open_shapes_hold_whatever_rows_come():
     import torch
 
     from pipeline.data import Encoded
-    from pipeline.fast.shapes import OpenShapes, Static, labels
+    from pipeline.fast.shapes import OpenShapes, labels
+    from pipeline.fast.static import Static
 
     draw = random.Random(1)
     rows = []

@@ -103,7 +103,7 @@ def encoded(n: int, labels: int, group: str = "label") -> Encoded:
 def test_every_example_of_a_step_is_in_one_micro_batch_and_weights_sum_to_one():
     import torch
 
-    from pipeline.fast.shapes import Static
+    from pipeline.fast.static import Static
 
     step = [[encoded(5, 1), encoded(30, 2), encoded(12, 3)], [encoded(9, 1)]]
     shapes = Shapes([step], 64, 2)

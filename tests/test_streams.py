@@ -9,7 +9,8 @@ import torch
 
 from pipeline.data import Encoded
 from pipeline.fast.attend import Heads, Rows, Stream
-from pipeline.fast.shapes import Shapes, Static, tokens
+from pipeline.fast.shapes import Shapes, tokens
+from pipeline.fast.static import Static
 from pipeline.fast.streams import Streams, worth_it
 
 

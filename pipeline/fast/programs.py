@@ -16,7 +16,8 @@ from pipeline.fast.attend import Heads, attention
 from pipeline.fast.bind import Bound, Unsupported
 from pipeline.fast.capture import Graphs
 from pipeline.fast.flat import Flat, Region
-from pipeline.fast.shapes import Micro, Static
+from pipeline.fast.shapes import Micro
+from pipeline.fast.static import Static
 from pipeline.measure import device_seconds
 
 

@@ -15,7 +15,8 @@ import torch
 from pipeline.data import Encoded
 from pipeline.fast.capture import Graphs
 from pipeline.fast.programs import ByAutograd, ByHand
-from pipeline.fast.shapes import Shapes, Static, tokens
+from pipeline.fast.shapes import Shapes, tokens
+from pipeline.fast.static import Static
 
 STEPS_A_WIDTH = 24  # a further width (a further capture) pays if that many steps can use it
 MOST_WIDTHS = 6
