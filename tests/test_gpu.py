@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from pipeline import cell
+from pipeline import cell, serve
 from pipeline.config import ROOT, compose
+from pipeline.files import read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.gpu
 
@@ -40,10 +41,33 @@ def test_a_real_out_of_memory_is_a_row(overrides, tmp_path):
 
 
 def test_an_untrained_lora_is_the_base_on_the_gpu(overrides, tmp_path):
-    probing = ["evaluate.forgetting=true", "evaluate.probe_pairs=20", "evaluate.probe_texts=5"]
-    result = cell.run(compose(on_gpu(overrides, "technique=lora", "train.steps=0", *probing)), folder=tmp_path / "cell")
-    assert result.forgetting.perplexity == result.forgetting.perplexity_base
-    assert result.forgetting.pairs == result.forgetting.pairs_base
+    write_jsonl(tmp_path / "lambada.jsonl", [{"text": "the cast of the film was fine"}, {"text": "the story with the plot was awful"}])
+    probing = ["evaluate.forgetting=true", "evaluate.probe_pairs=20", "evaluate.probe_texts=5", "evaluate.probe_lambada=2",
+               f"paths.lambada={tmp_path}/lambada.jsonl"]
+    base, lora = (cell.run(compose(on_gpu(overrides, *words, *probing)), folder=tmp_path / words[0])
+                  for words in (["technique=zero_shot"], ["technique=lora", "train.steps=0"]))
+    assert lora.forgetting == base.forgetting
+    for probe in ("perplexity", "pairs", "lambada", "lambada_perplexity"):
+        assert getattr(lora.forgetting, probe) == getattr(lora.forgetting, f"{probe}_base") is not None
+
+
+@pytest.mark.parametrize("technique", ["lora", "qlora", "prompt_tuning"])
+def test_customers_share_a_base_on_the_gpu(overrides, tiny, tmp_path, technique):
+    """Two artefacts and the base itself answer one list of requests, each as it answered in its cell; and what that costs is measured."""
+    words, rows = [f"technique={technique}", "train.steps=12", "evaluate.adapters=[1,4]"], read_jsonl(tiny / "data" / "vader_movies" / "test.jsonl")
+    alone = {}
+    for seed in (0, 1):
+        cfg = compose(on_gpu(overrides, *words, f"seed={seed}"))
+        result = cell.run(cfg, folder=cell.folder_of(cfg))
+        assert result.inference.adapters_mixed is (technique != "prompt_tuning") and list(result.inference.adapters) == ["1", "4"]
+        assert result.inference.request_peak_bytes > 0 and (result.inference.merged_request_peak_bytes is None) is (technique == "prompt_tuning")
+        own = read_jsonl(cell.folder_of(cfg) / "predictions.jsonl")
+        alone |= {(cell.name(cfg), p["id"]): p for p in own if p["split"] == "test"}
+    names = sorted({name for name, _ in alone})
+    write_jsonl(tmp_path / "requests.jsonl", [{"adapter": names[i % 2], "prompt": r["prompt"], "row": r["id"]} for i, r in enumerate(rows)])
+    assert serve.main([*on_gpu(overrides), f"requests={tmp_path}/requests.jsonl", f"to={tmp_path}/answers.jsonl"]) == 0
+    for answer in read_jsonl(tmp_path / "answers.jsonl"):
+        assert answer["scores"] == pytest.approx(alone[answer["adapter"], answer["row"]]["scores"], abs=0.15)  # bf16, other batches
 
 
 @pytest.mark.parametrize(("technique", "way"), [

@@ -136,7 +136,7 @@ def test_page_is_self_contained_and_well_formed(home: Path) -> None:
     assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html and 'name="viewport"' in html
     sorts = [a["aria-sort"] for t, a in page.tags if t == "th" and "aria-sort" in a]
     assert sorts == ["descending"]
-    assert html.count("<svg ") == 1 + 3 + 5  # intervals, costs, curves of what trained
+    assert html.count("<svg ") == 1 + 3 + 3 + 5  # intervals, costs, what was forgotten, curves of what trained
     assert BASE_NOTE in html and "2.13.0+cpu" in html and str(PROVENANCE["model_sha256"]) in html and str(PROVENANCE["command"]) in html
 
 
