@@ -68,11 +68,10 @@ MEASURES = (
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    """A panel for every technique that a model answers, in the order of the rows; what no technique has is left out."""
+    """A panel for every technique that a model answers, in the order of the rows."""
     shown = [r for r in rows if not r.teacher and r.status != "oom"]
-    there = [m for m in MEASURES if any(m.value(r) is not None for r in shown)]
-    most = {m.scale: max(n.value(r) or 0.0 for r in shown for n in there if n.scale == m.scale) for m in there}
-    return [Panel(row, [_figure(row, m, most[m.scale]) for m in there], *_many(row)) for row in shown] if there else []
+    most = {m.scale: max((n.value(r) or 0.0 for r in shown for n in MEASURES if n.scale == m.scale), default=0.0) for m in MEASURES}
+    return [Panel(row, [_figure(row, m, most[m.scale]) for m in MEASURES], *_many(row)) for row in shown]
 
 
 def _figure(row: Row, measure: Measure, most: float) -> Figure:
@@ -82,7 +81,7 @@ def _figure(row: Row, measure: Measure, most: float) -> Figure:
 
 
 def _tuned(row: Row) -> tuple[float | None, float | None]:
-    """(searched hyperparameters, seconds spent on searching them); None where nothing was tuned."""
+    """(searched hyperparameters, device seconds spent on searching them); None where nothing was tuned: `pipeline.tune` will say it here."""
     return None, None
 
 

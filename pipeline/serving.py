@@ -20,7 +20,7 @@ from pipeline.config import build
 from pipeline.data import Encoder
 from pipeline.files import UserError
 from pipeline.methods.base import Method
-from pipeline.model import device_of, load_model, load_tokenizer, most_tokens, resolve
+from pipeline.model import cast, device_of, load_model, load_tokenizer, most_tokens, resolve
 from pipeline.objectives.base import Objective
 from pipeline.results import Result
 from pipeline.results import read as read_result
@@ -39,10 +39,12 @@ class Base:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> Base:
-        """The base of a cell's config. Raises UserError where its folder is not there."""
+        """The base of a cell's config, or what the cell began at. Raises UserError where its folder is not there."""
         device, folder = device_of(cfg.device), Path(cfg.paths.models) / cfg.model.name
         precision = read(cfg).precision
-        return cls(load_model(folder, precision, device), load_tokenizer(folder), device, resolve(precision, device)[1])
+        dtype = resolve(precision, device)[1]
+        model = started(cfg, dtype)[0] if cfg.start else load_model(folder, precision, device)
+        return cls(model, load_tokenizer(folder), device, dtype)
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,37 @@ def held(result: Result, cfg: DictConfig) -> DictConfig:
     return OmegaConf.create({**newer, **result.config, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})
 
 
+def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
+    """The model that `start` names, as a frozen plain model of the base's architecture in `dtype`, and the result of that cell.
+
+    Its adapter is folded in, so any method can go on from it; an artefact trained upon it needs that cell's artefact to be served.
+
+    Raises:
+        UserError: no such finished cell, of another base model, or one whose artefact is not a change of the base's weights.
+    """
+    from pipeline.lineage import needed
+
+    folder = needed(cfg.start, cfg, "start")
+    result = finished(folder)
+    if result.model != cfg.model.name:
+        raise UserError(f"start={cfg.start} is a cell of the model {result.model}, this one is of {cfg.model.name}; choose model={result.model}")
+    artefact = Artefact.at(result.technique, folder / "artefact", held(result, cfg))
+    base = Base.of(artefact.cfg)
+    own, where = set(base.model.state_dict()), base.model.config._name_or_path
+    model, state = artefact.load(base)
+    if hasattr(model, "peft_config") and artefact.method.merges:
+        model = artefact.method.merged(model)
+    if state is not None or hasattr(model, "peft_config") or set(model.state_dict()) != own and not hasattr(base.model, "quantization_method"):
+        raise UserError(f"start={cfg.start} is a cell of {result.technique}, which leaves no weights of the base's own shape; choose a cell that does (full, lora, …)")
+    model.config._name_or_path = where
+    return cast(model, dtype).requires_grad_(False).eval(), result
+
+
 def check_sharing(artefacts: Sequence[Artefact]) -> None:
     """Raises UserError naming an artefact that cannot share a base with others."""
     for artefact in artefacts:
         if artefact.method.sharing == "no":
-            what = f"{artefact.name} cannot share a base: {artefact.method.name} changes the base's own weights"
+            what = f"{artefact.name} cannot share a base: {artefact.method.name} is a model of its own"
             raise UserError(f"{what}; pipeline.evaluate scores it alone, pipeline.export writes it as a model of its own")
 
 

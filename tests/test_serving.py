@@ -105,6 +105,27 @@ def test_the_base_is_bare_again_when_the_door_closes(home, tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("technique", [
+    "dora", "adalora", "loha", "lokr", "vera", "oft", "ln_tuning", "prefix_tuning", "p_tuning", "multitask_prompt", "rslora", "lora_plus",
+])
+def test_every_adapter_that_shares_a_base_answers_as_in_its_cell_and_is_taken_off_again(home, tiny, tmp_path, technique):
+    more = ["train_rows=32", "train.steps=4", "train.lr=1e-2", "train.validations=0", "evaluate.latency_rows=1", "evaluate.adapters=[1,2]"]
+    cfg = compose([*home[0], f"technique={technique}", *more])
+    result = cell.run(cfg, folder=tmp_path / technique)
+    assert list(result.inference.adapters) == ["1", "2"]
+    base = Base.of(cfg)
+    before = {n: p.clone() for n, p in base.model.state_dict().items()}
+    rows = test_rows(home, tiny)[:6]
+    answers = Door(base, [Artefact.at("it", tmp_path / technique / "artefact", cfg)]).answer([{**row, "adapter": "it"} for row in rows])
+    alone = {p["id"]: p for p in read_jsonl(tmp_path / technique / "predictions.jsonl") if p["split"] == "test"}
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer["scores"] == pytest.approx(alone[row["id"]]["scores"], abs=2e-5)
+    after = base.model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
+    assert not hasattr(base.model, "peft_config")
+
+
+@pytest.mark.slow
 def test_generated_answers_of_a_mixed_batch(home, tiny, tmp_path):
     """The same artefacts, asked to write: as each writes alone."""
     more = ["task.scoring=generate", "+task.max_new_tokens=3"]
@@ -120,7 +141,7 @@ def test_generated_answers_of_a_mixed_batch(home, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("request_line", "said"),
     [
-        ({"adapter": "full-s0-n32", "prompt": "x"}, "full-s0-n32 cannot share a base: full changes the base's own weights"),
+        ({"adapter": "full-s0-n32", "prompt": "x"}, "full-s0-n32 cannot share a base: full is a model of its own"),
         ({"adapter": "lora", "prompt": "x"}, "has no cell 'lora' to answer with; there are: few_shot-s0-n32, full-s0-n32"),
         ({"adapter": "../scratch/lora-s0-n32", "prompt": "x"}, "has no cell '../scratch/lora-s0-n32'"),
         ({"adapter": "lora-s0-n32"}, "request 1 of .* has no text 'prompt'"),
