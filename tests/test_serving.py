@@ -94,6 +94,7 @@ def test_one_row_of_a_mixed_batch_does_not_reach_another(home, tiny):
     assert mixed[2] == pytest.approx(bare[2], abs=1e-6) and mixed[1] != pytest.approx(bare[1], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_base_is_bare_again_when_the_door_closes(home, tiny):
     cfg = compose(home[0])
     base = Base.of(cfg)
@@ -168,7 +169,7 @@ def exported(home: tuple[list[str], Path], name: str, to: Path, *more: str) -> i
     return export.main([*home[0], f"cell={home[1] / named(name)}", f"to={to}", *more])
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3", "full"])
+@pytest.mark.parametrize("name", ["lora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ia3", "full"))])
 def test_an_exported_model_answers_as_the_artefact(home, tiny, tmp_path, name):
     """Loaded with nothing but transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -222,7 +223,7 @@ def test_a_folder_that_is_no_export_is_not_overwritten(home, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("technique", "mixed"), [
-    ("lora", True), ("prompt_tuning", False), pytest.param("few_shot", True, marks=pytest.mark.slow), pytest.param("full", None, marks=pytest.mark.slow),
+    ("lora", True), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("prompt_tuning", False), ("few_shot", True), ("full", None))),
 ])
 def test_what_many_adapters_cost(home, tmp_path, technique, mixed):
     more = ["train_rows=32", "train.steps=1", "train.validations=0", "evaluate.latency_rows=3", "evaluate.adapters=[1,4]", "evaluate.test_rows=8"]
@@ -262,6 +263,7 @@ def test_the_optimiser_is_gone_when_the_cell_is_evaluated(home, tmp_path, monkey
     assert alive == [[]]
 
 
+@pytest.mark.slow
 def test_methods_say_how_they_share(home):
     kinds = {"zero_shot": "together", "few_shot": "together", "retrieval": "together", "lora": "together",
              "dora": "in_turn", "adalora": "in_turn", "ia3": "in_turn", "full": "no", "pissa": "no"}
