@@ -11,7 +11,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,11 @@ from pipeline import measure, scoring
 from pipeline.config import build, plain
 from pipeline.data import Encoded, Encoder, Rows, load_rationales, load_rows
 from pipeline.files import UserError, atomic_path, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
+from pipeline.lineage import cell_at, name
 from pipeline.measure import Meter, PeakMemory
 from pipeline.methods.base import Method
 from pipeline.model import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, most_tokens, parameters, resolve
-from pipeline.objectives.base import Objective
+from pipeline.objectives.base import Beginning, Objective
 from pipeline.probes import Probing
 from pipeline.results import SHARED_PROCESS, Inference, Memory, Result, Score, Size, Teacher, Work, write
 from pipeline.settings import Settings, read
@@ -34,9 +35,13 @@ from pipeline.sharing import shared_latency
 if TYPE_CHECKING:
     from pipeline.loop import Trained
 
-CODE = ("cell.py", "choices.py", "data.py", "loop.py", "model.py", "scoring.py", "stepping.py", "fast/*.py", "methods/*.py", "objectives/*.py")
+CODE = (
+    "cell.py", "choices.py", "data.py", "lineage.py", "loop.py", "model.py", "reasoning.py", "scoring.py", "serving.py", "stepping.py", "fast/*.py",
+    "methods/*.py", "objectives/*.py",
+)
 ASIDE = ("paths", "tracking", "report", "sweep", "variant", "cell", "split", "requests", "to", "memory_limit_gb", "pack")
 """Keys of a config that decide no cell's outcome."""
+QUANTISED = ("nf4", "int8")
 
 
 @dataclass
@@ -54,13 +59,6 @@ class Shared:
         self.stored[folder] = load_stored(folder)
 
 
-def name(cfg: DictConfig) -> str:
-    """The cell's name under results/<experiment>/."""
-    variant = f"+{cfg.variant}" if cfg.variant else ""
-    rows = "all" if cfg.train_rows is None else cfg.train_rows
-    return f"{cfg.technique.name}{variant}-s{cfg.seed}-n{rows}"
-
-
 def folder_of(cfg: DictConfig) -> Path:
     """Where the cell's files go."""
     return Path(cfg.paths.results) / cfg.experiment / name(cfg)
@@ -71,6 +69,8 @@ def decides(cfg: DictConfig) -> dict[str, Any]:
     raw = {k: v for k, v in plain(cfg).items() if k not in ASIDE}
     raw["train"].pop("progress", None)
     raw["train"].pop("checkpoint_every_s", None)
+    if raw["start"] is None:
+        raw.pop("start")
     if raw["train"].get("min_steps") is None:  # cells that were run before there was such a key keep their results
         raw["train"].pop("min_steps", None)
     if not (raw["evaluate"].get("forgetting") and raw["evaluate"].get("probe_lambada")):
@@ -81,11 +81,19 @@ def decides(cfg: DictConfig) -> dict[str, Any]:
 
 
 def fingerprint(cfg: DictConfig) -> str:
-    """Hash of what decides a cell's outcome: its config, data and base model."""
+    """Hash of what decides a cell's outcome: its config, data and base model, and the other cell that it begins at."""
     raw = decides(cfg)
+    for path in reads(cfg):
+        raw[path.as_posix()] = sha256(path) if path.exists() else None
     for path in (Path(cfg.paths.data) / cfg.task.name, Path(cfg.paths.models) / cfg.model.name):
         raw[path.name] = sha256(path / "manifest.json") if (path / "manifest.json").exists() else None
     return hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def reads(cfg: DictConfig) -> list[Path]:
+    """Files besides data, rationales and base model whose content decides the outcome; of another cell its result.json stands for all of it."""
+    start = [cell_at(cfg.start, cfg) / "result.json"] if cfg.start else []
+    return start + build(cfg.objective, "objective").reads(cfg)
 
 
 def checkpoint_of(cfg: DictConfig) -> Path:
@@ -159,7 +167,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _identity(cfg: DictConfig, settings: Settings, method: Method, objective: Objective) -> dict[str, Any]:
     """What names the cell in its result."""
-    shown = {**method.hyperparameters(), **objective.hyperparameters()}
+    shown = {**method.hyperparameters(), **objective.hyperparameters(), **({"start": cfg.start} if cfg.start else {})}
     if method.trains:
         train = settings.train
         shown |= {"lr": train.lr, "epochs": train.epochs, "batch_size": train.batch_size, "optimizer": train.optimizer, "schedule": train.schedule}
@@ -185,6 +193,7 @@ class Cell:
         self.discard_checkpoint: Callable[[], None] | None = None
         self.slots: int | None = None
         self.probing: Probing | None = None
+        self.taught: Teacher | None = None
 
     def run(self) -> Result:
         history: list[dict[str, float]]
@@ -221,6 +230,9 @@ class Cell:
         self.device = device_of(self.cfg.device)
         self.precision, self.dtype = resolve(self.settings.precision, self.device)
         self.method.check(self.precision)
+        if self.cfg.start and self.precision in QUANTISED:
+            where = f"start={self.cfg.start} begins at that cell's plain weights"
+            raise UserError(f"{where}, and {self.precision} ones are rounded; choose precision=auto, fp32 or bf16")
         rows = self.cfg.train_rows
         if self.method.trains and rows is not None and self.settings.train.batch_size > rows:
             raise UserError(f"train.batch_size={self.settings.train.batch_size} is larger than train_rows={rows}; lower it or raise train_rows")
@@ -241,8 +253,6 @@ class Cell:
         transfer_rows = evaluate.transfer_rows if self._wants("transfer") else 0
         data = Path(cfg.paths.data) / cfg.task.name
         self.rows: Rows = load_rows(data, self.settings.task, cfg.train_rows, cfg.seed, evaluate.validation_share, test_rows, transfer_rows)
-        if self.method.trains and self.settings.train.batch_size > len(self.rows.train):
-            raise UserError(f"train.batch_size={self.settings.train.batch_size} is larger than the {len(self.rows.train)} training rows; lower it")
         self.rationales_folder = Path(cfg.paths.rationales) / cfg.task.name / cfg.teacher.name
         self.answers_alone = type(self.method).answers is not Method.answers
         if self.answers_alone or self.objective.needs_rationales:
@@ -251,6 +261,10 @@ class Cell:
                 raise UserError(f"{cfg.technique.name} learns from a teacher, but {self.rationales_folder} is empty; choose teacher=lexicon or stored")
         if self.answers_alone:
             return
+        if self.method.trains:
+            self.rows.train[:] = self.objective.rows(self.rows.train, self.rows.rationales, cfg.train_rows, cfg.seed)
+            if self.settings.train.batch_size > len(self.rows.train):
+                raise UserError(f"train.batch_size={self.settings.train.batch_size} is larger than the {len(self.rows.train)} training rows; lower it")
         folder = Path(cfg.paths.models) / cfg.model.name
         self.tokenizer = self.shared.tokenizers.get(folder) or load_tokenizer(folder)
         self.base = load_model(folder, self.settings.precision, self.device, self.shared.stored.get(folder))
@@ -272,17 +286,19 @@ class Cell:
             torch.manual_seed(self.cfg.seed)
             rows, rationales = self.rows.train, self.rows.rationales
             labels = [self.objective.label_example(row, self.settings.task) for row in rows]
-            self.state = self.method.prepare(labels, self.cfg.seed, self.base)
-            self.model_bytes = memory_bytes(self.base)
             if self._wants("forgetting") and self.settings.evaluate.forgetting:
                 with self.meter.phase("evaluate"):
                     self.probing = Probing(self.cfg, self.settings, self.tokenizer, self.base)
                 self._note(self.probing.note)
+            if self.cfg.start:
+                self._start()
+            self.state = self.method.prepare(labels, self.cfg.seed, self.base)
+            self.model_bytes = memory_bytes(self.base)
             dtype = self.base.dtype
             self.model = self.method.wrap(self.base)
             self.counts = parameters(self.model)
             self.scorer = scoring.Scorer(self.model, self.encoder, self.settings.task, self._prompt, self.settings.evaluate.batch_tokens,
-                                         self.device, self.dtype, self.notes)
+                                         self.device, self.dtype, self.notes, self.objective.reasoning)
             with self.meter.phase("validate"):
                 self.state = self.method.choose(self.state, self._validate_state)
             self.notes += self.scorer.check({split: found for split, found in self.rows.scored.items() if self._wants(split.partition("/")[0])})
@@ -290,21 +306,40 @@ class Cell:
                 examples = [[self.encoder.example(e) for e in self.objective.examples(row, self.settings.task, rationales.get(row["id"]))] for row in rows]
                 self._note(self.encoder.check("the training rows"))
                 self.method.before_training(self.model, total_steps(self.settings.train, len(examples)))
+                prepared = self._prepared(examples)
         if not self.method.trains:
             return Work(), None, []
-        trained = self._packed() or self._loop(examples)
+        trained = self._packed() or self._loop(prepared)
         self.notes += trained.notes
         with self.meter.phase("save"):
             self.model = self.method.served(self.model, dtype)
             self.scorer.model = self.model
         return trained.work, trained.memory, trained.history
 
-    def _loop(self, examples: list[list[Encoded]]) -> Trained:
+    def _prepared(self, examples: list[list[Encoded]]) -> Sequence[Sequence[Encoded]]:
+        """The examples with what the objective computes once; booked as warm-up."""
+        with self.meter.phase("warmup"):
+            found = self.objective.prepared(examples, Beginning(self.cfg, self.settings, self.model, self.encoder, self.rows.train, self.device, self.dtype))
+        self.notes += found.notes
+        self.taught = found.teacher
+        return found.examples
+
+    def _start(self) -> None:
+        """From here on, the base is what another cell left."""
+        from pipeline.serving import started
+
+        dtype, self.base = self.base.dtype, None
+        self.base, result = started(self.cfg, dtype)
+        spent = f"{result.phases.train_s:.3g} s of training" if result.phases else "training"
+        self.notes.append(f"begins at {result.experiment}/{result.cell}, whose {spent} on {result.train_rows} rows is not counted here")
+
+    def _loop(self, examples: Sequence[Sequence[Encoded]]) -> Trained:
         from pipeline.loop import Loop
 
         with self.meter.phase("load"):
             checkpoint = checkpoint_of(self.cfg) if self.folder is not None else None
-            loop = Loop(self.model, self.method, self.objective, examples, self.settings.train, self.cfg.seed, self._validate, checkpoint,
+            kind = self.objective.loop() or Loop
+            loop = kind(self.model, self.method, self.objective, examples, self.settings.train, self.cfg.seed, self._validate, checkpoint,
                         self.meter, self.device, self.dtype, self.encoder.pad_id)
         if checkpoint:  # not a method of the loop: that would keep the optimiser's state in memory while the cell is evaluated
             self.discard_checkpoint = functools.partial(checkpoint.unlink, missing_ok=True)
@@ -429,7 +464,7 @@ class Cell:
 
     def _teacher(self) -> Teacher | None:
         if not self.rows.rationales:
-            return None
+            return self.taught
         about = read_json(self.rationales_folder / "manifest.json")
         used = [r for r in self.rows.train if r["id"] in self.rows.rationales]
         right = sum(bool(self.rows.rationales[r["id"]]["correct"]) for r in used)

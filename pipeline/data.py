@@ -32,6 +32,8 @@ class Example:
     weight: float = 1.0
     ends: bool = False
     """Whether the answer is closed by the end-of-text token (needed where it is generated)."""
+    prefill: str = ""
+    """The answer's beginning that is given, not learnt."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         moved = {k: v.to(device) for k, v in vars(self).items() if k != "tokens"}
-        return Batch(**moved, tokens=self.tokens)
+        return type(self)(**moved, tokens=self.tokens)
 
 
 class Encoder:
@@ -95,7 +97,10 @@ class Encoder:
 
     def example(self, example: Example) -> Encoded:
         answer = self.answer(example.answer, example.ends)
-        prompt = self.fit(self.prompt(example.prompt), len(answer))
+        prompt = self.prompt(example.prompt)
+        if example.prefill:
+            prompt = prompt + self.answer(example.prefill)
+        prompt = self.fit(prompt, len(answer))
         return Encoded((*prompt, *answer), len(prompt), example.group, example.weight)
 
     def fit(self, prompt: list[int], room: int) -> list[int]:

@@ -211,6 +211,8 @@ class Packing:
 
 def _differ(covers: Sequence[DictConfig]) -> str | None:
     """Why these configs cannot share a pack: a key in which they differ."""
+    if covers[0].start:
+        return "it begins at another cell"
     first = _flat(plain(covers[0]))
     for other in covers[1:]:
         values = _flat(plain(other))
@@ -236,7 +238,8 @@ def _refusal(method: Method, objective: Objective) -> str | None:
         return "it trains the base itself, of which nothing could be shared"
     if own:
         return f"{type(method).__name__} has a way of its own to {own[0].replace('_', ' ')}"
-    if type(objective).loss is not Objective.loss:
-        return f"{type(objective).__name__} has a loss of its own"
+    theirs = [hook for hook in ("loss", "batches", "loop", "rows", "prepared", "reasoning") if getattr(type(objective), hook) is not getattr(Objective, hook)]
+    if theirs:
+        return f"{type(objective).__name__} has {theirs[0]} of its own"
     return None
 

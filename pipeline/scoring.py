@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.choices import Group, Items, Reads, arrange
 from pipeline.data import Encoder, by_length, pad
+from pipeline.reasoning import Reasoning
 from pipeline.results import Score
 from pipeline.settings import Task
 
@@ -172,21 +173,24 @@ class Scorer:
     Args:
         prompt: what the technique makes of a row's prompt (demonstrations, a predict prefix).
         notes: takes what a reader of the result should know of how the answers came about.
+        reasoning: how the model reasons before it answers; None: it answers at once.
     """
 
     def __init__(self, model: Any, encoder: Encoder, task: Task, prompt: Callable[[str], str], batch_tokens: int, device: Any, dtype: Any,
-                 notes: list[str] | None = None) -> None:
-        self.model, self.encoder, self.task, self.prompt = model, encoder, task, prompt
+                 notes: list[str] | None = None, reasoning: Reasoning | None = None) -> None:
+        self.model, self.encoder, self.task, self.prompt, self.reasoning = model, encoder, task, prompt, reasoning
         self.batch_tokens, self.device, self.dtype = batch_tokens, device, dtype
         self.notes = [] if notes is None else notes
 
     def items(self, rows: Sequence[dict]) -> list[tuple[list[int], list[list[int]]]]:
-        """(prompt ids, [choice ids, …]) a row, the prompt cut so that its answer fits; no choices where it is generated."""
+        """(prompt ids, [choice ids, …]) a row, the prompt cut so that its answer, and reasoning still to come, fit; no choices where it is generated."""
         found = []
+        later = self.reasoning.max_new_tokens + len(self.encoder.answer(self.reasoning.cue)) if self.reasoning else 0
         for row in rows:
             choices = [self.encoder.answer(c) for c in row["choices"]] if self.task.scoring == "choice" else []
             room = max(map(len, choices)) if choices else self.task.max_new_tokens
-            found.append((self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])), room), choices))
+            given = self.encoder.answer(row["reasoned"]) if self.reasoning and "reasoned" in row else []
+            found.append((self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])) + given, room + (0 if given else later)), choices))
         return found
 
     def check(self, splits: dict[str, list[dict]]) -> list[str]:
@@ -198,21 +202,32 @@ class Scorer:
         return [note for note in notes if note]
 
     def predict(self, rows: Sequence[dict]) -> list[dict]:
-        """One prediction a row: {id, answer, prediction, correct, scores | output}."""
+        """One prediction a row: {id, answer, prediction, correct, scores | output}, and its reasoning if it reasons."""
         if not rows:
             return []
         self.model.eval()
+        if self.reasoning:
+            thought = [{**row, "reasoned": text} for row, text in zip(rows, self._reason(rows), strict=True)]
+            found = self._choose(thought) if self.task.scoring == "choice" else self._generate(thought)
+            return [{**one, "reasoning": row["reasoned"]} for one, row in zip(found, thought, strict=True)]
         return self._choose(rows) if self.task.scoring == "choice" else self._generate(rows)
+
+    def _reason(self, rows: Sequence[dict]) -> list[str]:
+        assert self.reasoning
+        texts = self._texts(rows, self.reasoning.max_new_tokens)
+        return [self.reasoning.prefill(text) for text in texts]
+
+    def _texts(self, rows: Sequence[dict], room: int) -> list[str]:
+        prompts = [prompt for prompt, _ in self.items(rows)]
+        return generate(self.model, prompts, room, self.batch_tokens, self.encoder.tokenizer, self.encoder.pad_id, self.device, self.dtype, self.notes)
 
     def _choose(self, rows: Sequence[dict]) -> list[dict]:
         scores = choice_log_likelihoods(self.model, self.items(rows), self.batch_tokens, self.encoder.pad_id, self.device, self.dtype, self.notes)
         return chosen(rows, scores, self.task)
 
     def _generate(self, rows: Sequence[dict]) -> list[dict]:
-        prompts, room = [prompt for prompt, _ in self.items(rows)], self.task.max_new_tokens
-        outputs = generate(self.model, prompts, room, self.batch_tokens, self.encoder.tokenizer, self.encoder.pad_id, self.device, self.dtype, self.notes)
         found = []
-        for row, output in zip(rows, outputs, strict=True):
+        for row, output in zip(rows, self._texts(rows, self.task.max_new_tokens), strict=True):
             prediction = extract(output, self.task.answer_pattern)
             correct = prediction is not None and canonical(prediction) == canonical(row["answer"])
             found.append({"id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": correct, "output": output})

@@ -77,10 +77,18 @@ def _folder(root: Path, name: str) -> Path:
 
 def _check_one_base(found: dict[str, Result]) -> None:
     first, *others = found
-    for key in ("model", "precision"):
+    for key in ("model", "precision", "start"):
         for name in others:
-            if (mine := getattr(found[name], key)) != (its := getattr(found[first], key)):
+            if (mine := _shared(found[name], key)) != (its := _shared(found[first], key)):
                 raise UserError(f"{name} has {key} {mine} and {first} has {its}; artefacts share a base of one model in one precision, send them apart")
+
+
+def _shared(result: Result, key: str) -> Any:
+    """What artefacts over one base have in common; their start is a cell of one seed and number of rows."""
+    if key != "start":
+        return getattr(result, key)
+    start = result.config.get("start")
+    return start and (start if "/" in start else f"{start}-s{result.seed}-n{result.config['train_rows']} of {result.experiment}")
 
 
 def _with_choices(number: int, request: dict[str, Any], artefact: Artefact) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Artefact:
         train = self.settings.train
         encoder = Encoder(base.tokenizer, self.settings.task, most_tokens(base.model, train.max_length), train.too_long)
         return scoring.Scorer(model, encoder, self.settings.task, lambda p: self.method.prompt(self.objective.prompt(p), state),
-                              self.settings.evaluate.batch_tokens, base.device, base.dtype)
+                              self.settings.evaluate.batch_tokens, base.device, base.dtype, reasoning=self.objective.reasoning)
 
 
 def finished(folder: str | Path) -> Result:
@@ -124,7 +124,8 @@ def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
     if hasattr(model, "peft_config") and artefact.method.merges:
         model = artefact.method.merged(model)
     if state is not None or hasattr(model, "peft_config") or set(model.state_dict()) != own and not hasattr(base.model, "quantization_method"):
-        raise UserError(f"start={cfg.start} is a cell of {result.technique}, which leaves no weights of the base's own shape; choose a cell that does (full, lora, …)")
+        what = f"start={cfg.start} is a cell of {result.technique}, which leaves no weights of the base's own shape"
+        raise UserError(f"{what}; choose a cell that does (full, lora, …)")
     model.config._name_or_path = where
     return cast(model, dtype).requires_grad_(False).eval(), result
 
@@ -157,7 +158,7 @@ class Door:
         by_name: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_name.setdefault(request["adapter"], []).append(index)
-        together = [n for n in by_name if self.artefacts[n].method.sharing == "together"]
+        together = [n for n in by_name if self.artefacts[n].method.sharing == "together" and not self.artefacts[n].objective.reasoning]
         self._put(found, requests, sorted(i for n in together for i in by_name[n]), functools.partial(self._mixed, together))
         for name in by_name:
             if name not in together:
@@ -172,7 +173,8 @@ class Door:
 
     def _alone(self, name: str, rows: list[dict]) -> list[dict]:
         artefact = self.artefacts[name]
-        self.told.append(f"{len(rows)} by {name} alone ({artefact.method.name} cannot share a batch)")
+        why = "it reasons first" if artefact.objective.reasoning else f"{artefact.method.name} cannot share a batch"
+        self.told.append(f"{len(rows)} by {name} alone ({why})")
         model, state = artefact.load(self.base)
         try:
             return artefact.scorer(self.base, model, state).predict(rows)

@@ -70,8 +70,8 @@ class Shared:
 
 
 def shared_latency(scorer: scoring.Scorer, method: Method, rows: Sequence[dict], counts: Sequence[int]) -> Shared | None:
-    """Measure it on a cell's model with copies of its adapter, which are removed again; None where the method cannot share a base."""
-    if method.sharing == "no" or not counts or not rows:
+    """Measure it on a cell's model with copies of its adapter, which are removed again; None where the method cannot share a base, or reasons first."""
+    if method.sharing == "no" or scorer.reasoning or not counts or not rows:
         return None
     model, adapters, together = scorer.model, hasattr(scorer.model, "peft_config"), method.sharing == "together"
     many = {n: [dict(rows[i % len(rows)]) for i in range(n)] for n in counts}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.data import Encoded, step_batches, step_rows
+from pipeline.data import Encoded, step_rows
 from pipeline.methods.base import Method
 from pipeline.objectives.base import Objective
 from pipeline.scoring import autocast
@@ -74,7 +74,7 @@ class Eager:
         self.model.train()
         rows = step_rows(len(self.examples), self.settings.batch_size, self.seed, step)
         losses, tokens, padding = [], 0, 0
-        for batch in step_batches([e for r in rows for e in self.examples[r]], self.settings, self.pad_id):
+        for batch in self.objective.batches([e for r in rows for e in self.examples[r]], self.settings, self.pad_id):
             tokens, padding = tokens + batch.tokens, padding + batch.input_ids.numel() - batch.tokens
             with autocast(self.device, self.dtype):
                 loss = self.objective.loss(self.model, batch.to(self.device))
@@ -111,13 +111,14 @@ class Fast:
             raise Unsupported("there is nothing to train")
         if type(method).after_step is not Method.after_step:
             raise Unsupported("the method acts between steps")
+        if type(objective).batches is not Objective.batches:
+            raise Unsupported("the objective makes batches of its own")
         self.examples, self.settings, self.seed, self.lr = examples, settings, seed, settings.lr
         self.notes: list[str] = []
         buckets, streams = self._shapes(model, device, dtype, total)
         groups = method.optimizer_groups(model, settings.lr)
-        plain = type(objective).loss is Objective.loss
         try:
-            if not plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.lr:
+            if not objective.plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.lr:
                 raise Unsupported("its loss or optimiser is its own")
             shapes = streams or buckets
             bound = bind(model, dtype, accumulate=shapes.accumulates, seed=seed)

@@ -6,15 +6,46 @@ Library. `_target_` in conf/objective/<name>.yaml names the class.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data import Batch, Example
+from omegaconf import DictConfig
+
+from pipeline.data import Batch, Encoded, Encoder, Example, step_batches
+from pipeline.reasoning import Reasoning
+from pipeline.results import Teacher
 from pipeline.scoring import logits_at
-from pipeline.settings import Task
+from pipeline.settings import Settings, Task, Train
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What an objective may look at before the first step.
+
+    model: as training begins with it, in its wrapping (for an adapter: it answers as the base does). rows: those to train on.
+    """
+
+    cfg: DictConfig
+    settings: Settings
+    model: Any
+    encoder: Encoder
+    rows: Sequence[dict]
+    device: Any
+    dtype: Any
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The examples of every row, with what the objective adds to them; a model that teaches, if one does."""
+
+    examples: Sequence[Sequence[Encoded]]
+    notes: list[str] = field(default_factory=list)
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +66,24 @@ class Objective:
         """The prompt under which the model is to answer."""
         return prompt
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is no more than a weighted cross-entropy of its examples' tokens, which the hand-written step and packs compute."""
+        return type(self).loss is Objective.loss and type(self).batches is Objective.batches and type(self).loop is Objective.loop
+
+    @property
+    def reasoning(self) -> Reasoning | None:
+        """How the model reasons before it answers; None: it answers at once."""
+        return None
+
+    def reads(self, cfg: DictConfig) -> list[Path]:
+        """Files besides data, rationales and base model that the training depends on; of another cell its result.json."""
+        return []
+
+    def rows(self, rows: list[dict], rationales: dict[str, dict], train_rows: int | None, seed: int) -> list[dict]:
+        """The rows to train on, given the task's. train_rows: as asked for; None: all."""
+        return rows
+
     def label_example(self, row: dict, task: Task) -> Example:
         """The example of a row that carries its label; a generated answer must end, a scored choice need not."""
         return Example(self.prompt(row["prompt"]), row["answer"], ends=task.scoring == "generate")
@@ -42,6 +91,18 @@ class Objective:
     def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
         """The training examples of a row. `rationale` is the teacher's row, if there is one."""
         return [self.label_example(row, task)]
+
+    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
+        """What is computed once, before the first step: a reference's log-probabilities, a teacher's distributions."""
+        return Prepared(examples)
+
+    def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
+        """The micro-batches of one optimiser step; their losses are summed."""
+        return step_batches(examples, settings, pad_id)
+
+    def loop(self) -> Any:
+        """A class to train with in the place of loop.Loop, of the same arguments and with its `run`; None: loop.Loop."""
+        return None
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Scalar: sum over labelled positions of weight · cross-entropy, in fp32."""
