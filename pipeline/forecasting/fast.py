@@ -1,0 +1,269 @@
+"""The memory of the fast engine's hand-written step (pipeline/fast), tensor by tensor, through warm-up and capture.
+
+Library of memory.py. It follows flat.py, bind.py, llama.py, group.py and capture.py line by line and uses their names, so that a change
+there has its place here; tests/test_forecast_fast.py holds it against the tensors that a bound model has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.forecasting.allocator import Allocator, Tensor
+from pipeline.forecasting.plan import Constants, MicroBatch, Plan
+
+LOGITS_AT_ONCE = 2**27  # pipeline/fast/llama.py
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+WIDE = (True, False, True, True)  # whose inputs leave room for x Aᵀ
+QKV, OUT, GATE_UP, DOWN = range(4)
+PROGRAMS = 264  # of the norm's backward kernel, where its weight is trained
+
+
+class ByHand:
+    """A bound Llama of one slot."""
+
+    def __init__(self, plan: Plan, memory: Allocator, constants: Constants) -> None:
+        self.plan, self.memory, self.constants, self.s, self.z = plan, memory, constants, plan.shape, plan.compute
+        self.full = plan.trained.kind == "full"
+        self.lowest = 0
+        self.n = 0
+        self.held: list[Tensor] = []
+        self.static: list[Tensor] = []
+        ranks = plan.trained.ranks
+        counts = [sum(name in ranks for name in group) for group in GROUPS]
+        self.rank = max(ranks.values(), default=0)
+        self.down = [count * self.rank for count in counts]
+        """Columns of x Aᵀ by group."""
+        self.room = [-(-width // 8) * 8 if wide else 0 for width, wide in zip(self.down, WIDE, strict=True)]
+        self.sizes = [(self.s.linear(group[0])[0], sum(self.s.linear(name)[1] for name in group)) for group in GROUPS]
+
+    def new(self, numbers: int, z: int, kind: str = "activations") -> Tensor:
+        return self.memory.new(numbers * z, kind)
+
+    # -- what stands throughout
+
+    def bind(self, parameters: dict[str, Tensor], accumulates: bool) -> None:
+        """bind.py: the flat buffers, and frozen weights stacked with room beside them.
+
+        parameters: the loaded base's tensors by name; those that are stacked or adopted are taken out.
+        """
+        size, z = self.plan.trained.count, self.z
+        kinds = [("weights" if self.full else "adapter", 4), ("optimiser", 4), ("optimiser", 4), ("weights", z), ("gradients", z)]
+        self.static = [self.new(size, bytes_, kind) for kind, bytes_ in kinds]
+        if accumulates:
+            self.static.append(self.new(size, 4, "gradients"))
+        if self.full:
+            for name in list(parameters):
+                del parameters[name]
+            return
+        self._adopt_adapter(parameters)
+        if self.plan.precision in ("bf16", "fp32"):
+            for layer in range(self.s.layers):
+                for index, group in enumerate(GROUPS):
+                    self._stack(parameters, [f"{layer}.{name}" for name in group], index)
+
+    def _adopt_adapter(self, parameters: dict[str, Tensor]) -> None:
+        for name in [n for n in parameters if n.startswith("adapter")]:
+            del parameters[name]
+
+    def _stack(self, parameters: dict[str, Tensor], names: list[str], index: int) -> None:
+        if len(names) == 1 and not self.room[index]:
+            return
+        i, o = self.sizes[index]
+        self.static.append(self.new(o * (i + self.room[index]), self.z, "weights"))
+        for name in names:
+            del parameters[name]
+
+    def hold(self, tokens: int) -> None:
+        """llama.hold: the largest of what backward needs, for as many tokens as will come."""
+        for _ in range(self.lowest, self.s.layers):
+            for index in (QKV, GATE_UP):
+                i, o = self.sizes[index]
+                self.held += [self.new(tokens * (i + self.room[index]), self.z), self.new(tokens * o, self.z)]
+
+    def try_attention(self, rows: int, width: int) -> None:
+        """programs.fastest_attention: two kernels are captured and timed at the run's shape."""
+        s, n = self.s, rows * width
+        inputs = [self.new(n * heads * s.head, self.z) for heads in (s.heads, s.groups, s.groups)]
+        for _ in range(2 if self.z == 2 else 0):
+            with self.memory.side_stream():
+                self._attend_and_back(n)
+            self.memory.empty_cache()
+            pool = self.memory.new_pool()
+            with self.memory.capture(pool):
+                self._attend_and_back(n)
+            self.memory.drop_pool(pool)
+        del inputs
+
+    def _attend_and_back(self, n: int) -> None:
+        self.n = n
+        out = self.attend(n)
+        found = self.attend_back(n)
+        del out, found
+
+    # -- a step
+
+    def weight(self, index: int) -> Tensor | None:
+        """What a group's weight takes for the call: a 4-bit one is dequantised into room of its own."""
+        if self.plan.precision != "nf4":
+            return None
+        i, o = self.sizes[index]
+        return self.new(o * (i + self.room[index]), self.z, "weights")
+
+    def attend(self, n: int) -> list[Tensor]:
+        """The kernel's output and its number a row (plain attention in fp32: its scores too)."""
+        s = self.s
+        out = self.new(n * s.heads * s.head, self.z)
+        if self.z == 2:
+            return [out, self.new(n * s.heads, 4)]
+        own, square = n * s.heads * s.head, n * s.heads * self.width
+        repeated = [self.new(own, 4) for _ in range(4)]
+        mask = self.new(self.width**2, 4)
+        raw, first = self.new(square, 4), self.new(square, 4)
+        where = self.new(square, 1)
+        weights = self.new(square, 4)
+        del raw, first, where, mask
+        return [out, *repeated, weights]
+
+    def attend_back(self, n: int) -> list[Tensor]:
+        """dq, dk, dv."""
+        s, z = self.s, self.z
+        own, shared = n * s.heads * s.head, n * s.groups * s.head
+        if z == 4:
+            square = n * s.heads * self.width
+            scores = [self.new(square, 4), self.new(square, 4)]
+            whole = [self.new(own, 4) for _ in range(3)]
+            del scores
+            found = [self.new(own, 4), self.new(shared, 4), self.new(shared, 4)]
+            del whole
+            return found
+        found = [self.new(own, z), self.new(shared, z), self.new(shared, z)]
+        sums, wide = self.new(n * s.heads, 4), self.new(own, 4)
+        expanded = [self.new(own, z), self.new(own, z)] if s.heads != s.groups else []
+        del sums, wide, expanded
+        return found
+
+    def forward(self, save: bool) -> list[Any]:
+        """Layer.forward: its output, and what it keeps beside what is held."""
+        n, s, z = self.n, self.s, self.z
+        kept: list[Any] = [self.new(n, 4)]
+        loose = [] if save else [self.new(n * (self.sizes[QKV][0] + self.room[QKV]), z)]
+        w = self.weight(QKV)
+        loose += [] if save else [self.new(n * self.sizes[QKV][1], z)]
+        del w
+        attended = self.attend(n)
+        w = self.weight(OUT)
+        x2 = self.new(n * s.width, z)
+        if self.down[OUT]:
+            kept.append(self.new(n * self.down[OUT], z))
+        del w
+        kept.append(self.new(n, 4))
+        loose += [] if save else [self.new(n * (self.sizes[GATE_UP][0] + self.room[GATE_UP]), z)]
+        w = self.weight(GATE_UP)
+        loose += [] if save else [self.new(n * self.sizes[GATE_UP][1], z)]
+        del w
+        h = self.new(n * (s.inner + self.room[DOWN]), z)
+        if self.down[DOWN]:
+            kept.append(self.new(n * self.down[DOWN], z))
+        w = self.weight(DOWN)
+        y = self.new(n * s.width, z)
+        del w, h, x2, loose
+        return [y, [*kept, *attended] if save else []]
+
+    def backward(self, box: list[Any], kept: list[Any], wanted: bool) -> Tensor | None:
+        """Layer.backward."""
+        n, s, z = self.n, self.s, self.z
+        partial = PROGRAMS * s.width if self.full else 0
+        w = self.weight(DOWN)
+        dh = self.new(n * (s.inner + self.room[DOWN]), z)
+        del w
+        w = self.weight(GATE_UP)
+        dn = self.new(n * (s.width + self.room[GATE_UP]), z)
+        del w
+        part = self.new(partial, 4)
+        dx2 = self.new(n * s.width, z)
+        del part
+        low = dn if self.room[GATE_UP] else None  # a view of dn: it stays until the next product's is there
+        del dn
+        w = self.weight(OUT)
+        dmixed = self.new(n * self.sizes[OUT][0], z)
+        dkept = self.new(n * self.down[OUT], z)
+        del w, low, dh
+        found = self.attend_back(n)
+        dqkv = self.new(n * self.sizes[QKV][1], z)
+        del found
+        w = self.weight(QKV)
+        dn = self.new(n * (s.width + self.room[QKV]), z) if wanted or self.full else self.new(n * self.down[QKV], z)
+        del w, dkept
+        dx = self.new(n * s.width, z) if wanted or self.full else None
+        del dn, dqkv, dmixed, dx2
+        box.clear()
+        kept.clear()
+        return dx
+
+    def micro_batch(self, micro: MicroBatch) -> None:
+        """Llama.step."""
+        s, z, d = self.s, self.z, self.s.width
+        virtual = self.plan.trained.virtual
+        self.n, self.width = micro.rows * (micro.width + virtual), micro.width + virtual
+        x = self.new(micro.rows * micro.width * d, z)
+        before = self.new(micro.rows * virtual * d, z)
+        x = self.new(self.n * d, z) if virtual else x
+        saved = []
+        for layer in range(s.layers):
+            found = self.forward(layer >= self.lowest)
+            x = found[0]
+            saved.append(found[1])
+            del found
+        del before
+        dense = micro.dense and not virtual
+        m = self.n if dense else micro.labels
+        picked = x if dense else self.new(m * d, z)
+        normed, rstd = self.new(m * d, z), self.new(m, 4)
+        dnormed = self.loss(m)
+        dpicked = self.new(m * d, z)
+        dx: Any = dpicked if dense else self.new(self.n * d, z)
+        del x, picked, normed, dnormed, dpicked
+        below = self.full or virtual > 0
+        for layer in range(s.layers - 1, self.lowest - 1, -1):
+            box = [dx]
+            del dx
+            dx = self.backward(box, saved.pop(), layer > self.lowest or below)
+        del rstd
+        if self.full:
+            fresh, wide = self.new(s.vocabulary * d, 4), self.new(micro.rows * micro.width * d, 4)
+            del fresh, wide
+        del dx
+
+    def loss(self, m: int) -> Tensor:
+        """Llama._head: the logits exist a chunk at a time (two, while one is made and the last one not yet forgotten)."""
+        dnormed = self.new(m * self.s.width, self.z)
+        chunk = max(1, LOGITS_AT_ONCE // self.s.vocabulary)
+        losses, logits = [], None
+        for lo in range(0, m, chunk):
+            logits = self.new(min(chunk, m - lo) * self.s.vocabulary, self.z, "logits")
+            losses.append(self.new(min(chunk, m - lo), 4))
+        del logits
+        return dnormed
+
+    def run(self) -> None:
+        """Stepper: inputs, what is held, then warm-up and capture of every shape, the widest first."""
+        micros = sorted({micro for step in self.plan.steps for micro in step}, key=lambda m: -m.rows * m.width)
+        largest, virtual = micros[0], self.plan.trained.virtual
+        inputs = [self.new(m.rows * m.width + 2 * m.labels, 8, "inputs") for m in micros]
+        inputs += [self.new(m.rows * m.width, 16, "inputs") for m in micros if m.longest]
+        self.hold(largest.rows * (largest.width + virtual))
+        if self.constants.product_workspace and not largest.longest:
+            self.width = largest.width + virtual
+            self.try_attention(largest.rows, largest.width + virtual)
+        pool = self.memory.new_pool()
+        workspaces = []
+        for micro in micros:
+            with self.memory.side_stream():
+                workspaces.append(self.new(self.constants.product_workspace, 1, "workspace"))
+                self.micro_batch(micro)
+            self.memory.empty_cache()
+            with self.memory.capture(pool):
+                if micro is largest:
+                    workspaces.append(self.new(self.constants.product_workspace, 1, "workspace"))
+                self.micro_batch(micro)
+        del inputs, workspaces

@@ -1,0 +1,174 @@
+"""Peak memory of a training run: the load, what the engine holds, and its steps, on a simulated allocator.
+
+Library of cell.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from pipeline.forecasting.allocator import Allocator, OutOfMemory, Tensor
+from pipeline.forecasting.eager import Eager
+from pipeline.forecasting.fast import ByHand
+from pipeline.forecasting.plan import Constants, MicroBatch, Plan
+from pipeline.forecasting.shape import LINEAR, NoForecast, tensors
+
+KINDS = ("weights", "adapter", "gradients", "optimiser", "activations", "logits", "workspace", "inputs")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, by what holds them. allocator: reserved and not in use (segments' rounding, holes); fixed: of the process."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimiser: int
+    activations: int
+    logits: int
+    workspace: int
+    inputs: int
+    allocator: int
+    fixed: int
+    total: int
+    """What a result has as memory.peak_bytes: reserved by PyTorch on a GPU, resident on a CPU."""
+    loaded: int
+    """The same counter after loading, before training."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        found = dataclasses.asdict(self)
+        return {name: found[name] for name in (*KINDS, "allocator", "fixed")}
+
+
+def walk(plan: Plan, constants: Constants, capacity: int | None = None) -> tuple[Allocator, int]:
+    """(the allocator after loading and training, what was reserved after loading).
+
+    Raises:
+        OutOfMemory: the capacity does not suffice.
+    """
+    memory = Allocator(exact=not plan.gpu, capacity=capacity)
+    parameters = load(plan, memory)
+    memory.empty_cache()
+    memory.reset_peak()
+    loaded = memory.reserved if plan.gpu else memory.allocated
+    if plan.engine == "hand":
+        hand = ByHand(plan, memory, constants)
+        hand.bind(parameters, any(len(step) > 1 for step in plan.steps))
+        hand.run()
+        return memory, loaded
+    if plan.engine == "captured":
+        _captured(plan, memory, constants, parameters)
+        return memory, loaded
+    Eager(plan, memory, constants).run()
+    return memory, loaded
+
+
+def load(plan: Plan, memory: Allocator) -> dict[str, Tensor]:
+    """The base and the adapter as they stand before the first step, by name."""
+    found: dict[str, Tensor] = {}
+    held, compute = plan.trained, plan.compute
+    for number, (name, numbers, size) in enumerate(tensors(plan.shape, plan.precision, plan.double_quantisation, plan.base)):
+        found[name or f"constant {number}"] = memory.new(size, "weights", numbers)
+    if plan.trained.kind == "full":
+        _widen(plan, memory, found)
+    elif held.kind != "none":
+        whole = Eager(dataclasses.replace(plan, engine="eager"), memory, Constants())
+        for number, numbers in enumerate(whole.parameter_sizes()):
+            found[f"adapter {number}"] = memory.new(numbers * 4, "adapter", compute)
+    return found
+
+
+def _widen(plan: Plan, memory: Allocator, found: dict[str, Tensor]) -> None:
+    """Trained weights of the base are cast to fp32, one after another."""
+    held = plan.trained
+    for name in list(found):
+        layer, _, what = name.partition(".")
+        inside = what and int(layer) >= held.first
+        chosen = bool(inside and ("layers" in held.parts or ("biases" in held.parts and what.endswith("bias")))) or name in held.parts
+        if chosen and plan.base != 4:
+            found[name] = memory.new(found[name].numbers * 4, "weights", found[name].numbers)
+    if held.added_biases:
+        for layer in range(held.first, plan.shape.layers):
+            for name in (n for n in LINEAR if n not in plan.shape.biases):
+                found[f"{layer}.{name}.bias"] = memory.new(plan.shape.linear(name)[1] * 4, "weights")
+    if held.own_head:
+        found["own head"] = memory.new(plan.shape.vocabulary * plan.shape.width * 4, "weights")
+
+
+def _captured(plan: Plan, memory: Allocator, constants: Constants, parameters: dict[str, Tensor]) -> None:
+    """programs.ByAutograd in CUDA graphs: masters, moments and gradients in one buffer each, autograd's tensors in the graphs' pool."""
+    size = plan.trained.count
+    flat = [memory.new(size * 4, kind) for kind in ("weights" if plan.trained.kind == "full" else "adapter", "optimiser", "optimiser", "gradients")]
+    trained = {name for name in parameters if name.startswith("adapter")}
+    if plan.trained.kind == "full":
+        whole = dict(parameters)
+        trained = {name for name in whole if name in plan.trained.parts or ("." in name and "layers" in plan.trained.parts
+                                                                            and int(name.partition(".")[0]) >= plan.trained.first)}
+        del whole
+    for name in trained:
+        del parameters[name]
+    pool = memory.new_pool()
+    micros = sorted({micro for step in plan.steps for micro in step}, key=lambda m: -m.rows * m.width)
+    workspaces: list[Tensor] = []
+    for micro in micros:
+        for captured in (False, True):
+            with memory.capture(pool) if captured else memory.side_stream():
+                step = Eager(plan, memory, constants, keep_casts=False, own_gradients=False)
+                step.workspaces = {"forward": workspaces[-1], "backward": workspaces[-1]} if captured and len(workspaces) > 2 else {}
+                step.micro_batch(micro)
+                workspaces += step.workspaces.values()
+            memory.empty_cache()
+    del flat
+
+
+def forecast(plan: Plan, constants: Constants) -> Memory:
+    """The peak of a run.
+
+    Raises:
+        NoForecast: what the technique trains has counts alone.
+    """
+    check(plan)
+    memory, loaded = walk(plan, constants)
+    live = {name: memory.peak.live.get(name, 0) for name in KINDS}
+    reserved = memory.peak.reserved
+    scale, fixed = (constants.fast_scale, constants.fast_fixed) if plan.engine != "eager" else (constants.eager_scale, constants.eager_fixed)
+    if not plan.gpu:
+        fixed += constants.cpu_process
+    extra = round((scale - 1.0) * (reserved - loaded)) if plan.gpu else 0
+    allocator = reserved - sum(live.values()) + extra
+    return Memory(**live, allocator=allocator, fixed=fixed, total=reserved + extra + fixed, loaded=loaded + (fixed if not plan.gpu else 0))
+
+
+def check(plan: Plan) -> None:
+    """Raise NoForecast where the walk does not know what is trained."""
+    if plan.trained.kind == "other":
+        raise NoForecast(f"no forecast of memory for method {plan.trained.name}")
+    if plan.trained.kind == "none":
+        raise NoForecast(f"{plan.trained.name} trains nothing")
+
+
+def fits(plan: Plan, constants: Constants, capacity: int) -> bool:
+    """Whether the run goes through on a card with so many bytes, unused segments given up as PyTorch does.
+
+    capacity: of the whole card.
+    """
+    scale, fixed = (constants.fast_scale, constants.fast_fixed) if plan.engine != "eager" else (constants.eager_scale, constants.eager_fixed)
+    try:
+        walk(plan, constants, int((capacity - constants.context - fixed) / scale) if plan.gpu else None)
+    except OutOfMemory:
+        return False
+    return plan.gpu or forecast(plan, constants).total <= capacity
+
+
+def same(rows: int, width: int, labels: int, most_tokens: int, grain: int = 1, whole: bool = False) -> list[MicroBatch]:
+    """The micro-batches of a step of `rows` equal rows of `width` fed tokens with `labels` labelled ones, at most `most_tokens` each.
+
+    grain: widths are multiples of it. whole: every micro-batch has the largest's shape (the fast engine).
+    """
+    width = -(-width // grain) * grain
+    each = max(1, min(rows, most_tokens // width))
+    counts = [each] * (rows // each) + ([rows % each] if rows % each else [])
+    dense = labels == width
+    return [MicroBatch(each if whole else n, width, (each if whole else n) * labels, dense=dense and rows % each == 0) for n in counts]

@@ -1,0 +1,70 @@
+"""What a forecast walks through: the run's shape, technique, precision and micro-batches, and the constants that were fitted.
+
+Library of eager.py, fast.py and memory.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.forecasting.shape import Shape
+from pipeline.forecasting.trained import Trained
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """rows x width tokens (padding counted, soft ones not) with so many labelled ones."""
+
+    rows: int
+    width: int
+    labels: int
+    longest: int = 0
+    """Tokens of the longest row where rows stand one after another in `width` tokens (then rows is 1)."""
+    dense: bool = False
+    """Every position carries a label, in order."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run as the forecast sees it."""
+
+    shape: Shape
+    trained: Trained
+    precision: str
+    """How the base is held: fp32, bf16, int8 or nf4."""
+    compute: int
+    """Bytes of a number of the arithmetic: 2 (bf16) or 4."""
+    steps: Sequence[Sequence[MicroBatch]]
+    """Of one optimiser step or more, in turn."""
+    engine: str
+    """eager, hand (the fast engine's hand-written step) or captured (the fast engine with autograd)."""
+    gpu: bool = True
+    double_quantisation: bool = True
+    checkpointing: bool = False
+    paged: bool = False
+    """bitsandbytes' paged optimiser, whose state is not the allocator's."""
+    base_trained_from: int = 0
+
+    @property
+    def base(self) -> int:
+        """Bytes of a number of the base where it is not quantised."""
+        return {"fp32": 4, "bf16": 2}.get(self.precision, self.compute)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What the arithmetic does not tell. `python -m benchmarks.forecast fit` sets them (experiments/forecast/)."""
+
+    product_workspace: int = 32 * 2**20
+    """Bytes that cuBLAS takes once for every thread and stream that multiplies (32 MiB on Hopper, torch's default)."""
+    eager_scale: float = 1.0
+    """Reserved over simulated bytes beyond the weights, eager engine (kernels' own workspaces, order of frees)."""
+    fast_scale: float = 1.0
+    eager_fixed: int = 0
+    """Bytes that an eager run takes beside what is simulated."""
+    fast_fixed: int = 0
+    context: int = 600 * 2**20
+    """Bytes of a card that CUDA, its libraries and kernels take outside the allocator."""
+    cpu_process: int = 600 * 2**20
+    """Resident bytes of a process that has imported torch and transformers, before a model is read."""

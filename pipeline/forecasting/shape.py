@@ -1,0 +1,140 @@
+"""A model's shape, from its config.json alone: widths, parameters, and the tensors that a precision holds them in.
+
+Library. The Llama family (llama, mistral, qwen2); another architecture has no forecast, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import UserError, read_json
+
+FAMILIES = ("llama", "mistral", "qwen2")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BLOCK, OUTER_BLOCK = 64, 256
+"""bitsandbytes: 4-bit values to a scale, and scales to a scale of theirs."""
+
+
+class NoForecast(Exception):
+    """Why nothing can be said, one clause; a guess would be worse."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """d width, L layers, H query heads and G key-value heads of `head` numbers, f inner width, V vocabulary."""
+
+    width: int
+    layers: int
+    heads: int
+    groups: int
+    head: int
+    inner: int
+    vocabulary: int
+    tied: bool = True
+    biases: tuple[str, ...] = ()
+    """Linear maps of a layer that have one."""
+    context: int | None = None
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """(in, out) of one of a layer's linear maps."""
+        d, q, k = self.width, self.heads * self.head, self.groups * self.head
+        return {"q_proj": (d, q), "k_proj": (d, k), "v_proj": (d, k), "o_proj": (q, d),
+                "gate_proj": (d, self.inner), "up_proj": (d, self.inner), "down_proj": (self.inner, d)}[name]
+
+    @property
+    def layer_matrices(self) -> int:
+        """Numbers in a layer's linear maps."""
+        return sum(i * o for i, o in map(self.linear, LINEAR))
+
+    @property
+    def layer_biases(self) -> int:
+        return sum(self.linear(name)[1] for name in self.biases)
+
+    @property
+    def parameters(self) -> int:
+        """Of the model; tied weights count once."""
+        layer = self.layer_matrices + self.layer_biases + 2 * self.width
+        return self.layers * layer + self.width + self.vocabulary * self.width * (1 if self.tied else 2)
+
+
+def read_shape(path: Path) -> Shape:
+    """The shape that a config.json tells.
+
+    Raises:
+        UserError: no such file. NoForecast: another architecture.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is not there; run python -m pipeline.base_model for it, or set forecast.model_config to a model's config.json")
+    return shape_of(read_json(path))
+
+
+def shape_of(config: dict[str, Any]) -> Shape:
+    """As read_shape, from the file's content."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise NoForecast(f"no forecast for the architecture {kind}; there is one for {', '.join(FAMILIES)}")
+    if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
+        raise NoForecast("no forecast for sliding-window attention")
+    heads = config["num_attention_heads"]
+    qkv = ("q_proj", "k_proj", "v_proj")
+    biases = qkv if kind == "qwen2" else (*qkv, "o_proj") if config.get("attention_bias") else ()
+    biases += ("gate_proj", "up_proj", "down_proj") if config.get("mlp_bias") else ()
+    return Shape(
+        config["hidden_size"], config["num_hidden_layers"], heads, config.get("num_key_value_heads") or heads,
+        config.get("head_dim") or config["hidden_size"] // heads, config["intermediate_size"], config["vocab_size"], bool(config.get("tie_word_embeddings", False)), biases,
+        config.get("max_position_embeddings"),
+    )
+
+
+def nf4_parts(values: int, double: bool = True) -> list[int]:
+    """Bytes of each tensor that bitsandbytes keeps of a 4-bit matrix of so many values.
+
+    Packed values, scales (fp32 a block of 64; doubly quantised: 8 bits each, an fp32 for 256 of them and an offset; Dettmers et al.,
+    2023, section 3), and the code books of 16 and 256 fp32 numbers, a fixed cost of every matrix.
+    """
+    blocks = -(-values // BLOCK)
+    if not double:
+        return [-(-values // 2), 4 * blocks, 4 * 16]
+    return [-(-values // 2), blocks, 4 * 16, 4 * -(-blocks // OUTER_BLOCK), 4 * 256, 4]
+
+
+def matrix_parts(shape: Shape, name: str, precision: str, double: bool = True) -> list[int]:
+    """Bytes of each tensor of one of a layer's matrices, in a precision: fp32, bf16, int8 or nf4."""
+    i, o = shape.linear(name)
+    if precision == "nf4":
+        return nf4_parts(i * o, double)
+    if precision == "int8":
+        return [i * o, 4 * o]  # LLM.int8(): a scale a row
+    return [i * o * (4 if precision == "fp32" else 2)]
+
+
+def tensors(shape: Shape, precision: str, double: bool = True, compute: int = 2) -> Iterator[tuple[str, int, int]]:
+    """(name, numbers, bytes) of every tensor of a loaded base, in its order; name is a parameter's, or empty for constants of the one before.
+
+    compute: bytes of what a quantised base does not quantise (embeddings, norms, output layer).
+    """
+    z = {"fp32": 4, "bf16": 2}.get(precision, compute)
+    whole = shape.vocabulary * shape.width
+    yield "embedding", whole, whole * z
+    for layer in range(shape.layers):
+        for name in LINEAR:
+            i, o = shape.linear(name)
+            first, *constants = matrix_parts(shape, name, precision, double)
+            yield f"{layer}.{name}", i * o, first
+            yield from (("", 0, size) for size in constants)
+            if name in shape.biases:
+                yield f"{layer}.{name}.bias", o, o * z
+        for norm in ("norm1", "norm2"):
+            yield f"{layer}.{norm}", shape.width, shape.width * z
+    yield "norm", shape.width, shape.width * z
+    if not shape.tied:
+        yield "head", whole, whole * z
+
+
+def weight_bytes(shape: Shape, precision: str, double: bool = True, compute: int = 2) -> int:
+    """Bytes of the loaded base, quantisation constants and code tables included (results have it as size.model_bytes, with the
+    rotary frequencies on top)."""
+    return sum(size for _, _, size in tensors(shape, precision, double, compute))

@@ -1,0 +1,212 @@
+"""What a technique trains, from its config alone: how many numbers, and where in the model they are.
+
+Library. Counts are those of `size.trainable` in a result (tests/test_forecast_trained.py holds every technique of conf/ against the
+real model). What memory it takes is known for the kinds that eager.py and fast.py walk through; others have counts alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json
+from pipeline.forecasting.shape import LINEAR, NoForecast, Shape
+
+IA3_TARGETS, IA3_INNER = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
+NOTHING = ("Untouched", "FewShot", "Teacher", "Retrieval", "PromptChoice")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """kind: full (parts of the base itself), lora, soft (a prompt before the rows), ia3, ln, none; other: counts alone."""
+
+    kind: str
+    count: int
+    name: str
+    parts: frozenset[str] = frozenset()
+    """full: of embedding, layers, norm, head, biases."""
+    first: int = 0
+    """full: the first layer that is trained."""
+    own_head: bool = False
+    """full: an output layer of its own where the base has a tied one."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """lora: rank by linear map."""
+    dropout: float = 0.0
+    by_hand: bool = True
+    """lora: whether the fast engine's hand-written step has it."""
+    virtual: int = 0
+    added_biases: bool = False
+    sizes: tuple[int, ...] = ()
+    """Numbers of each trained tensor of a soft prompt."""
+
+
+def trained(method: dict[str, Any], shape: Shape) -> Trained:
+    """What a method's config (with `_target_`) trains of a model.
+
+    Raises:
+        NoForecast: a method that this file does not know.
+    """
+    owner = method["_target_"].rpartition(".")[2]
+    if owner in NOTHING:
+        return Trained("none", 0, owner)
+    if owner == "Full":
+        return Trained("full", shape.parameters, "full", frozenset({"embedding", "layers", "norm", "head"}))
+    if owner == "Selective":
+        return _selective(method, shape)
+    if owner == "from_file":
+        return _adapter(_stored(method["path"]), shape, owner)
+    if "peft_adapter" in method["_target_"]:
+        config = {k: v for k, v in method["config"].items() if k != "_target_"}
+        kind = method["config"]["_target_"].rpartition(".")[2].removesuffix("Config")
+        return _adapter({**config, "peft_type": PEFT_NAMES.get(kind, kind.upper())}, shape, owner)
+    raise NoForecast(f"no forecast for method {owner}")
+
+
+PEFT_NAMES = {
+    "Lora": "LORA", "PromptTuning": "PROMPT_TUNING", "PromptEncoder": "P_TUNING", "PrefixTuning": "PREFIX_TUNING", "IA3": "IA3", "LNTuning": "LN_TUNING",
+    "MultitaskPromptTuning": "MULTITASK_PROMPT_TUNING", "AdaLora": "ADALORA", "LoHa": "LOHA", "LoKr": "LOKR", "Vera": "VERA", "OFT": "OFT",
+}
+"""PEFT's config classes and the peft_type that its files name."""
+
+
+def _stored(path: str) -> dict[str, Any]:
+    found = Path(path)
+    return read_json(found / "adapter_config.json" if found.is_dir() else found)
+
+
+def _selective(method: dict[str, Any], shape: Shape) -> Trained:
+    parts = set(method["parts"])
+    top = method.get("top_layers") or shape.layers
+    first = shape.layers - top
+    biases = shape.layer_biases
+    if method.get("add_biases"):
+        biases = sum(shape.linear(name)[1] for name in LINEAR)
+    count = 0
+    if "layers" in parts:
+        count += top * (shape.layer_matrices + biases + 2 * shape.width)
+    elif "biases" in parts:
+        count += top * biases
+    whole = shape.vocabulary * shape.width
+    count += shape.width if "final_norm" in parts else 0
+    both = {"head", "embeddings"} <= parts and shape.tied
+    count += whole * (len({"head", "embeddings"} & parts) - both)
+    names = {"layers": "layers", "biases": "biases", "final_norm": "norm", "head": "head", "embeddings": "embedding"}
+    label = method.get("label", "selective")
+    if "embeddings" in parts:
+        first = 0
+    elif not parts & {"layers", "biases"}:
+        first = shape.layers
+    return Trained("full", count, label, frozenset(names[p] for p in parts), first, own_head="head" in parts and "embeddings" not in parts and shape.tied,
+                   added_biases=bool(method.get("add_biases")))
+
+
+def _targets(config: dict[str, Any], shape: Shape) -> tuple[str, ...]:
+    wanted = config.get("target_modules")
+    if wanted == "all-linear":
+        return LINEAR
+    if wanted is None:
+        return ("q_proj", "v_proj")
+    if isinstance(wanted, str) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        raise NoForecast("no forecast for an adapter whose modules are chosen by a pattern")
+    unknown = [name for name in wanted if name not in LINEAR]
+    if unknown:
+        raise NoForecast(f"no forecast for an adapter on {unknown[0]}")
+    return tuple(name for name in LINEAR if name in wanted)
+
+
+def _adapter(config: dict[str, Any], shape: Shape, owner: str) -> Trained:
+    kind = config["peft_type"]
+    if kind == "LORA":
+        return _lora(config, shape, owner)
+    if kind in SOFT:
+        virtual = config["num_virtual_tokens"]
+        sizes = tuple(SOFT[kind](config, shape))
+        return Trained("soft", sum(sizes), kind.lower(), virtual=virtual, sizes=sizes, by_hand=kind == "PROMPT_TUNING")
+    if kind == "IA3":
+        targets = tuple(config.get("target_modules") or IA3_TARGETS)
+        inner = config.get("feedforward_modules") or IA3_INNER
+        if any(name not in LINEAR for name in targets):
+            raise NoForecast("no forecast for IA3 on other modules than a layer's linear maps")
+        count = shape.layers * sum(shape.linear(name)[0 if name in inner else 1] for name in targets)
+        return Trained("ia3", count, "ia3", ranks=dict.fromkeys(targets, 1))
+    if kind == "LN_TUNING" and config.get("target_modules") is None:
+        return Trained("ln", (2 * shape.layers + 1) * shape.width, "ln_tuning")
+    if kind == "PREFIX_TUNING":
+        return Trained("other", _prefix(config, shape), "prefix_tuning")
+    if kind not in COUNTS:
+        raise NoForecast(f"no forecast for method {kind.lower()}")
+    each = sum(COUNTS[kind](config, *shape.linear(name)) for name in _targets(config, shape))
+    return Trained("other", shape.layers * each, kind.lower())
+
+
+def _lora(config: dict[str, Any], shape: Shape, owner: str) -> Trained:
+    rank, targets = config["r"], _targets(config, shape)
+    odd = next((key for key in ("rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
+                                "target_parameters") if config.get(key)), None)
+    if odd or config.get("bias", "none") != "none":
+        raise NoForecast(f"no forecast for LoRA with {odd or 'trained biases'}")
+    count = shape.layers * sum(rank * sum(shape.linear(name)) for name in targets)
+    if config.get("use_dora"):
+        return Trained("other", count + shape.layers * sum(shape.linear(name)[1] for name in targets), "dora")
+    return Trained("lora", count, "lora", ranks=dict.fromkeys(targets, rank), dropout=float(config.get("lora_dropout") or 0.0),
+                   by_hand=owner != "LoraPlus")
+
+
+def _prompt(config: dict[str, Any], shape: Shape) -> list[int]:
+    return [config["num_virtual_tokens"] * shape.width]
+
+
+def _multitask(config: dict[str, Any], shape: Shape) -> list[int]:
+    n, tasks, ranks = config["num_virtual_tokens"], config.get("num_tasks", 1), config.get("num_ranks", 1)
+    return [n * shape.width, tasks * n * ranks, tasks * ranks * shape.width]
+
+
+def _encoder(config: dict[str, Any], shape: Shape) -> list[int]:
+    d, h = shape.width, config.get("encoder_hidden_size") or shape.width
+    if config.get("encoder_reparameterization_type", "MLP") != "MLP":
+        raise NoForecast("no forecast for P-tuning with an LSTM")
+    return [config["num_virtual_tokens"] * d, d * h, h, h * h, h, h * d, d]
+
+
+def _prefix(config: dict[str, Any], shape: Shape) -> int:
+    if config.get("prefix_projection"):
+        raise NoForecast("no forecast for prefix tuning with a projection")
+    return config["num_virtual_tokens"] * shape.layers * 2 * shape.groups * shape.head
+
+
+def _factors(size: int, wanted: int) -> tuple[int, int]:
+    """Two factors of `size`, the first the smaller, as LoKr (LyCORIS) chooses them: at most `wanted`, or next to the square root (-1)."""
+    most = math.isqrt(size) if wanted == -1 else min(wanted, size)
+    if wanted > 0 and size % wanted == 0:
+        return wanted, size // wanted
+    small = max(n for n in range(1, most + 1) if size % n == 0)
+    return tuple(sorted((small, size // small)))  # type: ignore[return-value]
+
+
+def _lokr(config: dict[str, Any], i: int, o: int) -> int:
+    rank, wanted = config["r"], config.get("decompose_factor", -1)
+    (out_small, out_large), (in_small, in_large) = _factors(o, wanted), _factors(i, wanted)
+    both = config.get("decompose_both") and rank < max(out_small, in_small) / 2
+    first = rank * (out_small + in_small) if both else out_small * in_small
+    return first + (rank * (out_large + in_large) if rank < max(out_large, in_large) / 2 else out_large * in_large)
+
+
+def _oft(config: dict[str, Any], i: int, o: int) -> int:
+    size = config.get("oft_block_size") or i // config["r"]
+    return i // size * (size * (size - 1) // 2)
+
+
+SOFT: dict[str, Callable[[dict[str, Any], Shape], list[int]]] = {
+    "PROMPT_TUNING": _prompt, "MULTITASK_PROMPT_TUNING": _multitask, "P_TUNING": _encoder,
+}
+COUNTS: dict[str, Callable[[dict[str, Any], int, int], int]] = {
+    "ADALORA": lambda c, i, o: c["init_r"] * (i + o + 1),
+    "LOHA": lambda c, i, o: 2 * c["r"] * (i + o),
+    "LOKR": _lokr,
+    "VERA": lambda c, i, o: c["r"] + o,
+    "OFT": _oft,
+}
+"""Trained numbers of one linear map, by PEFT's name of the adapter."""
