@@ -39,7 +39,7 @@ CODE = (
     "cell.py", "choices.py", "data.py", "lineage.py", "loop.py", "model.py", "reasoning.py", "scoring.py", "serving.py", "stepping.py", "fast/*.py",
     "methods/*.py", "objectives/*.py",
 )
-ASIDE = ("paths", "tracking", "report", "sweep", "variant", "cell", "split", "requests", "to", "memory_limit_gb", "pack")
+ASIDE = ("paths", "tracking", "report", "sweep", "variant", "cell", "split", "requests", "to", "memory_limit_gb", "pack", "forecast")
 """Keys of a config that decide no cell's outcome."""
 QUANTISED = ("nf4", "int8")
 
@@ -73,6 +73,8 @@ def decides(cfg: DictConfig) -> dict[str, Any]:
         raw.pop("start")
     if raw["train"].get("min_steps") is None:  # cells that were run before there was such a key keep their results
         raw["train"].pop("min_steps", None)
+    if not raw["train"].get("checkpointing"):
+        raw["train"].pop("checkpointing", None)
     if not (raw["evaluate"].get("forgetting") and raw["evaluate"].get("probe_lambada")):
         raw["evaluate"].pop("probe_lambada", None)
     if not (raw["evaluate"].get("adapters") and raw["evaluate"].get("latency_rows")):

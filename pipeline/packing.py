@@ -70,7 +70,7 @@ class Packing:
         self.settings = read(self.cfg)
         self.methods: list[Method] = [build(c.method, "method") for c in covers]
         self.objective: Objective = build(self.cfg.objective, "objective")
-        reason = _differ(covers) or _refusal(self.methods[0], self.objective)
+        reason = _differ(covers) or _refusal(self.methods[0], self.objective, self.settings.train.checkpointing)
         if reason:
             raise Unsupported(reason)
         self.device = device_of(self.cfg.device)
@@ -228,12 +228,14 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, part in values.items() for key, value in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()}
 
 
-def _refusal(method: Method, objective: Objective) -> str | None:
+def _refusal(method: Method, objective: Objective, checkpointing: bool = False) -> str | None:
     """Why a technique cannot be packed, as far as its method and objective say."""
     own = [hook for hook in ("prepare", "choose", "prompt", "before_training", "optimizer_groups", "after_step", "served")
            if getattr(type(method), hook) is not getattr(Method, hook) and (hook != "served" or getattr(method, "merge", True))]
     if not method.trains:
         return "it trains nothing"
+    if checkpointing:
+        return "activations are checkpointed"
     if not hasattr(method, "config"):
         return "it trains the base itself, of which nothing could be shared"
     if own:

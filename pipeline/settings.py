@@ -85,6 +85,8 @@ class Train:
     """Most tokens of prompt and answer together; at most the model's context."""
     too_long: str = "error"
     """error, or truncate: cut the prompt's start (counted in the result's notes)."""
+    checkpointing: bool = False
+    """Keep a layer's input alone and go through the layer again on the way back (Chen et al., 2016): less memory, more time; stepped eagerly."""
     checkpoint_every_s: float = 120.0
     """Seconds between checkpoints in paths.work; 0: after every step."""
     progress: bool = True

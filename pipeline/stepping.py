@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.data import Encoded, step_rows
+from pipeline.files import UserError
 from pipeline.methods.base import Method
 from pipeline.objectives.base import Objective
 from pipeline.scoring import autocast
@@ -50,6 +51,8 @@ class Eager:
         self.notes: list[str] = []
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = self._optimizer(method.optimizer_groups(model, settings.lr))
+        if settings.checkpointing:
+            checkpoint_activations(model)
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Any:
         import torch
@@ -96,6 +99,8 @@ class Eager:
 
     def close(self) -> None:
         """The optimiser's state goes with this object."""
+        if self.settings.checkpointing:
+            self.model.gradient_checkpointing_disable()
 
 
 class Fast:
@@ -111,6 +116,8 @@ class Fast:
             raise Unsupported("there is nothing to train")
         if type(method).after_step is not Method.after_step:
             raise Unsupported("the method acts between steps")
+        if settings.checkpointing:
+            raise Unsupported("activations are checkpointed")
         if type(objective).batches is not Objective.batches:
             raise Unsupported("the objective makes batches of its own")
         self.examples, self.settings, self.seed, self.lr = examples, settings, seed, settings.lr
@@ -174,6 +181,14 @@ class Fast:
     def close(self) -> None:
         self.stepper.close()
         self.program.release()
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keep each layer's input alone. Raises UserError where the model's layers cannot be gone through again."""
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"train.checkpointing=true does not go with this model ({' '.join(str(error).split())}); set it to false") from error
 
 
 def choose(engine: str, eager: Callable[[], Eager], fast: Callable[[], Fast], device: Any) -> tuple[Stepping, str | None]:
