@@ -19,6 +19,7 @@ from pipeline.cells import grid
 from pipeline.config import entry
 from pipeline.files import atomic_path, write_json, write_text
 from pipeline.report_cells import select
+from pipeline.report_growth import further, growth
 from pipeline.report_markdown import markdown
 from pipeline.report_page import page
 from pipeline.report_rows import make_rows
@@ -30,9 +31,10 @@ def run(cfg: DictConfig) -> None:
     """Write and print the report of cfg.experiment."""
     cells, missing = select(Path(cfg.paths.results) / cfg.experiment, grid(cfg.experiment)["grid"])
     rows = make_rows(cells)
-    text = markdown(cfg.experiment, rows, missing)
+    grown = growth(rows, cfg.report.target)
+    text = markdown(cfg.experiment, rows, missing, further(grown))
     files = {
-        "index.html": page(cfg.experiment, rows, missing),
+        "index.html": page(cfg.experiment, rows, missing, grown),
         "table.md": text,
         "table.csv": table_csv(rows),
         "history.csv": history_csv({c.result.cell: c.result.history for c in cells}),

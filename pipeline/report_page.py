@@ -19,20 +19,24 @@ from pipeline import report_format as f
 from pipeline.report_cells import Cell
 from pipeline.report_charts import by_rows, colours, costs, forest, scatter
 from pipeline.report_curves import panels
+from pipeline.report_growth import Growth, sentences
+from pipeline.report_growth import remarks as growth_remarks
+from pipeline.report_growth import table as growth_table
+from pipeline.report_growth_chart import charts
 from pipeline.report_rows import Row, by_group
 from pipeline.report_table import RESUMED, SHARED, Column, columns, metric_name, remarks, timing_notes
 from pipeline.report_text import opening, provenance, rows_in_words, warnings
 from pipeline.results import Phases, Result
 
 TEMPLATES = Path(__file__).with_name("templates")
-UNBROKEN = re.compile(r"\bp [=<] |\d [A-Za-z]{1,3}\b|\d–\d")
+UNBROKEN = re.compile(r"\b[np] [=<] |\d [A-Za-z]{1,3}\b|\d–\d")
 PHASES = {
     "startup": "start-up", "load": "load", "warmup": "warm-up", "train": "train", "validate": "validate", "save": "save",
     "evaluate": "evaluate", "other": "other",
 }
 
 
-def page(experiment: str, rows: Sequence[Row], missing: Sequence[str]) -> str:
+def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Growth | None = None) -> str:
     """The HTML page."""
     import jinja2
 
@@ -40,7 +44,18 @@ def page(experiment: str, rows: Sequence[Row], missing: Sequence[str]) -> str:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
     environment.filters |= {"words": words, "hyperparameter": f.hyperparameter}
-    return environment.get_template("report.html").render(**_content(experiment, rows, missing))
+    return environment.get_template("report.html").render(**_content(experiment, rows, missing), **_growth(rows, grown))
+
+
+def _growth(rows: Sequence[Row], grown: Growth | None) -> dict[str, Any]:
+    """The part on data dependency; without learning curves the lines over the training rows stand in."""
+    colour = colours(rows)
+    if grown is None:
+        return {"growth": None, "by_rows": by_rows(rows, colour)}
+    heads, lines = growth_table(grown)
+    of = [colour[one.family] for one in grown.lines]
+    return {"growth": grown, "growth_charts": charts(grown, colour), "growth_heads": heads, "growth_lines": list(zip(of, lines, strict=True)),
+            "crossovers": sentences(grown), "growth_remarks": growth_remarks(grown), "by_rows": None}
 
 
 def words(text: str) -> Markup:
@@ -73,7 +88,6 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
         "families": {r.family: colour[r.family] for r in sorted(rows, key=lambda r: colour[r.family]) if not r.teacher},
         "forest": forest(first, colour) if any(r.test is not None for r in first) else None,
         "forest_rows": rows_in_words(largest) if len(groups) > 1 else "",
-        "by_rows": by_rows(rows, colour),
         "charts": [(name, charts) for name, charts in costly if charts],
         "curves": panels(rows, colour),
         "forgetting": [(rows_in_words(name), found) for name, group in groups.items() if (found := report_forgetting.charts(group, colour))],

@@ -43,9 +43,9 @@ class Scale:
         low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
-    def ticks(self) -> list[float]:
-        """Round values inside the axis, about four of them, without the zero of a log axis."""
-        return _log_ticks(self.low, self.high) if self.log else _ticks(self.low, self.high)
+    def ticks(self, wanted: int = 4) -> list[float]:
+        """Round values inside the axis, about as many as wanted (linear), without the zero of a log axis."""
+        return _log_ticks(self.low, self.high) if self.log else _ticks(self.low, self.high, wanted)
 
 
 def scale(values: Sequence[float], start: float, end: float, *, log: bool = False, floor: float | None = None, room: float = 0.06) -> Scale:
@@ -65,7 +65,7 @@ def scale(values: Sequence[float], start: float, end: float, *, log: bool = Fals
     return Scale(low - margin if floor is None else floor, high + margin, start, end)
 
 
-def _ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+def _ticks(low: float, high: float, wanted: int) -> list[float]:
     raw = (high - low) / wanted
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw * 0.999)

@@ -133,3 +133,28 @@ def write_experiment(root: Path) -> None:
     for seed in GRID["seeds"]:
         keep(root, oom("step_by_step", seed))
     keep(root, result("bitfit", 249))
+
+
+CURVES = {"zero_shot": (0.31, 0.0, 1.0), "few_shot": (0.40, 0.0, 1.0), "full": (0.66, 2.2, 0.55), "lora": (0.62, 0.75, 0.35), "prompt_tuning": (0.5, 0.6, 0.4)}
+"""a, b and c of accuracy against labelled rows."""
+SIZES = (16, 40, 100, 250, 600, 1500)
+
+
+def write_sizes(root: Path, seeds: int = 3, test_rows: int = 1000, sizes: tuple[int, ...] = SIZES,
+                curves: dict[str, tuple[float, float, float]] | None = None) -> None:
+    """An experiment over sizes of the training set, whose accuracies follow known curves; the same rows are hard for all techniques."""
+    hard = random.Random(0)
+    level = [hard.random() for _ in range(test_rows)]
+    for name, (a, b, c) in (curves or CURVES).items():
+        for rows in sizes:
+            for seed in range(seeds):
+                rng = random.Random(f"{name}/{rows if name != 'zero_shot' else 0}/{seed if name != 'zero_shot' else 0}")
+                labelled = rows + rows // 5
+                chance = a - b * labelled**-c + (rng.gauss(0, 0.012) if name != "zero_shot" else 0.0)
+                right = [rng.gauss(at, 0.15) < chance for at in level]
+                found = result(name, seed=seed, rows=rows, validation_rows=rows // 5, scores={"test": score(sum(right), test_rows)})
+                folder = keep(root, found, with_predictions=False)
+                answer = {"split": "test", "answer": "positive"}
+                write_jsonl(folder / "predictions.jsonl", [
+                    {**answer, "id": f"t{i}", "prediction": "positive" if ok else "negative", "correct": ok} for i, ok in enumerate(right)
+                ])

@@ -1,0 +1,126 @@
+"""The report's part on data dependency: what it takes for a technique, its words for known curves, where it appears."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from report_cells import BASE_NOTE, CURVES, GRID, keep, result, write_sizes
+
+from pipeline import cells, report
+from pipeline.files import UserError
+from pipeline.learning_curve import RowsFor
+from pipeline.report_cells import select
+from pipeline.report_growth import further, growth, remarks, rows_in_words, sentences, table
+from pipeline.report_growth_chart import charts
+from pipeline.report_rows import make_rows
+
+SIZES = (16, 40, 100, 250)
+THREE = {name: CURVES[name] for name in ("zero_shot", "few_shot", "lora")}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("sizes") / "results"
+    write_sizes(root, seeds=2, test_rows=800, sizes=SIZES, curves=THREE)
+    return make_rows(select(root / "quick", {"techniques": list(THREE), "seeds": [0, 1], "train_rows": list(SIZES)})[0])
+
+
+def test_what_trains_gets_a_curve_and_what_does_not_a_line(rows):
+    found = growth(rows)
+    assert {one.name: one.curve.kind for one in found.lines} == {"lora": "power", "few_shot": "constant", "zero_shot": "constant"}
+    assert found.lines[0].curve.sizes == (19, 48, 120, 300), "validation rows are labelled too"
+    assert (found.smallest, found.largest) == (19, 300)
+    assert found.target == pytest.approx((found.lines[0].last.value + found.lines[2].first.value) / 2)
+    assert re.fullmatch(r"half of the way from `zero_shot` \(\d\d\.\d%\) to where `lora` ends \(\d\d\.\d%\)", found.about_target)
+
+
+def test_what_overtakes_what_is_said_with_its_interval(rows):
+    told = sentences(growth(rows))
+    match = re.fullmatch(r"`lora` overtakes `few_shot` at n = (\d+) \[(\d+)–(\d+)\] labelled rows\.", told[0])
+    a, b, c = CURVES["lora"]
+    assert match and int(match[2]) <= (b / (a - 0.40)) ** (1 / c) <= int(match[3])
+    assert "`few_shot` is ahead of `zero_shot` at every size from 19 to 300 rows." in told
+
+
+def test_rows_for_an_accuracy_that_is_asked_for(rows):
+    found = growth(rows, 0.45)
+    heads, lines = table(found)
+    assert heads == ["Technique", "Rows for 45.0%", "At 19 rows, %", "At 300 rows, %"] and found.about_target == ""
+    by_name = {line[0]: line for line in lines}
+    match = re.fullmatch(r"(\d+) \[(\d+)–(\d+)\]", by_name["lora"][1])
+    a, b, c = CURVES["lora"]
+    assert match and int(match[2]) <= (b / (a - 0.45)) ** (1 / c) <= int(match[3])
+    assert by_name["zero_shot"][1] == "not reached" and by_name["few_shot"][1] in ("not reached", "cannot be told")
+    assert further(found)[-1].startswith("Labelled rows for 45.0%: `lora` ")
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0, 60.0])
+def test_a_target_that_is_no_fraction_is_refused(rows, target):
+    with pytest.raises(UserError, match=rf"report\.target is {target:g}; it is an accuracy between 0 and 1"):
+        growth(rows, target)
+
+
+@pytest.mark.parametrize(
+    ("found", "constant", "words"),
+    [
+        ((140.2, 90.4, 230.1), False, "140 [90–230]"),
+        ((1500.0, 1100.0, None), False, "1,500 [1,100 to over 1,800]"),
+        ((None, 1100.0, None), False, "not reached [1,100 to over 1,800]"),
+        ((None, None, None), False, "not reached"),
+        ((25.0, 19.0, 40.0), False, "25 [under 19 to 40]"),
+        ((19.0, 19.0, 19.0), False, "at most 19"),
+        ((19.0, 19.0, 19.0), True, "at any size"),
+        ((19.0, 19.0, None), True, "cannot be told"),
+        ((None, 19.0, None), True, "cannot be told"),
+    ],
+)
+def test_rows_in_words(found, constant, words):
+    assert rows_in_words(RowsFor(0.5, *found, 19, 1800), constant) == words
+
+
+def test_the_chart_has_a_line_a_band_and_points_with_words(rows):
+    colour = {row.family: "f1" for row in rows}
+    for (name, svg), width in zip(charts(growth(rows), colour), (760, 380), strict=True):
+        assert svg.startswith("<svg viewBox=") and f'viewBox="0 0 {width} ' in svg and name in ("wide", "narrow")
+        assert svg.count('class="spread f1"') == svg.count('class="line f1"') == 3
+        assert svg.count('class="point" tabindex="0"') == 3 * len(SIZES)
+        assert re.search(r"<title>lora\n48 labelled rows: [\d.]+%\nseeds [\d.]+, [\d.]+\ncurve [\d.]+% \[[\d.]+–[\d.]+\]</title>", svg)
+        assert svg.count("stroke-dasharray") == 1, "few_shot and zero_shot share a colour"
+        assert "nan" not in svg and not re.search(r'(?:x|y|cx|cy)\d?="-', svg)
+
+
+def test_few_sizes_make_no_curves(tmp_path):
+    for rows in (16, 40):
+        keep(tmp_path, result("lora", 120 + rows, rows=rows))
+    few = make_rows(select(tmp_path / "quick", {"techniques": ["lora"], "seeds": [0], "train_rows": [16, 40]})[0])
+    assert growth(few) is None and further(None) == []
+
+
+def test_one_seed_and_a_technique_with_few_sizes_are_said(tmp_path):
+    write_sizes(tmp_path, seeds=1, test_rows=100, sizes=SIZES, curves={"lora": CURVES["lora"]})
+    write_sizes(tmp_path, seeds=1, test_rows=100, sizes=SIZES[:2], curves={"full": CURVES["full"]})
+    grid = {"techniques": ["lora", "full"], "seeds": [0], "train_rows": list(SIZES)}
+    found = growth(make_rows(select(tmp_path / "quick", grid)[0]))
+    told = " ".join(remarks(found))
+    assert "One seed of `lora`: the bands leave the spread of training out" in told and "Too few sizes for a curve: `full`." in told
+    assert found.about_target.startswith("half of the way from the lowest curve's start")
+
+
+def test_the_page_has_the_part_where_there_are_three_sizes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    (tmp_path / "experiments" / "quick").mkdir(parents=True)
+    write_sizes(tmp_path / "results", seeds=2, test_rows=120, sizes=SIZES[:3], curves=THREE)
+    pages = []
+    for sizes in (SIZES[:3], SIZES[:2]):
+        grid = {**GRID, "techniques": list(THREE), "train_rows": list(sizes)}
+        Path(tmp_path / "experiments" / "quick" / "params.yaml").write_text(yaml.safe_dump({"experiment": "quick", "grid": grid}))
+        words = ["experiment=quick", f"paths.results={tmp_path}/results", f"paths.report={tmp_path}/report", "report.target=0.45"]
+        assert report.main(words) == 0
+        pages.append((tmp_path / "report" / "quick" / "index.html").read_text())
+        assert ("Labelled rows for 45.0%" in capsys.readouterr().out) == (len(sizes) == 3)
+    assert "<h2>Data dependency</h2>" in pages[0] and "against training rows" not in pages[0] and BASE_NOTE in pages[0]
+    assert "<h2>Data dependency</h2>" not in pages[1] and "against training rows" in pages[1]
+    assert report.main([*words[:3], "report.target=7"]) == 2
