@@ -142,7 +142,7 @@ class Packing:
         """The pack, warmed up; `left`: runs that it will see. Raises Unsupported; RuntimeError if it runs out of memory."""
         from pipeline.fast.bind import Unsupported
         from pipeline.fast.pack import Pack
-        from pipeline.fast.stepper import STEPS_A_WIDTH
+        from pipeline.fast.shapes import STEPS_A_WIDTH
 
         steps = total_steps(self.settings.train, len(self.every)) * -(-left // slots)
         shapes = self.shapes(slots, max(1, min(MOST_WIDTHS, steps // STEPS_A_WIDTH)))

@@ -200,7 +200,7 @@ def _known_keys(raw: dict[str, Any]) -> None:
     """An experiment file adds keys unchecked; those at the top and below paths and report must be conf/config.yaml's."""
     held = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     groups = [name for entry in held["defaults"] if isinstance(entry, dict) for name in entry]
-    for values, known, prefix in ((raw, [*held, *groups], ""), *((raw[k], list(held[k]), f"{k}.") for k in ("paths", "report"))):
+    for values, known, prefix in ((raw, [*held, *groups], ""), *((raw[k], list(held[k]), f"{k}.") for k in ("paths", "report", "forecast"))):
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)

@@ -149,20 +149,16 @@ class Fast:
         """Rows of equal width, and streams where they are wanted."""
         import torch
 
-        from pipeline.fast.shapes import Shapes, solo_steps
-        from pipeline.fast.stepper import MOST_WIDTHS, STEPS_A_WIDTH
-        from pipeline.fast.streams import Streams, least_tokens, worth_it
+        from pipeline.fast.streams import of_run
+        from pipeline.model import parameters
 
         settings = self.settings
-        orders = [step_rows(len(self.examples), settings.batch_size, self.seed, step) for step in range(total)]
-        most = max(1, min(MOST_WIDTHS, total // STEPS_A_WIDTH))
-        buckets = Shapes(solo_steps(self.examples, orders), settings.micro_batch_tokens, most)
         soft = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
         has_kernel = device.type == "cuda" and dtype == torch.bfloat16
-        if settings.packing == "never" or soft or not (has_kernel or (settings.packing == "always" and device.type != "cuda")):
-            return buckets, None
-        streams = Streams(solo_steps(self.examples, orders), settings.micro_batch_tokens, most)
-        return buckets, streams if settings.packing == "always" or worth_it(streams, buckets, least_tokens(model)) else None
+        packs = not soft and (has_kernel or (settings.packing == "always" and device.type != "cuda"))
+        orders = [step_rows(len(self.examples), settings.batch_size, self.seed, step) for step in range(total)]
+        layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+        return of_run(self.examples, settings, orders, total, packs, layers, parameters(model)[1])
 
     def warm(self) -> None:
         self.stepper.warm()

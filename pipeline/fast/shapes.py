@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pipeline.data import Encoded
 
 GRAIN = 8  # widths are multiples of this
+STEPS_A_WIDTH = 24  # a further width (a further capture) pays if that many steps can use it
+MOST_WIDTHS = 6
 SAMPLED = 256  # steps that are drawn to choose widths where the steps to come are not known
 
 

@@ -18,9 +18,6 @@ from pipeline.fast.programs import ByAutograd, ByHand
 from pipeline.fast.shapes import Shapes, tokens
 from pipeline.fast.static import Static
 
-STEPS_A_WIDTH = 24  # a further width (a further capture) pays if that many steps can use it
-MOST_WIDTHS = 6
-
 
 class Stepper:
     """Runs optimiser steps of K slots.

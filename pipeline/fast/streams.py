@@ -6,11 +6,10 @@ Library of stepping.py. Sizes take the place of widths: a run's streams have few
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from pipeline.data import Encoded
-from pipeline.fast.shapes import GRAIN, Shape, Shapes, choose_widths, coarser, labels, length
-from pipeline.model import parameters
+from pipeline.fast.shapes import GRAIN, MOST_WIDTHS, STEPS_A_WIDTH, Shape, Shapes, choose_widths, coarser, labels, length, solo_steps
+from pipeline.settings import Train
 
 SIZE = 32
 """Sizes of streams are multiples of this."""
@@ -76,10 +75,25 @@ def _size(part: list[Encoded]) -> int:
     return -(-sum(map(length, part)) // SIZE) * SIZE
 
 
-def least_tokens(model: Any) -> float:
+def of_run(examples: Sequence[Sequence[Encoded]], settings: Train, orders: Sequence[Sequence[int]], total: int, packs: bool, layers: int,
+           parameters: int) -> tuple[Shapes, Streams | None]:
+    """The shapes of a single run's rows at equal width, and of its streams where those are to be taken.
+
+    Args:
+        orders: the rows of each step; total: how many steps there are.
+        packs: whether there is a way to attend within rows of a stream. layers, parameters: of the model.
+    """
+    most = max(1, min(MOST_WIDTHS, total // STEPS_A_WIDTH))
+    buckets = Shapes(solo_steps(examples, orders), settings.micro_batch_tokens, most)
+    if settings.packing == "never" or not packs:
+        return buckets, None
+    streams = Streams(solo_steps(examples, orders), settings.micro_batch_tokens, most)
+    return buckets, streams if settings.packing == "always" or worth_it(streams, buckets, least_tokens(layers, parameters)) else None
+
+
+def least_tokens(layers: int, parameters: int) -> float:
     """Tokens below which a micro-batch's time does not fall with them, an estimate."""
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-    return layers * LAYER_S * RATE / (4 * parameters(model)[1])
+    return layers * LAYER_S * RATE / (4 * parameters)
 
 
 def worth_it(streams: Streams, buckets: Shapes, least: float) -> bool:
