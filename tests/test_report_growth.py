@@ -16,6 +16,7 @@ from pipeline.report_cells import select
 from pipeline.report_growth import further, growth, remarks, rows_in_words, sentences, table
 from pipeline.report_growth_chart import charts
 from pipeline.report_rows import make_rows
+from pipeline.results import read
 
 SIZES = (16, 40, 100, 250)
 THREE = {name: CURVES[name] for name in ("zero_shot", "few_shot", "lora")}
@@ -124,3 +125,18 @@ def test_the_page_has_the_part_where_there_are_three_sizes(tmp_path, monkeypatch
     assert "<h2>Data dependency</h2>" in pages[0] and "against training rows" not in pages[0] and BASE_NOTE in pages[0]
     assert "<h2>Data dependency</h2>" not in pages[1] and "against training rows" in pages[1]
     assert report.main([*words[:3], "report.target=7"]) == 2
+
+
+@pytest.mark.slow
+def test_from_cells_to_curves(overrides, imports, tmp_path, monkeypatch, capsys):
+    """The tiny model on the separable task: LoRA learns it with the rows, floor of steps and all, and overtakes the untouched base."""
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    (tmp_path / "experiments" / "data_size_quick").mkdir(parents=True)
+    grid = {"techniques": ["zero_shot", "lora"], "seeds": [0, 1], "train_rows": [16, 32, 64]}
+    Path(tmp_path / "experiments" / "data_size_quick" / "params.yaml").write_text(yaml.safe_dump({"experiment": "data_size_quick", "grid": grid}))
+    words = ["experiments=data_size_quick", *overrides, "train.lr=1e-2"]
+    assert cells.main(words) == 0 and report.main(words) == 0
+    steps = {(r.train_rows, r.work.steps) for r in (read(p) for p in (tmp_path / "results" / "data_size_quick").glob("lora-*"))}
+    assert steps == {(16, 12), (32, 12), (64, 12)}
+    assert "Labelled rows for" in capsys.readouterr().out
+    assert "<h2>Data dependency</h2>" in (tmp_path / "report" / "data_size_quick" / "index.html").read_text()
