@@ -301,6 +301,31 @@ class Stopwatch:
         return time.perf_counter() - self._at
 
 
+def card() -> tuple[str, int] | None:
+    """(name, bytes) of the first GPU that this process may use, asked of the driver without torch; None where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if visible.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(visible)
+        name = pynvml.nvmlDeviceGetName(handle)
+        return name.decode() if isinstance(name, bytes) else name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except Exception:  # no driver or no library
+        return None
+
+
+def machine_bytes() -> int:
+    """Memory of the machine, or of this process's control group where that is less."""
+    import psutil
+
+    whole = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        whole = min(whole, int((group / "memory.max").read_text()))
+    return whole
+
+
 def hardware(device: Any) -> dict[str, Any]:
     """What the cell ran on; also the key under which an out-of-memory result stays valid."""
     import psutil
