@@ -494,7 +494,7 @@ class Cell:
 def history_csv(history: list[dict[str, float]]) -> str:
     """The training curve as CSV: step, loss, lr, validation_metric, validation_nll; header alone if nothing was trained."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, ["step", "loss", "lr", "validation_metric", "validation_nll"], lineterminator="\n")
+    writer = csv.DictWriter(out, ["step", "loss", "lr", "validation_metric", "validation_nll"], lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(history)
     return out.getvalue()

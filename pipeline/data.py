@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.files import UserError, read_jsonl
 from pipeline.settings import Task, Train
@@ -62,7 +62,7 @@ class Batch:
     tokens: int
     """Real (non-padding) tokens."""
 
-    def to(self, device: Any) -> Batch:
+    def to(self, device: Any) -> Self:
         moved = {k: v.to(device) for k, v in vars(self).items() if k != "tokens"}
         return type(self)(**moved, tokens=self.tokens)
 

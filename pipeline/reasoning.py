@@ -24,4 +24,4 @@ class Reasoning:
 
     def prefill(self, text: str) -> str:
         """What stands between prompt and answer once the reasoning is known."""
-        return f"{text.strip()}{self.cue}"
+        return f"{text.strip()}{self.cue}".strip()

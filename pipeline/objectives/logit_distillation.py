@@ -1,0 +1,262 @@
+"""Logit distillation: the student's next-token distributions follow a larger or a fine-tuned model's. conf/objective/logit_distillation.yaml.
+
+Goes with any method that trains. The teacher (objective.teacher) is a finished cell, by folder or by technique, or a base model under models/.
+
+Kept of the teacher is not a distribution of V numbers a labelled token but the d numbers before its output layer, and that layer: the same
+logits from V/d times fewer numbers (85 times at 135M). They are computed once, in one pass over the training rows before the first step, and
+cached by content in .work/teachers/. python -m benchmarks.teaching measures that against the alternatives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.data import Batch, Encoded, Encoder, Example, by_length, collate
+from pipeline.files import UserError, atomic_path, sha256
+from pipeline.lineage import cell_at, needed
+from pipeline.measure import Stopwatch
+from pipeline.model import most_tokens
+from pipeline.objectives.base import Beginning, Objective, Prepared
+from pipeline.results import Teacher
+from pipeline.results import read as read_result
+from pipeline.scoring import Scorer, autocast, logits_at
+from pipeline.serving import Artefact, Base, finished, held
+from pipeline.settings import Train
+
+if TYPE_CHECKING:
+    import torch
+
+UNTOUCHED: dict[Any, Any] = {"start": None, "method": {"_target_": "pipeline.methods.none.Untouched"}, "objective": {"_target_": "pipeline.objectives.labels.Labels"},
+             "precision": {"name": "auto"}}
+
+
+@dataclass
+class Head:
+    """A teacher's output layer; words: how many of its logits stand for words (a vocabulary may be padded)."""
+
+    layer: Any
+    words: int
+
+    def to(self, device: Any) -> Head:
+        self.layer.to(device)
+        return self
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, d] -> [N, words], fp32, no gradient."""
+        import torch
+
+        with torch.no_grad():
+            return self.layer(hidden)[:, : self.words].float()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher says: [n, d] before its output layer, at each of a row's n labelled tokens."""
+
+    head: Head
+    hidden: list[torch.Tensor]
+    teacher: Teacher
+
+
+@dataclass(frozen=True)
+class Taught(Encoded):
+    """An example with what the teacher's output layer is given at its labelled tokens, [n, d]."""
+
+    hidden: Any = None
+    head: Any = None
+
+
+@dataclass
+class Lessons(Batch):
+    """A micro-batch with the teacher's side of it: hidden [N, d] before its output layer."""
+
+    hidden: torch.Tensor
+    head: Head
+
+
+@dataclass(frozen=True)
+class LogitDistillation(Objective):
+    """L = label_weight · cross-entropy + (1 - label_weight) · T² · KL, both at the labelled tokens, distributions softened by T
+    (Hinton et al., 2015, whose T² keeps the gradient's size).
+
+    forward: KL(teacher ‖ student), which covers all that the teacher holds likely. reverse: KL(student ‖ teacher), which keeps to what it holds
+    likeliest, as MiniLLM (Gu et al., 2023) argues; theirs is over texts that the student samples, this one token by token over the given ones.
+    """
+
+    teacher: str
+    label_weight: float
+    temperature: float
+    divergence: str = "forward"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_weight < 1:
+            raise UserError(f"objective.label_weight is {self.label_weight}; from 0 to below 1 (1 would leave the teacher out: objective=labels)")
+        if not self.temperature > 0:
+            raise UserError(f"objective.temperature is {self.temperature}; it must be above 0")
+        if self.divergence not in ("forward", "reverse"):
+            raise UserError(f"objective.divergence is {self.divergence!r}; choose forward or reverse")
+
+    def reads(self, cfg: DictConfig) -> list[Path]:
+        return [source(self.teacher, cfg)]
+
+    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
+        found = lesson(self.teacher, [self.label_example(row, beginning.settings.task) for row in beginning.rows], beginning)
+        head = found.head.to(beginning.device)
+        taught = [[Taught(**vars(e), hidden=h, head=head) for e in row] for row, h in zip(examples, found.hidden, strict=True)]
+        return Prepared(taught, [f"taught by {found.teacher.name}: the teacher's seconds are a pass over the rows and, of a cell, its training"], found.teacher)
+
+    def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
+        import torch
+
+        counts = {"label": sum(len(e.ids) - e.start for e in examples)}
+        for part in by_length([len(e.ids) for e in examples], settings.micro_batch_tokens):
+            mine: list[Any] = [examples[i] for i in part]
+            yield Lessons(**vars(collate(mine, counts, pad_id)), hidden=torch.cat([e.hidden for e in mine]), head=mine[0].head)
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        import torch.nn.functional as F
+
+        assert isinstance(batch, Lessons)
+        logits = logits_at(model, batch.input_ids, batch.rows, batch.cols)
+        label = F.cross_entropy(logits, batch.targets, reduction="none")
+        taught = divergence(logits[:, : batch.head.words], batch.head.logits(batch.hidden), self.temperature, self.divergence)
+        return ((self.label_weight * label + (1 - self.label_weight) * self.temperature**2 * taught) * batch.weights).sum()
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float, direction: str) -> torch.Tensor:
+    """[N]: KL(teacher ‖ student), or KL(student ‖ teacher) if the direction is reverse, of softened logits [N, V], nats."""
+    q, p = ((x / temperature).log_softmax(-1) for x in (student, teacher))
+    first, second = (p, q) if direction == "forward" else (q, p)
+    return (first.exp() * (first - second)).sum(-1)
+
+
+def source(word: str, cfg: DictConfig) -> Path:
+    """The file that stands for a teacher: a finished cell's result.json, or a base model's manifest."""
+    cell, model = cell_at(word, cfg) / "result.json", Path(cfg.paths.models) / word / "manifest.json"
+    return model if model.exists() and not cell.exists() else cell
+
+
+def lesson(word: str, wanted: Sequence[Example], beginning: Beginning) -> Lesson:
+    """What the teacher `word` (a finished cell, or a base model under models/) says of these examples, one a row.
+
+    Raises:
+        UserError: no such teacher, one of another vocabulary, one that answers without a model or after reasoning.
+    """
+    from safetensors import safe_open
+
+    cfg = beginning.cfg
+    at = source(word, cfg)
+    if at.name == "result.json":
+        needed(word, cfg, "objective.teacher")
+    config = _config(at, cfg)
+    asked: list[Any] = [sha256(at), sha256(Path(cfg.paths.models) / config.model.name / "manifest.json"), str(beginning.dtype), beginning.device.type,
+             OmegaConf.to_container(config.task, resolve=True), [dataclasses.astuple(e) for e in wanted]]
+    path = Path(cfg.paths.work) / "teachers" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]}.safetensors"
+    if not path.exists():
+        _ask(word, config, at, wanted, beginning, path)
+    with safe_open(path, "pt") as kept:
+        about = json.loads(kept.metadata()["about"])
+        head = _layer(kept.get_tensor("weight"), kept.get_tensor("bias") if "bias" in kept.keys() else None)  # noqa: SIM118 (no dict)
+        hidden = list(kept.get_tensor("hidden").split(about["tokens"]))
+    teacher = Teacher(at.parent.name, len(wanted), about["right"], about["seconds"])
+    return Lesson(Head(head, len(beginning.encoder.tokenizer)), hidden, teacher)
+
+
+def _config(at: Path, cfg: DictConfig) -> DictConfig:
+    """The teacher's own config, with this cell's task."""
+    if at.name == "result.json":
+        return OmegaConf.create({**held(finished(at.parent), cfg), "task": cfg.task})
+    return OmegaConf.create({**cfg, **UNTOUCHED, "model": {"name": at.parent.name}})
+
+
+def _ask(word: str, config: DictConfig, at: Path, wanted: Sequence[Example], beginning: Beginning, path: Path) -> None:
+    """One pass of the teacher over the examples, kept in a file whole or not at all."""
+    import torch
+    from safetensors.torch import save_file
+
+    watch = Stopwatch(beginning.device)
+    scorer = _scorer(word, config, at, beginning)
+    if scorer.encoder.tokenizer.get_vocab() != beginning.encoder.tokenizer.get_vocab():
+        what = f"objective.teacher={word} has another vocabulary than {beginning.cfg.model.name}, so its distributions are over other tokens"
+        raise UserError(f"{what}; choose a teacher of the same tokenizer")
+    examples = [scorer.encoder.example(dataclasses.replace(e, prompt=scorer.prompt(e.prompt))) for e in wanted]
+    scorer.encoder.check("the training rows with the teacher's prompt")
+    hidden, right = _pass(scorer, examples)
+    layer = scorer.model.get_output_embeddings()
+    tensors = {"hidden": torch.cat(hidden), "weight": layer.weight.detach().cpu()} | ({"bias": layer.bias.detach().cpu()} if layer.bias is not None else {})
+    seconds = round(watch.lap() + (_spent(at) if at.name == "result.json" else 0.0), 3)
+    about = {"tokens": [len(h) for h in hidden], "right": right / len(examples), "seconds": seconds}
+    with atomic_path(path) as beside:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {"about": json.dumps(about)})
+
+
+def _scorer(word: str, config: DictConfig, at: Path, beginning: Beginning) -> Scorer:
+    """The teacher, loaded as it answers."""
+    import torch
+
+    base, settings = Base.of(config), beginning.settings
+    if at.name == "result.json":
+        artefact = Artefact.at(word, at.parent / "artefact", config)
+        if artefact.objective.reasoning:
+            raise UserError(f"objective.teacher={word} reasons before it answers, and what it says of a bare answer means little; choose another one")
+        scorer = artefact.scorer(base, *artefact.load(base))
+    else:
+        encoder = Encoder(base.tokenizer, settings.task, most_tokens(base.model, settings.train.max_length), settings.train.too_long)
+        scorer = Scorer(base.model, encoder, settings.task, str, 0, base.device, base.dtype)
+    scorer.batch_tokens = settings.evaluate.batch_tokens
+    if not isinstance(scorer.model.get_output_embeddings(), torch.nn.Linear):
+        raise UserError(f"objective.teacher={word} has no linear output layer; choose another teacher")
+    return scorer
+
+
+def _pass(scorer: Scorer, examples: Sequence[Encoded]) -> tuple[list[torch.Tensor], int]:
+    """([n, d] a row on the CPU, how many rows the teacher's likeliest tokens get right)."""
+    import torch
+
+    found: list[Any] = [None] * len(examples)
+    right, counts = 0, {"label": 1}
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    layer = scorer.model.eval().get_output_embeddings()
+    hook = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    try:
+        with torch.inference_mode(), autocast(scorer.device, scorer.dtype):
+            for part in by_length([len(e.ids) for e in examples], scorer.batch_tokens):
+                batch = collate([examples[i] for i in part], counts, scorer.encoder.pad_id).to(scorer.device)
+                logits = logits_at(scorer.model, batch.input_ids, batch.rows, batch.cols)
+                hidden, made = seen.pop()
+                if logits.shape != made.shape or not torch.allclose(logits, made.float(), rtol=1e-3, atol=1e-3):
+                    raise UserError(f"the teacher {type(scorer.model).__name__} changes its logits after its output layer; choose another teacher")
+                lengths = torch.bincount(batch.rows, minlength=len(part)).tolist()
+                for index, mine, hit in zip(part, hidden.cpu().split(lengths), (logits.argmax(-1) == batch.targets).split(lengths), strict=True):
+                    found[index] = mine.clone()
+                    right += bool(hit.all())
+    finally:
+        hook.remove()
+    return found, right
+
+
+def _spent(at: Path) -> float:
+    """Seconds of a cell's warm-up and training."""
+    phases = read_result(at).phases
+    return phases.warmup_s + phases.train_s if phases else 0.0
+
+
+def _layer(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    import torch
+
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return layer

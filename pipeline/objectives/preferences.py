@@ -1,0 +1,268 @@
+"""Preferences: what is better is made likelier than what is worse. conf/objective/dpo.yaml, orpo.yaml, kto.yaml.
+
+Go with any method that trains. Pairs come from the task (the right answer over wrong choices of its row) or from a file of
+{prompt, chosen, rejected}, one JSON object a line (objective.pairs). The reference of DPO and KTO is the model as training begins with it
+(for an adapter the base); what it says of every sequence is computed once before the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from pipeline.data import Batch, Encoded, Example, by_length, collate
+from pipeline.files import UserError, read_jsonl
+from pipeline.objectives.base import Beginning, Objective, Prepared
+from pipeline.scoring import autocast, logits_at
+from pipeline.settings import Task, Train
+
+if TYPE_CHECKING:
+    import torch
+
+CHOSEN, REJECTED = "chosen", "rejected"
+
+
+@dataclass(frozen=True)
+class Referred(Encoded):
+    """An example with the log-probability that the reference gives its answer, nats; `mismatched`: KTO's further sequence."""
+
+    reference: float = 0.0
+    mismatched: Referred | None = None
+
+
+@dataclass
+class Preferred(Batch):
+    """Sequences in turn chosen and rejected: [B, T], B even. reference [B]: log-probabilities, nats; share: one over the step's pairs, [1]."""
+
+    reference: torch.Tensor
+    share: torch.Tensor
+    drift: Drift
+
+
+class Drift:
+    """How far the model is from the reference on a step's mismatched sequences (KTO's z0), computed once a step."""
+
+    def __init__(self, batches: Sequence[Preferred]) -> None:
+        self.batches = batches
+        self.value: torch.Tensor | None = None
+
+    def to(self, device: Any) -> Drift:
+        """Itself; its batches move when they are used."""
+        return self
+
+    def of(self, model: Any, device: Any) -> torch.Tensor:
+        """max(0, mean of log π - log π_ref), no gradient. Scalar."""
+        import torch
+
+        if self.value is None:
+            with torch.no_grad():
+                moved = [batch.to(device) for batch in self.batches]
+                self.value = torch.cat([log_probabilities(model, b) - b.reference for b in moved]).mean().clamp(min=0)
+        return self.value
+
+
+def log_probabilities(model: Any, batch: Batch) -> torch.Tensor:
+    """[B]: log-probability of every sequence's labelled tokens, their sum, nats."""
+    import torch
+    import torch.nn.functional as F
+
+    nats = -F.cross_entropy(logits_at(model, batch.input_ids, batch.rows, batch.cols), batch.targets, reduction="none")
+    return torch.zeros(len(batch.input_ids), device=nats.device).index_add(0, batch.rows, nats)
+
+
+@dataclass(frozen=True)
+class Preference(Objective):
+    """Where pairs come from, and how a step's pairs become batches."""
+
+    wrong_choices: int | None = 1
+    """How many wrong choices of a row are each a pair with the right one, drawn by the row's id; null: all."""
+    pairs: str | None = None
+    """A JSONL file of {prompt, chosen, rejected} to train on in the place of the task's training rows."""
+
+    def __post_init__(self) -> None:
+        if self.wrong_choices is not None and self.wrong_choices < 1:
+            raise UserError(f"objective.wrong_choices is {self.wrong_choices}; a pair needs at least 1, null takes all")
+
+    def reads(self, cfg: DictConfig) -> list[Path]:
+        return [Path(self.pairs)] if self.pairs else []
+
+    def rows(self, rows: list[dict], rationales: dict[str, dict], train_rows: int | None, seed: int) -> list[dict]:
+        if self.pairs is None:
+            poor = next((row["id"] for row in rows if len(set(row["choices"] or ())) < 2), None)
+            if poor is not None:
+                raise UserError(f"row {poor!r} has no wrong choice to prefer its answer to; give pairs of your own: objective.pairs=<file.jsonl>")
+            return rows
+        found = _read_pairs(Path(self.pairs))
+        random.Random(seed).shuffle(found)
+        if train_rows is not None and train_rows > len(found):
+            raise UserError(f"train_rows={train_rows}, but {self.pairs} has {len(found)} pairs; ask for at most that")
+        return found[:train_rows]
+
+    def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
+        wrong = sorted({c for c in row["choices"] if c != row["answer"]})
+        if self.wrong_choices is not None:
+            wrong = random.Random(row["id"]).sample(wrong, min(self.wrong_choices, len(wrong)))
+        label = dataclasses.replace(self.label_example(row, task), group=CHOSEN)
+        return [e for answer in wrong for e in (label, dataclasses.replace(label, answer=answer, group=REJECTED, weight=0.0))]
+
+    def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
+        pairs = list(zip(examples[::2], examples[1::2], strict=True))
+        counts = {CHOSEN: sum(len(e.ids) - e.start for e, _ in pairs), REJECTED: 1}
+        drift = Drift([_batch([m for m in (e.mismatched for e in part) if m], counts, len(pairs), Drift([]), pad_id)
+                       for part in _parts(examples, settings) if getattr(part[0], "mismatched", None)])
+        for indices in by_length([2 * max(len(a.ids), len(b.ids)) for a, b in pairs], settings.micro_batch_tokens):
+            yield _batch([e for i in indices for e in pairs[i]], counts, len(pairs), drift, pad_id)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v for k, v in shown.items() if v is not None and not (k == "wrong_choices" and self.pairs)}
+
+
+def _parts(examples: Sequence[Any], settings: Train) -> Iterator[list[Any]]:
+    for part in by_length([len(e.ids) for e in examples], settings.micro_batch_tokens):
+        yield [examples[i] for i in part]
+
+
+def _batch(examples: Sequence[Any], counts: dict[str, int], pairs: int, drift: Drift, pad_id: int) -> Preferred:
+    import torch
+
+    reference = torch.tensor([getattr(e, "reference", 0.0) for e in examples])
+    return Preferred(**vars(collate(examples, counts, pad_id)), reference=reference, share=torch.tensor([1 / pairs]), drift=drift)
+
+
+def _read_pairs(path: Path) -> list[dict]:
+    if not path.exists():
+        raise UserError(f"objective.pairs={path} is not there; give a JSONL file of {{prompt, chosen, rejected}}")
+    found = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        bad = next((k for k in ("prompt", CHOSEN, REJECTED) if not isinstance(row, dict) or not isinstance(row.get(k), str) or not row[k]), None)
+        if bad or row[CHOSEN] == row[REJECTED]:
+            what = f"has no text {bad!r}" if bad else "prefers a text to itself"
+            raise UserError(f"line {number} of {path} {what}; every line is {{prompt, chosen, rejected}} with two different answers")
+        found.append({"id": f"pair-{number}", "prompt": row["prompt"], "answer": row[CHOSEN], "choices": [row[REJECTED], row[CHOSEN]], "fields": {}})
+    if not found:
+        raise UserError(f"{path} holds no pair; give lines of {{prompt, chosen, rejected}}")
+    return found
+
+
+def referred(examples: Sequence[Sequence[Encoded]], beginning: Beginning) -> list[list[Referred]]:
+    """The examples with what the model, as training begins with it, says of them."""
+    import torch
+
+    flat = [e for row in examples for e in row]
+    counts, nats = dict.fromkeys((CHOSEN, REJECTED), 1), [0.0] * len(flat)
+    beginning.model.eval()
+    with torch.inference_mode(), autocast(beginning.device, beginning.dtype):
+        for part in by_length([len(e.ids) for e in flat], beginning.settings.evaluate.batch_tokens):
+            batch = collate([flat[i] for i in part], counts, beginning.encoder.pad_id).to(beginning.device)
+            for index, value in zip(part, log_probabilities(beginning.model, batch).tolist(), strict=True):
+                nats[index] = value
+    held = iter([Referred(**vars(e), reference=value) for e, value in zip(flat, nats, strict=True)])
+    return [[next(held) for _ in row] for row in examples]
+
+
+@dataclass(frozen=True)
+class Dpo(Preference):
+    """Direct preference optimisation (Rafailov et al., 2023, equation 7): -log σ(β · (Δ chosen - Δ rejected)), Δ = log π - log π_ref."""
+
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _above_0("beta", self.beta)
+
+    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
+        return Prepared(referred(examples, beginning))
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        import torch.nn.functional as F
+
+        assert isinstance(batch, Preferred)
+        moved = log_probabilities(model, batch) - batch.reference
+        return -(F.logsigmoid(self.beta * (moved[::2] - moved[1::2])) * batch.share).sum()
+
+
+@dataclass(frozen=True)
+class Orpo(Preference):
+    """Odds-ratio preference optimisation (Hong et al., 2024, equations 6 and 7): cross-entropy of the chosen answer, and
+    -weight · log σ(log odds(chosen) - log odds(rejected)), odds of a sequence's mean token probability (geometric). It needs no reference.
+
+    The cross-entropy is the answer's, as in the paper; TRL's trainer takes the prompt's tokens along.
+    """
+
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _above_0("weight", self.weight)
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        import torch
+        import torch.nn.functional as F
+
+        assert isinstance(batch, Preferred)
+        tokens = torch.bincount(batch.rows, minlength=len(batch.input_ids))
+        nats = -F.cross_entropy(logits_at(model, batch.input_ids, batch.rows, batch.cols), batch.targets, reduction="none")
+        mean = torch.zeros(len(tokens), device=nats.device).index_add(0, batch.rows, nats) / tokens
+        odds = mean - log1mexp(mean)
+        return -(nats * batch.weights).sum() - (self.weight * F.logsigmoid(odds[::2] - odds[1::2]) * batch.share).sum()
+
+
+def log1mexp(x: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) for x < 0 (Mächler, 2012); a probability that rounds to 1 is taken as 1 - 1e-7."""
+    import torch
+
+    x = x.clamp(max=-1e-7)
+    near = x > -math.log(2)
+    safe = torch.where(near, x, torch.full_like(x, -1.0)), torch.where(near, torch.full_like(x, -1.0), x)  # where's other branch must be finite
+    return torch.where(near, torch.log(-torch.expm1(safe[0])), torch.log1p(-torch.exp(safe[1])))
+
+
+@dataclass(frozen=True)
+class Kto(Preference):
+    """Kahneman-Tversky optimisation (Ethayarajh et al., 2024, equation 8): 1 - σ(β · (Δ - z0)) of a desirable answer, 1 - σ(β · (z0 - Δ))
+    of an undesirable one, Δ = log π - log π_ref, a mean over both. z0 is the mean Δ, at least 0 and without a gradient, of the step's prompts
+    with other rows' answers, paired once before training (TRL pairs them within a batch of its data set).
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("beta", "desirable_weight", "undesirable_weight"):
+            _above_0(key, getattr(self, key))
+
+    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
+        others = [*examples[-1:], *examples[:-1]]
+        strange = [[_mismatched(e, other[i % len(other)]) for i, e in enumerate(row)] for row, other in zip(examples, others, strict=True)]
+        own, mixed = referred(examples, beginning), referred(strange, beginning)
+        return Prepared([[dataclasses.replace(e, mismatched=m) for e, m in zip(*both, strict=True)] for both in zip(own, mixed, strict=True)])
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        import torch
+
+        assert isinstance(batch, Preferred)
+        drift = batch.drift.of(model, batch.input_ids.device)
+        moved = log_probabilities(model, batch) - batch.reference
+        desirable = self.desirable_weight * (1 - torch.sigmoid(self.beta * (moved[::2] - drift)))
+        undesirable = self.undesirable_weight * (1 - torch.sigmoid(self.beta * (drift - moved[1::2])))
+        return ((desirable + undesirable) * batch.share).sum() / 2
+
+
+def _mismatched(example: Encoded, other: Encoded) -> Encoded:
+    """The example's prompt with the other's answer."""
+    return dataclasses.replace(example, ids=(*example.ids[: example.start], *other.ids[other.start :]))
+
+
+def _above_0(key: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(f"objective.{key} is {value}; it must be above 0")

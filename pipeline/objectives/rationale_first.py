@@ -1,0 +1,64 @@
+"""Rationale first: the model writes its reasoning, then the answer that follows from it. conf/objective/rationale_first.yaml.
+
+Fine-tuning on chain-of-thought (Wei et al., 2022) of a teacher, as in Ho et al. (2023): at test the model reasons by itself, so every
+answer costs the tokens of its reasoning, which the latency shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data import Encoded, Example
+from pipeline.files import UserError
+from pipeline.objectives.base import Beginning, Objective, Prepared
+from pipeline.reasoning import Reasoning
+from pipeline.settings import Task
+
+
+@dataclass(frozen=True)
+class RationaleFirst(Objective):
+    """L = -log p(answer | prompt, reasoning, cue) + rationale_weight · -log p(reasoning | prompt), each a mean over its own tokens.
+
+    The two factors are two examples, the reasoning closed by the end-of-text token, so that generation ends there.
+    """
+
+    rationale_weight: float
+    max_new_tokens: int
+    """Most tokens of reasoning at test."""
+    cue: str = " So the answer is"
+    """Stands between reasoning and answer."""
+    wrong_rationales: str = "drop"
+    """drop: a reasoning that ends in a wrong answer is not learnt (the label is, without reasoning); keep: it is, with the right label after it."""
+
+    def __post_init__(self) -> None:
+        if not self.rationale_weight > 0:
+            raise UserError(f"objective.rationale_weight is {self.rationale_weight}; reasoning that is not learnt cannot come first, it must be above 0")
+        if self.wrong_rationales not in ("keep", "drop"):
+            raise UserError(f"objective.wrong_rationales is {self.wrong_rationales!r}; choose keep or drop")
+        Reasoning(self.max_new_tokens, self.cue)
+
+    @property
+    def needs_rationales(self) -> bool:
+        return True
+
+    @property
+    def reasoning(self) -> Reasoning:
+        return Reasoning(self.max_new_tokens, self.cue)
+
+    def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
+        known = rationale is not None and rationale["rationale"] and (self.wrong_rationales == "keep" or rationale["correct"])
+        text = rationale["rationale"].strip() if known and rationale else ""
+        label = Example(row["prompt"], row["answer"], ends=task.scoring == "generate", prefill=self.reasoning.prefill(text))
+        return [label, Example(row["prompt"], text, "rationale", self.rationale_weight, ends=True)] if text else [label]
+
+    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
+        lengths = [len(e.ids) - e.start for row in examples for e in row if e.group == "rationale"]
+        if not lengths:
+            raise UserError("no training row has a rationale to learn from; choose another teacher, or objective.wrong_rationales=keep")
+        longer = sum(n > self.max_new_tokens for n in lengths)
+        note = f"{longer} of {len(lengths)} rationales are longer than objective.max_new_tokens={self.max_new_tokens}, where reasoning is cut at test"
+        return Prepared(examples, [note] if longer else [])
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {"rationale_weight": self.rationale_weight, "wrong_rationales": self.wrong_rationales, "max_new_tokens": self.max_new_tokens}

@@ -1,0 +1,46 @@
+"""Task distillation: a teacher's answers in the place of people's labels. conf/objective/task_distillation.yaml.
+
+Goes with any method that trains. No gold label of a training row is read; validation rows, if any choose the weights, are labelled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data import Encoded
+from pipeline.files import UserError
+from pipeline.objectives.base import Beginning, Objective, Prepared
+from pipeline.scoring import canonical
+
+
+@dataclass(frozen=True)
+class TaskDistillation(Objective):
+    """Cross-entropy of the teacher's answer given the prompt; rows for which it has none (or none of the row's choices) are left out."""
+
+    @property
+    def needs_rationales(self) -> bool:
+        return True
+
+    def rows(self, rows: list[dict], rationales: dict[str, dict], train_rows: int | None, seed: int) -> list[dict]:
+        given = [(row, _answer(row, rationales.get(row["id"]))) for row in rows]
+        found = [{**row, "answer": answer} for row, answer in given if answer is not None]
+        if not found:
+            raise UserError("the teacher has no usable answer to any training row; run python -m pipeline.rationales, or choose another teacher")
+        return found
+
+    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
+        asked = beginning.cfg.train_rows or len(examples)
+        silent = [f"{asked - len(examples)} of {asked} training rows are left out: the teacher has no usable answer to them"] if asked > len(examples) else []
+        return Prepared(examples, silent)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {"labels_from": "validation"}
+
+
+def _answer(row: dict, said: dict | None) -> str | None:
+    """The teacher's answer in the words of the row's choices."""
+    answer = said["answer"] if said else None
+    if not answer or not row["choices"]:
+        return answer or None
+    return next((choice for choice in row["choices"] if canonical(choice) == canonical(answer)), None)
