@@ -41,7 +41,7 @@ class ByHand:
 
     # -- what stands throughout
 
-    def bind(self, parameters: dict[str, Tensor], accumulates: bool) -> None:
+    def bind(self, parameters: dict[str, Tensor]) -> None:
         """bind.py: the flat buffers, and frozen weights stacked with room beside them.
 
         parameters: the loaded base's tensors by name; those that are stacked or adopted are taken out.
@@ -49,7 +49,7 @@ class ByHand:
         size, z = self.plan.trained.count, self.z
         kinds = [("weights" if self.full else "adapter", 4), ("optimiser", 4), ("optimiser", 4), ("weights", z), ("gradients", z)]
         self.static = [self.new(size, bytes_, kind) for kind, bytes_ in kinds]
-        if accumulates:
+        if self.plan.accumulates:
             self.static.append(self.new(size, 4, "gradients"))
         if self.full:
             for name in list(parameters):

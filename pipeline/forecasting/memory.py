@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pipeline.forecasting.allocator import Allocator, OutOfMemory, Tensor
 from pipeline.forecasting.eager import Eager
 from pipeline.forecasting.fast import ByHand
-from pipeline.forecasting.plan import Constants, MicroBatch, Plan
+from pipeline.forecasting.plan import Constants, Plan
 from pipeline.forecasting.shape import LINEAR, NoForecast, tensors
 
 KINDS = ("weights", "adapter", "gradients", "optimiser", "activations", "logits", "workspace", "inputs")
@@ -55,7 +55,7 @@ def walk(plan: Plan, constants: Constants, capacity: int | None = None) -> tuple
     loaded = memory.reserved if plan.gpu else memory.allocated
     if plan.engine == "hand":
         hand = ByHand(plan, memory, constants)
-        hand.bind(parameters, any(len(step) > 1 for step in plan.steps))
+        hand.bind(parameters)
         hand.run()
         return memory, loaded
     if plan.engine == "captured":
@@ -68,15 +68,15 @@ def walk(plan: Plan, constants: Constants, capacity: int | None = None) -> tuple
 def load(plan: Plan, memory: Allocator) -> dict[str, Tensor]:
     """The base and the adapter as they stand before the first step, by name."""
     found: dict[str, Tensor] = {}
-    held, compute = plan.trained, plan.compute
+    held = plan.trained
     for number, (name, numbers, size) in enumerate(tensors(plan.shape, plan.precision, plan.double_quantisation, plan.base)):
         found[name or f"constant {number}"] = memory.new(size, "weights", numbers)
     if plan.trained.kind == "full":
         _widen(plan, memory, found)
     elif held.kind != "none":
         whole = Eager(dataclasses.replace(plan, engine="eager"), memory, Constants())
-        for number, numbers in enumerate(whole.parameter_sizes()):
-            found[f"adapter {number}"] = memory.new(numbers * 4, "adapter", compute)
+        for index, numbers in enumerate(whole.parameter_sizes()):
+            found[f"adapter {index}"] = memory.new(numbers * 4, "adapter")
     return found
 
 
@@ -160,15 +160,3 @@ def fits(plan: Plan, constants: Constants, capacity: int) -> bool:
     except OutOfMemory:
         return False
     return plan.gpu or forecast(plan, constants).total <= capacity
-
-
-def same(rows: int, width: int, labels: int, most_tokens: int, grain: int = 1, whole: bool = False) -> list[MicroBatch]:
-    """The micro-batches of a step of `rows` equal rows of `width` fed tokens with `labels` labelled ones, at most `most_tokens` each.
-
-    grain: widths are multiples of it. whole: every micro-batch has the largest's shape (the fast engine).
-    """
-    width = -(-width // grain) * grain
-    each = max(1, min(rows, most_tokens // width))
-    counts = [each] * (rows // each) + ([rows % each] if rows % each else [])
-    dense = labels == width
-    return [MicroBatch(each if whole else n, width, (each if whole else n) * labels, dense=dense and rows % each == 0) for n in counts]

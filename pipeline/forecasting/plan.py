@@ -44,7 +44,8 @@ class Plan:
     checkpointing: bool = False
     paged: bool = False
     """bitsandbytes' paged optimiser, whose state is not the allocator's."""
-    base_trained_from: int = 0
+    accumulates: bool = False
+    """Whether a step has several micro-batches."""
 
     @property
     def base(self) -> int:

@@ -80,12 +80,12 @@ def shape_of(config: dict[str, Any]) -> Shape:
         raise NoForecast("no forecast for sliding-window attention")
     heads = config["num_attention_heads"]
     qkv = ("q_proj", "k_proj", "v_proj")
-    biases = qkv if kind == "qwen2" else (*qkv, "o_proj") if config.get("attention_bias") else ()
+    biases: tuple[str, ...] = qkv if kind == "qwen2" else (*qkv, "o_proj") if config.get("attention_bias") else ()
     biases += ("gate_proj", "up_proj", "down_proj") if config.get("mlp_bias") else ()
     return Shape(
         config["hidden_size"], config["num_hidden_layers"], heads, config.get("num_key_value_heads") or heads,
-        config.get("head_dim") or config["hidden_size"] // heads, config["intermediate_size"], config["vocab_size"], bool(config.get("tie_word_embeddings", False)), biases,
-        config.get("max_position_embeddings"),
+        config.get("head_dim") or config["hidden_size"] // heads, config["intermediate_size"], config["vocab_size"],
+        bool(config.get("tie_word_embeddings", False)), biases, config.get("max_position_embeddings"),
     )
 
 

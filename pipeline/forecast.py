@@ -1,0 +1,30 @@
+"""What a cell will take, before anything heavy is read: memory by what holds it, whether it fits, the largest batch, time.
+
+    python -m pipeline.forecast technique=qlora train.batch_size=32                             on the card at hand
+    python -m pipeline.forecast technique=lora model=local model.source.path=/models/llama forecast.gpu_memory_gb=16
+    python -m pipeline.forecast technique=full forecast.model_config=/models/llama/config.json  a model that is not prepared
+
+Arithmetic on the model's config.json, in about a second. How well it agrees with measured peaks: experiments/forecast/.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from omegaconf import DictConfig
+
+from pipeline.config import entry
+from pipeline.forecasting.cell import forecast
+from pipeline.forecasting.text import table
+
+
+def run(cfg: DictConfig) -> int:
+    """Print the forecast; 0 whether or not it fits."""
+    print("\n".join(table(forecast(cfg))))
+    return 0
+
+
+main = entry(run)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""What a composed cell will take before it starts: memory, whether it fits, the largest batch that does, and time.
+
+Library: `forecast(cfg)` for `python -m pipeline.forecast`, the warning of `train`, the report and `advise`. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline import measure
+from pipeline.config import ROOT, plain
+from pipeline.files import read_json
+from pipeline.forecasting import memory, run
+from pipeline.forecasting.memory import Memory
+from pipeline.forecasting.plan import Constants, Plan
+from pipeline.forecasting.rows import TrainingRows, training_rows
+from pipeline.forecasting.shape import NoForecast, Shape, read_shape
+from pipeline.forecasting.trained import trained
+from pipeline.loop import total_steps
+from pipeline.settings import Settings, read
+
+FITTED = ROOT / "experiments" / "forecast" / "constants.json"
+MOST_BATCH = 65536
+
+
+@dataclass(frozen=True)
+class Card:
+    """Where the cell would run. memory_bytes: all of it, a GPU's or the machine's."""
+
+    gpu: bool
+    name: str
+    memory_bytes: int
+    at_hand: bool = True
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """memory is None where `reason` says why there is no forecast."""
+
+    technique: str
+    card: Card
+    memory: Memory | None = None
+    memory_kind: str = "gpu_reserved"
+    fits: bool | None = None
+    largest_batch: int | None = None
+    """Rows as long as the longest that fit into one forward and backward pass; None: not asked for."""
+    longest: int = 0
+    """Fed tokens of the longest row."""
+    engine: str = ""
+    precision: str = ""
+    trainable: int = 0
+    parameters: int = 0
+    steps: int = 0
+    step_tokens: float = 0.0
+    """Fed tokens of a step (padding not counted), on average."""
+    rows_from: str = ""
+    reason: str | None = None
+    train_s: tuple[float, float, float] | None = None
+    """Seconds of training: low, expected, high; None: this machine's throughput is not known."""
+    time_from: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def card_at_hand(cfg: DictConfig) -> Card:
+    """The card that forecast.gpu_memory_gb describes, or this machine's, or the machine itself where there is none."""
+    wanted = cfg.forecast.gpu_memory_gb
+    if wanted is not None:
+        return Card(True, f"a card of {wanted:g} GiB", int(wanted * 2**30), at_hand=False)
+    found = measure.card() if cfg.device != "cpu" else None
+    if found is not None:
+        return Card(True, *found)
+    return Card(False, "this machine", measure.machine_bytes())
+
+
+@functools.cache
+def constants() -> Constants:
+    """The fitted ones where they have been fitted."""
+    if not FITTED.exists():
+        return Constants()
+    known = {f.name for f in dataclasses.fields(Constants)}
+    return Constants(**{k: v for k, v in read_json(FITTED).items() if k in known})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a forecast rests on."""
+
+    plan: Plan
+    rows: TrainingRows
+    steps: int
+    settings: Settings
+
+
+def prepare(cfg: DictConfig, gpu: bool) -> Prepared:
+    """The plan of a cell's training.
+
+    Raises:
+        NoForecast: method, objective or architecture without one. UserError: bad input, no model to read the shape of.
+    """
+    settings = read(cfg)
+    shape = shape_of_cell(cfg)
+    what = trained(plain(cfg)["method"], shape)
+    if what.kind == "none":
+        raise NoForecast(f"{cfg.technique.name} trains nothing")
+    if what.kind == "other":
+        raise NoForecast(f"no forecast of memory for method {what.name}")
+    if what.count == 0:
+        raise NoForecast(f"{what.name} finds nothing to train in this model")
+    rows = training_rows(cfg, settings)
+    steps = total_steps(settings.train, rows.count)
+    return Prepared(run.plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu), rows, steps, settings)
+
+
+def shape_of_cell(cfg: DictConfig) -> Shape:
+    """The model's shape, from forecast.model_config or the prepared model's folder."""
+    told = cfg.forecast.model_config
+    return read_shape(Path(told) if told else Path(cfg.paths.models) / cfg.model.name / "config.json")
+
+
+def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, time: bool = True) -> Forecast:
+    """What a composed cell will take.
+
+    Args:
+        card: where it would run; None: as forecast.gpu_memory_gb says, or the machine at hand.
+        batches: search the largest batch (half a second for a large model).
+        time: forecast the time too, from the cached calibration if there is one (it is never made here).
+
+    Raises:
+        UserError: bad input, or a model whose config.json is not there.
+    """
+    card = card or card_at_hand(cfg)
+    kind = "gpu_reserved" if card.gpu else "cpu_rss"
+    try:
+        held = prepare(cfg, card.gpu)
+        peak = memory.forecast(held.plan, constants())
+    except NoForecast as error:
+        return Forecast(cfg.technique.name, card, memory_kind=kind, reason=str(error))
+    plan = held.plan
+    longest = max(len(e.ids) - 1 for row in held.rows.examples for e in row)
+    found: dict[str, Any] = {
+        "memory": peak, "fits": memory.fits(plan, constants(), card.memory_bytes), "longest": longest, "engine": plan.engine,
+        "precision": plan.precision, "trainable": plan.trained.count, "parameters": plan.shape.parameters, "steps": held.steps,
+        "step_tokens": step_tokens(held), "rows_from": held.rows.source,
+    }
+    if batches:
+        found["largest_batch"] = largest_batch(held, card)
+    if time:
+        found |= _time(held, card)
+    return Forecast(cfg.technique.name, card, memory_kind=kind, notes=_notes(held), **found)
+
+
+def step_tokens(held: Prepared) -> float:
+    """Fed tokens of an optimiser step, on average (an epoch's last step may be smaller)."""
+    tokens = [sum(len(e.ids) - 1 for e in row) for row in held.rows.examples]
+    train = held.settings.train
+    return min(train.batch_size, held.rows.count) * sum(tokens) / len(tokens)
+
+
+def largest_batch(held: Prepared, card: Card) -> int:
+    """Rows as long as the longest that go through in one forward and backward pass; 0: not one does."""
+    plan = held.plan
+    ends = [(len(e.ids) - 1, len(e.ids) - e.start) for row in held.rows.examples for e in row]
+    fed, labels = max(ends)
+
+    def goes(rows: int) -> bool:
+        settings = dataclasses.replace(held.settings.train, batch_size=rows, micro_batch_tokens=(fed + 8) * rows)
+        examples = run.equal_rows(rows, fed, labels)
+        asked = run.plan(plan.shape, plan.trained, settings, held.settings.precision, examples, 0, 2, plan.gpu)
+        steps = asked.steps[:2] if asked.engine == "eager" else asked.steps
+        return memory.fits(dataclasses.replace(asked, steps=steps), constants(), card.memory_bytes)
+
+    low, high = 0, 1
+    while high <= MOST_BATCH and goes(high):
+        low, high = high, high * 4
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if goes(middle) else (low, middle)
+    return low
+
+
+def _time(held: Prepared, card: Card) -> dict[str, Any]:
+    return {}
+
+
+def _notes(held: Prepared) -> list[str]:
+    found = []
+    if held.plan.paged:
+        found.append("the paged optimiser's state can move to the machine's memory; it is not counted")
+    if not FITTED.exists():
+        found.append("the constants have not been fitted to measurements: run python -m benchmarks.forecast on a GPU")
+    return found

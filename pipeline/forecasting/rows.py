@@ -1,0 +1,116 @@
+"""The rows that a cell would train on, in tokens: from the prepared data and the model's tokenizer, or as the config says.
+
+Library of cell.py. The tokenizer is read with the library that transformers' own rests on, which takes a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline.config import build
+from pipeline.data import Encoded, Encoder, load_rationales
+from pipeline.files import read_json, read_jsonl
+from pipeline.forecasting.shape import NoForecast
+from pipeline.objectives.base import Objective
+from pipeline.settings import Settings
+
+MOST_ROWS = 1024
+"""Rows whose tokens are counted; what more rows would add is not worth the wait."""
+LABELS = 8
+"""Labelled tokens of a row, where nothing tells and an answer is not generated."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """examples: of each row. count: of rows there are (of which `examples` are the first). source: where the lengths are from."""
+
+    examples: Sequence[Sequence[Encoded]]
+    count: int
+    source: str
+    measured: bool
+    """Whether the lengths are the data's."""
+
+
+class Light:
+    """As much of a tokenizer as pipeline.data.Encoder asks for."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        held = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        named = held.get("eos_token")
+        token = named.get("content") if isinstance(named, dict) else named
+        found = self._tokenizer.token_to_id(token) if token else None
+        self.eos_token_id = found if found is not None else 0
+        self.pad_token_id = self.eos_token_id
+        self._chat = folder / "chat_template.jinja"
+        self._held = held
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool) -> str:
+        """The prompt in the model's own template (transformers renders it with jinja2 too)."""
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        text = self._chat.read_text(encoding="utf-8") if self._chat.exists() else self._held.get("chat_template")
+        if not isinstance(text, str):
+            raise NoForecast("no forecast for a chat task: the model's folder holds no chat template")
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=self._held.get("bos_token") or "", eos_token="")
+
+
+def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
+    """The cell's rows, as far as they can be told.
+
+    Raises:
+        NoForecast: an objective with a loss or batches of its own, or a teacher's text that is not there.
+    """
+    objective: Objective = build(cfg.objective, "objective")
+    own = next((hook for hook in ("loss", "batches", "loop", "rows", "prepared") if hasattr(Objective, hook)
+                and getattr(type(objective), hook) is not getattr(Objective, hook)), None)
+    if own:
+        raise NoForecast(f"no forecast for objective {objective.name}, whose {own} is its own")
+    data, model = Path(cfg.paths.data) / cfg.task.name, Path(cfg.paths.models) / cfg.model.name
+    if cfg.forecast.length is not None or not (data / "train.jsonl").exists() or not (model / "tokenizer.json").exists():
+        return _as_told(cfg, settings, objective)
+    rows = read_jsonl(data / "train.jsonl")
+    random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.load_rows draws them
+    rows = rows[: cfg.train_rows]
+    return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), _source(len(rows), data), True)
+
+
+def _source(rows: int, data: Path) -> str:
+    return f"the {'first ' + str(MOST_ROWS) + ' of the ' if rows > MOST_ROWS else ''}{rows} training rows of {data} in the model's own tokens"
+
+
+def _encoded(cfg: DictConfig, settings: Settings, objective: Objective, rows: list[dict[str, Any]], model: Path) -> list[list[Encoded]]:
+    rationales: dict[str, dict] = {}
+    if objective.needs_rationales:
+        folder = Path(cfg.paths.rationales) / cfg.task.name / cfg.teacher.name
+        if not (folder / "rationales.jsonl").exists():
+            raise NoForecast(f"no forecast for objective {objective.name}: {folder} holds no teacher's text yet")
+        rationales = load_rationales(folder)
+    encoder = Encoder(Light(model), settings.task, settings.train.max_length, "truncate")
+    return [[encoder.example(e) for e in objective.examples(row, settings.task, rationales.get(row["id"]))] for row in rows]
+
+
+def _as_told(cfg: DictConfig, settings: Settings, objective: Objective) -> TrainingRows:
+    """Rows of one length: the config's."""
+    told = cfg.forecast.length
+    fed = int(told) if told is not None else settings.train.max_length - 1
+    most = f"train.max_length={settings.train.max_length} (data or tokenizer are not prepared, so rows may be shorter)"
+    source = f"forecast.length={fed}" if told is not None else most
+    labels = min(fed, settings.task.max_new_tokens if settings.task.scoring == "generate" else LABELS)
+    count = cfg.train_rows or settings.train.batch_size
+    row = [Encoded(range(fed + 1), fed + 1 - labels)] * (2 if objective.needs_rationales else 1)  # type: ignore[arg-type]
+    return TrainingRows([row] * min(count, max(MOST_ROWS, settings.train.batch_size)), count, source, False)
