@@ -38,6 +38,7 @@ HEAVY = {
     "peft",
     "bitsandbytes",
     "accelerate",
+    "trl",
     "optuna",
     "sklearn",
     "scipy",

@@ -59,7 +59,7 @@ class Grpo(Objective):
 
     def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
         if importlib.util.find_spec("trl") is None:
-            raise UserError(f"objective={self.algorithm} trains with TRL, which is not installed; run: pip install 'trl>=1.16,<2'")
+            raise UserError(f"objective={self.algorithm} trains with TRL, which is not installed; run: pip install 'trl>=1.16,<1.17'")
         if self.beta and not hasattr(beginning.model, "peft_config"):
             raise UserError(f"objective.beta is {self.beta}, but only an adapter has its start beside it to be compared with; set 0 or choose method=lora")
         asked = [Question(**vars(e), row=row, encoder=beginning.encoder) for row, (e, *_) in zip(beginning.rows, examples, strict=True)]
@@ -127,6 +127,7 @@ class TrlLoop(Loop):
         import torch
         import trl
         from datasets import Dataset
+        from transformers import PrinterCallback
 
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         settings, ask, kind = self.settings, self.objective, self.objective.algorithm.upper()
@@ -149,10 +150,11 @@ class TrlLoop(Loop):
         def earned(completions: Sequence[Any], row: Sequence[dict], **_: Any) -> list[float]:
             return reward(completions, row, encoder.task)
 
-        return getattr(trl, f"{kind}Trainer")(
-            model=self.model, reward_funcs=earned, args=args, train_dataset=data,
-            processing_class=encoder.tokenizer, optimizers=(optimizer, schedule),
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model=self.model, reward_funcs=earned, args=args, train_dataset=data, processing_class=encoder.tokenizer, optimizers=(optimizer, schedule),
         )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     def _callback(self, bar: Any) -> Any:
         """What the loop does between steps: the curve, validation, and ending on a signal."""

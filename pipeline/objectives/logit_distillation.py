@@ -34,8 +34,11 @@ from pipeline.settings import Train
 if TYPE_CHECKING:
     import torch
 
-UNTOUCHED: dict[Any, Any] = {"start": None, "method": {"_target_": "pipeline.methods.none.Untouched"}, "objective": {"_target_": "pipeline.objectives.labels.Labels"},
-             "precision": {"name": "auto"}}
+UNTOUCHED: dict[Any, Any] = {
+    "start": None, "method": {"_target_": "pipeline.methods.none.Untouched"}, "objective": {"_target_": "pipeline.objectives.labels.Labels"},
+    "precision": {"name": "auto"},
+}
+"""The config of a base model that teaches as it is."""
 
 
 @dataclass

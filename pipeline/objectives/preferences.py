@@ -191,7 +191,7 @@ class Dpo(Preference):
 
 @dataclass(frozen=True)
 class Orpo(Preference):
-    """Odds-ratio preference optimisation (Hong et al., 2024, equations 6 and 7): cross-entropy of the chosen answer, and
+    """Odds-ratio preference optimisation (Hong et al., 2024): cross-entropy of the chosen answer, and
     -weight · log σ(log odds(chosen) - log odds(rejected)), odds of a sequence's mean token probability (geometric). It needs no reference.
 
     The cross-entropy is the answer's, as in the paper; TRL's trainer takes the prompt's tokens along.
@@ -227,7 +227,7 @@ def log1mexp(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Kto(Preference):
-    """Kahneman-Tversky optimisation (Ethayarajh et al., 2024, equation 8): 1 - σ(β · (Δ - z0)) of a desirable answer, 1 - σ(β · (z0 - Δ))
+    """Kahneman-Tversky optimisation (Ethayarajh et al., 2024): 1 - σ(β · (Δ - z0)) of a desirable answer, 1 - σ(β · (z0 - Δ))
     of an undesirable one, Δ = log π - log π_ref, a mean over both. z0 is the mean Δ, at least 0 and without a gradient, of the step's prompts
     with other rows' answers, paired once before training (TRL pairs them within a batch of its data set).
     """
