@@ -90,9 +90,9 @@ def _widen(plan: Plan, memory: Allocator, found: dict[str, Tensor]) -> None:
         if chosen and plan.base != 4:
             found[name] = memory.new(found[name].numbers * 4, "weights", found[name].numbers)
     if held.added_biases:
-        for layer in range(held.first, plan.shape.layers):
+        for number in range(held.first, plan.shape.layers):
             for name in (n for n in LINEAR if n not in plan.shape.biases):
-                found[f"{layer}.{name}.bias"] = memory.new(plan.shape.linear(name)[1] * 4, "weights")
+                found[f"{number}.{name}.bias"] = memory.new(plan.shape.linear(name)[1] * 4, "weights")
     if held.own_head:
         found["own head"] = memory.new(plan.shape.vocabulary * plan.shape.width * 4, "weights")
 
@@ -133,9 +133,9 @@ def forecast(plan: Plan, constants: Constants) -> Memory:
     memory, loaded = walk(plan, constants)
     live = {name: memory.peak.live.get(name, 0) for name in KINDS}
     reserved = memory.peak.reserved
-    scale, fixed = (constants.fast_scale, constants.fast_fixed) if plan.engine != "eager" else (constants.eager_scale, constants.eager_fixed)
+    scale, fixed = constants.scale.get(plan.engine, 1.0), constants.fixed.get(plan.engine, 0)
     if not plan.gpu:
-        fixed += constants.cpu_process
+        fixed = constants.cpu_process
     extra = round((scale - 1.0) * (reserved - loaded)) if plan.gpu else 0
     allocator = reserved - sum(live.values()) + extra
     return Memory(**live, allocator=allocator, fixed=fixed, total=reserved + extra + fixed, loaded=loaded + (fixed if not plan.gpu else 0))
@@ -154,7 +154,7 @@ def fits(plan: Plan, constants: Constants, capacity: int) -> bool:
 
     capacity: of the whole card.
     """
-    scale, fixed = (constants.fast_scale, constants.fast_fixed) if plan.engine != "eager" else (constants.eager_scale, constants.eager_fixed)
+    scale, fixed = constants.scale.get(plan.engine, 1.0), constants.fixed.get(plan.engine, 0)
     try:
         walk(plan, constants, int((capacity - constants.context - fixed) / scale) if plan.gpu else None)
     except OutOfMemory:

@@ -5,8 +5,8 @@ Library of eager.py, fast.py and memory.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from pipeline.forecasting.shape import Shape
 from pipeline.forecasting.trained import Trained
@@ -59,12 +59,10 @@ class Constants:
 
     product_workspace: int = 32 * 2**20
     """Bytes that cuBLAS takes once for every thread and stream that multiplies (32 MiB on Hopper, torch's default)."""
-    eager_scale: float = 1.0
-    """Reserved over simulated bytes beyond the weights, eager engine (kernels' own workspaces, order of frees)."""
-    fast_scale: float = 1.0
-    eager_fixed: int = 0
-    """Bytes that an eager run takes beside what is simulated."""
-    fast_fixed: int = 0
+    scale: Mapping[str, float] = field(default_factory=dict)
+    """By engine: reserved over simulated bytes beyond the loaded model (kernels' own workspaces, another order of frees); 1 if not there."""
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    """By engine: bytes beside what is simulated."""
     context: int = 600 * 2**20
     """Bytes of a card that CUDA, its libraries and kernels take outside the allocator."""
     cpu_process: int = 600 * 2**20

@@ -1,0 +1,75 @@
+"""Is the memory forecast right? Measures trainings of many kinds on this GPU, fits few constants on at most 20, judges on the rest.
+
+    python -m benchmarks.forecast measure seconds=540              what has no line yet, within the time; call it again to go on
+    python -m benchmarks.forecast fit                              constants.json, table.csv, table.md, summary.json
+    python -m benchmarks.forecast plan                             the configurations, in their order
+    python -m benchmarks.forecast measure configs=tiny device=cpu out=/tmp/try    the same on a CPU, torch's live bytes as the counter
+
+Keys: seconds (540), configs (all or tiny), device (auto), out (experiments/forecast): measured.jsonl, a line a configuration, is there.
+Exit codes: 0 done, 1 configurations are missing, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import forecast_configs, forecast_fit, forecast_measure
+from pipeline.files import UserError
+
+OUT = Path(__file__).parent.parent / "experiments" / "forecast"
+DEFAULTS = {"seconds": "540", "configs": "all", "device": "auto", "out": str(OUT)}
+
+
+def parse(words: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """(measure, fit or plan; the keys). Raises UserError naming what is not known."""
+    if not words or words[0] not in ("measure", "fit", "plan"):
+        raise UserError("benchmarks.forecast takes measure, fit or plan first")
+    found = dict(DEFAULTS)
+    for word in words[1:]:
+        key, _, value = word.partition("=")
+        if key not in DEFAULTS or not value:
+            raise UserError(f"benchmarks.forecast does not take {word!r}; write key=value with one of {', '.join(DEFAULTS)}")
+        found[key] = value
+    if found["configs"] not in ("all", "tiny") or not found["seconds"].isdecimal():
+        raise UserError("benchmarks.forecast takes configs=all or configs=tiny, and whole seconds")
+    return words[0], found
+
+
+def run(words: Sequence[str]) -> int:
+    """Do what the words say."""
+    what, keys = parse(words)
+    configs = forecast_configs.tiny() if keys["configs"] == "tiny" else forecast_configs.everything()
+    out = Path(keys["out"])
+    measured = out / "measured.jsonl"
+    if what == "plan":
+        print("\n".join(c.name for c in configs), f"\n{len(configs)} configurations, {len(forecast_measure.missing(configs, measured))} to measure")
+        return 0
+    if what == "measure":
+        left = forecast_measure.measure_all(configs, measured, float(keys["seconds"]), keys["device"])
+        print(f"{len(configs) - left} of {len(configs)} configurations are measured")
+        return 1 if left else 0
+    found = forecast_fit.write(configs, measured, out)
+    print(f"{found['configurations']} configurations on {found['hardware']}, fitted on {found['fitted_on']} others: median error "
+          f"{found['median_error']:.2%}, 95th percentile {found['p95_error']:.2%}")
+    for engine, part in found["by_engine"].items():
+        print(f"  {engine}: {part}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry: words in, exit code out."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
