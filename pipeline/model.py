@@ -96,7 +96,7 @@ def _load_quantised(folder: Path, name: str, precision: Precision, dtype: Any, d
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=bool(source.get("trust_remote_code")), attn_implementation="sdpa",
-            quantization_config=_quantisation(name, precision, dtype), device_map={"": str(device)},
+            quantization_config=quantisation(name, precision, dtype), device_map={"": str(device)},
         )
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights at the first evaluation on a CPU with AVX512-BF16; from then on they are
@@ -106,7 +106,8 @@ def _load_quantised(folder: Path, name: str, precision: Precision, dtype: Any, d
     return model
 
 
-def _quantisation(name: str, precision: Precision, dtype: Any) -> Any:
+def quantisation(name: str, precision: Precision, dtype: Any) -> Any:
+    """transformers' config of int8 or nf4."""
     from transformers import BitsAndBytesConfig
 
     if name == "int8":
