@@ -147,8 +147,8 @@ def train(config: Config, device: Any) -> dict[str, Any]:
     """Load, wrap and train as a cell does; its memory and times."""
     import torch
 
-    from benchmarks.forecast_models import base_model
     from pipeline.config import build, compose
+    from pipeline.forecasting.random_model import random_base
     from pipeline.loop import Loop
     from pipeline.measure import Meter, now
     from pipeline.model import memory_bytes, parameters, resolve
@@ -158,7 +158,7 @@ def train(config: Config, device: Any) -> dict[str, Any]:
     settings = read(cfg)
     precision, dtype = resolve(settings.precision, device)
     torch.manual_seed(0)
-    base = base_model(SHAPES[config.shape], precision, dtype, device)
+    base = random_base(SHAPES[config.shape], precision, dtype, device)
     model_bytes = memory_bytes(base)
     method, objective = build(cfg.method, "method"), build(cfg.objective, "objective")
     model = method.wrap(base)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from pipeline import measure
 from pipeline.config import ROOT, plain
+from pipeline.data import steps_in_epoch
 from pipeline.files import read_json
 from pipeline.forecasting import memory, run
 from pipeline.forecasting.memory import Memory
@@ -158,8 +159,7 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
 def step_tokens(held: Prepared) -> float:
     """Fed tokens of an optimiser step, on average (an epoch's last step may be smaller)."""
     tokens = [sum(len(e.ids) - 1 for e in row) for row in held.rows.examples]
-    train = held.settings.train
-    return min(train.batch_size, held.rows.count) * sum(tokens) / len(tokens)
+    return held.rows.count * sum(tokens) / len(tokens) / steps_in_epoch(held.rows.count, held.settings.train.batch_size)
 
 
 def largest_batch(held: Prepared, card: Card) -> int:

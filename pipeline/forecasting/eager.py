@@ -19,6 +19,8 @@ from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 from pipeline.forecasting.shape import LINEAR
 
 Back = Callable[[list[Any]], Any]
+PAGED_FROM = 100_000
+"""Numbers of a tensor from which bitsandbytes pages its optimiser state."""
 
 
 class Eager:
@@ -501,9 +503,8 @@ class Eager:
 
     def states(self) -> list[Tensor]:
         """AdamW's: two moments and a step count for every trained tensor."""
-        if self.plan.paged:
-            return []
-        return [self.new(size, 4, "optimiser") for numbers in self.parameter_sizes() for size in (1, numbers, numbers)]
+        sizes = [numbers for numbers in self.parameter_sizes() if not self.plan.paged or numbers < PAGED_FROM]
+        return [self.new(size, 4, "optimiser") for numbers in sizes for size in (1, numbers, numbers)]
 
     def run(self) -> None:
         """All steps: micro-batches, then clipping and AdamW, then the gradients are gone."""

@@ -70,7 +70,9 @@ def load(plan: Plan, memory: Allocator) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     held = plan.trained
     for number, (name, numbers, size) in enumerate(tensors(plan.shape, plan.precision, plan.double_quantisation, plan.base)):
+        whole = memory.new(numbers * plan.base, "weights") if size < numbers * plan.base else None  # before it is quantised
         found[name or f"constant {number}"] = memory.new(size, "weights", numbers)
+        del whole
     if plan.trained.kind == "full":
         _widen(plan, memory, found)
     elif held.kind != "none":
