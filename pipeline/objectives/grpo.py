@@ -95,6 +95,8 @@ class TrlLoop(Loop):
     def run(self) -> Trained:
         if type(self.method).after_step is not Method.after_step:
             raise UserError(f"{self.method.name} acts between steps, which TRL's loop has no place for; choose another method or objective")
+        with self.meter.phase("startup"):
+            import trl  # noqa: F401
         self.memory.start()
         with tempfile.TemporaryDirectory() as folder:
             with self.meter.phase("warmup"):
@@ -104,17 +106,21 @@ class TrlLoop(Loop):
                 trainer.add_callback(self._callback(bar))
                 if self.total:
                     trainer.train()
+        memory, used = self.memory.stop(), energy_j(self.device)
+        with self.meter.phase("warmup"):  # TRL's own setting up and clearing away
+            self._release(trainer)
+        if self._stop:
+            raise KeyboardInterrupt
+        self.state.energy_j = used - energy if used is not None and energy is not None else None
+        self._select()
+        return Trained(self._work([]), memory, self.state.history, [*self.notes, *self._told()])
+
+    def _release(self, trainer: Any) -> None:
+        self.state.tokens = int(trainer.state.num_input_tokens_seen)
         self.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")
-        if self._stop:
-            raise KeyboardInterrupt
-        memory, used = self.memory.stop(), energy_j(self.device)
-        self.state.energy_j = used - energy if used is not None and energy is not None else None
-        self.state.tokens = int(trainer.state.num_input_tokens_seen)
         trainer.accelerator.free_memory()
-        self._select()
-        return Trained(self._work([]), memory, self.state.history, [*self.notes, *self._told()])
 
     def _told(self) -> list[str]:
         own = f"trained by TRL's {self.objective.algorithm.upper()} loop; tokens are those of prompts and sampled answers"

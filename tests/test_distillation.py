@@ -1,0 +1,225 @@
+"""Distillation: a teacher's labels, its distributions, its reasoning before the answer. Losses by hand, what is read, what is refused, that each learns."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import cell, evaluate
+from pipeline.config import build, compose
+from pipeline.data import Encoder, Example
+from pipeline.files import UserError, read_jsonl
+from pipeline.model import load_model, load_tokenizer
+from pipeline.objectives.base import Beginning
+from pipeline.objectives.logit_distillation import LogitDistillation, divergence
+from pipeline.objectives.rationale_first import RationaleFirst
+from pipeline.objectives.task_distillation import TaskDistillation
+from pipeline.scoring import Scorer
+from pipeline.serving import Artefact, Base, Door
+from pipeline.settings import Precision, Task, Train, read
+from conftest import write_model
+
+CPU = torch.device("cpu")
+CHOICE, GENERATE = Task("t", "choice"), Task("t", "generate")
+ROW: dict = {"id": "1", "prompt": "Review: the film\nSentiment:", "answer": "positive", "choices": ["negative", "positive"], "fields": {}}
+RIGHT = {"id": "1", "rationale": "The words are positive.", "answer": " Positive.", "correct": True}
+WRONG = {**RIGHT, "answer": "negative", "correct": False}
+SHORT = ["experiment=mine", "train_rows=64", "train.epochs=6", "train.batch_size=8", "train.validations=1"]
+
+
+def run(overrides: list[str], *more: str) -> cell.Result:
+    cfg = compose([*overrides, *SHORT, *more])
+    return cell.run(cfg, folder=cell.folder_of(cfg))
+
+
+def answers_alike(overrides: list[str], *more: str) -> None:
+    cfg = compose([*overrides, *SHORT, *more])
+    held = [p for p in read_jsonl(cell.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]
+    found, _ = evaluate.score_artefact(cfg, cell.folder_of(cfg) / "artefact", "test")
+    assert [(p["prediction"], p.get("reasoning")) for p in found] == [(p["prediction"], p.get("reasoning")) for p in held]
+
+
+# the teacher's labels
+
+
+def test_the_teacher_s_answer_takes_the_place_of_the_label():
+    rows = [ROW, {**ROW, "id": "2"}, {**ROW, "id": "3"}, {**ROW, "id": "4"}]
+    said = {"1": WRONG, "2": {**RIGHT, "answer": None}, "3": {**RIGHT, "answer": "neither"}}
+    assert TaskDistillation().rows(rows, said, 4, 0) == [{**ROW, "answer": "negative"}], "no answer, one that is no choice, and no row at all are left out"
+    assert TaskDistillation().rows([ROW], {"1": RIGHT}, 1, 0)[0]["answer"] == "positive", "in the words of the choice"
+    assert TaskDistillation().rows([{**ROW, "choices": None}], {"1": RIGHT}, 1, 0)[0]["answer"] == " Positive."
+    with pytest.raises(UserError, match="no usable answer to any training row"):
+        TaskDistillation().rows([ROW], {}, 1, 0)
+
+
+def test_task_distillation_learns_the_teacher_and_reads_no_label(overrides):
+    """The teacher is wrong on every fourth row, and so is what it taught: the gold labels would give 100%."""
+    found = run(overrides, "technique=task_distillation", "train.lr=3e-3")
+    assert 0.6 <= found.test.accuracy <= 0.95 and found.hyperparameters["labels_from"] == "validation"
+    assert found.teacher.accuracy == pytest.approx(0.75, abs=0.05)
+
+
+# distributions
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_divergence_is_the_formula_s_and_0_for_equal_models(direction):
+    student, teacher = torch.tensor([[1.0, 0.0, -2.0]]), torch.tensor([[0.5, 0.5, 3.0]])
+    q, p = (torch.softmax(x / 2, -1)[0] for x in (student, teacher))
+    first, second = (p, q) if direction == "forward" else (q, p)
+    assert float(divergence(student, teacher, 2.0, direction)) == pytest.approx(float(sum(a * torch.log(a / b) for a, b in zip(first, second, strict=True))), abs=1e-6)
+    assert float(divergence(teacher, teacher, 2.0, direction)) == 0.0
+
+
+def beginning(overrides: list[str], tiny: Path, *more: str) -> Beginning:
+    cfg = compose([*overrides, *SHORT, "technique=logit_distillation", *more])
+    model = load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
+    encoder = Encoder(load_tokenizer(tiny / "models" / "smollm2_135m"), CHOICE, 64, "error")
+    return Beginning(cfg, read(cfg), model, encoder, [dict(ROW, id=str(i), prompt=f"Review: {'film ' * i}\nSentiment:") for i in range(1, 5)], CPU, torch.float32)
+
+
+def taught(objective: LogitDistillation, at: Beginning) -> list:
+    examples = [[at.encoder.example(e) for e in objective.examples(row, CHOICE, None)] for row in at.rows]
+    return [e for row in objective.prepared(examples, at).examples for e in row]
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_model_that_teaches_itself_leaves_the_labels_alone(overrides, tiny, direction):
+    """The divergence of equal models is 0, so the loss is label_weight · cross-entropy; the base as its own teacher, by its name under models/."""
+    at, objective = beginning(overrides, tiny), LogitDistillation("smollm2_135m", 0.3, 2.0, direction)
+    flat = taught(objective, at)
+    losses = {}
+    for tokens in (4096, 24):
+        batches = list(objective.batches(flat, Train(0.1, 1, 4, tokens), 1))
+        with torch.no_grad():
+            losses[len(batches)] = float(sum(objective.loss(at.model, b) for b in batches))
+    with torch.no_grad():
+        nll = [-torch.log_softmax(at.model(input_ids=torch.tensor([e.ids])).logits[0], -1)[e.start - 1, e.ids[e.start]] for e in flat]
+    assert len(losses) == 2 and all(v == pytest.approx(0.3 * float(sum(nll)) / len(nll), abs=1e-5) for v in losses.values())
+
+
+def test_a_teacher_is_asked_once(overrides, tiny, monkeypatch):
+    at, objective = beginning(overrides, tiny), LogitDistillation("smollm2_135m", 0.3, 2.0)
+    first = taught(objective, at)
+    (kept,) = (Path(at.cfg.paths.work) / "teachers").iterdir()
+    monkeypatch.setattr("pipeline.objectives.logit_distillation._ask", None)
+    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(first, taught(objective, at), strict=True))
+    with pytest.raises(TypeError):
+        taught(objective, dataclasses.replace(at, rows=at.rows[:2]))
+    assert kept.stat().st_size < 64 * 31 * 4 + 4 * 64 * 4 + 1000, "one layer and a state a position, not a distribution a position"
+
+
+def test_a_teacher_of_another_vocabulary_or_none_at_all_is_refused(overrides, tiny, tmp_path):
+    import json
+    import shutil
+
+    models = tmp_path / "models"
+    shutil.copytree(tiny / "models", models)
+    write_model(models / "larger", seed=3, hidden=96)
+    at = beginning(overrides, tiny, f"paths.models={models}")
+    larger = taught(LogitDistillation("larger", 0.0, 1.0), at)
+    assert larger[0].hidden.shape == (1, 96) and larger[0].head.logits(larger[0].hidden).shape == (1, 31)
+    file = models / "larger" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    words["model"]["vocab"]["other"] = words["model"]["vocab"].pop("film")
+    file.write_text(json.dumps(words))
+    shutil.rmtree(Path(at.cfg.paths.work) / "teachers")
+    with pytest.raises(UserError, match="objective.teacher=larger has another vocabulary than smollm2_135m"):
+        taught(LogitDistillation("larger", 0.0, 1.0), at)
+    with pytest.raises(UserError, match="objective.teacher=full, but .*full-s0-n64 holds no finished cell; run it first"):
+        taught(LogitDistillation("full", 0.0, 1.0), at)
+
+
+@pytest.mark.parametrize("change", ["label_weight=1", "label_weight=-0.1", "temperature=0", "divergence=sideways"])
+def test_values_out_of_range_are_refused(change):
+    with pytest.raises(UserError, match=f"objective.{change.split('=')[0]} is"):
+        build(compose(["technique=logit_distillation", f"objective.{change}"]).objective, "objective")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["logit_distillation", "logit_distillation_reverse"])
+def test_a_fine_tuned_cell_teaches(overrides, name):
+    """Without labels (label_weight 0) the student learns the task from the distributions alone; few-shot teaches too (by its prompt)."""
+    full = run(overrides, "technique=full", "train.lr=3e-3")
+    found = run(overrides, f"technique={name}", "train.lr=1e-2", "objective.label_weight=0.0")
+    assert full.test.accuracy == found.test.accuracy == 1.0
+    assert found.teacher.name == "full-s0-n64" and found.teacher.seconds > full.phases.train_s and found.teacher.accuracy == 1.0
+    answers_alike(overrides, f"technique={name}", "train.lr=1e-2", "objective.label_weight=0.0")
+    run(overrides, "technique=few_shot", "method.k=2")
+    assert run(overrides, f"technique={name}", "objective.teacher=few_shot", "variant=shots", "train.steps=1").teacher.name == "few_shot-s0-n64"
+
+
+# reasoning first
+
+
+def test_the_reasoning_and_the_answer_after_it_are_two_examples():
+    objective = RationaleFirst(0.5, 8, cue=" So")
+    assert objective.examples(ROW, CHOICE, RIGHT) == [
+        Example(ROW["prompt"], "positive", prefill="The words are positive. So"),
+        Example(ROW["prompt"], "The words are positive.", "rationale", 0.5, ends=True),
+    ]
+    bare = [Example(ROW["prompt"], "positive", prefill="So", ends=True)]
+    for rationale in (None, {**RIGHT, "rationale": ""}, WRONG):
+        assert objective.examples(ROW, GENERATE, rationale) == bare
+    assert len(dataclasses.replace(objective, wrong_rationales="keep").examples(ROW, CHOICE, WRONG)) == 2
+    for change in ({"rationale_weight": 0.0}, {"max_new_tokens": 0}, {"wrong_rationales": "fix"}):
+        with pytest.raises(UserError, match=f"objective.{next(iter(change))} is"):
+            dataclasses.replace(objective, **change)
+
+
+def test_what_is_given_is_fed_and_not_learnt(tiny):
+    encoder = Encoder(load_tokenizer(tiny / "models" / "smollm2_135m"), CHOICE, 64, "error")
+    plain, given = encoder.example(Example("Review:", "positive")), encoder.example(Example("Review:", "positive", prefill="The words"))
+    assert given.ids == (*encoder.prompt("Review:"), *encoder.answer("The words"), *encoder.answer("positive"))
+    assert len(given.ids) - given.start == len(plain.ids) - plain.start == 1
+
+
+@pytest.mark.parametrize("task", [CHOICE, dataclasses.replace(GENERATE, max_new_tokens=1)], ids=["choice", "generate"])
+def test_the_answer_follows_the_model_s_own_reasoning(tiny, task):
+    """The same as scoring the prompt with the generated reasoning and the cue put after it by hand."""
+    folder = tiny / "models" / "smollm2_135m"
+    model, encoder = load_model(folder, Precision("fp32"), CPU), Encoder(load_tokenizer(folder), task, 64, "error")
+    settings: Any = (lambda p: p, 512, CPU, torch.float32)
+    rows = [ROW, {**ROW, "id": "2", "prompt": "Review: awful plot\nSentiment:"}]
+    found = Scorer(model, encoder, task, *settings, None, RationaleFirst(1.0, 5, cue=" So").reasoning).predict(rows)
+    thoughts = Scorer(model, encoder, dataclasses.replace(GENERATE, max_new_tokens=5), *settings).predict(rows)
+    by_hand = [{**row, "prompt": f"{row['prompt']} {(thought['output'].strip() + ' So').strip()}"} for row, thought in zip(rows, thoughts, strict=True)]
+    expected = Scorer(model, encoder, task, *settings).predict(by_hand)
+    for one, other, thought in zip(found, expected, thoughts, strict=True):
+        assert one["reasoning"] == (thought["output"].strip() + " So").strip()
+        assert one["prediction"] == other["prediction"] and one.get("scores") == pytest.approx(other.get("scores")) and one.get("output") == other.get("output")
+
+
+def test_rationale_first_learns_and_pays_for_its_reasoning(overrides):
+    more = ["technique=rationale_first", "train.lr=3e-3", "train.epochs=12", "objective.max_new_tokens=8", "evaluate.latency_rows=4"]
+    found = run(overrides, *more)
+    assert found.test.accuracy >= 0.95
+    reasons = [p["reasoning"] for p in read_jsonl(Path(found.config["paths"]["results"]) / "mine" / found.cell / "predictions.jsonl")]
+    assert sum(r.startswith("The words are ") and "positive" in r or "negative" in r for r in reasons) > 0.9 * len(reasons)
+    answers_alike(overrides, *more)
+    cfg = compose([*overrides, *SHORT, *more])
+    artefact = Artefact.at("one", cell.folder_of(cfg) / "artefact", cfg)
+    door = Door(Base.of(cfg), [artefact])
+    (said,) = door.answer([{"adapter": "one", "prompt": ROW["prompt"], "choices": ROW["choices"]}])
+    assert said["answer"] in ROW["choices"] and door.told == ["1 by one alone (it reasons first)"]
+
+
+def test_no_rationale_to_learn_from_is_said_and_long_ones_are_counted(overrides):
+    objective, at = RationaleFirst(1.0, 3), SimpleNamespace()
+    long = SimpleNamespace(ids=range(9), start=2, group="rationale")
+    assert objective.prepared([[long, long]], at).notes == [  # type: ignore[arg-type, list-item]
+        "2 of 2 rationales are longer than objective.max_new_tokens=3, where reasoning is cut at test"]
+    with pytest.raises(UserError, match="no training row has a rationale to learn from"):
+        objective.prepared([[]], at)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_step_by_step_goes_with_adapters(overrides):
+    for name in ("step_by_step_lora", "step_by_step_qlora"):
+        found = run(overrides, f"technique={name}", "train.lr=1e-2", "train.epochs=12")
+        assert found.test.accuracy >= 0.95 and found.method == "lora" and found.objective == "step_by_step"

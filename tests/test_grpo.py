@@ -1,0 +1,98 @@
+"""GRPO and RLOO: what earns a reward, how a step is laid out, what is refused, and that TRL's loop learns under this project's meter."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline import cell, evaluate, stepping
+from pipeline.config import build, compose
+from pipeline.files import UserError, read_jsonl
+from pipeline.objectives.grpo import Grpo, TrlLoop, _together, reward, said
+from pipeline.settings import Task, Train
+
+CHOICE = Task("t", "choice")
+NUMBER = Task("t", "generate", answer_pattern=r"-?\d[\d,]*(?:\.\d+)?")
+ROW = {"answer": "bad", "choices": ["bad", "bad luck", "good"]}
+SHORT = ["experiment=mine", "train_rows=64", "train.batch_size=8", "train.validations=2"]
+
+
+def test_an_answer_is_the_choice_that_a_text_begins_with_or_what_the_task_extracts():
+    assert [said(t, ROW, CHOICE) for t in (" bad", "Bad luck, he said", "goodbye", "so bad", "")] == ["bad", "bad luck", "good", None, None]
+    assert said("It is 3 or 4,000.", {}, NUMBER) == "4,000"
+    texts = [" bad film", "bad luck", [{"role": "assistant", "content": "BAD"}], "nothing"]
+    assert reward(texts, [ROW] * 4, CHOICE) == [1.0, 0.0, 1.0, 0.0]
+    assert reward(["= 4,000.0", "none"], [{"answer": "4000"}] * 2, NUMBER) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("batch", "fit", "rows"), [(8, 100, 8), (8, 5, 4), (8, 0, 1), (6, 4, 3), (7, 6, 1)])
+def test_a_step_is_split_into_equal_passes(batch, fit, rows):
+    assert _together(batch, fit) == rows
+
+
+@pytest.mark.parametrize("change", ["algorithm=ppo", "num_generations=1", "temperature=0", "beta=-1"])
+def test_values_out_of_range_are_refused(change):
+    with pytest.raises(UserError, match=f"objective.*{change.split('=')[0]}"):
+        build(compose(["technique=grpo", f"objective.{change}"]).objective, "objective")
+
+
+def test_without_trl_and_without_an_adapter_to_hold_against_is_said(monkeypatch):
+    at: Any = SimpleNamespace(model=object(), rows=[], encoder=None)
+    with pytest.raises(UserError, match="objective.beta is 0.1, but only an adapter"):
+        Grpo("grpo", 2, 1.0, beta=0.1).prepared([], at)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="TRL, which is not installed; run: pip install"):
+        Grpo("grpo", 2, 1.0).prepared([], at)
+
+
+def test_a_start_is_asked_for_by_name(overrides):
+    cfg = compose([*overrides, *SHORT, "technique=grpo"])
+    with pytest.raises(UserError, match="start=full, but .*full-s0-n64 holds no finished cell; run it first: python -m pipeline.train .*technique=full"):
+        cell.run(cfg)
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "kto", "logit_distillation", "grpo"])
+def test_the_fast_engine_and_packs_leave_such_objectives_alone(name):
+    objective = build(compose([f"technique={name}"]).objective, "objective")
+    assert not objective.plain
+    if name == "grpo":
+        assert objective.loop() is TrlLoop, "which steps by itself"
+        return
+    eager: Any = object()
+    method = build(compose(["technique=lora"]).method, "method")
+    fast: Any = lambda: stepping.Fast(None, method, objective, [[]], Train(0.1, 1, 1, 1), 0, None, None, 0, 5)  # noqa: E731
+    assert stepping.choose("fast", lambda: eager, fast, None) == (eager, "engine: eager, because the objective makes batches of its own")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_trl_s_loop_learns_from_rewards_under_our_meter(overrides, tmp_path, name):
+    pytest.importorskip("trl")
+    start = compose([*overrides, *SHORT, "technique=full", "train.lr=1e-3", "train.epochs=2"])
+    before = cell.run(start, folder=cell.folder_of(start))
+    cfg = compose([*overrides, *SHORT, f"technique={name}", "train.lr=5e-3", "train.epochs=4"])
+    found = cell.run(cfg, folder=tmp_path / "cell")
+    assert found.test.accuracy >= 0.95 and found.test.nll < before.test.nll
+    rewards = [p["reward"] for p in found.history]
+    assert len(rewards) == found.work.steps == 32 and sum(rewards[-8:]) > sum(rewards[:8]) > 0
+    assert found.history[0]["lr"] < found.history[3]["lr"] and "validation_metric" in found.history[15]
+    assert found.phases.train_s > 0 and found.phases.validate_s > 0 and found.work.tokens > 32 * 8 * 8 and found.memory.peak_bytes
+    assert found.phases.other_s <= 0.02 * found.phases.wall_s and any(n.startswith("begins at mine/full-s0-n64") for n in found.notes)
+    held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    assert [p["prediction"] for p in evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0]] == [p["prediction"] for p in held]
+
+
+@pytest.mark.slow
+def test_a_divergence_from_the_start_costs_and_leaves_no_second_adapter(overrides, tmp_path):
+    pytest.importorskip("trl")
+    cfg = compose([*overrides, *SHORT, "technique=grpo", "start=null", "objective.beta=0.1", "train.steps=2", "objective.num_generations=2"])
+    found = cell.run(cfg, folder=tmp_path / "cell")
+    assert found.work.steps == 2 and not (tmp_path / "cell" / "artefact" / "ref").exists()
+    never = compose([*overrides, *SHORT, "technique=grpo", "start=null", "train.steps=2", "objective.num_generations=2", "task.scoring=generate",
+                     "+task.answer_pattern=never", "train.validations=0"])
+    assert any("no sampled answer was right" in note for note in cell.run(never).notes)
+    with pytest.raises(UserError, match="adalora acts between steps"):
+        cell.run(compose([*overrides, *SHORT, "technique=grpo", "start=null", "method=adalora"]))
