@@ -1,0 +1,250 @@
+"""Which techniques the data can tell apart: differences over seeds and test rows, corrected for being many, and letters.
+
+Library of `python -m pipeline.report` and `python -m pipeline.compare`; docs/statistics.md says why this test, and `python -m benchmarks.tiers`
+measures what it promises.
+
+Model: the answer of technique t, seed s to row i has a random effect of the row, which is shared by all techniques (so they are compared paired),
+of the row under this technique, and of the seed under this technique. The difference of two techniques' means over seeds is normal with variance
+
+    Var_i(d_i) / n  +  sigma_a² / S_a  +  sigma_b² / S_b
+
+where d_i is the difference on row i (means over seeds), n the rows, and sigma_t² the variance over seeds of a technique's mean. A few seeds tell
+little of sigma_t, so it is not put in as if it were known: the p-value is averaged over the sigmas that the seeds of all techniques
+allow (a hierarchical model: sigma_t is log-normal around a spread that all techniques share, with a heterogeneity of its own; both have flat
+priors). Averaging over what is not known is Behrens and Fisher's answer to unequal variances; sharing it over techniques is Smyth's (2004).
+All pairs are corrected (Holm 1979): comparisons with a best that the same data chose, corrected for those alone, find too much.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.report_stats import holm, sign_flip
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SIGNIFICANT = 0.05
+SPREADS = (0.0015, 0.08, 20)
+"""The shared spreads over seeds that are tried: lowest, highest (fractions), how many, evenly in the logarithm."""
+HETEROGENEITIES = (0.0, 0.35, 0.7, 1.05, 1.4, 1.8)
+"""Standard deviations of a technique's log spread around the shared one that are tried."""
+MOST = 0.15
+"""No technique's spread over seeds is taken to be wider (a fraction)."""
+NODES = 9  # of the quadrature over a technique's own log spread
+
+Runs = Mapping[int, Mapping[str, bool]]
+"""{seed: {row id: answered right}} of one technique."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One technique's accuracy beyond another's, fractions."""
+
+    difference: float
+    low: float
+    high: float
+    """95% interval, for this pair alone."""
+    p: float
+    """Two-sided, for this pair alone."""
+    corrected: float
+    """Corrected for all pairs (Holm 1979)."""
+    covers_seeds: bool
+    """False: no technique here has several seeds, so nothing is known of their spread and the test is over rows alone."""
+
+    @property
+    def told(self) -> bool:
+        """Whether the data tell the two apart."""
+        return self.corrected < SIGNIFICANT
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Techniques compared on the rows that all of them answered."""
+
+    means: dict[str, float]
+    """Accuracy over seeds and rows, the best first."""
+    pairs: dict[tuple[str, str], Difference]
+    """By (technique, other), the better one first."""
+    letters: dict[str, str]
+    """Techniques that share a letter cannot be told apart; a is the best one's (Piepho 2004)."""
+    rows: int
+
+    @property
+    def best(self) -> str:
+        return next(iter(self.means))
+
+    def between(self, one: str, other: str) -> Difference:
+        """`one` beyond `other`."""
+        if (one, other) in self.pairs:
+            return self.pairs[one, other]
+        found = self.pairs[other, one]
+        return Difference(-found.difference, -found.high, -found.low, found.p, found.corrected, found.covers_seeds)
+
+
+def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Comparison | None:
+    """Compare techniques; those without answers are left out. None where none is left or no row was answered by all.
+
+    Args:
+        fixed: techniques with nothing random in them, for which one run says all. Several runs with the same answers are taken as that, too.
+    """
+    import numpy as np
+
+    runs = {name: [by_row for by_row in seeds.values() if by_row] for name, seeds in answers.items()}
+    runs = {name: found for name, found in runs.items() if found}
+    common = sorted(set.intersection(*(set(by_row) for found in runs.values() for by_row in found))) if runs else []
+    if not common:
+        return None
+    right = {name: np.array([[by_row[i] for i in common] for by_row in found], dtype=float) for name, found in runs.items()}
+    order = sorted(right, key=lambda name: (-right[name].mean(), name))
+    ranked = [Technique.of(right[name], name in fixed) for name in order]
+    spreads = Spreads.of(ranked)
+    found = {(order[a], order[b]): _Pair.of(ranked, spreads, a, b) for a, b in itertools.combinations(range(len(order)), 2)}
+    raw = [pair.p for pair in found.values()]
+    told = {
+        names: Difference(pair.point, pair.point - pair.half, pair.point + pair.half, p, corrected, spreads.known)
+        for (names, pair), p, corrected in zip(found.items(), raw, holm(raw), strict=True)
+    }
+    apart = [pair for pair, one in told.items() if one.told]
+    return Comparison({name: float(right[name].mean()) for name in order}, told, letters(order, apart), len(common))
+
+
+@dataclass(frozen=True)
+class Technique:
+    """Answers [S, n]; seeds: S, or 0 where nothing is random; variance: of the seeds' means, 0 with less than two."""
+
+    right: np.ndarray
+    seeds: int
+    variance: float
+
+    @classmethod
+    def of(cls, right: np.ndarray, fixed: bool = False) -> Technique:
+        """From answers [S, n] of 0 and 1; fixed: there is nothing random in it."""
+        if fixed or (len(right) > 1 and (right == right[0]).all()):
+            return cls(right[:1], 0, 0.0)
+        return cls(right, len(right), float(right.mean(1).var(ddof=1)) if len(right) > 1 else 0.0)
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """What the seeds of all techniques tell of each one's spread: a mixture over shared spread x heterogeneity x own deviation.
+
+    variances [G, H, Z]; shared [G, H]: weights of the first two; own [T, G, H, Z]: of the third given them. known: whether any technique
+    has several seeds.
+    """
+
+    variances: Any
+    shared: Any
+    own: Any
+    known: bool
+
+    @classmethod
+    def of(cls, ranked: Sequence[Technique]) -> Spreads:
+        """From every technique's seeds."""
+        return cls.from_variances([t.variance for t in ranked], [max(0, t.seeds - 1) for t in ranked])
+
+    @classmethod
+    def from_variances(cls, sample: Sequence[float], freedom: Sequence[int]) -> Spreads:
+        """From the sample variances of the seeds' means and their degrees of freedom (0: one seed), by technique."""
+        import numpy as np
+
+        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+        tried = np.minimum(np.geomspace(*SPREADS)[:, None, None] * np.exp(np.array(HETEROGENEITIES)[None, :, None] * nodes), MOST)
+        df, v = (np.array(values, dtype=float)[:, None, None, None] for values in (freedom, sample))
+        fits = -0.5 * df * (2 * np.log(tried) + v / tried**2) + np.log(weights / weights.sum())
+        top = fits.max(-1, keepdims=True)
+        evidence = top[..., 0] + np.log(np.exp(fits - top).sum(-1))
+        shared = np.exp(evidence.sum(0) - evidence.sum(0).max())
+        return cls(tried**2, shared / shared.sum(), np.exp(fits - evidence[..., None]), bool(sum(freedom)))
+
+    def mixture(self, a: int, b: int, seeds_a: int, seeds_b: int) -> tuple[np.ndarray, np.ndarray]:
+        """(variances that the seeds add to the difference of techniques a and b, their weights), flat. seeds: 0 for one without any."""
+        import numpy as np
+
+        def part(own: np.ndarray, seeds: int, axis: int) -> np.ndarray:
+            return np.expand_dims(own / seeds if seeds else np.zeros_like(own), axis)
+
+        added = part(self.variances, seeds_a, 3) + part(self.variances, seeds_b, 2)
+        weights = self.shared[..., None, None] * self.own[a][..., :, None] * self.own[b][..., None, :]
+        return added.reshape(-1), weights.reshape(-1)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Technique number a against number b: the point difference, and what its distance from 0 is measured with (None: rows alone)."""
+
+    by_row: np.ndarray
+    weight: int
+    """by_row times this are whole numbers."""
+    spread: np.ndarray | None
+    weights: np.ndarray | None
+
+    @classmethod
+    def of(cls, ranked: Sequence[Technique], spreads: Spreads, a: int, b: int) -> _Pair:
+        import numpy as np
+
+        one, other = ranked[a].right, ranked[b].right
+        by_row = one.mean(0) - other.mean(0)
+        if not spreads.known:
+            return cls(by_row, len(one) * len(other), None, None)
+        added, weights = spreads.mixture(a, b, ranked[a].seeds, ranked[b].seeds)
+        return cls(by_row, len(one) * len(other), np.sqrt(_mean_variance(by_row) + added), weights)
+
+    @property
+    def point(self) -> float:
+        return float(self.by_row.mean())
+
+    @property
+    def p(self) -> float:
+        if self.spread is None or self.weights is None:
+            return sign_flip([round(self.weight * float(d)) for d in self.by_row])
+        return chance(abs(self.point), self.spread, self.weights)
+
+    @property
+    def half(self) -> float:
+        """Half the 95% interval's width."""
+        if self.spread is None or self.weights is None:
+            return 1.959964 * math.sqrt(_mean_variance(self.by_row))
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if chance(middle, self.spread, self.weights) > SIGNIFICANT else (low, middle)
+        return high
+
+
+def _mean_variance(by_row: np.ndarray) -> float:
+    return float(by_row.var(ddof=1)) / len(by_row) if len(by_row) > 1 else 0.0
+
+
+def p_values(ranked: Sequence[Technique]) -> list[tuple[int, int, float]]:
+    """(technique number, other, two-sided p) of every pair, corrected for nothing."""
+    spreads = Spreads.of(ranked)
+    return [(a, b, _Pair.of(ranked, spreads, a, b).p) for a, b in itertools.combinations(range(len(ranked)), 2)]
+
+
+def chance(distance: float, spread: np.ndarray, weights: np.ndarray) -> float:
+    """How probable a normal as far from 0 as this is, two-sided, over standard deviations `spread` [M] with `weights` [M]."""
+    from scipy.special import ndtr
+
+    live = spread > 0
+    return float((weights[live] * 2 * ndtr(-distance / spread[live])).sum() + weights[~live].sum() * float(distance == 0))
+
+
+def letters(order: Sequence[str], apart: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Compact letters (Piepho 2004, insert and absorb): two share one exactly if they are not in `apart`. order: the best first."""
+    groups = [set(order)]
+    for one, other in apart:
+        split = []
+        for group in groups:
+            split += [group - {one}, group - {other}] if {one, other} <= group else [group]
+        groups = [g for i, g in enumerate(split) if not any(g < h or (g == h and i > j) for j, h in enumerate(split))]
+    groups.sort(key=lambda g: sorted(map(order.index, g)))
+    return {name: "".join(_letter(i) for i, group in enumerate(groups) if name in group) for name in order}
+
+
+def _letter(index: int) -> str:
+    return chr(ord("a") + index % 26) + "'" * (index // 26)
