@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.forecasting.allocator import Tensor
-    from pipeline.forecasting.eager import Eager
+    from pipeline.forecasting.operations import Operations
 
 Back = Callable[[list[Any]], Any]
 
@@ -19,7 +19,7 @@ Back = Callable[[list[Any]], Any]
 class Attention:
     """A layer's attention within `owner`'s walk."""
 
-    def __init__(self, owner: Eager) -> None:
+    def __init__(self, owner: Operations) -> None:
         self.owner = owner
         self.rows = self.width = 0
 

@@ -10,287 +10,24 @@ its output and a function that takes a box with the output's gradient and gives 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from pipeline.forecasting.allocator import Allocator, Tensor
 from pipeline.forecasting.attention import Attention
+from pipeline.forecasting.operations import Back, Operations
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
-from pipeline.forecasting.shape import LINEAR
+from pipeline.forecasting.trained import parameter_sizes
 
-Back = Callable[[list[Any]], Any]
 PAGED_FROM = 100_000
 """Numbers of a tensor from which bitsandbytes pages its optimiser state."""
 
 
-class Eager:
-    """Walks through micro-batches.
-
-    Args:
-        keep_casts: autocast keeps a trained weight's copy for the whole forward pass (not inside a CUDA graph's capture).
-        gradients: where trained parameters' gradients stand already (the fast engine's buffer); None: they are made and freed.
-    """
+class Eager(Operations):
+    """Walks through micro-batches and steps."""
 
     def __init__(self, plan: Plan, memory: Allocator, constants: Constants, keep_casts: bool = True, own_gradients: bool = True) -> None:
-        self.plan, self.memory, self.constants, self.s = plan, memory, constants, plan.shape
-        self.keep_casts, self.own_gradients = keep_casts, own_gradients
-        self.z = plan.compute
-        parts = plan.trained.parts
-        self.hz = 4 if "embedding" in parts else plan.base
-        self.soft = plan.trained.kind == "soft"
+        super().__init__(plan, memory, constants, keep_casts, own_gradients)
         self.attention = Attention(self)
-        self.grads: dict[str, Tensor] = {}
-        self.casts: dict[str, Tensor] = {}
-        self.workspaces: dict[str, Tensor] = {}
-        self.n = self.labels = 0
-
-    # -- small things
-
-    def new(self, numbers: int, z: int, kind: str = "activations") -> Tensor:
-        return self.memory.new(numbers * z, kind)
-
-    def product(self, thread: str) -> None:
-        """A matrix product: cuBLAS takes its workspace the first time."""
-        if self.plan.gpu and thread not in self.workspaces:
-            self.workspaces[thread] = self.memory.new(self.constants.product_workspace, "workspace")
-
-    def grad(self, name: str, numbers: int, z: int = 4) -> None:
-        """A parameter's gradient is made in z bytes a number."""
-        self.keep_grad(name, [self.new(numbers, z, "gradients")], numbers, z)
-
-    def keep_grad(self, name: str, box: list[Any], numbers: int, z: int) -> None:
-        """A gradient is cast to fp32 and kept, or added to the one there is."""
-        made = box.pop() if z == 4 else self.new(numbers, 4, "gradients")
-        if self.own_gradients:
-            self.grads.setdefault(name, made)
-
-    def weight_cast(self, name: str, numbers: int) -> Tensor | None:
-        """A trained fp32 weight in the arithmetic's dtype."""
-        if self.z == 4:
-            return None
-        if name not in self.casts:
-            made = self.new(numbers, self.z, "weights")
-            if not self.keep_casts:
-                return made
-            self.casts[name] = made
-        return self.casts[name]
-
-    def trains(self, layer: int, part: str = "layers") -> bool:
-        held = self.plan.trained
-        return held.kind == "full" and part in held.parts and layer >= held.first
-
-    def layer_trains(self, layer: int) -> bool:
-        """Whether anything of this layer is trained."""
-        held = self.plan.trained
-        return held.kind in ("lora", "ia3", "ln") or self.trains(layer) or self.trains(layer, "biases")
-
-    # -- operations
-
-    def norm(self, x: Tensor, needs: bool, name: str, trained: bool) -> tuple[Tensor, Back]:
-        """RMSNorm as LlamaRMSNorm computes it, in fp32."""
-        size, hz = self.n * self.s.width, self.hz
-        oz = 4 if trained else max(hz, self.plan.base)
-        wide = x if hz == 4 else self.new(size, 4)
-        square = self.new(size, 4)
-        root = self.new(self.n, 4)
-        del square
-        scaled = self.new(size, 4)
-        narrow = scaled if hz == 4 else self.new(size, hz)
-        del scaled
-        out = self.new(size, oz)
-        saved = [*([wide, root] if needs else []), *([narrow] if trained else [])]
-        del wide, root, narrow
-
-        def back(box: list[Any]) -> Tensor | None:
-            dout = box.pop()
-            if trained:
-                product = self.new(size, oz)
-                self.grad(name, self.s.width)
-                del product
-            if not needs:
-                saved.clear()
-                return None
-            dnarrow = self.new(size, oz)
-            del dout
-            if oz != hz:
-                dnarrow = self.new(size, hz)
-            dscaled = dnarrow if hz == 4 else self.new(size, 4)
-            del dnarrow
-            droot = self.new(size, 4)
-            dwide = self.new(size, 4)
-            del droot, dscaled
-            spread = self.new(size, 4)
-            power = self.new(size, 4)
-            power = self.new(size, 4)
-            del spread, power
-            saved.clear()
-            return dwide if hz == 4 else self.new(size, hz)
-
-        return out, back
-
-    def base_linear(self, x: Tensor, xz: int, name: str, needs: bool) -> tuple[Tensor, Back]:
-        """A frozen linear layer in the base's precision."""
-        (i, o), z, precision = self.s.linear(name), self.z, self.plan.precision
-        fed = x if xz == z else self.new(self.n * i, z)
-        self.product("forward")
-        saved: list[Tensor] = []
-        if precision == "int8":
-            half, small = self.new(self.n * i, 2), self.new(self.n * i, 1)
-            summed = self.new(self.n * o, 4)
-            out = self.new(self.n * o, z)
-            del half, small, summed
-            if needs:
-                saved.append(fed)
-        elif precision == "nf4":
-            dequantised = self.new(i * o, z)
-            out = self.new(self.n * o, z)
-            del dequantised
-        else:
-            out = self.new(self.n * o, z)
-        del fed
-
-        def back(box: list[Any]) -> Tensor | None:
-            dout = box.pop()
-            if not needs:
-                return None
-            self.product("backward")
-            dequantised = self.new(i * o, z) if precision in ("nf4", "int8") else None
-            dx = self.new(self.n * i, z)
-            del dequantised, dout
-            saved.clear()
-            return dx if xz == z else self.new(self.n * i, xz)
-
-        return out, back
-
-    def trained_linear(self, x: Tensor, xz: int, key: str, sizes: tuple[int, int], needs: bool, tokens: int, owner: str = "") -> tuple[Tensor, Back]:
-        """A linear layer with a trained fp32 weight; owner: whose gradient it is, where weights are tied."""
-        (i, o), z = sizes, self.z
-        fed = x if xz == z else self.new(tokens * i, z)
-        cast = self.weight_cast(key, i * o)
-        self.product("forward")
-        out = self.new(tokens * o, z, "logits" if key == "head" else "activations")
-        saved = [fed, cast if needs else None]
-        del fed, cast
-
-        def back(box: list[Any]) -> Tensor | None:
-            dout = box.pop()
-            self.product("backward")
-            dx = self.new(tokens * i, z) if needs else None
-            made = [self.new(i * o, z, "gradients")]
-            del dout
-            saved.clear()
-            dx = self.new(tokens * i, xz) if dx is not None and xz != z else dx
-            self.keep_grad(owner or key, made, i * o, z)
-            return dx
-
-        return out, back
-
-    def lora_linear(self, x: Tensor, xz: int, layer: int, name: str, needs: bool) -> tuple[Tensor, Back]:
-        """peft's Linear: base(x) + scaling · B(A(dropout(x))); over an unquantised base x goes to A by way of fp32."""
-        (i, o), z, n = self.s.linear(name), self.z, self.n
-        rank, p = self.plan.trained.ranks[name], self.plan.trained.dropout
-        result, base_back = self.base_linear(x, xz, name, needs)
-        if self.plan.precision == "nf4":
-            result = self.new(n * o, z)
-        straight = self.plan.precision in ("nf4", "int8") and self.plan.gpu and z == 2  # peft asks whether CUDA's autocast is on
-        wide = x if straight or xz == 4 else self.new(n * i, 4)
-        wz = xz if wide is x else 4
-        mask = self.new(n * i, 1 if self.plan.gpu else wz) if p else None
-        dropped = self.new(n * i, wz) if p else wide
-        fed = dropped if wz == z else self.new(n * i, z)
-        casts = [self.weight_cast(f"{layer}.{name}.{part}", rank * size) for part, size in (("A", i), ("B", o))]
-        down = self.new(n * rank, z)
-        up = self.new(n * o, z)
-        scaled = self.new(n * o, z)
-        del up
-        out = self.new(n * o, z)
-        del scaled, result
-        saved = [mask if needs else None, fed, down, *casts]
-        del mask, dropped, fed, wide, down, casts
-
-        def back(box: list[Any]) -> Tensor | None:
-            dout = box.pop()
-            dup = self.new(n * o, z)
-            ddown = self.new(n * rank, z)
-            self.grad(f"{layer}.{name}.B", rank * o, z)
-            del dup
-            self.product("backward")
-            dfed = self.new(n * i, z) if needs else None
-            self.grad(f"{layer}.{name}.A", rank * i, z)
-            del ddown
-            saved.clear()
-            if dfed is None:
-                return None
-            if wz != z:
-                dfed = self.new(n * i, wz)
-            if p:
-                dfed = self.new(n * i, wz)
-            if wz != xz:
-                dfed = self.new(n * i, xz)
-            held = [dout]
-            del dout
-            return base_back(held) and dfed  # added in place
-
-        return out, back
-
-    def ia3_linear(self, x: Tensor, xz: int, layer: int, name: str, needs: bool) -> tuple[Tensor, Back]:
-        """peft's IA3: a trained vector times the output, or times the input of the feed-forward's last layer; by way of fp32."""
-        (i, o), z = self.s.linear(name), self.z
-        inner = name == "down_proj"
-        size = self.n * (i if inner else o)
-        if inner:
-            wide = x if xz == 4 else self.new(size, 4)
-            scaled = self.new(size, 4)
-            fed = scaled if xz == 4 else self.new(size, xz)
-            del scaled
-            saved = [wide]
-            out, base_back = self.base_linear(fed, xz, name, True)
-            del wide, fed
-        else:
-            held, base_back = self.base_linear(x, xz, name, needs)
-            scaled = self.new(size, 4)
-            out = scaled if z == 4 else self.new(size, z)
-            saved = [held]
-            del held, scaled
-
-        def scale_back(dout: Tensor) -> Tensor:
-            wide = dout if z == 4 else self.new(size, 4)
-            del dout
-            product = self.new(size, 4)
-            self.grad(f"{layer}.{name}.ia3", i if inner else o)
-            del product
-            found = self.new(size, 4)
-            del wide
-            saved.clear()
-            return found if z == 4 else self.new(size, z)
-
-        def back(box: list[Any]) -> Tensor | None:
-            if inner:
-                return scale_back(base_back(box))
-            return base_back([scale_back(box.pop())])
-
-        return out, back
-
-    def linear(self, x: Tensor, xz: int, layer: int, name: str, needs: bool) -> tuple[Tensor, Back]:
-        """One of a layer's linear maps, whatever holds it."""
-        kind, ranks = self.plan.trained.kind, self.plan.trained.ranks
-        if kind == "lora" and name in ranks:
-            return self.lora_linear(x, xz, layer, name, needs)
-        if kind == "ia3" and name in ranks:
-            return self.ia3_linear(x, xz, layer, name, needs)
-        if self.trains(layer):
-            return self.trained_linear(x, xz, f"{layer}.{name}", self.s.linear(name), needs, self.n)
-        return self.base_linear(x, xz, name, needs)
-
-    def outputs_need(self, layer: int, name: str, needs: bool) -> bool:
-        """Whether a linear map's output needs a gradient, given whether its input does."""
-        held = self.plan.trained
-        if held.kind in ("lora", "ia3"):
-            return needs or name in held.ranks
-        biased = name in self.s.biases or held.added_biases
-        return needs or self.trains(layer) or (self.trains(layer, "biases") and biased)
-
-    # -- the model
 
     def feed_forward(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
         """down(silu(gate(x)) · up(x))."""
@@ -471,39 +208,9 @@ class Eager:
 
         return out, back
 
-    # -- the step
-
-    def parameter_sizes(self) -> list[int]:
-        """Numbers of every trained tensor."""
-        held, s = self.plan.trained, self.s
-        if held.kind == "soft":
-            return list(held.sizes)
-        if held.kind == "lora":
-            return [rank * size for _ in range(s.layers) for name, rank in held.ranks.items() for size in s.linear(name)]
-        if held.kind == "ia3":
-            return [s.linear(name)[0 if name == "down_proj" else 1] for _ in range(s.layers) for name in held.ranks]
-        if held.kind == "ln":
-            return [s.width] * (2 * s.layers + 1)
-        return self._base_sizes()
-
-    def _base_sizes(self) -> list[int]:
-        held, s = self.plan.trained, self.s
-        whole, found = s.vocabulary * s.width, []
-        if "embedding" in held.parts:
-            found.append(whole)
-        for _ in range(held.first, s.layers):
-            if "layers" in held.parts:
-                found += [i * o for i, o in map(s.linear, LINEAR)]
-            if {"layers", "biases"} & held.parts:
-                found += [s.linear(name)[1] for name in (LINEAR if held.added_biases else s.biases)]
-            if "layers" in held.parts:
-                found += [s.width, s.width]
-        found += [s.width] if "norm" in held.parts else []
-        return found + ([whole] if "head" in held.parts and (not s.tied or held.own_head) else [])
-
     def states(self) -> list[Tensor]:
         """AdamW's: two moments and a step count for every trained tensor."""
-        sizes = [numbers for numbers in self.parameter_sizes() if not self.plan.paged or numbers < PAGED_FROM]
+        sizes = [numbers for numbers in parameter_sizes(self.plan.trained, self.s) if not self.plan.paged or numbers < PAGED_FROM]
         return [self.new(size, 4, "optimiser") for numbers in sizes for size in (1, numbers, numbers)]
 
     def run(self) -> None:

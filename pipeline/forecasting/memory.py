@@ -13,6 +13,7 @@ from pipeline.forecasting.eager import Eager
 from pipeline.forecasting.fast import ByHand
 from pipeline.forecasting.plan import Constants, Plan
 from pipeline.forecasting.shape import LINEAR, NoForecast, tensors
+from pipeline.forecasting.trained import parameter_sizes
 
 KINDS = ("weights", "adapter", "gradients", "optimiser", "activations", "logits", "workspace", "inputs")
 
@@ -76,8 +77,7 @@ def load(plan: Plan, memory: Allocator) -> dict[str, Tensor]:
     if plan.trained.kind == "full":
         _widen(plan, memory, found)
     elif held.kind != "none":
-        whole = Eager(dataclasses.replace(plan, engine="eager"), memory, Constants())
-        for index, numbers in enumerate(whole.parameter_sizes()):
+        for index, numbers in enumerate(parameter_sizes(held, plan.shape)):
             found[f"adapter {index}"] = memory.new(numbers * 4, "adapter")
     return found
 

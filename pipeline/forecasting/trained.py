@@ -210,3 +210,30 @@ COUNTS: dict[str, Callable[[dict[str, Any], int, int], int]] = {
     "OFT": _oft,
 }
 """Trained numbers of one linear map, by PEFT's name of the adapter."""
+
+
+def parameter_sizes(held: Trained, shape: Shape) -> list[int]:
+    """Numbers of every trained tensor; none for a kind that has counts alone."""
+    if held.kind == "soft":
+        return list(held.sizes)
+    if held.kind == "lora":
+        return [rank * size for _ in range(shape.layers) for name, rank in held.ranks.items() for size in shape.linear(name)]
+    if held.kind == "ia3":
+        return [shape.linear(name)[0 if name in IA3_INNER else 1] for _ in range(shape.layers) for name in held.ranks]
+    if held.kind == "ln":
+        return [shape.width] * (2 * shape.layers + 1)
+    return _base_sizes(held, shape) if held.kind == "full" else []
+
+
+def _base_sizes(held: Trained, shape: Shape) -> list[int]:
+    whole = shape.vocabulary * shape.width
+    found = [whole] if "embedding" in held.parts else []
+    for _ in range(held.first, shape.layers):
+        if "layers" in held.parts:
+            found += [i * o for i, o in map(shape.linear, LINEAR)]
+        if {"layers", "biases"} & held.parts:
+            found += [shape.linear(name)[1] for name in (LINEAR if held.added_biases else shape.biases)]
+        if "layers" in held.parts:
+            found += [shape.width, shape.width]
+    found += [shape.width] if "norm" in held.parts else []
+    return found + ([whole] if "head" in held.parts and (not shape.tied or held.own_head) else [])
