@@ -340,14 +340,15 @@ def hardware(device: Any) -> dict[str, Any]:
         "device": getattr(device, "type", device),
         "gpu": gpu,
         "gpu_memory_bytes": memory,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
