@@ -21,6 +21,8 @@ repro: $(VENV) ## bring the experiment that params.yaml names up to date, print 
 adopt: $(VENV) ## take the results of `python -m pipeline.cells` into DVC as they are
 	@$(BIN)/dvc repro --quiet experiments/$(EXPERIMENT)/dvc.yaml:plan
 	@$(BIN)/dvc commit --force --quiet experiments/$(EXPERIMENT)/dvc.yaml:train
+	@if $(BIN)/dvc stage list --name-only experiments/$(EXPERIMENT)/dvc.yaml | grep -q train_after; then \
+	  $(BIN)/dvc commit --force --quiet experiments/$(EXPERIMENT)/dvc.yaml:train_after; fi
 	@echo "adopted; make repro writes the report"
 
 sweep: $(VENV) ## search the rank of TECHNIQUE (lora) and confirm the best on test

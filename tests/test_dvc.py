@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline.config import ROOT
 STAND_IN = '''#!{python}
 """python on PATH: `-m pipeline.plan` is the real one, any other stage writes its outputs at once."""
 import os, sys, time
+from collections.abc import Sequence
 from pathlib import Path
 
 stage = sys.argv[2].removeprefix("pipeline.")
@@ -66,13 +68,13 @@ class Clone:
         self.choose("a")
         subprocess.run(["git", "init", "-q"], cwd=root, check=True)
 
-    def experiment(self, name: str, techniques: list[str]) -> None:
+    def experiment(self, name: str, techniques: list[str], after: Sequence[str] = ()) -> None:
         """Lay down quick under another name and with another grid."""
         folder = self.root / "experiments" / name
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "experiments/quick/dvc.yaml", folder / "dvc.yaml")
         known = yaml.safe_load((ROOT / "experiments/quick/params.yaml").read_text())
-        known |= {"experiment": name, "grid": {"techniques": techniques, "seeds": [0], "train_rows": [200]}}
+        known |= {"experiment": name, "grid": {"techniques": techniques, "first": "full", "after": list(after), "seeds": [0], "train_rows": [200]}}
         (folder / "params.yaml").write_text(yaml.safe_dump(known))
         text = (ROOT / "experiments/quick.yaml").read_text().replace("experiment: quick", f"experiment: {name}")
         (folder.parent / f"{name}.yaml").write_text(text)
@@ -122,6 +124,15 @@ def test_a_technique_added_to_the_grid_runs_its_own_cell_alone(clone):
     )
     clone.experiment("a", ["full", "zero_shot", "lora"])
     assert clone.repro() == ["train full-s0-n200", "report a"]
+
+
+@pytest.mark.slow
+def test_a_cell_that_reads_another_one_runs_after_it_and_with_it(clone):
+    clone.experiment("a", ["lora", "full"], ["grpo"])
+    ran = clone.repro()
+    assert ran.index("train full-s0-n200") < ran.index("train grpo-s0-n200") and ran[-1] == "report a"
+    clone.edit("conf/technique/full.yaml", "lr: 5.0e-5", "lr: 6.0e-5")
+    assert clone.repro() == ["train full-s0-n200"], "its artefact is the same, so what begins there is as it was"
 
 
 @pytest.mark.slow

@@ -8,9 +8,11 @@ import pytest
 import yaml
 
 from pipeline import plan as entry
+from pipeline.cell import reads
 from pipeline.cells import grid, grid_overrides
 from pipeline.config import CONF, ROOT, compose
 from pipeline.files import read_json
+from pipeline.lineage import name as cell_name
 from pipeline.plan import plan
 
 EXPERIMENTS = sorted(p.parent.name for p in ROOT.glob("experiments/*/params.yaml"))
@@ -126,6 +128,17 @@ def test_a_cell_depends_on_the_code_that_it_runs_file_by_file():
     read = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("pipeline/metrics/*/*.py")} | {"pipeline/news.txt"}
     assert deps == (imported("pipeline/train.py") | read) - set(UNLISTED)
     assert not any((ROOT / d).is_dir() for d in deps), "a new file in a folder would rerun every cell"
+
+
+def test_what_reads_another_cell_comes_after_it():
+    first, after = (stages("experiments/quick/dvc.yaml")[name] for name in ("train", "train_after"))
+    further = "results/${experiment}/${grid.first}-s${item.seed}-n${item.rows}/artefact"
+    assert sorted([*first["deps"], further]) == sorted(after["deps"])
+    assert {k: v for k, v in first.items() if k not in ("deps", "matrix")} == {k: v for k, v in after.items() if k not in ("deps", "matrix")}
+    known = grid("techniques")["grid"]
+    for cfg in map(compose, one_cell_a_technique("techniques")):
+        wanted = {known["first"]} if cfg.technique.name in known["after"] else set()
+        assert {path.parent.name for path in reads(cfg)} == {cell_name(cfg, first) for first in wanted}, cfg.technique.name
 
 
 def test_the_report_depends_on_all_of_its_files():
