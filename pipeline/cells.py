@@ -26,7 +26,7 @@ from pipeline.config import ROOT, compose, entry, task_overrides
 from pipeline.files import UserError
 from pipeline.measure import hardware, now
 from pipeline.results import read as read_result
-from pipeline.train import run_cell
+from pipeline.train import run_cell, warned
 
 
 def run(cfg: DictConfig) -> int:
@@ -45,6 +45,7 @@ def run_cells(cells: Sequence[DictConfig]) -> int:
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done")
     if not missing:
         return 0
+    warned(*missing)
     shared = preload(missing)
     code = 0
     try:

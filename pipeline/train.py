@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from pipeline import cell, tracking
 from pipeline.config import entry
 from pipeline.files import UserError, check_writable
-from pipeline.measure import process_start
+from pipeline.measure import Stopwatch, process_start
 from pipeline.results import Result
 from pipeline.scoring import headline
 from pipeline.supervise import run_in_child
@@ -23,10 +23,19 @@ from pipeline.supervise import run_in_child
 
 def run(cfg: DictConfig) -> int:
     """Run the cell in a child process and mirror its result."""
-    code = run_cell(cfg, None, process_start())
+    code = run_cell(cfg, None, process_start() + warned(cfg))
     if code == 0:
         tracking.log_cell(cell.folder_of(cfg), cfg)
     return code
+
+
+def warned(*cells: DictConfig) -> float:
+    """Tell which of the cells will not fit. Returns the seconds that took, which are none of the cells'."""
+    from pipeline.forecasting.warn import warn
+
+    watch = Stopwatch()
+    warn(cells)
+    return watch.lap()
 
 
 def run_cell(cfg: DictConfig, shared: cell.Shared | None, started: float | None) -> int:

@@ -120,6 +120,7 @@ UNLISTED = {
     "pipeline/supervise.py": "starts the cell's process",
     "pipeline/tracking.py": "mirrors results",
     "pipeline/runs.py": "mirrors results",
+    **{p.relative_to(ROOT).as_posix(): "tells what will not fit" for p in ROOT.glob("pipeline/forecasting/*.py")},
 }
 
 
