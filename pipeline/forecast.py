@@ -3,6 +3,7 @@
     python -m pipeline.forecast technique=qlora train.batch_size=32                             on the card at hand
     python -m pipeline.forecast technique=lora model=local model.source.path=/models/llama forecast.gpu_memory_gb=16
     python -m pipeline.forecast technique=full forecast.model_config=/models/llama/config.json  a model that is not prepared
+    python -m pipeline.forecast technique=lora forecast.calibrate=true                          times a few steps here first, once
 
 Arithmetic on the model's config.json, in about a second. How well it agrees with measured peaks: experiments/forecast/.
 """
@@ -14,12 +15,14 @@ import sys
 from omegaconf import DictConfig
 
 from pipeline.config import entry
-from pipeline.forecasting.cell import forecast
+from pipeline.forecasting.cell import calibrate, forecast
 from pipeline.forecasting.text import table
 
 
 def run(cfg: DictConfig) -> int:
     """Print the forecast; 0 whether or not it fits."""
+    if cfg.forecast.calibrate:
+        calibrate(cfg)
     print("\n".join(table(forecast(cfg))))
     return 0
 

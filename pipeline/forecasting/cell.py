@@ -17,7 +17,7 @@ from pipeline import measure
 from pipeline.config import ROOT, plain
 from pipeline.data import steps_in_epoch
 from pipeline.files import read_json
-from pipeline.forecasting import memory, run
+from pipeline.forecasting import memory, run, speed
 from pipeline.forecasting.memory import Memory
 from pipeline.forecasting.plan import Constants, Plan
 from pipeline.forecasting.rows import TrainingRows, training_rows
@@ -38,6 +38,11 @@ class Card:
     name: str
     memory_bytes: int
     at_hand: bool = True
+
+    @property
+    def device(self) -> str:
+        """What computes, by its name."""
+        return self.name if self.gpu else measure.cpu_name()
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def card_at_hand(cfg: DictConfig) -> Card:
     found = measure.card() if cfg.device != "cpu" else None
     if found is not None:
         return Card(True, *found)
-    return Card(False, "this machine", measure.machine_bytes())
+    limit = cfg.memory_limit_gb
+    return Card(False, "this machine" if limit is None else "memory_limit_gb", measure.machine_bytes() if limit is None else int(limit * 2**30))
 
 
 @functools.cache
@@ -152,7 +158,7 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
     if batches:
         found["largest_batch"] = largest_batch(held, card)
     if time:
-        found |= _time(held, card)
+        found |= _time(cfg, held, card)
     return Forecast(cfg.technique.name, card, memory_kind=kind, notes=_notes(held), **found)
 
 
@@ -184,8 +190,34 @@ def largest_batch(held: Prepared, card: Card) -> int:
     return low
 
 
-def _time(held: Prepared, card: Card) -> dict[str, Any]:
-    return {}
+def _time(cfg: DictConfig, held: Prepared, card: Card) -> dict[str, Any]:
+    """The fields of a Forecast that tell the time."""
+    if not card.at_hand:
+        return {"time_from": "time: only the machine at hand can be timed; leave forecast.gpu_memory_gb out"}
+    path = speed.file_of(cfg.paths.work)
+    points = speed.known(path, card.device, held.plan)
+    if not points:
+        return {"time_from": "time: not timed on this machine yet; add forecast.calibrate=true (about half a minute, once)"}
+    when = f"steps of a few layers timed on this machine ({path})"
+    return {"train_s": speed.train_seconds(held.plan, held.steps, points), "time_from": when}
+
+
+def calibrate(cfg: DictConfig, card: Card | None = None) -> None:
+    """Time the cell's technique on this machine, once; does nothing where that is known already or there is no forecast.
+
+    Raises:
+        UserError: the technique cannot be set up on random weights.
+    """
+    from pipeline.forecasting import calibrate as measured
+
+    card = card or card_at_hand(cfg)
+    try:
+        held = prepare(cfg, card.gpu)
+    except NoForecast:
+        return
+    path = speed.file_of(cfg.paths.work)
+    if card.at_hand and not speed.known(path, card.device, held.plan):
+        speed.keep(path, card.device, held.plan, measured.calibrate(cfg, held.plan), measure.provenance()["started"][:10])
 
 
 def _notes(held: Prepared) -> list[str]:

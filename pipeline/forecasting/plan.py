@@ -46,6 +46,10 @@ class Plan:
     """bitsandbytes' paged optimiser, whose state is not the allocator's."""
     accumulates: bool = False
     """Whether a step has several micro-batches."""
+    fed: Sequence[tuple[int, int]] = ()
+    """(cells of a micro-batch: tokens, padding counted; how many such there are) in the steps that were looked at."""
+    looked: int = 0
+    """How many steps those were."""
 
     @property
     def base(self) -> int:

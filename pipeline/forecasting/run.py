@@ -51,22 +51,25 @@ def plan(model: Model, trained: Trained, train: Train, precision: Precision, exa
     engine = engine_of(train, trained, model, held, gpu)
     orders = [step_rows(len(examples), train.batch_size, seed, step) for step in range(min(total, MOST_STEPS))]
     if engine == "eager":
-        steps, accumulates = _eager_steps(examples, orders, train.micro_batch_tokens), False
+        steps, fed = _eager_steps(examples, orders, train.micro_batch_tokens)
+        accumulates = False
     else:
         packs = engine == "hand" and trained.kind != "soft" and compute == 2
         buckets, streams = of_run(examples, train, orders, total, packs, model.layers, model.parameters)
         chosen = streams or buckets
         steps, accumulates = [[_micro(shape) for shape in chosen.all()]], chosen.accumulates
+        fed = [(chosen.shape(width).cells, count) for width, count in chosen.fed.items()]
     paged = train.optimizer == "paged_adamw" and gpu and engine == "eager"
-    return Plan(model, trained, held, compute, steps, engine, gpu, precision.double_quantisation, train.checkpointing, paged, accumulates)
+    return Plan(model, trained, held, compute, steps, engine, gpu, precision.double_quantisation, train.checkpointing, paged, accumulates, fed, len(orders))
 
 
 def _micro(shape: Shape) -> MicroBatch:
     return MicroBatch(1 if shape.longest else shape.rows, shape.width, shape.labels, shape.longest, shape.dense)
 
 
-def _eager_steps(examples: Sequence[Sequence[Encoded]], orders: Sequence[Sequence[int]], most_tokens: int) -> list[list[MicroBatch]]:
-    """The heaviest step, and the first ones, as far as they need be walked through."""
+def _eager_steps(examples: Sequence[Sequence[Encoded]], orders: Sequence[Sequence[int]], most_tokens: int
+                 ) -> tuple[list[list[MicroBatch]], list[tuple[int, int]]]:
+    """(the heaviest step and the first ones, as far as they need be walked through; cells of every micro-batch)."""
     found = []
     for rows in orders:
         step = [e for r in rows for e in examples[r]]
@@ -74,7 +77,8 @@ def _eager_steps(examples: Sequence[Sequence[Encoded]], orders: Sequence[Sequenc
         found.append([MicroBatch(len(part), lengths[part[0]] - 1, sum(lengths[i] - step[i].start for i in part))
                       for part in by_length(lengths, most_tokens)])
     heaviest = max(found, key=lambda parts: max(m.rows * m.width for m in parts))
-    return [parts[:MOST_PARTS] for parts in [*found[: WALKED - 2], heaviest, *found[WALKED - 2 : WALKED - 1]]]
+    walked = [parts[:MOST_PARTS] for parts in [*found[: WALKED - 2], heaviest, *found[WALKED - 2 : WALKED - 1]]]
+    return walked, [(m.rows * m.width, 1) for parts in found for m in parts]
 
 
 def equal_rows(rows: int, fed: int, labels: int) -> list[list[Encoded]]:
