@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from pipeline import report_complexity, report_forgetting
+from pipeline import report_complexity, report_forecast, report_forgetting
 from pipeline import report_format as f
 from pipeline.report_cells import Cell
 from pipeline.report_charts import by_rows, colours, costs, forest, scatter
@@ -71,7 +71,7 @@ def _content(experiment: str, rows: Sequence[Row], missing: Sequence[str]) -> di
     heading = {"experiment": experiment, "task": first.task, "model": first.model, "metric": metric_name(rows)}
     words = {"opening": opening(rows), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
     assets = {"css": _asset("report.css") + _asset("panels.css"), "js": _asset("report.js")}
-    return {**heading, **words, **assets, **_table(rows), **_charts(rows, colour), **_cells(rows)}
+    return {**heading, **words, **assets, **_table(rows), **_charts(rows, colour), **_cells(rows), **report_forecast.part(rows)}
 
 
 def _table(rows: Sequence[Row]) -> dict[str, Any]:
