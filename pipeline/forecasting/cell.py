@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline import measure
 from pipeline.config import ROOT, plain
 from pipeline.data import steps_in_epoch
-from pipeline.files import read_json
+from pipeline.files import UserError, read_json
 from pipeline.forecasting import memory, run, speed
 from pipeline.forecasting.memory import Memory
 from pipeline.forecasting.plan import Constants, Plan
@@ -24,6 +24,7 @@ from pipeline.forecasting.rows import TrainingRows, training_rows
 from pipeline.forecasting.shape import NoForecast, Shape, read_shape
 from pipeline.forecasting.trained import trained
 from pipeline.loop import total_steps
+from pipeline.results import Result
 from pipeline.settings import Settings, read
 
 FITTED = ROOT / "experiments" / "forecast" / "constants.json"
@@ -38,11 +39,13 @@ class Card:
     name: str
     memory_bytes: int
     at_hand: bool = True
+    cpu: str | None = None
+    """The processor's model; None: this machine's."""
 
     @property
     def device(self) -> str:
         """What computes, by its name."""
-        return self.name if self.gpu else measure.cpu_name()
+        return self.name if self.gpu else self.cpu or measure.cpu_name()
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,22 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
     if time:
         found |= _time(cfg, held, card)
     return Forecast(cfg.technique.name, card, memory_kind=kind, notes=_notes(held), **found)
+
+
+def forecast_of(result: Result) -> Forecast | None:
+    """What would have been forecast of a finished cell on its own hardware; None where model or data are not here any more."""
+    raw = dict(result.config)
+    raw["forecast"] = {"gpu_memory_gb": None, "model_config": None, "length": None, "calibrate": False}
+    hardware, train = result.hardware, dict(raw["train"])
+    gpu = hardware.get("gpu")
+    if gpu and not any(note.startswith("engine: ") for note in result.notes):  # run before there was a fast engine
+        train["engine"] = "eager"
+    raw["train"] = train
+    card = Card(bool(gpu), gpu or "the machine", hardware.get("gpu_memory_bytes") or hardware.get("memory_bytes") or 0, cpu=hardware.get("cpu"))
+    try:
+        return forecast(OmegaConf.create(raw), card, batches=False)
+    except (UserError, KeyError):  # no model, no data, or a config of an older schema
+        return None
 
 
 def step_tokens(held: Prepared) -> float:
