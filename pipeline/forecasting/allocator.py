@@ -35,8 +35,9 @@ class Block:
         self.free, self.kind = False, ""
 
     @property
-    def key(self) -> tuple[int, int]:
-        return self.size, self.number
+    def entry(self) -> tuple[int, int, Block]:
+        """In a sorted list of free blocks."""
+        return self.size, self.number, self
 
 
 class Tensor:
@@ -74,7 +75,7 @@ class Allocator:
         self.live: dict[str, int] = defaultdict(int)
         self.allocated = self.most_allocated = self.reserved = 0
         self.peak = Peak()
-        self._free: dict[tuple[int, int, bool], list[tuple[tuple[int, int], Block]]] = defaultdict(list)
+        self._free: dict[tuple[int, int, bool], list[tuple[int, int, Block]]] = defaultdict(list)
         self._stream = self._pool = self._made = 0
         self._streams = self._pools = 0
 
@@ -106,14 +107,14 @@ class Allocator:
                 self._take(other)
                 self._join(block, other)
         block.free = True
-        bisect.insort(self._free[block.place], (block.key, block), key=lambda held: held[0])
+        bisect.insort(self._free[block.place], block.entry)
 
     def empty_cache(self) -> None:
         """Give up the segments that nothing lives in (a graph's pool keeps its own)."""
         for place, blocks in self._free.items():
             if place[0] == 0:
-                self.reserved -= sum(b.size for _, b in blocks if b.before is None and b.after is None)
-                blocks[:] = [held for held in blocks if held[1].before is not None or held[1].after is not None]
+                self.reserved -= sum(b.size for *_, b in blocks if b.before is None and b.after is None)
+                blocks[:] = [held for held in blocks if held[2].before is not None or held[2].after is not None]
 
     def reset_peak(self) -> None:
         """Count peaks from here on."""
@@ -144,9 +145,9 @@ class Allocator:
     def drop_pool(self, pool: int) -> None:
         """The graphs of a pool are gone: its segments can be given up."""
         for place in [p for p in self._free if p[0] == pool]:
-            for _, block in self._free.pop(place):
+            for *_, block in self._free.pop(place):
                 block.place = (0, -pool - 1, place[2])
-                bisect.insort(self._free[block.place], (block.key, block), key=lambda held: held[0])
+                bisect.insort(self._free[block.place], block.entry)
 
     def _find(self, size: int) -> Block:
         if self.exact:
@@ -154,8 +155,8 @@ class Allocator:
         small = size <= SMALL
         place = (self._pool, self._stream, small)
         blocks = self._free[place]
-        at = bisect.bisect_left(blocks, (size, -1), key=lambda held: held[0])
-        block = blocks.pop(at)[1] if at < len(blocks) else self._segment(size, place)
+        at = bisect.bisect_left(blocks, (size, -1))
+        block = blocks.pop(at)[2] if at < len(blocks) else self._segment(size, place)
         if block.size - size >= (GRAIN if small else SMALL + 1):
             self._split(block, size)
         return block
@@ -177,12 +178,12 @@ class Allocator:
         if block.after is not None:
             block.after.before = rest
         block.after, block.size = rest, size
-        bisect.insort(self._free[rest.place], (rest.key, rest), key=lambda held: held[0])
+        bisect.insort(self._free[rest.place], rest.entry)
 
     def _take(self, block: Block) -> None:
         blocks = self._free[block.place]
-        at = bisect.bisect_left(blocks, block.key, key=lambda held: held[0])
-        assert blocks[at][1] is block
+        at = bisect.bisect_left(blocks, (block.size, block.number))
+        assert blocks[at][2] is block
         blocks.pop(at)
 
     def _join(self, block: Block, other: Block) -> None:

@@ -5,8 +5,10 @@ Library: `forecast(cfg)` for `python -m pipeline.forecast`, the warning of `trai
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline import measure
-from pipeline.config import ROOT, plain
+from pipeline.config import ROOT, compose, plain
 from pipeline.data import steps_in_epoch
 from pipeline.files import UserError, read_json
 from pipeline.forecasting import memory, run, speed
@@ -29,6 +31,8 @@ from pipeline.settings import Settings, read
 
 FITTED = ROOT / "experiments" / "forecast" / "constants.json"
 MOST_BATCH = 65536
+DECIDING = ("task", "model", "teacher", "method", "objective", "precision", "train", "technique", "paths", "seed", "train_rows", "device", "memory_limit_gb")
+"""Keys of a config that a forecast reads."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
     plan = held.plan
     longest = max(len(e.ids) - 1 for row in held.rows.examples for e in row)
     found: dict[str, Any] = {
-        "memory": peak, "fits": memory.fits(plan, constants(), card.memory_bytes), "longest": longest, "engine": plan.engine,
+        "memory": peak, "fits": memory.fits(plan, constants(), card.memory_bytes, peak), "longest": longest, "engine": plan.engine,
         "precision": plan.precision, "trainable": plan.trained.count, "parameters": plan.shape.parameters, "steps": held.steps,
         "step_tokens": step_tokens(held), "rows_from": held.rows.source,
     }
@@ -167,18 +171,30 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
 
 def forecast_of(result: Result) -> Forecast | None:
     """What would have been forecast of a finished cell on its own hardware; None where model or data are not here any more."""
-    raw = dict(result.config)
-    raw["forecast"] = {"gpu_memory_gb": None, "model_config": None, "length": None, "calibrate": False}
-    hardware, train = result.hardware, dict(raw["train"])
+    cfg, hardware = _config_of(result.config), result.hardware
     gpu = hardware.get("gpu")
     if gpu and not any(note.startswith("engine: ") for note in result.notes):  # run before there was a fast engine
-        train["engine"] = "eager"
-    raw["train"] = train
+        cfg.train.engine = "eager"
     card = Card(bool(gpu), gpu or "the machine", hardware.get("gpu_memory_bytes") or hardware.get("memory_bytes") or 0, cpu=hardware.get("cpu"))
     try:
-        return forecast(OmegaConf.create(raw), card, batches=False)
+        return forecast(cfg, card, batches=False)
     except (UserError, KeyError):  # no model, no data, or a config of an older schema
         return None
+
+
+def _config_of(held: dict[str, Any]) -> DictConfig:
+    """A result's config as this version composes one: keys that came since have their defaults."""
+    cfg = copy.deepcopy(_defaults())
+    OmegaConf.set_struct(cfg, False)
+    for key in DECIDING:
+        if key in held:
+            cfg[key] = held[key]
+    return cfg
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    return compose()
 
 
 def step_tokens(held: Prepared) -> float:
@@ -193,16 +209,32 @@ def largest_batch(held: Prepared, card: Card) -> int:
     ends = [(len(e.ids) - 1, len(e.ids) - e.start) for row in held.rows.examples for e in row]
     fed, labels = max(ends)
 
-    def goes(rows: int) -> bool:
+    @functools.cache
+    def peak(rows: int) -> tuple[Plan, Memory]:
         settings = dataclasses.replace(held.settings.train, batch_size=rows, micro_batch_tokens=(fed + 8) * rows)
-        examples = run.equal_rows(rows, fed, labels)
-        asked = run.plan(plan.shape, plan.trained, settings, held.settings.precision, examples, 0, 2, plan.gpu)
-        steps = asked.steps[:2] if asked.engine == "eager" else asked.steps
-        return memory.fits(dataclasses.replace(asked, steps=steps), constants(), card.memory_bytes)
+        asked = run.plan(plan.shape, plan.trained, settings, held.settings.precision, run.equal_rows(rows, fed, labels), 0, 2, plan.gpu)
+        asked = dataclasses.replace(asked, steps=asked.steps[:1], warm=True)
+        return asked, memory.forecast(asked, constants())
 
-    low, high = 0, 1
-    while high <= MOST_BATCH and goes(high):
-        low, high = high, high * 4
+    def goes(rows: int) -> bool:
+        asked, found = peak(rows)
+        return memory.fits(asked, constants(), card.memory_bytes, found)
+
+    some = 32
+    each = max(1.0, (peak(some)[1].total - peak(1)[1].total) / (some - 1))
+    guess = int((card.memory_bytes - (constants().context if plan.gpu else 0) - peak(1)[1].total) / each) + 1
+    return _last(goes, min(max(1, guess), MOST_BATCH))
+
+
+def _last(goes: Callable[[int], bool], guess: int) -> int:
+    """The largest number that goes, to a sixteenth, by a search that begins at a guess; 0: not even 1 does."""
+    low, high = (guess, guess * 17 // 16 + 1) if goes(guess) else (guess * 15 // 16, guess)
+    while high <= MOST_BATCH and low == guess and goes(high):
+        low = guess = high
+        high = guess * 5 // 4 + 1
+    while low and high == guess and not goes(low):
+        high = guess = low
+        low = guess * 3 // 4
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
         low, high = (middle, high) if goes(middle) else (low, middle)

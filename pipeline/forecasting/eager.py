@@ -215,7 +215,7 @@ class Eager(Operations):
 
     def run(self) -> None:
         """All steps: micro-batches, then clipping and AdamW, then the gradients are gone."""
-        states: list[Tensor] = []
+        states = self.states() if self.plan.warm else []
         for step in self.plan.steps:
             for micro in step:
                 self.micro_batch(micro)

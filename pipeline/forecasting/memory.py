@@ -151,14 +151,18 @@ def check(plan: Plan) -> None:
         raise NoForecast(f"{plan.trained.name} trains nothing")
 
 
-def fits(plan: Plan, constants: Constants, capacity: int) -> bool:
+def fits(plan: Plan, constants: Constants, capacity: int, peak: Memory | None = None) -> bool:
     """Whether the run goes through on a card with so many bytes, unused segments given up as PyTorch does.
 
-    capacity: of the whole card.
+    capacity: of the whole card. peak: the run's forecast, if it is known.
     """
+    if peak is not None and peak.total + (constants.context if plan.gpu else 0) <= capacity:
+        return True
+    if not plan.gpu:
+        return (peak or forecast(plan, constants)).total <= capacity
     scale, fixed = constants.scale.get(plan.engine, 1.0), constants.fixed.get(plan.engine, 0)
     try:
-        walk(plan, constants, int((capacity - constants.context - fixed) / scale) if plan.gpu else None)
+        walk(plan, constants, int((capacity - constants.context - fixed) / scale))
     except OutOfMemory:
         return False
-    return plan.gpu or forecast(plan, constants).total <= capacity
+    return True

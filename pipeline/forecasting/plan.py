@@ -46,6 +46,8 @@ class Plan:
     """bitsandbytes' paged optimiser, whose state is not the allocator's."""
     accumulates: bool = False
     """Whether a step has several micro-batches."""
+    warm: bool = False
+    """Whether the eager optimiser's states are there from the start (a step like all but the first)."""
     fed: Sequence[tuple[int, int]] = ()
     """(cells of a micro-batch: tokens, padding counted; how many such there are) in the steps that were looked at."""
     looked: int = 0

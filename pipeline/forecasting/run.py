@@ -18,7 +18,7 @@ from pipeline.settings import Precision, Train
 
 MOST_STEPS = 200
 """Steps whose rows are looked at."""
-WALKED, MOST_PARTS = 4, 3
+WALKED, MOST_PARTS = 3, 3
 """Steps that an eager run is walked through, and micro-batches of each (the longest rows come first)."""
 
 
@@ -60,7 +60,8 @@ def plan(model: Model, trained: Trained, train: Train, precision: Precision, exa
         steps, accumulates = [[_micro(shape) for shape in chosen.all()]], chosen.accumulates
         fed = [(chosen.shape(width).cells, count) for width, count in chosen.fed.items()]
     paged = train.optimizer == "paged_adamw" and gpu and engine == "eager"
-    return Plan(model, trained, held, compute, steps, engine, gpu, precision.double_quantisation, train.checkpointing, paged, accumulates, fed, len(orders))
+    return Plan(model, trained, held, compute, steps, engine, gpu, precision.double_quantisation, train.checkpointing, paged, accumulates,
+                fed=fed, looked=len(orders))
 
 
 def _micro(shape: Shape) -> MicroBatch:
