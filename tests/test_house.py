@@ -53,6 +53,7 @@ def module(path: Path) -> str:
 
 MODULES = {module(p): p for p in SOURCES}
 ENTRIES = {name for name, path in MODULES.items() if 'if __name__ == "__main__":' in path.read_text()}
+TORCH_FIRST = ("pipeline.fast", "pipeline.layers")
 FAMILIES = ("pipeline.methods", "pipeline.objectives", "pipeline.teachers")
 
 
@@ -160,15 +161,16 @@ def test_the_loop_names_no_technique():
     assert not words & (names - {"full", "none", "base", "__init__", "teacher"} | {"peft", "adapter"})
 
 
-@pytest.mark.parametrize("name", sorted(n for n in MODULES if not n.startswith(("pipeline.metrics.", "pipeline.fast"))))
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if not n.startswith(("pipeline.metrics.", *TORCH_FIRST))))
 def test_heavy_libraries_are_imported_where_they_are_needed(name):
     assert not tops(MODULES[name], at_top=True) & HEAVY
 
 
-def test_the_fast_package_may_begin_with_torch_because_nothing_begins_with_it():
+@pytest.mark.parametrize("package", TORCH_FIRST)
+def test_a_package_may_begin_with_torch_because_nothing_begins_with_it(package):
     for name, path in MODULES.items():
-        if not name.startswith("pipeline.fast"):
-            assert not [i for i in imports(path, at_top=True) if i.startswith("pipeline.fast")], name
+        if not name.startswith(package):
+            assert not [i for i in imports(path, at_top=True) if i.startswith(package)], name
 
 
 def test_no_entry_loads_a_heavy_library_to_start():

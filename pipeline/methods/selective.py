@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.blocks import blocks
 from pipeline.files import UserError
 from pipeline.methods.base import Method
 
@@ -133,17 +134,6 @@ class Selective(Method):
         else:
             for layer in self._layers(model):
                 yield from (p for name, p in layer.named_parameters() if part == "layers" or name.endswith("bias"))
-
-
-def blocks(model: Any) -> Any:
-    """The decoder's blocks, whatever the architecture calls them. Raises UserError where there is no such list."""
-    import torch
-
-    wanted = getattr(model.config, "num_hidden_layers", None)
-    for module in model.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == wanted:
-            return module
-    raise UserError(f"{type(model).__name__} has no list of {wanted} layers to choose from; use technique=full or an adapter")
 
 
 def _untie(model: Any) -> None:

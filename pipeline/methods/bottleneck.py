@@ -1,0 +1,170 @@
+"""Small networks with a bottleneck inside the blocks of a frozen base: adapters behind or beside a sublayer, Compacter, AdaMix.
+
+conf/method/adapter_houlsby.yaml, adapter_pfeiffer.yaml, adapter_parallel.yaml, compacter.yaml, adamix.yaml. Written here because PEFT has none
+of them, and the library `adapters` needs an older transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.blocks import BLOCK, PLACES, blocks, sublayer
+from pipeline.files import UserError
+from pipeline.methods.base import Method
+
+WEIGHTS = "adapter.safetensors"
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
+
+
+@dataclass(frozen=True)
+class Bottleneck(Method):
+    """h + scale · up(f(down(x))) at the named sublayers of every block.
+
+    serial: x is the sublayer's own output h (Houlsby et al., 2019: after attention and feed-forward; Pfeiffer et al., 2021: after the whole
+    block, whose output a decoder, unlike their encoder, does not normalise: it is divided by its root mean square here). parallel: x is the
+    sublayer's input (He et al., 2022). `up` begins at zero, so the first answers are the base's. Adapter
+    weights are fp32 in every precision. Nothing merges: there is a nonlinearity in between.
+
+    Raises:
+        UserError: a value out of range, or a model whose blocks have no one module of the named kind.
+    """
+
+    places: list[str]
+    """Of attention, feed_forward, block."""
+    parallel: bool
+    width: int
+    """Of the bottleneck."""
+    activation: str = "relu"
+    scale: float = 1.0
+    label: str = "bottleneck"
+    """The method's name in the table."""
+
+    def __post_init__(self) -> None:
+        if not self.places or set(self.places) - {*PLACES, BLOCK}:
+            raise UserError(f"method.places is {list(self.places)}; name one or more of {', '.join(PLACES)}, {BLOCK}")
+        if type(self.width) is not int or self.width < 1:
+            raise UserError(f"method.width is {self.width}; it must be a whole number of at least 1")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"method.activation is {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    @property
+    def trains(self) -> bool:
+        return True
+
+    def hyperparameters(self) -> dict[str, Any]:
+        shown = {"width": self.width, "places": ", ".join(self.places), "parallel": self.parallel}
+        return shown | ({"scale": self.scale} if self.scale != 1 else {})
+
+    def wrap(self, model: Any) -> Any:
+        from pipeline.layers.adapters import Adapter, attach
+
+        found = [(sublayer(block, place), place == BLOCK) for block in blocks(model) for place in self.places]  # before the first is changed
+        halves = self._halves(model.config.hidden_size)
+        for module, normalised in found:
+            attach(module, Adapter(*next(halves), self.activation, self.scale, normalised), self.parallel)
+        return model
+
+    def save(self, model: Any, state: Any, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({name: p.detach().contiguous() for name, p in _parameters(model)}, folder / WEIGHTS)
+
+    def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
+        from safetensors.torch import load_file
+
+        model = self.served(self.wrap(base), base.dtype)
+        held = load_file(folder / WEIGHTS, device=str(base.device))
+        for name, parameter in _parameters(model):
+            parameter.data = held[name]
+            parameter.requires_grad_(False)
+        return model.eval(), None
+
+    def _halves(self, d: int) -> Iterator[tuple[Any, Any]]:
+        """The way down and the way up of one adapter after another."""
+        from pipeline.layers.adapters import dense
+
+        while True:
+            yield dense(d, self.width), dense(self.width, d, zero=True)
+
+
+def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
+    """The adapters' parameters, a shared one once."""
+    from pipeline.layers.adapters import NAME
+
+    return ((name, p) for name, p in model.named_parameters() if NAME in name.split("."))
+
+
+@dataclass(frozen=True)
+class Compacter(Bottleneck):
+    """Adapters whose two matrices are sums of n Kronecker products of a small matrix, which all layers share, and a low-rank one of their own
+    (Mahabadi et al., 2021). At rank 1 a matrix from d to k takes k + d numbers, n of any size; all layers together n³ more."""
+
+    n: int = 4
+    rank: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.n) is not int or self.n < 1 or type(self.rank) is not int or self.rank < 1:
+            raise UserError(f"method.n is {self.n} and method.rank is {self.rank}; both are whole numbers of at least 1")
+        if self.width % self.n:
+            raise UserError(f"method.width={self.width} is no multiple of method.n={self.n}; change one of them")
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return super().hyperparameters() | {"n": self.n, "rank": self.rank}
+
+    def _halves(self, d: int) -> Iterator[tuple[Any, Any]]:
+        import torch
+
+        from pipeline.layers.adapters import Hypercomplex
+
+        if d % self.n:
+            raise UserError(f"the model's width {d} is no multiple of method.n={self.n}, which Compacter needs; choose another n")
+        rule = torch.nn.Parameter(torch.randn(self.n, self.n, self.n) / self.n**0.5)
+        while True:
+            yield Hypercomplex(rule, d, self.width, self.rank), Hypercomplex(rule, self.width, d, self.rank, zero=True)
+
+
+@dataclass(frozen=True)
+class AdaMix(Bottleneck):
+    """M adapters in the place of one (Wang et al., 2022): training draws a way down and a way up for every forward pass, evaluation and the artefact
+    have the averages of both, so what is served costs what one adapter costs. objective=consistency is the paper's loss."""
+
+    experts: int = 4
+    shared: str | None = "up"
+    """The half that all experts of an adapter have in common: down, up, or null for neither."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.experts) is not int or self.experts < 2:
+            raise UserError(f"method.experts is {self.experts}; a mixture has at least 2 (technique=adapter_pfeiffer has 1)")
+        if self.shared not in (None, "down", "up"):
+            raise UserError(f"method.shared is {self.shared!r}; choose down, up or null")
+
+    @property
+    def name(self) -> str:
+        return "adamix"
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return super().hyperparameters() | {"experts": self.experts, "shared": self.shared}
+
+    def served(self, model: Any, dtype: Any) -> Any:
+        for module in model.modules():
+            for name, child in list(module.named_children()):
+                if hasattr(child, "collapsed"):
+                    setattr(module, name, child.collapsed())
+        return model
+
+    def _halves(self, d: int) -> Iterator[tuple[Any, Any]]:
+        from pipeline.layers.adapters import Experts, dense
+
+        while True:
+            down = Experts([dense(d, self.width) for _ in range(1 if self.shared == "down" else self.experts)])
+            up = Experts([dense(self.width, d, zero=True) for _ in range(1 if self.shared == "up" else self.experts)])
+            yield down, up
