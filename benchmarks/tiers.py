@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import measure
+from pipeline.exact import holm
 from pipeline.files import UserError, read_json, write_json
-from pipeline.report_stats import holm
 from pipeline.tiers import SIGNIFICANT, Technique, p_values
 
 ROWS = (499, 254, 154, 127, 152, 156, 228, 430)
@@ -105,7 +105,7 @@ def main(words: Sequence[str]) -> int:
     for number, setting in enumerate(settings()):
         found.append(simulate(setting, count, number))
         print(found[-1], flush=True)
-    about = {"date": datetime.now(UTC).date().isoformat(), "hardware": measure.hardware(), "command": "python -m benchmarks.tiers"}
+    about = {"date": datetime.now(UTC).date().isoformat(), "hardware": measure.hardware("cpu")["cpu"], "command": "python -m benchmarks.tiers"}
     write_json(Path(words[0]), {**about, "experiments": count, "settings": found})
     return 0
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import results
+from pipeline import results, tiers
 from pipeline.report_cells import Cell
-from pipeline.report_stats import Paired, holm, paired, spread
+from pipeline.report_stats import spread
 from pipeline.results import Result
-
-SIGNIFICANT = 0.05
+from pipeline.tiers import Runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +47,13 @@ class Row:
     test_seed_high: float | None
     test_rows: int | None
     standing: str = ""
-    """To the best one at the same number of training rows. best; near: not told apart from it; overlap: told apart by the
-    paired test alone; below; empty: not compared."""
+    """To the best one at the same number of training rows. best; near: not told apart from it; below; empty: not compared."""
+    letters: str = ""
+    """Rows of a group that share a letter cannot be told apart (pipeline/tiers.py); empty: not compared."""
     against_best_p: float | None = None
+    """Corrected for all pairs of the group."""
+    covers_seeds: bool | None = None
+    """Whether that test covers the spread over seeds; None: not compared."""
     against_zero_shot: float | None = None
     against_zero_shot_p: float | None = None
     macro_f1: float | None
@@ -119,10 +122,10 @@ def make_rows(cells: Sequence[Cell]) -> list[Row]:
     several, common = len({rows for _, rows in groups}) > 1, common_notes(cells)
     rows = [_row(sorted(group, key=lambda c: c.result.seed), several, common) for group in groups.values()]
     rows.sort(key=lambda r: (r.test is None, -(r.test or 0), r.name))
-    answers = {r.name: [c.right() for c in _ok(r.cells)] for r in rows}
+    answers = {r.name: {c.result.seed: c.right() for c in _ok(r.cells)} for r in rows}
     for group in by_group(rows).values():
-        compared = {r.name: r for r in _against_best(_against_zero_shot(group, answers), answers)}
-        rows = [compared.get(r.name, r) for r in rows]
+        told = {r.name: r for r in _against_best(_against_zero_shot(group, answers), answers)}
+        rows = [told.get(r.name, r) for r in rows]
     return rows
 
 
@@ -249,37 +252,48 @@ def _change(result: Result, probe: str, base: str) -> float | None:
     return after - before if before is not None and after is not None else None
 
 
-def _against_zero_shot(rows: list[Row], answers: dict[str, list[dict[str, bool]]]) -> list[Row]:
+def _fixed(rows: Sequence[Row]) -> list[str]:
+    """Names of the rows with nothing random in them."""
+    return [r.name for r in rows if r.teacher or r.method == "none"]
+
+
+def _against_zero_shot(rows: list[Row], answers: Mapping[str, Runs]) -> list[Row]:
     base = next((r for r in rows if r.method == "none"), None)
+    trained = tiers.compare(_some(answers, [r for r in rows if not r.teacher]), _fixed(rows))
 
     def compared(row: Row) -> Row:
-        if base and row.transfer is not None and base.transfer is not None:
+        if base is None or row is base:
+            return row
+        if row.transfer is not None and base.transfer is not None:
             row = dataclasses.replace(row, transfer_change=row.transfer - base.transfer)
-        found = paired(answers[row.name], answers[base.name]) if base and row.method != "none" else None
-        return dataclasses.replace(row, against_zero_shot=found.difference, against_zero_shot_p=found.p) if found else row
+        found = trained if not row.teacher else tiers.compare(_some(answers, [row, base]), _fixed(rows))
+        if found is None or not {row.name, base.name} <= set(found.means):
+            return row
+        one = found.between(row.name, base.name)
+        return dataclasses.replace(row, against_zero_shot=one.difference, against_zero_shot_p=one.p)
 
     return [compared(r) for r in rows]
 
 
-def _against_best(rows: list[Row], answers: dict[str, list[dict[str, bool]]]) -> list[Row]:
-    """Say of every row how it stands to the best one; only where the headline metric is the one with an interval."""
+def _some(answers: Mapping[str, Runs], rows: Sequence[Row]) -> dict[str, Runs]:
+    return {r.name: answers[r.name] for r in rows}
+
+
+def _against_best(rows: list[Row], answers: Mapping[str, Runs]) -> list[Row]:
+    """Say of every row how it stands to the best one; only where the headline metric is a share of the rows."""
     ranked = [r for r in rows if r.test is not None and not r.teacher]
-    if not ranked or ranked[0].metric != "accuracy":
+    if not ranked or ranked[0].metric != "accuracy" or (found := tiers.compare(_some(answers, ranked), _fixed(ranked))) is None:
         return rows
-    best, others = ranked[0], ranked[1:]
-    found: list[Paired | None] = [paired(answers[best.name], answers[r.name]) for r in others]
-    known = [i for i, f in enumerate(found) if f]
-    corrected = dict(zip(known, holm([f.p for f in found if f]), strict=True))
-    standing: dict[str, tuple[str, float | None]] = {best.name: ("best", None)}
-    for i, row in enumerate(others):
-        standing[row.name] = (_standing(row, best, corrected.get(i)), corrected.get(i))
-    return [
-        dataclasses.replace(r, standing=standing[r.name][0], against_best_p=standing[r.name][1]) if r.name in standing else r for r in rows
-    ]
 
+    best = ranked[0].name if ranked[0].name in found.means else found.best
 
-def _standing(row: Row, best: Row, p: float | None) -> str:
-    assert row.accuracy_high is not None and best.accuracy_low is not None
-    if row.accuracy_high < best.accuracy_low:
-        return "below"
-    return "overlap" if p is not None and p < SIGNIFICANT else "near"
+    def placed(row: Row) -> Row:
+        if row.name not in found.means:
+            return row
+        if row.name == best:
+            return dataclasses.replace(row, standing="best", letters=found.letters[row.name], covers_seeds=found.covers_seeds)
+        one = found.between(row.name, best)
+        standing = "below" if one.told else "near"
+        return dataclasses.replace(row, standing=standing, letters=found.letters[row.name], against_best_p=one.corrected, covers_seeds=found.covers_seeds)
+
+    return [placed(r) for r in rows]

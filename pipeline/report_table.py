@@ -48,6 +48,7 @@ class Column:
 COLUMNS = [
     Column("name", "Technique", "", lambda r: r.name, lambda r: r.family if r.teacher else f"{r.family} · {r.precision}"),
     Column("test", "Test {metric}, %", "Quality", lambda r: f.percent(r.test), lambda r: interval(r)),
+    Column("letters", "Tier", "Quality", lambda r: r.letters or f.DASH, lambda r: "" if r.covers_seeds in (None, True) else "one seed", optional=True),
     Column("test_seed_high", "Over seeds, %", "Quality", lambda r: f.span(r.test_seed_low, r.test_seed_high) or f.DASH, optional=True),
     Column("against_zero_shot", "Against zero-shot", "Quality", lambda r: f.points(r.against_zero_shot),
            lambda r: f.p_value(r.against_zero_shot_p)),
@@ -86,8 +87,10 @@ ABOUT = {
     "test": "Share of the test rows answered right (or the task's own metric), in percent. Under it the 95% interval of accuracy (Wilson); "
     "with several seeds it reaches from the lowest to the highest bound of their intervals.",
     "test_seed_high": "Smallest and largest test figure over the seeds: the spread of training, not that of drawing the test rows.",
-    "against_zero_shot": "Accuracy beyond zero-shot's in percentage points on the same test rows, and the p-value of the exact "
-    "McNemar test (two-sided, not corrected for the number of techniques; with several seeds the sign-flip test of the rows' means).",
+    "letters": "Techniques that share a letter cannot be told apart by these runs; a is the best one's. Tested over seeds and test rows, corrected for "
+    "all pairs (docs/statistics.md). One seed: how much a technique's figure moves from seed to seed is not known, and the test is over the rows alone.",
+    "against_zero_shot": "Accuracy beyond zero-shot's in percentage points on the same test rows, and the p-value over seeds and rows "
+    "(two-sided, not corrected for the number of techniques; with one seed McNemar's exact test).",
     "macro_f1": "Mean over the answers of their F1: a rare answer counts as much as a frequent one.",
     "validation": "The same metric on the validation rows, which chose the checkpoint.",
     "transfer": "Mean of the same metric over test sets of other domains.",
@@ -162,7 +165,7 @@ def remarks(row: Row) -> list[str]:
     standing = {
         "best": "best",
         "near": "not told apart from the best",
-        "overlap": f"below the best on the same rows ({f.p_value(row.against_best_p)})",
+        "below": f"below the best ({f.p_value(row.against_best_p)})",
     }.get(row.standing, "")
     status = "" if row.status == "ok" else row.status.replace("oom", "out of memory", 1)
     return [text for text in (standing, "teacher" if row.teacher else "", status, row.timing) if text]

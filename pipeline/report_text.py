@@ -51,27 +51,13 @@ def _apart(ranked: list[Row]) -> str:
     if len(ranked) == 1:
         return ""
     if not ranked[0].standing:
-        return "No interval is kept for this metric, so nothing is said here about which differences are more than chance."
+        why = "The answers to single rows are not kept" if ranked[0].metric == "accuracy" else "This metric is no share of the rows"
+        return f"{why}, so nothing is said here about which differences are more than chance."
     near = [r for r in ranked if r.standing == "near"]
-    overlap = [r for r in ranked if r.standing == "overlap"]
-    if not near and not overlap:
-        return "No other interval reaches into that one."
-    return " ".join(text for text in (_near(near), _overlap([r for r in overlap if r.method != "none"], ranked[0])) if text)
-
-
-def _near(rows: list[Row]) -> str:
-    if not rows:
-        return ""
-    theirs = "their 95% intervals overlap" if len(rows) > 1 else "its 95% interval overlaps"
-    return f"{_listed(rows)} cannot be told apart from it: {theirs} with the best one's."
-
-
-def _overlap(rows: list[Row], best: Row) -> str:
-    if not rows:
-        return ""
-    reach = f"intervals of {_listed(rows)} overlap" if len(rows) > 1 else f"interval of {_listed(rows)} overlaps"
-    least = f.p_value(max(r.against_best_p or 0.0 for r in rows)) + (" or less" if len(rows) > 1 else "")
-    return f"The {reach} with it too, but on the same rows `{best.technique}` is right more often ({least})."
+    seeds = "" if ranked[0].covers_seeds else " (over the test rows; one seed says nothing of how much the figures move from seed to seed)"
+    if not near:
+        return f"All others are below it by more than chance{seeds}." if all(r.standing for r in ranked) else ""
+    return f"{_listed(near)} cannot be told apart from it{seeds}."
 
 
 def _gain(ranked: list[Row]) -> str:

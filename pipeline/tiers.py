@@ -8,11 +8,12 @@ of the row under this technique, and of the seed under this technique. The diffe
 
     Var_i(d_i) / n  +  sigma_a² / S_a  +  sigma_b² / S_b
 
-where d_i is the difference on row i (means over seeds), n the rows, and sigma_t² the variance over seeds of a technique's mean. A few seeds tell
+where d_i is the difference on row i (means over seeds), n the rows, and sigma_t² the variance of the seeds' effect. A few seeds tell
 little of sigma_t, so it is not put in as if it were known: the p-value is averaged over the sigmas that the seeds of all techniques
-allow (a hierarchical model: sigma_t is log-normal around a spread that all techniques share, with a heterogeneity of its own; both have flat
-priors). Averaging over what is not known is Behrens and Fisher's answer to unequal variances; sharing it over techniques is Smyth's (2004).
-All pairs are corrected (Holm 1979): comparisons with a best that the same data chose, corrected for those alone, find too much.
+allow (a hierarchical model: sigma_t is log-normal around a spread that all techniques share, with a heterogeneity of its own; TILT and
+HETEROGENEITIES are their priors). Averaging over what is not known is Behrens' and Fisher's answer to unequal variances; sharing it over
+techniques is Smyth's (2004). All pairs are corrected (Holm 1979): comparisons with a best that the same data chose, corrected for those
+alone, find too much.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report_stats import holm, sign_flip
+from pipeline.exact import holm, sign_flip
 
 if TYPE_CHECKING:
     import numpy as np
 
 SIGNIFICANT = 0.05
-SPREADS = (0.0015, 0.08, 20)
+SPREADS = (0.0015, 0.1, 20)
 """The shared spreads over seeds that are tried: lowest, highest (fractions), how many, evenly in the logarithm."""
+TILT = 0.5
+"""Before anything is seen a spread counts as its TILT-th power: flat in the logarithm (0) separates the same technique in up to 7%, flat (1) tells little."""
 HETEROGENEITIES = (0.0, 0.35, 0.7, 1.05, 1.4, 1.8)
 """Standard deviations of a technique's log spread around the shared one that are tried."""
 MOST = 0.15
@@ -53,8 +56,6 @@ class Difference:
     """Two-sided, for this pair alone."""
     corrected: float
     """Corrected for all pairs (Holm 1979)."""
-    covers_seeds: bool
-    """False: no technique here has several seeds, so nothing is known of their spread and the test is over rows alone."""
 
     @property
     def told(self) -> bool:
@@ -73,6 +74,8 @@ class Comparison:
     letters: dict[str, str]
     """Techniques that share a letter cannot be told apart; a is the best one's (Piepho 2004)."""
     rows: int
+    covers_seeds: bool
+    """False: no technique here has several seeds, so nothing is known of their spread and the test is over rows alone."""
 
     @property
     def best(self) -> str:
@@ -83,7 +86,7 @@ class Comparison:
         if (one, other) in self.pairs:
             return self.pairs[one, other]
         found = self.pairs[other, one]
-        return Difference(-found.difference, -found.high, -found.low, found.p, found.corrected, found.covers_seeds)
+        return Difference(-found.difference, -found.high, -found.low, found.p, found.corrected)
 
 
 def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Comparison | None:
@@ -106,27 +109,32 @@ def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Compari
     found = {(order[a], order[b]): _Pair.of(ranked, spreads, a, b) for a, b in itertools.combinations(range(len(order)), 2)}
     raw = [pair.p for pair in found.values()]
     told = {
-        names: Difference(pair.point, pair.point - pair.half, pair.point + pair.half, p, corrected, spreads.known)
+        names: Difference(pair.point, pair.point - pair.half, pair.point + pair.half, p, corrected)
         for (names, pair), p, corrected in zip(found.items(), raw, holm(raw), strict=True)
     }
     apart = [pair for pair, one in told.items() if one.told]
-    return Comparison({name: float(right[name].mean()) for name in order}, told, letters(order, apart), len(common))
+    return Comparison({name: float(right[name].mean()) for name in order}, told, letters(order, apart), len(common), spreads.known)
 
 
 @dataclass(frozen=True)
 class Technique:
-    """Answers [S, n]; seeds: S, or 0 where nothing is random; variance: of the seeds' means, 0 with less than two."""
+    """Answers [S, n]; seeds: S, or 0 where nothing is random; variance: of the seeds' means, 0 with less than two; flips: what of it comes
+    from single rows that are answered now so, now so (it is in the rows' variance already)."""
 
     right: np.ndarray
     seeds: int
     variance: float
+    flips: float
 
     @classmethod
     def of(cls, right: np.ndarray, fixed: bool = False) -> Technique:
         """From answers [S, n] of 0 and 1; fixed: there is nothing random in it."""
         if fixed or (len(right) > 1 and (right == right[0]).all()):
-            return cls(right[:1], 0, 0.0)
-        return cls(right, len(right), float(right.mean(1).var(ddof=1)) if len(right) > 1 else 0.0)
+            return cls(right[:1], 0, 0.0, 0.0)
+        if len(right) == 1:
+            return cls(right, 1, 0.0, 0.0)
+        centred = right - right.mean(1, keepdims=True)
+        return cls(right, len(right), float(right.mean(1).var(ddof=1)), float(centred.var(0, ddof=1).mean()) / right.shape[1])
 
 
 @dataclass(frozen=True)
@@ -145,20 +153,22 @@ class Spreads:
     @classmethod
     def of(cls, ranked: Sequence[Technique]) -> Spreads:
         """From every technique's seeds."""
-        return cls.from_variances([t.variance for t in ranked], [max(0, t.seeds - 1) for t in ranked])
+        return cls.from_variances([t.variance for t in ranked], [max(0, t.seeds - 1) for t in ranked], [t.flips for t in ranked])
 
     @classmethod
-    def from_variances(cls, sample: Sequence[float], freedom: Sequence[int]) -> Spreads:
-        """From the sample variances of the seeds' means and their degrees of freedom (0: one seed), by technique."""
+    def from_variances(cls, sample: Sequence[float], freedom: Sequence[int], flips: Sequence[float]) -> Spreads:
+        """From the sample variances of the seeds' means, their degrees of freedom (0: one seed) and the part that single rows' flips have in them."""
         import numpy as np
 
         nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
         tried = np.minimum(np.geomspace(*SPREADS)[:, None, None] * np.exp(np.array(HETEROGENEITIES)[None, :, None] * nodes), MOST)
-        df, v = (np.array(values, dtype=float)[:, None, None, None] for values in (freedom, sample))
-        fits = -0.5 * df * (2 * np.log(tried) + v / tried**2) + np.log(weights / weights.sum())
+        df, v, beside = (np.array(values, dtype=float)[:, None, None, None] for values in (freedom, sample, flips))
+        expected = tried**2 + beside
+        fits = -0.5 * df * (np.log(expected) + v / expected) + np.log(weights / weights.sum())
         top = fits.max(-1, keepdims=True)
         evidence = top[..., 0] + np.log(np.exp(fits - top).sum(-1))
-        shared = np.exp(evidence.sum(0) - evidence.sum(0).max())
+        together = evidence.sum(0) + TILT * np.log(np.geomspace(*SPREADS))[:, None]
+        shared = np.exp(together - together.max())
         return cls(tried**2, shared / shared.sum(), np.exp(fits - evidence[..., None]), bool(sum(freedom)))
 
     def mixture(self, a: int, b: int, seeds_a: int, seeds_b: int) -> tuple[np.ndarray, np.ndarray]:
