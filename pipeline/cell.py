@@ -294,8 +294,8 @@ class Cell:
                 self._note(self.probing.note)
             if self.cfg.start:
                 self._start()
-            self.state = self.method.prepare(labels, self.cfg.seed, self.base)
             self.model_bytes = memory_bytes(self.base)
+            self.state = self.method.prepare(labels, self.cfg.seed, self.base)
             dtype = self.base.dtype
             self.model = self.method.wrap(self.base)
             self.counts = parameters(self.model)
@@ -382,12 +382,13 @@ class Cell:
 
     def _save(self) -> Size:
         model, state = self.model, self.state
+        self.notes += self.method.notes(model)
         self.artefact = lambda folder: self.method.save(model, state, folder)
         with self.meter.phase("save"):
             if self.folder is not None:
                 self._write_artefact(self.folder / "artefact")
         trainable, total = self.counts if self.method.trains else (0, self.counts[1])
-        return Size(trainable, total, self.artefact_bytes, self.model_bytes)
+        return Size(trainable, total, self.artefact_bytes, self.model_bytes, memory_bytes(model))
 
     def _write_artefact(self, target: Path) -> None:
         """The artefact and artefact.json, which says what it belongs to; its bytes are counted without that file."""

@@ -74,7 +74,7 @@ def load_model(folder: Path, precision: Precision, device: Any, stored: Any = No
     """
     name, dtype = resolve(precision, device)
     if name in ("nf4", "int8"):
-        model = _load_quantised(folder, name, precision, dtype, device)
+        model = from_quantised(folder, precision, dtype, device, bool(manifest(folder).get("trust_remote_code")))
     else:
         model = stored if stored is not None else load_stored(folder)
         cast(model, dtype).to(device)
@@ -89,21 +89,21 @@ def cast(model: Any, dtype: Any) -> Any:
     return model
 
 
-def _load_quantised(folder: Path, name: str, precision: Precision, dtype: Any, device: Any) -> Any:
+def from_quantised(folder: Path, precision: Precision | None, dtype: Any, device: Any, trust_remote_code: bool = False) -> Any:
+    """A model folder rounded to precision's int8 or nf4 while it is read, frozen. precision: None where the folder holds rounded weights."""
     from transformers import AutoModelForCausalLM
 
-    source = manifest(folder)
+    how = {} if precision is None else {"quantization_config": quantisation(precision.name, precision, dtype)}
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=bool(source.get("trust_remote_code")), attn_implementation="sdpa",
-            quantization_config=quantisation(name, precision, dtype), device_map={"": str(device)},
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa", device_map={"": str(device)}, **how,
         )
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights at the first evaluation on a CPU with AVX512-BF16; from then on they are
         # computed in bf16, pass no gradient to what lies below, and dequantise to noise
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (mypy takes a module's attribute for a tensor)
-    return model
+    return model.requires_grad_(False).eval()
 
 
 def quantisation(name: str, precision: Precision, dtype: Any) -> Any:

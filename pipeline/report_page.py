@@ -161,6 +161,7 @@ def _resources(result: Result) -> dict[str, str | None]:
         "Allocated peak": f.size(memory.peak_allocated_bytes) if memory and memory.peak_allocated_bytes is not None else None,
         "Device's own view": f.size(memory.device_used_bytes) if memory and memory.device_used_bytes is not None else None,
         "Base in memory": f.size(size.model_bytes) if size and size.model_bytes is not None else None,
+        "Model as served, in memory": f.size(size.served_bytes) if size and size.served_bytes is not None else None,
         "Test rows a second": f"{inference.rows_per_s:,.1f}" if inference and inference.rows_per_s is not None else None,
     }
 

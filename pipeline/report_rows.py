@@ -199,9 +199,14 @@ def _data(cells: list[Cell]) -> dict[str, Any]:
 
 
 def _untrained_rows(result: Result) -> int:
-    """Few-shot's demonstrations; all rows that retrieval or a choice of prompt reads; none for the untouched base."""
+    """Few-shot's demonstrations; all rows that retrieval or a choice of prompt reads; those that compression is calibrated on; none for the
+    untouched base. What begins at another cell has used that one's rows."""
+    shown = result.hyperparameters
+    if "start" in shown:
+        return result.train_rows + result.validation_rows
     read = {"train": result.train_rows, "validation": result.validation_rows}
-    return read.get(str(result.hyperparameters.get("labels_from")), int(result.hyperparameters.get("k", 0)))
+    calibrated = min(int(shown.get("calibration_rows", 0)), result.train_rows)
+    return read.get(str(shown.get("labels_from")), calibrated or int(shown.get("k", 0)))
 
 
 def _training(cells: list[Cell]) -> dict[str, Any]:

@@ -87,6 +87,8 @@ class Size:
     artefact_bytes: int
     model_bytes: int | None = None
     """Parameters and buffers of the loaded base in its precision."""
+    served_bytes: int | None = None
+    """Parameters and buffers of the model as it is served: adapters beside their base, weights rounded or taken apart; zeros count as numbers."""
 
 
 @dataclass(frozen=True)

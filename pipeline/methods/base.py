@@ -37,7 +37,7 @@ class Method:
         return None
 
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> Any:
-        """What the method keeps of the training examples besides weights (few-shot: its demonstrations); `base` may embed them."""
+        """What the method keeps of the training examples besides weights (few-shot: its demonstrations); `base` may embed them, or be changed by them."""
         return None
 
     def choose(self, state: Any, validate: Callable[[Any], tuple[float, float]]) -> Any:
@@ -69,6 +69,10 @@ class Method:
     def served(self, model: Any, dtype: Any) -> Any:
         """The trained model as it will be served (`dtype`: of the base's weights); it is what is evaluated and saved."""
         return model
+
+    def notes(self, model: Any) -> list[str]:
+        """What a reader of the result should know of the model as it is served."""
+        return []
 
     def hyperparameters(self) -> dict[str, Any]:
         """What to show in the table and in MLflow (r, alpha, …)."""
