@@ -19,6 +19,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from pipeline import cell, measure
 from pipeline.config import compose
 from pipeline.files import read_jsonl, write_jsonl
@@ -34,6 +36,10 @@ FURTHER = {
     "loha": (2e-3, 5e-4, 5e-3), "lokr": (3e-3, 1e-3, 1e-2), "vera": (1e-2, 3e-3, 3e-2), "oft": (1e-3, 3e-4, 3e-3), "qdora": (1e-3, 5e-4, 2e-3),
     "loftq": (1e-3, 5e-4, 2e-3), "lora_int8": (1e-3, 5e-4, 2e-3), "ia3": (1e-2, 3e-3, 3e-2), "prompt_tuning_text": (1e-1, 3e-2, 3e-1),
     "prompt_tuning_random": (1e-1, 3e-2, 3e-1), "prefix_tuning": (1e-2, 3e-3, 3e-2), "p_tuning": (3e-3, 1e-3, 1e-2), "multitask_prompt": (1e-1, 3e-2, 3e-1),
+    "task_distillation": (5e-5, 2e-5, 1e-4), "task_distillation_lora": (1e-3, 5e-4, 2e-3), "rationale_first": (5e-5, 2e-5, 1e-4),
+    "step_by_step_lora": (1e-3, 5e-4, 2e-3), "step_by_step_qlora": (1e-3, 5e-4, 2e-3), "dpo": (5e-4, 1e-4, 1e-3), "orpo": (1e-3, 5e-4, 2e-3),
+    "kto": (5e-4, 1e-4, 1e-3), "logit_distillation": (1e-3, 5e-4, 2e-3), "logit_distillation_reverse": (1e-3, 5e-4, 2e-3), "grpo": (1e-4, 3e-5, 3e-4),
+    "rloo": (1e-4, 3e-5, 3e-4),
 }
 """The likeliest rate first, then one below and one above it."""
 UNTRAINED = (("zero_shot_int8", "seed=0"), ("zero_shot_nf4", "seed=0"), ("prompt_choice", "seed=0"), *(
@@ -71,6 +77,15 @@ def stand_in(task: str, root: Path) -> None:
     (target / "manifest.json").write_bytes((source / "manifest.json").read_bytes())
 
 
+def configured(folder: Path, task: str, technique: str, extra: str, seed: int) -> DictConfig:
+    """A cell of the pilot."""
+    return compose([
+        f"task={task}", "teacher=lexicon", f"technique={technique}", extra, f"seed={seed}", f"paths.data={folder}", f"paths.results={folder}/results",
+        f"train_rows={ROWS}", "train.epochs=2", "train.validations=1", "evaluate.forgetting=false", "evaluate.transfer_rows=0", "evaluate.latency_rows=0",
+        "train.progress=false", "train.max_length=1024",
+    ])
+
+
 def table(target: Path) -> None:
     """Print the accuracies found, one line a setting."""
     found: dict[tuple, list[float | None]] = defaultdict(list)
@@ -94,11 +109,11 @@ def main(target: Path, minutes: float = 600.0, which: str = "pilot", share: str 
                 continue
             done.add(key)
             task, technique, extra, seed = key
-            cfg = compose([
-                f"task={task}", "teacher=lexicon", f"technique={technique}", extra, f"seed={seed}", f"paths.data={folder}", f"train_rows={ROWS}",
-                "train.epochs=2", "train.validations=1", "evaluate.forgetting=false", "evaluate.transfer_rows=0", "evaluate.latency_rows=0",
-                "train.progress=false", "train.max_length=1024",
-            ])
+            cfg = configured(Path(folder), task, technique, extra, seed)
+            for path in cell.reads(cfg):  # a cell to begin at, or to be taught by
+                if not path.exists():
+                    first = path.parent.name.rpartition("-s")[0]
+                    cell.run(configured(Path(folder), task, first, "train.epochs=2", seed), folder=path.parent)
             result = cell.run(cfg)
             row = {"task": task, "technique": technique, "extra": extra, "seed": seed, "status": result.status, "error": result.error}
             if result.test and result.phases:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_model
 
 from pipeline import cell, evaluate
 from pipeline.config import build, compose
@@ -22,7 +23,6 @@ from pipeline.objectives.task_distillation import TaskDistillation
 from pipeline.scoring import Scorer
 from pipeline.serving import Artefact, Base, Door
 from pipeline.settings import Precision, Task, Train, read
-from conftest import write_model
 
 CPU = torch.device("cpu")
 CHOICE, GENERATE = Task("t", "choice"), Task("t", "generate")

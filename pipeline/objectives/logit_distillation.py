@@ -3,8 +3,8 @@
 Goes with any method that trains. The teacher (objective.teacher) is a finished cell, by folder or by technique, or a base model under models/.
 
 Kept of the teacher is not a distribution of V numbers a labelled token but the d numbers before its output layer, and that layer: the same
-logits from V/d times fewer numbers (85 times at 135M). They are computed once, in one pass over the training rows before the first step, and
-cached by content in .work/teachers/. python -m benchmarks.teaching measures that against the alternatives.
+logits, from V/d times fewer numbers a token (85 times at 135M; d labelled tokens pay for the layer). They are computed once, in one pass over
+the training rows before the first step, and cached by content in .work/teachers/. python -m benchmarks.teaching measures the alternatives.
 """
 
 from __future__ import annotations
