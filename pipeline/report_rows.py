@@ -192,7 +192,7 @@ def _data(cells: list[Cell]) -> dict[str, Any]:
     result = cells[0].result
     taught = result.teacher if result.method != "teacher" else None
     return {
-        "labelled_rows": _untrained_rows(result) if cells[0].untrained else result.train_rows + result.validation_rows,
+        "labelled_rows": _untrained_rows(result) if cells[0].untrained or "labels_from" in result.hyperparameters else result.train_rows + result.validation_rows,
         "rationale_rows": taught.rows if taught else None,
         "teacher_s": _mean(cells, lambda r: r.teacher.seconds if r.teacher else None),
     }
@@ -267,10 +267,10 @@ def _against_zero_shot(rows: list[Row], answers: Mapping[str, Runs]) -> list[Row
     trained = tiers.compare(_some(answers, [r for r in rows if not r.teacher]), _fixed(rows))
 
     def compared(row: Row) -> Row:
-        if base is None or row is base:
-            return row
-        if row.transfer is not None and base.transfer is not None:
+        if base and row.transfer is not None and base.transfer is not None:
             row = dataclasses.replace(row, transfer_change=row.transfer - base.transfer)
+        if base is None or row.name == base.name:
+            return row
         found = trained if not row.teacher else tiers.compare(_some(answers, [row, base]), _fixed(rows))
         if found is None or not {row.name, base.name} <= set(found.means):
             return row

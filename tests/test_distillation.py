@@ -223,3 +223,16 @@ def test_step_by_step_goes_with_adapters(overrides):
     for name in ("step_by_step_lora", "step_by_step_qlora"):
         found = run(overrides, f"technique={name}", "train.lr=1e-2", "train.epochs=12")
         assert found.test.accuracy >= 0.95 and found.method == "lora" and found.objective == "step_by_step"
+
+
+
+def test_the_report_counts_no_row_that_the_teacher_labelled(tmp_path):
+    from report_cells import keep, result
+
+    from pipeline.report_cells import select
+    from pipeline.report_rows import make_rows
+
+    for name, shown in (("task_distillation", {"labels_from": "validation"}), ("full", {})):
+        keep(tmp_path, result(name, hyperparameters=shown))
+    cells, _ = select(tmp_path, {"techniques": ["task_distillation", "full"], "seeds": [0], "train_rows": [200]})
+    assert {r.technique: r.labelled_rows for r in make_rows(cells)} == {"task_distillation": 40, "full": 240}
