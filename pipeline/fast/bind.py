@@ -86,6 +86,7 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
         Unsupported: another architecture, adapter or option.
     """
     base, kind = _base(model)
+    _check_trained(model, kind)
     parts = Parts(base, dtype)
     if kind == "lora":
         bound = _lora(parts, dtype, slots, rank, accumulate)
@@ -154,6 +155,16 @@ def _base(model: Any) -> tuple[Any, str]:
     if config.bias != "none":
         raise Unsupported("LoRA that trains biases has no hand-written step")
     return model.base_model.model, "lora"
+
+
+def _check_trained(model: Any, kind: str) -> None:
+    """Raise Unsupported where an adapter's model trains more than the adapter, or other parameters than the hand-written step moves."""
+    if kind == "full":
+        return
+    known = ("prompt_encoder.default.embedding.weight",) if kind == "prompt" else (".lora_A.default.weight", ".lora_B.default.weight")
+    other = next((name for name, p in model.named_parameters() if p.requires_grad and not name.endswith(known)), None)
+    if other is not None:
+        raise Unsupported(f"it trains {other}, which has no hand-written step")
 
 
 def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bool) -> Bound:

@@ -57,6 +57,9 @@ class Parts:
         for at, layer in enumerate(self.layers):
             for index, (owner, names) in enumerate(GROUPS):
                 modules = [(f"model.layers.{at}.{owner}.{n}", getattr(getattr(layer, owner), n)) for n in names]
+                odd = next((m for _, m in modules if not hasattr(m, "in_features")), None)
+                if odd is not None:
+                    raise Unsupported(f"a linear layer of it is a {type(odd).__name__}")
                 yield at, index, modules
 
     def angles(self, t: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,153 @@
+"""Soft prompts that PEFT does not have: one of few numbers (IPT), and one with trained output rows for the answers (WARP).
+
+conf/method/ipt.yaml, warp.yaml. PEFT's prompt tuning is what both are built upon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data import Example
+from pipeline.files import UserError, read_json, write_json
+from pipeline.methods.base import Method
+
+PROMPT, ROWS, TOKENS = "adapter_model.safetensors", "answers.safetensors", "tokens.json"
+
+
+@dataclass(frozen=True)
+class SoftPrompt(Method):
+    """k trained vectors before the input, begun at words of the vocabulary."""
+
+    virtual_tokens: int
+
+    def __post_init__(self) -> None:
+        if type(self.virtual_tokens) is not int or self.virtual_tokens < 1:
+            raise UserError(f"method.virtual_tokens is {self.virtual_tokens}; it must be a whole number of at least 1")
+
+    @property
+    def trains(self) -> bool:
+        return True
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {"virtual_tokens": self.virtual_tokens}
+
+    def wrap(self, model: Any) -> Any:
+        from peft import PromptTuningConfig, get_peft_model
+
+        kept = {"num_virtual_tokens": self.virtual_tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
+        return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **kept))
+
+    def save(self, model: Any, state: Any, folder: Path) -> None:
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+    def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(base, folder).eval(), None
+
+
+@dataclass(frozen=True)
+class Ipt(SoftPrompt):
+    """Intrinsic prompt tuning (Qin et al., 2021): of a soft prompt, its place in a small subspace alone is trained.
+
+    The paper finds the subspace with an autoencoder over the trained prompts of a hundred tasks. Here it is spanned by the principal axes of
+    the prompts of earlier prompt_tuning cells (`prompts`), or by random directions, where there are none (the paper's comparison). The artefact is the
+    prompt itself.
+
+    Raises:
+        UserError: fewer prompts than axes, or prompts of another shape.
+    """
+
+    dimensions: int
+    """Of the subspace."""
+    prompts: list[str] | None = None
+    """Folders of finished cells of prompt tuning (results/<experiment>/<cell>), of the same model and virtual tokens. Only their names decide what
+    is run again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.dimensions) is not int or self.dimensions < 1:
+            raise UserError(f"method.dimensions is {self.dimensions}; it must be a whole number of at least 1")
+        if self.prompts is not None and len(self.prompts) <= self.dimensions:
+            raise UserError(f"{len(self.prompts)} prompts span at most {len(self.prompts) - 1} dimensions, and method.dimensions is {self.dimensions}; lower it")
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return super().hyperparameters() | {"dimensions": self.dimensions, "subspace": f"{len(self.prompts)} prompts" if self.prompts else "random"}
+
+    def wrap(self, model: Any) -> Any:
+        from pipeline.layers.prompts import IntrinsicPrompt, fitted_basis, random_basis
+
+        wrapped = super().wrap(model)
+        encoder = wrapped.prompt_encoder["default"]
+        begin = encoder.embedding.weight
+        if self.prompts:
+            mean, basis = fitted_basis(self.dimensions, [_prompt(Path(p), begin) for p in self.prompts])
+            begin.data = mean
+        else:
+            basis = random_basis(self.dimensions, begin.data)
+        wrapped.prompt_encoder["default"] = IntrinsicPrompt(encoder, basis)
+        return wrapped
+
+    def served(self, model: Any, dtype: Any) -> Any:
+        encoder = model.prompt_encoder["default"]
+        encoder.embedding.weight.data = encoder.made().detach()
+        model.prompt_encoder["default"] = encoder.encoder
+        return model
+
+
+def _prompt(folder: Path, like: Any) -> Any:
+    """The soft prompt that a cell left. Raises UserError where there is none of this shape."""
+    from safetensors.torch import load_file
+
+    path = folder / "artefact" / PROMPT
+    held = load_file(path, device=str(like.device)).get("prompt_embeddings") if path.exists() else None
+    if held is None or held.shape != like.shape:
+        what = "no soft prompt" if held is None else f"a soft prompt of {tuple(held.shape)} numbers, not {tuple(like.shape)}"
+        raise UserError(f"{folder} of method.prompts holds {what}; name finished cells of prompt_tuning of this model and these virtual tokens")
+    return held
+
+
+@dataclass(frozen=True)
+class Warp(SoftPrompt):
+    """WARP (Hambardzumyan et al., 2021): a soft prompt, and a trained vector for each label in the place of its output embedding.
+
+    The paper reads a masked language model at a [MASK]; a decoder is read where its answer begins, and a label's vectors are changes of the
+    output layer's rows for its tokens, which begin at zero.
+
+    Raises:
+        UserError: answers that are no small set of labels.
+    """
+
+    def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> None:
+        from pipeline.layers import answers
+
+        answers.add(base, answers.tokens(examples, base, "WARP"))
+
+    def wrap(self, model: Any) -> Any:
+        from pipeline.layers import answers
+
+        wrapped = super().wrap(model)
+        answers.of(model).rows.requires_grad_(True)
+        return wrapped
+
+    def save(self, model: Any, state: Any, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        from pipeline.layers import answers
+
+        super().save(model, state, folder)
+        rows = answers.of(model)
+        save_file({"rows": rows.rows.detach().contiguous()}, folder / ROWS)
+        write_json(folder / TOKENS, rows.ids.tolist())
+
+    def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
+        from safetensors.torch import load_file
+
+        from pipeline.layers import answers
+
+        answers.add(base, read_json(folder / TOKENS)).rows.data = load_file(folder / ROWS, device=str(base.device))["rows"]
+        base.requires_grad_(False)
+        return super().load(base, folder)
