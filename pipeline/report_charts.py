@@ -102,7 +102,7 @@ def _forest_line(row: Row, y: int, left: float, axis: Scale, colour: str) -> lis
         tag("text", name, class_="name", x=left - 10, y=y + 4, text_anchor="end"),
         tag("line", class_=f"whisker {colour}", x1=axis(low), x2=axis(high), y1=y, y2=y) if high > low else Markup(""),
         *(tag("line", class_=f"seed {colour}", x1=axis(s), x2=axis(s), y1=y - 6, y2=y + 6) for s in seeds),
-        point(axis(row.test), float(y), colour, row.teacher, tip(row)),
+        point(axis(row.test), float(y), colour, row.teacher, tip(row), row.name),
         tag("text", f.percent(row.test), class_="value", x=WIDTH - 4, y=y + 4, text_anchor="end"),
     ]
 
@@ -114,10 +114,10 @@ def bounds(row: Row) -> tuple[float, float]:
     return row.test or 0.0, row.test or 0.0
 
 
-def point(x: float, y: float, colour: str, hollow: bool, title: Markup) -> Markup:
-    """A dot with its tooltip, to be touched, pointed at or reached by Tab."""
+def point(x: float, y: float, colour: str, hollow: bool, title: Markup, name: str) -> Markup:
+    """A dot with its tooltip, to be touched, pointed at or reached by Tab; it leads to the cells of the row of this name."""
     dot = tag("circle", class_=f"dot {colour}{' hollow' if hollow else ''}", cx=x, cy=y, r=4.5)
-    return tag("g", title, tag("circle", class_="hit", cx=x, cy=y, r=13), dot, class_="point", tabindex=0)
+    return tag("a", title, tag("circle", class_="hit", cx=x, cy=y, r=13), dot, class_="point", href=f"#{f.anchor(name)}")
 
 
 def scatter(rows: Sequence[Row], cost: Cost, colour: dict[str, str]) -> Chart | None:
@@ -137,7 +137,7 @@ def scatter(rows: Sequence[Row], cost: Cost, colour: dict[str, str]) -> Chart | 
               for r, (px, _) in zip(shown, at, strict=True)]
     parts += _labels(shown, at, stairs, y)
     for i, (row, (px, py)) in enumerate(zip(shown, at, strict=True)):
-        parts.append(point(px, py, colour[row.family], i not in front, tip(row, cost.words(values[i]))))
+        parts.append(point(px, py, colour[row.family], i not in front, tip(row, cost.words(values[i])), row.name))
     return Chart(f"Against {cost.name}", svg(HEIGHT, parts, f"Test result against {cost.title}"), left_out)
 
 
@@ -229,7 +229,7 @@ def by_rows(rows: Sequence[Row], colour: dict[str, str]) -> Markup | None:
         at = [(x(r.train_rows), y(r.test or 0.0)) for r in line]
         parts.append(tag("path", class_=f"line {colour[line[0].family]}", d="M" + " L".join(f"{a:.1f},{b:.1f}" for a, b in at)))
         for row, (px, py) in zip(line, at, strict=True):
-            parts.append(point(px, py, colour[row.family], False, tip(row, f"{row.labelled_rows} labelled rows")))
+            parts.append(point(px, py, colour[row.family], False, tip(row, f"{row.labelled_rows} labelled rows"), row.name))
         ends.append((*at[-1], name))
     for (px, py, name), level in zip(ends, stacked([py for _, py, _ in ends], LINE), strict=True):
         parts.append(tag("line", class_="leader", x1=px + 5, y1=py, x2=FRAME.right - margin + 12, y2=level))

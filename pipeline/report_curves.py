@@ -45,7 +45,7 @@ def _panel(row: Row, loss: Scale, metric: Scale | None, colour: str) -> Markup:
     if metric:
         parts += [*_grid(metric, lambda v: f"{100 * v:g}"), *_caption("validation, %", CHECKS[1])]
         for cell in row.cells:
-            parts += _dots(cell, x, metric, colour)
+            parts += _dots(cell, row.name, x, metric, colour)
     for step, anchor in ((0, "start"), (last, "end")):
         parts.append(tag("text", f"{step:,.0f}{' steps' if step else ''}", class_="tick", x=x(step), y=HEIGHT - 8, text_anchor=anchor))
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"Training curve of {row.name}")
@@ -64,7 +64,7 @@ def _caption(text: str, top: float) -> list[Markup]:
     return [tag("text", text, class_="tick", x=LEFT, y=top - 8)]
 
 
-def _dots(cell: Cell, x: Scale, y: Scale, colour: str) -> list[Markup]:
+def _dots(cell: Cell, name: str, x: Scale, y: Scale, colour: str) -> list[Markup]:
     line = _checks(cell)
     if not line:
         return []
@@ -73,7 +73,8 @@ def _dots(cell: Cell, x: Scale, y: Scale, colour: str) -> list[Markup]:
     for step, value in line:
         title = tag("title", f"seed {cell.result.seed}, step {step:,.0f}\nvalidation {f.percent(value)}%")
         hit = tag("circle", class_="hit", cx=x(step), cy=y(value), r=9)
-        parts.append(tag("g", title, hit, tag("circle", class_=f"dot {colour}", cx=x(step), cy=y(value), r=3), class_="point", tabindex=0))
+        dot = tag("circle", class_=f"dot {colour}", cx=x(step), cy=y(value), r=3)
+        parts.append(tag("a", title, hit, dot, class_="point", href=f"#{f.anchor(name)}"))
     return parts
 
 

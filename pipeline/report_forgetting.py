@@ -78,7 +78,7 @@ def _chart(rows: Sequence[Row], base: Row, axis: Axis, colour: dict[str, str]) -
     at = [(x(lost), y(gain)) for _, lost, gain in shown]
     parts = [*_axes(x, y, axis), *_beyond(shown, at, x, axis, colour), *_names(shown, at, x, y, axis)]
     for (row, lost, gain), (px, py) in zip(shown, at, strict=True):
-        parts.append(point(px, py, colour[row.family], row.precision in QUANTISED, _tip(row, axis, lost, gain)))
+        parts.append(point(px, py, colour[row.family], row.precision in QUANTISED, _tip(row, axis, lost, gain), row.name))
     return Chart(axis.heading, svg(HEIGHT, parts, f"Test result above zero-shot against: {axis.title}"), left_out)
 
 

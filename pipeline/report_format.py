@@ -5,6 +5,7 @@ Library of `python -m pipeline.report`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 DASH = "—"
@@ -89,6 +90,11 @@ def span(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return ""
     return percent(low) if percent(low) == percent(high) else f"{percent(low)}–{percent(high)}"
+
+
+def anchor(name: str) -> str:
+    """The id of a row's (or of a technique's first) cells on the page."""
+    return "cells-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def hyperparameter(value: Any) -> str:

@@ -130,7 +130,8 @@ def _points(one: Line, x: Scale, y: Scale, colour: str) -> list[Markup]:
         same = len({c.accuracy for c in cells}) == 1
         parts += [tag("circle", class_=f"seed-dot {colour}", cx=x(n), cy=y(c.accuracy), r=1.8) for c in cells if not same]
         dot = tag("circle", class_=f"dot {colour}", cx=x(n), cy=y(mean), r=3.5)
-        parts.append(tag("g", tag("title", _tip(one, n, mean)), tag("circle", class_="hit", cx=x(n), cy=y(mean), r=11), dot, class_="point", tabindex=0))
+        hit = tag("circle", class_="hit", cx=x(n), cy=y(mean), r=11)
+        parts.append(tag("a", tag("title", _tip(one, n, mean)), hit, dot, class_="point", href=f"#{f.anchor(one.name)}"))
     return parts
 
 

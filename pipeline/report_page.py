@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from markupsafe import Markup, escape
 
 from pipeline import report_complexity, report_forecast, report_forgetting
@@ -43,7 +44,7 @@ def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Gr
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
-    environment.filters |= {"words": words, "hyperparameter": f.hyperparameter}
+    environment.filters |= {"words": words, "hyperparameter": f.hyperparameter, "anchor": f.anchor}
     return environment.get_template("report.html").render(**_content(experiment, rows, missing), **_growth(rows, grown))
 
 
@@ -97,7 +98,11 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
 
 
 def _cells(rows: Sequence[Row]) -> dict[str, Any]:
-    details = [(r, [_detail(c, r.own_notes) for c in r.cells]) for r in rows]
+    names, details = {f.anchor(r.name) for r in rows}, []
+    for row in rows:
+        alias = f.anchor(row.technique)  # where a learning curve's point leads
+        details.append((row, [_detail(c, row.own_notes) for c in row.cells], "" if alias in names else alias))
+        names.add(alias)
     return {"phase_names": PHASES, "timelines": _timelines(rows), "timing_notes": timing_notes(rows), "details": details}
 
 
@@ -139,6 +144,7 @@ def _detail(cell: Cell, own_notes: Sequence[str]) -> dict[str, Any]:
     facts |= {"Notes": "; ".join(n for n in result.notes if n in own_notes), "Error": result.error}
     return {
         "result": result, "facts": {k: v for k, v in facts.items() if v}, "phases": _phases(result.phases),
+        "config": yaml.safe_dump(result.config, sort_keys=True, allow_unicode=True) if result.config else "",
         "bar": bar(result.phases, result.phases.wall_s) if result.phases and result.phases.wall_s else [],
     }
 

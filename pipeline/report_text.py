@@ -26,9 +26,30 @@ def opening(rows: Sequence[Row]) -> list[str]:
         return ["No technique of this experiment has a test result yet."]
     (name, ranked), *others = groups.items()
     where = f"With {rows_in_words(name)}, " if len(groups) > 1 else ""
-    sentences = [where + _best(ranked), _apart(ranked), _gain(ranked), _costs(ranked)]
+    sentences = [_headline(ranked), where + _best(ranked), _apart(ranked), _gain(ranked), _costs(ranked)]
     sentences += [f"With {rows_in_words(name)}, {_best(ranked)} {_apart(ranked)}" for name, ranked in others]
     return [text.strip() for text in (*sentences, _teacher(rows)) if text]
+
+
+def _headline(ranked: list[Row]) -> str:
+    """Which techniques share the first place, and what the leanest of them saves; empty where that is not known."""
+    best = ranked[0]
+    near = [r for r in ranked if r.standing == "near"]
+    if not best.standing or not any(r.standing for r in ranked[1:]):
+        return ""
+    rows = f" with {best.labelled_rows:,} labelled rows" if best.labelled_rows else ""
+    place = f"On `{best.results[0].task}`{rows}, "
+    if not near:
+        return f"{place}`{best.technique}` is ahead of all others by more than chance."
+    return f"{place}{_listed([best, *near])} cannot be told apart{_saving([best, *near])}."
+
+
+def _saving(rows: list[Row]) -> str:
+    known = sorted((r for r in _one_kind([r for r in rows if r.trainable]) if r.peak_bytes), key=lambda r: r.peak_bytes or 0.0)
+    if len(known) < 2:
+        return ""
+    share = (known[0].peak_bytes or 0.0) / (known[-1].peak_bytes or 1.0)
+    return f"; `{known[0].technique}` needs {share:.2g} of the memory of `{known[-1].technique}`" if share <= 0.9 else ""
 
 
 def rows_in_words(group: str) -> str:

@@ -53,7 +53,7 @@ def test_a_chart_has_the_base_at_zero_and_says_what_was_learned_and_lost(tmp_pat
     assert "learned 0.0 points above zero-shot\nperplexity of news 0.0%" in svg
     assert "perplexity of news +30.0%\nagainst the base in 16 bits +62.5%" in svg and svg.count("whisker") == 1
     assert "minimal pairs lost +4.0 points" in str(found[1].svg) and "lambada words lost +5.0 points" in str(found[2].svg)
-    assert svg.count('tabindex="0"') == 3
+    assert svg.count('class="point"') == 3
     assert report_forgetting.probes(rows) == [PROBED]
 
 

@@ -87,7 +87,7 @@ def test_the_chart_has_a_line_a_band_and_points_with_words(rows):
     for (name, svg), width in zip(charts(growth(rows), colour), (760, 380), strict=True):
         assert svg.startswith("<svg viewBox=") and f'viewBox="0 0 {width} ' in svg and name in ("wide", "narrow")
         assert svg.count('class="spread f1"') == svg.count('class="line f1"') == 3
-        assert svg.count('class="point" tabindex="0"') == 3 * len(SIZES)
+        assert svg.count('class="point" href="#cells-') == 3 * len(SIZES)
         assert re.search(r"<title>lora\n48 labelled rows: [\d.]+%\nseeds [\d.]+, [\d.]+\ncurve [\d.]+% \[[\d.]+–[\d.]+\]</title>", svg)
         assert svg.count("stroke-dasharray") == 1, "few_shot and zero_shot share a colour"
         assert "nan" not in svg and not re.search(r'(?:x|y|cx|cy)\d?="-', svg)

@@ -1,4 +1,4 @@
-// Sorting the table (a column's button, by click or key) and tooltips of the charts' points.
+// Sorting and filtering the table, tooltips of the charts' points, and the way from a point to its cells.
 (function () {
   const table = document.getElementById("comparison");
   const body = table.tBodies[0];
@@ -27,6 +27,26 @@
     if (button) button.addEventListener("click", () => sort(index));
   });
 
+  const filter = document.getElementById("filter");
+  filter.addEventListener("input", () => {
+    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let shown = 0;
+    for (const row of body.rows) {
+      const text = row.textContent.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+      shown += row.hidden ? 0 : 1;
+    }
+    document.getElementById("shown").textContent = words.length ? shown + " of " + body.rows.length : "";
+  });
+
+  function unfold() { // a point or a name leads to its cells, folded out
+    const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const fold = target && (target.matches("details") ? target : target.nextElementSibling);
+    if (fold && fold.matches("details")) { fold.open = true; fold.scrollIntoView(); }
+  }
+  addEventListener("hashchange", unfold);
+  unfold();
+
   const tip = document.getElementById("tip");
   document.querySelectorAll(".point").forEach((point) => {
     const title = point.querySelector("title");
@@ -45,6 +65,14 @@
     tip.style.left = scrollX + Math.max(8, Math.min(left, document.documentElement.clientWidth - tip.offsetWidth - 8)) + "px";
     tip.style.top = scrollY + (above > 4 ? above : box.bottom + 8) + "px";
   }
-  ["mouseover", "focusin", "click"].forEach((name) => document.addEventListener(name, show));
+  let touched = null;
+  document.addEventListener("click", (event) => { // a finger's first touch shows the numbers, its second one opens the cells
+    const point = event.target.closest && event.target.closest(".point");
+    if (point && event.pointerType === "touch" && point !== touched) event.preventDefault();
+    else if (point && point.getAttribute("href") === location.hash) unfold();
+    touched = point;
+    show(event);
+  });
+  ["mouseover", "focusin"].forEach((name) => document.addEventListener(name, show));
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
 })();
