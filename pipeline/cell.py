@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline import measure, scoring
+from pipeline import measure, scoring, tuned
 from pipeline.config import build, plain
 from pipeline.data import Encoded, Encoder, Rows, load_rationales, load_rows
 from pipeline.files import UserError, atomic_path, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
@@ -28,7 +28,7 @@ from pipeline.methods.base import Method
 from pipeline.model import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, most_tokens, parameters, resolve
 from pipeline.objectives.base import Beginning, Objective
 from pipeline.probes import Probing
-from pipeline.results import SHARED_PROCESS, Inference, Memory, Result, Score, Size, Teacher, Work, write
+from pipeline.results import SHARED_PROCESS, Cost, Inference, Memory, Result, Score, Size, Teacher, Work, write
 from pipeline.settings import Settings, read
 from pipeline.sharing import shared_latency
 
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from pipeline.loop import Trained
 
 CODE = (
-    "cell.py", "choices.py", "data.py", "lineage.py", "loop.py", "model.py", "reasoning.py", "scoring.py", "serving.py", "stepping.py", "fast/*.py",
-    "methods/*.py", "objectives/*.py",
+    "blocks.py", "calibration.py", "cell.py", "choices.py", "data.py", "lineage.py", "loop.py", "model.py", "reasoning.py", "scoring.py", "serving.py", "stepping.py", "fast/*.py",
+    "layers/*.py", "methods/*.py", "objectives/*.py",
 )
-ASIDE = ("paths", "tracking", "report", "sweep", "variant", "cell", "split", "requests", "to", "memory_limit_gb", "pack", "forecast")
+ASIDE = ("paths", "tracking", "report", "sweep", "variant", "cell", "split", "requests", "to", "memory_limit_gb", "pack", "forecast", "search", "tune", "tuned",
+         "price_per_hour", "currency")
 """Keys of a config that decide no cell's outcome."""
 QUANTISED = ("nf4", "int8")
 
@@ -215,11 +216,13 @@ class Cell:
             with self.meter.phase("evaluate"):
                 forgetting = self.probing.forgetting(self.model) if self.probing else None
             inference = self._merged(self._many_adapters(inference))
+        phases = self.meter.phases()
         return Result(
             **{**_identity(self.cfg, self.settings, self.method, self.objective), "train_rows": len(self.rows.train)},
             precision=self.precision, status="ok", validation_rows=len(self.rows.validation), scores=self.scores, memory=memory, work=work,
             size=size, inference=inference, forgetting=forgetting, teacher=self._teacher(), history=history, notes=self.notes,
-            hardware=measure.hardware(self.device), provenance=self._provenance(), phases=self.meter.phases(), packed=self.slots is not None, slots=self.slots,
+            hardware=measure.hardware(self.device), provenance=self._provenance(), phases=phases, packed=self.slots is not None, slots=self.slots,
+            tuning=tuned.effort(self.cfg), cost=price(self.cfg, phases.wall_s),
         )
 
     def _wants(self, split: str) -> bool:
@@ -251,7 +254,7 @@ class Cell:
 
     def _load(self) -> None:
         cfg, evaluate = self.cfg, self.settings.evaluate
-        test_rows = evaluate.test_rows if self._wants("test") else 1
+        test_rows = evaluate.test_rows if self._wants("test") else 0
         transfer_rows = evaluate.transfer_rows if self._wants("transfer") else 0
         data = Path(cfg.paths.data) / cfg.task.name
         self.rows: Rows = load_rows(data, self.settings.task, cfg.train_rows, cfg.seed, evaluate.validation_share, test_rows, transfer_rows)
@@ -490,6 +493,11 @@ class Cell:
         write_jsonl(self.folder / "predictions.jsonl", self.predictions)
         write_text(self.folder / "history.csv", history_csv(result.history))
         write(self.folder, result)
+
+
+def price(cfg: DictConfig, seconds: float) -> Cost | None:
+    """What so many seconds cost by the config; None without a price."""
+    return None if cfg.price_per_hour is None else Cost(cfg.price_per_hour * seconds / 3600, cfg.currency, cfg.price_per_hour)
 
 
 def history_csv(history: list[dict[str, float]]) -> str:

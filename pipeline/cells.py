@@ -2,6 +2,7 @@
 
     python -m pipeline.cells experiments=quick                 all missing cells of experiments/quick/params.yaml's grid
     python -m pipeline.cells experiments=quick technique=lora  only those of one technique
+    python -m pipeline.cells experiments=quick tuned=true      with the settings that pipeline.tune found, beside the untuned ones
     python -m pipeline.cells experiments=quick pack=true       seeds of an adapter trained at once (pipeline/cells_packed.py)
 
 Imports, base model and tokenizer are read once; every cell then goes on in a forked child, so its memory is its own and
@@ -14,15 +15,15 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig
 
-from pipeline import cell, cells_packed, tracking
-from pipeline.config import ROOT, compose, entry, task_overrides
+from pipeline import cell, cells_packed, tracking, tune_space, tuned
+from pipeline.config import ROOT, compose, compose_cell, entry, task_overrides
 from pipeline.files import UserError
 from pipeline.measure import hardware, now
 from pipeline.results import read as read_result
@@ -36,7 +37,7 @@ def run(cfg: DictConfig) -> int:
 
 def run_missing(overrides: Sequence[str]) -> int:
     """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result."""
-    return run_cells([compose(o) for o in grid_overrides(overrides)])
+    return run_cells([compose_cell(o) for o in grid_overrides(overrides)])
 
 
 def run_cells(cells: Sequence[DictConfig]) -> int:
@@ -82,8 +83,18 @@ def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:
         raise UserError("pipeline.cells needs an experiment; add experiments=<name>, for example experiments=quick")
     axes = grid(given["experiments"])["grid"]
     rest = [o for o in overrides if o.partition("=")[0] not in ("technique", "seed", "train_rows")]
+    if given.get("tuned", "").lower() == "true":
+        axes["techniques"] = _searched(dict.fromkeys(t.removesuffix(tuned.SUFFIX) for t in axes["techniques"]), rest)
     values = [[given[key]] if key in given else axes[plural] for key, plural in (("technique", "techniques"), ("seed", "seeds"), ("train_rows", "train_rows"))]
     return [[*rest, f"technique={t}", f"seed={s}", f"train_rows={n}"] for n, t, s in itertools.product(values[2], values[0], values[1])]
+
+
+def _searched(techniques: Iterable[str], rest: Sequence[str]) -> list[str]:
+    """The techniques that have something to search; the others have no tuned cell."""
+    found = {t: bool(tune_space.read(compose([*rest, f"technique={t}"])).ranges) for t in techniques}
+    if without := [t for t, searched in found.items() if not searched]:
+        print(f"nothing is searched for {', '.join(without)}: the untuned cell stands")
+    return [t for t, searched in found.items() if searched]
 
 
 def is_done(cfg: DictConfig) -> bool:

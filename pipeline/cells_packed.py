@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pipeline.fast.pack import Job, Running
 
 
+SHARED_ENERGY = "energy was not measured: it was trained at once with others, whose energy is one figure"
+
+
 def train(missing: Sequence[DictConfig], shared: cell.Shared) -> None:
     """Train what can be packed; the others are left to train by themselves, and the reason is said.
 
@@ -78,7 +81,7 @@ def _keep(run: Running, slots: int, warmup_s: float) -> None:
     import torch
 
     seen = run.tokens + run.padding
-    work = Work(steps=run.step, tokens=run.tokens, padding_share=run.padding / seen if seen else None)
+    work = Work(steps=run.step, tokens=run.tokens, padding_share=run.padding / seen if seen else None, energy_note=SHARED_ENERGY)
     held = {"weights": run.weights, "history": run.history, "notes": run.notes, "work": dataclasses.asdict(work), "slots": slots,
             "train_s": run.seconds, "warmup_s": warmup_s}
     with atomic_path(cell.packed_of(run.job.name.cfg)) as beside:

@@ -23,7 +23,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import peft_files
+from pipeline import peft_files, tuned
 from pipeline.files import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +41,14 @@ def compose(overrides: Sequence[str] = (), hydra_config: bool = False) -> DictCo
     """
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose("config", overrides=list(overrides), return_hydra_config=hydra_config)
+            return hydra.compose("config", overrides=tuned.spelled_out(overrides), return_hydra_config=hydra_config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
+
+
+def compose_cell(overrides: Sequence[str]) -> DictConfig:
+    """The config of a cell: with its tuned settings, if it has tuned=true. Raises UserError as `compose` and `tuned.applied` do."""
+    return tuned.applied(compose(overrides), overrides)
 
 
 def task_overrides() -> list[str]:
@@ -107,7 +112,7 @@ def entry(run: Callable[[DictConfig], int | None]) -> Callable[..., int]:
 
     def main(argv: Sequence[str] | None = None) -> int:
         global _overrides
-        _overrides = list(argv or [])
+        _overrides = tuned.spelled_out(argv or [])
         try:
             return (_command_line(run) if argv is None else run(compose(argv))) or 0
         except UserError as error:
@@ -139,6 +144,7 @@ def _command_line(run: Callable[[DictConfig], int | None]) -> int:
             refused.append(error)
 
     GlobalHydra.instance().clear()
+    sys.argv[1:] = tuned.spelled_out(sys.argv[1:])
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     if refused:
         raise refused[0]

@@ -148,6 +148,8 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
 
     Validation rows are the first of the split's fixed order, the same for every seed: the share of train_rows rounded down, one at least.
 
+    test_rows 0 does not open the test split.
+
     Raises:
         UserError: not prepared, or fewer rows than asked for.
     """
@@ -163,7 +165,7 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
     for name in task.transfer if transfer_rows != 0 else ():
         transfer[name] = read_jsonl(folder / "transfer" / f"{name}.jsonl")[:transfer_rows]
     return Rows(
-        train[:wanted], validation, read_jsonl(folder / "test.jsonl")[:test_rows], transfer,
+        train[:wanted], validation, [] if test_rows == 0 else read_jsonl(folder / "test.jsonl")[:test_rows], transfer,
         json.loads((folder / "manifest.json").read_text(encoding="utf-8")), {},
     )
 

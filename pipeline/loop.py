@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.data import Encoded, steps_in_epoch
 from pipeline.files import atomic_path
-from pipeline.measure import Meter, PeakMemory, Stopwatch, energy_j
+from pipeline.measure import Energy, Meter, PeakMemory, Stopwatch
 from pipeline.methods.base import Method
 from pipeline.objectives.base import Objective
 from pipeline.results import Memory, Work
@@ -38,6 +38,7 @@ class State:
     padding: int = 0
     train_s: float = 0.0
     energy_j: float | None = None
+    host_energy_j: float | None = None
     resumed: bool = False
     best: tuple[float, float] | None = None
     """(metric, -nll) of the best validation so far; compared in this order."""
@@ -97,7 +98,7 @@ class Loop:
         self.state = State()
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.stepping: Stepping
-        self.memory = PeakMemory(device)
+        self.memory, self.energy = PeakMemory(device), Energy(device)
         self._stop = False
         self._pending: list[tuple[int, Any]] = []
 
@@ -111,10 +112,10 @@ class Loop:
         self._resume()
         marks = validation_steps(self.total, self.settings.validations)
         saved = Stopwatch()
-        energy = energy_j(self.device)
         first = self.state.step
         times: list[float] = []
         with self._signals(), self._bar() as bar, self.meter.phase("train"):
+            self.energy.start()
             lap = Stopwatch(self.device)
             for step in range(first, self.total):
                 self._step(step)
@@ -134,12 +135,12 @@ class Loop:
                 if self._stop:
                     raise KeyboardInterrupt
                 bar.update()
+                self.energy.tick()
                 lap.lap(wait=False)
             self._read_losses(bar)
-        memory, used = self.memory.stop(), energy_j(self.device)
+            self.energy.stop()
+        memory = self.memory.stop()
         self.stepping.close()
-        if energy is not None and used is not None:
-            self.state.energy_j = (self.state.energy_j or 0.0) + used - energy
         self._select()
         return Trained(self._work(times), memory, self.state.history, self.notes)
 
@@ -169,6 +170,7 @@ class Loop:
         """Score validation and keep the weights if they are the best so far (ties: the lower nll)."""
         self._read_losses(bar)
         self.memory.pause()
+        self.energy.pause()
         with self.meter.phase("validate"):
             metric, nll = self.validate()
             self.state.history[-1].update({"validation_metric": metric, "validation_nll": nll})
@@ -176,6 +178,7 @@ class Loop:
                 self.state.best = (metric, -nll)
                 self.state.best_weights = self._weights() if self.state.step < self.total else {}
         self.memory.resume()
+        self.energy.resume()
 
     def _weights(self) -> dict[str, Any]:
         return {name: p.detach().to("cpu", copy=True) for name, p in self.trainable.items()}
@@ -198,7 +201,7 @@ class Loop:
         return Work(
             steps=self.state.step, tokens=self.state.tokens, tokens_per_s=self.state.tokens / seconds if seconds and self.state.tokens else None,
             padding_share=self.state.padding / seen if seen else None, step_s_median=times[len(times) // 2] if times and self.device.type != "cuda" else None,
-            resumed=self.state.resumed, energy_j=self.state.energy_j,
+            resumed=self.state.resumed, energy_note=self.energy.note, **self.energy.joules(),
         )
 
     def _save(self) -> None:
@@ -208,12 +211,14 @@ class Loop:
         if not self.checkpoint:
             return
         self.memory.pause()
+        self.energy.pause()
         with self.meter.phase("save"):
-            state = {**vars(self.state), "train_s": self.meter.seconds("train"), "best_weights": self.state.best_weights}
+            state = {**vars(self.state), **self.energy.joules(), "train_s": self.meter.seconds("train"), "best_weights": self.state.best_weights}
             rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
             with atomic_path(self.checkpoint) as beside:
                 torch.save({"state": state, "weights": self._weights(), "optimizer": self.stepping.state_dict(), "rng": rng}, beside)
         self.memory.resume()
+        self.energy.resume()
 
     def _resume(self) -> None:
         import torch
@@ -229,6 +234,7 @@ class Loop:
                 torch.cuda.set_rng_state(held["rng"]["cuda"], self.device)
             self.state = State(**{**held["state"], "resumed": True})
         self.meter.add("train", self.state.train_s)
+        self.energy.add(self.state.energy_j, self.state.host_energy_j)
         self.notes.append(f"resumed at step {self.state.step} of {self.total}")
         print(f"resuming at step {self.state.step} of {self.total}", file=sys.stderr)
 

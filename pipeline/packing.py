@@ -188,7 +188,7 @@ class Packing:
     def _load(self, seed: int, count: int | None) -> Rows:
         if (seed, count) not in self._rows:
             data = Path(self.cfg.paths.data) / self.cfg.task.name
-            self._rows[seed, count] = load_rows(data, self.settings.task, count, seed, self.settings.evaluate.validation_share, 1, 0)
+            self._rows[seed, count] = load_rows(data, self.settings.task, count, seed, self.settings.evaluate.validation_share, 0, 0)
         return self._rows[seed, count]
 
     def _encoded(self, rows: Rows) -> list[list[Encoded]]:

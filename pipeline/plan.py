@@ -8,6 +8,7 @@ under conf/ (not a comment) or a changed method reruns the cells that are compos
 
 from __future__ import annotations
 
+import ast
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from omegaconf import DictConfig
 
 from pipeline import cell
 from pipeline.cells import grid, grid_overrides
-from pipeline.config import ROOT, compose, entry, task_overrides
+from pipeline.config import ROOT, compose_cell, entry, task_overrides
 from pipeline.files import UserError, atomic_path, sha256, write_json
+
+
+PARTS = ("pipeline.blocks", "pipeline.calibration", "pipeline.layers")
+"""What methods are made of, and no cell imports by itself."""
 
 
 def run(cfg: DictConfig) -> int:
     """Plan the cells of the grid."""
-    cells = [compose(overrides) for overrides in grid_overrides(task_overrides())]
+    cells = [compose_cell(overrides) for overrides in grid_overrides(task_overrides())]
     check(cfg.experiment, cells)
     folder = Path(cfg.paths.plans) / cfg.experiment
     with atomic_path(folder) as beside:
@@ -36,8 +41,21 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     """config: what decides the cell's outcome, resolved; code: sha256 of the files that define its method and objective."""
     config = cell.decides(cfg) | {"memory_limit_gb": cfg.memory_limit_gb}
     modules = {config[group]["_target_"].rpartition(".")[0] for group in ("method", "objective")}
-    files = [ROOT / f"{module.replace('.', '/')}.py" for module in sorted(modules)]
-    return {"config": config, "code": {p.relative_to(ROOT).as_posix(): sha256(p) for p in files if p.exists()}}
+    files = sorted(set().union(*(sources(module) for module in modules)))
+    return {"config": config, "code": {p.relative_to(ROOT).as_posix(): sha256(p) for p in files}}
+
+
+def sources(module: str) -> set[Path]:
+    """The module's file, and the files of PARTS that it imports, directly or through one of them."""
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    if not path.exists():
+        return set()
+    found = {path}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                found |= sources(name) if name.startswith(PARTS) else set()
+    return found
 
 
 def check(experiment: str, cells: list[DictConfig]) -> None:

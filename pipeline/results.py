@@ -76,6 +76,11 @@ class Work:
     resumed: bool = False
     """True if any part ran in an earlier process: such times stay out of timing tables."""
     energy_j: float | None = None
+    """Energy of the training steps (those of `Phases.train_s`): the GPU's counter, or on the CPU its packages and their memory."""
+    host_energy_j: float | None = None
+    """Beside a GPU: energy of the CPU packages and their memory in the same time."""
+    energy_note: str | None = None
+    """Why one of the two is null."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,32 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """The search (pipeline.tune) that a tuned cell's settings come from."""
+
+    file: str
+    """Where it stands: tuned/<experiment>/<technique>-n<train_rows>.yaml."""
+    searched: int
+    """Hyperparameters that were searched."""
+    trials: int
+    device_s: float
+    """Wall clock of the trials."""
+    validation: float
+    """The best trial's metric on the validation rows."""
+    seed: int
+    """Whose training rows the trials saw."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall clock (`Phases.wall_s`) at the config's price_per_hour."""
+
+    amount: float
+    currency: str
+    per_hour: float
+
+
+@dataclass(frozen=True)
 class Result:
     """One cell: one technique x seed x train_rows of an experiment."""
 
@@ -173,6 +204,10 @@ class Result:
     inference: Inference | None = None
     forgetting: Forgetting | None = None
     teacher: Teacher | None = None
+    tuning: Tuning | None = None
+    """None: not tuned by pipeline.tune."""
+    cost: Cost | None = None
+    """None: the config has no price_per_hour."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Points of the training curve: step, loss, lr; validation points carry validation_<metric>."""
     notes: list[str] = field(default_factory=list)

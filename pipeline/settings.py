@@ -185,10 +185,13 @@ def read(cfg: DictConfig) -> Settings:
     """The checked settings of a composed config. Raises UserError naming the key."""
     raw = plain(cfg)
     _known_keys(raw)
-    for key, hint, least in (("seed", int, 0), ("train_rows", int | None, 1), ("memory_limit_gb", float | None, 0), ("pack", bool, 0)):
+    for key, hint, least in (("seed", int, 0), ("train_rows", int | None, 1), ("memory_limit_gb", float | None, 0), ("pack", bool, 0),
+                             ("tuned", bool, 0), ("price_per_hour", float | None, 0), ("currency", str | None, None)):
         value = _coerce(raw[key], hint, key)
-        if value is not None:
+        if value is not None and least is not None:
             _at_least(key, value, least)
+    if (raw["price_per_hour"] is None) != (raw["currency"] is None):
+        raise UserError("price_per_hour and currency go together; set both, for example price_per_hour=2.5 currency=EUR, or neither")
     _one_of("device", raw["device"], ("auto", "cpu", "cuda"))
     own = {f.name for f in dataclasses.fields(Task)}
     raw["task"] = {k: v for k, v in raw["task"].items() if k in own}

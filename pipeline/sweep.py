@@ -14,9 +14,10 @@ that died once more and runs those that are missing. A trial that runs out of me
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from pipeline.sweep_study import answered, fail, numbers, open_study, revive, sh
 if TYPE_CHECKING:
     import optuna
 
+NOT_ITS_OWN = (2, 128 + 9, 128 + 15)  # exit codes of bad input, and of a process that was ended from outside
 LOCK_S = 5  # a sweep killed a moment ago may still hold its lock through a child that is ending
 
 
@@ -44,7 +46,7 @@ def run(cfg: DictConfig, given: Sequence[str] = ()) -> int:
     sweep = read(cfg)
     folder = Path(cfg.paths.sweeps) / cfg.experiment / _name(cfg)
     confirmed: list[DictConfig] = []
-    with _alone(folder):
+    with alone(folder):
         study = open_study(folder, cfg, sweep)
         try:
             search(study, sweep, cfg, folder)
@@ -72,7 +74,7 @@ def _of_grid(cfg: DictConfig, given: Sequence[str]) -> DictConfig:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Hold the sweep's folder. Whoever holds it knows that a trial still marked as running is dead."""
     from filelock import FileLock, Timeout
 
@@ -90,8 +92,8 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def search(study: optuna.Study, sweep: Sweep, cfg: DictConfig, folder: Path) -> None:
-    """Run trials until `sweep.target` have an answer or the time is up.
+def search(study: optuna.Study, sweep: Sweep, cfg: DictConfig, folder: Path, load: Callable[[], cell.Shared] | None = None) -> None:
+    """Run trials until `sweep.target` have an answer or the time is up. load: gives what an earlier search may have read.
 
     Raises:
         UserError: a trial ended with an error (shown above it); started again, the search tries it once more.
@@ -99,22 +101,21 @@ def search(study: optuna.Study, sweep: Sweep, cfg: DictConfig, folder: Path) -> 
     revive(study, sweep)
     write_trials(folder, study, sweep)
     print(f"{answered(study)} of {sweep.target} trials are done")
-    watch, shared = Stopwatch(), None
+    watch, load = Stopwatch(), functools.cache(load or (lambda: cells.preload([cfg])))
     if answered(study) < sweep.target:
         reason = sweep_packed.refusal(sweep, cfg)
         if reason is None:
-            shared = cells.preload([cfg])
-            reason = sweep_packed.search(study, sweep, cfg, folder, shared)
+            reason = sweep_packed.search(study, sweep, cfg, folder, load())
             revive(study, sweep)
         if reason:
             _not_packed(sweep, reason)
     while answered(study) < sweep.target and (sweep.timeout_s is None or watch.peek() < sweep.timeout_s):
-        shared = shared or cells.preload([cfg])
+        shared, lap = load(), Stopwatch()
         trial = study.ask()
         chosen = sweep.complete({key: dimension.suggest(trial, key) for key, dimension in sweep.dimensions.items()})
         try:
-            result = run_trial(at(cfg, chosen), shared, folder / ".trial", short(chosen))
-            tell(study, trial, sweep, result)
+            result = run_trial(at(cfg, chosen), shared, folder / ".trial", short(chosen), sweep.count_errors)
+            tell(study, trial, sweep, result, lap.lap())
         except BaseException:
             fail(study, trial.number)
             raise
@@ -130,7 +131,7 @@ def _not_packed(sweep: Sweep, reason: str) -> None:
         print(f"one trial after another, because {reason}", flush=True)
 
 
-def run_trial(cfg: DictConfig, shared: cell.Shared, scratch: Path, label: str) -> Result:
+def run_trial(cfg: DictConfig, shared: cell.Shared, scratch: Path, label: str, count_errors: bool = False) -> Result:
     """One trial in a child process: its memory is its own, and running out of it is a result. `scratch` is emptied."""
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -144,6 +145,8 @@ def run_trial(cfg: DictConfig, shared: cell.Shared, scratch: Path, label: str) -
             return cell.oom_result(cfg, done.out_of_memory, hardware("cpu"))
         if done.code == 130:
             raise KeyboardInterrupt
+        if done.code and count_errors and done.code not in NOT_ITS_OWN:
+            return cell.bare_result(cfg, status="error", error=f"ended with code {done.code}", hardware=hardware("cpu"), precision=cfg.precision.name)
         if done.code:
             raise UserError(f"the trial with {label} ended with code {done.code} (see above); mend the cause and run again")
         return results.read(scratch)
@@ -152,6 +155,8 @@ def run_trial(cfg: DictConfig, shared: cell.Shared, scratch: Path, label: str) -
 
 
 def _outcome(result: Result) -> str:
+    if result.status == "error":
+        return f"{result.error}; it counts as a trial without a value"
     if result.status != "ok":
         return f"out of memory ({result.error})"
     found = numbers(result)

@@ -81,6 +81,8 @@ class Trials:
     folder: Path
     left_s: float | None
     watch: Stopwatch = field(default_factory=Stopwatch)
+    lap: Stopwatch = field(default_factory=Stopwatch)
+    """Since a trial ended last."""
     running: dict[int, Any] = field(default_factory=dict)
     """Trials that are being tried, by number."""
     slots: int = 1
@@ -93,7 +95,7 @@ class Trials:
         if self.sweep.executor == "auto" and packing.device.type != "cuda":
             raise Unsupported(NO_GPU)
         left = self.sweep.target - answered(self.study)
-        at_once = left if self.sweep.sampler == "brute_force" else min(left, TPE_AT_ONCE)
+        at_once = min(left, TPE_AT_ONCE) if self.sweep.sampler == "tpe" else left
         self.packing, self.about = packing, provenance()
         self.slots = min(slots, left) if slots else packing.slots(at_once)
         tell(self.slots)
@@ -128,9 +130,9 @@ class Trials:
         trial, chosen = run.job.name.tag
         result = self._result(run)
         if run.pruned:
-            tell_pruned(self.study, trial, result)
+            tell_pruned(self.study, trial, result, self.lap.lap())
         else:
-            tell(self.study, trial, self.sweep, result)
+            tell(self.study, trial, self.sweep, result, self.lap.lap())
         del self.running[trial.number]
         write_trials(self.folder, self.study, self.sweep)
         how = f"pruned at step {run.step}" if run.pruned else f"of {run.seconds:.1f} s of the pack's steps"

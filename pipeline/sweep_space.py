@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,11 +18,12 @@ from pipeline.config import plain
 from pipeline.files import UserError
 from pipeline.settings import build
 
-SAMPLERS = ("brute_force", "tpe")
+SAMPLERS = ("brute_force", "tpe", "random")
 EXECUTORS = ("auto", "packed", "sequential")
 PRUNERS = ("median", "successive_halving", "hyperband")
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {"validation": "maximize", "peak_memory": "minimize"}
-UNRELATED = ("sweep", "tracking", "paths", "variant", "pack", "train.progress", "train.checkpoint_every_s", "evaluate")
+UNRELATED = ("sweep", "tracking", "paths", "variant", "pack", "search", "tune", "tuned", "price_per_hour", "currency", "train.progress",
+             "train.checkpoint_every_s", "evaluate")
 """Config keys (or groups) that may differ between the runs of one study; evaluate, because trials see validation rows only."""
 
 Point = dict[str, Any]
@@ -40,6 +42,15 @@ class Dimension:
     def check(self) -> None:
         """Checked with its key's name by `_dimension`."""
 
+    @property
+    def size(self) -> int | None:
+        """How many values there are; None: a continuum."""
+        if self.choices is not None:
+            return len(self.choices)
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return (self.high - self.low) // int(self.step or 1) + 1
+        return None if self.step is None or self.low is None or self.high is None else int((self.high - self.low) / self.step + 1e-9) + 1
+
     def suggest(self, trial: Any, key: str) -> Any:
         """A value from an Optuna trial."""
         if self.choices is not None:
@@ -54,7 +65,7 @@ class Sweep:
     """The config group sweep."""
 
     sampler: str
-    """brute_force (every point of the choices once, in their order) or tpe."""
+    """brute_force (every point of the choices once, in their order), tpe, or random (n_trials points drawn beforehand, none twice)."""
     space: dict[str, Any]
     """Config key of the cell -> {choices: [...]} or {low, high, step, log}."""
     link: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +85,8 @@ class Sweep:
     GPU where the technique allows it."""
     slots: int | None = None
     """Packed: trials at once; null: as many as the free memory holds."""
+    count_errors: bool = False
+    """A trial that ends with an error (not for bad input, nor ended from outside) counts as one without a value; else the search ends there."""
     pruner: str | None = None
     """Packed: Optuna's pruner, asked at every validation (train.validations); its trial's slot goes to the next one. null: none."""
 
@@ -116,11 +129,31 @@ class Sweep:
         return [*self.space, *self.link]
 
     def points(self) -> list[Point] | None:
-        """All points in the order of the choices (the first n_trials of them); None unless brute_force."""
-        if self.sampler != "brute_force":
+        """All points in the order of the choices (the first n_trials of them); random: those drawn with the seed; None for tpe."""
+        if self.sampler == "tpe":
             return None
+        if self.sampler == "random":
+            return self._drawn()
         choices = [d.choices or () for d in self.dimensions.values()]
         return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*choices)][: self.n_trials]
+
+    def _drawn(self) -> list[Point]:
+        """n_trials different points (all there are, if that is fewer), the same for the same seed, however many are asked for later."""
+        import optuna
+
+        level = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.seed))
+        optuna.logging.set_verbosity(level)
+        sizes = [d.size or math.inf for d in self.dimensions.values()]
+        wanted = min(self.n_trials or 0, math.prod(sizes))
+        found: list[Point] = []
+        while len(found) < wanted:
+            trial = study.ask()
+            point = {key: d.suggest(trial, key) for key, d in self.dimensions.items()}
+            if point not in found:
+                found.append(point)
+        return found
 
     @property
     def target(self) -> int:

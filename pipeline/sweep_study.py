@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,12 @@ from pipeline.sweep_space import Point, Sweep, identity, overrides
 if TYPE_CHECKING:
     import optuna
 
-NUMBERS = ("train_s", "tokens_per_s", "peak_bytes", "memory_kind", "packed", "slots")
+NUMBERS = ("train_s", "tokens_per_s", "peak_bytes", "memory_kind", "packed", "slots", "nll", "diverged", "hardware", "spent_s")
 """What a trial keeps of its result besides its objectives, as Optuna user attributes and columns of trials.csv.
 
 packed: `slots` trials trained at once; train_s is then the trial's share of the time of their steps, and its memory is not measured.
+nll: of the right answers of the validation rows. spent_s: wall clock since the trial before it had ended (packed: since some other one had),
+so that their sum is what the search took.
 """
 
 
@@ -113,12 +116,12 @@ def _description(cfg: DictConfig, sweep: Sweep) -> dict[str, Any]:
 
 
 def answered(study: optuna.Study) -> int:
-    """Trials that completed, were pruned or ran out of memory. One that died has no answer."""
+    """Trials that completed, were pruned, ran out of memory or ended with an error that counts. One that died has no answer."""
     return sum(_has_answer(trial) for trial in study.trials)
 
 
 def _has_answer(trial: optuna.trial.FrozenTrial) -> bool:
-    return trial.state.name in ("COMPLETE", "PRUNED") or trial.user_attrs.get("status") == "oom"
+    return trial.state.name in ("COMPLETE", "PRUNED") or trial.user_attrs.get("status") in ("oom", "error")
 
 
 def revive(study: optuna.Study, sweep: Sweep) -> None:
@@ -150,11 +153,11 @@ def fail(study: optuna.Study, number: int) -> None:
     study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
 
-def tell_pruned(study: optuna.Study, trial: optuna.Trial, result: Result) -> None:
+def tell_pruned(study: optuna.Study, trial: optuna.Trial, result: Result, spent_s: float) -> None:
     """A trial that the pruner ended: its value is the last that it reported."""
     import optuna
 
-    _keep(trial, "pruned", numbers(result))
+    _keep(trial, "pruned", numbers(result) | {"spent_s": spent_s})
     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
 
@@ -163,8 +166,8 @@ def _keep(trial: optuna.Trial, status: str, found: dict[str, Any]) -> None:
         trial.set_user_attr(key, value)
 
 
-def tell(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, result: Result) -> None:
-    found = numbers(result)
+def tell(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, result: Result, spent_s: float) -> None:
+    found = numbers(result) | {"spent_s": spent_s}
     _keep(trial, result.status, found)
     if result.status != "ok":
         trial.set_user_attr("error", result.error)
@@ -178,6 +181,7 @@ def tell(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, result: Result)
 
 
 def numbers(result: Result) -> dict[str, Any]:
+    nll = result.scores["validation"].nll if "validation" in result.scores else None
     return {
         "train_s": result.phases.train_s if result.phases else None,
         "tokens_per_s": result.work.tokens_per_s if result.work else None,
@@ -185,6 +189,9 @@ def numbers(result: Result) -> dict[str, Any]:
         "memory_kind": result.memory.kind if result.memory else None,
         "packed": result.packed,
         "slots": result.slots,
+        "nll": nll if nll is not None and math.isfinite(nll) else None,
+        "hardware": result.hardware.get("gpu") or result.hardware.get("cpu"),
+        "diverged": any(note.startswith("training diverged") for note in result.notes),
     }
 
 

@@ -1,6 +1,7 @@
 """Train and evaluate one cell: technique x seed x train_rows of an experiment.
 
     python -m pipeline.train experiments=quick technique=lora seed=0 train_rows=160
+    python -m pipeline.train experiments=quick technique=lora+tuned seed=0 train_rows=160     with the settings that pipeline.tune found
 
 Writes results/<experiment>/<cell>/{result.json, predictions.jsonl, history.csv, artefact/} and mirrors them to MLflow
 (off: tracking=none). A killed run goes on from its last checkpoint; out of memory is a result (status oom, exit 0).
@@ -12,8 +13,8 @@ import sys
 
 from omegaconf import DictConfig
 
-from pipeline import cell, tracking
-from pipeline.config import entry
+from pipeline import cell, tracking, tuned
+from pipeline.config import entry, task_overrides
 from pipeline.files import UserError, check_writable
 from pipeline.measure import Stopwatch, process_start
 from pipeline.results import Result
@@ -23,6 +24,7 @@ from pipeline.supervise import run_in_child
 
 def run(cfg: DictConfig) -> int:
     """Run the cell in a child process and mirror its result."""
+    cfg = tuned.applied(cfg, task_overrides())
     code = run_cell(cfg, None, process_start() + warned(cfg))
     if code == 0:
         tracking.log_cell(cell.folder_of(cfg), cfg)

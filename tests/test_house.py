@@ -28,7 +28,7 @@ LONGER = {
     "tests/test_sweep.py": "one module's tests stay in one file",
     "tests/test_tracking.py": "one module's tests stay in one file",
 }
-CLOCKS = {"time", "timeit", "resource", "psutil", "pynvml", "tracemalloc"}
+CLOCKS = {"time", "timeit", "resource", "psutil", "pynvml", "zeus", "tracemalloc"}
 HEAVY = {
     "torch",
     "transformers",

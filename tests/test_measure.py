@@ -217,10 +217,6 @@ def test_resident_bytes_of_another_process():
     assert measure.child_rss(gone.pid) is None
 
 
-def test_energy_is_null_and_not_zero_where_there_is_no_counter():
-    assert measure.energy_j("cpu") is None
-
-
 def test_hardware_and_provenance_name_the_machine_and_the_code():
     hardware, about = measure.hardware("cpu"), measure.provenance()
     assert hardware["device"] == "cpu" and hardware["gpu"] is None

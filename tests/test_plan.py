@@ -117,6 +117,7 @@ UNLISTED = {
     "pipeline/config.py": "composes what the plan holds",
     "pipeline/files.py": "words errors, writes bytes as they are",
     "pipeline/peft_files.py": "what it reads stands in the plan",
+    "pipeline/tuned.py": "what it reads stands in the plan",
     "pipeline/supervise.py": "starts the cell's process",
     "pipeline/tracking.py": "mirrors results",
     "pipeline/runs.py": "mirrors results",

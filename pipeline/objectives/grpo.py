@@ -17,7 +17,6 @@ from typing import Any
 from pipeline.data import Encoded, Encoder
 from pipeline.files import UserError
 from pipeline.loop import Loop, Trained, lr_factor, validation_steps
-from pipeline.measure import energy_j
 from pipeline.methods.base import Method
 from pipeline.objectives.base import Beginning, Objective, Prepared
 from pipeline.scoring import canonical, extract
@@ -101,17 +100,17 @@ class TrlLoop(Loop):
         with tempfile.TemporaryDirectory() as folder:
             with self.meter.phase("warmup"):
                 trainer = self._trainer(folder)
-            energy = energy_j(self.device)
             with self._signals(), self._bar() as bar, self.meter.phase("train"):
+                self.energy.start()
                 trainer.add_callback(self._callback(bar))
                 if self.total:
                     trainer.train()
-        memory, used = self.memory.stop(), energy_j(self.device)
+                self.energy.stop()
+        memory = self.memory.stop()
         with self.meter.phase("warmup"):  # TRL's own setting up and clearing away
             self._release(trainer)
         if self._stop:
             raise KeyboardInterrupt
-        self.state.energy_j = used - energy if used is not None and energy is not None else None
         self._select()
         return Trained(self._work([]), memory, self.state.history, [*self.notes, *self._told()])
 
@@ -176,6 +175,7 @@ class TrlLoop(Loop):
                 loop.state.history.append({"step": state.global_step, "loss": float(logs["loss"]), "lr": float(logs["learning_rate"]),
                                            "reward": float(logs["reward"])})
                 bar.update()
+                loop.energy.tick()
                 if state.global_step in marks:
                     loop._validate(bar)
                     loop.model.train()
