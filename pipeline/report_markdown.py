@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from pipeline.report_rows import Row, common_notes
 from pipeline.report_table import columns, interval, remarks, timing_notes
-from pipeline.report_text import opening, warnings
+from pipeline.report_text import CURVES, opening, warnings
 
 TABLES = (
-    ("name", "labelled_rows", "test", "test_seed_high", "against_zero_shot"),
+    ("name", "labelled_rows", "test", "letters", "test_seed_high", "against_zero_shot"),
     ("name", "train_s", "wall_s", "tokens_per_s", "peak_bytes", "trainable", "artefact_bytes"),
     ("name", "macro_f1", "validation", "transfer", "perplexity_change", "pairs_change", "lambada_change", "latency_s"),
 )
@@ -23,8 +23,8 @@ def markdown(experiment: str, rows: Sequence[Row], missing: Sequence[str], furth
     """The opening, further sentences, three tables (result, cost, further figures; columns aligned, for a terminal too), and the notes."""
     shown, unmeasured = columns(rows)
     by_key = {c.key: c for c in shown}
-    lines = [f"# {experiment}: alignment techniques compared", "", *_paragraph(opening(rows))]
-    lines += ["", *_paragraph(further)] if further else []
+    lines = [f"# {experiment}: alignment techniques compared", "", *_paragraph(opening(rows, further))]
+    lines += ["", *_paragraph(further[CURVES:])] if further[CURVES:] else []
     for keys in TABLES:
         kept = [by_key[k] for k in keys if k in by_key]
         table = [[c.title for c in kept], *([row.name, *(_joined(c.main(row), c.small(row)) for c in kept[1:])] for row in rows)]

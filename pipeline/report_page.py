@@ -45,7 +45,7 @@ def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Gr
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
     environment.filters |= {"words": words, "hyperparameter": f.hyperparameter, "anchor": f.anchor}
-    return environment.get_template("report.html").render(**_content(experiment, rows, missing), **_growth(rows, grown))
+    return environment.get_template("report.html").render(**_content(experiment, rows, missing, sentences(grown) if grown else ()), **_growth(rows, grown))
 
 
 def _growth(rows: Sequence[Row], grown: Growth | None) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def words(text: str) -> Markup:
     return Markup("").join(Markup("<b>{}</b>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts))
 
 
-def _content(experiment: str, rows: Sequence[Row], missing: Sequence[str]) -> dict[str, Any]:
+def _content(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Sequence[str]) -> dict[str, Any]:
     colour, cells = colours(rows), [c for r in rows for c in r.cells]
     first = cells[0].result
     heading = {"experiment": experiment, "task": first.task, "model": first.model, "metric": metric_name(rows)}
-    words = {"opening": opening(rows), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
+    words = {"opening": opening(rows, grown), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
     assets = {"css": _asset("report.css") + _asset("panels.css"), "js": _asset("report.js")}
     return {**heading, **words, **assets, **_table(rows), **_charts(rows, colour), **_cells(rows), **report_forecast.part(rows)}
 

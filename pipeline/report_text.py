@@ -14,11 +14,16 @@ from pipeline.report_rows import Row, by_group, common_notes
 from pipeline.report_table import METRICS, interval
 from pipeline.runs import hardware_name
 
+CURVES = 2  # sentences about learning curves in the opening
 
-def opening(rows: Sequence[Row]) -> list[str]:
+
+def opening(rows: Sequence[Row], grown: Sequence[str] = ()) -> list[str]:
     """What came out, in sentences: the best technique, which cannot be told apart from it, and what they cost.
 
-    With several numbers of training rows the largest comes first and in full, the others in a sentence each.
+    With several numbers of training rows the largest comes first and in full, the others in a sentence each, or what learning curves say of them.
+
+    Args:
+        grown: sentences about learning curves; the first few are taken.
     """
     compared = [r for r in rows if r.test is not None and not r.teacher]
     groups = by_group(compared)
@@ -27,7 +32,7 @@ def opening(rows: Sequence[Row]) -> list[str]:
     (name, ranked), *others = groups.items()
     where = f"With {rows_in_words(name)}, " if len(groups) > 1 else ""
     sentences = [_headline(ranked), where + _best(ranked), _apart(ranked), _gain(ranked), _costs(ranked)]
-    sentences += [f"With {rows_in_words(name)}, {_best(ranked)} {_apart(ranked)}" for name, ranked in others]
+    sentences += list(grown[:CURVES]) if grown else [f"With {rows_in_words(name)}, {_best(ranked)} {_apart(ranked)}" for name, ranked in others]
     return [text.strip() for text in (*sentences, _teacher(rows)) if text]
 
 
