@@ -39,7 +39,9 @@ FURTHER = {
     "task_distillation": (5e-5, 2e-5, 1e-4), "task_distillation_lora": (1e-3, 5e-4, 2e-3), "rationale_first": (5e-5, 2e-5, 1e-4),
     "step_by_step_lora": (1e-3, 5e-4, 2e-3), "step_by_step_qlora": (1e-3, 5e-4, 2e-3), "dpo": (5e-4, 1e-4, 1e-3), "orpo": (1e-3, 5e-4, 2e-3),
     "kto": (5e-4, 1e-4, 1e-3), "logit_distillation": (1e-3, 5e-4, 2e-3), "logit_distillation_reverse": (1e-3, 5e-4, 2e-3), "grpo": (1e-4, 3e-5, 3e-4),
-    "rloo": (1e-4, 3e-5, 3e-4),
+    "rloo": (1e-4, 3e-5, 3e-4), "adapter_houlsby": (1e-3, 3e-4, 3e-3), "adapter_pfeiffer": (1e-3, 3e-4, 3e-3), "adapter_parallel": (5e-4, 2e-4, 2e-3),
+    "compacter": (3e-3, 1e-3, 1e-2), "adamix": (1e-3, 3e-4, 3e-3), "ladder": (1e-3, 3e-4, 3e-3), "attention_fusion": (3e-3, 1e-3, 3e-2),
+    "ipt": (1e-1, 3e-2, 3e-1), "warp": (3e-2, 1e-2, 1e-1), "boft": (1e-3, 3e-4, 3e-3),
 }
 """The likeliest rate first, then one below and one above it."""
 UNTRAINED = (("zero_shot_int8", "seed=0"), ("zero_shot_nf4", "seed=0"), ("prompt_choice", "seed=0"), *(

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from pipeline.loop import Trained
 
 CODE = (
-    "blocks.py", "calibration.py", "cell.py", "choices.py", "data.py", "lineage.py", "loop.py", "model.py", "reasoning.py", "scoring.py", "serving.py", "stepping.py", "fast/*.py",
-    "layers/*.py", "methods/*.py", "objectives/*.py",
+    "blocks.py", "calibration.py", "cell.py", "choices.py", "data.py", "lineage.py", "loop.py", "model.py", "reasoning.py", "scoring.py", "serving.py",
+    "stepping.py", "fast/*.py", "layers/*.py", "methods/*.py", "objectives/*.py",
 )
 ASIDE = ("paths", "tracking", "report", "sweep", "variant", "cell", "split", "requests", "to", "memory_limit_gb", "pack", "forecast", "search", "tune", "tuned",
          "price_per_hour", "currency")
