@@ -55,9 +55,10 @@ class Tensor:
 
 @dataclass
 class Peak:
-    """The most that was reserved, and what was live then, by kind."""
+    """The most that was reserved; the most that was live, and by what."""
 
     reserved: int = 0
+    allocated: int = 0
     live: dict[str, int] = field(default_factory=dict)
 
 
@@ -73,8 +74,9 @@ class Allocator:
     def __init__(self, exact: bool = False, capacity: int | None = None) -> None:
         self.exact, self.capacity = exact, capacity
         self.live: dict[str, int] = defaultdict(int)
-        self.allocated = self.most_allocated = self.reserved = 0
-        self.peak = Peak()
+        self.allocated = self.reserved = 0
+        self._peak = Peak()
+        self._untold = False
         self._free: dict[tuple[int, int, bool], list[tuple[int, int, Block]]] = defaultdict(list)
         self._stream = self._pool = self._made = 0
         self._streams = self._pools = 0
@@ -88,16 +90,16 @@ class Allocator:
         block.kind, block.free = kind, False
         self.live[kind] += block.size
         self.allocated += block.size
-        if self.allocated > self.most_allocated:
-            self.most_allocated = self.allocated
-            if self.exact:
-                self.peak = Peak(self.allocated, dict(self.live))
-        if self.reserved > self.peak.reserved and not self.exact:
-            self.peak = Peak(self.reserved, dict(self.live))
+        if self.allocated > self._peak.allocated:
+            self._peak.allocated, self._untold = self.allocated, True
+        if self.reserved > self._peak.reserved:
+            self._peak.reserved = self.reserved
         return Tensor(self, block, numbers)
 
     def give_back(self, block: Block) -> None:
         """A tensor's memory is free; called by the tensor."""
+        if self._untold:
+            self._tell()
         self.live[block.kind] -= block.size
         self.allocated -= block.size
         if self.exact:
@@ -116,10 +118,20 @@ class Allocator:
                 self.reserved -= sum(b.size for *_, b in blocks if b.before is None and b.after is None)
                 blocks[:] = [held for held in blocks if held[2].before is not None or held[2].after is not None]
 
+    @property
+    def peak(self) -> Peak:
+        """Since the last reset. On an exact allocator what is live is what is reserved."""
+        if self._untold:
+            self._tell()
+        return Peak(self._peak.allocated, self._peak.allocated, self._peak.live) if self.exact else self._peak
+
+    def _tell(self) -> None:
+        self._peak.live, self._untold = dict(self.live), False
+
     def reset_peak(self) -> None:
         """Count peaks from here on."""
-        self.most_allocated = self.allocated
-        self.peak = Peak(self.allocated if self.exact else self.reserved, dict(self.live))
+        self._peak = Peak(self.reserved, self.allocated, dict(self.live))
+        self._untold = False
 
     @contextlib.contextmanager
     def side_stream(self) -> Iterator[None]:

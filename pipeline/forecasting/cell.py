@@ -30,7 +30,7 @@ from pipeline.results import Result
 from pipeline.settings import Settings, read
 
 FITTED = ROOT / "experiments" / "forecast" / "constants.json"
-MOST_BATCH = 65536
+MOST_BATCH = 16384
 DECIDING = ("task", "model", "teacher", "method", "objective", "precision", "train", "technique", "paths", "seed", "train_rows", "device", "memory_limit_gb")
 """Keys of a config that a forecast reads."""
 
@@ -211,7 +211,7 @@ def largest_batch(held: Prepared, card: Card) -> int:
 
     @functools.cache
     def peak(rows: int) -> tuple[Plan, Memory]:
-        settings = dataclasses.replace(held.settings.train, batch_size=rows, micro_batch_tokens=(fed + 8) * rows)
+        settings = dataclasses.replace(held.settings.train, batch_size=rows, micro_batch_tokens=(fed + 8) * rows, packing="never")
         asked = run.plan(plan.shape, plan.trained, settings, held.settings.precision, run.equal_rows(rows, fed, labels), 0, 2, plan.gpu)
         asked = dataclasses.replace(asked, steps=asked.steps[:1], warm=True)
         return asked, memory.forecast(asked, constants())

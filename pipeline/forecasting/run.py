@@ -18,7 +18,7 @@ from pipeline.settings import Precision, Train
 
 MOST_STEPS = 200
 """Steps whose rows are looked at."""
-WALKED, MOST_PARTS = 3, 3
+WALKED, MOST_PARTS = 5, 3
 """Steps that an eager run is walked through, and micro-batches of each (the longest rows come first)."""
 
 

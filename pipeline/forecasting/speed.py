@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json, write_json
+from pipeline.files import UserError, read_json, write_json
 from pipeline.forecasting.plan import Plan
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -64,7 +63,7 @@ def known(path: Path, hardware: str, plan: Plan) -> list[Point]:
     """The points measured of this work on this machine; none if there are none."""
     if not path.exists():
         return []
-    with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+    with contextlib.suppress(UserError, KeyError, TypeError):  # what cannot be read is measured again
         held = read_json(path)[machine(hardware)][work(plan)]["points"]
         return [Point(p["layers"], p["cells"], tuple(p["seconds"])) for p in held]
     return []
@@ -74,7 +73,7 @@ def keep(path: Path, hardware: str, plan: Plan, points: Sequence[Point], date: s
     """Add a calibration to the file; one of the same work is replaced."""
     held: dict[str, Any] = {}
     if path.exists():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(UserError):
             held = read_json(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     held.setdefault(machine(hardware), {})[work(plan)] = {"date": date, "points": [dataclasses.asdict(p) for p in points]}

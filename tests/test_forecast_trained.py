@@ -1,0 +1,108 @@
+"""What a technique trains, by arithmetic, against the real model; a model's parameters and quantised bytes against the real ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import CONF, build, compose, plain
+from pipeline.forecasting.shape import NoForecast, matrix_parts, nf4_parts, read_shape, shape_of, weight_bytes
+from pipeline.forecasting.trained import parameter_sizes, trained
+
+SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
+           "vocab_size": 49152, "tie_word_embeddings": True}
+LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "intermediate_size": 14336, "vocab_size": 128256}
+LLAMA_1B = {**LLAMA_8B, "hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "intermediate_size": 8192, "tie_word_embeddings": True}
+QWEN2_HALF = {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+              "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True}
+ADAPTER = "pipeline.methods.peft_adapter.PeftAdapter"
+FAST = ("lora", "full", "ia3", "ln_tuning", "prompt_tuning_random", "lokr", "oft", "p_tuning", "bitfit_added")
+TECHNIQUES = sorted(p.stem for p in CONF.glob("technique/*.yaml") if p.stem not in ("peft_config", "retrieval_documents"))
+NEEDED = {"top_layers": ["method.top_layers=1"], "prompt_tuning_text": ["method.config.prompt_tuning_init=RANDOM"]}
+
+
+@pytest.mark.parametrize(("config", "parameters"), [
+    (SMOLLM2, 134_515_008), (LLAMA_8B, 8_030_261_248), (LLAMA_1B, 1_235_814_400), (QWEN2_HALF, 494_032_768),
+])
+def test_known_models_have_their_known_number_of_parameters(config, parameters):
+    assert shape_of(config).parameters == parameters
+
+
+def test_the_tiny_models_parameters_and_bytes_are_the_real_ones(tiny):
+    from pipeline.model import load_stored, parameters
+
+    folder = tiny / "models" / "smollm2_135m"
+    shape, model = read_shape(folder / "config.json"), load_stored(folder)
+    assert shape.parameters == parameters(model)[1]
+    assert weight_bytes(shape, "fp32") == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("size", [(64, 64), (576, 192), (1536, 576)])
+def test_four_bit_bytes_are_those_of_bitsandbytes_tensors(size, double):
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(torch.randn(size), quant_type="nf4", compress_statistics=double)
+    held = [packed, state.absmax, state.code, *([state.state2.absmax, state.state2.code, state.offset.reshape(1)] if double else [])]
+    assert nf4_parts(size[0] * size[1], double) == [t.numel() * t.element_size() for t in held]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_a_quantised_models_bytes_are_the_real_ones(tiny, precision):
+    from pipeline.model import device_of, load_model, memory_bytes
+    from pipeline.settings import Precision
+
+    folder = tiny / "models" / "smollm2_135m"
+    model = load_model(folder, Precision(precision), device_of("cpu"))
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert weight_bytes(read_shape(folder / "config.json"), precision, compute=4) == memory_bytes(model) - buffers
+
+
+def test_int8_keeps_a_scale_a_row():
+    assert matrix_parts(shape_of(SMOLLM2), "k_proj", "int8") == [576 * 192, 4 * 192]
+
+
+@pytest.mark.parametrize("technique", [t if t in FAST else pytest.param(t, marks=pytest.mark.slow) for t in TECHNIQUES])
+def test_a_technique_trains_as_many_numbers_as_the_arithmetic_says(tiny, technique):
+    from pipeline.files import UserError
+    from pipeline.methods.peft_adapter import PeftAdapter
+    from pipeline.model import load_stored, parameters
+
+    folder = tiny / "models" / "smollm2_135m"
+    shape = read_shape(folder / "config.json")
+    cfg = compose([f"technique={technique}", *NEEDED.get(technique, [])])
+    try:
+        found = trained(plain(cfg)["method"], shape)
+    except NoForecast as reason:
+        pytest.skip(str(reason))
+    method = build(cfg.method, "method")
+    base = load_stored(folder).requires_grad_(False)
+    try:
+        model = PeftAdapter.wrap(method, base) if technique == "loftq" else method.wrap(base)
+    except UserError:
+        assert found.count == 0
+        return
+    assert found.count == (parameters(model)[0] if method.trains else 0)
+    if found.kind in ("lora", "full", "soft", "ia3", "ln"):
+        assert sorted(parameter_sizes(found, shape)) == sorted(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("config", "reason"), [
+    ({**SMOLLM2, "model_type": "gpt2"}, "architecture gpt2"), ({**SMOLLM2, "model_type": "mistral", "sliding_window": 4096}, "sliding"),
+])
+def test_other_architectures_have_no_forecast(config, reason):
+    with pytest.raises(NoForecast, match=reason):
+        shape_of(config)
+
+
+@pytest.mark.parametrize(("method", "reason"), [
+    ({"_target_": "pipeline.methods.adapters.Houlsby"}, "method Houlsby"),
+    ({"_target_": ADAPTER, "config": {"_target_": "peft.XLoraConfig"}}, "method xlora"),
+    ({"_target_": ADAPTER, "config": {"_target_": "peft.LoraConfig", "r": 8, "modules_to_save": ["lm_head"]}}, "modules_to"),
+    ({"_target_": ADAPTER, "config": {"_target_": "peft.LoraConfig", "r": 8, "target_modules": "q.*"}}, "pattern"),
+])
+def test_what_is_not_known_is_not_guessed(method, reason):
+    with pytest.raises(NoForecast, match=reason):
+        trained(method, shape_of(SMOLLM2))
