@@ -83,9 +83,9 @@ def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:
         raise UserError("pipeline.cells needs an experiment; add experiments=<name>, for example experiments=quick")
     axes = grid(given["experiments"])["grid"]
     rest = [o for o in overrides if o.partition("=")[0] not in ("technique", "seed", "train_rows")]
-    if given.get("tuned", "").lower() == "true":
-        axes["techniques"] = _searched(dict.fromkeys(t.removesuffix(tuned.SUFFIX) for t in axes["techniques"]), rest)
     values = [[given[key]] if key in given else axes[plural] for key, plural in (("technique", "techniques"), ("seed", "seeds"), ("train_rows", "train_rows"))]
+    if given.get("tuned", "").lower() == "true":
+        values[0] = _searched(dict.fromkeys(t.removesuffix(tuned.SUFFIX) for t in values[0]), rest)
     return [[*rest, f"technique={t}", f"seed={s}", f"train_rows={n}"] for n, t, s in itertools.product(values[2], values[0], values[1])]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from pipeline import report_tuning, tuned
 from pipeline.cells import grid
 from pipeline.config import entry
 from pipeline.files import atomic_path, write_json, write_text
@@ -32,9 +33,10 @@ def run(cfg: DictConfig) -> None:
     cells, missing = select(Path(cfg.paths.results) / cfg.experiment, grid(cfg.experiment)["grid"])
     rows = make_rows(cells)
     grown = growth(rows, cfg.report.target)
-    text = markdown(cfg.experiment, rows, missing, further(grown))
+    tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)
+    text = markdown(cfg.experiment, rows, missing, [*further(grown), *report_tuning.further(rows, tunings)])
     files = {
-        "index.html": page(cfg.experiment, rows, missing, grown),
+        "index.html": page(cfg.experiment, rows, missing, grown, tunings),
         "table.md": text,
         "table.csv": table_csv(rows),
         "history.csv": history_csv({c.result.cell: c.result.history for c in cells}),

@@ -81,8 +81,9 @@ def _figure(row: Row, measure: Measure, most: float) -> Figure:
 
 
 def _tuned(row: Row) -> tuple[float | None, float | None]:
-    """(searched hyperparameters, device seconds spent on searching them); None where nothing was tuned: `pipeline.tune` will say it here."""
-    return None, None
+    """(searched hyperparameters, device seconds spent on searching them); None where nothing was tuned by pipeline.tune."""
+    found = next((r.tuning for r in row.results if r.tuning), None)
+    return (found.searched, found.device_s) if found else (None, None)
 
 
 def _many(row: Row) -> tuple[list[str], dict[str, list[str]], str]:

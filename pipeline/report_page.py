@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup, escape
 
-from pipeline import report_complexity, report_forecast, report_forgetting
+from pipeline import report_complexity, report_forecast, report_forgetting, report_tuning
 from pipeline import report_format as f
 from pipeline.report_cells import Cell
 from pipeline.report_charts import by_rows, colours, costs, forest, scatter
@@ -27,7 +27,7 @@ from pipeline.report_growth_chart import charts
 from pipeline.report_rows import Row, by_group
 from pipeline.report_table import RESUMED, SHARED, Column, columns, metric_name, remarks, timing_notes
 from pipeline.report_text import opening, provenance, rows_in_words, warnings
-from pipeline.results import Phases, Result
+from pipeline.results import Phases, Result, Work
 
 TEMPLATES = Path(__file__).with_name("templates")
 UNBROKEN = re.compile(r"\b[np] [=<] |\d [A-Za-z]{1,3}\b|\d–\d")
@@ -37,7 +37,7 @@ PHASES = {
 }
 
 
-def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Growth | None = None) -> str:
+def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Growth | None = None, tunings: report_tuning.Tunings | None = None) -> str:
     """The HTML page."""
     import jinja2
 
@@ -45,7 +45,9 @@ def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Gr
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
     environment.filters |= {"words": words, "hyperparameter": f.hyperparameter, "anchor": f.anchor}
-    return environment.get_template("report.html").render(**_content(experiment, rows, missing, sentences(grown) if grown else ()), **_growth(rows, grown))
+    return environment.get_template("report.html").render(
+        **_content(experiment, rows, missing, sentences(grown) if grown else ()), **_growth(rows, grown), **report_tuning.part(rows, tunings or {}, colours(rows)),
+    )
 
 
 def _growth(rows: Sequence[Row], grown: Growth | None) -> dict[str, Any]:
@@ -161,6 +163,9 @@ def _quality(result: Result) -> dict[str, str | None]:
 def _resources(result: Result) -> dict[str, str | None]:
     size, work, memory, inference = result.size, result.work, result.memory, result.inference
     return {
+        "Energy": _energy(work),
+        "Cost": f"{result.cost.amount:.4g} {result.cost.currency} ({result.cost.per_hour:g} an hour)" if result.cost else None,
+        "Tuned": _tuning(result),
         "Steps": f"{work.steps:,}" if work and work.steps else None,
         "Padding share": f"{100 * work.padding_share:.0f}%" if work and work.padding_share is not None else None,
         "Memory before the first step": f.size(memory.baseline_bytes) if memory and memory.baseline_bytes is not None else None,
@@ -170,6 +175,18 @@ def _resources(result: Result) -> dict[str, str | None]:
         "Model as served, in memory": f.size(size.served_bytes) if size and size.served_bytes is not None else None,
         "Test rows a second": f"{inference.rows_per_s:,.1f}" if inference and inference.rows_per_s is not None else None,
     }
+
+
+def _energy(work: Work | None) -> str | None:
+    if work is None or not work.steps:
+        return None
+    parts = [f"{joules:,.1f} J{where}" for joules, where in ((work.energy_j, ""), (work.host_energy_j, " (CPU)")) if joules is not None]
+    return "; ".join([*parts, *([work.energy_note] if work.energy_note else [])]) or None
+
+
+def _tuning(result: Result) -> str | None:
+    found = result.tuning
+    return None if found is None else f"{found.searched} hyperparameters, {found.trials} trials with seed {found.seed}, {f.duration(found.device_s)}; {found.file}"
 
 
 def _score(result: Result, split: str) -> str:

@@ -88,6 +88,10 @@ class Row:
     transfer_change: float | None = None
     """Mean of the transfer sets above zero-shot's."""
     energy_j: float | None
+    host_energy_j: float | None = None
+    cost: float | None = None
+    """Of a cell, in `currency`; None without a price, or where its seeds were priced in several."""
+    currency: str | None = None
     notes: str
     own_notes: tuple[str, ...]
     """Notes that not every row has."""
@@ -192,10 +196,17 @@ def _data(cells: list[Cell]) -> dict[str, Any]:
     result = cells[0].result
     taught = result.teacher if result.method != "teacher" else None
     return {
-        "labelled_rows": _untrained_rows(result) if cells[0].untrained or "labels_from" in result.hyperparameters else result.train_rows + result.validation_rows,
+        "labelled_rows": _labelled_rows(cells[0]),
         "rationale_rows": taught.rows if taught else None,
         "teacher_s": _mean(cells, lambda r: r.teacher.seconds if r.teacher else None),
     }
+
+
+def _labelled_rows(cell: Cell) -> int:
+    """Training and validation rows; fewer for what trains nothing, unless pipeline.tune chose its settings on them."""
+    result = cell.result
+    fewer = cell.untrained or "labels_from" in result.hyperparameters
+    return _untrained_rows(result) if fewer and result.tuning is None else result.train_rows + result.validation_rows
 
 
 def _untrained_rows(result: Result) -> int:
@@ -218,9 +229,18 @@ def _training(cells: list[Cell]) -> dict[str, Any]:
         "timing": timed[0].timing if timed else "",
         "shared_process": any(c.shared for c in timed),
         "energy_j": _mean(timed, lambda r: r.work.energy_j if r.work else None),
+        "host_energy_j": _mean(timed, lambda r: r.work.host_energy_j if r.work else None),
+        **_cost(timed),
         "peak_bytes": _mean(cells, lambda r: r.memory.peak_bytes if r.memory else None),
         "memory_kind": next((c.result.memory.kind for c in cells if c.result.memory and c.result.memory.peak_bytes is not None), None),
     }
+
+
+def _cost(cells: list[Cell]) -> dict[str, Any]:
+    currencies = {c.result.cost.currency for c in cells if c.result.cost}
+    if len(currencies) != 1:
+        return {}
+    return {"cost": _mean(cells, lambda r: r.cost.amount if r.cost else None), "currency": currencies.pop()}
 
 
 def _model(cells: list[Cell]) -> dict[str, Any]:

@@ -62,7 +62,9 @@ COLUMNS = [
     Column("wall_s", "Total, s", "Training", lambda r: _marked(f.seconds(r.wall_s), r, SHARED if r.shared_process else "")),
     Column("teacher_s", "Teacher, s", "Training", lambda r: f.seconds(r.teacher_s), optional=True),
     Column("tokens_per_s", "Tokens/s", "Training", lambda r: _marked(_whole(r.tokens_per_s), r)),
-    Column("energy_j", "Energy, kJ", "Training", lambda r: f.DASH if r.energy_j is None else f"{r.energy_j / 1000:,.1f}", optional=True),
+    Column("energy_j", "Energy, kJ", "Training", lambda r: _kilojoules(r.energy_j),
+           lambda r: "" if r.host_energy_j is None else f"CPU {_kilojoules(r.host_energy_j)}"),
+    Column("cost", "Cost", "Training", lambda r: f.DASH if r.cost is None else f"{r.cost:.3g} {r.currency}", optional=True),
     Column("peak_bytes", "Peak memory", "Training", lambda r: f.size(r.peak_bytes), lambda r: memory_kind(r)),
     Column("trainable", "Trainable", "Model", lambda r: f.count(r.trainable),
            lambda r: f.share(r.trainable_share)),
@@ -100,7 +102,9 @@ ABOUT = {
     f"{SHARED}: imports and base were read once for several cells, so their start-up and load are missing from it.",
     "teacher_s": "Seconds that the teacher took for its rationales.",
     "tokens_per_s": "Real tokens (no padding) through training steps in a second.",
-    "energy_j": "The GPU's energy counter over training.",
+    "energy_j": "Energy of the training steps, validation left out: the GPU's counter, and under it the CPU's; on the CPU that of its packages and their "
+    "memory (RAPL). Counters are the machine's and include what else ran. Why a dash is a dash stands in the cell's details.",
+    "cost": "Wall clock of the whole cell at the config's price_per_hour.",
     "peak_bytes": "Peak while training, validation kept out; while evaluating for a technique that trains nothing. "
     "RSS: resident memory of the process on the CPU; GPU: what the allocator reserved.",
     "trainable": "Parameters that are trained, and their share of all.",
@@ -138,6 +142,10 @@ def interval(row: Row) -> str:
 
 def _whole(value: float | None) -> str:
     return f.DASH if value is None else f"{value:,.0f}"
+
+
+def _kilojoules(joules: float | None) -> str:
+    return f.DASH if joules is None else f"{joules / 1000:,.1f}" if joules >= 1000 else f"{joules / 1000:.2g}"
 
 
 def _marked(text: str, row: Row, further: str = "") -> str:
@@ -179,7 +187,7 @@ def table_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
-        hidden = ("train_s", "wall_s", "tokens_per_s", "energy_j") if row.timing else ()
+        hidden = ("train_s", "wall_s", "tokens_per_s", "energy_j", "host_energy_j", "cost") if row.timing else ()
         writer.writerow([_plain(None if name in hidden else getattr(row, name)) for name in names])
     return out.getvalue()
 

@@ -153,7 +153,7 @@ class Tuning:
     """The search (pipeline.tune) that a tuned cell's settings come from."""
 
     file: str
-    """Where it stands: tuned/<experiment>/<technique>-n<train_rows>.yaml."""
+    """Where it stands: tuning/<experiment>/<technique>-n<train_rows>.yaml."""
     searched: int
     """Hyperparameters that were searched."""
     trials: int

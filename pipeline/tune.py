@@ -5,11 +5,11 @@
     python -m pipeline.tune experiments=quick 'tune.techniques=[lora,full]'    some
     python -m pipeline.cells experiments=quick tuned=true                      then: the tuned cells, beside the untuned ones
 
-Writes tuned/<experiment>/<technique>-n<train_rows>.yaml (keep it in git: cells are composed of it) and studies under sweeps/. A number of training
+Writes tuning/<experiment>/<technique>-n<train_rows>.yaml (keep it in git: cells are composed of it) and studies under sweeps/. A number of training
 rows is tuned by itself, with the grid's first seed: validation rows are labelled rows, and those of a larger set are not this one's to look at.
 
 The budget is tune.trials, whatever becomes of them: a trial that runs out of memory, diverges or ends with an error is one of them. Two thirds
-are drawn from the declared range (conf/search/). If the best value then lies at an edge, the rest is drawn from a part that is added there,
+are drawn from the declared range (conf/search/). If the best value then lies at an edge, the rest is drawn from there and beyond,
 once; else from the declared range. Started again after a kill, it goes on where it was, with the same draws. Test rows are never read.
 """
 
@@ -115,7 +115,7 @@ def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
     first = math.ceil(budget * FIRST_SHARE)
     try:
         trials = _part("declared", cfg, space, first, shared)
-        added, edges = tune_space.widened(space, best_of(trials)["params"])
+        added, edges = tune_space.widened(space, best_of(trials)["params"], _tried(trials))
         left = budget - len(trials)
         for e in edges:
             then = f"{left} trials go to {e.widened}" if e.widened else "there is no room to widen it"
@@ -124,7 +124,7 @@ def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
             trials += _part("widened", cfg, added, left, shared)
         else:
             trials = _part("declared", cfg, space, budget, shared)
-            edges = [dataclasses.replace(e, widened=None) for e in tune_space.widened(space, best_of(trials)["params"])[1]]
+            edges = [dataclasses.replace(e, widened=None) for e in tune_space.widened(space, best_of(trials)["params"], _tried(trials))[1]]
     finally:
         for folder in (_folder(cfg, part) for part in PARTS):
             if (folder / "sweep.json").exists():
@@ -167,9 +167,14 @@ def best_of(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(valued, key=lambda t: (t["validation"], -math.inf if t["nll"] is None else -t["nll"]))
 
 
+def _tried(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [t["params"] for t in trials]
+
+
 def _tuned(cfg: DictConfig, space: Space, budget: int, trials: Sequence[dict[str, Any]], edges: Sequence[tuned.Edge]) -> tuned.Tuned:
     best, about = best_of(trials), provenance()
-    still = {e.key: bool(e.widened and best["part"] == "widened" and tune_space.edge_of(e.widened, best["params"][e.key]) == e.side) for e in edges}
+    beyond = _tried([t for t in trials if t["part"] == best["part"] == "widened"])
+    still = {e.key: bool(e.widened and beyond and tune_space.edge_of(e.widened, best["params"][e.key], [p[e.key] for p in beyond]) == e.side) for e in edges}
     kept = [{**{key: t[key] for key in ("number", "part", "status", "diverged", "validation", "nll")}, "settings": t["settings"]} for t in trials]
     return tuned.Tuned(
         experiment=cfg.experiment, technique=tuned.label(cfg), task=cfg.task.name, model=cfg.model.name, train_rows=cfg.train_rows, seed=cfg.seed,

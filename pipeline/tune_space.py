@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from pipeline.files import UserError
 from pipeline.methods.base import Method
 from pipeline.tuned import Edge
 
-OUTER = 0.1
-"""A value in the outer tenth of its range, on its own scale, is at the edge."""
+OUTER = 0.25
+"""A value in the outer quarter of its range, on its own scale, is at the edge if no trial was further out."""
 LIMITS = ("least", "most")
 
 
@@ -69,15 +69,20 @@ def _around(where: str, factor: Any, value: Any) -> dict[str, Any]:
     return {"low": float(f"{value / factor:.6g}"), "high": float(f"{value * factor:.6g}"), "log": True}
 
 
-def widened(space: Space, best: Mapping[str, Any]) -> tuple[Space, list[Edge]]:
-    """The space with every range whose best value is at its edge replaced by the part that is added there, and those edges."""
-    edges = [_widen(key, given, best[key], space.limits[key]) for key, given in space.ranges.items() if edge_of(given, best[key])]
+def widened(space: Space, best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> tuple[Space, list[Edge]]:
+    """The space with every range whose best value is at its edge replaced by the part from there on and beyond, and those edges.
+
+    Args:
+        best: the best trial's values by key. tried: every trial's.
+    """
+    sides = {key: edge_of(given, best[key], [t[key] for t in tried]) for key, given in space.ranges.items()}
+    edges = [_widen(key, space.ranges[key], best[key], side, space.limits[key]) for key, side in sides.items() if side]
     added = {edge.key: edge.widened for edge in edges if edge.widened}
     return Space({key: added.get(key, given) for key, given in space.ranges.items()}, space.links, space.limits), edges
 
 
-def edge_of(given: Mapping[str, Any], value: Any) -> str | None:
-    """low, high, or None where the value is inside its range or the range has no order."""
+def edge_of(given: Mapping[str, Any], value: Any, tried: Sequence[Any]) -> str | None:
+    """low or high: the first or last of choices, or in the outer quarter of a range with no trial further out. None: inside, or without order."""
     if "choices" in given:
         ordered = sorted(given["choices"]) if _numbers(given["choices"]) else []
         return None if len(ordered) < 2 or value not in (ordered[0], ordered[-1]) else "low" if value == ordered[0] else "high"
@@ -86,22 +91,22 @@ def edge_of(given: Mapping[str, Any], value: Any) -> str | None:
     if low == high:
         return None
     place = (scale(value) - low) / (high - low)
-    return "low" if place <= OUTER else "high" if place >= 1 - OUTER else None
+    if place <= OUTER and value <= min(tried):
+        return "low"
+    return "high" if place >= 1 - OUTER and value >= max(tried) else None
 
 
 def _numbers(values: Any) -> bool:
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
-def _widen(key: str, given: Mapping[str, Any], value: Any, limits: Mapping[str, Any]) -> Edge:
-    side = edge_of(given, value)
-    assert side
+def _widen(key: str, given: Mapping[str, Any], value: Any, side: str, limits: Mapping[str, Any]) -> Edge:
     least, most = limits.get("least", -math.inf), limits.get("most", math.inf)
     whole = all(isinstance(v, int) for v in given.get("choices", [given.get("low"), given.get("high")]))
     positive = min(given["choices"]) > 0 if "choices" in given else given["low"] >= 0
     if positive:
         least = max(least, 1 if whole else 0)
-    added = _further_choices(given["choices"], side, least, most) if "choices" in given else _further_range(given, side, least, most, whole)
+    added = _further_choices(given["choices"], side, least, most) if "choices" in given else _further_range(given, value, side, least, most, whole)
     return Edge(key, value, side, added)
 
 
@@ -123,15 +128,15 @@ def _further_choices(choices: Any, side: str, least: float, most: float) -> dict
     return {"choices": found} if found else None
 
 
-def _further_range(given: Mapping[str, Any], side: str, least: float, most: float, whole: bool) -> dict[str, Any] | None:
-    """Half of the range's width again, on its own scale; None where there is no room."""
+def _further_range(given: Mapping[str, Any], value: Any, side: str, least: float, most: float, whole: bool) -> dict[str, Any] | None:
+    """From the best value to half of the range's width, on its own scale, beyond its end; None where there is no room beyond."""
     low, high, log = given["low"], given["high"], given.get("log", False)
     reach = math.sqrt(high / low) if log else (high - low) / 2
     if side == "high":
-        start, end = high, min(most, high * reach if log else high + reach)
+        start, end = value, min(most, high * reach if log else high + reach)
     else:
-        start, end = max(least, low / reach if log else low - reach), low
+        start, end = max(least, low / reach if log else low - reach), value
     start, end = (math.ceil(start), math.floor(end)) if whole else (float(f"{start:.6g}"), float(f"{end:.6g}"))
-    if start >= end or log and start <= 0:
+    if (end <= high if side == "high" else start >= low) or log and start <= 0:
         return None
     return {**given, "low": start, "high": end}

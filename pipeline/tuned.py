@@ -1,4 +1,4 @@
-"""The settings that `python -m pipeline.tune` found: tuned/<experiment>/<technique>-n<train_rows>.yaml, which cells with tuned=true are composed of.
+"""The settings that `python -m pipeline.tune` found: tuning/<experiment>/<technique>-n<train_rows>.yaml, which cells with tuned=true are composed of.
 
 Library. technique=lora+tuned says technique=lora tuned=true, in a command as in the grid of experiments/<name>/params.yaml; such a cell
 has the variant tuned (results/<experiment>/lora+tuned-s0-n160), so it stands beside the untuned one.
@@ -24,7 +24,7 @@ HEAD = "# Written by python -m pipeline.tune experiments={experiment} technique=
 
 @dataclass(frozen=True)
 class Edge:
-    """A best value in the outer tenth of its range (or the first or last of its choices)."""
+    """A best value at the edge of its range, as pipeline/tune_space.py tells it."""
 
     key: str
     value: Any
@@ -96,7 +96,7 @@ def label(cfg: DictConfig) -> str:
 def path_of(cfg: DictConfig) -> Path:
     """The tuned file of a cell's technique and train_rows."""
     rows = "all" if cfg.train_rows is None else cfg.train_rows
-    return Path(cfg.paths.tuned) / cfg.experiment / f"{label(cfg)}-n{rows}.yaml"
+    return Path(cfg.paths.tuning) / cfg.experiment / f"{label(cfg)}-n{rows}.yaml"
 
 
 def write(path: Path, tuned: Tuned) -> None:
@@ -116,7 +116,7 @@ def read(path: Path) -> Tuned:
 
 
 def read_all(folder: Path) -> dict[tuple[str, str], Tuned]:
-    """The tuned files of an experiment (tuned/<experiment>) by technique (with its variant) and train_rows ("160" or "all")."""
+    """The tuned files of an experiment (tuning/<experiment>) by technique (with its variant) and train_rows ("160" or "all")."""
     found = {}
     for path in sorted(folder.glob("*.yaml")):
         technique, _, rows = path.stem.rpartition("-n")
