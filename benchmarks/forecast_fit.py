@@ -161,9 +161,9 @@ def write(configs: Sequence[Config], path: Path, out: Path) -> dict[str, Any]:
     return summary
 
 
-def _median(found: Sequence[Point], names: set[str], constants: Constants) -> float:
+def _median(found: Sequence[Point], names: set[str], constants: Constants) -> float | None:
     errors = [abs(e) for p, _, e in judge(found, constants) if p.config.name not in names]
-    return round(statistics.median(errors), 4) if errors else float("nan")
+    return round(statistics.median(errors), 4) if errors else None
 
 
 def _part(errors: Sequence[float]) -> dict[str, float] | None:

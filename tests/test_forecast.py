@@ -134,7 +134,7 @@ POINTS = [Point(layers, count, (0.1 + layers * 0.01 + count * 0.001 + layers * c
 def test_a_step_linear_in_layers_and_cells_is_told_exactly():
     assert speed.seconds(POINTS, 30, 120) == pytest.approx(0.1 + 0.3 + 0.12 + 30 * 120 * 1e-4)
     low, middle, high = speed.train_seconds(PLAN, 10, POINTS)
-    each = [speed.seconds(POINTS, 30, count) for count in (100, 200)]
+    each = [speed.seconds(POINTS, PLAN.shape.layers, count) for count in (100, 200)]
     assert middle == pytest.approx(10 * (3 * each[0] + each[1]) / 2)
     assert high / middle == pytest.approx(1 + speed.MODEL_ERROR) and middle / low == pytest.approx(1 + speed.MODEL_ERROR)
 

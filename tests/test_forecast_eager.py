@@ -77,7 +77,7 @@ def test_peak_live_bytes_are_those_that_torch_counts(imports, method, precision,
     base, peak = measured(BASE, METHODS[method], precision, labels, checkpointing)
     loaded, found = simulated(BASE, METHODS[method], precision, labels, checkpointing)
     assert loaded == pytest.approx(base, rel=0.002)
-    assert found == pytest.approx(peak, rel=0.07 if method in ("head",) else 0.035 if precision != "int8" else 0.05)
+    assert found == pytest.approx(peak, rel=0.1 if method == "head" else 0.035 if precision != "int8" else 0.05)
 
 
 @pytest.mark.slow
