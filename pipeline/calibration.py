@@ -44,10 +44,9 @@ def calibrate(model: Any, ids: Sequence[Sequence[int]], measure: Callable[[torch
         fed = [_through(model, row) for row in ids]
         hidden = [states for states, _ in fed]
         for number, block in enumerate(blocks(model)):
-            calls = [functools.partial(_states, block, *given[number]) for _, given in fed]
-            sums = _measured(block, lambda calls=calls: [call(h) for call, h in zip(calls, hidden, strict=True)], measure)  # type: ignore[misc]
-            change(block, sums)
-            hidden = [call(h) for call, h in zip(calls, hidden, strict=True)]
+            run = functools.partial(_states, block, [given[number] for _, given in fed], hidden)
+            change(block, _measured(block, run, measure))
+            hidden = run()
 
 
 def _through(model: Any, row: Sequence[int]) -> tuple[Any, list[tuple[tuple, dict]]]:
@@ -71,9 +70,10 @@ def _through(model: Any, row: Sequence[int]) -> tuple[Any, list[tuple[tuple, dic
     return first[0], given
 
 
-def _states(block: Any, args: tuple, kwargs: dict, hidden: Any) -> Any:
-    output = block(hidden, *args, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+def _states(block: Any, given: Sequence[tuple[tuple, dict]], hidden: Sequence[Any]) -> list[Any]:
+    """What the block gives for every row."""
+    outputs = [block(states, *args, **kwargs) for states, (args, kwargs) in zip(hidden, given, strict=True)]
+    return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
 
 def _measured(block: Any, run: Callable[[], Any], measure: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from pipeline.cells import grid, grid_overrides
 from pipeline.config import ROOT, compose_cell, entry, task_overrides
 from pipeline.files import UserError, atomic_path, sha256, write_json
 
-
 PARTS = ("pipeline.blocks", "pipeline.calibration", "pipeline.layers")
 """What methods are made of, and no cell imports by itself."""
 

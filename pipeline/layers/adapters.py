@@ -5,7 +5,7 @@ Library of pipeline/methods/bottleneck.py. Shapes: [..., d] in and out, k the bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import nn
 
 NAME = "bottleneck"
 """What the adapter is called inside the module that it adapts."""
-ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh,
+}
 
 
 class Adapter(nn.Module):

@@ -118,7 +118,8 @@ def _put(block: Any, name: str, module: Any, left: Any, right: Any) -> None:
     """Two layers in the place of one; the bias goes with the second."""
     import torch
 
-    first, second = (torch.nn.Linear(w.shape[1], w.shape[0], bias=b, device=w.device, dtype=w.dtype) for w, b in ((right, False), (left, module.bias is not None)))
+    halves = ((right, False), (left, module.bias is not None))
+    first, second = (torch.nn.Linear(w.shape[1], w.shape[0], bias=bias, device=w.device, dtype=w.dtype) for w, bias in halves)
     first.weight.data, second.weight.data = right.contiguous(), left.contiguous()
     if module.bias is not None:
         second.bias.data = module.bias.data

@@ -129,5 +129,6 @@ def _last_norm(model: Any) -> Any:
     inside = {id(m) for block in blocks(model) for m in block.modules()}
     found = [m for m in model.base_model.modules() if "norm" in type(m).__name__.lower() and id(m) not in inside]
     if not found:
-        raise UserError(f"{type(model).__name__} has no norm behind its last block, which attention fusion reads the other layers through; use technique=ladder")
+        kind = type(model).__name__
+        raise UserError(f"{kind} has no norm behind its last block, through which attention fusion reads the other layers; use technique=ladder")
     return found[-1]

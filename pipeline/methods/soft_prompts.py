@@ -37,8 +37,7 @@ class SoftPrompt(Method):
     def wrap(self, model: Any) -> Any:
         from peft import PromptTuningConfig, get_peft_model
 
-        kept = {"num_virtual_tokens": self.virtual_tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
-        return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **kept))
+        return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"))
 
     def save(self, model: Any, state: Any, folder: Path) -> None:
         model.save_pretrained(folder, save_embedding_layers=False)
@@ -72,7 +71,8 @@ class Ipt(SoftPrompt):
         if type(self.dimensions) is not int or self.dimensions < 1:
             raise UserError(f"method.dimensions is {self.dimensions}; it must be a whole number of at least 1")
         if self.prompts is not None and len(self.prompts) <= self.dimensions:
-            raise UserError(f"{len(self.prompts)} prompts span at most {len(self.prompts) - 1} dimensions, and method.dimensions is {self.dimensions}; lower it")
+            most = len(self.prompts) - 1
+            raise UserError(f"{most + 1} prompts span at most {most} dimensions, and method.dimensions is {self.dimensions}; lower it")
 
     def hyperparameters(self) -> dict[str, Any]:
         return super().hyperparameters() | {"dimensions": self.dimensions, "subspace": f"{len(self.prompts)} prompts" if self.prompts else "random"}
