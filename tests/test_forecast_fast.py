@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from test_forecast_eager import BASE, METHODS
 
 from pipeline.forecasting import run
 from pipeline.forecasting.allocator import Allocator
@@ -14,7 +15,6 @@ from pipeline.forecasting.plan import Constants
 from pipeline.forecasting.shape import shape_of
 from pipeline.forecasting.trained import trained
 from pipeline.settings import Precision, Train
-from tests.test_forecast_eager import BASE, METHODS
 
 ROWS, WIDTH, LABELS = 4, 64, 8
 

@@ -6,15 +6,17 @@ Library of cell.py and benchmarks/forecast.py. The micro-batches come from the f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.data import Encoded, by_length, step_rows
-from pipeline.fast.shapes import Shape
-from pipeline.fast.streams import of_run
 from pipeline.forecasting.plan import MicroBatch, Plan
 from pipeline.forecasting.shape import NoForecast
 from pipeline.forecasting.shape import Shape as Model
 from pipeline.forecasting.trained import Trained
 from pipeline.settings import Precision, Train
+
+if TYPE_CHECKING:
+    from pipeline.fast.shapes import Shape
 
 MOST_STEPS = 200
 """Steps whose rows are looked at."""
@@ -54,6 +56,8 @@ def plan(model: Model, trained: Trained, train: Train, precision: Precision, exa
         steps, fed = _eager_steps(examples, orders, train.micro_batch_tokens)
         accumulates = False
     else:
+        from pipeline.fast.streams import of_run
+
         packs = engine == "hand" and trained.kind != "soft" and compute == 2
         buckets, streams = of_run(examples, train, orders, total, packs, model.layers, model.parameters)
         chosen = streams or buckets
