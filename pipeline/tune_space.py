@@ -52,6 +52,8 @@ def read(cfg: DictConfig) -> Space:
             links[key] = given
         else:
             limits[key] = {name: given.pop(name) for name in LIMITS if name in given}
+            if len(given) > 1:
+                given.pop("factor", None)  # of the default that a range of the technique's own stands over
             ranges[key] = _around(where, given["factor"], OmegaConf.select(cfg, key)) if set(given) == {"factor"} else given
     return Space(ranges, links, limits)
 

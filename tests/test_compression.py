@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -21,9 +22,11 @@ CPU = torch.device("cpu")
 ROWS = [Example("Review: fine plot with a cast", "positive"), Example("Review: the poor story", "negative"), Example("Review: a lovely scene", "positive")]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def load(tiny):
-    return lambda: load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
+    """Gives a fresh tiny Llama."""
+    held = load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
+    return lambda: copy.deepcopy(held)
 
 
 def weights(model: Any) -> list[torch.Tensor]:

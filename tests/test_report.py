@@ -121,8 +121,8 @@ def test_columns_without_any_value_are_said_to_be_unmeasured(home: Path, capsys:
         keep(home / "results", dataclasses.replace(found, forgetting=None, scores=scores))
     run(home)
     printed, page = capsys.readouterr().out, (home / "report" / "quick" / "index.html").read_text()
-    assert "not measured: Transfer, %, Perplexity, Minimal pairs" in printed
-    assert "Not measured in this experiment: Transfer, %, Perplexity, Minimal pairs." in page and ">Transfer, %</button>" not in page
+    assert "not measured: Transfer, %, Energy, kJ, Perplexity, Minimal pairs" in printed
+    assert "Not measured in this experiment: Transfer, %, Energy, kJ, Perplexity, Minimal pairs." in page and ">Transfer, %</button>" not in page
 
 
 def test_page_is_self_contained_and_well_formed(home: Path) -> None:

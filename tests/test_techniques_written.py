@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -21,9 +23,11 @@ D, LAYERS, INNER, KV = 64, 2, 128, 32  # conftest's tiny Llama
 LABELS = [Example("Review: fine plot", "positive"), Example("Review: poor plot", "negative")]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def load(tiny):
-    return lambda precision="fp32": load_model(tiny / "models" / "smollm2_135m", Precision(precision), CPU)
+    """Gives a fresh tiny Llama."""
+    held = load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
+    return lambda: copy.deepcopy(held)
 
 
 def gpt2() -> Any:
@@ -35,6 +39,7 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(config).requires_grad_(False).eval()
 
 
+@functools.cache
 def method(name: str, *overrides: str) -> Any:
     return build(compose([f"technique={name}", *overrides]).method, "method")
 
@@ -107,7 +112,11 @@ def test_training_begins_at_the_base_and_can_leave_it(load, name, base):
     assert apart(logits(shaken(model)), logits(make())) > 1e-3
 
 
-@pytest.mark.parametrize("name", [*ON_BOTH, "attention_fusion", "ipt", "warp"])
+FAST = ("compacter", "adamix", "ladder", "ipt", "warp")
+"""One of every code path."""
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in [*ON_BOTH, "attention_fusion", "ipt", "warp"]])
 def test_what_is_saved_gives_the_same_answers(load, tmp_path, name):
     made, more = method(name, *(["method.reduction=4"] if name == "ladder" else [])), ["method.reduction=4"] if name == "ladder" else []
     model = made.served(shaken(wrapped(name, load(), *more)), torch.float32)
@@ -315,8 +324,8 @@ def test_a_model_that_a_technique_cannot_apply_to_is_told(load, tmp_path):
             method("warp").prepare(many, 0, load())
 
 
-def test_adapters_go_over_a_quantised_base(load):
-    model = shaken(wrapped("adapter_houlsby", load("nf4")))
+def test_adapters_go_over_a_quantised_base(tiny):
+    model = shaken(wrapped("adapter_houlsby", load_model(tiny / "models" / "smollm2_135m", Precision("nf4"), CPU)))
     model.train()(input_ids=IDS).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
