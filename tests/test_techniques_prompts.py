@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import cell, evaluate, report_rows
+from pipeline import cell, evaluate, report_means
 from pipeline.config import build, compose
 from pipeline.data import Example
 from pipeline.files import UserError, read_json, read_jsonl, write_jsonl
@@ -60,7 +60,7 @@ def test_what_is_retrieved_is_saved_and_answers_alike(overrides, tmp_path, name)
     assert len(kept) == 32 == result.train_rows and all(train[e["text"]] == e["answer"] for e in kept)
     found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
     assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    assert result.size.trainable == 0 and report_rows._untrained_rows(result) == 32
+    assert result.size.trainable == 0 and report_means._untrained_rows(result) == 32
 
 
 def test_a_user_s_documents_stand_before_the_prompt(overrides, tmp_path):
@@ -156,4 +156,4 @@ def test_the_choice_is_made_on_validation_and_served(overrides, tmp_path):
     assert kept["template"] == best["template"] and result.scores["validation"].accuracy == best["metric"]
     found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
     assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    assert result.phases.validate_s > 0 and report_rows._untrained_rows(result) == result.validation_rows == 12
+    assert result.phases.validate_s > 0 and report_means._untrained_rows(result) == result.validation_rows == 12
