@@ -40,7 +40,7 @@ CODE = (
     "stepping.py", "fast/*.py", "layers/*.py", "methods/*.py", "objectives/*.py",
 )
 ASIDE = ("paths", "tracking", "report", "sweep", "variant", "cell", "split", "requests", "to", "memory_limit_gb", "pack", "forecast", "search", "tune", "tuned",
-         "price_per_hour", "currency")
+         "price_per_hour", "currency", "writer")
 """Keys of a config that decide no cell's outcome."""
 QUANTISED = ("nf4", "int8")
 
@@ -72,6 +72,7 @@ def decides(cfg: DictConfig) -> dict[str, Any]:
     raw["train"].pop("checkpoint_every_s", None)
     if raw["start"] is None:
         raw.pop("start")
+    raw["teacher"].pop("writer", None)  # what it wrote decides: `reads`
     if raw["train"].get("min_steps") is None:  # cells that were run before there was such a key keep their results
         raw["train"].pop("min_steps", None)
     if not raw["train"].get("checkpointing"):
@@ -96,6 +97,8 @@ def fingerprint(cfg: DictConfig) -> str:
 def reads(cfg: DictConfig) -> list[Path]:
     """Files besides data, rationales and base model whose content decides the outcome; of another cell its result.json stands for all of it."""
     start = [cell_at(cfg.start, cfg) / "result.json"] if cfg.start else []
+    if "writer" in cfg.teacher:
+        start.append(Path(cfg.paths.rationales) / cfg.task.name / cfg.teacher.name / "rationales.jsonl")
     return start + build(cfg.objective, "objective").reads(cfg)
 
 

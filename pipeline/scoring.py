@@ -83,12 +83,21 @@ def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: 
 def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int,
              device: Any, dtype: Any, notes: list[str] | None = None) -> list[str]:
     """Greedy continuations as text, prompts of similar length together. notes: takes the reason where a pass could not be captured."""
+    texts = [""] * len(prompts)
+    for part, tokens in continuations(model, prompts, max_new_tokens, batch_tokens, tokenizer.eos_token_id, pad_id, device, dtype, notes):
+        for index, text in zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            texts[index] = text
+    return texts
+
+
+def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, end: int | None, pad_id: int,
+                  device: Any, dtype: Any, notes: list[str] | None = None) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Greedy continuations batch by batch as they come: (indices of prompts, what follows them [rows, new], padded from the end token on)."""
     import torch
 
     from pipeline.fast.answering import by_hand
     from pipeline.fast.decode import Cached, Decoder, Written, greedy, unsuited
 
-    texts, end = [""] * len(prompts), tokenizer.eos_token_id
     refused = unsuited(model, max(map(len, prompts)) + max_new_tokens)
     with torch.inference_mode(), autocast(device, dtype), by_hand(model, dtype, device, 0 if refused else len(prompts)) as written:
 
@@ -97,13 +106,9 @@ def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batc
             return Written(written, *shape) if written else Cached(functools.partial(logits_at, model), model.config, *shape)
 
         if refused:
-            found = _generate(model, prompts, max_new_tokens, batch_tokens, end, pad_id, device)
+            yield from _generate(model, prompts, max_new_tokens, batch_tokens, end, pad_id, device)
         else:
-            found = greedy(make, lambda: autocast(device, dtype, cache=False), prompts, max_new_tokens, batch_tokens, device, [] if notes is None else notes)
-        for part, tokens in found:
-            for index, text in zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-                texts[index] = text
-    return texts
+            yield from greedy(make, lambda: autocast(device, dtype, cache=False), prompts, max_new_tokens, batch_tokens, device, [] if notes is None else notes)
 
 
 def _generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, end: int | None, pad_id: int,

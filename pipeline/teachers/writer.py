@@ -1,0 +1,121 @@
+"""What a writer is: chat messages in, a text out, every answer kept. The teachers of conf/teacher/{local,server}.yaml prompt one.
+
+Library. The group conf/writer/ names it: writer=local (local_writer.py: a model under models/) or writer=server (server_writer.py: an
+OpenAI-compatible server); `build(cfg.writer, "writer")` makes it. `write` is all that its users call:
+
+    texts = writer.write([[{"role": "user", "content": "2 + 2 ="}], …], seed=0)
+
+Asking again for what was written costs nothing: answers lie in <paths.work>/writers/, by the sha256 of who writes, how, and the messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import UserError
+from pipeline.teachers.cache import Answer, Cache, digest
+
+Messages = list[dict[str, str]]
+"""[{"role": "system" | "user" | "assistant", "content": text}, …]"""
+
+
+@dataclass
+class Spent:
+    """What the answers that a writer gave have cost, those from the cache too: each counts once, at what it cost when it was written.
+
+    Tokens are null as soon as one answer's are not known.
+    """
+
+    answers: int = 0
+    written: int = 0
+    """Of these, written now."""
+    cut: int = 0
+    seconds: float = 0.0
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0
+    keys: set[str] = field(default_factory=set, repr=False)
+
+    def add(self, key: str, answer: Answer) -> None:
+        if key in self.keys:
+            return
+        self.keys.add(key)
+        self.answers += 1
+        self.cut += answer.cut
+        self.seconds += answer.seconds
+        self.prompt_tokens = _sum(self.prompt_tokens, answer.prompt_tokens)
+        self.completion_tokens = _sum(self.completion_tokens, answer.completion_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """Writes texts and keeps them. A subclass says what decides a text (`identity`) and how to get new ones (`_ask`).
+
+    Args:
+        cache: the folder of the answers.
+        max_new_tokens: of one text.
+        temperature: 0 takes the likeliest token (greedy); above 0 samples with `seed`.
+        top_p: sampling keeps to the likeliest tokens of this share (Holtzman et al., 2020); 1: to all.
+    """
+
+    cache: str
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    spent: Spent = field(default_factory=Spent, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"config key 'writer.max_new_tokens' is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"config key 'writer.temperature' is {self.temperature}; it must be at least 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"config key 'writer.top_p' is {self.top_p}; it is a share above 0, at most 1")
+
+    @property
+    def kind(self) -> str:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise UserError, naming what to change, if it cannot write: no such model, no key."""
+
+    def identity(self) -> dict[str, Any]:
+        """Who writes and how: what, beside messages and seed, decides a text. Holds no secret."""
+        raise NotImplementedError
+
+    def about(self) -> dict[str, Any]:
+        """What a manifest says of the writer and of what its answers cost; null where it is not known."""
+        spent = self.spent
+        return {
+            "kind": self.kind, **self.identity(), "answers": spent.answers, "cut": spent.cut, "seconds": round(spent.seconds, 3),
+            "prompt_tokens": spent.prompt_tokens, "completion_tokens": spent.completion_tokens,
+        }
+
+    def write(self, prompts: Sequence[Messages], *, seed: int = 0) -> list[str]:
+        """One text for each prompt, in order. seed: of sampling; greedy texts do not depend on it.
+
+        Each answer is on the disk before the next is waited for: after an interruption, the same call asks for the others alone.
+
+        Raises:
+            UserError: it cannot write, or a prompt is too long.
+        """
+        who = self.identity() | ({"seed": seed} if self.temperature > 0 else {})
+        keys = [digest([who, messages]) for messages in prompts]
+        with Cache.open(Path(self.cache) / f"{self.kind}-{digest(self.identity())[:12]}.jsonl") as cache:
+            missing = {key: messages for key, messages in zip(keys, prompts, strict=True) if key not in cache}
+            if missing:
+                self._ask(missing, seed, cache.add)
+                self.spent.written += len(missing)
+            for key in keys:
+                self.spent.add(key, cache[key])
+            return [cache[key].text for key in keys]
+
+    def _ask(self, prompts: dict[str, Messages], seed: int, keep: Callable[[str, Answer], None]) -> None:
+        """Write a text for each of these, by key, and `keep` each as soon as it is there."""
+        raise NotImplementedError
+
+
+def _sum(total: int | None, more: int | None) -> int | None:
+    return None if total is None or more is None else total + more
