@@ -57,7 +57,7 @@ def test_every_file_that_a_cell_composes_is_tracked(name):
         choices = compose(overrides, hydra_config=True).hydra.runtime.choices
         files = [CONF / "config.yaml"]
         for group, option in choices.items():
-            if not group.startswith("hydra/"):
+            if option and not group.startswith("hydra/"):
                 files.append((ROOT if group == "experiments" else CONF) / group / f"{option}.yaml")
         for file in files:
             file = file if file.name != f"{name}.yaml" else ROOT / f"experiments/{name}.yaml"
