@@ -2,8 +2,11 @@
 
     python -m pipeline.rationales task=vader_movies teacher=lexicon
 
-Training rows are there to learn from, test rows only so that the teacher itself can be scored. Everything but the
-manifest's `seconds` is the same at every run.
+Training rows are there to learn from, test rows only so that the teacher itself can be scored. With train_rows=n the rows that such a cell reads
+are explained alone: n training rows of seed (or of teacher.row_seeds), its validation rows, and evaluate.test_rows.
+
+`seconds` in the manifest are those that passed; of a teacher whose texts are kept (local, server) those that passed when each text was written, now
+or in an earlier run, so that what was kept does not look free. Everything else is the same at every run.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline import tasks
 from pipeline.config import build, entry
+from pipeline.data import load_rows
 from pipeline.files import UserError, atomic_path, read_jsonl, sha256, write_json, write_jsonl
 from pipeline.measure import now
 from pipeline.scoring import canonical
+from pipeline.settings import read
 from pipeline.teachers.base import Teacher
 
 SPLITS = ("train", "validation", "test")
@@ -28,20 +34,35 @@ def run(cfg: DictConfig) -> int:
     data = Path(cfg.paths.data) / cfg.task.name
     if not (data / "manifest.json").exists():
         raise UserError(f"{data} is not prepared; run: python -m pipeline.prepare task={cfg.task.name}")
-    splits = {name: read_jsonl(data / f"{name}.jsonl") for name in SPLITS}
+    splits = wanted(cfg, data)
     teacher: Teacher = build(cfg.teacher, "teacher")
     teacher.check(cfg.task.name, splits["train"][0])
     begin = now()
+    teacher.begin(tasks.read(cfg), splits["train"])
     rows = [row for name in SPLITS for row in explained(teacher, name, splits[name])]
     seconds = round(now() - begin, 3) if teacher.works_here else None
-    about = {"seconds": seconds, "data_sha256": sha256(data / "manifest.json")}
+    about = {"seconds": seconds, "data_sha256": sha256(data / "manifest.json"), **teacher.account()}
     manifest = {"teacher": teacher.name, "task": cfg.task.name, **summary(rows), **about}
     folder = Path(cfg.paths.rationales) / cfg.task.name / teacher.name
     with atomic_path(folder) as beside:
         write_jsonl(beside / "rationales.jsonl", rows)
         write_json(beside / "manifest.json", manifest)
-    print(f"{folder / 'rationales.jsonl'}: {_told(manifest)}")
+    print(f"{folder / 'rationales.jsonl'}: {'; '.join(filter(None, (_told(manifest), teacher.told())))}")
     return 0
+
+
+def wanted(cfg: DictConfig, data: Path) -> dict[str, list[dict]]:
+    """The rows to explain, by split: all, or with train_rows those that such a cell reads."""
+    every = {name: read_jsonl(data / f"{name}.jsonl") for name in SPLITS}
+    if cfg.train_rows is None:
+        return every
+    settings = read(cfg)
+    found: dict[str, set[str]] = {name: set() for name in SPLITS}
+    for seed in cfg.teacher.get("row_seeds") or [cfg.seed]:
+        cell = load_rows(data, settings.task, cfg.train_rows, seed, settings.evaluate.validation_share, settings.evaluate.test_rows, 0)
+        for name in SPLITS:
+            found[name] |= {row["id"] for row in getattr(cell, name)}
+    return {name: [row for row in rows if row["id"] in found[name]] for name, rows in every.items()}
 
 
 def explained(teacher: Teacher, split: str, rows: list[dict]) -> list[dict[str, Any]]:

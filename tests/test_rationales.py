@@ -121,7 +121,7 @@ def test_no_teacher_writes_an_empty_file_and_says_so(tmp_path, capsys):
     (["teacher=lexicon", "teacher.scales=[]"], "no scale of conf/teacher/lexicon.yaml has the labels.*negative, positive"),
     (["teacher=lexicon", "teacher.batch_size=0"], "teacher.batch_size"),
     (["teacher=lexicon", "+teacher.colum=x"], "config group 'teacher' is refused.*colum"),
-    (["teacher=oracle"], "unknown teacher 'oracle'.*lexicon, none, stored"),
+    (["teacher=oracle"], "unknown teacher 'oracle'.*lexicon, local, none, server, stored"),
     (["teacher=none", "task=trec"], "data/trec is not prepared; run: python -m pipeline.prepare task=trec"),
 ])
 def test_a_teacher_that_does_not_fit_says_what_to_change(tmp_path, capsys, overrides, message):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.files import UserError
+from pipeline.settings import Task
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class Teacher:
     Args:
         name: the folder under rationales/<task>/.
         batch_size: rows that `explain` is given at a time.
+        row_seeds: with train_rows=n, the seeds whose n training rows are explained; None: of the config's seed alone.
     """
 
     name: str
     batch_size: int = 256
+    row_seeds: list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -43,6 +47,17 @@ class Teacher:
     def check(self, task: str, row: dict) -> None:
         """Raise UserError, naming what to change, if the teacher cannot explain this task. `row` is a training row."""
 
+    def begin(self, task: Task, train: Sequence[dict]) -> None:
+        """Take of the task and its training rows what `explain` needs (demonstrations). Raises UserError where it is not there."""
+
     def explain(self, rows: Sequence[dict]) -> list[Explanation | None]:
         """One explanation a row, in order; None leaves the row out of the file."""
         return [None] * len(rows)
+
+    def account(self) -> dict[str, Any]:
+        """What the manifest tells beside accuracy, after the last `explain`; `seconds` stands over those that passed."""
+        return {}
+
+    def told(self) -> str:
+        """A word on how it went, for whoever watches."""
+        return ""

@@ -1,0 +1,147 @@
+"""A writer behind an OpenAI-compatible server: OpenAI's, vLLM, llama.cpp, Ollama, … conf/writer/server.yaml.
+
+Every answer is kept as soon as it comes, so an interrupted run pays for what was under way at most. The key comes from an environment
+variable and is written nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.api_client import Client, Malformed, Pace, Patience, address, key_of
+from pipeline.files import UserError
+from pipeline.measure import Stopwatch
+from pipeline.teachers.cache import Answer
+from pipeline.teachers.writer import Messages, Writer
+
+PATHS = {"chat": "chat/completions", "completions": "completions"}
+CHARACTERS_PER_TOKEN = 4  # of English text, to book a request before its tokens are known
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerWriter(Writer):
+    """
+    Args:
+        base_url: requests go to <base_url>/chat/completions, or <base_url>/completions with api=completions.
+        key_variable: the environment variable with the key; null: none is sent.
+        room_key: what the server calls the most tokens of a text (max_tokens, max_completion_tokens).
+        extra: further keys of every request.
+        separator: api=completions: stands between turns, and ends the text.
+        concurrency: requests under way at once.
+        requests_per_minute, tokens_per_minute: what it keeps to; null: no limit.
+        input_price, output_price: per million tokens, in `currency`; null: no price is told.
+    """
+
+    base_url: str
+    model: str | None = None
+    api: str = "chat"
+    key_variable: str | None = "OPENAI_API_KEY"
+    room_key: str = "max_tokens"
+    extra: dict[str, Any] = field(default_factory=dict)
+    separator: str = "\n\n"
+    concurrency: int = 4
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    patience: dict[str, Any] = field(default_factory=dict)
+    input_price: float | None = None
+    output_price: float | None = None
+    currency: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.api not in PATHS:
+            raise UserError(f"config key 'writer.api' is {self.api!r}; choose chat or completions")
+        if self.concurrency < 1:
+            raise UserError(f"config key 'writer.concurrency' is {self.concurrency}; it must be at least 1")
+        for key in ("requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise UserError(f"config key 'writer.{key}' is {value}; it must be above 0, or null for no limit")
+        if len({value is None for value in (self.input_price, self.output_price, self.currency)}) > 1:
+            raise UserError("writer.input_price, writer.output_price (per million tokens) and writer.currency go together; set all three, or none")
+        Patience(**self.patience)
+
+    @property
+    def kind(self) -> str:
+        return "server"
+
+    def check(self) -> None:
+        if not self.model:
+            raise UserError("config key 'writer.model' is not set; name a model that the server has")
+        address(self.base_url)
+        key_of(self.key_variable)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "server": address(self.base_url), "api": self.api, "model": self.model, "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature, "top_p": self.top_p, "extra": self.extra, **({"separator": self.separator} if self.api == "completions" else {}),
+        }
+
+    def about(self) -> dict[str, Any]:
+        found = super().about()
+        price, read, wrote = None, found["prompt_tokens"], found["completion_tokens"]
+        if self.input_price is not None and self.output_price is not None and read is not None and wrote is not None:
+            price = round((read * self.input_price + wrote * self.output_price) / 1e6, 6)
+        return {**found, "price": price, "currency": self.currency}
+
+    def _ask(self, prompts: dict[str, Messages], seed: int, keep: Callable[[str, Answer], None]) -> None:
+        client = Client(self.base_url, self.key_variable, Patience(**self.patience), Pace(self.requests_per_minute, self.tokens_per_minute))
+        watch, lock = Stopwatch(), threading.Lock()
+
+        def ask(key: str) -> None:
+            text, read, wrote, cut = self._answer(client, self.body(prompts[key], seed))
+            with lock:  # each answer's seconds are those since the one before, so that they add up to the wall clock
+                keep(key, Answer(text, round(watch.lap(), 4), read, wrote, cut))
+
+        pool = ThreadPoolExecutor(self.concurrency, "writer")
+        try:
+            for done in as_completed([pool.submit(ask, key) for key in prompts]):
+                done.result()
+        except BaseException:
+            client.stop.set()  # what is under way is paid for and still kept; nothing new begins
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            client.close()
+
+    def body(self, messages: Messages, seed: int) -> dict[str, Any]:
+        """The request: sampling has its seed, greedy writing none."""
+        asked: dict[str, Any] = {"model": self.model, self.room_key: self.max_new_tokens, "temperature": self.temperature}
+        if self.temperature > 0:
+            asked |= {"top_p": self.top_p, "seed": seed}
+        if self.api == "completions":
+            return {**asked, "prompt": self.separator.join(m["content"] for m in messages), "stop": [self.separator], **self.extra}
+        return {**asked, "messages": messages, **self.extra}
+
+    def _answer(self, client: Client, body: dict[str, Any]) -> tuple[str, int | None, int | None, bool]:
+        booked = len(json.dumps(body)) // CHARACTERS_PER_TOKEN + self.max_new_tokens
+        found = client.post(PATHS[self.api], body, booked, self._read)
+        if found[1] is not None and found[2] is not None:
+            client.pace.settle(found[1] + found[2] - booked)
+        return found
+
+    def _read(self, body: Any) -> tuple[str, int | None, int | None, bool]:
+        """(text, prompt tokens, completion tokens, cut). A refusal of the model is an empty text."""
+        try:
+            choice = body["choices"][0]
+            text = choice["message"]["content"] if self.api == "chat" else choice["text"]
+        except (KeyError, IndexError, TypeError) as error:
+            told = body.get("error") if isinstance(body, dict) else None
+            raise Malformed(f"JSON without a choice{f': {json.dumps(told)}' if told else ''}") from error
+        if text is not None and not isinstance(text, str):
+            raise Malformed("a choice whose content is no text")
+        usage = body.get("usage")
+        read, wrote = (_count(usage, key) for key in ("prompt_tokens", "completion_tokens"))
+        return (text or "").strip(), read, wrote, choice.get("finish_reason") == "length"
+
+
+def _count(usage: Any, key: str) -> int | None:
+    value = usage.get(key) if isinstance(usage, dict) else None
+    return value if type(value) is int else None
+
+
