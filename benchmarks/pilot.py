@@ -18,6 +18,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -38,10 +39,10 @@ FURTHER = {
     "prompt_tuning_random": (1e-1, 3e-2, 3e-1), "prefix_tuning": (1e-2, 3e-3, 3e-2), "p_tuning": (3e-3, 1e-3, 1e-2), "multitask_prompt": (1e-1, 3e-2, 3e-1),
     "task_distillation": (5e-5, 2e-5, 1e-4), "task_distillation_lora": (1e-3, 5e-4, 2e-3), "rationale_first": (5e-5, 2e-5, 1e-4),
     "step_by_step_lora": (1e-3, 5e-4, 2e-3), "step_by_step_qlora": (1e-3, 5e-4, 2e-3), "dpo": (5e-4, 1e-4, 1e-3), "orpo": (1e-3, 5e-4, 2e-3),
-    "kto": (5e-4, 1e-4, 1e-3), "logit_distillation": (1e-3, 5e-4, 2e-3), "logit_distillation_reverse": (1e-3, 5e-4, 2e-3), "grpo": (1e-4, 3e-5, 3e-4),
-    "rloo": (1e-4, 3e-5, 3e-4), "adapter_houlsby": (1e-3, 3e-4, 3e-3), "adapter_pfeiffer": (1e-3, 3e-4, 3e-3), "adapter_parallel": (5e-4, 2e-4, 2e-3),
+    "kto": (5e-4, 1e-4, 1e-3), "logit_distillation": (1e-3, 5e-4, 2e-3), "logit_distillation_reverse": (1e-3, 5e-4, 2e-3),
+    "adapter_houlsby": (1e-3, 3e-4, 3e-3), "adapter_pfeiffer": (1e-3, 3e-4, 3e-3), "adapter_parallel": (5e-4, 2e-4, 2e-3),
     "compacter": (3e-3, 1e-3, 1e-2), "adamix": (1e-3, 3e-4, 3e-3), "ladder": (1e-3, 3e-4, 3e-3), "attention_fusion": (3e-3, 1e-3, 3e-2),
-    "ipt": (1e-1, 3e-2, 3e-1), "warp": (3e-2, 1e-2, 1e-1), "boft": (1e-3, 3e-4, 3e-3),
+    "ipt": (1e-1, 3e-2, 3e-1), "warp": (3e-2, 1e-2, 1e-1), "boft": (1e-3, 3e-4, 3e-3), "grpo": (1e-4, 3e-5, 3e-4), "rloo": (1e-4, 3e-5, 3e-4),
 }
 """The likeliest rate first, then one below and one above it."""
 UNTRAINED = (("zero_shot_int8", "seed=0"), ("zero_shot_nf4", "seed=0"), ("prompt_choice", "seed=0"), *(
@@ -88,6 +89,24 @@ def configured(folder: Path, task: str, technique: str, extra: str, seed: int) -
     ])
 
 
+KEYS = ("task", "technique", "extra", "seed")
+
+
+def measured(folder: Path, task: str, technique: str, extra: str, seed: int) -> dict[str, Any]:
+    """The line of one cell."""
+    cfg = configured(folder, task, technique, extra, seed)
+    for path in cell.reads(cfg):  # a cell to begin at, or to be taught by
+        if not path.exists():
+            first = path.parent.name.rpartition("-s")[0]
+            cell.run(configured(folder, task, first, "train.epochs=2", seed), folder=path.parent)
+    result = cell.run(cfg)
+    row: dict[str, Any] = {"task": task, "technique": technique, "extra": extra, "seed": seed, "status": result.status, "error": result.error}
+    if result.test and result.phases:
+        row |= {"held_back_accuracy": result.test.accuracy, "nll": result.test.nll, "rows": result.test.rows, "train_s": result.phases.train_s,
+                "wall_s": result.phases.wall_s, "hardware": result.hardware["gpu"] or result.hardware["cpu"], "date": result.provenance["started"][:10]}
+    return row
+
+
 def table(target: Path) -> None:
     """Print the accuracies found, one line a setting."""
     found: dict[tuple, list[float | None]] = defaultdict(list)
@@ -110,20 +129,16 @@ def main(target: Path, minutes: float = 600.0, which: str = "pilot", share: str 
             if key in done or clock.peek() > 60 * minutes:
                 continue
             done.add(key)
-            task, technique, extra, seed = key
-            cfg = configured(Path(folder), task, technique, extra, seed)
-            for path in cell.reads(cfg):  # a cell to begin at, or to be taught by
-                if not path.exists():
-                    first = path.parent.name.rpartition("-s")[0]
-                    cell.run(configured(Path(folder), task, first, "train.epochs=2", seed), folder=path.parent)
-            result = cell.run(cfg)
-            row = {"task": task, "technique": technique, "extra": extra, "seed": seed, "status": result.status, "error": result.error}
-            if result.test and result.phases:
-                row |= {"held_back_accuracy": result.test.accuracy, "nll": result.test.nll, "rows": result.test.rows, "train_s": result.phases.train_s,
-                        "wall_s": result.phases.wall_s, "hardware": result.hardware["gpu"] or result.hardware["cpu"], "date": result.provenance["started"][:10]}
+            failed = None
+            try:
+                row = measured(Path(folder), *key)
+            except RuntimeError as error:
+                failed, row = error, {**dict(zip(KEYS, key, strict=True)), "status": "failed", "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
             print(row, flush=True)
             with open(target, "a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
+            if failed:  # the device may be of no more use to this process; the next call goes on
+                raise failed
 
 
 if __name__ == "__main__":

@@ -180,9 +180,11 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
     at_a, at_b = 0, flat.regions[0].size
     for layer, index, modules in parts.groups():
         count = sum(name in adapted for name, _ in modules)
-        room = -(-count * wide // 8) * 8 if slots == 1 and GROUPS[index] in WIDE else 0
-        weight, bias, spans = stack(parts, modules, room)
-        group = Group(weight, bias, room=room)
+        beyond = -(-count * wide // 8) * 8 if slots == 1 else 0
+        room = beyond if GROUPS[index] in WIDE else 0
+        under = 0 if any(hasattr(getattr(m, "base_layer", m).weight, "quant_state") for _, m in modules) else beyond
+        weight, bias, spans = stack(parts, modules, room, under)
+        group = Group(weight, bias, room=room, under=under)
         members = [(name, m, span) for (name, m), span in zip(modules, spans, strict=True) if name in adapted]
         if members:
             width, size = members[0][1].in_features, wide * members[0][1].in_features
@@ -201,10 +203,14 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
             span = slice(at_a, at_a + len(members) * size)
             group.a, group.da = (held[:, span].view(slots, len(members) * wide, width) for held in (flat.compute, flat.raw))
             at_a = span.stop
+            if slots == 1 and all(one.hi == other.lo for one, other in zip(group.low, group.low[1:], strict=False)):
+                group.db = flat.raw[0, b.stop - (group.low[-1].hi - group.low[0].lo) * wide : b.stop].view(-1, wide)
             if room and hasattr(members[0][1].base_layer.weight, "quant_state"):
                 group.weight = with_columns(weight, columns)
             elif room:
                 places += [(held, weight()[rows, cols]) for held, rows, cols in columns]
+            if under:
+                places.append((group.a[0], weight()[spans[-1][1] : spans[-1][1] + len(members) * wide, :width]))
         groups[layer, index] = group
     flat.places = ops.Places(places)
     flat.scale.fill_(scales.pop())

@@ -31,11 +31,14 @@ class Low:
 class Group:
     """Linear maps that read the same input, stacked: y = x Wᵀ (+ bias) + Σ (x Aᵀ) Bᵀ.
 
-    weight: gives W [out, in] in the arithmetic's dtype (a stored tensor, or one dequantised for the call).
+    weight: gives W [out, in] (with room and under beside and below it) in the arithmetic's dtype: a stored tensor, or one dequantised for the call.
     dweight: where W's gradient goes, None if W is frozen.
     a, da: the members' A stacked, [K, m·r, in], and its gradient; None without adapters.
+    db: with one slot, the gradients of all B as one [Σ (hi - lo), r], where they and their columns of y follow one another.
     room: with one slot, columns that x and W have beyond `in`: x's then hold x Aᵀ and W's hold B, so that one product
         gives y, and one gives dx and d(x Aᵀ). 0: B is applied by products of its own.
+    under: with one slot, rows that W has beyond `out`: they hold A, so that one product gives dx from a dy with d(x Aᵀ) in as many
+        columns beyond `out`. 0: A is applied by a product of its own on the way back.
     noise: what drops out of x on its way to A, anew for every member; None: nothing does.
     """
 
@@ -45,11 +48,13 @@ class Group:
     a: Tensor | None = None
     da: Tensor | None = None
     low: list[Low] = field(default_factory=list)
+    db: Tensor | None = None
     room: int = 0
+    under: int = 0
     noise: ops.Noise | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, lasts: bool = True, to: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(y [N, out] (+ residual), x Aᵀ [K, N/K, m·r] for backward) of x [N, in + room].
+        """(y [N, out] (+ residual, which becomes y), x Aᵀ [K, N/K, m·r] for backward) of x [N, in + room].
 
         lasts: x is kept until then anyway. to: a tensor to write y into (without a residual).
         """
@@ -60,9 +65,9 @@ class Group:
             if rank < self.room:
                 x[:, width + rank :].zero_()
             kept = kept[None] if lasts else kept[None].clone()
-        w = self.weight()
+        w = self._weight()
         if residual is not None:
-            y = torch.addmm(residual, x, w.t())
+            y = residual.addmm_(x, w.t())
         elif to is None:
             y = F.linear(x, w, self.bias)
         else:
@@ -118,12 +123,17 @@ class Group:
         return dx
 
     def backward_input(self, dy: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """(dx [N, in], d(x Aᵀ)) of dy [N, out]; dx is None unless wanted."""
+        """(dx [N, in], d(x Aᵀ)) of dy [N, out] or [N, out + under], whose last columns are then overwritten; dx is None unless wanted."""
         if self.a is None:
             return (dy @ self.weight() if wanted else None), None
+        if self.under:
+            out = len(self.weight()) - self.under
+            if dy.shape[1] == out + self.under and self.noise is None:
+                return self._backward_tall(dy, out, wanted)
+            dy = dy[:, :out]
         if self.room:
             return self._backward_wide(dy, wanted)
-        dx = dy @ self.weight() if wanted else None
+        dx = dy @ self._weight() if wanted else None
         slots, rank = self.a.shape[0], self.low[0].b.shape[2]
         dys = dy.view(slots, -1, dy.shape[1])
         dkept = dy.new_empty(slots, dys.shape[1], self.a.shape[1])
@@ -135,10 +145,28 @@ class Group:
                 torch.bmm(part, low.b, out=to)
         return (self._add_down(dx, dkept) if dx is not None else None), dkept
 
+    def _weight(self) -> Tensor:
+        w = self.weight()
+        return w[: len(w) - self.under] if self.under else w
+
+    def _backward_tall(self, dy: Tensor, out: int, wanted: bool) -> tuple[Tensor | None, Tensor]:
+        assert self.a is not None
+        width, rank = self.a.shape[2], self.a.shape[1]
+        w, dkept = self.weight(), dy[:, out : out + rank]
+        if self.room:
+            torch.mm(dy[:, :out], w[:out, width : width + rank], out=dkept)
+        else:
+            each = self.low[0].b.shape[2]
+            for j, low in enumerate(self.low):
+                torch.mm(dy[:, low.lo : low.hi], low.b[0], out=dkept[:, j * each : (j + 1) * each])
+        if rank < self.under:
+            dy[:, out + rank :].zero_()
+        return (dy @ w[:, :width] if wanted else None), dkept[None]
+
     def _backward_wide(self, dy: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor]:
         assert self.a is not None
         width, rank = self.a.shape[2], self.a.shape[1]
-        w = self.weight()
+        w = self._weight()
         if not wanted:
             return None, (dy @ w[:, width : width + rank])[None]
         both = dy @ w
@@ -146,13 +174,16 @@ class Group:
         return self._add_down(both[:, :width], dkept), dkept
 
     def backward_weight(self, dy: Tensor, x: Tensor, kept: Tensor | None, dkept: Tensor | None) -> None:
-        """Write the gradients of what is trained: dW = dyᵀ x, dB = dyᵀ (x Aᵀ), dA = d(x Aᵀ)ᵀ x; x [N, in] or [N, in + room]."""
+        """Write the gradients of what is trained: dW = dyᵀ x, dB = dyᵀ (x Aᵀ), dA = d(x Aᵀ)ᵀ x; x [N, in] or more columns, dy [N, out] or more."""
         if self.dweight is not None:
             torch.mm(dy.t(), x, out=self.dweight)
         if self.a is None or kept is None or dkept is None or self.da is None:
             return
         slots, rank = self.a.shape[0], self.low[0].b.shape[2]
-        for j, low in enumerate(self.low):
+        if self.db is not None:
+            begin = self.low[0].lo
+            ops.thin_(self.db.t(), kept[0], dy[:, begin : self.low[-1].hi], [low.hi - begin for low in self.low])
+        for j, low in enumerate(self.low if self.db is None else ()):
             held = kept[:, :, j * rank : (j + 1) * rank]
             assert low.db is not None
             if slots == 1:
@@ -161,7 +192,7 @@ class Group:
                 torch.bmm(dy.view(slots, -1, dy.shape[1])[:, :, low.lo : low.hi].transpose(1, 2), held, out=low.db)
         for columns, _, dropped in self._inputs(x[:, : self.a.shape[2]]):
             if slots == 1:
-                torch.mm(dkept[0, :, columns].t(), dropped, out=self.da[0, columns])
+                ops.thin_(self.da[0, columns], dkept[0, :, columns], dropped, [dropped.shape[1]])
             else:
                 torch.bmm(dkept[:, :, columns].transpose(1, 2), dropped.view(slots, -1, dropped.shape[1]), out=self.da[:, columns])
 

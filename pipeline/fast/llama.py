@@ -22,7 +22,20 @@ from pipeline.fast.attend import Attend, Attends, Heads, Rows, Stream
 from pipeline.fast.group import Group
 from pipeline.fast.ops import Tensor
 
-LOGITS_AT_ONCE = 2**27  # numbers of the [chunk, V] logits that exist at a time
+LOGITS_AT_ONCE = 2**27  # numbers of the [chunk, V] logits that exist at a time, roughly
+
+
+def logits_rows(vocabulary: int) -> int:
+    """Rows of a chunk of logits; whole tiles of a product where there are several."""
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    return rows - rows % 256 if rows > 256 else rows
+
+
+def _spread(picked: Tensor, at: Tensor, rows: int, room: int) -> Tensor:
+    """picked [M, d] added up in the rows `at` of a [rows, d + room]."""
+    whole = picked.new_zeros(rows, picked.shape[1] + room)
+    whole[:, : picked.shape[1]].index_add_(0, at, picked)
+    return whole
 
 
 class Beside:
@@ -76,7 +89,7 @@ class Layer:
     """Where the largest of what backward needs goes, for as many tokens as will come; None: into new tensors."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attends, save: bool) -> tuple[Tensor, tuple]:
-        """(output [N, d], what backward needs) of x [N, d]; cos, sin [T, e] with N a multiple of T."""
+        """(output [N, d], what backward needs) of x [N, d], which becomes the output; cos, sin [T, e] with N a multiple of T."""
         to1, to2, to3, to4 = [held[: len(x)] for held in self.held] if save and self.held else [None] * 4
         n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room, to1)
         qkv, kept_qkv = self.qkv.forward(n1, to=to2)
@@ -84,30 +97,31 @@ class Layer:
         mixed, attended = attend.forward(self.heads, qkv, save)
         x2, kept_out = self.out.forward(mixed, x, lasts=False)
         n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room, to3)
-        gu, kept_gu = self.gate_up.forward(n2, to=to4)
+        gu, kept_gu = self.gate_up.forward(n2, to=None if to4 is None else to4[:, : to4.shape[1] - self.gate_up.under])
         y, kept_down = self.down.forward(ops.swiglu(gu, self.down.room), x2, lasts=False)
-        return y, (n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, kept_down) if save else ()
+        return y, (n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, gu if to4 is None else to4, kept_down) if save else ()
 
     def hold(self, tokens: int, inner: int, like: Tensor) -> None:
         """Set memory aside for `tokens` tokens, once: what is taken and given back at every step leaves holes between."""
         d = self.norm1.weight.shape[0]
-        widths = (d + self.qkv.room, (self.heads.queries + 2 * self.heads.groups) * self.heads.width, d + self.gate_up.room, 2 * inner)
+        widths = (d + self.qkv.room, (self.heads.queries + 2 * self.heads.groups) * self.heads.width, d + self.gate_up.room, 2 * inner + self.gate_up.under)
         self.held = [like.new_empty(tokens, width) for width in widths]
 
-    def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, attend: Attend, wanted: bool, beside: Beside) -> Tensor | None:
-        """dx [N, d] (None unless wanted) of dy [N, d]; gradients of what is trained are written where they belong, by `beside`."""
-        n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, kept_down = saved
-        d = dy.shape[1]
+    def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, attend: Attend, wanted: bool, beside: Beside, room: int) -> Tensor | None:
+        """dx [N, d + room] (None unless wanted) of dy [N, d + down.under]; gradients of what is trained are written where they belong, by `beside`.
+        What stands in columns beyond d means nothing outside."""
+        n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, wide, kept_down = saved
+        d = self.norm1.weight.shape[0]
         dh, dkept = self.down.backward_input(dy)
         assert dh is not None
         beside.join()  # the layer above
         h, dgu = ops.swiglu_backward_(dh, gu)
         beside.do(self.down, dy, h, kept_down, dkept)
-        dn, dkept = self.gate_up.backward_input(dgu)
+        dn, dkept = self.gate_up.backward_input(wide)
         assert dn is not None
         beside.do(self.gate_up, dgu, n2, kept_gu, dkept)
-        dx2 = ops.rmsnorm_backward(dn, n2[:, :d], self.norm2.weight, r2, dy, self.norm2.dweight)
-        del dn, gu, dgu
+        dx2 = ops.rmsnorm_backward(dn, n2[:, :d], self.norm2.weight, r2, dy[:, :d], self.norm2.dweight, self.out.under)
+        del dn, gu, dgu, wide
         dmixed, dkept = self.out.backward_input(dx2)
         assert dmixed is not None
         beside.join()
@@ -115,11 +129,11 @@ class Layer:
         if self.out.trained:
             beside.do(self.out, dx2, attend.again(self.heads, attended), kept_out, dkept)
         dq, dk, dv = attend.backward(self.heads, attended, dmixed)
-        dqkv = ops.unrotate(dq, dk, dv, cos, sin)
+        dqkv = ops.unrotate(dq, dk, dv, cos, sin, self.qkv.under)
         del dq, dk, dv
         dn, dkept = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
         beside.do(self.qkv, dqkv, n1, kept_qkv, dkept)
-        return ops.rmsnorm_backward(dn, n1[:, :d], self.norm1.weight, r1, dx2, self.norm1.dweight) if dn is not None else None
+        return ops.rmsnorm_backward(dn, n1[:, :d], self.norm1.weight, r1, dx2[:, :d], self.norm1.dweight, room) if dn is not None else None
 
 
 @dataclass
@@ -218,14 +232,17 @@ class Llama:
             picked = x if dense else x[at]
             normed, rstd = ops.rmsnorm(picked, self.norm.weight, self.layers[0].eps)
             loss, dnormed = self._head(normed, targets, weights)
-            dpicked = ops.rmsnorm_backward(dnormed, normed, self.norm.weight, rstd, None, self.norm.dweight)
-            dx: Any = dpicked if dense else torch.zeros_like(x).index_add_(0, at, dpicked)
+            room = [layer.down.under for layer in self.layers[self.lowest :]]
+            room = [0, *room] if room else [0]  # what the layer above leaves beside dx for each; the lowest layer's dx has none
+            dpicked = ops.rmsnorm_backward(dnormed, normed, self.norm.weight, rstd, None, self.norm.dweight, room[-1] if dense else 0)
+            dx: Any = dpicked if dense else _spread(dpicked, at, len(x), room[-1])
             del x, picked, normed, dnormed, dpicked  # or they would stay through the whole way back
             if len(self.layers) > self.lowest:
                 cos, sin, attend = self._places(ids.shape[1] + self.virtual, stream)
                 below = self.dembedding is not None or self.dprompt is not None
                 for index in range(len(self.layers) - 1, self.lowest - 1, -1):
-                    dx = self.layers[index].backward(dx, kept.pop(), cos, sin, attend, index > self.lowest or below, beside)
+                    below_it = room[index - self.lowest]
+                    dx = self.layers[index].backward(dx, kept.pop(), cos, sin, attend, index > self.lowest or below, beside, below_it)
             beside.join()
             self._inputs(ids, dx)
         return loss
@@ -233,7 +250,7 @@ class Llama:
     def _head(self, normed: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(loss [M], gradient of the normed states [M, d]); the logits exist a chunk at a time."""
         to = self.dhead if self.dhead is not None else self.dembedding
-        chunk = max(1, LOGITS_AT_ONCE // self.head.shape[0])
+        chunk = logits_rows(self.head.shape[0])
         losses, dnormed = [], torch.empty_like(normed)
         for lo in range(0, len(normed), chunk):
             hi = min(len(normed), lo + chunk)

@@ -35,18 +35,21 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | 
     return y, rstd
 
 
-def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None) -> Tensor:
-    """Gradient for the norm's input, from its output y [N, d] (x / rms(x) is y / weight, so that x need not be kept), plus `dres`
-    (what flows past the norm). Rows of dy and y may lie apart. Writes the weight's gradient into `dweight` [d] if given."""
+def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, room: int = 0) -> Tensor:
+    """Gradient [N, d + room] for the norm's input, from its output y [N, d] (x / rms(x) is y / weight, so that x need not be kept), plus `dres`
+    (what flows past the norm). Rows of dy, y and dres may lie apart; the last `room` columns are not set. Writes the weight's gradient into
+    `dweight` [d] if given."""
+    dx = y.new_empty(len(y), weight.shape[0] + room)
     if kernels := _kernels(y):
-        return kernels.rmsnorm_backward(dy, y, weight, rstd, dres, dweight)
+        return kernels.rmsnorm_backward(dy, y, weight, rstd, dres, dweight, dx)
     w = weight.float()
     normed = torch.where(w != 0, y.float() / w, 0.0)
     if dweight is not None:
         dweight.copy_((dy.float() * normed).sum(0))
     scaled = dy.float() * w
-    dx = rstd[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    return (dx + dres.float() if dres is not None else dx).to(y.dtype)
+    found = rstd[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    dx[:, : len(w)] = found + dres.float() if dres is not None else found
+    return dx
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
@@ -60,14 +63,17 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
     return None
 
 
-def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradients dq [R, H, T, e], dk, dv [R, G, T, e] through the rotation, as one [R·T, (H + 2G)·e]."""
+def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, room: int = 0) -> Tensor:
+    """Gradients dq [R, H, T, e], dk, dv [R, G, T, e] through the rotation, as one [R·T, (H + 2G)·e + room]; the last `room` columns are not set."""
+    out = dq.new_empty(dq.shape[0] * dq.shape[2], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[3] + room)
     if kernels := _kernels(dq):
-        return kernels.unrotate(dq, dk, dv, cos, sin)
+        return kernels.unrotate(dq, dk, dv, cos, sin, out)
     turned = torch.cat((dq, dk), 1)
     low, high = (turned * sin).chunk(2, -1)
     turned = turned * cos + torch.cat((high, -low), -1)
-    return torch.cat((turned, dv), 1).transpose(1, 2).reshape(dq.shape[0] * dq.shape[2], -1)
+    flat = torch.cat((turned, dv), 1).transpose(1, 2).reshape(len(out), -1)
+    out[:, : flat.shape[1]] = flat
+    return out
 
 
 def attend_next_(qkv: Tensor, keys: Tensor, values: Tensor, at: Tensor, heads: int) -> Tensor:
@@ -87,7 +93,7 @@ def attend_next_(qkv: Tensor, keys: Tensor, values: Tensor, at: Tensor, heads: i
 
 
 def swiglu(gu: Tensor, room: int = 0) -> Tensor:
-    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020); the last `room` columns are not set."""
+    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are not set."""
     f = gu.shape[1] // 2
     h = gu.new_empty(len(gu), f + room)
     if kernels := _kernels(gu):
@@ -98,7 +104,7 @@ def swiglu(gu: Tensor, room: int = 0) -> Tensor:
 
 
 def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
-    """(h, d gu) from dh [N, f] (rows may lie apart) and gu [N, 2f]; both inputs are overwritten."""
+    """(h, d gu) from dh [N, f] and gu [N, 2f] (rows may lie apart); both inputs are overwritten."""
     if kernels := _kernels(gu):
         return kernels.swiglu_backward_(dh, gu)
     gate, up = (v.float() for v in gu.chunk(2, -1))
@@ -191,6 +197,16 @@ def drop(x: Tensor, noise: Noise, member: int) -> Tensor:
     p = noise.p.repeat_interleave(len(x) // len(noise.p))[:, None]
     stays = mix(keys[:, None] ^ column) >= (p.double() * 2**32)
     return torch.where(stays, x / (1 - p), 0.0).to(x.dtype)
+
+
+def thin_(out: Tensor, p: Tensor, x: Tensor, ends: list[int]) -> None:
+    """pᵀ x into out [r, D], for members of r columns of p [N, m·r] each: columns of x [N, D] up to ends[0] with the first, up to ends[1] with the
+    second, and so on. Adapters' gradients: long, and few numbers wide."""
+    kernels, rank = _kernels(x), len(out)
+    if kernels and kernels.thin_(out, p, x, ends):
+        return
+    for j, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False)):
+        torch.mm(p[:, j * rank : (j + 1) * rank].t(), x[:, lo:hi], out=out[:, lo:hi])
 
 
 class Places:

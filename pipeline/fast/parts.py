@@ -99,8 +99,9 @@ def _changed(module: Any) -> bool:
     return "forward" in vars(module) or any(maker.split(".")[0] not in KNOWN for maker in makers)
 
 
-def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0) -> tuple[Callable[[], Tensor], Tensor | None, list[tuple[int, int]]]:
-    """(weight [out, in + room], bias, the members' output spans) of a group of frozen linear modules; the last columns are zeros to write to."""
+def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0, under: int = 0) -> tuple[Callable[[], Tensor], Tensor | None, list[tuple[int, int]]]:
+    """(weight [out + under, in + room], bias, the members' output spans) of a group of frozen linear modules; the last rows and columns are zeros to
+    write to. Weights in 4 bits have no rows under them."""
     linear = [getattr(m, "base_layer", m) for _, m in modules]
     ends = [0]
     for module in linear:
@@ -119,10 +120,10 @@ def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0) -> tuple[
     if any(type(m.weight) is not torch.nn.Parameter for m in linear):
         raise Unsupported(f"weights of type {type(linear[0].weight).__name__} have no hand-written step")
     weights = [parts.frozen(m.weight) for m in linear]
-    if len(weights) == 1 and not room:
+    if len(weights) == 1 and not room and not under:
         return lambda: weights[0], bias, spans
     width = weights[0].shape[1]
-    stacked = weights[0].new_zeros(ends[-1], width + room)
+    stacked = weights[0].new_zeros(ends[-1] + under, width + room)
     for module, weight, (lo, hi) in zip(linear, weights, spans, strict=True):
         stacked[lo:hi, :width] = weight
         module.weight.data = stacked[lo:hi, :width]

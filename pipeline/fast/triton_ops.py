@@ -41,7 +41,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, dy_stride, y_stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr, HAS_DW: tl.constexpr,
+def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, dy_stride, y_stride, res_stride, dx_stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr, HAS_DW: tl.constexpr,
                       BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
     col = tl.arange(0, BLOCK)
@@ -51,7 +51,6 @@ def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, dy_stride, y_stride, ROWS
     for step in range(ROWS):
         row = first + step
         live = (col < d) & (row < n)
-        at = row * d + col
         rstd = tl.load(r + row, row < n, 0.0)
         g = tl.load(dy + row * dy_stride + col, live, 0.0).to(tl.float32)
         normed = tl.load(y + row * y_stride + col, live, 0.0).to(tl.float32) * inverse
@@ -60,23 +59,23 @@ def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, dy_stride, y_stride, ROWS
         g = g * weight
         out = rstd * (g - normed * (tl.sum(g * normed, 0) / d))
         if HAS_RES:
-            out += tl.load(dres + at, live, 0.0).to(tl.float32)
-        tl.store(dx + at, out, live)
+            out += tl.load(dres + row * res_stride + col, live, 0.0).to(tl.float32)
+        tl.store(dx + row * dx_stride + col, out, live)
     if HAS_DW:
         tl.store(dw + tl.program_id(0) * d + col, total, col < d)
 
 
-def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None) -> Tensor:
+def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, dx: Tensor) -> Tensor:
     n, d = y.shape[0], weight.shape[0]
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    dx = torch.empty(n, d, device=y.device, dtype=y.dtype)
+    held = dres if dres is not None else y
     rows = 1 if dweight is None else max(1, -(-n // 264))
     programs = -(-n // rows)
     partial = torch.empty(programs, d, device=y.device) if dweight is not None else y
     block, warps = _width(d)
     _rmsnorm_backward[(programs,)](
-        dy, y, weight, rstd, dres if dres is not None else y, dx, partial, n, d, dy.stride(0), y.stride(0), ROWS=rows, HAS_RES=dres is not None,
-        HAS_DW=dweight is not None, BLOCK=block, num_warps=warps,
+        dy, y, weight, rstd, held, dx, partial, n, d, dy.stride(0), y.stride(0), held.stride(0), dx.stride(0), ROWS=rows,
+        HAS_RES=dres is not None, HAS_DW=dweight is not None, BLOCK=block, num_warps=warps,
     )
     if dweight is not None:
         dweight.copy_(partial.sum(0))
@@ -105,7 +104,7 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
 
 
 @triton.jit
-def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, q0, q1, q2, k0, k1, k2, v0, v1, v2, BLOCK: tl.constexpr):
+def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, stride, q0, q1, q2, k0, k1, k2, v0, v1, v2, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     r, pos = row // t, row % t
     at = tl.arange(0, BLOCK)
@@ -124,45 +123,44 @@ def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, q0, q1, q2, k0,
     s_low, s_high = tl.load(sin + angle, turns, 0.0).to(tl.float32), tl.load(sin + angle + half, turns, 0.0).to(tl.float32)
     new_low = low * c_low + high * s_high + tl.load(v_at, is_v, 0.0).to(tl.float32)
     new_high = high * c_high - low * s_low + tl.load(v_at + half, is_v, 0.0).to(tl.float32)
-    to = out + row * ((heads + 2 * groups) * 2 * half) + head * (2 * half) + col
+    to = out + row * stride + head * (2 * half) + col
     live = head < heads + 2 * groups
     tl.store(to, new_low, live)
     tl.store(to + half, new_high, live)
 
 
-def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     rows, heads, t, e = dq.shape
     groups = dk.shape[1]
     dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
-    out = torch.empty(rows * t, (heads + 2 * groups) * e, device=dq.device, dtype=dq.dtype)
     block, warps = _width((heads + 2 * groups) * e // 2)
     strides = [s for g in (dq, dk, dv) for s in g.stride()[:3]]
-    _unrotate[(rows * t,)](dq, dk, dv, out, cos, sin, t, e // 2, heads, groups, *strides, BLOCK=block, num_warps=warps)
+    _unrotate[(rows * t,)](dq, dk, dv, out, cos, sin, t, e // 2, heads, groups, out.stride(0), *strides, BLOCK=block, num_warps=warps)
     return out
 
 
 @triton.jit
-def _swiglu(gu, h, f, stride, BLOCK: tl.constexpr):
+def _swiglu(gu, h, f, gu_stride, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = col < f
-    gate = tl.load(gu + row * 2 * f + col, live, 0.0).to(tl.float32)
-    up = tl.load(gu + row * 2 * f + f + col, live, 0.0).to(tl.float32)
+    gate = tl.load(gu + row * gu_stride + col, live, 0.0).to(tl.float32)
+    up = tl.load(gu + row * gu_stride + f + col, live, 0.0).to(tl.float32)
     tl.store(h + row * stride + col, gate * tl.sigmoid(gate) * up, live)
 
 
 def swiglu(gu: Tensor, h: Tensor) -> None:
     n, f = gu.shape[0], gu.shape[1] // 2
     block = min(2048, triton.next_power_of_2(f))
-    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, h.stride(0), BLOCK=block, num_warps=4)
+    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, gu.stride(0), h.stride(0), BLOCK=block, num_warps=4)
 
 
 @triton.jit
-def _swiglu_backward(dh, gu, f, stride, BLOCK: tl.constexpr):
+def _swiglu_backward(dh, gu, f, stride, gu_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = col < f
-    gate_at, up_at, h_at = gu + row * 2 * f + col, gu + row * 2 * f + f + col, dh + row * stride + col
+    gate_at, up_at, h_at = gu + row * gu_stride + col, gu + row * gu_stride + f + col, dh + row * stride + col
     gate, up = tl.load(gate_at, live, 0.0).to(tl.float32), tl.load(up_at, live, 0.0).to(tl.float32)
     d = tl.load(h_at, live, 0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
@@ -175,7 +173,7 @@ def _swiglu_backward(dh, gu, f, stride, BLOCK: tl.constexpr):
 def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
     n, f = dh.shape
     block = min(2048, triton.next_power_of_2(f))
-    _swiglu_backward[(n, triton.cdiv(f, block))](dh, gu, f, dh.stride(0), BLOCK=block, num_warps=4)
+    _swiglu_backward[(n, triton.cdiv(f, block))](dh, gu, f, dh.stride(0), gu.stride(0), BLOCK=block, num_warps=4)
     return dh, gu
 
 
@@ -233,6 +231,52 @@ def drop(x: Tensor, keys: Tensor, p: Tensor) -> Tensor:
     block = min(1024, triton.next_power_of_2(d))
     _drop[(n, triton.cdiv(d, block))](x, keys, p, out, d, x.stride(0), n // len(p), BLOCK=block, num_warps=4)
     return out
+
+
+@triton.jit
+def _thin(p, x, partial, n, d, rank, rows, p_stride, x_stride, end0, end1, R: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    first = tl.program_id(0) * BD
+    part = tl.program_id(1)
+    col = first + tl.arange(0, BD)
+    at = tl.arange(0, R)
+    member = (first >= end0).to(tl.int32) + (first >= end1).to(tl.int32)
+    total = tl.zeros((R, BD), tl.float32)
+    for start in range(part * rows, min(n, (part + 1) * rows), BN):
+        row = (start + tl.arange(0, BN)).to(tl.int64)
+        narrow = tl.load(p + row[None, :] * p_stride + (member * rank + at)[:, None], (row < n)[None, :] & (at < rank)[:, None], 0.0)
+        wide = tl.load(x + row[:, None] * x_stride + col[None, :], (row < n)[:, None] & (col < d)[None, :], 0.0)
+        total = tl.dot(narrow, wide, total)
+    to = partial + (part * rank + at)[:, None].to(tl.int64) * d + col[None, :]
+    tl.store(to, total, (at < rank)[:, None] & (col < d)[None, :])
+
+
+@triton.jit
+def _thin_sum(partial, out, d, rank, parts, r_stride, d_stride, R: tl.constexpr, BD: tl.constexpr):
+    col = tl.program_id(0) * BD + tl.arange(0, BD)
+    at = tl.arange(0, R)
+    live = (at < rank)[:, None] & (col < d)[None, :]
+    total = tl.zeros((R, BD), tl.float32)
+    for part in range(parts):
+        total += tl.load(partial + (part * rank + at)[:, None].to(tl.int64) * d + col[None, :], live, 0.0)
+    tl.store(out + at[:, None].to(tl.int64) * r_stride + col[None, :] * d_stride, total, live)
+
+
+def thin_(out: Tensor, p: Tensor, x: Tensor, ends: list[int]) -> bool:
+    """False where cuBLAS is to do it: in fp32, for wide adapters and for members that do not end with a block."""
+    (rank, d), n = out.shape, len(x)
+    block = 128 if d >= 2048 else 64
+    if x.dtype == torch.float32 or rank > 64 or len(ends) > 3 or any(end % block for end in ends[:-1]) or p.stride(1) != 1 or x.stride(1) != 1:
+        return False
+    columns = triton.cdiv(d, block)
+    parts = max(1, min(triton.cdiv(264, columns), n // 128))
+    rows = triton.cdiv(triton.cdiv(n, parts), 64) * 64
+    parts = triton.cdiv(n, rows)
+    partial = torch.empty(parts, rank, d, device=x.device)
+    before = [*ends[:-1], d, d][:2]
+    high = max(16, triton.next_power_of_2(rank))
+    _thin[(columns, parts)](p, x, partial, n, d, rank, rows, p.stride(0), x.stride(0), *before, R=high, BN=64, BD=block, num_warps=4, num_stages=4)
+    _thin_sum[(triton.cdiv(d, 64),)](partial, out, d, rank, parts, out.stride(0), out.stride(1), R=high, BD=64, num_warps=4)
+    return True
 
 
 @triton.jit

@@ -33,7 +33,9 @@ class ByHand:
         self.rank = max(ranks.values(), default=0)
         self.down = [count * self.rank for count in counts]
         """Columns of x Aᵀ by group."""
-        self.room = [-(-width // 8) * 8 if wide else 0 for width, wide in zip(self.down, WIDE, strict=True)]
+        beyond = [-(-width // 8) * 8 for width in self.down]
+        self.room = [width if wide else 0 for width, wide in zip(beyond, WIDE, strict=True)]
+        self.under = beyond if plan.precision in ("bf16", "fp32") else [0] * len(beyond)
         self.sizes = [(self.s.linear(group[0])[0], sum(self.s.linear(name)[1] for name in group)) for group in GROUPS]
 
     def new(self, numbers: int, z: int, kind: str = "activations") -> Tensor:
@@ -66,10 +68,10 @@ class ByHand:
             del parameters[name]
 
     def _stack(self, parameters: dict[str, Tensor], names: list[str], index: int) -> None:
-        if len(names) == 1 and not self.room[index]:
+        if len(names) == 1 and not self.room[index] and not self.under[index]:
             return
         i, o = self.sizes[index]
-        self.static.append(self.new(o * (i + self.room[index]), self.z, "weights"))
+        self.static.append(self.new((o + self.under[index]) * (i + self.room[index]), self.z, "weights"))
         for name in names:
             del parameters[name]
 
@@ -78,6 +80,7 @@ class ByHand:
         for _ in range(self.lowest, self.s.layers):
             for index in (QKV, GATE_UP):
                 i, o = self.sizes[index]
+                o += self.under[index] if index == GATE_UP else 0
                 self.held += [self.new(tokens * (i + self.room[index]), self.z), self.new(tokens * o, self.z)]
 
     def try_attention(self, rows: int, width: int) -> None:
@@ -143,7 +146,7 @@ class ByHand:
         return found
 
     def forward(self, save: bool) -> list[Any]:
-        """Layer.forward: its output, and what it keeps beside what is held."""
+        """Layer.forward: what it keeps beside what is held; its output takes its input's place."""
         n, s, z = self.n, self.s, self.z
         kept: list[Any] = [self.new(n, 4)]
         loose = [] if save else [self.new(n * (self.sizes[QKV][0] + self.room[QKV]), z)]
@@ -152,7 +155,6 @@ class ByHand:
         del w
         attended = self.attend(n)
         w = self.weight(OUT)
-        x2 = self.new(n * s.width, z)
         if self.down[OUT]:
             kept.append(self.new(n * self.down[OUT], z))
         del w
@@ -165,36 +167,37 @@ class ByHand:
         if self.down[DOWN]:
             kept.append(self.new(n * self.down[DOWN], z))
         w = self.weight(DOWN)
-        y = self.new(n * s.width, z)
-        del w, h, x2, loose
-        return [y, [*kept, *attended] if save else []]
+        del w, h, loose
+        return [*kept, *attended] if save else []
 
     def backward(self, box: list[Any], kept: list[Any], wanted: bool) -> Tensor | None:
         """Layer.backward."""
         n, s, z = self.n, self.s, self.z
         partial = PROGRAMS * s.width if self.full else 0
+        beside = [0 if under else room for room, under in zip(self.room, self.under, strict=True)]
         w = self.weight(DOWN)
-        dh = self.new(n * (s.inner + self.room[DOWN]), z)
+        dh = self.new(n * (s.inner + beside[DOWN]), z)
         del w
         w = self.weight(GATE_UP)
-        dn = self.new(n * (s.width + self.room[GATE_UP]), z)
+        dn = self.new(n * (s.width + beside[GATE_UP]), z)
         del w
+        dx2 = self.new(n * (s.width + self.under[OUT]), z)
         part = self.new(partial, 4)
-        dx2 = self.new(n * s.width, z)
         del part
-        low = dn if self.room[GATE_UP] else None  # a view of dn: it stays until the next product's is there
+        low = dn if beside[GATE_UP] else None  # a view of dn: it stays until the next product's is there
         del dn
         w = self.weight(OUT)
         dmixed = self.new(n * self.sizes[OUT][0], z)
-        dkept = self.new(n * self.down[OUT], z)
+        dkept = self.new(0 if self.under[OUT] else n * self.down[OUT], z)
         del w, low, dh
         found = self.attend_back(n)
-        dqkv = self.new(n * self.sizes[QKV][1], z)
+        dqkv = self.new(n * (self.sizes[QKV][1] + self.under[QKV]), z)
         del found
         w = self.weight(QKV)
-        dn = self.new(n * (s.width + self.room[QKV]), z) if wanted or self.full else self.new(n * self.down[QKV], z)
+        low = 0 if self.under[QKV] else n * self.down[QKV]
+        dn = self.new(n * (s.width + beside[QKV]), z) if wanted or self.full else self.new(low, z)
         del w, dkept
-        dx = self.new(n * s.width, z) if wanted or self.full else None
+        dx = self.new(n * (s.width + self.under[DOWN]), z) if wanted or self.full else None
         del dn, dqkv, dmixed, dx2
         box.clear()
         kept.clear()
@@ -210,18 +213,15 @@ class ByHand:
         x = self.new(self.n * d, z) if virtual else x
         saved = []
         for layer in range(s.layers):
-            found = self.forward(layer >= self.lowest)
-            x = found[0]
-            saved.append(found[1])
-            del found
+            saved.append(self.forward(layer >= self.lowest))
         del before
         dense = micro.dense and not virtual
         m = self.n if dense else micro.labels
         picked = x if dense else self.new(m * d, z)
         normed, rstd = self.new(m * d, z), self.new(m, 4)
         dnormed = self.loss(m)
-        dpicked = self.new(m * d, z)
-        dx: Any = dpicked if dense else self.new(self.n * d, z)
+        dpicked = self.new(m * (d + (self.under[DOWN] if dense else 0)), z)
+        dx: Any = dpicked if dense else self.new(self.n * (d + self.under[DOWN]), z)
         del x, picked, normed, dnormed, dpicked
         below = self.full or virtual > 0
         for layer in range(s.layers - 1, self.lowest - 1, -1):
@@ -238,6 +238,7 @@ class ByHand:
         """Llama._head: the logits exist a chunk at a time (two, while one is made and the last one not yet forgotten)."""
         dnormed = self.new(m * self.s.width, self.z)
         chunk = max(1, LOGITS_AT_ONCE // self.s.vocabulary)
+        chunk -= chunk % 256 if chunk > 256 else 0
         losses, logits = [], None
         for lo in range(0, m, chunk):
             logits = self.new(min(chunk, m - lo) * self.s.vocabulary, self.z, "logits")
