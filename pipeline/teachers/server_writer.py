@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.api_client import Client, Malformed, Pace, Patience, address, key_of
+from pipeline.api_client import Client, Malformed, Pace, Patience, Stopped, address, key_of
 from pipeline.files import UserError
 from pipeline.measure import Stopwatch
 from pipeline.teachers.cache import Answer
@@ -94,18 +94,22 @@ class ServerWriter(Writer):
         watch, lock = Stopwatch(), threading.Lock()
 
         def ask(key: str) -> None:
-            text, read, wrote, cut = self._answer(client, self.body(prompts[key], seed))
-            with lock:  # each answer's seconds are those since the one before, so that they add up to the wall clock
-                keep(key, Answer(text, round(watch.lap(), 4), read, wrote, cut))
+            try:
+                text, read, wrote, cut = self._answer(client, self.body(prompts[key], seed))
+                with lock:  # each answer's seconds are those since the one before, so that they add up to the wall clock
+                    keep(key, Answer(text, round(watch.lap(), 4), read, wrote, cut))
+            except BaseException:
+                client.stop.set()  # what is under way is paid for and still kept; nothing new begins
+                raise
 
         pool = ThreadPoolExecutor(self.concurrency, "writer")
         try:
             for done in as_completed([pool.submit(ask, key) for key in prompts]):
-                done.result()
-        except BaseException:
-            client.stop.set()  # what is under way is paid for and still kept; nothing new begins
-            raise
+                error = done.exception()
+                if error is not None and not isinstance(error, Stopped):
+                    raise error
         finally:
+            client.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             client.close()
 
