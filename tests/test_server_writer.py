@@ -273,7 +273,9 @@ def test_a_line_that_was_cut_off_is_asked_for_again_and_the_others_stay(server, 
 # the key, and other bad input
 
 
-@pytest.mark.parametrize(("value", "message"), [(None, "OPENAI_API_KEY is not set"), ("  ", "is not set"), ("two words", "holds a blank"), ("schlüssel", "holds a blank")])
+@pytest.mark.parametrize(("value", "message"), [
+    (None, "OPENAI_API_KEY is not set"), ("  ", "is not set"), ("two words", "holds a blank"), ("schlüssel", "holds a blank"),
+])
 def test_a_key_that_is_none(monkeypatch, value, message):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     if value is not None:
