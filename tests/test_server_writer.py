@@ -17,7 +17,6 @@ import pytest
 from chat_server import serving
 
 from pipeline import rationales
-from pipeline.api_client import Pace, Patience, address, key_of
 from pipeline.config import ROOT
 from pipeline.files import UserError, read_json, read_jsonl, write_json, write_jsonl
 from pipeline.teachers.server_writer import ServerWriter
@@ -95,18 +94,6 @@ def test_requests_a_minute(server, tmp_path):
     assert time.monotonic() - begin >= 5 * 0.05
 
 
-def test_the_pace_spreads_requests_and_tokens():
-    pace = Pace(60, None)
-    assert [round(pace.turn(1)) for _ in range(3)] == [0, 1, 2]
-    pace = Pace(None, 600)
-    assert [round(pace.turn(50)) for _ in range(3)] == [0, 5, 10]
-    pace.settle(-50)
-    assert round(pace.turn(0)) == 10, "a request that took less than was booked lets the next begin sooner"
-    pace.hold(30)
-    assert round(pace.turn(0)) == 30
-    assert Pace(None, None).turn(1000) == 0
-
-
 def test_price_and_tokens_that_are_not_told(server, tmp_path):
     prices = {"input_price": 2.0, "output_price": 10.0, "currency": "EUR"}
     assert writer(server, tmp_path, **prices).about()["price"] == 0
@@ -177,13 +164,6 @@ def test_an_hour_is_not_waited_for(server, tmp_path):
     with pytest.raises(UserError, match="asks to wait for 3600 s.*writer.patience.patience_s"):
         writer(server, tmp_path).write(asking("a"))
     assert len(server.asked) == 1
-
-
-def test_waits_double_and_vary():
-    patience = Patience(first_wait_s=1, longest_wait_s=5)
-    for attempt, whole in ((1, 1), (2, 2), (3, 4), (4, 5), (9, 5)):
-        drawn = {patience.wait_s(attempt) for _ in range(50)}
-        assert all(whole / 2 <= wait <= whole for wait in drawn) and len(drawn) > 40
 
 
 def test_a_server_that_stays_down_is_given_up_and_what_was_answered_kept(server, tmp_path):
@@ -270,32 +250,7 @@ def test_a_line_that_was_cut_off_is_asked_for_again_and_the_others_stay(server, 
     assert len(server.paid) == 4
 
 
-# the key, and other bad input
-
-
-@pytest.mark.parametrize(("value", "message"), [
-    (None, "OPENAI_API_KEY is not set"), ("  ", "is not set"), ("two words", "holds a blank"), ("schlüssel", "holds a blank"),
-])
-def test_a_key_that_is_none(monkeypatch, value, message):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    if value is not None:
-        monkeypatch.setenv("OPENAI_API_KEY", value)
-    with pytest.raises(UserError, match=message) as caught:
-        key_of("OPENAI_API_KEY")
-    assert not value or not value.strip() or value not in str(caught.value)
-
-
-def test_a_key_in_the_config_is_refused_and_not_repeated(tmp_path):
-    with pytest.raises(UserError, match="takes the name of an environment variable") as caught:
-        key_of("sk-verysecret-0")
-    assert "verysecret" not in str(caught.value)
-    for url in ("https://me:verysecret@host/v1", "https://host/v1?key=verysecret", "https://host/v1#verysecret"):
-        with pytest.raises(UserError, match="more than scheme, host and path") as caught:
-            address(url)
-        assert "verysecret" not in str(caught.value)
-    with pytest.raises(UserError, match="give a URL like"):
-        address("localhost:8000")
-    assert address("HTTPS://Host:8443/v1/") == "https://host:8443/v1"
+# bad input, and the key
 
 
 @pytest.mark.parametrize(("changes", "message"), [
