@@ -181,6 +181,16 @@ def test_every_task_has_its_lines():
     assert {name: pair["code"] for name, pair in pairs.items()} == {f"{p['task']}-{p['teacher']}": code[p["teacher"]] for p in pairs.values()}
 
 
+def test_rationales_of_a_local_model_depend_on_what_writes_them():
+    stage = stages("pipeline/dvc.yaml")["rationales_local"]
+    code = {d for d in stage["do"]["deps"] if d.startswith("pipeline/")}
+    made = imported("pipeline/teachers/prompted.py") | imported("pipeline/teachers/local_writer.py")
+    assert code == {f for f in made if f.startswith("pipeline/teachers/")} | {"pipeline/demonstrations.py", "pipeline/rationales.py"}
+    assert set(stage["foreach"]) <= set(options("task"))
+    cfg = compose(["teacher=local"])
+    assert f"models/{cfg.writer.model}" in stage["do"]["deps"] and stage["do"]["params"] == [{"conf/teacher/local.yaml": None}, {"conf/writer/local.yaml": None}]
+
+
 def test_every_ready_model_has_its_line():
     lines = stages("pipeline/dvc.yaml")["model"]["foreach"]
     assert sorted(lines) == [m for m in options("model") if m not in ("hub", "local")], "hub and local are models once they have a name"
@@ -194,7 +204,8 @@ def test_what_an_experiment_reads_has_a_stage(name):
     known, every = grid(name), stages("pipeline/dvc.yaml")
     assert known["task"] in every["prepare"]["foreach"]
     assert known["model"] in every["model"]["foreach"]
-    assert f"{known['task']}-{known['teacher']}" in every["rationales"]["foreach"]
+    local = known["teacher"] == "local" and known["task"] in every["rationales_local"]["foreach"]
+    assert local or f"{known['task']}-{known['teacher']}" in every["rationales"]["foreach"]
 
 
 def test_the_entry_writes_a_file_a_cell(tmp_path):
