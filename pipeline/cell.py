@@ -266,7 +266,7 @@ class Cell:
         if self.answers_alone or self.objective.needs_rationales:
             self.rows.rationales.update(load_rationales(self.rationales_folder))
             if not self.rows.rationales:
-                raise UserError(f"{cfg.technique.name} learns from a teacher, but {self.rationales_folder} is empty; choose teacher=lexicon or stored")
+                raise UserError(f"{cfg.technique.name} learns from a teacher, but {self.rationales_folder} is empty; choose another teacher")
         if self.answers_alone:
             return
         if self.method.trains:

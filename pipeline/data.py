@@ -173,7 +173,7 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
 def load_rationales(folder: Path) -> dict[str, dict]:
     """A teacher's rows by row id. Raises UserError if there is no teacher or its stage has not run."""
     if folder.name == "none":
-        raise UserError("this technique learns from a teacher, but teacher=none; choose teacher=lexicon or stored")
+        raise UserError("this technique learns from a teacher, but teacher=none; choose teacher=lexicon, stored, local or server")
     path = folder / "rationales.jsonl"
     if not path.exists():
         raise UserError(f"{path} does not exist; run: python -m pipeline.rationales task={folder.parent.name} teacher={folder.name}")

@@ -92,7 +92,10 @@ def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batc
 
 def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, end: int | None, pad_id: int,
                   device: Any, dtype: Any, notes: list[str] | None = None) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Greedy continuations batch by batch as they come: (indices of prompts, what follows them [rows, new], padded from the end token on)."""
+    """Greedy continuations batch by batch as they come: (indices of prompts, what follows them [rows, new], padded from the end token on).
+
+    What runs between two of them runs in inference mode.
+    """
     import torch
 
     from pipeline.fast.answering import by_hand

@@ -130,7 +130,7 @@ def test_rationales_that_are_missing(refuse, tmp_path, technique):
 
 
 def test_a_technique_that_needs_a_teacher_and_has_none(refuse):
-    assert "learns from a teacher, but teacher=none; choose teacher=lexicon or stored" in refuse("technique=step_by_step", "teacher=none")
+    assert "learns from a teacher, but teacher=none; choose teacher=lexicon, stored, local or server" in refuse("technique=step_by_step", "teacher=none")
 
 
 def test_a_gpu_asked_for_and_absent(refuse):

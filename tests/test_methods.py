@@ -277,7 +277,7 @@ def test_the_teacher_answers_from_its_rows():
     rationales: dict[str, dict] = {"1": {"answer": "yes"}, "2": {"answer": None}}
     assert Teacher().answers([{"id": "1"}, {"id": "2"}], rationales) == ["yes", ""]
     with pytest.raises(
-        UserError, match=r"the teacher has no row for '3'; choose teacher=lexicon or stored and run python -m pipeline\.rationales"
+        UserError, match=r"the teacher has no row for '3'; run python -m pipeline\.rationales for all rows"
     ):
         Teacher().answers([{"id": "3"}], rationales)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from chat_server import serving
 
-from pipeline import rationales
+from pipeline import rationales, train
 from pipeline.config import ROOT
 from pipeline.files import UserError, read_json, read_jsonl, write_json, write_jsonl
 from pipeline.teachers.server_writer import ServerWriter
@@ -303,3 +303,17 @@ def test_a_teacher_behind_a_server_from_end_to_end(server, tmp_path, capsys, cap
     assert "0 of 9 texts written now" in said.out and "3 of 9 rows without an answer" in said.out
     for held in (everything(tmp_path).decode(), said.out, said.err, caplog.text, repr(writer(server, tmp_path))):
         assert KEY not in held
+
+
+@pytest.mark.slow
+def test_the_key_is_in_no_result_and_not_in_mlflow(server, overrides, tmp_path):
+    server.reply = lambda asked: f"Read. So the answer is {'positive' if 'fine' in asked or 'lovely' in asked else 'negative'}."
+    own = [o for o in overrides if not o.startswith(("paths.rationales", "teacher=", "tracking="))]
+    command = [
+        *own, f"paths.rationales={tmp_path}/rationales", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path}/kept",
+        "experiment=mine", "teacher=server", f"writer.base_url={server.url}", "writer.model=m", "teacher.demonstrations.k=0", "train_rows=16",
+    ]
+    assert rationales.main(command) == 0 and train.main([*command, "technique=teacher"]) == 0
+    result = read_json(tmp_path / "results" / "mine" / "teacher-s0-n16" / "result.json")
+    assert result["scores"]["test"]["accuracy"] == 1 and (result["teacher"]["name"], result["teacher"]["rows"]) == ("server", 16)
+    assert len((tmp_path / "mlflow.db").read_bytes()) > 10_000 and KEY.encode() not in everything(tmp_path)

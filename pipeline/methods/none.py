@@ -83,5 +83,5 @@ class Teacher(Method):
     def answers(self, rows: Sequence[dict], rationales: dict[str, dict]) -> list[str]:
         missing = next((row["id"] for row in rows if row["id"] not in rationales), None)
         if missing is not None:
-            raise UserError(f"the teacher has no row for {missing!r}; choose teacher=lexicon or stored and run python -m pipeline.rationales")
+            raise UserError(f"the teacher has no row for {missing!r}; run python -m pipeline.rationales for all rows, or choose another teacher")
         return [rationales[row["id"]].get("answer") or "" for row in rows]

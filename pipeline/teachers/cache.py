@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,13 +53,17 @@ class Cache:
         Raises:
             UserError: the place cannot be written.
         """
-        from filelock import FileLock
+        from filelock import FileLock, Timeout
 
         path = Path(path)
         with _told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path.with_suffix(".lock"))
-            lock.acquire()
+            try:
+                lock.acquire(timeout=1)
+            except Timeout:
+                print(f"waiting for another run that writes to {path}", file=sys.stderr)
+                lock.acquire()
         try:
             with _told(path):
                 out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

@@ -101,13 +101,21 @@ class Writer:
         Raises:
             UserError: it cannot write, or a prompt is too long.
         """
+        from tqdm import tqdm
+
         who = self.identity() | ({"seed": seed} if self.temperature > 0 else {})
         keys = [digest([who, messages]) for messages in prompts]
         with Cache.open(Path(self.cache) / f"{self.kind}-{digest(self.identity())[:12]}.jsonl") as cache:
             missing = {key: messages for key, messages in zip(keys, prompts, strict=True) if key not in cache}
             if missing:
-                self._ask(missing, seed, cache.add)
-                self.spent.written += len(missing)
+                with tqdm(total=len(missing), desc=f"{self.kind} writer", unit="text", disable=None, leave=False) as bar:
+
+                    def keep(key: str, answer: Answer) -> None:
+                        cache.add(key, answer)
+                        self.spent.written += 1
+                        bar.update()
+
+                    self._ask(missing, seed, keep)
             for key in keys:
                 self.spent.add(key, cache[key])
             return [cache[key].text for key in keys]
