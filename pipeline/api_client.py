@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import logging
 import os
 import random
 import re
@@ -127,6 +128,7 @@ class Client:
         self._key = key_of(variable)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request
         self._http = httpx2.Client(headers=headers, timeout=patience.timeout_s, limits=limits)
 
     def close(self) -> None:

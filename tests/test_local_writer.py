@@ -102,3 +102,11 @@ def test_a_cache_passes_over_what_it_cannot_read(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"), Cache.open(tmp_path / "file" / "c.jsonl"):
         pass
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_and_draws_the_same(tiny, tmp_path):
+    many = [[{"role": "user", "content": f"{PROMPTS[i % 4][0]['content']} {'film ' * (i % 7)}"}] for i in range(40)]
+    for changes in ({}, {"temperature": 1.0}):
+        texts = [local(tiny, tmp_path / device, device=device, precision="fp32", **changes).write(many) for device in ("cpu", "cuda")]
+        assert sum(a == b for a, b in zip(*texts, strict=True)) >= 38, "a near tie may fall the other way"

@@ -30,7 +30,7 @@ class ServerWriter(Writer):
         base_url: requests go to <base_url>/chat/completions, or <base_url>/completions with api=completions.
         key_variable: the environment variable with the key; null: none is sent.
         room_key: what the server calls the most tokens of a text (max_tokens, max_completion_tokens).
-        extra: further keys of every request.
+        extra: further keys of every request; null takes one out (temperature, for a model that knows none).
         separator: api=completions: stands between turns, and ends the text.
         concurrency: requests under way at once.
         requests_per_minute, tokens_per_minute: what it keeps to; null: no limit.
@@ -114,13 +114,15 @@ class ServerWriter(Writer):
             client.close()
 
     def body(self, messages: Messages, seed: int) -> dict[str, Any]:
-        """The request: sampling has its seed, greedy writing none."""
+        """The request: sampling has its seed, greedy writing none; a null in `extra` takes a key out."""
         asked: dict[str, Any] = {"model": self.model, self.room_key: self.max_new_tokens, "temperature": self.temperature}
         if self.temperature > 0:
-            asked |= {"top_p": self.top_p, "seed": seed}
+            asked |= {"seed": seed} | ({"top_p": self.top_p} if self.top_p < 1 else {})
         if self.api == "completions":
-            return {**asked, "prompt": self.separator.join(m["content"] for m in messages), "stop": [self.separator], **self.extra}
-        return {**asked, "messages": messages, **self.extra}
+            asked |= {"prompt": self.separator.join(m["content"] for m in messages), "stop": [self.separator]}
+        else:
+            asked["messages"] = messages
+        return {key: value for key, value in {**asked, **self.extra}.items() if value is not None}
 
     def _answer(self, client: Client, body: dict[str, Any]) -> tuple[str, int | None, int | None, bool]:
         booked = len(json.dumps(body)) // CHARACTERS_PER_TOKEN + self.max_new_tokens
