@@ -86,7 +86,8 @@ def test_the_documents_name_every_technique_and_no_other():
     rows = {name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     there = {f.stem for f in FILES if f.parent.name == "technique"}
     assert there - rows == {"peft_config"} and "## Any adapter of PEFT" in text
-    assert rows - there <= {*DEFAULTS, "loraplus_lr_ratio"}, "the table of training_params.json"
+    teachers = {f.stem for f in FILES if f.parent.name == "teacher"} - {"none"}
+    assert teachers <= rows and rows - there - teachers <= {*DEFAULTS, "loraplus_lr_ratio"}, "the table of training_params.json"
 
 
 def test_a_technique_says_its_family_and_where_its_rate_comes_from():
