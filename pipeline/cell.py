@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline import measure, scoring, tuned
+from pipeline import measure, scoring, synthetic, tuned
 from pipeline.config import build, plain
 from pipeline.data import Encoded, Encoder, Rows, load_rationales, load_rows
 from pipeline.files import UserError, atomic_path, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
@@ -28,7 +28,7 @@ from pipeline.methods.base import Method
 from pipeline.model import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, most_tokens, parameters, resolve
 from pipeline.objectives.base import Beginning, Objective
 from pipeline.probes import Probing
-from pipeline.results import SHARED_PROCESS, Cost, Inference, Memory, Result, Score, Size, Teacher, Work, write
+from pipeline.results import SHARED_PROCESS, Cost, Inference, Memory, Result, Score, Size, Synthetic, Teacher, Work, write
 from pipeline.settings import Settings, read
 from pipeline.sharing import shared_latency
 
@@ -72,6 +72,9 @@ def decides(cfg: DictConfig) -> dict[str, Any]:
     raw["train"].pop("checkpoint_every_s", None)
     if raw["start"] is None:
         raw.pop("start")
+    mixed = raw.pop("synthetic", None)
+    if mixed and synthetic.wanted(cfg):  # how its rows were written shows in them: `reads`
+        raw["synthetic"] = {"name": mixed["name"], "share": mixed["share"]}
     raw["teacher"].pop("writer", None)  # what it wrote decides: `reads`
     if raw["train"].get("min_steps") is None:  # cells that were run before there was such a key keep their results
         raw["train"].pop("min_steps", None)
@@ -99,7 +102,7 @@ def reads(cfg: DictConfig) -> list[Path]:
     start = [cell_at(cfg.start, cfg) / "result.json"] if cfg.start else []
     if "writer" in cfg.teacher:
         start.append(Path(cfg.paths.rationales) / cfg.task.name / cfg.teacher.name / "rationales.jsonl")
-    return start + build(cfg.objective, "objective").reads(cfg)
+    return start + synthetic.reads(cfg) + build(cfg.objective, "objective").reads(cfg)
 
 
 def checkpoint_of(cfg: DictConfig) -> Path:
@@ -200,6 +203,7 @@ class Cell:
         self.slots: int | None = None
         self.probing: Probing | None = None
         self.taught: Teacher | None = None
+        self.synthetic: Synthetic | None = None
 
     def run(self) -> Result:
         history: list[dict[str, float]]
@@ -221,9 +225,9 @@ class Cell:
             inference = self._merged(self._many_adapters(inference))
         phases = self.meter.phases()
         return Result(
-            **{**_identity(self.cfg, self.settings, self.method, self.objective), "train_rows": len(self.rows.train)},
+            **{**_identity(self.cfg, self.settings, self.method, self.objective), "train_rows": self.labelled},
             precision=self.precision, status="ok", validation_rows=len(self.rows.validation), scores=self.scores, memory=memory, work=work,
-            size=size, inference=inference, forgetting=forgetting, teacher=self._teacher(), history=history, notes=self.notes,
+            size=size, inference=inference, forgetting=forgetting, teacher=self._teacher(), synthetic=self.synthetic, history=history, notes=self.notes,
             hardware=measure.hardware(self.device), provenance=self._provenance(), phases=phases, packed=self.slots is not None, slots=self.slots,
             tuning=tuned.effort(self.cfg), cost=price(self.cfg, phases.wall_s),
         )
@@ -267,10 +271,14 @@ class Cell:
             self.rows.rationales.update(load_rationales(self.rationales_folder))
             if not self.rows.rationales:
                 raise UserError(f"{cfg.technique.name} learns from a teacher, but {self.rationales_folder} is empty; choose another teacher")
+        self.labelled = len(self.rows.train)
         if self.answers_alone:
             return
         if self.method.trains:
+            further, self.synthetic = synthetic.further(cfg, self.rows.train)
             self.rows.train[:] = self.objective.rows(self.rows.train, self.rows.rationales, cfg.train_rows, cfg.seed)
+            self.labelled = len(self.rows.train)
+            self.rows.train.extend(further)
             if self.settings.train.batch_size > len(self.rows.train):
                 raise UserError(f"train.batch_size={self.settings.train.batch_size} is larger than the {len(self.rows.train)} training rows; lower it")
         folder = Path(cfg.paths.models) / cfg.model.name

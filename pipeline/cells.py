@@ -64,7 +64,7 @@ def run_cells(cells: Sequence[DictConfig]) -> int:
 
 
 def grid(experiment: str) -> dict[str, Any]:
-    """experiments/<name>/params.yaml, with `after` at the end of grid.techniques. Raises UserError where it is missing or lacks a key."""
+    """experiments/<name>/params.yaml, with `synthetic` and `after` at the end of grid.techniques. Raises UserError where it is missing or lacks a key."""
     path = ROOT / "experiments" / experiment / "params.yaml"
     if not path.exists():
         raise UserError(f"{path.relative_to(ROOT)} does not exist; choose experiments=<name> of a folder under experiments/")
@@ -72,7 +72,7 @@ def grid(experiment: str) -> dict[str, Any]:
     for key in ("techniques", "seeds", "train_rows"):
         if not (found.get("grid") or {}).get(key):
             raise UserError(f"{path.relative_to(ROOT)} has no grid.{key}; list at least one")
-    found["grid"]["techniques"] = [*found["grid"]["techniques"], *(found["grid"].get("after") or [])]
+    found["grid"]["techniques"] = [*found["grid"]["techniques"], *(found["grid"].get("synthetic") or []), *(found["grid"].get("after") or [])]
     return found
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline import cell, scoring
+from pipeline import cell, scoring, synthetic
 from pipeline.config import build, plain
 from pipeline.data import Encoded, Encoder, Rows, load_rationales, load_rows, step_rows
 from pipeline.files import UserError
@@ -70,7 +70,8 @@ class Packing:
         self.settings = read(self.cfg)
         self.methods: list[Method] = [build(c.method, "method") for c in covers]
         self.objective: Objective = build(self.cfg.objective, "objective")
-        reason = _differ(covers) or _refusal(self.methods[0], self.objective, self.settings.train.checkpointing)
+        mixed = "synthetic rows are mixed in" if any(map(synthetic.wanted, covers)) else None
+        reason = mixed or _differ(covers) or _refusal(self.methods[0], self.objective, self.settings.train.checkpointing)
         if reason:
             raise Unsupported(reason)
         self.device = device_of(self.cfg.device)

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline import cell
+from pipeline import cell, synthetic
 from pipeline.cells import grid, grid_overrides
 from pipeline.config import ROOT, compose_cell, entry, task_overrides
 from pipeline.files import UserError, atomic_path, sha256, write_json
@@ -67,6 +67,12 @@ def check(experiment: str, cells: list[DictConfig]) -> None:
                 f"experiments/{experiment}/params.yaml has {key}: {known.get(key)}, but its cells compose {', '.join(sorted(composed))}; "
                 f"make experiments/{experiment}.yaml and params.yaml agree"
             )
+    mixed = {c.synthetic.name for c in cells if synthetic.wanted(c)}
+    if not mixed <= {known.get("synthetic")}:
+        raise UserError(
+            f"experiments/{experiment}/params.yaml has synthetic: {known.get('synthetic')}, but its cells train on {', '.join(sorted(mixed))}; "
+            "name that set there, one an experiment"
+        )
 
 
 main = entry(run)

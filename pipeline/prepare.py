@@ -9,7 +9,6 @@ an error, or dropped and counted (task.leakage). The same source and config give
 from __future__ import annotations
 
 import random
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,7 @@ from omegaconf import DictConfig
 
 from pipeline import tasks
 from pipeline.config import build, entry, plain
+from pipeline.duplicates import normalised
 from pipeline.files import UserError, atomic_path, sha256, write_json, write_jsonl
 from pipeline.sources import Loaded
 from pipeline.tasks import Recipe
@@ -64,15 +64,6 @@ def assemble(recipe: Recipe, loaded: Loaded) -> tuple[Sets, Counts]:
     sets = _drawn(recipe, sets, dropped["unused"])
     _check_labels(recipe, sets, loaded)
     return sets, dropped
-
-
-def normalised(text: str) -> str:
-    """The text by which duplicates are told: case, white space and punctuation folded.
-
-    Signs that carry meaning in arithmetic and code stay, and so does a minus sign that no letter touches.
-    """
-    text = re.sub(r"(?<=[^\W\d])-|-(?=[^\W\d])", " ", text.casefold())
-    return " ".join(re.sub(r"[^\w\s+*/%=<>^&|~$#@-]", " ", text).split())
 
 
 def balance(rows: Rows) -> dict[str, int]:

@@ -52,21 +52,30 @@ def _transfer(result: Result) -> float | None:
 
 def _data(cells: list[Cell]) -> dict[str, Any]:
     if not cells:
-        return {"labelled_rows": None, "rationale_rows": None, "teacher_s": None}
+        return {"labelled_rows": None, "rationale_rows": None, "synthetic_rows": None, "teacher_s": None}
     result = cells[0].result
     taught = result.teacher if result.method != "teacher" else None
     return {
         "labelled_rows": _labelled_rows(cells[0]),
         "rationale_rows": taught.rows if taught else None,
-        "teacher_s": _mean(cells, lambda r: r.teacher.seconds if r.teacher else None),
+        "synthetic_rows": result.synthetic.rows if result.synthetic else None,
+        "teacher_s": _mean(cells, _teacher_s),
     }
 
 
+def _teacher_s(result: Result) -> float | None:
+    """Seconds for rationales and for synthetic rows."""
+    known = [part.seconds for part in (result.teacher, result.synthetic) if part is not None and part.seconds is not None]
+    return sum(known) if known else None
+
+
 def _labelled_rows(cell: Cell) -> int:
-    """Training and validation rows; fewer for what trains nothing, unless pipeline.tune chose its settings on them."""
+    """Training and validation rows, and the taxonomy's examples that synthetic rows were written from; fewer for what trains nothing, unless
+    pipeline.tune chose its settings on them."""
     result = cell.result
     fewer = cell.untrained or "labels_from" in result.hyperparameters
-    return _untrained_rows(result) if fewer and result.tuning is None else result.train_rows + result.validation_rows
+    beside = result.synthetic.examples if result.synthetic else 0
+    return beside + (_untrained_rows(result) if fewer and result.tuning is None else result.train_rows + result.validation_rows)
 
 
 def _untrained_rows(result: Result) -> int:

@@ -62,6 +62,8 @@ class Row:
     labelled_rows: int | None
     """Labelled rows it used: training and validation rows; demonstrations alone for few-shot; none for an untouched base."""
     rationale_rows: int | None
+    synthetic_rows: int | None
+    """Rows that a teacher wrote, trained on beside the labelled ones."""
     train_s: float | None
     wall_s: float | None
     teacher_s: float | None

@@ -57,6 +57,7 @@ COLUMNS = [
     Column("transfer", "Transfer, %", "Quality", lambda r: f.percent(r.transfer)),
     Column("labelled_rows", "Labelled rows", "Data", lambda r: _whole(r.labelled_rows)),
     Column("rationale_rows", "Rationale rows", "Data", lambda r: _whole(r.rationale_rows), optional=True),
+    Column("synthetic_rows", "Synthetic rows", "Data", lambda r: _whole(r.synthetic_rows), optional=True),
     Column("seeds", "Seeds", "Data", lambda r: str(r.seeds)),
     Column("train_s", "Train, s", "Training", lambda r: _marked(f.seconds(r.train_s), r)),
     Column("wall_s", "Total, s", "Training", lambda r: _marked(f.seconds(r.wall_s), r, SHARED if r.shared_process else "")),
@@ -85,6 +86,7 @@ ABOUT = {
     "labelled_rows": "Labelled rows that the technique used: training rows, plus the validation rows that chose the checkpoint; "
     "demonstrations alone for few-shot, all rows that retrieval searches or a choice of prompt is scored on; none for an untouched base.",
     "rationale_rows": "Training rows with a rationale of the teacher.",
+    "synthetic_rows": "Rows that a teacher wrote (pipeline.synthesize), trained on beside the labelled ones, which alone count as labelled.",
     "seeds": "Runs with different seeds; the figures are their means.",
     "test": "Share of the test rows answered right (or the task's own metric), in percent. Under it the 95% interval of accuracy (Wilson); "
     "with several seeds it reaches from the lowest to the highest bound of their intervals.",
@@ -100,7 +102,7 @@ ABOUT = {
     f"{RESUMED}: the run was resumed or packed with others; that is no single run's time, and no chart has it.",
     "wall_s": "Wall clock of the whole cell, evaluation included. "
     f"{SHARED}: imports and base were read once for several cells, so their start-up and load are missing from it.",
-    "teacher_s": "Seconds that the teacher took for its rationales.",
+    "teacher_s": "Seconds that the teacher took for its rationales, or for synthetic rows.",
     "tokens_per_s": "Real tokens (no padding) through training steps in a second.",
     "energy_j": "Energy of the training steps, validation left out: the GPU's counter, and under it the CPU's; on the CPU that of its packages and their "
     "memory (RAPL). Counters are the machine's and include what else ran. Why a dash is a dash stands in the cell's details.",

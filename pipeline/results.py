@@ -149,6 +149,23 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Synthetic:
+    """Rows that a teacher wrote (pipeline.synthesize), trained on beside the labelled ones; `train_rows` does not count them."""
+
+    name: str
+    """conf/synthetic/<name>.yaml."""
+    rows: int
+    share: float
+    """Of the training rows, as asked for."""
+    teacher: str
+    """Who wrote them."""
+    seconds: float | None
+    """That writing, and judging, the whole set took; it may hold more rows than were trained on."""
+    examples: int = 0
+    """Labelled examples that it was written from and that are no training rows: a taxonomy's. They count as labelled rows."""
+
+
+@dataclass(frozen=True)
 class Tuning:
     """The search (pipeline.tune) that a tuned cell's settings come from."""
 
@@ -204,6 +221,8 @@ class Result:
     inference: Inference | None = None
     forgetting: Forgetting | None = None
     teacher: Teacher | None = None
+    synthetic: Synthetic | None = None
+    """None: trained on labelled rows alone."""
     tuning: Tuning | None = None
     """None: not tuned by pipeline.tune."""
     cost: Cost | None = None

@@ -133,6 +133,7 @@ def _cell_metrics(result: Result) -> dict[str, float]:
     found |= {f"inference/{k}": v for k, v in _fields(result.inference).items()}
     found |= {f"inference/adapters/{n}": v for n, v in ((result.inference and result.inference.adapters) or {}).items()}
     found |= {f"teacher/{k}": v for k, v in _fields(result.teacher).items()}
+    found |= {f"synthetic/{k}": v for k, v in _fields(result.synthetic).items()}
     found |= {f"train/{k}": v for k, v in _fields(result.work).items()}
     found |= {f"train/{k}": v for k, v in _fields(result.memory).items()}
     found["train/time_s"] = result.phases.train_s if result.phases else None

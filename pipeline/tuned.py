@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.files import UserError, write_text
 from pipeline.results import Tuning
 
-SUFFIX = "+tuned"
+MARK = "tuned"
+SUFFIX = f"+{MARK}"
 HEAD = "# Written by python -m pipeline.tune experiments={experiment} technique={technique} train_rows={train_rows}; tuned=true composes it.\n"
 
 
@@ -125,11 +126,11 @@ def read_all(folder: Path) -> dict[tuple[str, str], Tuned]:
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
-    """Overrides with technique=<name>+tuned as two."""
+    """Overrides with technique=<name>+tuned as two, and technique=<name>+<set> likewise: with the synthetic rows of that set."""
     found: list[str] = []
     for word in words:
-        is_tuned = word.startswith("technique=") and word.endswith(SUFFIX)
-        found += [word.removesuffix(SUFFIX), "tuned=true"] if is_tuned else [word]
+        technique, *marks = word.split("+") if word.startswith("technique=") else [word]
+        found += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
     return found
 
 
