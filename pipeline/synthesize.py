@@ -159,7 +159,7 @@ def _check(cfg: DictConfig, wanted: Synthesis) -> None:
         raise UserError("synthetic=none has nothing to write; choose synthetic=labels or synthetic=taxonomy")
     if wanted.seeds is None:
         raise UserError("config key 'synthetic.seeds' is missing; set it to a qna.yaml, to the folder of a taxonomy, or to task")
-    if cfg.writer is None:
+    if cfg.get("writer") is None:
         raise UserError("synthetic rows need a writer; add writer=local or writer=server")
     check_words(wanted)
 
