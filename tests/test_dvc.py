@@ -31,6 +31,7 @@ given = dict(a.split("=", 1) for a in sys.argv[3:])
 cell = "{{technique}}-s{{seed}}-n{{train_rows}}".format_map(given) if stage == "train" else ""
 folder = Path({{
     "prepare": "data/{{task}}", "base_model": "models/{{model}}", "rationales": "rationales/{{task}}/{{teacher}}",
+    "synthesize": "synthetic/{{task}}/{{synthetic}}",
     "train": "results/{{experiments}}/" + cell, "report": "report/{{experiments}}",
 }}[stage].format_map(given))
 with open(".work/ran.txt", "a") as log:
@@ -55,7 +56,7 @@ class Clone:
         self.root, self.ran = root, root / ".work/ran.txt"
         listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
         for name in filter(None, listed.stdout.split("\0")):
-            wanted = name.startswith(("conf/", "pipeline/", ".dvc/")) or name in ("dvc.yaml", ".dvcignore", ".gitignore")
+            wanted = name.startswith(("conf/", "pipeline/", "tuning/", ".dvc/")) or name in ("dvc.yaml", ".dvcignore", ".gitignore")
             if wanted and not name.endswith("dvc.lock") and (ROOT / name).exists():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, root / name)
@@ -68,13 +69,14 @@ class Clone:
         self.choose("a")
         subprocess.run(["git", "init", "-q"], cwd=root, check=True)
 
-    def experiment(self, name: str, techniques: list[str], after: Sequence[str] = ()) -> None:
+    def experiment(self, name: str, techniques: list[str], after: Sequence[str] = (), synthetic: Sequence[str] = ()) -> None:
         """Lay down quick under another name and with another grid."""
         folder = self.root / "experiments" / name
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "experiments/quick/dvc.yaml", folder / "dvc.yaml")
         known = yaml.safe_load((ROOT / "experiments/quick/params.yaml").read_text())
-        known |= {"experiment": name, "grid": {"techniques": techniques, "first": "full", "after": list(after), "seeds": [0], "train_rows": [200]}}
+        grid = {"techniques": techniques, "first": "full", "after": list(after), "synthetic": list(synthetic), "seeds": [0], "train_rows": [200]}
+        known |= {"experiment": name, "grid": grid, "synthetic": "labels" if synthetic else None}
         (folder / "params.yaml").write_text(yaml.safe_dump(known))
         text = (ROOT / "experiments/quick.yaml").read_text().replace("experiment: quick", f"experiment: {name}")
         (folder.parent / f"{name}.yaml").write_text(text)
@@ -133,6 +135,16 @@ def test_a_cell_that_reads_another_one_runs_after_it_and_with_it(clone):
     assert ran.index("train full-s0-n200") < ran.index("train grpo-s0-n200") and ran[-1] == "report a"
     clone.edit("conf/technique/full.yaml", "lr: 5.0e-5", "lr: 6.0e-5")
     assert clone.repro() == ["train full-s0-n200"], "its artefact is the same, so what begins there is as it was"
+
+
+@pytest.mark.slow
+def test_synthetic_rows_are_written_for_the_cells_that_train_on_them_alone(clone):
+    clone.experiment("a", ["lora"], synthetic=["lora+labels"])
+    ran = clone.repro()
+    wrote = next(i for i, line in enumerate(ran) if line.startswith(f"synthesize {KNOWN['task']}-labels"))
+    assert wrote < ran.index("train lora+labels-s0-n200") and "train lora-s0-n200" in ran and ran[-1] == "report a"
+    clone.edit("conf/synthetic/labels.yaml", "shots: 3", "shots: 2")
+    assert [line.split("-")[0] for line in clone.repro()] == [f"synthesize {KNOWN['task']}"], "the stand-in's rows are the same, so no cell runs"
 
 
 @pytest.mark.slow

@@ -215,7 +215,7 @@ def test_no_machine_path_and_no_registry_host_is_tracked():
 
 
 def test_nothing_large_or_made_is_tracked():
-    made = {"data", "models", "rationales", "plans", "results", "report", "sweeps", "evaluations", "mlartifacts", ".venv", ".work"}
+    made = {"data", "models", "rationales", "synthetic", "plans", "results", "report", "sweeps", "evaluations", "mlartifacts", ".venv", ".work"}
     for path in files():
         assert path.relative_to(ROOT).parts[0] not in made, path
         assert path.stat().st_size < 1_000_000, path

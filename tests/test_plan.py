@@ -137,6 +137,9 @@ def test_what_reads_another_cell_comes_after_it():
     further = "results/${experiment}/${grid.first}-s${item.seed}-n${item.rows}/artefact"
     assert sorted([*first["deps"], further]) == sorted(after["deps"])
     assert {k: v for k, v in first.items() if k not in ("deps", "matrix")} == {k: v for k, v in after.items() if k not in ("deps", "matrix")}
+    mixed = stages("experiments/quick/dvc.yaml")["train_synthetic"]
+    assert sorted([*first["deps"], "synthetic/${task}/${synthetic}"]) == sorted(mixed["deps"])
+    assert mixed | {"deps": 0, "matrix": 0} == first | {"deps": 0, "matrix": 0}
     known = grid("techniques")["grid"]
     for cfg in map(compose, one_cell_a_technique("techniques")):
         wanted = {known["first"]} if cfg.technique.name in known["after"] else set()
@@ -206,6 +209,22 @@ def test_what_an_experiment_reads_has_a_stage(name):
     assert known["model"] in every["model"]["foreach"]
     local = known["teacher"] == "local" and known["task"] in every["rationales_local"]["foreach"]
     assert local or f"{known['task']}-{known['teacher']}" in every["rationales"]["foreach"]
+    assert bool(known["synthetic"]) == bool(known["grid"]["synthetic"])
+    assert not known["synthetic"] or f"{known['task']}-{known['synthetic']}" in every["synthetic"]["foreach"]
+
+
+def test_the_stage_of_synthetic_rows_depends_on_its_code_and_serves_the_cells_of_the_experiment():
+    stage = stages("pipeline/dvc.yaml")["synthetic"]
+    own = imported("pipeline/synthesize.py") | {"pipeline/teachers/cache.py", "pipeline/teachers/local_writer.py", "pipeline/teachers/writer.py"}
+    assert {d for d in stage["do"]["deps"] if d.startswith("pipeline/")} <= own and {"pipeline/synthesis.py", "pipeline/sieve.py"} <= set(stage["do"]["deps"])
+    known, line = grid("synthetic"), stage["foreach"]["vader_movies_5-labels"]
+    assert line["train_rows"] == min(known["grid"]["train_rows"]) and line["rows"] >= max(known["grid"]["train_rows"])
+    assert yaml.safe_load(line["row_seeds"]) == known["grid"]["seeds"]
+
+
+def test_a_set_that_params_do_not_name_is_refused(tmp_path, capsys):
+    assert entry.main(["experiments=quick", "technique=lora+labels", f"paths.plans={tmp_path}"]) == 2
+    assert "params.yaml has synthetic: None, but its cells train on labels; name that set there" in capsys.readouterr().err
 
 
 def test_the_entry_writes_a_file_a_cell(tmp_path):
