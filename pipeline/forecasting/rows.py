@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline import synthetic
 from pipeline.config import build
 from pipeline.data import Encoded, Encoder, load_rationales
 from pipeline.files import read_json, read_jsonl
@@ -86,6 +87,7 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
     rows = read_jsonl(data / "train.jsonl")
     random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.load_rows draws them
     rows = rows[: cfg.train_rows]
+    rows += synthetic.further(cfg, rows)[0]
     return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), _source(len(rows), data), True)
 
 
