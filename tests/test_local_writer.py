@@ -54,7 +54,7 @@ def test_noise_draws_from_the_softened_distribution(tiny, tmp_path):
 def test_turns_without_a_template_are_joined_and_a_text_ends_where_the_next_would_begin(tiny, tmp_path):
     writer = local(tiny, tmp_path)
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    assert writer.rendered(turns) == "s\n\nu"
+    assert writer.rendered([*turns, {"role": "assistant", "content": "a"}, turns[1]]) == "s\n\nu a\n\nu"
     writer._tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     assert writer.rendered(turns) == "<system>s<user>u<assistant>"
     refuses = "{% if m.role == 'system' %}{{ raise_exception('none here') }}{% endif %}"

@@ -80,7 +80,7 @@ def test_another_model_setting_or_seed_is_another_text(server, tmp_path):
 
 def test_plain_completions(server, tmp_path):
     mine = writer(server, tmp_path, api="completions", key_variable=None)
-    assert mine.write([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]]) == ["Said: q\n\na\n\nr"]
+    assert mine.write([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]]) == ["Said: q a\n\nr"]
     assert server.paths == ["/v1/completions"] and server.asked[0]["stop"] == ["\n\n"] and "Authorization" not in server.headers[0]
 
 

@@ -20,7 +20,7 @@ from pipeline.model import device_of, load_model, load_tokenizer, manifest, most
 from pipeline.scoring import autocast, continuations
 from pipeline.settings import Precision, Task
 from pipeline.teachers.cache import Answer, digest
-from pipeline.teachers.writer import Messages, Writer
+from pipeline.teachers.writer import Messages, Writer, as_text
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class LocalWriter(Writer):
         models, model: the folder models/<model>, as python -m pipeline.base_model leaves it.
         precision: auto, fp32, bf16, int8 or nf4. device: auto, cpu or cuda.
         batch_tokens: most tokens, padding and the room for new ones included, in a batch.
-        separator: stands between turns where the tokenizer has no chat template; the text ends where it comes again.
+        separator: stands before every turn but replies where the tokenizer has no chat template; the text ends where it comes again.
     """
 
     models: str
@@ -83,12 +83,12 @@ class LocalWriter(Writer):
                 keep(keys[index], self._answer(row, len(ids[index]), seconds))
 
     def rendered(self, messages: Messages) -> str:
-        """The text that the model continues: by its chat template, else the turns with `separator` between them."""
+        """The text that the model continues: by its chat template, else the turns as plain text."""
         from jinja2 import TemplateError
 
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
-            return self.separator.join(m["content"] for m in messages)
+            return as_text(messages, self.separator)
         render = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
         try:
             return render(messages)

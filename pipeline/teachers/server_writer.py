@@ -17,7 +17,7 @@ from pipeline.api_client import Client, Malformed, Pace, Patience, Stopped, addr
 from pipeline.files import UserError
 from pipeline.measure import Stopwatch
 from pipeline.teachers.cache import Answer
-from pipeline.teachers.writer import Messages, Writer
+from pipeline.teachers.writer import Messages, Writer, as_text
 
 PATHS = {"chat": "chat/completions", "completions": "completions"}
 CHARACTERS_PER_TOKEN = 4  # of English text, to book a request before its tokens are known
@@ -31,7 +31,7 @@ class ServerWriter(Writer):
         key_variable: the environment variable with the key; null: none is sent.
         room_key: what the server calls the most tokens of a text (max_tokens, max_completion_tokens).
         extra: further keys of every request; null takes one out (temperature, for a model that knows none).
-        separator: api=completions: stands between turns, and ends the text.
+        separator: api=completions: stands before every turn but replies, and ends the text.
         concurrency: requests under way at once.
         requests_per_minute, tokens_per_minute: what it keeps to; null: no limit.
         input_price, output_price: per million tokens, in `currency`; null: no price is told.
@@ -119,7 +119,7 @@ class ServerWriter(Writer):
         if self.temperature > 0:
             asked |= {"seed": seed} | ({"top_p": self.top_p} if self.top_p < 1 else {})
         if self.api == "completions":
-            asked |= {"prompt": self.separator.join(m["content"] for m in messages), "stop": [self.separator]}
+            asked |= {"prompt": as_text(messages, self.separator), "stop": [self.separator]}
         else:
             asked["messages"] = messages
         return {key: value for key, value in {**asked, **self.extra}.items() if value is not None}

@@ -125,5 +125,11 @@ class Writer:
         raise NotImplementedError
 
 
+def as_text(messages: Messages, separator: str) -> str:
+    """The turns as plain text for a model that knows none: a reply follows what it answers after a blank, any other turn after `separator`."""
+    parts = [(" " if m["role"] == "assistant" else separator) + m["content"] for m in messages]
+    return "".join(parts).removeprefix(separator)
+
+
 def _sum(total: int | None, more: int | None) -> int | None:
     return None if total is None or more is None else total + more
