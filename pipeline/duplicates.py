@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import re
+import statistics
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -48,16 +50,16 @@ class Near:
         """Whether this very text is among them."""
         return normalised(text) in self._exact
 
-    def near(self, text: str) -> bool:
-        """Whether one of them is near to it, or the same."""
-        key = normalised(text)
+    def near(self, text: str, least: float | None = None) -> bool:
+        """Whether one of them is near to it, or the same. least: another one than the index's own."""
+        least, key = self.least if least is None else least, normalised(text)
         words = key.split()
         common: Counter[int] = Counter()
         for word, count in Counter(words).items():
             for index, other in self._holding.get(word, ()):
                 common[index] += min(count, other)
         for index, overlap in common.items():
-            if 2 * overlap >= self.least * (len(words) + self._lengths[index]) and rouge_l(self._texts[index], key) >= self.least:
+            if 2 * overlap >= least * (len(words) + self._lengths[index]) and rouge_l(self._texts[index], key) >= least:
                 return True
         return key in self._exact
 
@@ -65,6 +67,12 @@ class Near:
 def rouge_l(one: str, other: str) -> float:
     """F1 by the longest common subsequence of words (Lin, 2004); words are those of `normalised`, so that no script is left out."""
     return float(_scorer().score(one, other)["rougeL"].fmeasure)
+
+
+def own_nearness(texts: Sequence[str]) -> float:
+    """How near texts are to each other: the median over them of ROUGE-L with the nearest other one; 0 for a single text."""
+    nearest = [max((rouge_l(one, other) for j, other in enumerate(texts) if j != i), default=0.0) for i, one in enumerate(texts)]
+    return statistics.median(nearest) if nearest else 0.0
 
 
 class _Words:

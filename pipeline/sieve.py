@@ -21,7 +21,7 @@ MARK = re.compile(r"^\s*(?:\d+[.)]\s+|[-*•]\s+|#+\s+)")
 LEAST_ANSWER = 20
 """Words that a written answer may have in any case."""
 
-END = re.compile(r"""[.!?…。！？:;)\]"'”’*]\s*$""")
+END = re.compile(r"""[.!?…。！？]["'”’)\]*]*\s*$""")
 
 FORMAT, UNFINISHED, LENGTH, ANSWER, LEAKED, DUPLICATE, NEAR, JUDGE = (
     "format", "unfinished", "length", "answer", "leaked", "duplicate", "near_duplicate", "judge",
@@ -56,10 +56,11 @@ class Sieve:
         most = longest or 2 * max(len(one.split()) for one in like)
         return found if least <= len(found.split()) <= max(least, most) else self._drop(LENGTH)
 
-    def question(self, raw: str, like: Sequence[str], context: str = "") -> str | None:
+    def question(self, raw: str, like: Sequence[str], context: str = "", near: float | None = None) -> str | None:
         """A question that is new: none of the held-out texts, of the labelled ones, or of those written before, nor near to one.
 
-        What is taken counts as written from then on. context: what belongs to the question, so that both together must be new.
+        What is taken counts as written from then on. context: what belongs to the question, so that both together must be new. near: in the place of
+        the settings', among labelled and written texts.
         """
         found = self.text(raw, like, longest=self.settings.longest)
         if found is None:
@@ -70,7 +71,7 @@ class Sieve:
         others = (self.labelled, self.written)
         if any(one.holds(whole) for one in others):
             return self._drop(DUPLICATE)
-        if any(one.near(whole) for one in others):
+        if any(one.near(whole, near) for one in others):
             return self._drop(NEAR)
         self.written.add(whole)
         return found

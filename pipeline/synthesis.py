@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from pipeline.duplicates import own_nearness
 from pipeline.files import UserError
 from pipeline.scoring import canonical
 from pipeline.sieve import JUDGE, Sieve
@@ -85,6 +86,8 @@ class Writing:
     tag: str
     asked: int = 0
     kept: list[Draft] = field(default_factory=list)
+    nearness: dict[str, float] = field(default_factory=dict)
+    """By leaf, as `_near` found it."""
 
     def run(self, parts: Sequence[Branch]) -> list[Draft]:
         """Write in rounds, each asking for what is still missing, until there are `rows` or the attempts are spent. The same texts, the same rows."""
@@ -116,9 +119,16 @@ class Writing:
         found = []
         for draft, text in zip(drafts, texts, strict=True):
             about = draft.context if draft.branch.leaf.kind == "skill" else ""
-            question = self.sieve.question(text, [e.question for e in draft.branch.examples], about)
+            question = self.sieve.question(text, [e.question for e in draft.branch.examples], about, self._near(draft.branch.leaf))
             found += [replace(draft, question=question)] if question is not None else []
         return self._judged(self._answered(found, number), number)
+
+    def _near(self, leaf: Leaf) -> float:
+        """From which ROUGE-L on a text is one that is there already: above what the leaf's own examples have among each other, where they follow a pattern."""
+        if leaf.path not in self.nearness:
+            usual = own_nearness([f"{e.context if leaf.kind == 'skill' else ''} {e.question}" for e in leaf.examples])
+            self.nearness[leaf.path] = min(1.0, max(self.settings.near, usual + 1e-6))
+        return self.nearness[leaf.path]
 
     def _contexts(self, drafts: list[Draft], number: int) -> list[Draft]:
         """New contexts for a skill that needs one, as LAB's grounded skills have; knowledge is asked about what its documents say."""
@@ -179,7 +189,8 @@ class Writing:
     def account(self) -> dict[str, Any]:
         """How the set came about: rows, texts asked for, and those dropped by reason."""
         reasons = self.sieve.dropped if self.settings.judge else {k: v for k, v in self.sieve.dropped.items() if k != JUDGE}
-        return {"rows": len(self.kept), "asked": self.asked, "dropped": dict(sorted(reasons.items()))}
+        raised = {path: round(near, 3) for path, near in self.nearness.items() if near > self.settings.near}
+        return {"rows": len(self.kept), "asked": self.asked, "dropped": dict(sorted(reasons.items()))} | ({"near_raised": raised} if raised else {})
 
 
 def _request(goal: int, kept: int, asked: int) -> int:

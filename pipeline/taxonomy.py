@@ -132,7 +132,8 @@ def _check_keys(file: Path, raw: dict[str, Any], kind: str, version: int) -> Non
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{file} has the unknown key {key!r}{hint}; {kind} of version {version} takes {', '.join([*optional, *required])}")
     for key in required:
-        if raw.get(key) is None or raw[key] == "":
+        empty = raw.get(key) == "" and not (key == "task_description" and version == 1)  # as version 1 allows
+        if raw.get(key) is None or empty:
             raise UserError(f"{file} has no {key}; {kind} of version {version} needs it")
         if key not in ("seed_examples", "document") and not isinstance(raw[key], str):
             raise UserError(f"{file} has {key}: {raw[key]!r}; write a text")

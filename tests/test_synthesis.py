@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.config import CONF
-from pipeline.duplicates import Near, rouge_l
+from pipeline.duplicates import Near, own_nearness, rouge_l
 from pipeline.files import UserError
 from pipeline.settings import Task
 from pipeline.sieve import Sieve, near_texts
@@ -124,7 +124,7 @@ def test_with_fixed_choices_a_text_is_written_for_every_answer():
     assert [m["role"] for m in prompt] == ["system", *["user", "assistant"] * 3, "user"] and "They are reviews." in prompt[0]["content"]
     assert prompt[1]["content"] == prompt[-1]["content"] == "Write an example with the label: negative"
     assert prompt[2]["content"].startswith("this is example negative")
-    assert one.account() == {"rows": 12, "asked": 12, "dropped": {}}
+    assert one.account() == {"rows": 12, "asked": 12, "dropped": {}, "near_raised": {"task/t": 0.833}}
     again = writing(random_text)
     assert [d.question for d in again.run(branches([LABELLED], ["negative", "positive"]))] == [d.question for d in done], "the same texts, the same rows"
 
@@ -170,6 +170,17 @@ def test_a_skill_with_contexts_gets_new_ones_and_knowledge_is_asked_about_its_do
             assert one.writer.prompts[3][-1]["content"].startswith(f"{done[0].context}\n\n") and "The text of" not in done[0].context
         else:
             assert {d.context for d in done} <= set(documents) and one.writer.prompts[0][-1]["content"].startswith(done[0].context)
+
+
+def test_examples_of_one_pattern_raise_what_counts_as_near():
+    assert own_nearness([]) == own_nearness(["a"]) == 0 and own_nearness(["a b", "a c", "d"]) == 0.5
+    leaf = Leaf("r", "skill", "", tuple(Example(f"what are five words that rhyme with w{i}?", "x.") for i in range(4)))
+    one = writing(lambda p, i, seed: f"what are five words that rhyme with v{i}?" if p[-1]["content"].endswith("question.") else "Answer.", rows=3,
+                  task=Task("t", "generate"), template="{q}", attempts=1)
+    assert len(one.run(branches([leaf], None))) == 3 and one.account()["near_raised"] == {"r": 0.875}
+    one.sieve.held_out.add("what are five words that rhyme with test?")
+    assert one.sieve.question("what are five words that rhyme with rest?", ["a b c d e f g h?"], near=0.9) is None
+    assert one.sieve.dropped == {"leaked": 1}, "held-out rows keep the settings' threshold"
 
 
 def test_an_answer_that_is_no_choice_and_words_that_do_not_fit():

@@ -33,7 +33,7 @@ def qna(folder: Path, content: dict | str, place: str = "") -> Path:
 def test_a_tree_of_leaves_is_read(tmp_path):
     qna(tmp_path, SKILL, "compositional_skills/writing/rhymes")
     qna(tmp_path, KNOWLEDGE, "knowledge/science/stars")
-    grounded = {**SKILL, "version": 1, "seed_examples": [{"question": "q", "answer": "a", "context": "c"}]}
+    grounded = {**SKILL, "version": 1, "task_description": "", "seed_examples": [{"question": "q", "answer": "a", "context": "c"}]}
     qna(tmp_path, {k: v for k, v in grounded.items() if k != "version"}, "own/place")
     rhymes, stars, own = read_taxonomy(tmp_path)
     assert (rhymes.path, rhymes.kind, rhymes.description) == ("compositional_skills/writing/rhymes", "skill", "Rhymes.")
