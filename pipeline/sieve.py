@@ -42,7 +42,7 @@ class Sieve:
         self.dropped: Counter[str] = Counter()
         self.frame = [line.strip() for text, *_ in string.Formatter().parse(template) for line in text.splitlines() if len(line.strip()) > 2]
 
-    def text(self, raw: str, like: Sequence[str], shortest: int | None = None, longest: int | None = None) -> str | None:
+    def text(self, raw: str, like: Sequence[str], longest: int | None = None) -> str | None:
         """A text in the form of the examples `like`; None if it has another. Lengths in words; longest None: twice the longest example's.
 
         Where three examples of four end in a mark, one that does not was cut off.
@@ -52,7 +52,7 @@ class Sieve:
             return self._drop(FORMAT)
         if _ended(found) < _most(map(_ended, like)):
             return self._drop(UNFINISHED)
-        least = self.settings.shortest if shortest is None else shortest
+        least = self.settings.shortest
         most = longest or 2 * max(len(one.split()) for one in like)
         return found if least <= len(found.split()) <= max(least, most) else self._drop(LENGTH)
 

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.duplicates import own_nearness
 from pipeline.files import UserError
@@ -18,15 +18,9 @@ from pipeline.scoring import canonical
 from pipeline.sieve import JUDGE, Sieve
 from pipeline.synthetic import Synthesis
 from pipeline.taxonomy import Example, Leaf
+from pipeline.teachers.writer import Messages, Writer
 
 WORDS = ("system", "by_answer", "question", "in_context", "context", "answer", "judge")
-Messages = list[dict[str, str]]
-
-
-class Writes(Protocol):
-    """A writer (pipeline/teachers/writer.py)."""
-
-    def write(self, prompts: Sequence[Messages], *, seed: int = 0) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def branches(leaves: Sequence[Leaf], choices: Sequence[str] | None) -> list[Bran
 class Writing:
     """One set of rows being written. tag: of the set, part of every draw."""
 
-    writer: Writes
+    writer: Writer
     settings: Synthesis
     sieve: Sieve
     tag: str

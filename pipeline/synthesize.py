@@ -28,6 +28,7 @@ from pipeline.synthesis import Draft, Writing, branches, check_words
 from pipeline.synthetic import Synthesis
 from pipeline.tasks import Recipe
 from pipeline.taxonomy import Example, Leaf
+from pipeline.teachers.writer import Writer
 
 Rows = list[dict[str, Any]]
 
@@ -70,7 +71,7 @@ def run(cfg: DictConfig) -> int:
         raise UserError(f"{data} is not prepared; run: python -m pipeline.prepare task={cfg.task.name}")
     recipe = tasks.read(cfg)
     form = form_of(recipe, wanted)
-    writer = build(cfg.writer, "writer")
+    writer: Writer = build(cfg.writer, "writer")
     writer.check()
     if writer.temperature == 0:
         raise UserError("writer.temperature=0 writes the same text every time; set writer.temperature=0.9")
@@ -97,7 +98,7 @@ def run(cfg: DictConfig) -> int:
     return 0
 
 
-def written(wanted: Synthesis, form: Form, leaves: Sequence[Leaf], writer: Any, held: tuple[Near, Near], tag: str) -> tuple[Rows, dict[str, Any]]:
+def written(wanted: Synthesis, form: Form, leaves: Sequence[Leaf], writer: Writer, held: tuple[Near, Near], tag: str) -> tuple[Rows, dict[str, Any]]:
     """The rows of one set, and what its part of the manifest says. held: texts held out, and labelled ones."""
     writing = Writing(writer, wanted, Sieve(wanted, form.recipe, form.recipe.prompt, *held), tag)
     writing.run(branches(leaves, form.recipe.choice_list))
@@ -173,7 +174,7 @@ def _whole(example: Example) -> str:
     return f"{example.context} {example.question}".strip()
 
 
-def _teacher(writer: Any) -> str:
+def _teacher(writer: Writer) -> str:
     about = writer.about()
     return f"{about['kind']}:{about['model']}"
 
