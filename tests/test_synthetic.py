@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from chat_server import serving
 from conftest import BAD, GOOD
 from test_taxonomy import KNOWLEDGE, SKILL, qna
 
@@ -175,6 +176,22 @@ def test_the_stage_writes_rows_of_every_seed_from_its_own_labelled_rows(stage, t
     assert about["seconds"] == sum(one["seconds"] for one in about["sets"].values()) and "10 rows of" in capsys.readouterr().out
     before = sha256(folder / "rows.jsonl")
     assert synthesize.main([*stage, "synthetic.row_seeds=[0,3]"]) == 0 and sha256(folder / "rows.jsonl") == before
+
+
+@pytest.mark.slow
+def test_behind_a_server_an_interrupted_stage_goes_on_and_a_finished_one_asks_for_nothing(stage, tmp_path, capsys):
+    folder = tmp_path / "synthetic" / "vader_movies" / "labels"
+    with serving() as server:
+        mine = [o for o in stage if "writer" not in o] + ["writer=server", f"writer.base_url={server.url}", "writer.model=m", "writer.key_variable=null",
+                                                          "writer.temperature=1.0", "writer.concurrency=1"]
+        server.reply = lambda text: questions(len(server.asked), 0)
+        server.behave = lambda number, handler: number == 5 and handler.send(400, {"error": {"message": "no"}})
+        assert synthesize.main(mine) == 2 and not folder.exists() and len(server.asked) == 5
+        assert synthesize.main(mine) == 0
+        paid, before = len(server.paid), sha256(folder / "rows.jsonl")
+        assert paid == len(set(map(repr, (a["messages"] + [a.get("seed")] for a in server.asked)))), "no text was asked for twice"
+        assert synthesize.main(mine) == 0 and len(server.paid) == paid and sha256(folder / "rows.jsonl") == before
+    assert len(read_jsonl(folder / "rows.jsonl")) == 10 and read_json(folder / "manifest.json")["teacher"] == "server:m"
 
 
 def test_a_taxonomy_fills_a_task_of_instructions(tiny, tmp_path, monkeypatch):
