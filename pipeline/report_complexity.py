@@ -68,10 +68,21 @@ MEASURES = (
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    """A panel for every technique that a model answers, in the order of the rows."""
-    shown = [r for r in rows if not r.teacher and r.status != "oom"]
-    most = {m.scale: max((n.value(r) or 0.0 for r in shown for n in MEASURES if n.scale == m.scale), default=0.0) for m in MEASURES}
-    return [Panel(row, [_figure(row, m, most[m.scale]) for m in MEASURES], *_many(row)) for row in shown]
+    """A panel for every technique that a model answers, in the order of the rows; what none of them has a figure of is left out."""
+    shown = _shown(rows)
+    missing = unmeasured(rows)
+    measures = [m for m in MEASURES if m.title not in missing]
+    most = {m.scale: max((n.value(r) or 0.0 for r in shown for n in measures if n.scale == m.scale), default=0.0) for m in measures}
+    return [Panel(row, [_figure(row, m, most[m.scale]) for m in measures], *_many(row)) for row in shown]
+
+
+def unmeasured(rows: Sequence[Row]) -> list[str]:
+    """Titles of the measures that no technique has a figure of."""
+    return [m.title for m in MEASURES if all(m.value(r) is None for r in _shown(rows))]
+
+
+def _shown(rows: Sequence[Row]) -> list[Row]:
+    return [r for r in rows if not r.teacher and r.status != "oom"]
 
 
 def _figure(row: Row, measure: Measure, most: float) -> Figure:

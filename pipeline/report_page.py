@@ -95,7 +95,7 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
         "curves": panels(rows, colour),
         "forgetting": [(rows_in_words(name), found) for name, group in groups.items() if (found := report_forgetting.charts(group, colour))],
         "probed": report_forgetting.probes(rows),
-        "complexity": report_complexity.panels(first),
+        "complexity": report_complexity.panels(first), "complexity_missing": report_complexity.unmeasured(first),
     }
 
 
