@@ -13,7 +13,7 @@ from pipeline.report_table import columns, interval, remarks, timing_notes
 from pipeline.report_text import CURVES, opening, warnings
 
 TABLES = (
-    ("name", "labelled_rows", "test", "letters", "test_seed_high", "against_zero_shot"),
+    ("name", "labelled_rows", "synthetic_rows", "test", "letters", "test_seed_high", "against_zero_shot"),
     ("name", "train_s", "wall_s", "tokens_per_s", "peak_bytes", "trainable", "artefact_bytes"),
     ("name", "macro_f1", "validation", "transfer", "perplexity_change", "pairs_change", "lambada_change", "latency_s"),
 )
