@@ -86,6 +86,15 @@ def test_trl_s_loop_learns_from_rewards_under_our_meter(overrides, tmp_path, nam
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_a_run_that_diverges_ends_with_a_note(overrides, tmp_path, name):
+    pytest.importorskip("trl")
+    more = [f"technique={name}", "start=null", "train.lr=1e30", "train.steps=6", "objective.num_generations=4", "train.validations=0"]
+    found = cell.run(compose([*overrides, *SHORT, *more]), folder=tmp_path / "cell")
+    assert found.status == "ok" and any("diverged" in note for note in found.notes) and len(found.history) < 6
+
+
+@pytest.mark.slow
 def test_a_divergence_from_the_start_costs_and_leaves_no_second_adapter(overrides, tmp_path):
     pytest.importorskip("trl")
     cfg = compose([*overrides, *SHORT, "technique=grpo", "start=null", "objective.beta=0.1", "train.steps=2", "objective.num_generations=2"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ class TrlLoop(Loop):
             temperature=ask.temperature, beta=ask.beta, learning_rate=settings.lr, max_grad_norm=settings.max_grad_norm, seed=self.seed,
             bf16=self.dtype == torch.bfloat16, use_cpu=self.device.type == "cpu", gradient_checkpointing=False, logging_steps=1, save_strategy="no",
             report_to="none", disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
+            generation_kwargs={"remove_invalid_values": True},  # numbers that are none end a CUDA process in sampling; the loss then says so
         )
         groups = self.method.optimizer_groups(self.model, settings.lr)
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
@@ -170,6 +172,10 @@ class TrlLoop(Loop):
         class Between(TrainerCallback):
             def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
                 if not logs or "loss" not in logs:
+                    return
+                if not all(math.isfinite(float(logs.get(key, 0.0))) for key in ("loss", "grad_norm")):
+                    loop.notes.append(f"training diverged: the loss or its gradient was not finite at step {state.global_step} of {loop.total}")
+                    control.should_training_stop = True
                     return
                 loop.state.step, loop.state.tokens = state.global_step, int(state.num_input_tokens_seen)
                 loop.state.history.append({"step": state.global_step, "loss": float(logs["loss"]), "lr": float(logs["learning_rate"]),
