@@ -46,7 +46,8 @@ def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Gr
     )
     environment.filters |= {"words": words, "hyperparameter": f.hyperparameter, "anchor": f.anchor}
     return environment.get_template("report.html").render(
-        **_content(experiment, rows, missing, sentences(grown) if grown else ()), **_growth(rows, grown), **report_tuning.part(rows, tunings or {}, colours(rows)),
+        **_content(experiment, rows, missing, sentences(grown) if grown else ()), **_growth(rows, grown),
+        **report_tuning.part(rows, tunings or {}, colours(rows)),
     )
 
 
@@ -186,7 +187,9 @@ def _energy(work: Work | None) -> str | None:
 
 def _tuning(result: Result) -> str | None:
     found = result.tuning
-    return None if found is None else f"{found.searched} hyperparameters, {found.trials} trials with seed {found.seed}, {f.duration(found.device_s)}; {found.file}"
+    if found is None:
+        return None
+    return f"{found.searched} hyperparameters, {found.trials} trials with seed {found.seed}, {f.duration(found.device_s)}; {found.file}"
 
 
 def _score(result: Result, split: str) -> str:

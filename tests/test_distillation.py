@@ -72,7 +72,8 @@ def test_the_divergence_is_the_formula_s_and_0_for_equal_models(direction):
     student, teacher = torch.tensor([[1.0, 0.0, -2.0]]), torch.tensor([[0.5, 0.5, 3.0]])
     q, p = (torch.softmax(x / 2, -1)[0] for x in (student, teacher))
     first, second = (p, q) if direction == "forward" else (q, p)
-    assert float(divergence(student, teacher, 2.0, direction)) == pytest.approx(float(sum(a * torch.log(a / b) for a, b in zip(first, second, strict=True))), abs=1e-6)
+    expected = float(sum(a * torch.log(a / b) for a, b in zip(first, second, strict=True)))
+    assert float(divergence(student, teacher, 2.0, direction)) == pytest.approx(expected, abs=1e-6)
     assert float(divergence(teacher, teacher, 2.0, direction)) == 0.0
 
 
@@ -80,7 +81,8 @@ def beginning(overrides: list[str], tiny: Path, *more: str) -> Beginning:
     cfg = compose([*overrides, *SHORT, "technique=logit_distillation", *more])
     model = load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
     encoder = Encoder(load_tokenizer(tiny / "models" / "smollm2_135m"), CHOICE, 64, "error")
-    return Beginning(cfg, read(cfg), model, encoder, [dict(ROW, id=str(i), prompt=f"Review: {'film ' * i}\nSentiment:") for i in range(1, 5)], CPU, torch.float32)
+    rows = [dict(ROW, id=str(i), prompt=f"Review: {'film ' * i}\nSentiment:") for i in range(1, 5)]
+    return Beginning(cfg, read(cfg), model, encoder, rows, CPU, torch.float32)
 
 
 def taught(objective: LogitDistillation, at: Beginning) -> list:

@@ -191,7 +191,8 @@ def test_rationales_of_a_local_model_depend_on_what_writes_them():
     assert code == {f for f in made if f.startswith("pipeline/teachers/")} | {"pipeline/demonstrations.py", "pipeline/rationales.py"}
     assert set(stage["foreach"]) <= set(options("task"))
     cfg = compose(["teacher=local"])
-    assert f"models/{cfg.writer.model}" in stage["do"]["deps"] and stage["do"]["params"] == [{"conf/teacher/local.yaml": None}, {"conf/writer/local.yaml": None}]
+    assert f"models/{cfg.writer.model}" in stage["do"]["deps"]
+    assert stage["do"]["params"] == [{"conf/teacher/local.yaml": None}, {"conf/writer/local.yaml": None}]
 
 
 def test_every_ready_model_has_its_line():

@@ -21,7 +21,8 @@ from pipeline.settings import Precision, Task, Train
 CPU = torch.device("cpu")
 TASK = Task("t", "choice")
 ROWS: list[dict] = [
-    {"id": str(i), "prompt": f"Review: {'film ' * (i + 1)}\nSentiment:", "answer": good, "choices": ["negative", "positive", "the plot of a story"], "fields": {}}
+    {"id": str(i), "prompt": f"Review: {'film ' * (i + 1)}\nSentiment:", "answer": good,
+     "choices": ["negative", "positive", "the plot of a story"], "fields": {}}
     for i, good in enumerate(["positive", "negative", "the plot of a story", "positive"])
 ]
 
@@ -128,7 +129,8 @@ def test_a_row_is_compared_with_wrong_choices_drawn_by_its_id():
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [({"prompt": "p", "chosen": "a"}, "line 2 of .* has no text 'rejected'"), ({"prompt": "p", "chosen": "a", "rejected": "a"}, "line 2 of .* prefers a text to itself")],
+    [({"prompt": "p", "chosen": "a"}, "line 2 of .* has no text 'rejected'"),
+     ({"prompt": "p", "chosen": "a", "rejected": "a"}, "line 2 of .* prefers a text to itself")],
 )
 def test_a_bad_line_of_a_pairs_file_is_named(tmp_path, line, says):
     write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}, line])
@@ -155,7 +157,8 @@ def test_a_pairs_file_is_drawn_from_as_rows_are(tmp_path, overrides):
 
 @pytest.mark.parametrize(
     "change",
-    ["technique=dpo objective.beta=0", "technique=orpo objective.weight=-1", "technique=kto objective.desirable_weight=0", "technique=dpo objective.wrong_choices=0"],
+    ["technique=dpo objective.beta=0", "technique=orpo objective.weight=-1", "technique=kto objective.desirable_weight=0",
+     "technique=dpo objective.wrong_choices=0"],
 )
 def test_values_out_of_range_are_refused(change):
     with pytest.raises(UserError, match=r"objective\.\w+ is -?\d"):

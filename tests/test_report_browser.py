@@ -67,7 +67,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def seen(page: str, folder: Path, width: int, dark: bool) -> dict[str, Any]:
     """What the probe found on the page, shown in a frame of this width (Chromium's window is never narrower than 500)."""
     (folder / "page.html").write_text(page.replace("<style>", f"{EARLY}<style>", 1).replace("</body>", f"{PROBE}</body>"))
-    inner = "<iframe id=f src=page.html style='border:0;width:%dpx;height:900px'></iframe>" % width
+    inner = f"<iframe id=f src=page.html style='border:0;width:{width}px;height:900px'></iframe>"
     late = "<script>onload = () => setTimeout(() => document.title = document.getElementById('f').contentDocument.title, 200)</script>"
     (folder / "frame.html").write_text(f"<body style='margin:0'>{inner}{late}")
     assert CHROMIUM

@@ -202,9 +202,12 @@ def drop(x: Tensor, noise: Noise, member: int) -> Tensor:
 def thin_(out: Tensor, p: Tensor, x: Tensor, ends: list[int]) -> None:
     """pᵀ x into out [r, D], for members of r columns of p [N, m·r] each: columns of x [N, D] up to ends[0] with the first, up to ends[1] with the
     second, and so on. Adapters' gradients: long, and few numbers wide."""
-    kernels, rank = _kernels(x), len(out)
-    if kernels and kernels.thin_(out, p, x, ends):
-        return
+    rank = len(out)
+    if x.is_cuda:
+        from pipeline.fast.triton_thin import thin_
+
+        if thin_(out, p, x, ends):
+            return
     for j, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False)):
         torch.mm(p[:, j * rank : (j + 1) * rank].t(), x[:, lo:hi], out=out[:, lo:hi])
 
