@@ -194,8 +194,8 @@ class ByHand:
         dqkv = self.new(n * (self.sizes[QKV][1] + self.under[QKV]), z)
         del found
         w = self.weight(QKV)
-        low = 0 if self.under[QKV] else n * self.down[QKV]
-        dn = self.new(n * (s.width + beside[QKV]), z) if wanted or self.full else self.new(low, z)
+        columns = 0 if self.under[QKV] else n * self.down[QKV]
+        dn = self.new(n * (s.width + beside[QKV]), z) if wanted or self.full else self.new(columns, z)
         del w, dkept
         dx = self.new(n * (s.width + self.under[DOWN]), z) if wanted or self.full else None
         del dn, dqkv, dmixed, dx2

@@ -88,7 +88,7 @@ class Operations:
         del wide, root, narrow
 
         def back(box: list[Any]) -> Tensor | None:
-            dout = box.pop()
+            dy = box.pop()
             if trained:
                 product = self.new(size, oz)
                 self.grad(name, self.s.width)
@@ -97,7 +97,7 @@ class Operations:
                 saved.clear()
                 return None
             dnarrow = self.new(size, oz)
-            del dout
+            del dy
             if oz != hz:
                 dnarrow = self.new(size, hz)
             dscaled = dnarrow if hz == 4 else self.new(size, 4)
@@ -136,13 +136,13 @@ class Operations:
         del fed
 
         def back(box: list[Any]) -> Tensor | None:
-            dout = box.pop()
+            dy = box.pop()
             if not needs:
                 return None
             self.product("backward")
             dequantised = self.new(i * o, z) if precision in ("nf4", "int8") else None
             dx = self.new(self.n * i, z)
-            del dequantised, dout
+            del dequantised, dy
             saved.clear()
             return dx if xz == z else self.new(self.n * i, xz)
 
@@ -159,11 +159,11 @@ class Operations:
         del fed, cast
 
         def back(box: list[Any]) -> Tensor | None:
-            dout = box.pop()
+            dy = box.pop()
             self.product("backward")
             dx = self.new(tokens * i, z) if needs else None
             made = [self.new(i * o, z, "gradients")]
-            del dout
+            del dy
             saved.clear()
             dx = self.new(tokens * i, xz) if dx is not None and xz != z else dx
             self.keep_grad(owner or key, made, i * o, z)
@@ -195,7 +195,7 @@ class Operations:
         del mask, dropped, fed, wide, down, casts
 
         def back(box: list[Any]) -> Tensor | None:
-            dout = box.pop()
+            dy = box.pop()
             dup = self.new(n * o, z)
             ddown = self.new(n * rank, z)
             self.grad(f"{layer}.{name}.B", rank * o, z)
@@ -213,8 +213,8 @@ class Operations:
                 dfed = self.new(n * i, wz)
             if wz != xz:
                 dfed = self.new(n * i, xz)
-            held = [dout]
-            del dout
+            held = [dy]
+            del dy
             return base_back(held) and dfed  # added in place
 
         return out, back
@@ -239,9 +239,9 @@ class Operations:
             saved = [held]
             del held, scaled
 
-        def scale_back(dout: Tensor) -> Tensor:
-            wide = dout if z == 4 else self.new(size, 4)
-            del dout
+        def scale_back(dy: Tensor) -> Tensor:
+            wide = dy if z == 4 else self.new(size, 4)
+            del dy
             product = self.new(size, 4)
             self.grad(f"{layer}.{name}.ia3", i if inner else o)
             del product
