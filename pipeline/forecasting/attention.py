@@ -82,16 +82,16 @@ class Attention:
         """The gradient through the rotation of found[at], which is taken out."""
         me = self.owner
         size, wide = me.n * heads * me.s.head, max(me.z, me.hz)
-        dout = found[at]
+        dy = found[at]
         found[at] = None
         if wide != me.z:
-            dout = me.new(size, wide)
+            dy = me.new(size, wide)
         turned = me.new(size, wide)
         parts = [me.new(size, wide) for _ in range(2)]
         parts.append(me.new(size // 2, wide))
         del turned
         dx = me.new(size, wide)
-        del parts, dout
+        del parts, dy
         return dx if wide == me.z else me.new(size, me.z)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, needs: bool) -> tuple[Tensor, Back]:
@@ -104,12 +104,12 @@ class Attention:
         del logs, q, k, v
 
         def back(box: list[Any]) -> list[Any]:
-            dout = box.pop()
+            dy = box.pop()
             found: list[Any] = [me.new(own, z), me.new(shared, z), me.new(shared, z)]
             sums = me.new(n * s.heads, 4)
             wide = me.new(own, 4) if me.plan.gpu else None
             expanded = [me.new(own, z), me.new(own, z)] if me.plan.gpu and s.heads != s.groups else []
-            del sums, wide, expanded, dout
+            del sums, wide, expanded, dy
             saved.clear()
             return found
 
@@ -134,11 +134,11 @@ class Attention:
         out = me.new(own, z)
 
         def back(box: list[Any]) -> list[Any]:
-            dout = box.pop()
-            dout = me.new(own, z)
+            dy = box.pop()
+            dy = me.new(own, z)
             dweights = me.new(square, z)
             dv = me.new(own, z)
-            del dout
+            del dy
             draw = me.new(square, z)
             del dweights
             dq, dk = me.new(own, z), me.new(own, z)

@@ -200,10 +200,10 @@ class Eager(Operations):
         del fed
 
         def back(box: list[Any]) -> Tensor:
-            dout = box.pop()
+            dy = box.pop()
             self.product("backward")
             dx = self.new(m * d, z)
-            del dout
+            del dy
             return dx if xz == z else self.new(m * d, xz)
 
         return out, back
