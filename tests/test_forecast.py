@@ -79,7 +79,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(big):
     for rows, fits in ((most, True), (most * 5 // 4, False)):
         size = [f"train.batch_size={rows}", f"train.micro_batch_tokens={rows * 264}", f"train_rows={rows}"]
         assert told(big, *common, *size, batches=False).fits is fits
-    assert told(big[:-1], *common, "forecast.gpu_memory_gb=0.45").largest_batch == 0
+    assert told(big[:-1], *common, "forecast.gpu_memory_gb=0.25").largest_batch == 0
 
 
 @pytest.mark.parametrize(("more", "reason"), [
