@@ -230,6 +230,14 @@ def _mean_variance(by_row: np.ndarray) -> float:
     return float(by_row.var(ddof=1)) / len(by_row) if len(by_row) > 1 else 0.0
 
 
+def differences(ranked: Sequence[Technique], pairs: Sequence[tuple[int, int]]) -> list[tuple[float, float, float]]:
+    """(the first beyond the second, half the 95% interval's width, two-sided p) of chosen pairs of techniques on the same rows, corrected for
+    nothing. The seeds of all techniques tell of the spreads."""
+    spreads = Spreads.of(ranked)
+    found = [_Pair.of(ranked, spreads, a, b) for a, b in pairs]
+    return [(pair.point, pair.half, pair.p) for pair in found]
+
+
 def p_values(ranked: Sequence[Technique]) -> list[tuple[int, int, float]]:
     """(technique number, other, two-sided p) of every pair, corrected for nothing."""
     spreads = Spreads.of(ranked)

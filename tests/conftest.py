@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,14 @@ def overrides(tiny: Path, tmp_path: Path) -> list[str]:
         "task=vader_movies", "model=smollm2_135m", "teacher=lexicon", "tracking=none", "device=cpu", "train.progress=false",
         "evaluate.forgetting=false", "evaluate.transfer_rows=0", "evaluate.latency_rows=2", "evaluate.adapters=[]", "model.note=null",
     ]
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts; a process that was started in the background ignores it."""
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, outside)
 
 
 @pytest.fixture(scope="session")

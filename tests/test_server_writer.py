@@ -198,7 +198,7 @@ def test_what_will_not_pass_is_asked_once(server, tmp_path, status, body, messag
 # interruptions
 
 
-def test_an_interruption_keeps_what_was_under_way_and_going_on_pays_for_the_rest_alone(server, tmp_path):
+def test_an_interruption_keeps_what_was_under_way_and_going_on_pays_for_the_rest_alone(interruptible, server, tmp_path):
     texts = [f"q{i}" for i in range(20)]
 
     def behave(number, handler):
@@ -208,12 +208,8 @@ def test_an_interruption_keeps_what_was_under_way_and_going_on_pays_for_the_rest
         return False
 
     server.behave = behave
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that was started in the background ignores it
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            writer(server, tmp_path, concurrency=3).write(asking(*texts))
-    finally:
-        signal.signal(signal.SIGINT, outside)
+    with pytest.raises(KeyboardInterrupt):
+        writer(server, tmp_path, concurrency=3).write(asking(*texts))
     before = len(server.asked)
     assert 8 <= before <= 11 and len(lines(tmp_path)) == before == len(server.paid)
     assert writer(server, tmp_path, concurrency=3).write(asking(*texts)) == [f"Said: {t}" for t in texts]
