@@ -38,7 +38,10 @@ def test_there_is_one_dvc_yaml_for_all_experiments():
     assert yaml.safe_load((ROOT / "params.yaml").read_text()) == {"experiment": "quick"}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+QUICK_TO_COMPOSE = [pytest.param(e, marks=pytest.mark.slow) if e == "techniques" else e for e in EXPERIMENTS]
+
+
+@pytest.mark.parametrize("name", QUICK_TO_COMPOSE)
 def test_params_say_what_the_experiment_composes(name):
     known = grid(name)
     cells = [compose(overrides) for overrides in one_cell_a_technique(name)]
@@ -48,7 +51,7 @@ def test_params_say_what_the_experiment_composes(name):
     assert all(type(n) is int for n in known["grid"]["train_rows"]), "DVC names a cell by its rows"
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", QUICK_TO_COMPOSE)
 def test_every_file_that_a_cell_composes_is_tracked(name):
     """The plan stage depends on it, and the cell on its plan."""
     deps = stages(f"experiments/{name}/dvc.yaml")["plan"]["deps"]
@@ -132,6 +135,7 @@ def test_a_cell_depends_on_the_code_that_it_runs_file_by_file():
     assert not any((ROOT / d).is_dir() for d in deps), "a new file in a folder would rerun every cell"
 
 
+@pytest.mark.slow
 def test_what_reads_another_cell_comes_after_it():
     first, after = (stages("experiments/quick/dvc.yaml")[name] for name in ("train", "train_after"))
     further = "results/${experiment}/${grid.first}-s${item.seed}-n${item.rows}/artefact"

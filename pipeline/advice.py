@@ -1,0 +1,312 @@
+"""Which technique to take, from the cells on disk: expected accuracy at a number of training rows, memory, time, and what they rest on.
+
+Library of `python -m pipeline.advise`; docs/advice.md tells the rules, `python -m benchmarks.advice` how they did where a size or a task was hidden.
+
+An accuracy is expected of one new run with another seed. Its 95% interval is a prediction interval: mean ± t · sqrt(s² (1 + 1/S) + v), with s the
+spread over seeds (pooled over techniques and sizes), S the seeds behind the mean and v the variance that the test rows give it; through three sizes
+or more the mean is the fitted learning curve's, with the curve's own interval. Nothing is said beyond the largest size or below the smallest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline import learning_curve, results, tiers
+from pipeline.files import UserError
+from pipeline.report_cells import NAME, Cell
+
+NEAR = 1.25
+"""Sizes that differ by no more than this factor count as the same."""
+UNKNOWN_SPREAD = 0.03
+"""Taken for the spread over seeds where no technique has two: the largest that is usual (DESIGN's 0.5 to 3 points)."""
+LEFT_OUT = ("best",)
+"""Variants that are no technique of their own: a sweep's confirm cell."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is asked for. gpu_memory_gb: GiB of the card; hours: for training one cell; metric_floor: a fraction. None: no limit."""
+
+    train_rows: int
+    gpu_memory_gb: float | None = None
+    hours: float | None = None
+    metric_floor: float | None = None
+    task: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One cell as evidence."""
+
+    technique: str
+    task: str
+    model: str
+    rows: int
+    seed: int
+    accuracy: float
+    test_rows: int
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A figure with its 95% interval; low and high are None where nothing is known of its spread."""
+
+    value: float
+    low: float | None
+    high: float | None
+    basis: str
+
+
+@dataclass
+class Candidate:
+    """A technique, what is expected of it, and why it is out (None: it is not)."""
+
+    technique: str
+    evidence: list[Seen]
+    accuracy: Expected | None = None
+    memory_bytes: float | None = None
+    memory_from: str = ""
+    train_s: Expected | None = None
+    out: str | None = None
+    told_apart: bool = True
+    """From the most accurate that is not out; False for that one itself."""
+
+    @property
+    def nearest(self) -> Seen:
+        """The cell whose settings are recommended."""
+        return self.evidence[0]
+
+
+@dataclass
+class Advice:
+    """candidates: all techniques with evidence, the recommended one first, those that are out last. chosen: None where no evidence fits."""
+
+    need: Need
+    task: str
+    model: str
+    candidates: list[Candidate] = field(default_factory=list)
+    chosen: Candidate | None = None
+    reason: str = ""
+    """Why this one, or why none."""
+
+
+def gather(roots: Iterable[Path]) -> list[Seen]:
+    """Every finished cell below the folders that answered test rows."""
+    found = []
+    for path in (p for root in roots for p in sorted(root.rglob("result.json"))):
+        parts = NAME.fullmatch(path.parent.name)
+        if not parts or parts["variant"] in LEFT_OUT:
+            continue
+        result = results.read(path)
+        label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
+        if result.status == "ok" and result.test and result.metric == "accuracy" and result.method != "teacher":
+            cell = Cell(result, path.parent, label, parts["rows"])
+            found.append(Seen(label, result.task, result.model, result.train_rows, result.seed, result.test.accuracy, result.test.rows, cell))
+    return found
+
+
+def advise(seen: Sequence[Seen], need: Need) -> Advice:
+    """The advice of evidence on the task and model that are asked for.
+
+    Raises:
+        UserError: there is no evidence on them (the message names what there is), or they are not named and there are several.
+    """
+    task, model = _pair(seen, need)
+    own = [s for s in seen if (s.task, s.model) == (task, model)]
+    by_technique: dict[str, list[Seen]] = defaultdict(list)
+    for one in own:
+        by_technique[one.technique].append(one)
+    spread = pooled_spread(own)
+    curves = _curves(own)
+    candidates = [_candidate(name, cells, need, spread, curves.get(name)) for name, cells in by_technique.items()]
+    advice = Advice(need, task, model, candidates)
+    _choose(advice)
+    return advice
+
+
+def _pair(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
+    there = sorted({(s.task, s.model) for s in seen if need.task in (None, s.task) and need.model in (None, s.model)})
+    if len(there) == 1:
+        return there[0]
+    every = ", ".join(f"task={t} model={m}" for t, m in (there or sorted({(s.task, s.model) for s in seen}))) or "nothing at all"
+    if there:
+        raise UserError(f"there is evidence on several tasks or models ({every}); name one with task= and model=")
+    asked = " ".join(f"{k}={v}" for k, v in (("task", need.task), ("model", need.model)) if v)
+    raise UserError(f"no finished cell is evidence on {asked or 'any task'} (there is {every}); run an experiment on it first, such as "
+                    "python -m pipeline.cells experiments=data_size_quick")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviation of a run's accuracy over seeds, and its degrees of freedom (0: assumed)."""
+
+    sd: float
+    df: int
+
+    @property
+    def t(self) -> float:
+        """Half a 95% interval in standard deviations."""
+        if not self.df:
+            return 1.959964
+        from scipy.stats import t
+
+        return float(t.ppf(0.975, self.df))
+
+
+def pooled_spread(seen: Sequence[Seen]) -> Spread:
+    """Over techniques and sizes with several seeds; what is not random (all seeds alike) tells nothing of those that are."""
+    groups: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for one in seen:
+        groups[one.technique, one.rows].append(one.accuracy)
+    squares, df = 0.0, 0
+    for values in groups.values():
+        mean = math.fsum(values) / len(values)
+        if len(values) > 1 and any(v != values[0] for v in values):
+            squares += math.fsum((v - mean) ** 2 for v in values)
+            df += len(values) - 1
+    return Spread(math.sqrt(squares / df), df) if df else Spread(UNKNOWN_SPREAD, 0)
+
+
+def _curves(own: Sequence[Seen]) -> dict[str, learning_curve.Curve]:
+    """Learning curves over training rows of every technique with three sizes; those that take no rows have none here."""
+    measured = [learning_curve.Measured(s.technique, s.rows, s.seed, s.accuracy, s.test_rows) for s in own if not takes_no_rows(s)]
+    return learning_curve.fit(measured) if measured else {}
+
+
+def takes_no_rows(one: Seen) -> bool:
+    """Whether the technique is the same whatever the number of training rows."""
+    return one.cell.untrained and "labels_from" not in one.cell.result.hyperparameters
+
+
+def _candidate(name: str, cells: list[Seen], need: Need, spread: Spread, curve: learning_curve.Curve | None) -> Candidate:
+    ordered = sorted(cells, key=lambda s: (abs(math.log(s.rows / need.train_rows)), s.seed))
+    found = Candidate(name, ordered, expected_accuracy(cells, need.train_rows, spread, curve))
+    if found.accuracy is None:
+        sizes = sorted({s.rows for s in cells})
+        found.out = f"measured at {_sizes(sizes)} training rows, which says nothing of {need.train_rows:,}"
+        return found
+    found.memory_bytes, found.memory_from, fits = _memory(found.nearest, need)
+    found.train_s = _time(ordered, need.train_rows)
+    if fits is False and found.memory_bytes:
+        found.out = f"needs {found.memory_bytes / 2**30:.1f} GiB of {need.gpu_memory_gb:g} ({found.memory_from})"
+    elif need.hours is not None and found.train_s and found.train_s.value > 3600 * need.hours:
+        found.out = f"trains {found.train_s.value / 3600:.1f} h of {need.hours:g} ({found.train_s.basis})"
+    elif need.metric_floor is not None and (found.accuracy.value < need.metric_floor):
+        found.out = f"is expected at {100 * found.accuracy.value:.1f}%, below {100 * need.metric_floor:g}%"
+    return found
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+
+
+def expected_accuracy(cells: Sequence[Seen], rows: int, spread: Spread, curve: learning_curve.Curve | None) -> Expected | None:
+    """What a new run with `rows` training rows is expected to score; None where the sizes measured say nothing of it."""
+    if all(takes_no_rows(s) for s in cells):
+        return _mean(cells, spread, "takes no training rows")
+    at = [s for s in cells if s.rows == rows]
+    if not at and curve is not None and curve.sizes[0] <= rows <= curve.sizes[-1] and curve.fits:
+        on = curve.at(rows)
+        half = math.hypot((on.high - on.low) / 2, spread.t * spread.sd)
+        return Expected(on.value, *_bounded(on.value, half), f"learning curve through {len(curve.sizes)} sizes, {_sizes(curve.sizes)} rows")
+    at = at or [s for s in cells if max(s.rows, rows) <= NEAR * min(s.rows, rows)]
+    if at:
+        nearest = min({s.rows for s in at}, key=lambda n: abs(math.log(n / rows)))
+        return _mean([s for s in at if s.rows == nearest], spread, f"measured at {nearest:,} rows")
+    sizes = sorted({s.rows for s in cells})
+    below, above = max((n for n in sizes if n < rows), default=None), min((n for n in sizes if n > rows), default=None)
+    if below is None or above is None:
+        return None
+    low, high = (_mean([s for s in cells if s.rows == n], spread, "") for n in (below, above))
+    share = math.log(rows / below) / math.log(above / below)
+    value = low.value + share * (high.value - low.value)
+    assert low.low is not None and high.low is not None and low.high is not None and high.high is not None
+    return Expected(value, min(low.low, high.low), max(low.high, high.high), f"between {below:,} and {above:,} rows, even in the logarithm")
+
+
+def _mean(cells: Sequence[Seen], spread: Spread, basis: str) -> Expected:
+    value = math.fsum(s.accuracy for s in cells) / len(cells)
+    same = len(cells) > 1 and all(s.accuracy == cells[0].accuracy for s in cells)
+    sd = 0.0 if same or cells[0].cell.result.method == "none" else spread.sd
+    rows = value * (1 - value) / cells[0].test_rows
+    half = spread.t * math.sqrt(sd**2 * (1 + 1 / len(cells)) + rows)
+    seeds = f"{len(cells)} run{'s' if len(cells) > 1 else ''}"
+    return Expected(value, *_bounded(value, half), f"{basis}, {seeds}")
+
+
+def _bounded(value: float, half: float) -> tuple[float, float]:
+    return max(0.0, value - half), min(1.0, value + half)
+
+
+def _memory(one: Seen, need: Need) -> tuple[float | None, str, bool | None]:
+    """(bytes, where from, whether they fit the card). A forecast for the card that is asked for, else what was measured on a GPU."""
+    from pipeline.forecasting.cell import forecast_of
+
+    result, card = one.cell.result, need.gpu_memory_gb
+    if card is not None and result.size and result.size.trainable:
+        hardware = {**result.hardware, "gpu": f"a card of {card:g} GiB", "gpu_memory_bytes": int(card * 2**30)}
+        told = forecast_of(dataclasses.replace(result, config={**result.config, "train_rows": need.train_rows}, hardware=hardware))
+        if told is not None and told.memory is not None:
+            return float(told.memory.total), "forecast", told.fits
+    if result.memory and result.memory.peak_bytes and result.memory.kind.startswith("gpu"):
+        peak = float(result.memory.peak_bytes)
+        return peak, f"measured on {result.hardware.get('gpu')}", None if card is None else peak <= card * 2**30
+    return None, "not known", None
+
+
+def _time(ordered: Sequence[Seen], rows: int) -> Expected | None:
+    """Training seconds at the nearest size, in proportion to the rows: as many epochs as there."""
+    nearest = [s for s in ordered if s.rows == ordered[0].rows and s.cell.result.phases and not s.cell.timing]
+    times = [s.cell.result.phases.train_s for s in nearest if s.cell.result.phases]
+    if not times or takes_no_rows(ordered[0]):
+        return None
+    ratio, hardware = rows / ordered[0].rows, ordered[0].cell.result.hardware
+    machine = hardware.get("gpu") or hardware.get("cpu") or "an unknown machine"
+    mean = math.fsum(times) / len(times)
+    return Expected(ratio * mean, ratio * min(times), ratio * max(times), f"measured at {ordered[0].rows:,} rows on {machine}, in proportion")
+
+
+def _choose(advice: Advice) -> None:
+    """The most accurate that is not out, or what needs least of those that cannot be told from it."""
+    live = sorted((c for c in advice.candidates if c.out is None), key=lambda c: -_value(c))
+    gone = sorted((c for c in advice.candidates if c.out is not None), key=lambda c: -_value(c))
+    if not live:
+        advice.candidates, advice.reason = gone, "nothing that was measured meets what is asked"
+        return
+    best = live[0]
+    for one in live:
+        one.told_apart = one is not best and _apart(one, best)
+    alike = [c for c in live if not c.told_apart]
+    chosen = min(alike, key=lambda c: (c.memory_bytes if c.memory_bytes is not None else math.inf, c.train_s.value if c.train_s else 0.0, -_value(c)))
+    advice.candidates, advice.chosen = [chosen, *(c for c in live if c is not chosen), *gone], chosen
+    if len(alike) == 1:
+        advice.reason = "the most accurate, and told apart from the others"
+    elif chosen is best:
+        advice.reason = "the most accurate; of those that cannot be told from it none needs less memory"
+    else:
+        advice.reason = f"not told apart from {best.technique} ({100 * _value(best):.1f}%), and needs the least memory of these"
+
+
+def _value(candidate: Candidate) -> float:
+    return candidate.accuracy.value if candidate.accuracy else -1.0
+
+
+def _apart(one: Candidate, best: Candidate) -> bool:
+    """Whether the test rows of the nearest size that both have tell them apart (tiers.py); without such answers, whether their intervals part."""
+    here = {s.rows for s in one.evidence}
+    shared = next((s.rows for s in best.evidence if s.rows in here), None)
+    if shared is not None:
+        runs = {c.technique: {s.seed: s.cell.right() for s in c.evidence if s.rows == shared} for c in (one, best)}
+        fixed = [c.technique for c in (one, best) if c.nearest.cell.result.method == "none"]
+        found = tiers.compare(runs, fixed)
+        if found is not None and len(found.means) == 2:
+            return found.between(best.technique, one.technique).told
+    assert one.accuracy and best.accuracy
+    return one.accuracy.high is not None and best.accuracy.low is not None and one.accuracy.high < best.accuracy.low

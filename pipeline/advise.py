@@ -1,0 +1,122 @@
+"""Which technique to take with so many rows, so much memory and so much time: an answer from the cells on disk and the forecast.
+
+    python -m pipeline.advise train_rows=500 gpu_memory_gb=16 hours=2
+    python -m pipeline.advise train_rows=500 metric_floor=0.5 task=vader_movies_5 model=smollm2_135m results=results/data_size
+
+Keys: train_rows; gpu_memory_gb, hours (of training one cell), metric_floor (a fraction), task, model, results (a folder, results). Exit codes: 0 there
+is an answer, 1 no evidence fits, 2 bad input. docs/advice.md tells the rules and how they did.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import report_format as f
+from pipeline.advice import Advice, Candidate, Expected, Need, advise, gather
+from pipeline.files import UserError
+
+KEYS = ("train_rows", "gpu_memory_gb", "hours", "metric_floor", "task", "model", "results")
+SHOWN_CELLS = 6
+
+
+def parse(words: Sequence[str]) -> tuple[Need, Path]:
+    """(what is asked for, the folder of results). Raises UserError naming the key."""
+    given = dict(word.partition("=")[::2] for word in words)
+    unknown = next((w for w in words if w.partition("=")[0] not in KEYS or not w.partition("=")[2]), None)
+    if unknown:
+        raise UserError(f"pipeline.advise does not take {unknown!r}; write key=value with one of {', '.join(KEYS)}")
+    if not given.get("train_rows", "").isdecimal() or int(given["train_rows"]) < 1:
+        raise UserError(f"train_rows={given.get('train_rows', '')} is no number of rows; say how many labelled rows you train on: train_rows=500")
+    numbers = {key: _number(key, given[key]) for key in ("gpu_memory_gb", "hours", "metric_floor") if key in given}
+    if numbers.get("metric_floor", 0) > 1:
+        raise UserError(f"metric_floor={given['metric_floor']} is no fraction; 80% is metric_floor=0.8")
+    root = Path(given.get("results", "results"))
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder; name one that holds results: results=results/data_size")
+    return Need(int(given["train_rows"]), **numbers, task=given.get("task"), model=given.get("model")), root
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"{key}={text} is no number above 0")
+    return value
+
+
+def run(words: Sequence[str]) -> int:
+    """Print the advice."""
+    need, root = parse(words)
+    found = advise(gather([root]), need)
+    print("\n".join(told(found)))
+    return 0 if found.chosen else 1
+
+
+def told(advice: Advice) -> list[str]:
+    """The answer, line by line."""
+    need, chosen = advice.need, advice.chosen
+    asked = [f"{need.train_rows:,} training rows"]
+    asked += [f"{need.gpu_memory_gb:g} GiB"] if need.gpu_memory_gb is not None else []
+    asked += [f"{need.hours:g} h"] if need.hours is not None else []
+    asked += [f"at least {100 * need.metric_floor:g}%"] if need.metric_floor is not None else []
+    lines = [f"{advice.task} with {advice.model}: {', '.join(asked)}", ""]
+    if chosen is None:
+        lines.append(f"No evidence fits: {advice.reason}.")
+    else:
+        lines += [f"Take {chosen.technique}: {advice.reason}.", "", *_facts(chosen)]
+    others = [c for c in advice.candidates if c is not chosen and c.out is None]
+    if others:
+        lines += ["", "Others:", *(f"  {_line(c)}" for c in others)]
+    gone = [c for c in advice.candidates if c.out is not None]
+    if gone:
+        lines += ["", "Ruled out:", *(f"  {c.technique}: {c.out}" for c in gone)]
+    return lines
+
+
+def _facts(chosen: Candidate) -> list[str]:
+    result = chosen.nearest.cell.result
+    settings = ", ".join(f"{k} {v}" for k, v in result.hyperparameters.items())
+    cells = [str(s.cell.folder) for s in chosen.evidence]
+    more = f" and {len(cells) - SHOWN_CELLS} more" if len(cells) > SHOWN_CELLS else ""
+    assert chosen.accuracy
+    return [
+        f"  expected accuracy   {_percent(chosen.accuracy)} of a new run ({chosen.accuracy.basis})",
+        f"  memory              {f.size(chosen.memory_bytes)} ({chosen.memory_from})",
+        f"  training time       {_duration(chosen.train_s)}",
+        f"  settings            {settings or 'none'}",
+        f"  to run it           python -m pipeline.train experiments={result.experiment} technique={chosen.technique} train_rows=<yours>",
+        f"  evidence            {', '.join(cells[:SHOWN_CELLS])}{more}",
+    ]
+
+
+def _line(one: Candidate) -> str:
+    assert one.accuracy
+    apart = "told apart from the most accurate" if one.told_apart else "not told apart from the most accurate"
+    return f"{one.technique}: {_percent(one.accuracy)}, {f.size(one.memory_bytes)} ({one.memory_from}), training {_duration(one.train_s)}; {apart}"
+
+
+def _percent(value: Expected) -> str:
+    if value.low is None or value.high is None:
+        return f"{100 * value.value:.1f}%"
+    return f"{100 * value.value:.1f}% [{100 * value.low:.1f} to {100 * value.high:.1f}]"
+
+
+def _duration(value: Expected | None) -> str:
+    return "none" if value is None else f"{f.duration(value.value)} ({value.basis})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry: words in, exit code out."""
+    try:
+        return run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
