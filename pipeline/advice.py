@@ -3,15 +3,16 @@
 Library of `python -m pipeline.advise`; docs/advice.md tells the rules, `python -m benchmarks.advice` how they did where a size or a task was hidden.
 
 An accuracy is expected of one new run with another seed. Its 95% interval is a prediction interval: mean ± t · sqrt(s² (1 + 1/S) + v), with s the
-spread over seeds (pooled over techniques and sizes), S the seeds behind the mean and v the variance that the test rows give it; through three sizes
-or more the mean is the fitted learning curve's, with the curve's own interval. Nothing is said beyond the largest size or below the smallest.
+spread over seeds (pooled over sizes and over techniques of one kind: those that take training rows, those that take none), S the seeds behind the
+mean and v the variance that the test rows give it; through three sizes or more the mean is the fitted learning curve's, with the curve's own
+interval. Nothing is said beyond the largest size or below the smallest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ NEAR = 1.25
 """Sizes that differ by no more than this factor count as the same."""
 UNKNOWN_SPREAD = 0.03
 """Taken for the spread over seeds where no technique has two: the largest that is usual (DESIGN's 0.5 to 3 points)."""
+SLACK = 0.02
+"""What is expected this much below the most accurate, and is not told apart from it, may be recommended for costing less. Not being told apart alone
+will not do: with few seeds it holds of techniques that are 15 points worse (benchmarks/advice.py showed it)."""
 LEFT_OUT = ("best",)
 """Variants that are no technique of their own: a sweep's confirm cell."""
 
@@ -95,6 +99,8 @@ class Advice:
     chosen: Candidate | None = None
     reason: str = ""
     """Why this one, or why none."""
+    borrowed: bool = False
+    """Nothing was measured on the task that was asked for; `task` is the one with the most cells, which tells of the choice, not of the accuracy."""
 
 
 def gather(roots: Iterable[Path]) -> list[Seen]:
@@ -113,22 +119,31 @@ def gather(roots: Iterable[Path]) -> list[Seen]:
 
 
 def advise(seen: Sequence[Seen], need: Need) -> Advice:
-    """The advice of evidence on the task and model that are asked for.
+    """The advice of evidence on the task and model that are asked for; where there is none on the task, of the task with the most cells.
 
     Raises:
-        UserError: there is no evidence on them (the message names what there is), or they are not named and there are several.
+        UserError: there is no evidence on the model (the message names what there is), or nothing is named and there are several.
     """
-    task, model = _pair(seen, need)
+    borrowed = need.task is not None and not any(s.task == need.task for s in seen if need.model in (None, s.model))
+    task, model = _most(seen, need) if borrowed else _pair(seen, need)
     own = [s for s in seen if (s.task, s.model) == (task, model)]
     by_technique: dict[str, list[Seen]] = defaultdict(list)
     for one in own:
         by_technique[one.technique].append(one)
-    spread = pooled_spread(own)
+    spreads = {kind: pooled_spread([s for s in own if takes_no_rows(s) is kind]) for kind in (False, True)}
     curves = _curves(own)
-    candidates = [_candidate(name, cells, need, spread, curves.get(name)) for name, cells in by_technique.items()]
-    advice = Advice(need, task, model, candidates)
+    candidates = [_candidate(name, cells, need, spreads[takes_no_rows(cells[0])], curves.get(name)) for name, cells in by_technique.items()]
+    advice = Advice(need, task, model, candidates, borrowed=borrowed)
+    if borrowed and need.metric_floor is not None:
+        advice.reason = f"nothing was measured on {need.task}, and another task does not tell whether {100 * need.metric_floor:g}% is reached"
+        return advice
     _choose(advice)
     return advice
+
+
+def _most(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
+    counts = Counter((s.task, s.model) for s in seen if need.model in (None, s.model))
+    return max(sorted(counts), key=lambda key: counts[key]) if counts else _pair(seen, need)
 
 
 def _pair(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
@@ -274,24 +289,31 @@ def _time(ordered: Sequence[Seen], rows: int) -> Expected | None:
 
 
 def _choose(advice: Advice) -> None:
-    """The most accurate that is not out, or what needs least of those that cannot be told from it."""
+    """The most accurate that is not out, or what needs least memory of those close to it that cannot be told from it."""
     live = sorted((c for c in advice.candidates if c.out is None), key=lambda c: -_value(c))
     gone = sorted((c for c in advice.candidates if c.out is not None), key=lambda c: -_value(c))
+    trained = [c for c in advice.candidates if not takes_no_rows(c.nearest)]
+    if trained and all(c.accuracy is None for c in trained):
+        sizes = sorted({s.rows for c in trained for s in c.evidence})
+        advice.candidates = [*live, *gone]
+        advice.reason = f"trained techniques were measured at {_sizes(sizes)} training rows, and nothing is said of {advice.need.train_rows:,}"
+        return
     if not live:
         advice.candidates, advice.reason = gone, "nothing that was measured meets what is asked"
         return
     best = live[0]
     for one in live:
         one.told_apart = one is not best and _apart(one, best)
-    alike = [c for c in live if not c.told_apart]
+    alike = [c for c in live if not c.told_apart and _value(c) >= _value(best) - SLACK]
     chosen = min(alike, key=lambda c: (c.memory_bytes if c.memory_bytes is not None else math.inf, c.train_s.value if c.train_s else 0.0, -_value(c)))
     advice.candidates, advice.chosen = [chosen, *(c for c in live if c is not chosen), *gone], chosen
     if len(alike) == 1:
-        advice.reason = "the most accurate, and told apart from the others"
+        advice.reason = "the most accurate" + (", and told apart from the others" if all(c.told_apart for c in live if c is not best) else "")
     elif chosen is best:
-        advice.reason = "the most accurate; of those that cannot be told from it none needs less memory"
+        advice.reason = f"the most accurate; of those within {100 * SLACK:g} points that cannot be told from it none needs less memory"
     else:
-        advice.reason = f"not told apart from {best.technique} ({100 * _value(best):.1f}%), and needs the least memory of these"
+        close = f"not told apart from {best.technique} ({100 * _value(best):.1f}%), within {100 * SLACK:g} points of it"
+        advice.reason = f"{close}, and needs the least memory of these"
 
 
 def _value(candidate: Candidate) -> float:

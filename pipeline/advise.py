@@ -63,11 +63,13 @@ def told(advice: Advice) -> list[str]:
     asked += [f"{need.gpu_memory_gb:g} GiB"] if need.gpu_memory_gb is not None else []
     asked += [f"{need.hours:g} h"] if need.hours is not None else []
     asked += [f"at least {100 * need.metric_floor:g}%"] if need.metric_floor is not None else []
-    lines = [f"{advice.task} with {advice.model}: {', '.join(asked)}", ""]
+    lines = [f"{need.task or advice.task} with {advice.model}: {', '.join(asked)}", ""]
+    if advice.borrowed:
+        lines += [f"Nothing was measured on {need.task}. What follows is of {advice.task}: it tells which technique to try first, not how accurate", "it will be.", ""]
     if chosen is None:
         lines.append(f"No evidence fits: {advice.reason}.")
     else:
-        lines += [f"Take {chosen.technique}: {advice.reason}.", "", *_facts(chosen)]
+        lines += [f"Take {chosen.technique}: {advice.reason}.", "", *_facts(chosen, need.train_rows)]
     others = [c for c in advice.candidates if c is not chosen and c.out is None]
     if others:
         lines += ["", "Others:", *(f"  {_line(c)}" for c in others)]
@@ -77,7 +79,7 @@ def told(advice: Advice) -> list[str]:
     return lines
 
 
-def _facts(chosen: Candidate) -> list[str]:
+def _facts(chosen: Candidate, rows: int) -> list[str]:
     result = chosen.nearest.cell.result
     settings = ", ".join(f"{k} {v}" for k, v in result.hyperparameters.items())
     cells = [str(s.cell.folder) for s in chosen.evidence]
@@ -88,7 +90,7 @@ def _facts(chosen: Candidate) -> list[str]:
         f"  memory              {f.size(chosen.memory_bytes)} ({chosen.memory_from})",
         f"  training time       {_duration(chosen.train_s)}",
         f"  settings            {settings or 'none'}",
-        f"  to run it           python -m pipeline.train experiments={result.experiment} technique={chosen.technique} train_rows=<yours>",
+        f"  to run it           python -m pipeline.train experiments={result.experiment} technique={chosen.technique} train_rows={rows}",
         f"  evidence            {', '.join(cells[:SHOWN_CELLS])}{more}",
     ]
 

@@ -1,0 +1,130 @@
+"""How good is the advice? A size, or a task, is hidden; advice without it is held against what was measured there.
+
+    python -m benchmarks.advice results/data_size results/standard             writes benchmarks/results/advice.json and prints the table
+    python -m benchmarks.advice results/data_size out=/tmp/advice.json
+
+Size hidden: all trained cells of one size are taken away (not the smallest and not the largest: nothing is said beyond the sizes measured), and the
+advice at that size is compared with them. Task hidden: advice from another task's evidence alone, held against the hidden one's cells of the same size; an
+accuracy is not promised there, so nothing is covered. The transfer sets that cells answered count as tasks: other domains, but the same trained
+models, which is easier than another task. regret: the best technique's mean accuracy less the recommended one's, points. covered: runs of the hidden size inside the
+interval that was given for their technique. Exit codes: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.advice import Advice, Need, Seen, advise, gather, takes_no_rows
+from pipeline.files import UserError, write_json
+from pipeline.measure import provenance
+
+OUT = Path(__file__).parent / "results" / "advice.json"
+
+
+def by_size(seen: Sequence[Seen]) -> Iterator[dict[str, Any]]:
+    """A line for every hidden size."""
+    for task, model in sorted({(s.task, s.model) for s in seen}):
+        own = [s for s in seen if (s.task, s.model) == (task, model)]
+        sizes = sorted({s.rows for s in own if not takes_no_rows(s)})
+        for rows in sizes[1:-1]:
+            hidden = [s for s in own if s.rows == rows and not takes_no_rows(s)]
+            left = [s for s in own if s not in hidden]
+            advice = advise(left, Need(rows, task=task, model=model))
+            yield {"hidden": "size", "task": task, "rows": rows, **_judged(advice, [s for s in own if s.rows == rows])}
+
+
+def by_task(seen: Sequence[Seen]) -> Iterator[dict[str, Any]]:
+    """A line for every pair of a task with evidence and another that is hidden, at every size that both have."""
+    tasks = sorted({(s.task, s.model) for s in seen})
+    for task, model in tasks:
+        for other, same in tasks:
+            if other == task or same != model:
+                continue
+            own, hidden = ([s for s in seen if (s.task, s.model) == key] for key in ((task, model), (other, model)))
+            for rows in sorted({s.rows for s in own} & {s.rows for s in hidden}):
+                advice = advise(own, Need(rows, task=other, model=model))
+                judged = _judged(advice, [s for s in hidden if s.rows == rows])
+                yield {"hidden": "task", "task": other, "advised_on": task, "rows": rows, **judged, "covered": None, "runs": None}
+
+
+def _judged(advice: Advice, truth: Sequence[Seen]) -> dict[str, Any]:
+    means: dict[str, list[float]] = defaultdict(list)
+    for one in truth:
+        means[one.technique].append(one.accuracy)
+    scores = {name: math.fsum(values) / len(values) for name, values in means.items()}
+    best = max(scores, key=lambda name: scores[name])
+    chosen = advice.chosen.technique if advice.chosen else None
+    inside = [
+        c.accuracy.low <= one.accuracy <= c.accuracy.high
+        for c in advice.candidates for one in truth
+        if one.technique == c.technique and not takes_no_rows(one) and c.accuracy and c.accuracy.low is not None and c.accuracy.high is not None
+    ]
+    regret = None if chosen not in scores else round(100 * (scores[best] - scores[chosen]), 2)
+    return {"chosen": chosen, "best": best, "regret": regret, "covered": sum(inside), "runs": len(inside)}
+
+
+def domains(seen: Sequence[Seen]) -> list[Seen]:
+    """The cells' transfer sets as tasks of their own."""
+    found = []
+    for one in seen:
+        for split, score in one.cell.result.scores.items():
+            if split.startswith("transfer/") and score.accuracy is not None:
+                cell = dataclasses.replace(one.cell, folder=one.cell.folder / "no predictions of the domain")
+                found.append(dataclasses.replace(one, task=f"{one.task}/{split[9:]}", accuracy=score.accuracy, test_rows=score.rows, cell=cell))
+    return found
+
+
+def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By what was hidden: lines, mean and largest regret, share of runs inside their intervals, lines without an answer."""
+    found = {}
+    for kind in ("size", "task"):
+        some = [line for line in lines if line["hidden"] == kind]
+        regrets = [line["regret"] for line in some if line["regret"] is not None]
+        runs = sum(line["runs"] or 0 for line in some)
+        found[kind] = {
+            "lines": len(some), "without_answer": len(some) - len(regrets), "mean_regret": round(math.fsum(regrets) / len(regrets), 2) if regrets else None,
+            "largest_regret": max(regrets, default=None), "runs": runs,
+            "coverage": round(sum(line["covered"] or 0 for line in some) / runs, 3) if runs else None,
+        }
+    return found
+
+
+def run(words: Sequence[str]) -> int:
+    """Judge, write, print."""
+    roots = [Path(w) for w in words if "=" not in w]
+    keys = dict(w.partition("=")[::2] for w in words if "=" in w)
+    if unknown := next((k for k in keys if k != "out"), None):
+        raise UserError(f"benchmarks.advice does not take {unknown}; it takes folders of results and out=<file>")
+    if missing := next((r for r in roots if not r.is_dir()), None):
+        raise UserError(f"{missing} is no folder; name folders of results")
+    seen = gather(roots)
+    if not seen:
+        raise UserError("there is no finished cell in what was named; run: python -m pipeline.cells experiments=data_size_quick")
+    lines = [*by_size(seen), *by_task([*seen, *domains(seen)])]
+    hardware = sorted({s.cell.result.hardware.get("gpu") or s.cell.result.hardware.get("cpu") or "unknown" for s in seen})
+    command = f"python -m benchmarks.advice {' '.join(r.name for r in roots)}"
+    about = {"date": provenance()["started"][:10], "cells": len(seen), "hardware_of_the_cells": hardware, "command": command}
+    write_json(Path(keys.get("out", OUT)), {**about, "summary": summary(lines), "lines": lines})
+    for line in lines:
+        print(*(line.get(k) for k in ("hidden", "task", "advised_on", "rows", "chosen", "best", "regret", "covered", "runs")), sep="\t")
+    print(summary(lines))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry: words in, exit code out."""
+    try:
+        return run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
