@@ -4,10 +4,10 @@
     python -m benchmarks.advice results/data_size out=/tmp/advice.json
 
 Size hidden: all trained cells of one size are taken away (not the smallest and not the largest: nothing is said beyond the sizes measured), and the
-advice at that size is compared with them. Task hidden: advice from another task's evidence alone, held against the hidden one's cells of the same size; an
-accuracy is not promised there, so nothing is covered. The transfer sets that cells answered count as tasks: other domains, but the same trained
-models, which is easier than another task. regret: the best technique's mean accuracy less the recommended one's, points. covered: runs of the hidden size inside the
-interval that was given for their technique. Exit codes: 0 done, 2 bad input.
+advice at that size is compared with them. Task hidden: advice from another task's evidence alone, held against the hidden one's cells of the same
+size; an accuracy is not promised there, so nothing is covered. The transfer sets that cells answered count as tasks: other domains, but the same
+trained models, which is easier than another task. regret: the best technique's mean accuracy less the recommended one's, points. covered: runs of
+the hidden size inside the interval that was given for their technique. Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations

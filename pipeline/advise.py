@@ -65,7 +65,8 @@ def told(advice: Advice) -> list[str]:
     asked += [f"at least {100 * need.metric_floor:g}%"] if need.metric_floor is not None else []
     lines = [f"{need.task or advice.task} with {advice.model}: {', '.join(asked)}", ""]
     if advice.borrowed:
-        lines += [f"Nothing was measured on {need.task}. What follows is of {advice.task}: it tells which technique to try first, not how accurate", "it will be.", ""]
+        lines.append(f"Nothing was measured on {need.task}. What follows is of {advice.task}:")
+        lines += ["it tells which technique to try first, not how accurate it will be.", ""]
     if chosen is None:
         lines.append(f"No evidence fits: {advice.reason}.")
     else:
