@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.advice import Advice, Need, Seen, advise, gather, takes_no_rows
+from pipeline.advice import Advice, Need, advise
+from pipeline.advice_evidence import Seen, gather, takes_no_rows
 from pipeline.files import UserError, write_json
 from pipeline.measure import provenance
 

@@ -1,11 +1,6 @@
 """Which technique to take, from the cells on disk: expected accuracy at a number of training rows, memory, time, and what they rest on.
 
 Library of `python -m pipeline.advise`; docs/advice.md tells the rules, `python -m benchmarks.advice` how they did where a size or a task was hidden.
-
-An accuracy is expected of one new run with another seed. Its 95% interval is a prediction interval: mean ± t · sqrt(s² (1 + 1/S) + v), with s the
-spread over seeds (pooled over sizes and over techniques of one kind: those that take training rows, those that take none), S the seeds behind the
-mean and v the variance that the test rows give it; through three sizes or more the mean is the fitted learning curve's, with the curve's own
-interval. Nothing is said beyond the largest size or below the smallest.
 """
 
 from __future__ import annotations
@@ -13,23 +8,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from pipeline import learning_curve, results, tiers
+from pipeline import learning_curve, tiers
+from pipeline.advice_evidence import Expected, Seen, Spread, expected_accuracy, pooled_spread, said_sizes, takes_no_rows
 from pipeline.files import UserError
-from pipeline.report_cells import NAME, Cell
 
-NEAR = 1.25
-"""Sizes that differ by no more than this factor count as the same."""
-UNKNOWN_SPREAD = 0.03
-"""Taken for the spread over seeds where no technique has two: the largest that is usual (DESIGN's 0.5 to 3 points)."""
 SLACK = 0.02
 """What is expected this much below the most accurate, and is not told apart from it, may be recommended for costing less. Not being told apart alone
 will not do: with few seeds it holds of techniques that are 15 points worse (benchmarks/advice.py showed it)."""
-LEFT_OUT = ("best",)
-"""Variants that are no technique of their own: a sweep's confirm cell."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +30,6 @@ class Need:
     metric_floor: float | None = None
     task: str | None = None
     model: str | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One cell as evidence."""
-
-    technique: str
-    task: str
-    model: str
-    rows: int
-    seed: int
-    accuracy: float
-    test_rows: int
-    cell: Cell
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A figure with its 95% interval; low and high are None where nothing is known of its spread."""
-
-    value: float
-    low: float | None
-    high: float | None
-    basis: str
 
 
 @dataclass
@@ -101,21 +65,6 @@ class Advice:
     """Why this one, or why none."""
     borrowed: bool = False
     """Nothing was measured on the task that was asked for; `task` is the one with the most cells, which tells of the choice, not of the accuracy."""
-
-
-def gather(roots: Iterable[Path]) -> list[Seen]:
-    """Every finished cell below the folders that answered test rows."""
-    found = []
-    for path in (p for root in roots for p in sorted(root.rglob("result.json"))):
-        parts = NAME.fullmatch(path.parent.name)
-        if not parts or parts["variant"] in LEFT_OUT:
-            continue
-        result = results.read(path)
-        label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
-        if result.status == "ok" and result.test and result.metric == "accuracy" and result.method != "teacher":
-            cell = Cell(result, path.parent, label, parts["rows"])
-            found.append(Seen(label, result.task, result.model, result.train_rows, result.seed, result.test.accuracy, result.test.rows, cell))
-    return found
 
 
 def advise(seen: Sequence[Seen], need: Need) -> Advice:
@@ -158,46 +107,10 @@ def _pair(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
                     "python -m pipeline.cells experiments=data_size_quick")
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Standard deviation of a run's accuracy over seeds, and its degrees of freedom (0: assumed)."""
-
-    sd: float
-    df: int
-
-    @property
-    def t(self) -> float:
-        """Half a 95% interval in standard deviations."""
-        if not self.df:
-            return 1.959964
-        from scipy.stats import t
-
-        return float(t.ppf(0.975, self.df))
-
-
-def pooled_spread(seen: Sequence[Seen]) -> Spread:
-    """Over techniques and sizes with several seeds; what is not random (all seeds alike) tells nothing of those that are."""
-    groups: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for one in seen:
-        groups[one.technique, one.rows].append(one.accuracy)
-    squares, df = 0.0, 0
-    for values in groups.values():
-        mean = math.fsum(values) / len(values)
-        if len(values) > 1 and any(v != values[0] for v in values):
-            squares += math.fsum((v - mean) ** 2 for v in values)
-            df += len(values) - 1
-    return Spread(math.sqrt(squares / df), df) if df else Spread(UNKNOWN_SPREAD, 0)
-
-
 def _curves(own: Sequence[Seen]) -> dict[str, learning_curve.Curve]:
     """Learning curves over training rows of every technique with three sizes; those that take no rows have none here."""
     measured = [learning_curve.Measured(s.technique, s.rows, s.seed, s.accuracy, s.test_rows) for s in own if not takes_no_rows(s)]
     return learning_curve.fit(measured) if measured else {}
-
-
-def takes_no_rows(one: Seen) -> bool:
-    """Whether the technique is the same whatever the number of training rows."""
-    return one.cell.untrained and "labels_from" not in one.cell.result.hyperparameters
 
 
 def _candidate(name: str, cells: list[Seen], need: Need, spread: Spread, curve: learning_curve.Curve | None) -> Candidate:
@@ -205,7 +118,7 @@ def _candidate(name: str, cells: list[Seen], need: Need, spread: Spread, curve: 
     found = Candidate(name, ordered, expected_accuracy(cells, need.train_rows, spread, curve))
     if found.accuracy is None:
         sizes = sorted({s.rows for s in cells})
-        found.out = f"measured at {_sizes(sizes)} training rows, which says nothing of {need.train_rows:,}"
+        found.out = f"measured at {said_sizes(sizes)} training rows, which says nothing of {need.train_rows:,}"
         return found
     found.memory_bytes, found.memory_from, fits = _memory(found.nearest, need)
     found.train_s = _time(ordered, need.train_rows)
@@ -216,48 +129,6 @@ def _candidate(name: str, cells: list[Seen], need: Need, spread: Spread, curve: 
     elif need.metric_floor is not None and (found.accuracy.value < need.metric_floor):
         found.out = f"is expected at {100 * found.accuracy.value:.1f}%, below {100 * need.metric_floor:g}%"
     return found
-
-
-def _sizes(sizes: Sequence[int]) -> str:
-    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-
-
-def expected_accuracy(cells: Sequence[Seen], rows: int, spread: Spread, curve: learning_curve.Curve | None) -> Expected | None:
-    """What a new run with `rows` training rows is expected to score; None where the sizes measured say nothing of it."""
-    if all(takes_no_rows(s) for s in cells):
-        return _mean(cells, spread, "takes no training rows")
-    at = [s for s in cells if s.rows == rows]
-    if not at and curve is not None and curve.sizes[0] <= rows <= curve.sizes[-1] and curve.fits:
-        on = curve.at(rows)
-        half = math.hypot((on.high - on.low) / 2, spread.t * spread.sd)
-        return Expected(on.value, *_bounded(on.value, half), f"learning curve through {len(curve.sizes)} sizes, {_sizes(curve.sizes)} rows")
-    at = at or [s for s in cells if max(s.rows, rows) <= NEAR * min(s.rows, rows)]
-    if at:
-        nearest = min({s.rows for s in at}, key=lambda n: abs(math.log(n / rows)))
-        return _mean([s for s in at if s.rows == nearest], spread, f"measured at {nearest:,} rows")
-    sizes = sorted({s.rows for s in cells})
-    below, above = max((n for n in sizes if n < rows), default=None), min((n for n in sizes if n > rows), default=None)
-    if below is None or above is None:
-        return None
-    low, high = (_mean([s for s in cells if s.rows == n], spread, "") for n in (below, above))
-    share = math.log(rows / below) / math.log(above / below)
-    value = low.value + share * (high.value - low.value)
-    assert low.low is not None and high.low is not None and low.high is not None and high.high is not None
-    return Expected(value, min(low.low, high.low), max(low.high, high.high), f"between {below:,} and {above:,} rows, even in the logarithm")
-
-
-def _mean(cells: Sequence[Seen], spread: Spread, basis: str) -> Expected:
-    value = math.fsum(s.accuracy for s in cells) / len(cells)
-    same = len(cells) > 1 and all(s.accuracy == cells[0].accuracy for s in cells)
-    sd = 0.0 if same or cells[0].cell.result.method == "none" else spread.sd
-    rows = value * (1 - value) / cells[0].test_rows
-    half = spread.t * math.sqrt(sd**2 * (1 + 1 / len(cells)) + rows)
-    seeds = f"{len(cells)} run{'s' if len(cells) > 1 else ''}"
-    return Expected(value, *_bounded(value, half), f"{basis}, {seeds}")
-
-
-def _bounded(value: float, half: float) -> tuple[float, float]:
-    return max(0.0, value - half), min(1.0, value + half)
 
 
 def _memory(one: Seen, need: Need) -> tuple[float | None, str, bool | None]:
@@ -296,7 +167,7 @@ def _choose(advice: Advice) -> None:
     if trained and all(c.accuracy is None for c in trained):
         sizes = sorted({s.rows for c in trained for s in c.evidence})
         advice.candidates = [*live, *gone]
-        advice.reason = f"trained techniques were measured at {_sizes(sizes)} training rows, and nothing is said of {advice.need.train_rows:,}"
+        advice.reason = f"trained techniques were measured at {said_sizes(sizes)} training rows, and nothing is said of {advice.need.train_rows:,}"
         return
     if not live:
         advice.candidates, advice.reason = gone, "nothing that was measured meets what is asked"

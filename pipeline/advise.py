@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import report_format as f
-from pipeline.advice import Advice, Candidate, Expected, Need, advise, gather
+from pipeline.advice import Advice, Candidate, Need, advise
+from pipeline.advice_evidence import Expected, gather
 from pipeline.files import UserError
 
 KEYS = ("train_rows", "gpu_memory_gb", "hours", "metric_floor", "task", "model", "results")

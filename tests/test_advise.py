@@ -13,7 +13,8 @@ from report_cells import keep, result
 
 from benchmarks import advice as judge
 from pipeline import advise as entry
-from pipeline.advice import Advice, Need, advise, gather
+from pipeline.advice import Advice, Need, advise
+from pipeline.advice_evidence import gather
 from pipeline.files import UserError
 
 SIZES = (50, 100, 400, 1600)

@@ -1,0 +1,144 @@
+"""Finished cells as evidence: what a new run is expected to score at a number of training rows.
+
+Library of advice.py.
+
+An accuracy is expected of one new run with another seed. Its 95% interval is a prediction interval: mean ± t · sqrt(s² (1 + 1/S) + v), with s the
+spread over seeds (pooled over sizes and over techniques of one kind: those that take training rows, those that take none), S the seeds behind the
+mean and v the variance that the test rows give it; through three sizes or more the mean is the fitted learning curve's, with the curve's own
+interval. Nothing is said beyond the largest size or below the smallest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import learning_curve, results
+from pipeline.report_cells import NAME, Cell
+
+NEAR = 1.25
+"""Sizes that differ by no more than this factor count as the same."""
+UNKNOWN_SPREAD = 0.03
+"""Taken for the spread over seeds where no technique has two: the largest that is usual (DESIGN's 0.5 to 3 points)."""
+LEFT_OUT = ("best",)
+"""Variants that are no technique of their own: a sweep's confirm cell."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One cell as evidence."""
+
+    technique: str
+    task: str
+    model: str
+    rows: int
+    seed: int
+    accuracy: float
+    test_rows: int
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A figure with its 95% interval; low and high are None where nothing is known of its spread."""
+
+    value: float
+    low: float | None
+    high: float | None
+    basis: str
+
+
+def gather(roots: Iterable[Path]) -> list[Seen]:
+    """Every finished cell below the folders that answered test rows."""
+    found = []
+    for path in (p for root in roots for p in sorted(root.rglob("result.json"))):
+        parts = NAME.fullmatch(path.parent.name)
+        if not parts or parts["variant"] in LEFT_OUT:
+            continue
+        result = results.read(path)
+        label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
+        if result.status == "ok" and result.test and result.metric == "accuracy" and result.method != "teacher":
+            cell = Cell(result, path.parent, label, parts["rows"])
+            found.append(Seen(label, result.task, result.model, result.train_rows, result.seed, result.test.accuracy, result.test.rows, cell))
+    return found
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviation of a run's accuracy over seeds, and its degrees of freedom (0: assumed)."""
+
+    sd: float
+    df: int
+
+    @property
+    def t(self) -> float:
+        """Half a 95% interval in standard deviations."""
+        if not self.df:
+            return 1.959964
+        from scipy.stats import t
+
+        return float(t.ppf(0.975, self.df))
+
+
+def pooled_spread(seen: Sequence[Seen]) -> Spread:
+    """Over techniques and sizes with several seeds; what is not random (all seeds alike) tells nothing of those that are."""
+    groups: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for one in seen:
+        groups[one.technique, one.rows].append(one.accuracy)
+    squares, df = 0.0, 0
+    for values in groups.values():
+        mean = math.fsum(values) / len(values)
+        if len(values) > 1 and any(v != values[0] for v in values):
+            squares += math.fsum((v - mean) ** 2 for v in values)
+            df += len(values) - 1
+    return Spread(math.sqrt(squares / df), df) if df else Spread(UNKNOWN_SPREAD, 0)
+
+
+def takes_no_rows(one: Seen) -> bool:
+    """Whether the technique is the same whatever the number of training rows."""
+    return one.cell.untrained and "labels_from" not in one.cell.result.hyperparameters
+
+
+def said_sizes(sizes: Sequence[int]) -> str:
+    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+
+
+def expected_accuracy(cells: Sequence[Seen], rows: int, spread: Spread, curve: learning_curve.Curve | None) -> Expected | None:
+    """What a new run with `rows` training rows is expected to score; None where the sizes measured say nothing of it."""
+    if all(takes_no_rows(s) for s in cells):
+        return _mean(cells, spread, "takes no training rows")
+    at = [s for s in cells if s.rows == rows]
+    if not at and curve is not None and curve.sizes[0] <= rows <= curve.sizes[-1] and curve.fits:
+        on = curve.at(rows)
+        half = math.hypot((on.high - on.low) / 2, spread.t * spread.sd)
+        return Expected(on.value, *_bounded(on.value, half), f"learning curve through {len(curve.sizes)} sizes, {said_sizes(curve.sizes)} rows")
+    at = at or [s for s in cells if max(s.rows, rows) <= NEAR * min(s.rows, rows)]
+    if at:
+        nearest = min({s.rows for s in at}, key=lambda n: abs(math.log(n / rows)))
+        return _mean([s for s in at if s.rows == nearest], spread, f"measured at {nearest:,} rows")
+    sizes = sorted({s.rows for s in cells})
+    below, above = max((n for n in sizes if n < rows), default=None), min((n for n in sizes if n > rows), default=None)
+    if below is None or above is None:
+        return None
+    low, high = (_mean([s for s in cells if s.rows == n], spread, "") for n in (below, above))
+    share = math.log(rows / below) / math.log(above / below)
+    value = low.value + share * (high.value - low.value)
+    assert low.low is not None and high.low is not None and low.high is not None and high.high is not None
+    return Expected(value, min(low.low, high.low), max(low.high, high.high), f"between {below:,} and {above:,} rows, even in the logarithm")
+
+
+def _mean(cells: Sequence[Seen], spread: Spread, basis: str) -> Expected:
+    value = math.fsum(s.accuracy for s in cells) / len(cells)
+    same = len(cells) > 1 and all(s.accuracy == cells[0].accuracy for s in cells)
+    sd = 0.0 if same or cells[0].cell.result.method == "none" else spread.sd
+    rows = value * (1 - value) / cells[0].test_rows
+    half = spread.t * math.sqrt(sd**2 * (1 + 1 / len(cells)) + rows)
+    seeds = f"{len(cells)} run{'s' if len(cells) > 1 else ''}"
+    return Expected(value, *_bounded(value, half), f"{basis}, {seeds}")
+
+
+def _bounded(value: float, half: float) -> tuple[float, float]:
+    return max(0.0, value - half), min(1.0, value + half)
