@@ -42,8 +42,12 @@ def test_there_are_files():
     assert not list(CONF.rglob("*.yml")), "Hydra reads .yaml alone"
 
 
+PARTS = ("method", "objective", "search")
+"""Groups whose files the techniques compose: by themselves they are slow tests, as is every experiment but quick."""
+
+
 @pytest.mark.parametrize("experiment", [e if e == "quick" else pytest.param(e, marks=pytest.mark.slow) for e in EXPERIMENTS])
-@pytest.mark.parametrize("file", FILES, ids=str)
+@pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.slow) if f.parent.name in PARTS else f for f in FILES], ids=str)
 def test_every_file_composes_with_every_experiment_and_can_be_built(file, experiment):
     cfg = composed(f"experiments={experiment}", *override(file))
     assert cfg.experiment == experiment

@@ -136,6 +136,7 @@ def test_a_tie_goes_to_the_choice_listed_first(words, tmp_path):
     assert best(tmp_path)["params"] == {"method.config.r": 8}
 
 
+@pytest.mark.slow
 def test_killed_at_trial_4_of_6_it_goes_on_and_tries_the_dead_rank_again(words, tmp_path):
     driver = f"""
         import os, signal, sys
@@ -166,6 +167,7 @@ def test_killed_at_trial_4_of_6_it_goes_on_and_tries_the_dead_rank_again(words, 
     assert [row["status"] for row in trials(tmp_path)].count("died") == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_tpe_search_goes_on_to_n_trials_without_repeating_itself(words, tmp_path, monkeypatch):
     words = [*words, "sweep=rank_alpha_lr", "sweep.n_trials=6", "sweep.confirm=false"]
     marker = tmp_path / "interrupted"
@@ -326,6 +328,7 @@ def test_ranges_suggest_whole_numbers_and_floats():
     assert 0.1 <= Dimension(low=0.1, high=0.2).suggest(trial, "b") <= 0.2
 
 
+@pytest.mark.slow
 def test_trials_are_nested_mlflow_runs(words, tmp_path):
     import mlflow
 
