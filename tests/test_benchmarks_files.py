@@ -39,6 +39,7 @@ def test_a_row_that_is_no_headline_stays_out_of_the_targets(tmp_path):
     assert not (tmp_path / "targets.json").exists() and (tmp_path / "speed-wide.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_row_and_prints_the_table(tmp_path, monkeypatch, capsys):
     workload = Workload("lora", "tiny", 4, 16, dtype="fp32")
     row = Row("cpu-lora", "a tiny one", Side("plain", workload), Side(OURS, workload), required=1.0, aim=2.0, set="cpu")

@@ -65,6 +65,7 @@ def test_runs_of_different_ranks_seeds_rates_lengths_and_modules_equal_their_sol
     same(pack(cfgs[:1], 1)[0], *alone(cfgs[0], tmp_path, "fast"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("more", "points"), [
     (["technique=prompt_tuning"], [{LR: 3e-2}, {LR: 1e-2, "seed": 1}]),
     (["technique=qlora", "precision=nf4"], settings((4, 8, 1e-2, 0), (2, 4, 2e-2, 1))),
@@ -84,6 +85,7 @@ def test_kinds_of_runs(overrides, tmp_path, more, points):
         same(run, solo, predictions)
 
 
+@pytest.mark.slow
 def test_dropout_is_the_runs_own(overrides, tmp_path):
     base = compose([*overrides, *SHORT, "train.epochs=1"])
     cfgs = [at(base, {LR: 1e-2, "seed": seed, "method.config.lora_dropout": p}) for seed, p in ((0, 0.3), (1, 0.0), (1, 0.3))]

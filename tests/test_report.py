@@ -160,6 +160,7 @@ def test_texts_of_results_are_escaped(home: Path) -> None:
     assert words("a `<b>` & c") == "a <b>&lt;b&gt;</b> &amp; c"
 
 
+@pytest.mark.slow
 def test_nothing_is_half_written(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_experiment(home / "results")
     run(home)

@@ -296,7 +296,7 @@ def test_a_teacher_behind_a_server_from_end_to_end(server, tmp_path, capsys, cap
     assert manifest["unparsable"] == 3 and manifest["accuracy"]["test"] == 0.3333 and manifest["seconds"] > 0
     told = manifest["writer"]
     assert (told["server"], told["model"], told["answers"], told["prompt_tokens"], told["price"]) == (server.url, "m", 9, 90, pytest.approx(180e-6))
-    assert server.asked[0]["messages"] == [{"role": "user", "content": "Options: negative, positive.\nReview: a good film (train)"}]
+    assert [{"role": "user", "content": "Options: negative, positive.\nReview: a good film (train)"}] in [one["messages"] for one in server.asked]
     before = (folder / "manifest.json").read_bytes()
     assert rationales.main(command) == 0 and len(server.asked) == 9
     assert (folder / "manifest.json").read_bytes() == before, "what is kept from before costs what it cost"

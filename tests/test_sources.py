@@ -149,6 +149,7 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(tmp_path, monkeypa
     assert list((tmp_path / "downloads").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_pip_runs_nothing_of_an_sdist(tmp_path, monkeypatch):
     """Real pip, a local folder as its index: a setup.py that would leave a trace leaves none."""
     trace, index = tmp_path / "trace", tmp_path / "index"

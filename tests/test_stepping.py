@@ -72,6 +72,7 @@ def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides,
     assert one == other
 
 
+@pytest.mark.slow
 def test_dropout_of_a_fast_run_does_not_depend_on_how_steps_are_split(overrides, tmp_path):
     more = ["technique=lora", "train.engine=fast", "train.lr=1e-2", "method.config.lora_dropout=0.3"]
     whole, split = (run(overrides, tmp_path / str(n), *more, f"train.micro_batch_tokens={n}") for n in (2048, 40))

@@ -223,6 +223,7 @@ def test_a_trial_that_fails_stops_the_sweep_and_is_tried_again(words, tmp_path, 
     assert sorted(c["r"] for c in calls(tmp_path)) == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_two_objectives_give_a_front_and_confirm_each_of_its_points(words, tmp_path):
     assert sweep.main([*words, "sweep=rank_memory"]) == 0
     found = best(tmp_path)

@@ -122,6 +122,7 @@ def test_out_of_memory_makes_the_pack_smaller_and_loses_no_trial(words, tmp_path
     assert "one trial after another, because not even one trial fits" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_pruned_trial_leaves_its_slot_to_the_next(words, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_packed.Trials, "_prune", lambda self, run: run.job.name.cfg.method.config.r in (2, 8))
     assert sweep.main([*words, "sweep.slots=2", "sweep.pruner=median"]) == 0
@@ -132,6 +133,7 @@ def test_a_pruned_trial_leaves_its_slot_to_the_next(words, tmp_path, monkeypatch
     assert len(trials(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_tpe_asks_while_others_run_and_the_pruner_is_told(words, tmp_path):
     more = ["sweep=rank_alpha_lr", "sweep.executor=packed", "sweep.n_trials=5", "sweep.slots=2", "sweep.pruner=median", "sweep.confirm=false"]
     assert sweep.main([*words, *more]) == 0

@@ -176,6 +176,7 @@ def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, 
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_head_over_random_features_learns_what_they_show(overrides, tmp_path):
     """A linear probe of a random transformer's last state: far above chance, but 95% is not to be had (0.83 to 0.92 with more rows or width)."""
     cfg = compose([*overrides, "technique=head_only", "train.lr=0.1", "train.epochs=20", "train.batch_size=8", "train.validations=2"])
@@ -254,6 +255,7 @@ def test_a_soft_prompt_of_text_begins_at_its_tokens(load):
     assert torch.equal(model.prompt_encoder["default"].embedding.weight, load().get_input_embeddings().weight[ids])
 
 
+@pytest.mark.slow
 def test_from_scratch_forgets_the_base_and_follows_the_seed(load):
     def fresh(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)

@@ -31,6 +31,7 @@ def test_adalora_of_few_steps_still_comes_to_its_budget(overrides, tmp_path, ste
     assert sum(sum(kept) for kept in ranks.values()) <= 8 * MODULES
 
 
+@pytest.mark.slow
 def test_adalora_goes_on_from_a_checkpoint(overrides, tmp_path, monkeypatch):
     """Stopped before, at and after the step that fixes the ranks (step 7 of 10)."""
     from pipeline.loop import Loop

@@ -104,6 +104,7 @@ def test_a_bad_file_is_one_sentence_before_training(tmp_path, capsys, overrides,
         assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_runs_and_leaves_peft_s_results(overrides, tmp_path, capsys, imports):
     folder = tmp_path / "configs"
     for source in ("lora/rank4", "ia3/default"):

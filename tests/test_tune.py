@@ -222,6 +222,7 @@ def test_at_the_edge_the_rest_of_the_same_budget_goes_beyond(tmp_path, overrides
     assert "is at the high edge; 2 trials go to" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_trials_that_fail_are_counted_and_not_replaced(tmp_path, overrides, monkeypatch, imports, capsys):
     outcomes = iter([None, "error", 0.0, 0.7, None, "error"])
     runs = Runs(monkeypatch, lambda lr, r: next(outcomes))
