@@ -4,10 +4,13 @@
     python -m benchmarks.advice results/data_size out=/tmp/advice.json
 
 Size hidden: all trained cells of one size are taken away (not the smallest and not the largest: nothing is said beyond the sizes measured), and the
-advice at that size is compared with them. Task hidden: advice from another task's evidence alone, held against the hidden one's cells of the same
-size; an accuracy is not promised there, so nothing is covered. The transfer sets that cells answered count as tasks: other domains, but the same
-trained models, which is easier than another task. regret: the best technique's mean accuracy less the recommended one's, points. covered: runs of
-the hidden size inside the interval that was given for their technique. Exit codes: 0 done, 2 bad input.
+advice at that size is compared with them. Task hidden: advice from all other tasks, held against the hidden one's cells of every size; with one other
+task there is no interval to be inside of. The transfer sets that cells answered count as tasks: other domains, but the same trained models, which is
+easier than another task; domains=no leaves them out. regret: the best technique's mean accuracy less the recommended one's, points; null where there
+is no advice or the recommended one was not measured on what is hidden. rivals: techniques that were measured there, so how hard the choice was.
+covered: runs of what is hidden inside the interval that was given for their technique. width: of those intervals, points, on average.
+
+Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
@@ -41,17 +44,15 @@ def by_size(seen: Sequence[Seen]) -> Iterator[dict[str, Any]]:
 
 
 def by_task(seen: Sequence[Seen]) -> Iterator[dict[str, Any]]:
-    """A line for every pair of a task with evidence and another that is hidden, at every size that both have."""
-    tasks = sorted({(s.task, s.model) for s in seen})
-    for task, model in tasks:
-        for other, same in tasks:
-            if other == task or same != model:
-                continue
-            own, hidden = ([s for s in seen if (s.task, s.model) == key] for key in ((task, model), (other, model)))
-            for rows in sorted({s.rows for s in own} & {s.rows for s in hidden}):
-                advice = advise(own, Need(rows, task=other, model=model))
-                judged = _judged(advice, [s for s in hidden if s.rows == rows])
-                yield {"hidden": "task", "task": other, "advised_on": task, "rows": rows, **judged, "covered": None, "runs": None}
+    """A line for every hidden task at each of its sizes; the advice is of all other tasks of the model."""
+    for task, model in sorted({(s.task, s.model) for s in seen}):
+        others, hidden = ([s for s in seen if s.model == model and (s.task == task) is same] for same in (False, True))
+        if not others:
+            continue
+        for rows in sorted({s.rows for s in hidden}):
+            advice = advise(others, Need(rows, task=task, model=model))
+            judged = _judged(advice, [s for s in hidden if s.rows == rows])
+            yield {"hidden": "task", "task": task, "others": len({s.task for s in others}), "rows": rows, **judged}
 
 
 def _judged(advice: Advice, truth: Sequence[Seen]) -> dict[str, Any]:
@@ -62,12 +63,14 @@ def _judged(advice: Advice, truth: Sequence[Seen]) -> dict[str, Any]:
     best = max(scores, key=lambda name: scores[name])
     chosen = advice.chosen.technique if advice.chosen else None
     inside = [
-        c.accuracy.low <= one.accuracy <= c.accuracy.high
+        (c.accuracy.low <= one.accuracy <= c.accuracy.high, 100 * (c.accuracy.high - c.accuracy.low))
         for c in advice.candidates for one in truth
-        if one.technique == c.technique and not takes_no_rows(one) and c.accuracy and c.accuracy.low is not None and c.accuracy.high is not None
+        if one.technique == c.technique and (advice.borrowed or not takes_no_rows(one))
+        if c.accuracy and c.accuracy.low is not None and c.accuracy.high is not None
     ]
     regret = None if chosen not in scores else round(100 * (scores[best] - scores[chosen]), 2)
-    return {"chosen": chosen, "best": best, "regret": regret, "covered": sum(inside), "runs": len(inside)}
+    return {"chosen": chosen, "best": best, "regret": regret, "rivals": len(scores), "covered": sum(held for held, _ in inside), "runs": len(inside),
+            "width": round(math.fsum(width for _, width in inside) / len(inside), 1) if inside else None}
 
 
 def domains(seen: Sequence[Seen]) -> list[Seen]:
@@ -89,8 +92,11 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         regrets = [line["regret"] for line in some if line["regret"] is not None]
         runs = sum(line["runs"] or 0 for line in some)
         found[kind] = {
-            "lines": len(some), "without_answer": len(some) - len(regrets), "mean_regret": round(math.fsum(regrets) / len(regrets), 2) if regrets else None,
+            "lines": len(some), "without_answer": sum(line["chosen"] is None for line in some),
+            "answer_not_measured": sum(line["chosen"] is not None and line["regret"] is None for line in some),
+            "mean_regret": round(math.fsum(regrets) / len(regrets), 2) if regrets else None,
             "largest_regret": max(regrets, default=None), "runs": runs,
+            "mean_width": round(math.fsum((line["width"] or 0) * line["runs"] for line in some) / runs, 1) if runs else None,
             "coverage": round(sum(line["covered"] or 0 for line in some) / runs, 3) if runs else None,
         }
     return found
@@ -100,20 +106,20 @@ def run(words: Sequence[str]) -> int:
     """Judge, write, print."""
     roots = [Path(w) for w in words if "=" not in w]
     keys = dict(w.partition("=")[::2] for w in words if "=" in w)
-    if unknown := next((k for k in keys if k != "out"), None):
-        raise UserError(f"benchmarks.advice does not take {unknown}; it takes folders of results and out=<file>")
+    if unknown := next((k for k in keys if k not in ("out", "domains")), None):
+        raise UserError(f"benchmarks.advice does not take {unknown}; it takes folders of results, out=<file> and domains=no")
     if missing := next((r for r in roots if not r.is_dir()), None):
         raise UserError(f"{missing} is no folder; name folders of results")
     seen = gather(roots)
     if not seen:
         raise UserError("there is no finished cell in what was named; run: python -m pipeline.cells experiments=data_size_quick")
-    lines = [*by_size(seen), *by_task([*seen, *domains(seen)])]
+    lines = [*by_size(seen), *by_task([*seen, *(domains(seen) if keys.get("domains") != "no" else [])])]
     hardware = sorted({s.cell.result.hardware.get("gpu") or s.cell.result.hardware.get("cpu") or "unknown" for s in seen})
     command = f"python -m benchmarks.advice {' '.join(r.name for r in roots)}"
     about = {"date": provenance()["started"][:10], "cells": len(seen), "hardware_of_the_cells": hardware, "command": command}
     write_json(Path(keys.get("out", OUT)), {**about, "summary": summary(lines), "lines": lines})
     for line in lines:
-        print(*(line.get(k) for k in ("hidden", "task", "advised_on", "rows", "chosen", "best", "regret", "covered", "runs")), sep="\t")
+        print(*(line.get(k) for k in ("hidden", "task", "rows", "chosen", "best", "regret", "rivals", "covered", "runs", "width")), sep="\t")
     print(summary(lines))
     return 0
 

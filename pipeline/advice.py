@@ -5,14 +5,15 @@ Library of `python -m pipeline.advise`; docs/advice.md tells the rules, `python 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline import learning_curve, tiers
+from pipeline.advice_cost import expected_memory, expected_time
 from pipeline.advice_evidence import Expected, Seen, Spread, expected_accuracy, pooled_spread, said_sizes, takes_no_rows
+from pipeline.advice_transfer import other_task, paired_apart
 from pipeline.files import UserError
 
 SLACK = 0.02
@@ -39,12 +40,14 @@ class Candidate:
     technique: str
     evidence: list[Seen]
     accuracy: Expected | None = None
-    memory_bytes: float | None = None
-    memory_from: str = ""
+    memory: Expected | None = None
+    """Bytes at the peak."""
     train_s: Expected | None = None
     out: str | None = None
     told_apart: bool = True
     """From the most accurate that is not out; False for that one itself."""
+    by_task: dict[str, float] = field(default_factory=dict)
+    """Borrowed advice: what is expected on every task with evidence, fractions."""
 
     @property
     def nearest(self) -> Seen:
@@ -64,35 +67,72 @@ class Advice:
     reason: str = ""
     """Why this one, or why none."""
     borrowed: bool = False
-    """Nothing was measured on the task that was asked for; `task` is the one with the most cells, which tells of the choice, not of the accuracy."""
+    """Nothing was measured on the task that was asked for; `task` names the ones with evidence, and intervals hold the spread between tasks."""
 
 
 def advise(seen: Sequence[Seen], need: Need) -> Advice:
-    """The advice of evidence on the task and model that are asked for; where there is none on the task, of the task with the most cells.
+    """The advice of evidence on the task and model that are asked for; where there is none on the task, of the others with that model.
 
     Raises:
         UserError: there is no evidence on the model (the message names what there is), or nothing is named and there are several.
     """
     borrowed = need.task is not None and not any(s.task == need.task for s in seen if need.model in (None, s.model))
-    task, model = _most(seen, need) if borrowed else _pair(seen, need)
-    own = [s for s in seen if (s.task, s.model) == (task, model)]
+    if borrowed and any(need.model in (None, s.model) for s in seen):
+        return _borrowed(seen, need)
+    task, model = _pair(seen, need)
+    advice = Advice(need, task, model, _candidates([s for s in seen if (s.task, s.model) == (task, model)], need))
+    for one in advice.candidates:
+        _limits(one, need)
+    _choose(advice)
+    return advice
+
+
+def _candidates(own: Sequence[Seen], need: Need) -> list[Candidate]:
+    """Every technique with cells of one task and model, and what is expected of its accuracy."""
     by_technique: dict[str, list[Seen]] = defaultdict(list)
     for one in own:
         by_technique[one.technique].append(one)
     spreads = {kind: pooled_spread([s for s in own if takes_no_rows(s) is kind]) for kind in (False, True)}
     curves = _curves(own)
-    candidates = [_candidate(name, cells, need, spreads[takes_no_rows(cells[0])], curves.get(name)) for name, cells in by_technique.items()]
-    advice = Advice(need, task, model, candidates, borrowed=borrowed)
-    if borrowed and need.metric_floor is not None:
-        advice.reason = f"nothing was measured on {need.task}, and another task does not tell whether {100 * need.metric_floor:g}% is reached"
+    return [_candidate(name, cells, need, spreads[takes_no_rows(cells[0])], curves.get(name)) for name, cells in by_technique.items()]
+
+
+def _borrowed(seen: Sequence[Seen], need: Need) -> Advice:
+    """Advice on a task that nothing was measured on, from all others with the model."""
+    model = _only_model(seen, need)
+    own = [s for s in seen if s.model == model]
+    tasks = sorted({s.task for s in own})
+    spreads = {kind: pooled_spread([s for s in own if takes_no_rows(s) is kind]) for kind in (False, True)}
+    found: dict[str, list[Candidate]] = defaultdict(list)
+    for task in tasks:
+        for one in _candidates([s for s in own if s.task == task], need):
+            found[one.technique].append(one)
+    advice = Advice(need, ", ".join(tasks), model, [_over_tasks(name, some, need, spreads) for name, some in found.items()], borrowed=True)
+    most = max((len(c.by_task) for c in advice.candidates if not takes_no_rows(c.nearest)), default=0)
+    for one in advice.candidates:
+        if one.out is None and len(one.by_task) < most:
+            one.out = f"was measured on {len(one.by_task)} of the {most} tasks that the others were measured on"
+        _limits(one, need)
+    if most <= 1 and need.metric_floor is not None:
+        advice.reason = f"nothing was measured on {need.task}, and one other task does not tell whether {100 * need.metric_floor:g}% is reached"
         return advice
     _choose(advice)
     return advice
 
 
-def _most(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
-    counts = Counter((s.task, s.model) for s in seen if need.model in (None, s.model))
-    return max(sorted(counts), key=lambda key: counts[key]) if counts else _pair(seen, need)
+def _only_model(seen: Sequence[Seen], need: Need) -> str:
+    there = sorted({s.model for s in seen if need.model in (None, s.model)})
+    if len(there) > 1:
+        raise UserError(f"there is evidence on several models ({', '.join(there)}); name one with model=")
+    return there[0]
+
+
+def _over_tasks(name: str, some: list[Candidate], need: Need, spreads: dict[bool, Spread]) -> Candidate:
+    told = {c.nearest.task: c.accuracy.value for c in some if c.accuracy}
+    if not told:
+        return some[0]
+    cells = _nearest_first([s for c in some if c.accuracy for s in c.evidence], need)
+    return Candidate(name, cells, other_task(told, spreads[takes_no_rows(cells[0])]), by_task=told)
 
 
 def _pair(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
@@ -113,50 +153,31 @@ def _curves(own: Sequence[Seen]) -> dict[str, learning_curve.Curve]:
     return learning_curve.fit(measured) if measured else {}
 
 
+def _nearest_first(cells: Sequence[Seen], need: Need) -> list[Seen]:
+    return sorted(cells, key=lambda s: (abs(math.log(s.rows / need.train_rows)), s.task, s.seed))
+
+
 def _candidate(name: str, cells: list[Seen], need: Need, spread: Spread, curve: learning_curve.Curve | None) -> Candidate:
-    ordered = sorted(cells, key=lambda s: (abs(math.log(s.rows / need.train_rows)), s.seed))
-    found = Candidate(name, ordered, expected_accuracy(cells, need.train_rows, spread, curve))
+    found = Candidate(name, _nearest_first(cells, need), expected_accuracy(cells, need.train_rows, spread, curve))
     if found.accuracy is None:
-        sizes = sorted({s.rows for s in cells})
-        found.out = f"measured at {said_sizes(sizes)} training rows, which says nothing of {need.train_rows:,}"
-        return found
-    found.memory_bytes, found.memory_from, fits = _memory(found.nearest, need)
-    found.train_s = _time(ordered, need.train_rows)
-    if fits is False and found.memory_bytes:
-        found.out = f"needs {found.memory_bytes / 2**30:.1f} GiB of {need.gpu_memory_gb:g} ({found.memory_from})"
+        found.out = f"measured at {said_sizes(sorted({s.rows for s in cells}))} training rows, which says nothing of {need.train_rows:,}"
+    return found
+
+
+def _limits(found: Candidate, need: Need) -> None:
+    """Fill in memory and time, and rule the candidate out where it exceeds a limit."""
+    if found.accuracy is None:
+        return
+    found.memory, fits = expected_memory(found.evidence, need.train_rows, need.gpu_memory_gb)
+    found.train_s = expected_time(found.evidence, need.train_rows)
+    if found.out is not None:
+        return
+    if fits is False and found.memory:
+        found.out = f"needs {found.memory.value / 2**30:.1f} GiB of {need.gpu_memory_gb:g} ({found.memory.basis})"
     elif need.hours is not None and found.train_s and found.train_s.value > 3600 * need.hours:
         found.out = f"trains {found.train_s.value / 3600:.1f} h of {need.hours:g} ({found.train_s.basis})"
     elif need.metric_floor is not None and (found.accuracy.value < need.metric_floor):
         found.out = f"is expected at {100 * found.accuracy.value:.1f}%, below {100 * need.metric_floor:g}%"
-    return found
-
-
-def _memory(one: Seen, need: Need) -> tuple[float | None, str, bool | None]:
-    """(bytes, where from, whether they fit the card). A forecast for the card that is asked for, else what was measured on a GPU."""
-    from pipeline.forecasting.cell import forecast_of
-
-    result, card = one.cell.result, need.gpu_memory_gb
-    if card is not None and result.size and result.size.trainable:
-        hardware = {**result.hardware, "gpu": f"a card of {card:g} GiB", "gpu_memory_bytes": int(card * 2**30)}
-        told = forecast_of(dataclasses.replace(result, config={**result.config, "train_rows": need.train_rows}, hardware=hardware))
-        if told is not None and told.memory is not None:
-            return float(told.memory.total), "forecast", told.fits
-    if result.memory and result.memory.peak_bytes and result.memory.kind.startswith("gpu"):
-        peak = float(result.memory.peak_bytes)
-        return peak, f"measured on {result.hardware.get('gpu')}", None if card is None else peak <= card * 2**30
-    return None, "not known", None
-
-
-def _time(ordered: Sequence[Seen], rows: int) -> Expected | None:
-    """Training seconds at the nearest size, in proportion to the rows: as many epochs as there."""
-    nearest = [s for s in ordered if s.rows == ordered[0].rows and s.cell.result.phases and not s.cell.timing]
-    times = [s.cell.result.phases.train_s for s in nearest if s.cell.result.phases]
-    if not times or takes_no_rows(ordered[0]):
-        return None
-    ratio, hardware = rows / ordered[0].rows, ordered[0].cell.result.hardware
-    machine = hardware.get("gpu") or hardware.get("cpu") or "an unknown machine"
-    mean = math.fsum(times) / len(times)
-    return Expected(ratio * mean, ratio * min(times), ratio * max(times), f"measured at {ordered[0].rows:,} rows on {machine}, in proportion")
 
 
 def _choose(advice: Advice) -> None:
@@ -176,7 +197,7 @@ def _choose(advice: Advice) -> None:
     for one in live:
         one.told_apart = one is not best and _apart(one, best)
     alike = [c for c in live if not c.told_apart and _value(c) >= _value(best) - SLACK]
-    chosen = min(alike, key=lambda c: (c.memory_bytes if c.memory_bytes is not None else math.inf, c.train_s.value if c.train_s else 0.0, -_value(c)))
+    chosen = min(alike, key=lambda c: (c.memory.value if c.memory else math.inf, c.train_s.value if c.train_s else 0.0, -_value(c)))
     advice.candidates, advice.chosen = [chosen, *(c for c in live if c is not chosen), *gone], chosen
     if len(alike) == 1:
         advice.reason = "the most accurate" + (", and told apart from the others" if all(c.told_apart for c in live if c is not best) else "")
@@ -192,7 +213,12 @@ def _value(candidate: Candidate) -> float:
 
 
 def _apart(one: Candidate, best: Candidate) -> bool:
-    """Whether the test rows of the nearest size that both have tell them apart (tiers.py); without such answers, whether their intervals part."""
+    """Whether the test rows of the nearest size that both have tell them apart (tiers.py); without such answers, whether their intervals part.
+
+    Over several other tasks: whether the tasks do.
+    """
+    if len(one.by_task) > 1 or len(best.by_task) > 1:
+        return paired_apart(best.by_task, one.by_task)
     here = {s.rows for s in one.evidence}
     shared = next((s.rows for s in best.evidence if s.rows in here), None)
     if shared is not None:

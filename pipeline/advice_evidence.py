@@ -10,14 +10,17 @@ interval. Nothing is said beyond the largest size or below the smallest.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline import learning_curve, results
 from pipeline.report_cells import NAME, Cell
+from pipeline.results import Result
 
 NEAR = 1.25
 """Sizes that differ by no more than this factor count as the same."""
@@ -25,6 +28,8 @@ UNKNOWN_SPREAD = 0.03
 """Taken for the spread over seeds where no technique has two: the largest that is usual (DESIGN's 0.5 to 3 points)."""
 LEFT_OUT = ("best",)
 """Variants that are no technique of their own: a sweep's confirm cell."""
+NOT_SETTINGS = ("start",)
+"""Hyperparameters that name a cell of the same seed."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Seen:
     """One cell as evidence."""
 
     technique: str
+    """With the settings in which it differs from other cells of the technique on the model: "lora [epochs=3.0 r=8]"."""
     task: str
     model: str
     rows: int
@@ -52,7 +58,7 @@ class Expected:
 
 
 def gather(roots: Iterable[Path]) -> list[Seen]:
-    """Every finished cell below the folders that answered test rows."""
+    """Every finished cell below the folders that answered test rows; cells of one technique with other settings are told apart by their names."""
     found = []
     for path in (p for root in roots for p in sorted(root.rglob("result.json"))):
         parts = NAME.fullmatch(path.parent.name)
@@ -63,7 +69,41 @@ def gather(roots: Iterable[Path]) -> list[Seen]:
         if result.status == "ok" and result.test and result.metric == "accuracy" and result.method != "teacher":
             cell = Cell(result, path.parent, label, parts["rows"])
             found.append(Seen(label, result.task, result.model, result.train_rows, result.seed, result.test.accuracy, result.test.rows, cell))
+    return _once(_told_apart(found))
+
+
+def out_of_memory(roots: Iterable[Path]) -> list[Result]:
+    """Cells below the folders that ended out of memory."""
+    return [r for root in roots for r in results.read_all(root) if r.status == "oom"]
+
+
+def _told_apart(seen: Sequence[Seen]) -> list[Seen]:
+    """Techniques that ran with several settings on a model, under a name for each: their mean would be of no technique at all."""
+    groups: dict[tuple[str, str], list[Seen]] = defaultdict(list)
+    for one in seen:
+        groups[one.technique, one.model].append(one)
+    found = []
+    for (name, _), cells in groups.items():
+        every = [_settings(s) for s in cells]
+        keys = sorted({k for s in every for k in s if any(s.get(k) != other.get(k) for other in every)})
+        for one, settings in zip(cells, every, strict=True):
+            told = " ".join(f"{k}={settings[k]}" for k in keys if settings.get(k) is not None)
+            found.append(dataclasses.replace(one, technique=f"{name} [{told or 'defaults'}]") if keys else one)
     return found
+
+
+def _settings(one: Seen) -> dict[str, Any]:
+    result = one.cell.result
+    found = {k: v for k, v in result.hyperparameters.items() if k not in NOT_SETTINGS}
+    return found | ({"synthetic_share": result.synthetic.share} if result.synthetic else {})
+
+
+def _once(seen: Sequence[Seen]) -> list[Seen]:
+    """Of cells that are the same run but for the experiment's name, the one with the most test rows (a GPU's first): a run again is not a new run."""
+    best: dict[tuple[Any, ...], Seen] = {}
+    for one in sorted(seen, key=lambda s: (-s.test_rows, not s.cell.result.hardware.get("gpu"))):
+        best.setdefault((one.technique, one.task, one.model, one.rows, one.seed), one)
+    return [one for one in seen if best[one.technique, one.task, one.model, one.rows, one.seed] is one]
 
 
 @dataclass(frozen=True)
@@ -84,10 +124,10 @@ class Spread:
 
 
 def pooled_spread(seen: Sequence[Seen]) -> Spread:
-    """Over techniques and sizes with several seeds; what is not random (all seeds alike) tells nothing of those that are."""
-    groups: dict[tuple[str, int], list[float]] = defaultdict(list)
+    """Within tasks, techniques and sizes with several seeds; what is not random (all seeds alike) tells nothing of those that are."""
+    groups: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for one in seen:
-        groups[one.technique, one.rows].append(one.accuracy)
+        groups[one.task, one.technique, one.rows].append(one.accuracy)
     squares, df = 0.0, 0
     for values in groups.values():
         mean = math.fsum(values) / len(values)
@@ -114,7 +154,7 @@ def expected_accuracy(cells: Sequence[Seen], rows: int, spread: Spread, curve: l
     if not at and curve is not None and curve.sizes[0] <= rows <= curve.sizes[-1] and curve.fits:
         on = curve.at(rows)
         half = math.hypot((on.high - on.low) / 2, spread.t * spread.sd)
-        return Expected(on.value, *_bounded(on.value, half), f"learning curve through {len(curve.sizes)} sizes, {said_sizes(curve.sizes)} rows")
+        return Expected(on.value, *bounded(on.value, half), f"learning curve through {len(curve.sizes)} sizes, {said_sizes(curve.sizes)} rows")
     at = at or [s for s in cells if max(s.rows, rows) <= NEAR * min(s.rows, rows)]
     if at:
         nearest = min({s.rows for s in at}, key=lambda n: abs(math.log(n / rows)))
@@ -137,8 +177,9 @@ def _mean(cells: Sequence[Seen], spread: Spread, basis: str) -> Expected:
     rows = value * (1 - value) / cells[0].test_rows
     half = spread.t * math.sqrt(sd**2 * (1 + 1 / len(cells)) + rows)
     seeds = f"{len(cells)} run{'s' if len(cells) > 1 else ''}"
-    return Expected(value, *_bounded(value, half), f"{basis}, {seeds}")
+    return Expected(value, *bounded(value, half), f"{basis}, {seeds}")
 
 
-def _bounded(value: float, half: float) -> tuple[float, float]:
+def bounded(value: float, half: float) -> tuple[float, float]:
+    """value ± half, within 0 and 1."""
     return max(0.0, value - half), min(1.0, value + half)
