@@ -34,7 +34,7 @@ def finished(cfg, folder: Path) -> bytes:
     return weights(folder)
 
 
-@pytest.mark.parametrize("stop_at", [1, 13, 23])
+@pytest.mark.parametrize("stop_at", [13, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 23))])
 def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, stop_at):
     """SIGTERM after some step of 24, with dropout drawing random numbers and validations in between: bitwise equal."""
     from pipeline.loop import Loop

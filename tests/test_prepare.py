@@ -223,6 +223,7 @@ def test_hub_tasks_over_a_local_repository(task, tmp_path):
     assert (row["answer"], row["choices"]) == (answer, choices)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the files beside the project are not here")
 @pytest.mark.parametrize(("task", "rows"), [
     ("cqa", {"train": 8741, "validation": 1000, "test": 1221}), ("svamp", {"train": 700, "validation": 100, "test": 200}),

@@ -21,15 +21,15 @@ def run(overrides, folder, *more):
 
 
 @pytest.mark.parametrize(("technique", "more", "way"), [
-    ("lora", ["train.lr=1e-2"], "hand-written"),
+    pytest.param("lora", ["train.lr=1e-2"], "hand-written", marks=pytest.mark.slow),
     ("lora", ["train.lr=1e-2", "train.micro_batch_tokens=40", "train.weight_decay=0.1"], "hand-written"),
     ("lora", ["train.lr=1e-2", "method.config.use_dora=true"], "use_dora"),
-    ("full", ["train.lr=1e-3"], "hand-written"),
+    pytest.param("full", ["train.lr=1e-3"], "hand-written", marks=pytest.mark.slow),
     ("prompt_tuning", ["train.lr=1e-2"], "hand-written"),
-    ("step_by_step", ["train.lr=1e-3"], "hand-written"),
-    ("lora", ["train.lr=1e-2", "train.packing=always"], "packed into streams"),
+    pytest.param("step_by_step", ["train.lr=1e-3"], "hand-written", marks=pytest.mark.slow),
+    pytest.param("lora", ["train.lr=1e-2", "train.packing=always"], "packed into streams", marks=pytest.mark.slow),
     ("lora", ["train.lr=1e-2", "train.packing=always", "train.micro_batch_tokens=40", "train.weight_decay=0.1"], "packed into streams"),
-    ("full", ["train.lr=1e-3", "train.packing=always"], "packed into streams"),
+    pytest.param("full", ["train.lr=1e-3", "train.packing=always"], "packed into streams", marks=pytest.mark.slow),
     ("prompt_tuning", ["train.lr=1e-2", "train.packing=always"], "; widths"),
 ])
 def test_fast_steps_are_the_eager_ones(overrides, tmp_path, technique, more, way):
