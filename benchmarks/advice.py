@@ -25,7 +25,7 @@ from typing import Any
 
 from pipeline.advice import Advice, Need, advise
 from pipeline.advice_evidence import Seen, gather, takes_no_rows
-from pipeline.files import UserError, write_json
+from pipeline.files import UserError, words_entry, write_json
 from pipeline.measure import provenance
 
 OUT = Path(__file__).parent / "results" / "advice.json"
@@ -124,14 +124,7 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The entry: words in, exit code out."""
-    try:
-        return run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
+main = words_entry(run)
 
 if __name__ == "__main__":
     sys.exit(main())

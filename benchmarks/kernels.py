@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from benchmarks.speed_ours import Ours
 from benchmarks.speed_workloads import Workload
-from pipeline.files import UserError
+from pipeline.files import UserError, words_entry
 from pipeline.measure import PeakMemory, Stopwatch
 from pipeline.model import device_of
 
@@ -46,14 +46,7 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The entry: words in, exit code out."""
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
+main = words_entry(run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline import report_format as f
 from pipeline.advice import Advice, Candidate, Need, advise
 from pipeline.advice_evidence import Expected, gather, out_of_memory
-from pipeline.files import UserError
+from pipeline.files import UserError, words_entry
 from pipeline.results import Result
 
 KEYS = ("train_rows", "gpu_memory_gb", "hours", "metric_floor", "task", "model", "results")
@@ -134,14 +134,7 @@ def _range(value: Expected, said: Callable[[float], str]) -> str:
     return " [one run tells no interval]" if value.low is None or value.high is None else f" [{said(value.low)} to {said(value.high)}]"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The entry: words in, exit code out."""
-    try:
-        return run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
+main = words_entry(run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,7 +19,7 @@ from pathlib import Path
 from pipeline import drift
 from pipeline import report_format as f
 from pipeline.drift import Change, Cost, Drift, Move
-from pipeline.files import UserError, write_text
+from pipeline.files import UserError, words_entry, write_text
 
 DEFAULTS = {"format": "text", "out": "", "fail": "false", "tolerance": ""}
 SHOWN_CONFIG = 30
@@ -159,14 +159,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The entry: words in, exit code out."""
-    try:
-        return run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
+main = words_entry(run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,13 +10,27 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 
 class UserError(Exception):
     """Bad input. The message is one sentence that names the file, key or row, and the mend."""
+
+
+def words_entry(run: Callable[[list[str]], int]) -> Callable[..., int]:
+    """The `main` of a command that takes plain words: run's exit code; a UserError is one sentence on stderr and exit code 2."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        try:
+            return run(list(sys.argv[1:] if argv is None else argv))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return main
 
 
 @contextlib.contextmanager
