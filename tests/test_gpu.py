@@ -202,3 +202,37 @@ def test_weights_changed_in_place_change_the_next_scores_and_memory_is_given_bac
             if "lora_B" in name:
                 parameter.zero_()
     assert run() != before
+
+
+def test_a_failed_capture_leaves_the_process_as_it_was():
+    """Its stream is not current, random numbers come, memory can be had and given back, and the next capture succeeds."""
+    import torch
+
+    from pipeline.fast.capture import Graphs
+
+    here, graphs = torch.cuda.current_stream(), Graphs(torch.device("cuda"))
+    x = torch.ones(8, device="cuda")
+    with pytest.raises(RuntimeError):
+        graphs.capture(lambda: float(torch.rand(8, device="cuda").sum()))
+    assert torch.cuda.current_stream() == here and not torch.cuda.is_current_stream_capturing()
+    torch.manual_seed(0)
+    drawn = torch.rand(4, device="cuda")
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(4, device="cuda"), drawn) and float(drawn.std()) > 0
+    held = torch.cuda.memory_reserved()
+    block = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    del block
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= held
+    replay = graphs.capture(lambda: x.add_(1))
+    x.zero_()
+    replay()
+    replay()
+    assert x.tolist() == [2.0] * 8
+    graphs.close()
+
+
+@pytest.mark.parametrize("technique", ["prompt_tuning", "prompt_tuning_text", "prefix_tuning", "ipt"])
+def test_answers_over_soft_prompts_are_captured(overrides, tmp_path, technique):
+    result = cell.run(compose(on_gpu(overrides, f"technique={technique}", "train.steps=2")), folder=tmp_path / "cell")
+    assert not any("capture failed" in note for note in result.notes), result.notes

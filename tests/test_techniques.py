@@ -9,8 +9,8 @@ import torch
 
 from pipeline import cell, evaluate
 from pipeline.config import build, compose
-from pipeline.files import read_jsonl
-from pipeline.model import load_model, parameters
+from pipeline.files import UserError, read_jsonl
+from pipeline.model import load_model, load_tokenizer, parameters
 from pipeline.settings import Precision
 
 CPU = torch.device("cpu")
@@ -112,6 +112,23 @@ def test_what_the_adapter_takes_the_base_gives(load, name):
     assert apart(whole, logits(load())) < 1e-5
     with model.disable_adapter():
         assert apart(logits(model), whole) > 0.1
+
+
+def test_a_prefix_begins_as_its_text_before_the_prompt(load, tiny):
+    """16 tokens, the text's again and again: the same next tokens as with the text itself in front."""
+    words = "the film was fine and lovely"
+    ids = load_tokenizer(tiny / "models" / "smollm2_135m")(words)["input_ids"]
+    before = torch.tensor([(3 * ids)[:16]] * 2)
+    with torch.inference_mode():
+        wanted = load().eval()(input_ids=torch.cat((before, IDS), 1)).logits[:, 16:]
+    assert apart(logits(method("prefix_tuning", f"method.text={words}").wrap(load())), wanted) < 1e-5
+    assert apart(logits(method("prefix_tuning", "method.text=null").wrap(load())), wanted) > 0.1
+
+
+@pytest.mark.parametrize(("words", "named"), [(["method.text=' '"], "method.text is empty"), (["method.config.prefix_projection=true"], "through a projection")])
+def test_a_prefix_that_cannot_begin_at_a_text_is_refused(words, named):
+    with pytest.raises(UserError, match=named):
+        method("prefix_tuning", *words)
 
 
 def test_loftq_begins_at_the_best_rank_r_part_of_the_error(load):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,9 @@ import pytest
 import torch
 
 from pipeline import cell, evaluate, report_means
-from pipeline.config import build, compose
+from pipeline.config import ROOT, build, compose
 from pipeline.data import Example
-from pipeline.files import UserError, read_json, read_jsonl, write_jsonl
+from pipeline.files import UserError, read_json, read_jsonl, write_jsonl, write_text
 from pipeline.methods.prompt_choice import PromptChoice
 from pipeline.methods.retrieval import Retrieval, by_embedding, embed, passages
 from pipeline.model import load_model, load_tokenizer
@@ -34,6 +37,15 @@ def test_bm25_finds_the_rows_that_share_words_and_puts_the_nearest_last():
         "Review: the plot was awful\nSentiment: negative\n\nReview: a lovely cast\nSentiment: positive\n\nReview: a lovely lovely plot\nSentiment:"
     )
     assert Retrieval(4, "bm25").prompt("nothing in common", state).count("Sentiment:") == 4, "k rows come even where no word is shared"
+
+
+def test_bm25_leaves_the_gpu_to_the_cell(tmp_path):
+    """bm25s starts JAX where it is installed, and JAX takes three quarters of a GPU unless told to stay away from it."""
+    write_text(tmp_path / "jax" / "__init__.py", "")
+    write_text(tmp_path / "jax" / "lax.py", "import os\nprint(os.environ['JAX_PLATFORMS'])\ndef top_k(scores, k):\n    assert len(scores) == 5\n")
+    ask = "from pipeline.methods.retrieval import by_bm25; print(by_bm25(['one film', 'two plots', 'three casts'])('plots of two', 2)[0])"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.stdout.split() == ["cpu", "1"], done.stderr
 
 
 def test_the_nearest_to_a_row_by_embedding_is_the_row(base):

@@ -6,6 +6,7 @@ Library. Elsewhere than on CUDA the work is simply called again at every replay,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ class Graphs:
         """
         if not self.captures:
             return lambda: _call(work)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream current
+            try:
+                self._record(graph, work)
+            except BaseException:
+                _forget_capture(self._pool)
+                raise
+        self._graphs.append(graph)
+        return graph.replay
+
+    def _record(self, graph: Any, work: Callable[[], Any]) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -39,12 +51,9 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the warm-up took is not needed beside the pool
-        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
-        self._pool = self._pool or graph.pool()
-        self._graphs.append(graph)
-        return graph.replay
 
     def close(self) -> None:
         """Give the pool's memory back."""
@@ -56,3 +65,14 @@ class Graphs:
 
 def _call(work: Callable[[], Any]) -> None:
     work()
+
+
+def _forget_capture(pool: Any) -> None:
+    """Undo what a failed capture leaves: the allocator that still serves the pool, and a generator that takes itself to be captured (another capture,
+    which succeeds, ends that)."""
+    with suppress(RuntimeError):  # the capture had not begun, or torch has ended it
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            torch.zeros(1, device="cuda")

@@ -253,7 +253,7 @@ def _captured(decoder: Decoder, prompts: list[list[int]], graphs: Graphs, fresh:
             with fresh():
                 work()
 
-        return capture(graphs, inside, decoder.device, notes, "generation") or work
+        return capture(graphs, inside, notes, "generation") or work
 
     decoder.fill(prompts)
     decoder.prefill()  # the cache's tensors come to be here, outside of any graph's pool

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,12 +144,10 @@ def _seen(rows: Sequence[Row], shape: Sequence[int], pinned: bool) -> torch.Tens
     return host.pin_memory() if pinned else host
 
 
-def capture(graphs: Graphs, work: Callable[[], Any], device: Any, notes: list[str], what: str) -> Callable[[], None] | None:
+def capture(graphs: Graphs, work: Callable[[], Any], notes: list[str], what: str) -> Callable[[], None] | None:
     """graphs.capture, or None with a note where that fails."""
-    cuda = torch.device(device).type == "cuda"
     try:
-        with torch.cuda.stream(torch.cuda.current_stream()) if cuda else nullcontext():  # a failed capture leaves its own stream current
-            return graphs.capture(work)
+        return graphs.capture(work)
     except RuntimeError as error:
         note = f"{what}: eager, because the capture failed ({str(error).splitlines()[0]})"
         notes.extend([note] if note not in notes else [])
@@ -217,7 +214,7 @@ class Reader:
             with self.fresh():
                 out.copy_(self._read(inputs, past, offset))
 
-        replay = capture(self.graphs, work, self.device, self.notes, "choice scoring")
+        replay = capture(self.graphs, work, self.notes, "choice scoring")
         return replay and (inputs, out, replay)
 
     def _read(self, inputs: Inputs, past: Any, offset: int) -> torch.Tensor:

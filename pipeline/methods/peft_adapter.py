@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import UserError
-from pipeline.methods.base import Method
-from pipeline.model import load_stored
+from pipeline.methods.base import Method, prompts_on_device
+from pipeline.model import load_stored, load_tokenizer
 from pipeline.peft_files import read_adapter, read_training
 
 SHOWN = {
@@ -92,7 +92,7 @@ class PeftAdapter(Method):
         if getattr(config, "tokenizer_name_or_path", None) == BASE:
             config.tokenizer_name_or_path = model.config._name_or_path
         try:
-            return get_peft_model(model, config)
+            return prompts_on_device(get_peft_model(model, config))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"this adapter does not fit the model: {' '.join(str(error).split())}") from error
 
@@ -122,7 +122,7 @@ class PeftAdapter(Method):
             return model.to(base.device).eval(), None
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(base, folder).eval(), None
+        return prompts_on_device(PeftModel.from_pretrained(base, folder)).eval(), None
 
     def merged(self, model: Any) -> Any:
         """Attached adapter -> plain model. A quantised base is dequantised first, so the product is not rounded again."""
@@ -202,6 +202,53 @@ class LoftQ(PeftAdapter):
 
     def hyperparameters(self) -> dict[str, Any]:
         return {**super().hyperparameters(), "init": "loftq"}
+
+
+@dataclass(frozen=True)
+class PrefixTuning(PeftAdapter):
+    """Trained keys and values before every layer's own (Li & Liang, 2021), begun at those that the base computes for a text.
+
+    PEFT draws them from a normal distribution of deviation 1, which is far from what a layer makes: the base's answers are lost, and a few hundred
+    rows do not bring them back. The paper begins at words' activations where rows are few (its section on initialisation).
+    """
+
+    text: str | None = None
+    """The base first answers as if this text, repeated and cut to num_virtual_tokens tokens, stood before every prompt. null: PEFT's random beginning."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text is not None and not self.text.strip():
+            raise UserError("method.text is empty; give words to begin at, or null for a random beginning")
+        if self.text is not None and self.config.prefix_projection:
+            raise UserError("method.text cannot be met through a projection; set method.config.prefix_projection=false, or method.text=null")
+
+    def wrap(self, model: Any) -> Any:
+        wrapped = super().wrap(model)
+        if self.text is not None:
+            from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+
+            ids = beginning(self.text, load_tokenizer(Path(model.config._name_or_path)), self.config.num_virtual_tokens)
+            past = _keys_and_values(model, ids)
+            initialize_kv_prefix_from_past_key_values(wrapped, past_key_values=past)
+        return wrapped
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {**super().hyperparameters(), "init": "random" if self.text is None else "text"}
+
+
+def beginning(text: str, tokenizer: Any, tokens: int) -> list[int]:
+    """`tokens` token ids: the text's, again and again until there are enough. Raises UserError where the tokenizer finds none in it."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("method.text has no tokens; give other words")
+    return (ids * -(-tokens // len(ids)))[:tokens]
+
+
+def _keys_and_values(model: Any, ids: list[int]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids], device=model.device), use_cache=True).past_key_values
 
 
 @dataclass(frozen=True)

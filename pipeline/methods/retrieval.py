@@ -6,6 +6,7 @@ conf/method/retrieval.yaml, retrieval_embedding.yaml, retrieval_documents.yaml.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ class Retrieval(Method):
 
 def by_bm25(texts: Sequence[str]) -> Callable[[str, int], list[int]]:
     """Nearest by BM25 over lower-case words of two letters or more."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s starts JAX where it is installed, which would take three quarters of a GPU's memory
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index it builds
@@ -107,7 +109,7 @@ def by_bm25(texts: Sequence[str]) -> Callable[[str, int], list[int]]:
 
     def nearest(query: str, k: int) -> list[int]:
         words = bm25s.tokenize(query, stopwords=None, return_ids=False, show_progress=False)
-        return index.retrieve(words, k=k, show_progress=False).documents[0].tolist()
+        return index.retrieve(words, k=k, show_progress=False, backend_selection="numpy").documents[0].tolist()
 
     return nearest
 

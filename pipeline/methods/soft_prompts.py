@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.data import Example
 from pipeline.files import UserError, read_json, write_json
-from pipeline.methods.base import Method
+from pipeline.methods.base import Method, prompts_on_device
 
 PROMPT, ROWS, TOKENS = "adapter_model.safetensors", "answers.safetensors", "tokens.json"
 
@@ -37,7 +37,8 @@ class SoftPrompt(Method):
     def wrap(self, model: Any) -> Any:
         from peft import PromptTuningConfig, get_peft_model
 
-        return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"))
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB")
+        return prompts_on_device(get_peft_model(model, config))
 
     def save(self, model: Any, state: Any, folder: Path) -> None:
         model.save_pretrained(folder, save_embedding_layers=False)
@@ -45,7 +46,7 @@ class SoftPrompt(Method):
     def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(base, folder).eval(), None
+        return prompts_on_device(PeftModel.from_pretrained(base, folder)).eval(), None
 
 
 @dataclass(frozen=True)
