@@ -36,7 +36,7 @@ FURTHER = {
     "adalora": (3e-3, 1e-3, 1e-2), "lora_plus": (2e-4, 1e-4, 5e-4), "pissa": (5e-4, 2e-4, 1e-3), "olora": (5e-4, 2e-4, 1e-3),
     "loha": (2e-3, 5e-4, 5e-3), "lokr": (3e-3, 1e-3, 1e-2), "vera": (3e-2, 1e-2, 1e-1), "oft": (1e-3, 3e-4, 3e-3), "qdora": (1e-3, 5e-4, 2e-3),
     "loftq": (1e-3, 5e-4, 2e-3), "lora_int8": (1e-3, 5e-4, 2e-3), "ia3": (1e-2, 3e-3, 3e-2), "prompt_tuning_text": (1e-1, 3e-2, 3e-1),
-    "prompt_tuning_random": (1e-1, 3e-2, 3e-1), "prefix_tuning": (3e-3, 1e-3, 1e-2), "p_tuning": (1e-3, 3e-4, 3e-3), "multitask_prompt": (1e-1, 3e-2, 3e-1),
+    "prompt_tuning_random": (1e-1, 3e-2, 3e-1), "prefix_tuning": (1e-2, 3e-3, 3e-2), "p_tuning": (1e-3, 3e-4, 3e-3), "multitask_prompt": (1e-1, 3e-2, 3e-1),
     "task_distillation": (5e-5, 2e-5, 1e-4), "task_distillation_lora": (1e-3, 5e-4, 2e-3), "rationale_first": (5e-5, 2e-5, 1e-4),
     "step_by_step_lora": (1e-3, 5e-4, 2e-3), "step_by_step_qlora": (1e-3, 5e-4, 2e-3), "dpo": (5e-4, 1e-4, 1e-3), "orpo": (1e-3, 5e-4, 2e-3),
     "kto": (5e-4, 1e-4, 1e-3), "logit_distillation": (1e-3, 5e-4, 2e-3), "logit_distillation_reverse": (1e-3, 5e-4, 2e-3),

@@ -125,10 +125,10 @@ def test_a_prefix_begins_as_its_text_before_the_prompt(load, tiny):
     assert apart(logits(method("prefix_tuning", "method.text=null").wrap(load())), wanted) > 0.1
 
 
-@pytest.mark.parametrize(("words", "named"), [(["method.text=' '"], "method.text is empty"), (["method.config.prefix_projection=true"], "through a projection")])
-def test_a_prefix_that_cannot_begin_at_a_text_is_refused(words, named):
+@pytest.mark.parametrize(("word", "named"), [("method.text=' '", "method.text is empty"), ("method.config.prefix_projection=true", "through a projection")])
+def test_a_prefix_that_cannot_begin_at_a_text_is_refused(word, named):
     with pytest.raises(UserError, match=named):
-        method("prefix_tuning", *words)
+        method("prefix_tuning", word)
 
 
 def test_loftq_begins_at_the_best_rank_r_part_of_the_error(load):

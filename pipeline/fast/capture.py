@@ -38,7 +38,9 @@ class Graphs:
             try:
                 self._record(graph, work)
             except BaseException:
-                _forget_capture(self._pool)
+                if self._pool is not None:
+                    _end_capture(self._pool)
+                self._pool = None
                 raise
         self._graphs.append(graph)
         return graph.replay
@@ -67,10 +69,10 @@ def _call(work: Callable[[], Any]) -> None:
     work()
 
 
-def _forget_capture(pool: Any) -> None:
-    """Undo what a failed capture leaves: the allocator that still serves the pool, and a generator that takes itself to be captured (another capture,
-    which succeeds, ends that)."""
-    with suppress(RuntimeError):  # the capture had not begun, or torch has ended it
+def _end_capture(pool: Any) -> None:
+    """Undo what a failed capture leaves: an allocator that serves its pool and keeps all memory meanwhile (the pool is of no more use), and a generator
+    that takes itself to be captured, until another capture, which succeeds, ends."""
+    with suppress(RuntimeError):  # the capture had not begun
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
     with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
         torch.cuda.synchronize()
