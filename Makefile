@@ -32,10 +32,10 @@ ui: $(VENV) ## MLflow's pages on http://127.0.0.1:PORT (5000)
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
 
 test: $(VENV) ## the fast tests, minutes
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(VENV) ## the slow tests, some of which fetch from the package registry
-	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "slow and not gpu"
 
 test-gpu: $(VENV) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
