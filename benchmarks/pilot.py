@@ -31,20 +31,20 @@ RATES = {
     "step_by_step": (5e-5, 1e-4, 2e-4),
 }
 FURTHER = {
-    "top_layers": (1e-4, 3e-4, 5e-5), "frozen_embeddings": (5e-5, 1e-4, 2e-4), "head_only": (1e-3, 1e-4, 1e-2), "bitfit_added": (3e-3, 1e-3, 1e-2),
+    "top_layers": (1e-4, 3e-4, 5e-5), "frozen_embeddings": (5e-5, 1e-4, 2e-4), "head_only": (1e-3, 1e-4, 1e-2, 3e-2), "bitfit_added": (3e-3, 1e-3, 1e-2),
     "ln_tuning": (3e-3, 1e-3, 1e-2), "from_scratch": (1e-3, 3e-4, 3e-3), "rslora": (1e-3, 5e-4, 2e-3), "dora": (1e-3, 5e-4, 2e-3),
-    "adalora": (3e-3, 1e-3, 1e-2), "lora_plus": (2e-4, 1e-4, 5e-4), "pissa": (5e-4, 2e-4, 1e-3), "olora": (5e-4, 2e-4, 1e-3),
-    "loha": (2e-3, 5e-4, 5e-3), "lokr": (3e-3, 1e-3, 1e-2), "vera": (3e-2, 1e-2, 1e-1), "oft": (1e-3, 3e-4, 3e-3), "qdora": (1e-3, 5e-4, 2e-3),
+    "adalora": (3e-3, 1e-3, 1e-2, 3e-2), "lora_plus": (2e-4, 1e-4, 5e-4, 5e-5), "pissa": (5e-4, 2e-4, 1e-3), "olora": (5e-4, 2e-4, 1e-3),
+    "loha": (2e-3, 5e-4, 5e-3, 1e-2), "lokr": (3e-3, 1e-3, 1e-2), "vera": (3e-2, 1e-2, 1e-1), "oft": (1e-3, 3e-4, 3e-3, 1e-4), "qdora": (1e-3, 5e-4, 2e-3),
     "loftq": (1e-3, 5e-4, 2e-3), "lora_int8": (1e-3, 5e-4, 2e-3), "ia3": (1e-2, 3e-3, 3e-2), "prompt_tuning_text": (1e-1, 3e-2, 3e-1),
     "prompt_tuning_random": (1e-1, 3e-2, 3e-1), "prefix_tuning": (1e-2, 3e-3, 3e-2), "p_tuning": (1e-3, 3e-4, 3e-3), "multitask_prompt": (1e-1, 3e-2, 3e-1),
     "task_distillation": (5e-5, 2e-5, 1e-4), "task_distillation_lora": (1e-3, 5e-4, 2e-3), "rationale_first": (5e-5, 2e-5, 1e-4),
-    "step_by_step_lora": (1e-3, 5e-4, 2e-3), "step_by_step_qlora": (1e-3, 5e-4, 2e-3), "dpo": (5e-4, 1e-4, 1e-3), "orpo": (1e-3, 5e-4, 2e-3),
-    "kto": (5e-4, 1e-4, 1e-3), "logit_distillation": (1e-3, 5e-4, 2e-3), "logit_distillation_reverse": (1e-3, 5e-4, 2e-3),
-    "adapter_houlsby": (1e-3, 3e-4, 3e-3), "adapter_pfeiffer": (1e-3, 3e-4, 3e-3), "adapter_parallel": (5e-4, 2e-4, 2e-3),
-    "compacter": (3e-3, 1e-3, 1e-2), "adamix": (1e-3, 3e-4, 3e-3), "ladder": (1e-3, 3e-4, 3e-3), "attention_fusion": (3e-3, 1e-3, 3e-2),
-    "ipt": (1e-1, 3e-2, 3e-1), "warp": (3e-2, 1e-2, 1e-1), "boft": (1e-3, 3e-4, 3e-3), "grpo": (1e-4, 3e-5, 3e-4), "rloo": (1e-4, 3e-5, 3e-4),
+    "step_by_step_lora": (1e-3, 5e-4, 2e-3), "step_by_step_qlora": (1e-3, 5e-4, 2e-3), "dpo": (5e-4, 1e-4, 1e-3, 2e-3), "orpo": (1e-3, 5e-4, 2e-3),
+    "kto": (5e-4, 1e-4, 1e-3, 2e-3), "logit_distillation": (1e-3, 5e-4, 2e-3), "logit_distillation_reverse": (1e-3, 5e-4, 2e-3),
+    "adapter_houlsby": (1e-3, 3e-4, 3e-3, 1e-4), "adapter_pfeiffer": (1e-3, 3e-4, 3e-3, 1e-4), "adapter_parallel": (5e-4, 2e-4, 2e-3, 1e-3),
+    "compacter": (3e-3, 1e-3, 1e-2), "adamix": (1e-3, 3e-4, 3e-3, 5e-4), "ladder": (1e-3, 3e-4, 3e-3), "attention_fusion": (3e-3, 1e-3, 3e-2, 1e-1),
+    "ipt": (1e-1, 3e-2, 3e-1), "warp": (3e-2, 1e-2, 1e-1), "boft": (1e-3, 3e-4, 3e-3, 1e-2), "grpo": (1e-4, 3e-5, 3e-4, 2e-4), "rloo": (1e-4, 3e-5, 3e-4, 1e-3),
 }
-"""The likeliest rate first, then one below and one above it."""
+"""The likeliest rate first, then one below and one above it, then one more beyond the best where that was at the edge."""
 UNTRAINED = (("zero_shot_int8", "seed=0"), ("zero_shot_nf4", "seed=0"), ("prompt_choice", "seed=0"), *(
     (name, f"method.k={k}") for k in (4, 8, 16) for name in ("retrieval", "retrieval_embedding")))
 SHOTS = (4, 8, 16)
@@ -66,8 +66,8 @@ def further() -> Iterator[tuple[str, str, str, int]]:
     """The same for the other techniques on the first labelling: every first rate, then the others, then a second seed of all."""
     task = LABELLINGS[0]
     yield from ((task, technique, extra, 0) for technique, extra in UNTRAINED)
-    for seed, place in itertools.product((0, 1), range(3)):
-        yield from ((task, technique, f"train.lr={rates[place]}", seed) for technique, rates in FURTHER.items())
+    for seed, place in itertools.product((0, 1), range(4)):
+        yield from ((task, technique, f"train.lr={rates[place]}", seed) for technique, rates in FURTHER.items() if place < len(rates))
 
 
 def stand_in(task: str, root: Path) -> None:
