@@ -31,14 +31,14 @@ EXPLAINED = 20
 
 @dataclass(frozen=True)
 class Source:
-    """A prepared model's and a prepared task's folder; random weights and rows where one is missing."""
+    """A model's folder (prepared, or by pipeline.export) and a prepared task's; random weights and rows where one is missing."""
 
     model: Path = Path("models/smollm2_135m")
     task: Path = Path("data/vader_movies_5")
 
     @property
     def real(self) -> bool:
-        return (self.model / "manifest.json").exists() and (self.task / "manifest.json").exists()
+        return (self.model / "config.json").exists() and (self.task / "manifest.json").exists()
 
     def tokenizer(self) -> Any:
         from pipeline.model import load_tokenizer

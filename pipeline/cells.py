@@ -13,6 +13,7 @@ result files.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
@@ -105,8 +106,33 @@ def is_done(cfg: DictConfig) -> bool:
     result = read_result(path)
     if result.provenance.get("fingerprint") != cell.fingerprint(cfg):
         return False
-    same = result.hardware == hardware(result.hardware.get("device", "cpu")) and result.config.get("memory_limit_gb") == cfg.memory_limit_gb
-    return result.status == "ok" or same
+    if result.status == "ok":
+        return True
+    return result.config.get("memory_limit_gb") == cfg.memory_limit_gb and result.hardware == hardware_here(result.hardware.get("device", "cpu"))
+
+
+def hardware_here(device: str) -> dict[str, Any]:
+    """measure.hardware, asked in a child where it is a GPU's: a process that has used one cannot fork cells that use it."""
+    if device == "cpu":
+        return hardware(device)
+    from multiprocessing import get_context
+
+    fork = get_context("fork")
+    theirs, ours = fork.Pipe()
+    child = fork.Process(target=_tell_hardware, args=(ours, device))
+    child.start()
+    ours.close()
+    try:
+        return theirs.recv()
+    except EOFError:
+        return {}
+    finally:
+        child.join()
+
+
+def _tell_hardware(to: Any, device: str) -> None:
+    with contextlib.suppress(Exception):  # no such device here
+        to.send(hardware(device))
 
 
 def preload(missing: Sequence[DictConfig]) -> cell.Shared:

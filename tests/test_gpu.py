@@ -236,3 +236,13 @@ def test_a_failed_capture_leaves_the_process_as_it_was():
 def test_answers_over_soft_prompts_are_captured(overrides, tmp_path, technique):
     result = cell.run(compose(on_gpu(overrides, f"technique={technique}", "train.steps=2")), folder=tmp_path / "cell")
     assert not any("capture failed" in note for note in result.notes), result.notes
+
+
+def test_an_experiment_goes_on_beside_its_finished_cells(overrides, tmp_path):
+    """Looking at what is done does not start CUDA in the process that forks the cells."""
+    words = [*on_gpu(overrides), "experiments=standard", "technique=zero_shot", "train_rows=16", "evaluate.forgetting=false", "evaluate.transfer_rows=0"]
+    for more in (["seed=0"], []):
+        # a process of its own: this one has used the GPU
+        done = subprocess.run([sys.executable, "-m", "pipeline.cells", *words, *more], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "results" / "standard").glob("*/result.json"))) == 3

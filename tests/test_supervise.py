@@ -174,6 +174,15 @@ def test_an_out_of_memory_row_is_run_again_under_another_limit(overrides, import
         assert not cells.is_done(compose([*argv, f"memory_limit_gb={other}"]))
 
 
+def test_a_gpu_is_asked_for_its_name_in_a_child(monkeypatch):
+    """What runs cells forks them, and CUDA that is in use does not survive a fork."""
+    monkeypatch.setattr(cells, "hardware", lambda device: {"device": device, "pid": os.getpid()})
+    found = cells.hardware_here("cuda")
+    assert found["device"] == "cuda" and found["pid"] != os.getpid()
+    monkeypatch.setattr(cells, "hardware", lambda device: 1 / 0)
+    assert cells.hardware_here("cuda") == {}
+
+
 def test_a_finished_cell_does_not_depend_on_hardware_or_limit(overrides, imports):
     argv = [*overrides, "technique=zero_shot", "train_rows=16"]
     assert train.main(argv) == 0
