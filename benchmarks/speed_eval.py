@@ -41,17 +41,20 @@ class Source:
         return (self.model / "config.json").exists() and (self.task / "manifest.json").exists()
 
     def tokenizer(self) -> Any:
-        from pipeline.model import load_tokenizer
+        """The model's own; None for random weights."""
+        from transformers import AutoTokenizer
 
-        return load_tokenizer(self.model) if self.real else None
+        return AutoTokenizer.from_pretrained(self.model) if self.real else None
 
     def load(self, row: EvalRow, device: Any) -> Any:
         """The frozen model in the row's precision."""
         if self.real:
+            from transformers import AutoModelForCausalLM
+
             from pipeline.model import load_model
             from pipeline.settings import Precision
 
-            return load_model(self.model, Precision(row.dtype), device)
+            return load_model(self.model, Precision(row.dtype), device, AutoModelForCausalLM.from_pretrained(self.model))
         return base_model(Workload("full", row.shape, 1, 8, dtype=row.dtype), device).requires_grad_(False)
 
     def items(self, row: EvalRow) -> Items:
