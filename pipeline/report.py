@@ -1,6 +1,7 @@
 """Compare the cells of an experiment: one row a technique, charts, and a paragraph that says what came out.
 
     python -m pipeline.report experiments=quick
+    python -m pipeline.report experiments=techniques report.train_rows=[1000] report.seeds=[0,1,2]      other cells than the grid's
 
 Reads results/<experiment>/**/result.json and predictions.jsonl, keeps the cells of experiments/<name>/params.yaml's grid
 (and confirm cells of its techniques), and writes report/<experiment>/{index.html, table.md, table.csv, history.csv,
@@ -30,7 +31,8 @@ from pipeline.results import figures
 
 def run(cfg: DictConfig) -> None:
     """Write and print the report of cfg.experiment."""
-    cells, missing = select(Path(cfg.paths.results) / cfg.experiment, grid(cfg.experiment)["grid"])
+    given = {key: list(cfg.report[key]) for key in ("train_rows", "seeds") if cfg.report[key]}
+    cells, missing = select(Path(cfg.paths.results) / cfg.experiment, {**grid(cfg.experiment)["grid"], **given})
     rows = make_rows(cells)
     grown = growth(rows, cfg.report.target)
     tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)

@@ -14,9 +14,8 @@ from markupsafe import Markup
 
 from pipeline import report_format as f
 from pipeline.report_charts import FRAME, HEIGHT, WIDTH, Chart, named, point, svg, tip
-from pipeline.report_rows import Row
+from pipeline.report_rows import QUANTISED, Row, zero_shot
 from pipeline.report_svg import Box, Scale, place_labels, scale, tag
-from pipeline.report_table import QUANTISED
 
 FARTHEST = 8.0  # times the median of what was forgotten: what lies beyond is named, not drawn
 
@@ -58,11 +57,6 @@ def charts(rows: Sequence[Row], colour: dict[str, str]) -> list[Chart]:
     if base is None or base.test is None:
         return []
     return [chart for axis in AXES if (chart := _chart(rows, base, axis, colour))]
-
-
-def zero_shot(rows: Sequence[Row]) -> Row | None:
-    """The row that learning is counted from: the untouched base in the experiment's own precision, else in any."""
-    return min((r for r in rows if r.method == "none"), key=lambda r: (r.precision in QUANTISED, r.name), default=None)
 
 
 def _chart(rows: Sequence[Row], base: Row, axis: Axis, colour: dict[str, str]) -> Chart | None:

@@ -13,7 +13,7 @@ from pipeline import report_format as f
 from pipeline.files import UserError
 from pipeline.learning_curve import Crossover, Curve, Estimate, Measured, RowsFor, crossover, fit
 from pipeline.report_cells import Cell
-from pipeline.report_rows import Row
+from pipeline.report_rows import Row, zero_shot
 from pipeline.report_table import metric_name
 
 
@@ -69,7 +69,8 @@ def growth(rows: Sequence[Row], target: float | None = None) -> Growth | None:
         return None
     smallest, largest = _range(curves.values())
     rows_of = {r.technique: r for r in shown}
-    base = next((r.technique for r in shown if r.method == "none" and r.technique in curves), None)
+    untouched = zero_shot([r for r in shown if r.technique in curves])
+    base = untouched.technique if untouched else None
     best = max(curves.values(), key=lambda c: c.value(largest))
     start = curves[base].value(smallest) if base else min(c.value(smallest) for c in curves.values())
     chosen = target if target is not None else (start + best.value(largest)) / 2

@@ -16,6 +16,8 @@ from pipeline.report_means import figures_of
 from pipeline.results import Result
 from pipeline.tiers import Runs
 
+QUANTISED = ("int8", "nf4")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -164,8 +166,13 @@ def _fixed(rows: Sequence[Row]) -> list[str]:
     return [r.name for r in rows if r.teacher or r.method == "none"]
 
 
+def zero_shot(rows: Sequence[Row]) -> Row | None:
+    """The row that learning is counted from: the untouched base in the experiment's own precision, else in any."""
+    return min((r for r in rows if r.method == "none"), key=lambda r: (r.precision in QUANTISED, r.name), default=None)
+
+
 def _against_zero_shot(rows: list[Row], answers: Mapping[str, Runs]) -> list[Row]:
-    base = next((r for r in rows if r.method == "none"), None)
+    base = zero_shot(rows)
     trained = tiers.compare(_some(answers, [r for r in rows if not r.teacher]), _fixed(rows))
 
     def compared(row: Row) -> Row:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import report_format as f
-from pipeline.report_rows import Row
+from pipeline.report_rows import QUANTISED, Row
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L"}
 KINDS = {"cpu_rss": "RSS", "gpu_reserved": "GPU"}
-QUANTISED = ("int8", "nf4")
 RESUMED, SHARED = "†", "‡"
 LAST_FIELD = "notes"
 
@@ -195,9 +194,11 @@ def table_csv(rows: Sequence[Row]) -> str:
 
 
 def history_csv(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """The training curves of all cells, one line a point: cell, step, loss, lr, validation_metric, validation_nll."""
+    """The training curves of all cells, one line a point: cell, step, loss, lr, validation_metric, validation_nll, and what a technique adds (reward)."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, ["cell", "step", "loss", "lr", "validation_metric", "validation_nll"], lineterminator="\n")
+    known = ["cell", "step", "loss", "lr", "validation_metric", "validation_nll"]
+    further = sorted({key for points in histories.values() for point in points for key in point} - set(known))
+    writer = csv.DictWriter(out, [*known, *further], lineterminator="\n")
     writer.writeheader()
     for cell, points in histories.items():
         writer.writerows({"cell": cell, **point} for point in points)

@@ -10,11 +10,13 @@ from typing import Any
 
 from pipeline import report_format as f
 from pipeline.report_cells import Cell
-from pipeline.report_rows import Row, by_group, common_notes
+from pipeline.report_rows import Row, by_group, common_notes, zero_shot
 from pipeline.report_table import METRICS, interval
 from pipeline.runs import hardware_name
 
 CURVES = 2  # sentences about learning curves in the opening
+MANY = 8  # names that are all said; of more, the first three
+CLOSE = 0.02  # of many that cannot be told apart from the best, costs are those of the ones that are so near to it
 
 
 def opening(rows: Sequence[Row], grown: Sequence[str] = ()) -> list[str]:
@@ -46,7 +48,14 @@ def _headline(ranked: list[Row]) -> str:
     place = f"On `{best.results[0].task}`{rows}, "
     if not near:
         return f"{place}`{best.technique}` is ahead of all others by more than chance."
-    return f"{place}{_listed([best, *near])} cannot be told apart{_saving([best, *near])}."
+    whole = [best, *near]
+    who = _listed(whole) if len(whole) <= MANY else f"{len(whole)} of {len(ranked)} techniques"
+    return f"{place}{who} cannot be told apart{_saving(_close(whole))}."
+
+
+def _close(rows: list[Row]) -> list[Row]:
+    """All rows, or of many those near to the first."""
+    return rows if len(rows) <= MANY else [r for r in rows if (rows[0].test or 0.0) - (r.test or 0.0) <= CLOSE]
 
 
 def _saving(rows: list[Row]) -> str:
@@ -83,11 +92,17 @@ def _apart(ranked: list[Row]) -> str:
     seeds = "" if ranked[0].covers_seeds else " (over the test rows; one seed says nothing of how much the figures move from seed to seed)"
     if not near:
         return f"All others are below it by more than chance{seeds}." if all(r.standing for r in ranked) else ""
-    return f"{_listed(near)} cannot be told apart from it{seeds}."
+    if len(near) <= MANY:
+        return f"{_listed(near)} cannot be told apart from it{seeds}."
+    last, single = near[-1], sum(r.seeds == 1 and r.method != "none" for r in near)
+    pairs = len(ranked) * (len(ranked) - 1) // 2
+    why = f"; {single} of these ran with one seed, and {pairs:,} comparisons are corrected for" if single else f"; {pairs:,} comparisons are corrected for"
+    first = ", ".join(f"`{r.technique}`" for r in near[:3])
+    return f"{first} and {len(near) - 3} others, down to `{last.technique}` at {f.percent(last.test)}%, cannot be told apart from it{seeds}{why}."
 
 
 def _gain(ranked: list[Row]) -> str:
-    best, base = ranked[0], next((r for r in ranked if r.method == "none"), None)
+    best, base = ranked[0], zero_shot(ranked)
     if base is None:
         return ""
     if best is base:
@@ -103,7 +118,8 @@ def _gain(ranked: list[Row]) -> str:
 
 def _costs(ranked: list[Row]) -> str:
     """Among the trained techniques that hold up with the best, the cheapest by time, memory and trained parameters."""
-    good = [r for r in ranked if r.standing in ("best", "near") and r.trainable]
+    near = [r for r in ranked if r.standing in ("best", "near")]
+    good = [r for r in _close(near) if r.trainable]
     pool = good if len(good) > 1 else [r for r in ranked if r.trainable]
     claims = [
         _cheapest([r for r in pool if not r.timing], lambda r: r.train_s, f.duration, "trains fastest"),
@@ -115,7 +131,8 @@ def _costs(ranked: list[Row]) -> str:
         by_name.setdefault(name, []).append(claim)
     if not by_name:
         return ""
-    whom = "Of the trained techniques that hold up with the best, itself included" if pool is good else "Of the trained techniques"
+    held = "that hold up with the best, itself included" if len(near) <= MANY else f"within {f.percent(CLOSE)} points of the best, itself included"
+    whom = f"Of the trained techniques {held}" if pool is good else "Of the trained techniques"
     return f"{whom}, " + "; ".join(f"`{name}` {_and(said)}" for name, said in by_name.items()) + "."
 
 
@@ -150,9 +167,13 @@ def _listed(rows: Sequence[Row]) -> str:
     return _and([f"`{r.technique}`" for r in rows])
 
 
+def _few(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names) if len(names) <= most else f"{len(names)} cells, {', '.join(names[:most])}, …"
+
+
 def warnings(rows: Sequence[Row], missing: Sequence[str]) -> list[str]:
     """What a reader must know before comparing: cells not run, out of memory, and conditions that differ between cells."""
-    found = [f"not run: {', '.join(missing)}"] if missing else []
+    found = [f"not run: {_few(missing)}"] if missing else []
     lost = [c.result for r in rows for c in r.cells if c.result.status == "oom"]
     if lost:
         where = ", ".join(sorted({hardware_name(r.hardware) or "unknown hardware" for r in lost}))

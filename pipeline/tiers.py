@@ -39,6 +39,7 @@ HETEROGENEITIES = (0.0, 0.35, 0.7, 1.05, 1.4, 1.8)
 MOST = 0.15
 """No technique's spread over seeds is taken to be wider (a fraction)."""
 NODES = 9  # of the quadrature over a technique's own log spread
+NEGLIGIBLE = 1e-10  # of the largest weight of a mixture: what is lighter is left out, together less than 1e-6
 
 Runs = Mapping[int, Mapping[str, bool]]
 """{seed: {row id: answered right}} of one technique."""
@@ -202,7 +203,8 @@ class _Pair:
         if not spreads.known:
             return cls(by_row, len(one) * len(other), None, None)
         added, weights = spreads.mixture(a, b, ranked[a].seeds, ranked[b].seeds)
-        return cls(by_row, len(one) * len(other), np.sqrt(_mean_variance(by_row) + added), weights)
+        heavy = weights > NEGLIGIBLE * weights.max()
+        return cls(by_row, len(one) * len(other), np.sqrt(_mean_variance(by_row) + added[heavy]), weights[heavy] / weights[heavy].sum())
 
     @property
     def point(self) -> float:
@@ -217,13 +219,15 @@ class _Pair:
     @property
     def half(self) -> float:
         """Half the 95% interval's width."""
-        if self.spread is None or self.weights is None:
+        spread, weights = self.spread, self.weights
+        if spread is None or weights is None:
             return 1.959964 * math.sqrt(_mean_variance(self.by_row))
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if chance(middle, self.spread, self.weights) > SIGNIFICANT else (low, middle)
-        return high
+        from scipy.optimize import brentq
+
+        def beyond(distance: float) -> float:
+            return chance(distance, spread, weights) - SIGNIFICANT
+
+        return 1.0 if beyond(1.0) > 0 else float(brentq(beyond, 0.0, 1.0, xtol=1e-9))
 
 
 def _mean_variance(by_row: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from report_cells import BASE_NOTE, GRID, PROVENANCE, keep, oom, result, resumed
 
 from pipeline import cells, report
 from pipeline.report_page import words
+from pipeline.report_table import history_csv
 from pipeline.results import Memory, Result, figures
 
 
@@ -85,6 +86,18 @@ def test_report_of_an_experiment(home: Path, capsys: pytest.CaptureFixture[str])
     assert float(full["perplexity_change"]) == pytest.approx(118 * 1.015 / 40 / 31.4)
     assert (lines["zero_shot"]["labelled_rows"], lines["few_shot"]["labelled_rows"], lines["teacher"]["labelled_rows"]) == ("0", "8", "0")
     assert lines["lora+best"]["seeds"] == "1" and lines["lora+best"]["test_seed_low"] == ""
+
+
+def test_other_sizes_and_seeds_than_the_grid_s_are_reported_on_demand(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment(home / "results")
+    write_grid(home, {**GRID, "train_rows": [7], "seeds": [0]})
+    assert run(home) == 0 and "full" not in table(home)
+    capsys.readouterr()
+    words = ["experiment=quick", f"paths.results={home}/results", f"paths.report={home}/report", "report.train_rows=[200]", "report.seeds=[0,1,4,5,6,7]"]
+    assert report.main(words) == 0
+    printed = capsys.readouterr().out
+    assert table(home)["full"]["seeds"] == "2"
+    assert re.search(r"^- not run: (\d\d) cells, (\S+ ){12}…$", printed, re.M), "many are counted, a dozen named"
 
 
 def test_missing_and_lost_cells_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,3 +241,9 @@ def test_resumed_and_packed_times_are_marked_and_kept_out_of_charts(home: Path, 
     assert (lines["lora"]["train_s"], lines["lora"]["timing"], lines["qlora"]["timing"]) == ("", "resumed", "packed")
     assert lines["full"]["train_s"] == "118" and lines["full"]["timing"] == ""
     assert "Not drawn: lora (resumed), qlora (packed)." in html and "Not drawn: qlora (packed)." in html
+
+
+def test_what_a_technique_adds_to_its_history_gets_a_column() -> None:
+    plain: dict[str, float] = {"step": 1, "loss": 2.0, "lr": 1e-3}
+    lines = list(csv.DictReader(io.StringIO(history_csv({"grpo": [{**plain, "reward": 0.25}], "lora": [plain]}))))
+    assert [(line["cell"], line["reward"]) for line in lines] == [("grpo", "0.25"), ("lora", "")]

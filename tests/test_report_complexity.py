@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from report_cells import keep, result
 
-from pipeline import report_complexity, report_forgetting
+from pipeline import report_complexity, report_forgetting, report_rows
 from pipeline.report_cells import select
 from pipeline.report_charts import colours
 from pipeline.report_page import page
@@ -76,7 +76,7 @@ def test_what_was_not_measured_or_lies_too_far_is_named(tmp_path: Path) -> None:
 def test_learning_is_counted_from_the_base_in_the_experiments_own_precision(tmp_path: Path) -> None:
     better = probed("zero_shot_nf4", 160, 100.0, precision="nf4", method="none", objective="none")
     rows = rows_of(tmp_path, better, probed("zero_shot", 150, 100.0), probed("lora", 200, 112.0))
-    found = report_forgetting.zero_shot(rows)
+    found = report_rows.zero_shot(rows)
     assert found and found.technique == "zero_shot"
 
 

@@ -164,3 +164,19 @@ def test_labels_do_not_collide() -> None:
     assert place_labels([(5.0, 5.0, "too long for this frame")], [[]], Box(0, 0, 50, 50)) == [None]
     levels = stacked([10.0, 11.0, 11.5, 80.0], 13)
     assert all(b - a >= 12.99 for a, b in zip(levels, levels[1:], strict=False)) and levels[3] == 80.0
+
+
+def test_many_techniques_are_counted_and_not_listed(tmp_path: Path) -> None:
+    """Twelve alike, the last far behind for lack of seeds to tell: three names, a number, and how far down it goes."""
+    near = [result(f"t{i:02}", 200 - i) for i in range(12)]
+    text = " ".join(opening(list(rows_of(*near, result("zero_shot", 150), root=tmp_path).values())))
+    assert "12 of 13 techniques cannot be told apart" in text and "78 comparisons are corrected for" in text
+    assert "`t01`, `t02`, `t03` and 8 others, down to `t11` at 75.6%, cannot be told apart from it" in text
+    assert "`t07`, `t08`" not in text and "Of the trained techniques within 2.0 points of the best" in text
+
+
+def test_the_untouched_base_is_the_one_in_the_experiment_s_own_precision(tmp_path: Path) -> None:
+    rounded = dataclasses.replace(result("zero_shot", 160), technique="zero_shot_int8", cell="zero_shot_int8-s0-n200", precision="int8")
+    rows = rows_of(result("full", 200), result("zero_shot", 150), rounded, root=tmp_path)
+    assert rows["full"].against_zero_shot == pytest.approx((200 - 150) / 250)
+    assert "`zero_shot`, the untouched base, is at 60.0%" in " ".join(opening(list(rows.values())))
