@@ -55,7 +55,7 @@ def _headline(ranked: list[Row]) -> str:
 
 def _close(rows: list[Row]) -> list[Row]:
     """All rows, or of many those near to the first."""
-    return rows if len(rows) <= MANY else [r for r in rows if (rows[0].test or 0.0) - (r.test or 0.0) <= CLOSE]
+    return rows if len(rows) <= MANY else [r for r in rows if (rows[0].test or 0.0) - (r.test or 0.0) < CLOSE + 1e-9]
 
 
 def _saving(rows: list[Row]) -> str:
@@ -95,8 +95,8 @@ def _apart(ranked: list[Row]) -> str:
     if len(near) <= MANY:
         return f"{_listed(near)} cannot be told apart from it{seeds}."
     last, single = near[-1], sum(r.seeds == 1 and r.method != "none" for r in near)
-    pairs = len(ranked) * (len(ranked) - 1) // 2
-    why = f"; {single} of these ran with one seed, and {pairs:,} comparisons are corrected for" if single else f"; {pairs:,} comparisons are corrected for"
+    pairs = f"{len(ranked) * (len(ranked) - 1) // 2:,} comparisons are corrected for"
+    why = f"; {single} of these ran with one seed, and {pairs}" if single and ranked[0].covers_seeds else f"; {pairs}"
     first = ", ".join(f"`{r.technique}`" for r in near[:3])
     return f"{first} and {len(near) - 3} others, down to `{last.technique}` at {f.percent(last.test)}%, cannot be told apart from it{seeds}{why}."
 
