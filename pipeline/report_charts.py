@@ -19,6 +19,10 @@ from pipeline.report_table import interval, memory_kind, remarks
 
 WIDTH, HEIGHT = 380, 320
 FRAME = Box(40, 16, 368, 272)
+MOST_NAMES = 24
+"""Points whose names a chart has room for; of more, those on the front are named and the others tell theirs when pointed at."""
+BESIDE, ASIDE = 9.0, 45.0
+"""Pixels between points of the same x, and the most that all of them take."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Cost:
     """Whether the figure may stand beside the others."""
     by_kind: bool = False
     """Whether only rows with the usual memory counter may."""
+    whole: bool = False
+    """Whether it counts from the base on: of what begins at another cell it is a part alone."""
 
     @property
     def name(self) -> str:
@@ -48,10 +54,10 @@ def costs(rows: Sequence[Row]) -> list[Cost]:
     """The costs that quality is drawn against; memory in GiB, or MiB where all peaks are small."""
     unit, name = (2**30, "GiB") if max((r.peak_bytes or 0 for r in rows), default=0) >= 2**30 else (2**20, "MiB")
     return [
-        Cost("Training time, s", lambda r: r.train_s, f.seconds, lambda r: not r.timing),
+        Cost("Training time, s", lambda r: r.train_s, f.seconds, lambda r: not r.timing, whole=True),
         Cost(f"Peak memory, {name}", lambda r: None if r.peak_bytes is None else r.peak_bytes / unit, lambda v: f"{v:.3g}",
              lambda r: r.timing != "packed", by_kind=True),
-        Cost("Trainable parameters", lambda r: r.trainable, f.count),
+        Cost("Trainable parameters", lambda r: r.trainable, f.count, whole=True),
     ]
 
 
@@ -67,7 +73,7 @@ class Chart:
 def colours(rows: Sequence[Row]) -> dict[str, str]:
     """The CSS class of every family."""
     families = dict.fromkeys(r.family for r in sorted(rows, key=lambda r: r.family) if not r.teacher)
-    return {family: f"f{1 + i % 8}" for i, family in enumerate(families)} | {r.family: "f0" for r in rows if r.teacher}
+    return {family: f"f{1 + i % 10}" for i, family in enumerate(families)} | {r.family: "f0" for r in rows if r.teacher}
 
 
 def tip(row: Row, *further: str) -> Markup:
@@ -135,30 +141,35 @@ def scatter(rows: Sequence[Row], cost: Cost, colour: dict[str, str]) -> Chart | 
     parts = [*_axes(x, y, cost), tag("path", class_="front", d="M" + " L".join(f"{a:.1f},{b:.1f}" for a, b in stairs))]
     parts += [tag("line", class_=f"whisker {colour[r.family]}", x1=px, x2=px, y1=y(bounds(r)[0]), y2=y(bounds(r)[1]))
               for r, (px, _) in zip(shown, at, strict=True)]
-    parts += _labels(shown, at, stairs, y)
+    parts += _labels(shown, at, stairs, y, range(len(shown)) if len(shown) <= MOST_NAMES else front)
     for i, (row, (px, py)) in enumerate(zip(shown, at, strict=True)):
         parts.append(point(px, py, colour[row.family], i not in front, tip(row, cost.words(values[i])), row.name))
     return Chart(f"Against {cost.name}", svg(HEIGHT, parts, f"Test result against {cost.title}"), left_out)
 
 
 def _drawable(rows: Sequence[Row], cost: Cost) -> tuple[list[Row], list[str]]:
-    shown, left_out = [], []
+    shown: list[Row] = []
+    left_out: dict[str, list[str]] = {}
     kinds = [memory_kind(r) for r in rows if r.peak_bytes is not None]
     usual = max(sorted(set(kinds)), key=kinds.count) if kinds else ""
     for row in rows:
         if row.teacher:
             continue
         if row.test is None:
-            left_out.append(f"{row.technique} ({'out of memory' if row.status == 'oom' else 'no result'})")
+            why = "out of memory" if row.status == "oom" else "no result"
         elif cost.value(row) is None:
-            left_out.append(f"{row.technique} (not measured)")
+            why = "not measured"
+        elif cost.whole and row.begins:
+            why = "begins at another cell"
         elif not cost.clean(row):
-            left_out.append(f"{row.technique} ({row.timing})")
+            why = row.timing
         elif cost.by_kind and memory_kind(row) != usual:
-            left_out.append(f"{row.technique} (another counter: {memory_kind(row)})")
+            why = f"another counter: {memory_kind(row)}"
         else:
             shown.append(row)
-    return shown, left_out
+            continue
+        left_out.setdefault(why, []).append(row.technique)
+    return shown, [f"{', '.join(names)} ({why})" for why, names in left_out.items()]
 
 
 def _apart(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -169,7 +180,7 @@ def _apart(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         groups.setdefault(round(x / 4), []).append(index)
     for group in groups.values():
         for rank, index in enumerate(sorted(group, key=lambda i: points[i][1])):
-            moved[index] = (points[index][0] + 9 * (rank - (len(group) - 1) / 2), points[index][1])
+            moved[index] = (points[index][0] + min(BESIDE, ASIDE / len(group)) * (rank - (len(group) - 1) / 2), points[index][1])
     return moved
 
 
@@ -198,13 +209,14 @@ def _axes(x: Scale, y: Scale, cost: Cost) -> list[Markup]:
     return [*parts, tag("text", where, class_="title", x=(FRAME.left + FRAME.right) / 2, y=HEIGHT - 10, text_anchor="middle")]
 
 
-def _labels(rows: Sequence[Row], at: Sequence[tuple[float, float]], stairs: Sequence[tuple[float, float]], y: Scale) -> list[Markup]:
+def _labels(rows: Sequence[Row], at: Sequence[tuple[float, float]], stairs: Sequence[tuple[float, float]], y: Scale,
+            which: Sequence[int]) -> list[Markup]:
     dots = [Box(px - 6, py - 6, px + 6, py + 6) for px, py in at]
     whiskers = [Box(px - 1.5, y(bounds(r)[1]), px + 1.5, y(bounds(r)[0])) for r, (px, _) in zip(rows, at, strict=True)]
     lines = [Box(min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in zip(stairs, stairs[1:], strict=False)]
     room = Box(FRAME.left + 2, FRAME.top - 10, WIDTH - 2.0, FRAME.bottom - 2)
-    placed = place_labels([(px, py, r.technique) for r, (px, py) in zip(rows, at, strict=True)], [dots, whiskers, lines], room)
-    return [part for row, where, label in zip(rows, at, placed, strict=True) if label for part in named(row.technique, where, label)]
+    placed = place_labels([(*at[i], rows[i].technique) for i in which], [dots, whiskers, lines], room)
+    return [part for i, label in zip(which, placed, strict=True) if label for part in named(rows[i].technique, at[i], label)]
 
 
 def named(name: str, at: tuple[float, float], label: Label) -> list[Markup]:

@@ -106,6 +106,11 @@ class Row:
         return self.method == "teacher"
 
     @property
+    def begins(self) -> bool:
+        """Whether it begins at what another cell trained, whose cost is not in its own."""
+        return any("start" in r.hyperparameters for r in self.results)
+
+    @property
     def group(self) -> str:
         """The grid's number of training rows ("200", "all"): rows of one group are compared with each other."""
         return self.cells[0].rows
@@ -156,7 +161,7 @@ def _row(cells: list[Cell], several: bool, common: list[str]) -> Row:
         technique=first.label, name=f"{first.label} ({rows})" if several else first.label, family=result.family, method=result.method,
         precision=result.precision, train_rows=result.train_rows, seeds=len(ok or cells), metric=result.metric, cells=tuple(cells),
         status="ok" if not lost else "oom" if not ok else f"oom in {lost} of {len(cells)} seeds", notes="; ".join(notes),
-        own_notes=tuple(n for n in notes if n not in common),
+        own_notes=tuple(sorted((n for n in notes if n not in common), key=lambda note: note.startswith("engine:"))),
         **figures_of(ok),
     )
 

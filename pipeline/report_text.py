@@ -122,7 +122,7 @@ def _costs(ranked: list[Row]) -> str:
     good = [r for r in _close(near) if r.trainable]
     pool = good if len(good) > 1 else [r for r in ranked if r.trainable]
     claims = [
-        _cheapest([r for r in pool if not r.timing], lambda r: r.train_s, f.duration, "trains fastest"),
+        _cheapest([r for r in pool if not r.timing and not r.begins], lambda r: r.train_s, f.duration, "trains fastest"),
         _cheapest(_one_kind(pool), lambda r: r.peak_bytes, f.size, "needs the least memory"),
         _cheapest(pool, lambda r: r.trainable, f.count, "trains the fewest parameters"),
     ]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from report_cells import BASE_NOTE, PROVENANCE, keep, oom, result, resumed
 
 from pipeline import report_format
+from pipeline.config import ROOT
 from pipeline.exact import holm, sign_flip
 from pipeline.report_cells import select
+from pipeline.report_charts import colours, costs, scatter
 from pipeline.report_rows import Row, make_rows
 from pipeline.report_stats import pareto
 from pipeline.report_svg import Box, place_labels, scale, stacked, text_width
@@ -181,3 +185,30 @@ def test_the_untouched_base_is_the_one_in_the_experiment_s_own_precision(tmp_pat
     rows = rows_of(result("full", 200), result("zero_shot", 150), rounded, root=tmp_path)
     assert rows["full"].against_zero_shot == pytest.approx((200 - 150) / 250)
     assert "`zero_shot`, the untouched base, is at 60.0%" in " ".join(opening(list(rows.values())))
+
+
+def test_a_family_has_a_colour_of_its_own() -> None:
+    """As many as conf/technique/ names, each with its rules in the style sheets."""
+    families = sorted({str(yaml.safe_load(p.read_text())["technique"]["family"]) for p in (ROOT / "conf" / "technique").glob("*.yaml")} - {"teacher"})
+    found = colours([SimpleNamespace(family=name, teacher=None) for name in families])  # type: ignore[list-item]
+    assert len(set(found.values())) == len(families) >= 9
+    style = (ROOT / "pipeline/templates/report.css").read_text() + (ROOT / "pipeline/templates/panels.css").read_text()
+    for name in found.values():
+        assert all(f"{rule}{name}" in style for rule in (".dot.", ".swatch.", ".whisker.", ".spread.", ".meter .")) and style.count(f"--{name}:") == 2
+
+
+def test_of_many_points_those_on_the_front_are_named(tmp_path: Path) -> None:
+    found = [result(f"t{i:02}", 200 - i, memory=Memory("cpu_rss", (30 - i % 29) * 10**8, 10**8)) for i in range(30)]
+    rows = list(rows_of(*found, root=tmp_path).values())
+    cost = next(c for c in costs(rows) if "memory" in c.title)
+    few, many = (scatter(some, cost, colours(rows)) for some in (rows[:10], rows))
+    assert few and str(few.svg).count('class="name"') == 10
+    assert many and str(many.svg).count('class="point"') == 30 and 0 < str(many.svg).count('class="name"') < 30
+
+
+def test_what_begins_at_another_cell_has_no_training_cost_of_its_own(tmp_path: Path) -> None:
+    begun = result("t1", 205, hyperparameters={"start": "full"})
+    rows = list(rows_of(result("full", 200), result("lora", 190), begun, root=tmp_path).values())
+    time, memory, trained = (scatter(rows, cost, colours(rows)) for cost in costs(rows))
+    assert time and trained and time.left_out == trained.left_out == ["t1 (begins at another cell)"]
+    assert memory and memory.left_out == [] and "t1` trains fastest" not in " ".join(opening(rows))
