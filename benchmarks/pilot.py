@@ -41,7 +41,7 @@ FURTHER = {
     "step_by_step_lora": (1e-3, 5e-4, 2e-3), "step_by_step_qlora": (1e-3, 5e-4, 2e-3), "dpo": (5e-4, 1e-4, 1e-3, 2e-3), "orpo": (1e-3, 5e-4, 2e-3),
     "kto": (5e-4, 1e-4, 1e-3, 2e-3), "logit_distillation": (1e-3, 5e-4, 2e-3), "logit_distillation_reverse": (1e-3, 5e-4, 2e-3),
     "adapter_houlsby": (1e-3, 3e-4, 3e-3, 1e-4), "adapter_pfeiffer": (1e-3, 3e-4, 3e-3, 1e-4), "adapter_parallel": (5e-4, 2e-4, 2e-3, 1e-3),
-    "compacter": (3e-3, 1e-3, 1e-2), "adamix": (1e-3, 3e-4, 3e-3, 5e-4), "ladder": (1e-3, 3e-4, 3e-3), "attention_fusion": (3e-3, 1e-3, 3e-2, 1e-1),
+    "compacter": (3e-3, 1e-3, 1e-2), "adamix": (1e-3, 3e-4, 3e-3, 5e-4), "ladder": (1e-3, 3e-4, 3e-3), "attention_fusion": (3e-3, 1e-3, 3e-2, 1e-1, 3e-1),
     "ipt": (1e-1, 3e-2, 3e-1), "warp": (3e-2, 1e-2, 1e-1), "boft": (1e-3, 3e-4, 3e-3, 1e-2), "grpo": (1e-4, 3e-5, 3e-4, 2e-4), "rloo": (1e-4, 3e-5, 3e-4, 1e-3),
 }
 """The likeliest rate first, then one below and one above it, then one more beyond the best where that was at the edge."""
@@ -66,7 +66,7 @@ def further() -> Iterator[tuple[str, str, str, int]]:
     """The same for the other techniques on the first labelling: every first rate, then the others, then a second seed of all."""
     task = LABELLINGS[0]
     yield from ((task, technique, extra, 0) for technique, extra in UNTRAINED)
-    for seed, place in itertools.product((0, 1), range(4)):
+    for seed, place in itertools.product((0, 1), range(5)):
         yield from ((task, technique, f"train.lr={rates[place]}", seed) for technique, rates in FURTHER.items() if place < len(rates))
 
 

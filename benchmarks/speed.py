@@ -158,6 +158,7 @@ def _told(found: dict[str, Any]) -> str:
         text += f", losses {'match' if loss['matched'] else 'DIFFER'} ({apart})"
     if same := found.get("answers"):
         text += f", identical {same['identical']:.2%}"
+        text += f" (the peer to itself in smaller batches {same['peer_rebatched']:.2%})" if "peer_rebatched" in same else ""
     return text + (f"; {found['error']}" if found.get("error") else "")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,8 @@ def measure(row: EvalRow, settings: Settings, source: Source) -> dict[str, Any]:
         found |= speed_stats.ratio(sides["plain"]["walls_s"], sides["ours"]["walls_s"])
         try:
             found["answers"] = compare(row, items, answers, source, settings.device, tokenizer)
+            if found["answers"]["different"]:
+                found["answers"]["peer_rebatched"] = rebatched(row, items, answers["plain"], end, source, settings.device, tokenizer)
         finally:
             clear(settings.device)
     return found
@@ -218,18 +220,30 @@ def _flops(row: EvalRow, items: Items) -> int:
 def compare(row: EvalRow, items: Items, answers: dict[str, list[Any]], source: Source, device: Any, tokenizer: Any) -> dict[str, Any]:
     """The share of identical answers, and how near the peer itself was to the other answer where they differ."""
     ours, plain = answers["ours"], answers["plain"]
+    different = differing(row, ours, plain, tokenizer)
+    found: dict[str, Any] = {"identical": 1 - len(different) / len(items), "different": len(different)}
     if row.scoring == "choice":
-        best = [[max(range(len(s)), key=s.__getitem__) for s in side] for side in (ours, plain)]
-        margins = [s[b] - s[a] for a, b, s in zip(*best, plain, strict=True) if a != b]
-        return {"identical": 1 - len(margins) / len(items), "different": len(margins), "largest_margin_nats": max(margins, default=None)}
-    texts = [[_text(words, tokenizer) for words in side] for side in (ours, plain)]
-    different = [i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b]
+        return found | {"largest_margin_nats": max((max(plain[i]) - plain[i][_best(ours[i])] for i in different), default=None)}
     outputs = [i for i, (a, b) in enumerate(zip(ours, plain, strict=True)) if a != b]
     margins = _margins(row, items, ours, plain, different[:EXPLAINED], source, device) if different else []
-    return {
-        "identical": 1 - len(different) / len(items), "identical_outputs": 1 - len(outputs) / len(items), "different": len(different),
-        "explained": len(margins), "largest_margin_logits": max(margins, default=None),
-    }
+    return found | {"identical_outputs": 1 - len(outputs) / len(items), "explained": len(margins), "largest_margin_logits": max(margins, default=None)}
+
+
+def differing(row: EvalRow, some: list[Any], other: list[Any], tokenizer: Any) -> list[int]:
+    """Places of the rows that two sides answer differently: another choice, or another text once the answer is taken out of it."""
+    answers = [[_best(held) if row.scoring == "choice" else _text(held, tokenizer) for held in side] for side in (some, other)]
+    return [i for i, (a, b) in enumerate(zip(*answers, strict=True)) if a != b]
+
+
+def rebatched(row: EvalRow, items: Items, plain: list[Any], end: int, source: Source, device: Any, tokenizer: Any) -> float:
+    """The share of answers that the peer itself gives again in batches of half as many tokens: what rounding alone leaves the same."""
+    model = source.load(row, device)
+    again = answer("plain", replace(row, batch_tokens=row.batch_tokens // 2), model, items, end, device)
+    return 1 - len(differing(row, plain, again, tokenizer)) / len(items)
+
+
+def _best(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)
 
 
 def _text(words: str, tokenizer: Any) -> str | None:

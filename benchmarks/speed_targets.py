@@ -111,6 +111,8 @@ def _further() -> list[AnyRow]:
     found: list[AnyRow] = [
         Row("qlora-over-lora", "QLoRA's tokens/s over LoRA's, 1B, 8 x 1024, both ours", big["lora"], big["qlora"], required=0.6, set="wide"),
         Row("qlora-lora-memory", "LoRA's peak reserved memory over QLoRA's, 1B, 8 x 1024, both ours", big["lora"], big["qlora"], "peak_bytes", 1.0, set="wide"),
+        EvalRow("eval-choice-fp32", "choice scoring, 135M, 2,000 rows, fp32, against the plain loop", "choice", dtype="fp32", set="wide"),
+        EvalRow("eval-generate-fp32", "greedy generation, 135M, 2,000 rows, fp32, against the plain loop", "generate", dtype="fp32", set="wide"),
     ]
     grid = [(t, shape, b, n) for t, (shape, b, n) in itertools.product(
         RATES, (("135m", 16, 64), ("135m", 32, 128), ("135m", 128, 64), ("1b", 4, 256), ("1b", 8, 1024)))]
