@@ -3,7 +3,8 @@
     python -m benchmarks.speed                                        all headline rows (on a CPU: the rows of ids=cpu)
     python -m benchmarks.speed ids=lora-135m-step,full-135m-step repeats=3 steps=20
     python -m benchmarks.speed ids=wide plan=true                     what would run, and about how long; nothing does
-    python -m benchmarks.speed table                                  the README's table from the result files
+    python -m benchmarks.speed table                                  the headline table from the result files
+    python -m benchmarks.speed table wide                             every workload against both peers, from speed-wide.json
 
 Keys: ids (sets all, step, sweep, eval, wide, cpu, or ids), repeats (3), steps and warmup of a step row (by shape), sweep_steps (100 a trial),
 peer_b (liger, or liger+compile: rows of their own), limit_s (seconds an id may take, 300; its time for sweeps is doubled), device (auto),
@@ -170,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if words[:1] == ["table"]:
-            print(speed_files.table(parse(words[1:]).out))
+            wide = words[1:2] == ["wide"]
+            print((speed_files.grid if wide else speed_files.table)(parse(words[1 + wide :]).out))
             return 0
         return run(parse(words))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The result files of the speed benchmarks, updated row by row, and the README's table made from them.
+"""The result files of the speed benchmarks, updated row by row, and the tables made from them.
 
 Library of `python -m benchmarks.speed`. speed-<set>.json holds everything of every id, targets.json one short object a headline id.
 """
@@ -15,6 +15,7 @@ from pipeline.files import UserError, read_json, write_json
 
 FOLDER = Path(__file__).parent / "results"
 COLUMNS = ("id", "measured", "ratio (spread)", "required", "aim", "ours", "against", "share of the matmul rate, ours / theirs", "device, date")
+GRID_COLUMNS = ("workload", "against (a)", "against (b)", "our tokens/s", "ours", "(a)", "(b)")
 TARGET_KEYS = ("id", "ratio", "spread", "required", "hardware", "versions", "date", "command")
 
 
@@ -80,6 +81,22 @@ def table(folder: Path) -> str:
             _at_least(row["required"]), _at_least(more.get("aim")), cost(more, "under"), cost(more, "over"), share(more),
             f"{row['hardware'].get('gpu') or row['hardware'].get('cpu')}, {row['date']}",
         ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def grid(folder: Path) -> str:
+    """Markdown: every workload of speed-wide.json that was measured against both peers, a line each."""
+    held = {row["id"]: row for row in rows(folder / "speed-wide.json")}
+    pairs = [(row, held.get(id.replace("-plain", "-tuned"), {})) for id, row in held.items() if id.endswith("-plain")]
+    if not pairs:
+        raise UserError(f"{folder / 'speed-wide.json'} holds no workload against peer (a); run: python -m benchmarks.speed ids=wide")
+    lines = [f"| {' | '.join(GRID_COLUMNS)} |", "| --- " * len(GRID_COLUMNS) + "|"]
+    for plain, tuned in pairs:
+        ours = plain.get("under") or {}
+        tokens = f"{ours['tokens_per_s']:,.0f}" if ours.get("tokens_per_s") else ""
+        ratios = [f"{number(row['ratio'])}x" if row.get("ratio") else "" for row in (plain, tuned)]
+        cells = [f"`{plain['id'].removesuffix('-plain')}`", *ratios, tokens, cost(plain, "under"), cost(plain, "over"), cost(tuned, "over")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import speed, speed_files, speed_limits, speed_plan, speed_targets
 from benchmarks.speed_targets import OURS, Row, Side
 from benchmarks.speed_workloads import Workload
+from pipeline.files import UserError
 
 RATE = {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e11}
 
@@ -37,6 +38,17 @@ def test_a_row_that_is_no_headline_stays_out_of_the_targets(tmp_path):
     row = speed_targets.KNOWN["qlora-over-lora"]
     speed_files.keep(tmp_path, row, {"id": row.id, "ratio": 1.0}, {})
     assert not (tmp_path / "targets.json").exists() and (tmp_path / "speed-wide.json").exists()
+
+
+def test_the_wide_table_has_a_line_a_workload_and_leaves_open_what_was_not_measured(tmp_path):
+    side = {"step_s": {"median": 0.01}, "tokens_per_s": 102400.0, "peak_bytes": {"median": 2**30}}
+    slow = {"step_s": {"median": 0.025}, "peak_bytes": {"median": 3 * 2**30}}
+    for kind, ratio in (("plain", 2.5), ("tuned", None)):
+        row = speed_targets.KNOWN[f"full-135m-16x64-{kind}"]
+        speed_files.keep(tmp_path, row, {"id": row.id, "ratio": ratio, "under": side, "over": slow if ratio else None}, {})
+    assert speed_files.grid(tmp_path).splitlines()[2:] == ["| `full-135m-16x64` | 2.50x |  | 102,400 | 10.0 ms, 1.0 GiB | 25.0 ms, 3.0 GiB |  |"]
+    with pytest.raises(UserError, match="holds no workload against peer"):
+        speed_files.grid(tmp_path / "empty")
 
 
 @pytest.mark.slow

@@ -103,6 +103,20 @@ def test_differing_answers_are_counted_and_explained(settings, tmp_path):
     assert found["identical"] == 0.5 and found["explained"] == 1 and found["largest_margin_logits"] > 0
 
 
+def test_the_peer_is_compared_with_itself_in_smaller_batches(settings, tmp_path, monkeypatch):
+    source, row = speed_eval.Source(tmp_path / "none", tmp_path / "none"), EvalRow("x", "", "choice", shape="tiny", dtype="fp32", batch_tokens=512)
+    asked = []
+
+    def answer(side, row, *rest):
+        asked.append((side, row.batch_tokens))
+        return [[0.0, -1.0], [-2.0, -1.0]]
+
+    monkeypatch.setattr(speed_eval, "answer", answer)
+    items = [([1, 2], [[3], [4]]), ([1], [[3], [4]])]
+    assert speed_eval.rebatched(row, items, [[0.0, -1.0], [-1.0, -2.0]], 0, source, settings.device, None) == 0.5
+    assert asked == [("plain", 256)]
+
+
 def test_prepared_rows_and_weights_are_taken_where_they_are(tiny, settings):
     source = speed_eval.Source(tiny / "models" / "smollm2_135m", tiny / "data" / "vader_movies")
     row = EvalRow("x", "", "choice", rows=20, dtype="fp32", batch_tokens=512)

@@ -88,29 +88,18 @@ class Layer:
     held: list[Tensor] | None = None
     """Where the largest of what backward needs goes, for as many tokens as will come; None: into new tensors."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attends, save: bool, apart: bool = False) -> tuple[Tensor, tuple]:
-        """(output [N, d], what backward needs) of x [N, d], which becomes the output; cos, sin [T, e] with N a multiple of T.
-
-        apart: residuals are added after a product and not within it: one rounding more, as the model's own forward pass has it.
-        """
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attends, save: bool) -> tuple[Tensor, tuple]:
+        """(output [N, d], what backward needs) of x [N, d], which becomes the output; cos, sin [T, e] with N a multiple of T."""
         to1, to2, to3, to4 = [held[: len(x)] for held in self.held] if save and self.held else [None] * 4
         n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room, to1)
         qkv, kept_qkv = self.qkv.forward(n1, to=to2)
         ops.rotate_(qkv.view(len(qkv), -1, self.heads.width), cos, sin, self.heads.queries + self.heads.groups)
         mixed, attended = attend.forward(self.heads, qkv, save)
-        x2, kept_out = self._onto(self.out, mixed, x, apart)
+        x2, kept_out = self.out.forward(mixed, x, lasts=False)
         n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room, to3)
         gu, kept_gu = self.gate_up.forward(n2, to=None if to4 is None else to4[:, : to4.shape[1] - self.gate_up.under])
-        y, kept_down = self._onto(self.down, ops.swiglu(gu, self.down.room), x2, apart)
+        y, kept_down = self.down.forward(ops.swiglu(gu, self.down.room), x2, lasts=False)
         return y, (n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, gu if to4 is None else to4, kept_down) if save else ()
-
-    @staticmethod
-    def _onto(group: Group, x: Tensor, residual: Tensor, apart: bool) -> tuple[Tensor, Tensor | None]:
-        """As Group.forward: the residual becomes the sum."""
-        if not apart:
-            return group.forward(x, residual, lasts=False)
-        y, kept = group.forward(x, lasts=False)
-        return residual.add_(y), kept
 
     def hold(self, tokens: int, inner: int, like: Tensor) -> None:
         """Set memory aside for `tokens` tokens, once: what is taken and given back at every step leaves holes between."""
@@ -219,7 +208,7 @@ class Llama:
             self.noise.on = False
         x = F.embedding(ids, self.embedding)
         for layer, attend in zip(self.layers, attends, strict=True):
-            x, _ = layer.forward(x, cos, sin, attend, False, apart=True)
+            x, _ = layer.forward(x, cos, sin, attend, False)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

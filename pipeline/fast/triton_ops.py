@@ -93,9 +93,8 @@ def _rotate(qkv, cos, sin, t, stride, half, heads, BLOCK: tl.constexpr):
     low, high = tl.load(base, live, 0.0).to(tl.float32), tl.load(base + half, live, 0.0).to(tl.float32)
     c_low, c_high = tl.load(cos + angle, live, 0.0).to(tl.float32), tl.load(cos + angle + half, live, 0.0).to(tl.float32)
     s_low, s_high = tl.load(sin + angle, live, 0.0).to(tl.float32), tl.load(sin + angle + half, live, 0.0).to(tl.float32)
-    kind = qkv.dtype.element_ty  # each product rounded, as the model's own forward pass has it
-    tl.store(base, (low * c_low).to(kind).to(tl.float32) - (high * s_low).to(kind).to(tl.float32), live)
-    tl.store(base + half, (high * c_high).to(kind).to(tl.float32) + (low * s_high).to(kind).to(tl.float32), live)
+    tl.store(base, low * c_low - high * s_low, live)
+    tl.store(base + half, high * c_high + low * s_high, live)
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
@@ -147,8 +146,7 @@ def _swiglu(gu, h, f, gu_stride, stride, BLOCK: tl.constexpr):
     live = col < f
     gate = tl.load(gu + row * gu_stride + col, live, 0.0).to(tl.float32)
     up = tl.load(gu + row * gu_stride + f + col, live, 0.0).to(tl.float32)
-    silu = (gate * tl.sigmoid(gate)).to(h.dtype.element_ty).to(tl.float32)  # rounded, as the model's own forward pass has it
-    tl.store(h + row * stride + col, silu * up, live)
+    tl.store(h + row * stride + col, gate * tl.sigmoid(gate) * up, live)
 
 
 def swiglu(gu: Tensor, h: Tensor) -> None:
@@ -169,7 +167,7 @@ def _swiglu_backward(dh, gu, f, stride, gu_stride, BLOCK: tl.constexpr):
     silu = gate * sigmoid
     tl.store(gate_at, d * up * (sigmoid + silu * (1 - sigmoid)), live)
     tl.store(up_at, d * silu, live)
-    tl.store(h_at, silu.to(dh.dtype.element_ty).to(tl.float32) * up, live)
+    tl.store(h_at, silu * up, live)
 
 
 def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
