@@ -115,7 +115,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("there is no finished cell in what was named; run: python -m pipeline.cells experiments=data_size_quick")
     lines = [*by_size(seen), *by_task([*seen, *(domains(seen) if keys.get("domains") != "no" else [])])]
     hardware = sorted({s.cell.result.hardware.get("gpu") or s.cell.result.hardware.get("cpu") or "unknown" for s in seen})
-    command = f"python -m benchmarks.advice {' '.join(r.name for r in roots)}"
+    command = " ".join(["python -m benchmarks.advice", *(r.name for r in roots), *(["domains=no"] if keys.get("domains") == "no" else [])])
     about = {"date": provenance()["started"][:10], "cells": len(seen), "hardware_of_the_cells": hardware, "command": command}
     write_json(Path(keys.get("out", OUT)), {**about, "summary": summary(lines), "lines": lines})
     for line in lines:

@@ -1,6 +1,6 @@
 """What pipeline/tiers.py promises, by simulation: how often it separates techniques that are the same, and how often ones that are not.
 
-    python -m benchmarks.tiers benchmarks/results/tiers.json              all settings, about 20 minutes on one core
+    python -m benchmarks.tiers benchmarks/results/tiers.json              all settings, about 40 minutes on one core
     python -m benchmarks.tiers benchmarks/results/tiers.json 100          with 100 experiments a setting instead of 1000
     python -m benchmarks.tiers table benchmarks/results/tiers.json        the tables of docs/statistics.md
 
@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import measure
-from pipeline.exact import holm
 from pipeline.files import UserError, read_json, write_json
-from pipeline.tiers import SIGNIFICANT, Technique, p_values
+from pipeline.tiers import FEW, SIGNIFICANT, Technique, correct, p_values
 
 ROWS = (499, 254, 154, 127, 152, 156, 228, 430)
 """Test rows of vader_movies_5 that 0, 1, … 7 of seven runs (full and LoRA with three seeds, QLoRA with one; 200 training rows, one NVIDIA H200,
@@ -35,13 +34,14 @@ MIXED = "mixed"
 @dataclass(frozen=True)
 class Setting:
     """techniques, seeds of each, test rows; spread: standard deviation of a technique's accuracy over seeds, points; ahead: points by which the first
-    technique is better than all others."""
+    `lead` techniques are better than the others."""
 
     techniques: int
     seeds: int
     rows: int
     spread: float | str
     ahead: float = 0.0
+    lead: int = 1
 
     def spreads(self) -> list[float]:
         if isinstance(self.spread, str):
@@ -55,24 +55,35 @@ def settings() -> list[Setting]:
     alone = [Setting(2, 1, n, spread) for n in (200, 1000, 10_000) for spread in (0.5, 1.0, 2.0, 3.0)]
     ahead = [(t, s, n, by) for t in (2, 6) for s in (3, 5) for n in (200, 1000, 10_000) for by in (3.0, 5.0)]
     power = [Setting(t, s, n, spread, by) for t, s, n, by in ahead for spread in (0.5, 1.0, 2.0, 3.0)]
-    return [*level, *alone, *power]
+    return [*level, *alone, *power, *many()]
+
+
+def many() -> list[Setting]:
+    """More techniques than FEW: all the same, or half of them ahead."""
+    count = FEW + 2
+    sizes = [(s, n) for s in (2, 3) for n in (200, 1000)]
+    level = [Setting(count, s, n, spread) for s, n in sizes for spread in (0.5, 1.0, 2.0, 3.0, MIXED)]
+    return level + [Setting(count, s, n, spread, by, count // 2) for s, n in sizes for by in (3.0, 5.0) for spread in (0.5, 1.0, 2.0, 3.0)]
 
 
 def simulate(setting: Setting, experiments: int, seed: int) -> dict[str, Any]:
-    """Shares of experiments: `pair`: of pairs separated without a correction; `any`: some pair separated (corrected); `first`: the first technique
-    separated from the others, mean over these (corrected)."""
+    """Shares of experiments: `pair`: of pairs separated without a correction; `any`: some pair separated (corrected); `first`: the leading techniques
+    separated from the others, mean over these pairs (corrected); `false`: of the pairs separated (corrected), those of equal techniques."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    pairs = any_pair = first = 0.0
+    pairs = any_pair = first = false = 0.0
+    lead, others = setting.lead, setting.techniques - setting.lead
     for ranked in experiments_of(setting, experiments, rng):
         found = p_values(ranked)
-        corrected = holm([p for _, _, p in found])
-        apart = [p < SIGNIFICANT for p in corrected]
+        apart = [p < SIGNIFICANT for p in correct([p for _, _, p in found], setting.techniques)]
+        across = [told for (a, b, _), told in zip(found, apart, strict=True) if a < lead <= b]
         pairs += sum(p < SIGNIFICANT for _, _, p in found) / len(found)
         any_pair += any(apart)
-        first += sum(told for (a, _, _), told in zip(found, apart, strict=True) if a == 0) / (setting.techniques - 1)
-    return {**asdict(setting), "experiments": experiments, "pair": pairs / experiments, "any": any_pair / experiments, "first": first / experiments}
+        first += sum(across) / (lead * others)
+        false += (sum(apart) - (sum(across) if setting.ahead else 0)) / max(1, sum(apart))
+    shares = {"pair": pairs, "any": any_pair, "first": first, "false": false}
+    return {**asdict(setting), "experiments": experiments, **{name: value / experiments for name, value in shares.items()}}
 
 
 def experiments_of(setting: Setting, count: int, rng: Any) -> Iterator[list[Technique]]:
@@ -87,7 +98,7 @@ def experiments_of(setting: Setting, count: int, rng: Any) -> Iterator[list[Tech
         logit, slope = np.log(hard / (1 - hard)), float((hard * (1 - hard)).mean())  # accuracy moves by slope a unit of the logit
         ranked = []
         for number, spread in enumerate(setting.spreads()):
-            moved = rng.normal(0.0, spread / 100 / slope, setting.seeds) + (setting.ahead / 100 / slope if number == 0 else 0.0)
+            moved = rng.normal(0.0, spread / 100 / slope, setting.seeds) + (setting.ahead / 100 / slope if number < setting.lead else 0.0)
             chance = 1 / (1 + np.exp(-(logit + moved[:, None])))
             ranked.append(Technique.of((rng.random(chance.shape) < chance).astype(float)))
         yield ranked
@@ -111,12 +122,17 @@ def main(words: Sequence[str]) -> int:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """Markdown: the level, one seed alone, the power."""
-    every = found["settings"]
+    """Markdown: the level, one seed alone, the power; and of many techniques the level, false differences and the power."""
+    every = [s for s in found["settings"] if s["techniques"] <= FEW]
+    crowd = [s for s in found["settings"] if s["techniques"] > FEW]
     level = [s for s in every if not s["ahead"] and s["seeds"] > 1]
     parts = [_table(level, ("techniques", "seeds", "rows"), "spread", "any", "separated, %")]
     parts.append(_table([s for s in every if s["seeds"] == 1], ("techniques", "seeds", "rows"), "spread", "any", "separated, %"))
     parts.append(_table([s for s in every if s["ahead"]], ("techniques", "seeds", "rows", "ahead"), "spread", "first", "told apart, %"))
+    keys = ("techniques", "seeds", "rows")
+    parts.append(_table([s for s in crowd if not s["ahead"]], keys, "spread", "any", "separated, %"))
+    for value, what in (("false", "false among those told apart, %"), ("first", "told apart, %")):
+        parts.append(_table([s for s in crowd if s["ahead"]], (*keys, "ahead"), "spread", value, what))
     return "\n\n".join(parts)
 
 

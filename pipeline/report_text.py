@@ -13,6 +13,7 @@ from pipeline.report_cells import Cell
 from pipeline.report_rows import Row, by_group, common_notes, zero_shot
 from pipeline.report_table import METRICS, interval
 from pipeline.runs import hardware_name
+from pipeline.tiers import FEW
 
 CURVES = 2  # sentences about learning curves in the opening
 MANY = 8  # names that are all said; of more, the first three
@@ -95,8 +96,9 @@ def _apart(ranked: list[Row]) -> str:
     if len(near) <= MANY:
         return f"{_listed(near)} cannot be told apart from it{seeds}."
     last, single = near[-1], sum(r.seeds == 1 and r.method != "none" for r in near)
-    pairs = f"{len(ranked) * (len(ranked) - 1) // 2:,} comparisons are corrected for"
-    why = f"; {single} of these ran with one seed, and {pairs}" if single and ranked[0].covers_seeds else f"; {pairs}"
+    why = f"; {single} of these ran with one seed" if single and ranked[0].covers_seeds else ""
+    pairs = len(ranked) * (len(ranked) - 1) // 2
+    why += f". Of the differences that the tiers show among {pairs:,} pairs, at most 5% should be chance" if len(ranked) > FEW else ""
     first = ", ".join(f"`{r.technique}`" for r in near[:3])
     return f"{first} and {len(near) - 3} others, down to `{last.technique}` at {f.percent(last.test)}%, cannot be told apart from it{seeds}{why}."
 

@@ -12,8 +12,9 @@ where d_i is the difference on row i (means over seeds), n the rows, and sigma_t
 little of sigma_t, so it is not put in as if it were known: the p-value is averaged over the sigmas that the seeds of all techniques
 allow (a hierarchical model: sigma_t is log-normal around a spread that all techniques share, with a heterogeneity of its own; TILT and
 HETEROGENEITIES are their priors). Averaging over what is not known is Behrens' and Fisher's answer to unequal variances; sharing it over
-techniques is Smyth's (2004). All pairs are corrected (Holm 1979): comparisons with a best that the same data chose, corrected for those
-alone, find too much.
+techniques is Smyth's (2004). All pairs are corrected: comparisons with a best that the same data chose, corrected for those alone, find too
+much. Up to FEW techniques hardly any experiment tells a single pair apart falsely (Holm 1979); beyond, pairs are so many that nothing would be
+told at all, and what is kept small is the share of false ones among the differences that are told (Benjamini and Hochberg 1995).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 SIGNIFICANT = 0.05
+FEW = 10
+"""Techniques up to which no false difference is allowed; beyond, one in twenty of those told."""
 SPREADS = (0.0015, 0.1, 20)
 """The shared spreads over seeds that are tried: lowest, highest (fractions), how many, evenly in the logarithm."""
 TILT = 0.5
@@ -56,7 +59,7 @@ class Difference:
     p: float
     """Two-sided, for this pair alone."""
     corrected: float
-    """Corrected for all pairs (Holm 1979)."""
+    """Corrected for all pairs (`correct`)."""
 
     @property
     def told(self) -> bool:
@@ -111,7 +114,7 @@ def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Compari
     raw = [pair.p for pair in found.values()]
     told = {
         names: Difference(pair.point, pair.point - pair.half, pair.point + pair.half, p, corrected)
-        for (names, pair), p, corrected in zip(found.items(), raw, holm(raw), strict=True)
+        for (names, pair), p, corrected in zip(found.items(), raw, correct(raw, len(order)), strict=True)
     }
     apart = [pair for pair, one in told.items() if one.told]
     return Comparison({name: float(right[name].mean()) for name in order}, told, letters(order, apart), len(common), spreads.known)
@@ -248,12 +251,21 @@ def p_values(ranked: Sequence[Technique]) -> list[tuple[int, int, float]]:
     return [(a, b, _Pair.of(ranked, spreads, a, b).p) for a, b in itertools.combinations(range(len(ranked)), 2)]
 
 
+def correct(raw: Sequence[float], techniques: int) -> list[float]:
+    """The p-values of all pairs of so many techniques, corrected: Holm (1979) up to FEW, Benjamini and Hochberg (1995) beyond."""
+    if techniques <= FEW:
+        return holm(raw)
+    from scipy.stats import false_discovery_control
+
+    return [float(p) for p in false_discovery_control(raw, method="bh")]
+
+
 def chance(distance: float, spread: np.ndarray, weights: np.ndarray) -> float:
     """How probable a normal as far from 0 as this is, two-sided, over standard deviations `spread` [M] with `weights` [M]."""
     from scipy.special import ndtr
 
     live = spread > 0
-    return float((weights[live] * 2 * ndtr(-distance / spread[live])).sum() + weights[~live].sum() * float(distance == 0))
+    return min(1.0, float((weights[live] * 2 * ndtr(-distance / spread[live])).sum() + weights[~live].sum() * float(distance == 0)))
 
 
 def letters(order: Sequence[str], apart: Sequence[tuple[str, str]]) -> dict[str, str]:
