@@ -1,6 +1,6 @@
 """What pipeline/tiers.py promises, by simulation: how often it separates techniques that are the same, and how often ones that are not.
 
-    python -m benchmarks.tiers benchmarks/results/tiers.json              all settings, about 40 minutes on one core
+    python -m benchmarks.tiers benchmarks/results/tiers.json              all settings, about half an hour on one core
     python -m benchmarks.tiers benchmarks/results/tiers.json 100          with 100 experiments a setting instead of 1000
     python -m benchmarks.tiers table benchmarks/results/tiers.json        the tables of docs/statistics.md
 

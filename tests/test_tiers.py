@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import norm
 
 from benchmarks.tiers import MIXED, Setting, simulate
-from pipeline.exact import sign_flip
-from pipeline.tiers import Spreads, Technique, compare, letters, p_values
+from pipeline.exact import holm, sign_flip
+from pipeline.tiers import FEW, Spreads, Technique, compare, correct, letters, p_values
 
 
 def runs(*accuracies: float, rows: int = 1000, seed: int = 0) -> dict[int, dict[str, bool]]:
@@ -91,6 +91,25 @@ def test_letters_of_known_cases():
     assert letters(["x", "y", "z"], []) == {"x": "a", "y": "a", "z": "a"}
     assert letters(["x", "y", "z"], [("x", "z")]) == {"x": "a", "y": "ab", "z": "b"}
     assert letters(["x", "y", "z"], [("x", "y"), ("x", "z"), ("y", "z")]) == {"x": "a", "y": "b", "z": "c"}
+
+
+def test_few_techniques_are_corrected_by_holm_and_many_by_benjamini_and_hochberg():
+    raw = [0.01, 0.04, 0.03, 0.9]
+    assert correct(raw, FEW) == holm(raw)
+    assert correct(raw, FEW + 1) == pytest.approx([0.04, 0.16 / 3, 0.16 / 3, 0.9])  # 4p / rank, not above what follows
+
+
+def test_a_technique_far_behind_is_told_apart_among_many_with_one_seed_each():
+    several = {f"s{i}": runs(0.55, 0.56, 0.565, seed=i) for i in range(6)}
+    single = {f"o{i}": runs(0.56, seed=20 + i) for i in range(24)} | {"behind": runs(0.25, seed=50)}
+    found = compare(several | single)
+    assert found is not None and not set(found.letters["behind"]) & set(found.letters[found.best])
+    assert len({found.letters[f"o{i}"] for i in range(24)}) == 1, "equal ones share their letters"
+
+
+@pytest.mark.slow
+def test_of_the_differences_told_among_many_techniques_few_are_false():
+    assert simulate(Setting(FEW + 2, 3, 1000, 1.0, 5.0, (FEW + 2) // 2), 150, 1)["false"] <= 0.05
 
 
 @pytest.mark.slow
