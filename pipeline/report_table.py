@@ -91,7 +91,8 @@ ABOUT = {
     "with several seeds it reaches from the lowest to the highest bound of their intervals.",
     "test_seed_high": "Smallest and largest test figure over the seeds: the spread of training, not that of drawing the test rows.",
     "letters": "Techniques that share a letter cannot be told apart by these runs; a is the best one's. Tested over seeds and test rows, corrected for "
-    "all pairs (docs/statistics.md); of more than ten techniques, at most 5% of the differences shown should be chance. One seed: how much a technique's figure moves from seed to seed is not known, and the test is over the rows alone.",
+    "all pairs (docs/statistics.md); of more than ten techniques, at most 5% of the differences shown should be chance. "
+    "One seed: how much a technique's figure moves from seed to seed is not known, and the test is over the rows alone.",
     "against_zero_shot": "Accuracy beyond zero-shot's in percentage points on the same test rows, and the p-value over seeds and rows "
     "(two-sided, not corrected for the number of techniques; with one seed McNemar's exact test).",
     "macro_f1": "Mean over the answers of their F1: a rare answer counts as much as a frequent one.",

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -204,18 +203,6 @@ def test_a_work_folder_that_cannot_be_written(refuse, tmp_path):
     (tmp_path / "file").write_text("in the way")
     error = refuse("technique=lora", f"paths.work={tmp_path}/file", "train.steps=2", "train.checkpoint_every_s=0")
     assert f"cannot write {tmp_path}/file/checkpoints/" in error
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("cannot mount a small file system here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_while_saving_the_artefact(refuse, small_disk):
