@@ -207,6 +207,23 @@ def test_nothing_but_out_of_memory_is_an_error(words, tmp_path, capsys):
     assert "no trial of" in capsys.readouterr().err and not (tmp_path / "sweeps/tried/lora/best.json").exists()
 
 
+@pytest.mark.parametrize(("refused", "code"), [(2, 0), (1, 2)])
+def test_bad_input_is_the_trials_own_once_another_has_a_value(words, tmp_path, capfd, monkeypatch, refused, code):
+    def failing(cfg: Any, **more: Any) -> Result:
+        if cfg.method.config.r == refused:
+            raise UserError("more demonstrations than the context holds")
+        return fake_cell(cfg, **more)
+
+    words = [*words, "sweep.confirm=false", "sweep.space={method.config.r: {choices: [1, 2, 4]}}", "+sweep.count_errors=true"]
+    monkeypatch.setattr(cell, "run", failing)
+    assert sweep.main(words) == code
+    told = capfd.readouterr()
+    if code:
+        assert "the trial with r=1 lora_alpha=2 ended with code 2" in told.err
+    else:
+        assert states(tmp_path) == ["COMPLETE", "FAIL", "COMPLETE"] and "ended with code 2; it counts as a trial without a value" in told.out
+
+
 def test_a_trial_that_fails_stops_the_sweep_and_is_tried_again(words, tmp_path, capfd, monkeypatch):
     def failing(cfg: Any, **more: Any) -> Result:
         if cfg.method.config.r == 2:
