@@ -8,9 +8,10 @@
 Writes tuning/<experiment>/<technique>-n<train_rows>.yaml (keep it in git: cells are composed of it) and studies under sweeps/. A number of training
 rows is tuned by itself, with the grid's first seed: validation rows are labelled rows, and those of a larger set are not this one's to look at.
 
-The budget is tune.trials, whatever becomes of them: a trial that runs out of memory, diverges or ends with an error is one of them; one that
-finds bad input, where another had a value: its settings do not suit the input. Before, the search ends with what to mend. Two thirds are drawn from the declared range (conf/search/). If the best value then lies at an edge, the rest is drawn from there and beyond,
-once; else from the declared range. Started again after a kill, it goes on where it was, with the same draws. Test rows are never read.
+The budget is tune.trials, whatever becomes of them: a trial that runs out of memory, diverges or ends with an error is one of them; so is one
+that finds bad input where another had a value, as it is then its settings that the input does not suit. Two thirds are drawn from the declared
+range (conf/search/). If the best value then lies at an edge, the rest is drawn from there and beyond, once; else from the declared range.
+Started again after a kill, it goes on where it was, with the same draws. Test rows are never read.
 """
 
 from __future__ import annotations
