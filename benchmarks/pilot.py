@@ -66,7 +66,7 @@ def further() -> Iterator[tuple[str, str, str, int]]:
     """The same for the other techniques on the first labelling: every first rate, then the others, then a second seed of all."""
     task = LABELLINGS[0]
     yield from ((task, technique, extra, 0) for technique, extra in UNTRAINED)
-    for seed, place in itertools.product((0, 1), range(5)):
+    for seed, place in itertools.product((0, 1), range(max(map(len, FURTHER.values())))):
         yield from ((task, technique, f"train.lr={rates[place]}", seed) for technique, rates in FURTHER.items() if place < len(rates))
 
 

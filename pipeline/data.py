@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.files import UserError, read_jsonl
+from pipeline.files import Unsuited, UserError, read_jsonl
 from pipeline.settings import Task, Train
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Encoder:
         if not count:
             return None
         if self.too_long == "error":
-            raise UserError(
+            raise Unsuited(
                 f"{count} texts of {what} are longer than {self.max_length} tokens (train.max_length, at most the model's context); "
                 "raise train.max_length if the context allows it, or set train.too_long=truncate"
             )

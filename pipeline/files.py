@@ -20,6 +20,10 @@ class UserError(Exception):
     """Bad input. The message is one sentence that names the file, key or row, and the mend."""
 
 
+class Unsuited(UserError):
+    """Settings that this input does not suit (texts longer than they allow, more demonstrations than rows); others might do."""
+
+
 def words_entry(run: Callable[[list[str]], int]) -> Callable[..., int]:
     """The `main` of a command that takes plain words: run's exit code; a UserError is one sentence on stderr and exit code 2."""
 

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 
 from pipeline import cell, cells, results, settings, sweep_packed, tracking, train
 from pipeline.config import entry
-from pipeline.files import UserError
+from pipeline.files import Unsuited, UserError
 from pipeline.measure import Stopwatch, hardware, now
 from pipeline.results import Result
 from pipeline.supervise import run_in_child
@@ -35,8 +35,8 @@ from pipeline.sweep_study import answered, fail, numbers, open_study, revive, sh
 if TYPE_CHECKING:
     import optuna
 
-BAD_INPUT = 2
-ENDED = (128 + 9, 128 + 15)  # exit codes of a process that was ended from outside
+UNSUITED = 73  # exit code of a trial whose settings the input does not suit
+NOT_ITS_OWN = (2, 128 + 9, 128 + 15)  # exit codes of bad input, and of a process that was ended from outside
 LOCK_S = 5  # a sweep killed a moment ago may still hold its lock through a child that is ending
 
 
@@ -115,8 +115,7 @@ def search(study: optuna.Study, sweep: Sweep, cfg: DictConfig, folder: Path, loa
         trial = study.ask()
         chosen = sweep.complete({key: dimension.suggest(trial, key) for key, dimension in sweep.dimensions.items()})
         try:
-            counted = sweep.count_errors and ("any" if any(one.state.name == "COMPLETE" for one in study.trials) else "crash")
-            result = run_trial(at(cfg, chosen), shared, folder / ".trial", short(chosen), counted or "none")
+            result = run_trial(at(cfg, chosen), shared, folder / ".trial", short(chosen), sweep.count_errors)
             tell(study, trial, sweep, result, lap.lap())
         except BaseException:
             fail(study, trial.number)
@@ -133,20 +132,23 @@ def _not_packed(sweep: Sweep, reason: str) -> None:
         print(f"one trial after another, because {reason}", flush=True)
 
 
-def run_trial(cfg: DictConfig, shared: cell.Shared, scratch: Path, label: str, count_errors: str = "none") -> Result:
+def run_trial(cfg: DictConfig, shared: cell.Shared, scratch: Path, label: str, count_errors: bool = False) -> Result:
     """One trial in a child process: its memory is its own, and running out of it is a result. `scratch` is emptied.
 
     Args:
-        count_errors: what is a result, too: "crash": an error; "any": also bad input. Where another trial had a value, it is this one's settings that
-            the input does not suit (more demonstrations than the context holds), not the input itself.
+        count_errors: an error of its own is a result, too, and so are settings that the input does not suit.
 
     Raises:
-        UserError: it ended otherwise.
+        UserError: it ended otherwise: bad input and a full disk are no trial's own.
     """
     shutil.rmtree(scratch, ignore_errors=True)
 
     def work() -> int:
-        results.write(scratch, cell.run(cfg, shared=shared, splits=("validation",), folder=None, started=now()))
+        try:
+            results.write(scratch, cell.run(cfg, shared=shared, splits=("validation",), folder=None, started=now()))
+        except Unsuited as error:
+            print(f"error: {error}", file=sys.stderr)
+            return UNSUITED
         return 0
 
     try:
@@ -155,8 +157,9 @@ def run_trial(cfg: DictConfig, shared: cell.Shared, scratch: Path, label: str, c
             return cell.oom_result(cfg, done.out_of_memory, hardware("cpu"))
         if done.code == 130:
             raise KeyboardInterrupt
-        if done.code and done.code not in ENDED and (count_errors == "any" or (count_errors == "crash" and done.code != BAD_INPUT)):
-            return cell.bare_result(cfg, status="error", error=f"ended with code {done.code}", hardware=hardware("cpu"), precision=cfg.precision.name)
+        if done.code and count_errors and done.code not in NOT_ITS_OWN:
+            why = "its settings do not suit the input" if done.code == UNSUITED else f"ended with code {done.code}"
+            return cell.bare_result(cfg, status="error", error=why, hardware=hardware("cpu"), precision=cfg.precision.name)
         if done.code:
             raise UserError(f"the trial with {label} ended with code {done.code} (see above); mend the cause and run again")
         return results.read(scratch)

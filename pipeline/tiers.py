@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SIGNIFICANT = 0.05
 FEW = 10
-"""Techniques up to which no false difference is allowed; beyond, one in twenty of those told."""
+"""Techniques up to which at most one experiment in twenty tells any false difference; beyond, at most one in twenty of the differences told is false."""
 SPREADS = (0.0015, 0.1, 20)
 """The shared spreads over seeds that are tried: lowest, highest (fractions), how many, evenly in the logarithm."""
 TILT = 0.5

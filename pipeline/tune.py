@@ -9,9 +9,9 @@ Writes tuning/<experiment>/<technique>-n<train_rows>.yaml (keep it in git: cells
 rows is tuned by itself, with the grid's first seed: validation rows are labelled rows, and those of a larger set are not this one's to look at.
 
 The budget is tune.trials, whatever becomes of them: a trial that runs out of memory, diverges or ends with an error is one of them; so is one
-that finds bad input where another had a value, as it is then its settings that the input does not suit. Two thirds are drawn from the declared
-range (conf/search/). If the best value then lies at an edge, the rest is drawn from there and beyond, once; else from the declared range.
-Started again after a kill, it goes on where it was, with the same draws. Test rows are never read.
+whose settings the input does not suit (more demonstrations than the context holds). Two thirds are drawn from the declared range
+(conf/search/). If the best value then lies at an edge, the rest is drawn from there and beyond, once; else from the declared range. Started
+again after a kill, it goes on where it was, with the same draws. Test rows are never read.
 """
 
 from __future__ import annotations

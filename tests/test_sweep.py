@@ -18,7 +18,7 @@ import pytest
 
 from pipeline import cell, cells, supervise, sweep
 from pipeline.config import CONF, ROOT, compose
-from pipeline.files import UserError
+from pipeline.files import Unsuited, UserError
 from pipeline.results import Memory, Phases, Result, Score, Work, read, write
 from pipeline.sweep_space import Dimension, at
 from pipeline.sweep_space import read as read_space
@@ -207,21 +207,20 @@ def test_nothing_but_out_of_memory_is_an_error(words, tmp_path, capsys):
     assert "no trial of" in capsys.readouterr().err and not (tmp_path / "sweeps/tried/lora/best.json").exists()
 
 
-@pytest.mark.parametrize(("refused", "code"), [(2, 0), (1, 2)])
-def test_bad_input_is_the_trials_own_once_another_has_a_value(words, tmp_path, capfd, monkeypatch, refused, code):
+@pytest.mark.parametrize(("error", "code"), [(Unsuited("more demonstrations than rows"), 0), (UserError("no space left on the disk"), 2)])
+def test_what_does_not_suit_the_input_is_the_trials_own_and_other_bad_input_is_not(words, tmp_path, capfd, monkeypatch, error, code):
     def failing(cfg: Any, **more: Any) -> Result:
-        if cfg.method.config.r == refused:
-            raise UserError("more demonstrations than the context holds")
+        if cfg.method.config.r == 2:
+            raise error
         return fake_cell(cfg, **more)
 
     words = [*words, "sweep.confirm=false", "sweep.space={method.config.r: {choices: [1, 2, 4]}}", "+sweep.count_errors=true"]
     monkeypatch.setattr(cell, "run", failing)
     assert sweep.main(words) == code
     told = capfd.readouterr()
-    if code:
-        assert "the trial with r=1 lora_alpha=2 ended with code 2" in told.err
-    else:
-        assert states(tmp_path) == ["COMPLETE", "FAIL", "COMPLETE"] and "ended with code 2; it counts as a trial without a value" in told.out
+    assert f"error: {error}" in told.err and study(tmp_path).trials[1].state.name == "FAIL"
+    assert ("r=2 lora_alpha=4: its settings do not suit the input; it counts as a trial without a value" in told.out) is (code == 0)
+    assert states(tmp_path)[:2] == ["COMPLETE", "FAIL"] and len(states(tmp_path)) == (3 if code == 0 else 2)
 
 
 def test_a_trial_that_fails_stops_the_sweep_and_is_tried_again(words, tmp_path, capfd, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import Example
-from pipeline.files import UserError, read_jsonl, write_jsonl
+from pipeline.files import Unsuited, UserError, read_jsonl, write_jsonl
 from pipeline.methods.base import Method
 
 
@@ -51,7 +51,7 @@ class FewShot(Method):
 
     def prepare(self, examples: Sequence[Example], seed: int, base: Any = None) -> list[dict[str, str]]:
         if self.k > len(examples):
-            raise UserError(f"method.k={self.k}, but there are {len(examples)} training rows; lower k or raise train_rows")
+            raise Unsuited(f"method.k={self.k}, but there are {len(examples)} training rows; lower k or raise train_rows")
         rng = random.Random(seed)
         by_answer: dict[str, list[Example]] = {}
         for example in rng.sample(list(examples), len(examples)):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data import Example
-from pipeline.files import UserError, read_jsonl, write_jsonl
+from pipeline.files import Unsuited, UserError, read_jsonl, write_jsonl
 from pipeline.methods.base import Method
 from pipeline.model import load_tokenizer
 
@@ -74,7 +74,7 @@ class Retrieval(Method):
             entries = [{"text": p} for p in passages(Path(self.documents), self.column, self.passage_words)]
         if self.k > len(entries):
             there = f"{len(entries)} {'training rows' if self.documents is None else f'passages in {self.documents}'}"
-            raise UserError(f"method.k={self.k}, but there are {there}; lower k or add some")
+            raise Unsuited(f"method.k={self.k}, but there are {there}; lower k or add some")
         return self._index(entries, base)
 
     def prompt(self, prompt: str, state: Index) -> str:
