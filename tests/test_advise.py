@@ -42,6 +42,12 @@ def write(root: Path, sizes: tuple[int, ...] = SIZES, seeds: int = 3, spread: fl
                 keep(root, dataclasses.replace(one, scores={"test": score}, memory=memory, **changes), with_predictions=False)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no model and no data is: after `make repro` they would be forecast here, and memory is to be the cells' own."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     write(tmp_path / "results")
