@@ -55,7 +55,7 @@ def parse(words: Sequence[str]) -> Options:
         if key == "--dry":
             key, equals, value = "plan", "=", "true"
         if key not in known or not equals:
-            raise UserError(f"benchmarks.speed does not take {word!r}; write key=value with one of {', '.join(known)}, or the word table alone")
+            raise UserError(f"benchmarks.speed does not take {word!r}; write key=value with one of {', '.join(known)}, or the word table, or table wide, alone")
         kind = str(known[key].type)
         if kind.startswith("int"):
             if not value.isdecimal() or (int(value) < 1 and key != "seed"):

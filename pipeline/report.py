@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 
 from pipeline import report_tuning, tuned
 from pipeline.cells import grid
-from pipeline.config import entry
-from pipeline.files import atomic_path, write_json, write_text
+from pipeline.config import entry, plain
+from pipeline.files import UserError, atomic_path, write_json, write_text
 from pipeline.report_cells import select
 from pipeline.report_growth import further, growth
 from pipeline.report_markdown import markdown
@@ -29,10 +29,21 @@ from pipeline.report_table import history_csv, table_csv
 from pipeline.results import figures
 
 
+def _given(cfg: DictConfig) -> dict[str, list[int]]:
+    """The axes of the grid that the command names itself. Raises UserError for what is no list of whole numbers."""
+    given = {}
+    for key, value in ((key, plain(cfg.report)[key]) for key in ("train_rows", "seeds")):
+        if value is None:
+            continue
+        if not isinstance(value, list) or not value or not all(type(one) is int for one in value):
+            raise UserError(f"report.{key} is {value!r}; give a list of whole numbers, for example report.{key}=[0,1] (null: the grid's)")
+        given[key] = value
+    return given
+
+
 def run(cfg: DictConfig) -> None:
     """Write and print the report of cfg.experiment."""
-    given = {key: list(cfg.report[key]) for key in ("train_rows", "seeds") if cfg.report[key]}
-    cells, missing = select(Path(cfg.paths.results) / cfg.experiment, {**grid(cfg.experiment)["grid"], **given})
+    cells, missing = select(Path(cfg.paths.results) / cfg.experiment, {**grid(cfg.experiment)["grid"], **_given(cfg)})
     rows = make_rows(cells)
     grown = growth(rows, cfg.report.target)
     tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)

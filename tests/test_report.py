@@ -100,6 +100,15 @@ def test_other_sizes_and_seeds_than_the_grid_s_are_reported_on_demand(home: Path
     assert re.search(r"^- not run: (\d\d) cells, (\S+ ){12}…$", printed, re.M), "many are counted, a dozen named"
 
 
+@pytest.mark.parametrize(("word", "said"), [
+    ("report.seeds=3", "report.seeds is 3; give a list of whole numbers"), ("report.train_rows=[many]", "report.train_rows is ['many']"),
+    ("report.seeds=[]", "report.seeds is []"), ("report.seeds=[true]", "report.seeds is [True]"),
+])
+def test_an_axis_that_is_no_list_of_numbers_is_refused(home: Path, capsys: pytest.CaptureFixture[str], word: str, said: str) -> None:
+    assert report.main(["experiment=quick", f"paths.results={home}/results", f"paths.report={home}/report", word]) == 2
+    assert said in capsys.readouterr().err and not (home / "report").exists()
+
+
 def test_missing_and_lost_cells_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_experiment(home / "results")
     run(home)
