@@ -36,10 +36,10 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> optuna.Study:
     """The study in folder/study.db, made if need be.
 
     Raises:
-        UserError: the file is no study, or belongs to another config, space, data or model.
+        UserError: the file cannot be written, is no study, or belongs to another config, space, data or model.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = folder / "study.db"
@@ -52,6 +52,8 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> optuna.Study:
             pruner=_pruner(sweep),
             load_if_exists=True,
         )
+    except OperationalError as error:  # of the place, not of what the file holds
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); free space or mend paths.sweeps, then run again") from error
     except (SQLAlchemyError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be opened as an Optuna study ({str(error).splitlines()[0]}); delete {folder} to start anew"

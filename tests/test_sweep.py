@@ -296,6 +296,16 @@ def test_a_file_that_is_no_study(words, tmp_path, capsys):
     assert "cannot be opened as an Optuna study" in error and len(error.splitlines()) == 1
 
 
+def test_a_full_disk_does_not_tell_to_delete_the_study(words, small_disk, capsys):
+    folder = small_disk / "tried/lora"
+    folder.mkdir(parents=True)
+    (folder / ".lock").touch()
+    (small_disk / "fill").write_bytes(bytes(200 << 10))  # what is left does not hold a database
+    assert sweep.main([*words, f"paths.sweeps={small_disk}"]) == 2
+    error = capsys.readouterr().err
+    assert "study.db (" in error and "free space or mend paths.sweeps" in error and "delete" not in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
