@@ -7,7 +7,7 @@
     python -m benchmarks.speed table wide                             every workload against both peers, from speed-wide.json
 
 Keys: ids (sets all, step, sweep, eval, wide, cpu, or ids), repeats (3), steps and warmup of a step row (by shape), sweep_steps (100 a trial),
-peer_b (liger, or liger+compile: rows of their own), limit_s (seconds an id may take, 300; its time for sweeps is doubled), device (auto),
+peer_b (liger; or compile, liger+compile: rows of their own), limit_s (seconds an id may take, 300; its time for sweeps is doubled), device (auto),
 out (benchmarks/results), model and task (folders for the evaluation rows; random weights and tokens where they are missing), plan.
 Every id is written as soon as it is measured: all of it to speed-<set>.json, a headline row to targets.json; other ids' rows stay.
 Exit codes: 0 done, 1 an id gave no ratio (the others are written), 2 bad input.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import speed_files, speed_plan, speed_targets
+from benchmarks import speed_files, speed_peers, speed_plan, speed_targets
 from benchmarks.speed_targets import AnyRow, EvalRow, Row, SweepRow
 from pipeline.files import UserError, check_writable
 
@@ -67,8 +67,8 @@ def parse(words: Sequence[str]) -> Options:
             found[key] = value == "true"
         else:
             found[key] = Path(value) if kind.startswith("Path") else value
-    if found.get("peer_b", "liger") not in ("liger", "liger+compile"):
-        raise UserError(f"benchmarks.speed takes liger or liger+compile for peer_b, not {found['peer_b']!r}")
+    if found.get("peer_b", "liger") not in speed_peers.PEERS_B:
+        raise UserError(f"benchmarks.speed takes {', '.join(speed_peers.PEERS_B)} for peer_b, not {found['peer_b']!r}")
     return Options(**found)
 
 
@@ -76,8 +76,8 @@ def rows(options: Options, device: str) -> list[AnyRow]:
     """The chosen rows at the wanted sizes."""
     found = speed_targets.chosen(options.ids or ("all" if device == "cuda" else "cpu"))
     found = [_sized(row, options) for row in found]
-    if options.peer_b == "liger+compile":
-        found = [speed_targets.compiled(row) if isinstance(row, Row) and row.over.kind == "tuned" else row for row in found]
+    if (kind := speed_peers.PEERS_B[options.peer_b]) != "tuned":
+        found = [speed_targets.compiled(row, kind) if isinstance(row, Row) and row.over.kind == "tuned" else row for row in found]
     return found
 
 

@@ -25,7 +25,7 @@ from pipeline.measure import PeakMemory, Stopwatch
 Items = list[tuple[list[int], list[list[int]]]]
 FIRST = 64
 """Rows that either side answers first, outside the time."""
-EXPLAINED = 20
+EXPLAINED = 500
 """Most generated answers that differ and are looked into."""
 
 

@@ -78,7 +78,7 @@ def table(folder: Path) -> str:
         low, high = row["spread"]
         cells = [
             f"`{row['id']}`", more.get("what", ""), f"{bold}{number(row['ratio'])}x{bold} ({number(low)} to {number(high)})",
-            _at_least(row["required"]), _at_least(more.get("aim")), cost(more, "under"), cost(more, "over"), share(more),
+            _at_least(row["required"]), _at_least(more.get("aim")), cost(more, "under") + same(more), cost(more, "over"), share(more),
             f"{row['hardware'].get('gpu') or row['hardware'].get('cpu')}, {row['date']}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -119,6 +119,12 @@ def cost(record: dict[str, Any], side: str) -> str:
         return ""
     peak = f", {held['peak_bytes']['median'] / 2**30:.1f} GiB" if held.get("peak_bytes") else ""
     return f"{number(held['step_s']['median'] * 1e3)} ms{peak}"
+
+
+def same(record: dict[str, Any]) -> str:
+    """How many of an evaluation's answers are the other side's too."""
+    found = record.get("answers")
+    return f", {found['identical']:.1%} of the answers the same" if found else ""
 
 
 def share(record: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 Library of `python -m benchmarks.speed`. Peer (a), "plain": LoRA over a base loaded in bf16, full fine-tuning with fp32 weights, both with
 bf16=True; QLoRA through prepare_model_for_kbit_training; the Trainer's default optimiser (fused AdamW). Peer (b), "tuned": the same and
-Liger kernels, flash attention if it is installed (else SDPA, the default), no check for nan losses; "compiled": torch_compile on top.
+Liger kernels, flash attention if it is installed (else SDPA, the default), no check for nan losses; "liger-compile": torch_compile on top,
+"compile": torch_compile in Liger's place.
 Steps are timed inside the Trainer, between two optimiser steps; its start and end are left out.
 """
 
@@ -23,7 +24,9 @@ from pipeline.measure import PeakMemory, Stopwatch
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("plain", "tuned", "compiled")
+PEERS_B = {"liger": "tuned", "compile": "compile", "liger+compile": "liger-compile"}
+"""What the benchmark's word peer_b says -> the kind of the peer."""
+COMPILED = ("compile", "liger-compile")
 
 
 @dataclass
@@ -80,9 +83,9 @@ def switches(kind: str, device: Any) -> tuple[dict[str, Any], str, list[str]]:
     if kind == "plain":
         return {}, "sdpa", []
     flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    liger = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    found = {"use_liger_kernel": liger, "optim": "adamw_torch_fused", "logging_nan_inf_filter": False, "torch_compile": kind == "compiled"}
-    notes = [] if liger else ["Liger kernels are not installed or have no device here; peer (b) ran without them"]
+    liger = kind != "compile" and device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    found = {"use_liger_kernel": liger, "optim": "adamw_torch_fused", "logging_nan_inf_filter": False, "torch_compile": kind in COMPILED}
+    notes = [] if liger or kind == "compile" else ["Liger kernels are not installed or have no device here; peer (b) ran without them"]
     return found, "flash_attention_2" if flash else "sdpa", notes
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.speed_limits import step_flops
+from benchmarks.speed_peers import COMPILED
 from benchmarks.speed_targets import OURS, AnyRow, EvalRow, Row, Side, SweepRow
 from benchmarks.speed_workloads import SHAPES, Workload
 
@@ -29,7 +30,7 @@ def step_s(workload: Workload, device: str) -> float:
 def side_s(side: Side, device: str) -> float:
     """One run of a side."""
     workload, faster = side.workload, SPEEDUP[device] if side.kind == OURS else 1.0
-    extra = {OURS: CAPTURE_S if device == "cuda" else 0.0, "compiled": COMPILE_S}.get(side.kind, 0.0)
+    extra = {OURS: CAPTURE_S if device == "cuda" else 0.0, **dict.fromkeys(COMPILED, COMPILE_S)}.get(side.kind, 0.0)
     return SETUP_S[workload.shape] + extra + workload.total * step_s(workload, device) / faster
 
 

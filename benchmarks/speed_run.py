@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import speed_ours, speed_stats
 from benchmarks.speed_limits import distance, step_bytes, step_flops
-from benchmarks.speed_peers import Run, run_peer, silence
+from benchmarks.speed_peers import COMPILED, Run, run_peer, silence
 from benchmarks.speed_targets import OURS, Row, Side
 from benchmarks.speed_workloads import Workload
 from pipeline.measure import PeakMemory, Stopwatch
@@ -118,7 +118,7 @@ def run_side(side: Side, device: Any) -> Run:
         return run_ours(side.workload, device) if side.kind == OURS else run_peer(side.workload, side.kind, device)
     finally:
         clear(device)
-        if side.kind == "compiled":
+        if side.kind in COMPILED:
             import torch
 
             torch._dynamo.reset()

@@ -1,7 +1,8 @@
 """The sweep benchmark: K LoRA trials of equal steps, from the start to the best setting. Ours packed, the peer one after another.
 
 Library of `python -m benchmarks.speed`. Both get the same trials from Optuna (a seeded random sampler over rank and learning rate, alpha = 2 r),
-each with batches of its own, and score every trial on the same validation batches. The peer is Optuna with Trainer and PEFT in one process,
+each with batches of its own, and score every trial on the same validation batches. Libraries are loaded, and the device started, before
+either side's time begins. The peer is Optuna with Trainer and PEFT in one process,
 the base kept loaded, an adapter added and removed a trial; and, apart, a process of its own a trial.
 """
 
@@ -69,6 +70,16 @@ class Pass:
     trial_s: list[float]
     found: list[Found]
     peak_bytes: int | None = None
+
+
+def ready(device: Any) -> None:
+    """Load what both sides use, or whoever comes first would pay for it."""
+    import optuna  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+    from transformers import LlamaForCausalLM, Trainer  # noqa: F401
+
+    torch.zeros(1, device=device)
 
 
 def open_study() -> Any:
@@ -162,6 +173,7 @@ def measure(row: SweepRow, settings: Settings, kept: dict[Workload, Pass]) -> di
 
     Our sweep runs once before the peer's and `repeats` - 1 times after it.
     """
+    ready(settings.device)
     watch, limit = Stopwatch(), settings.limit_s
     found: dict[str, Any] = {"id": row.id, "what": row.what, "required": row.required, "aim": row.aim, "figure": "wall_s"}
     ours: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Side:
-    """Who trains what. kind: ours, or a peer: plain, tuned, compiled."""
+    """Who trains what. kind: ours, or a peer: plain, tuned, compile, liger-compile."""
 
     kind: str
     workload: Workload
@@ -102,6 +102,8 @@ def _targets() -> list[AnyRow]:
         _against("lora-1b-small", "LoRA r16, 1B, 4 x 256: tokens/s against (a)", "plain", Workload("lora", "1b", 4, 256), 2.5, 4),
         EvalRow("eval-choice", "choice scoring, 135M, 2,000 rows, against the plain loop", "choice", required=5, aim=10),
         EvalRow("eval-generate", "greedy generation, 135M, 2,000 rows, against the plain loop", "generate", required=5, aim=10),
+        EvalRow("eval-choice-fp32", "choice scoring, 135M, 2,000 rows, fp32, against the plain loop", "choice", dtype="fp32", required=5, aim=10),
+        EvalRow("eval-generate-fp32", "greedy generation, 135M, 2,000 rows, fp32, against the plain loop", "generate", dtype="fp32", required=5, aim=10),
     ]
 
 
@@ -111,8 +113,6 @@ def _further() -> list[AnyRow]:
     found: list[AnyRow] = [
         Row("qlora-over-lora", "QLoRA's tokens/s over LoRA's, 1B, 8 x 1024, both ours", big["lora"], big["qlora"], required=0.6, set="wide"),
         Row("qlora-lora-memory", "LoRA's peak reserved memory over QLoRA's, 1B, 8 x 1024, both ours", big["lora"], big["qlora"], "peak_bytes", 1.0, set="wide"),
-        EvalRow("eval-choice-fp32", "choice scoring, 135M, 2,000 rows, fp32, against the plain loop", "choice", dtype="fp32", set="wide"),
-        EvalRow("eval-generate-fp32", "greedy generation, 135M, 2,000 rows, fp32, against the plain loop", "generate", dtype="fp32", set="wide"),
     ]
     grid = [(t, shape, b, n) for t, (shape, b, n) in itertools.product(
         RATES, (("135m", 16, 64), ("135m", 32, 128), ("135m", 128, 64), ("1b", 4, 256), ("1b", 8, 1024)))]
@@ -153,9 +153,10 @@ def chosen(words: str) -> list[AnyRow]:
     return [KNOWN[i] for i in ids]
 
 
-def compiled(row: Row) -> Row:
-    """The same with peer (b) under torch.compile, as a row of its own."""
-    return replace(row, id=f"{row.id}-compile", what=f"{row.what} with torch_compile", over=replace(row.over, kind="compiled"), set="wide")
+def compiled(row: Row, kind: str) -> Row:
+    """The same with a peer (b) of this kind, under torch.compile, as a row of its own."""
+    what = f"{row.what} {'with' if kind == 'liger-compile' else 'that has'} torch_compile{'' if kind == 'liger-compile' else ' in place of Liger'}"
+    return replace(row, id=f"{row.id}-{kind}", what=what, over=replace(row.over, kind=kind), set="wide")
 
 
 def resized(row: AnyRow, steps: int | None, warmup: int | None, seed: int | None) -> AnyRow:

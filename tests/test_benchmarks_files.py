@@ -72,7 +72,7 @@ def test_the_command_measures_a_row_and_prints_the_table(tmp_path, monkeypatch, 
     (["ids=nothing"], "there is no benchmark 'nothing'"),
     (["repeat=3"], "does not take 'repeat=3'"),
     (["repeats=0"], "whole number of at least 1 for repeats"),
-    (["peer_b=fast"], "liger or liger+compile"),
+    (["peer_b=fast"], "liger, compile, liger+compile"),
     (["ids=,"], "names no benchmark"),
     (["sweep_steps=1", "ids=sweep8-135m", "plan=true"], "at least 2 for sweep_steps"),
 ])
@@ -90,6 +90,8 @@ def test_the_plan_measures_nothing_and_names_every_row(tmp_path, capsys):
 
 def test_compiled_rows_are_rows_of_their_own(capsys):
     rows = speed.rows(speed.parse(["ids=lora-1b-tuned,lora-1b-plain", "peer_b=liger+compile", "steps=7"]), "cuda")
-    assert [row.id for row in rows] == ["lora-1b-tuned-compile", "lora-1b-plain"]
-    assert rows[0].over.kind == "compiled" and rows[0].under.workload.steps == 7
+    assert [row.id for row in rows] == ["lora-1b-tuned-liger-compile", "lora-1b-plain"]
+    assert rows[0].over.kind == "liger-compile" and rows[0].under.workload.steps == 7
+    alone = speed.rows(speed.parse(["ids=lora-1b-tuned", "peer_b=compile"]), "cuda")
+    assert [row.id for row in alone] == ["lora-1b-tuned-compile"] and alone[0].over.kind == "compile"
     assert speed_plan.side_s(rows[0].over, "cuda") > 100

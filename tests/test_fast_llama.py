@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.fast import bind as binding
-from pipeline.fast import ops
+from pipeline.fast import ops, shapes
 
 R, T, V = 4, 9, 53
 
@@ -75,6 +75,26 @@ def test_lora_gradients_are_autograds(targets):
             close(ours, gradients[f"base_model.model.{name}.{key}.default.weight"])
     lowest = min(int(n.split(".")[2]) for n in bound.pairs)
     assert bound.llama.lowest == lowest
+
+
+def test_columns_left_beside_an_adapter_add_nothing(monkeypatch):
+    """Room of whole tiles (wide models) for a rank far below it, in memory that other batches have used before."""
+    monkeypatch.setattr(shapes, "LONG", 1)
+    ids, rows, cols, targets, weights, at = batch()
+    model = lora(base(), r=3)
+    expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
+    bound = binding.bind(model, torch.float32)
+    layer = bound.llama.layers[0]
+    assert [g.room for g in (layer.qkv, layer.out, layer.gate_up, layer.down)] == [64, 0, 64, 64] and layer.out.under == 64
+    bound.llama.hold(R * T)
+    for seed in (7, 8):
+        other = batch(seed)
+        bound.llama.step(other[0], other[5], other[3], other[4])
+    close(bound.llama.step(ids, at, targets, weights), expected)
+    for name, views in bound.pairs.items():
+        for view, key, factor in zip(views, ("lora_A", "lora_B"), (1.0, float(bound.flat.scale)), strict=True):
+            start, size = view.storage_offset(), view[0].numel()
+            close(factor * bound.flat.raw[0, start : start + size].view(view.shape[1:]), gradients[f"base_model.model.{name}.{key}.default.weight"])
 
 
 @pytest.mark.parametrize(("tied", "groups"), [(True, 2), (False, 4)])

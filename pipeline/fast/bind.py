@@ -19,6 +19,7 @@ from pipeline.fast.group import Group, Low
 from pipeline.fast.llama import Llama, Norm
 from pipeline.fast.ops import Tensor
 from pipeline.fast.parts import GROUPS, WIDE, Parts, Unsupported, stack, with_columns
+from pipeline.fast.shapes import padded
 
 
 @dataclass
@@ -180,9 +181,10 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
     at_a, at_b = 0, flat.regions[0].size
     for layer, index, modules in parts.groups():
         count = sum(name in adapted for name, _ in modules)
-        beyond = -(-count * wide // 8) * 8 if slots == 1 else 0
-        room = beyond if GROUPS[index] in WIDE else 0
-        under = 0 if any(hasattr(getattr(m, "base_layer", m).weight, "quant_state") for _, m in modules) else beyond
+        thin = count * wide if slots == 1 else 0
+        room = padded(thin, modules[0][1].in_features) if GROUPS[index] in WIDE else 0
+        four = any(hasattr(getattr(m, "base_layer", m).weight, "quant_state") for _, m in modules)
+        under = 0 if four else padded(thin, sum(m.out_features for _, m in modules))
         weight, bias, spans = stack(parts, modules, room, under)
         group = Group(weight, bias, room=room, under=under)
         members = [(name, m, span) for (name, m), span in zip(modules, spans, strict=True) if name in adapted]

@@ -38,7 +38,7 @@ class Group:
     room: with one slot, columns that x and W have beyond `in`: x's then hold x Aᵀ and W's hold B, so that one product
         gives y, and one gives dx and d(x Aᵀ). 0: B is applied by products of its own.
     under: with one slot, rows that W has beyond `out`: they hold A, so that one product gives dx from a dy with d(x Aᵀ) in as many
-        columns beyond `out`. 0: A is applied by a product of its own on the way back.
+        columns beyond `out` (zeros until then). 0: A is applied by a product of its own on the way back.
     noise: what drops out of x on its way to A, anew for every member; None: nothing does.
     """
 
@@ -53,8 +53,13 @@ class Group:
     under: int = 0
     noise: ops.Noise | None = None
 
+    @property
+    def single(self) -> bool:
+        """Whether it has the adapters of one run, of whose inputs nothing drops out at present."""
+        return self.a is not None and len(self.a) == 1 and (self.noise is None or not self.noise.on)
+
     def forward(self, x: Tensor, residual: Tensor | None = None, lasts: bool = True, to: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(y [N, out] (+ residual, which becomes y), x Aᵀ [K, N/K, m·r] for backward) of x [N, in + room].
+        """(y [N, out] (+ residual, which becomes y), x Aᵀ [K, N/K, m·r] for backward) of x [N, in + room], whose last columns are zeros.
 
         lasts: x is kept until then anyway. to: a tensor to write y into (without a residual).
         """
@@ -62,8 +67,6 @@ class Group:
         if self.room and self.a is not None:
             width, rank = self.a.shape[2], self.a.shape[1]
             kept = self._down(x[:, :width], x[None, :, width : width + rank])[0]
-            if rank < self.room:
-                x[:, width + rank :].zero_()
             kept = kept[None] if lasts else kept[None].clone()
         w = self._weight()
         if residual is not None:
@@ -159,8 +162,6 @@ class Group:
             each = self.low[0].b.shape[2]
             for j, low in enumerate(self.low):
                 torch.mm(dy[:, low.lo : low.hi], low.b[0], out=dkept[:, j * each : (j + 1) * each])
-        if rank < self.under:
-            dy[:, out + rank :].zero_()
         return (dy @ w[:, :width] if wanted else None), dkept[None]
 
     def _backward_wide(self, dy: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor]:
@@ -173,13 +174,21 @@ class Group:
         dkept = both[None, :, width : width + rank]
         return self._add_down(both[:, :width], dkept), dkept
 
-    def backward_weight(self, dy: Tensor, x: Tensor, kept: Tensor | None, dkept: Tensor | None) -> None:
-        """Write the gradients of what is trained: dW = dyᵀ x, dB = dyᵀ (x Aᵀ), dA = d(x Aᵀ)ᵀ x; x [N, in] or more columns, dy [N, out] or more."""
+    def backward_weight(self, dy: Tensor | None, x: Tensor | None, kept: Tensor | None, dkept: Tensor | None) -> None:
+        """Write the gradients of what is trained: dW = dyᵀ x, dB = dyᵀ (x Aᵀ), dA = d(x Aᵀ)ᵀ x; x [N, in] or more columns, dy [N, out] or more.
+        dy None: dB is there already; x None: dA is."""
         if self.dweight is not None:
+            assert dy is not None and x is not None
             torch.mm(dy.t(), x, out=self.dweight)
         if self.a is None or kept is None or dkept is None or self.da is None:
             return
-        slots, rank = self.a.shape[0], self.low[0].b.shape[2]
+        if dy is not None:
+            self._backward_b(dy, kept)
+        if x is not None:
+            self._backward_a(x, dkept)
+
+    def _backward_b(self, dy: Tensor, kept: Tensor) -> None:
+        slots, rank = kept.shape[0], self.low[0].b.shape[2]
         if self.db is not None:
             begin = self.low[0].lo
             ops.thin_(self.db.t(), kept[0], dy[:, begin : self.low[-1].hi], [low.hi - begin for low in self.low])
@@ -190,6 +199,10 @@ class Group:
                 torch.mm(dy[:, low.lo : low.hi].t(), held[0], out=low.db[0])
             else:
                 torch.bmm(dy.view(slots, -1, dy.shape[1])[:, :, low.lo : low.hi].transpose(1, 2), held, out=low.db)
+
+    def _backward_a(self, x: Tensor, dkept: Tensor) -> None:
+        assert self.a is not None and self.da is not None
+        slots = len(dkept)
         for columns, _, dropped in self._inputs(x[:, : self.a.shape[2]]):
             if slots == 1:
                 ops.thin_(self.da[0, columns], dkept[0, :, columns], dropped, [dropped.shape[1]])

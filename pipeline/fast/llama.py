@@ -22,7 +22,7 @@ from pipeline.fast.attend import Attend, Attends, Heads, Rows, Stream
 from pipeline.fast.group import Group
 from pipeline.fast.ops import Tensor
 
-LOGITS_AT_ONCE = 2**27  # numbers of the [chunk, V] logits that exist at a time, roughly
+LOGITS_AT_ONCE = 2**28  # numbers of the [chunk, V] logits that exist at a time, roughly
 
 
 def logits_rows(vocabulary: int) -> int:
@@ -48,7 +48,7 @@ class Beside:
         self.stream = stream
         self._read: list[tuple] = []
 
-    def do(self, group: Group, *tensors: Any) -> None:
+    def do(self, group: Group, *tensors: Tensor | None) -> None:
         """group.backward_weight(*tensors)."""
         if self.stream is None or not group.trained:
             group.backward_weight(*tensors)
@@ -88,15 +88,16 @@ class Layer:
     held: list[Tensor] | None = None
     """Where the largest of what backward needs goes, for as many tokens as will come; None: into new tensors."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attends, save: bool) -> tuple[Tensor, tuple]:
-        """(output [N, d], what backward needs) of x [N, d], which becomes the output; cos, sin [T, e] with N a multiple of T."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attends, save: bool, exact: bool = False) -> tuple[Tensor, tuple]:
+        """(output [N, d], what backward needs) of x [N, d], which becomes the output; cos, sin [T, e] with N a multiple of T.
+        exact: as ops.rmsnorm has it."""
         to1, to2, to3, to4 = [held[: len(x)] for held in self.held] if save and self.held else [None] * 4
-        n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room, to1)
+        n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room, to1, exact)
         qkv, kept_qkv = self.qkv.forward(n1, to=to2)
         ops.rotate_(qkv.view(len(qkv), -1, self.heads.width), cos, sin, self.heads.queries + self.heads.groups)
         mixed, attended = attend.forward(self.heads, qkv, save)
         x2, kept_out = self.out.forward(mixed, x, lasts=False)
-        n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room, to3)
+        n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room, to3, exact)
         gu, kept_gu = self.gate_up.forward(n2, to=None if to4 is None else to4[:, : to4.shape[1] - self.gate_up.under])
         y, kept_down = self.down.forward(ops.swiglu(gu, self.down.room), x2, lasts=False)
         return y, (n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, gu if to4 is None else to4, kept_down) if save else ()
@@ -105,7 +106,7 @@ class Layer:
         """Set memory aside for `tokens` tokens, once: what is taken and given back at every step leaves holes between."""
         d = self.norm1.weight.shape[0]
         widths = (d + self.qkv.room, (self.heads.queries + 2 * self.heads.groups) * self.heads.width, d + self.gate_up.room, 2 * inner + self.gate_up.under)
-        self.held = [like.new_empty(tokens, width) for width in widths]
+        self.held = [like.new_zeros(tokens, width) for width in widths]
 
     def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, attend: Attend, wanted: bool, beside: Beside, room: int) -> Tensor | None:
         """dx [N, d + room] (None unless wanted) of dy [N, d + down.under]; gradients of what is trained are written where they belong, by `beside`.
@@ -115,7 +116,7 @@ class Layer:
         dh, dkept = self.down.backward_input(dy)
         assert dh is not None
         beside.join()  # the layer above
-        h, dgu = ops.swiglu_backward_(dh, gu)
+        h, dgu = self._activation_backward(dh, gu, kept_gu, dkept, beside)
         beside.do(self.down, dy, h, kept_down, dkept)
         dn, dkept = self.gate_up.backward_input(wide)
         assert dn is not None
@@ -134,6 +135,16 @@ class Layer:
         dn, dkept = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
         beside.do(self.qkv, dqkv, n1, kept_qkv, dkept)
         return ops.rmsnorm_backward(dn, n1[:, :d], self.norm1.weight, r1, dx2[:, :d], self.norm1.dweight, room) if dn is not None else None
+
+
+    def _activation_backward(self, dh: Tensor, gu: Tensor, kept: Tensor | None, dkept: Tensor | None, beside: Beside) -> tuple[Tensor | None, Tensor | None]:
+        """(h, d gu) for the weight gradients still to make; None each where those were made on the way (a lone adapter everywhere, and one stream). gu
+        becomes d gu."""
+        b, both = self.gate_up.db, self.gate_up.single and self.down.single
+        if not both or b is None or len(self.gate_up.low) != 2 or kept is None or dkept is None or self.down.da is None or beside.stream is not None:
+            return ops.swiglu_backward_(dh, gu)
+        ops.swiglu_backward_thin_(dh, gu, kept[0], dkept[0], b, self.down.da[0])
+        return None, None
 
 
 @dataclass
@@ -188,7 +199,7 @@ class Llama:
             self.noise.tokens, self.noise.on, self.noise.stream = x.shape[1], save, (stream.row, stream.position) if stream else None
         x, kept = x.reshape(-1, x.shape[-1]), []
         for index, layer in enumerate(self.layers):
-            x, saved = layer.forward(x, cos, sin, attend, save and index >= self.lowest)
+            x, saved = layer.forward(x, cos, sin, attend, save and index >= self.lowest, not save)
             kept.append(saved)
         return x, kept
 
@@ -208,12 +219,12 @@ class Llama:
             self.noise.on = False
         x = F.embedding(ids, self.embedding)
         for layer, attend in zip(self.layers, attends, strict=True):
-            x, _ = layer.forward(x, cos, sin, attend, False)
+            x, _ = layer.forward(x, cos, sin, attend, False, True)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [M, V] fp32 of hidden states before the last norm [M, d]."""
-        return (ops.rmsnorm(hidden, self.norm.weight, self.layers[0].eps)[0] @ self.head.t()).float()
+        return (ops.rmsnorm(hidden, self.norm.weight, self.layers[0].eps, exact=True)[0] @ self.head.t()).float()
 
     def hold(self, tokens: int) -> None:
         """Set memory aside in every layer that backward will walk, for batches of at most `tokens` tokens (soft ones counted)."""
@@ -229,14 +240,16 @@ class Llama:
         beside = Beside(self.beside)
         with torch.no_grad():
             x, kept = self.hidden(ids, True, stream)
-            picked = x if dense else x[at]
-            normed, rstd = ops.rmsnorm(picked, self.norm.weight, self.layers[0].eps)
+            tokens = len(x)
+            x = x if dense else x[at]
+            normed, rstd = ops.rmsnorm(x, self.norm.weight, self.layers[0].eps)
+            del x
             loss, dnormed = self._head(normed, targets, weights)
             room = [layer.down.under for layer in self.layers[self.lowest :]]
             room = [0, *room] if room else [0]  # what the layer above leaves beside dx for each; the lowest layer's dx has none
             dpicked = ops.rmsnorm_backward(dnormed, normed, self.norm.weight, rstd, None, self.norm.dweight, room[-1] if dense else 0)
-            dx: Any = dpicked if dense else _spread(dpicked, at, len(x), room[-1])
-            del x, picked, normed, dnormed, dpicked  # or they would stay through the whole way back
+            dx: Any = dpicked if dense else _spread(dpicked, at, tokens, room[-1])
+            del normed, dnormed, dpicked  # or they would stay through the whole way back
             if len(self.layers) > self.lowest:
                 cos, sin, attend = self._places(ids.shape[1] + self.virtual, stream)
                 below = self.dembedding is not None or self.dprompt is not None
@@ -252,9 +265,10 @@ class Llama:
         to = self.dhead if self.dhead is not None else self.dembedding
         chunk = logits_rows(self.head.shape[0])
         losses, dnormed = [], torch.empty_like(normed)
+        room = normed.new_empty(min(chunk, len(normed)), self.head.shape[0])
         for lo in range(0, len(normed), chunk):
             hi = min(len(normed), lo + chunk)
-            logits = normed[lo:hi] @ self.head.t()
+            logits = torch.mm(normed[lo:hi], self.head.t(), out=room[: hi - lo])
             losses.append(ops.cross_entropy_(logits, targets[lo:hi], weights[lo:hi]))
             torch.mm(logits, self.head, out=dnormed[lo:hi])
             if to is not None and lo == 0:

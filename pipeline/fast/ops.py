@@ -24,20 +24,21 @@ def _kernels(tensor: Tensor) -> Any:
     return triton_ops
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019); the last `room` columns are not set.
-    out: a tensor to write into."""
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | None = None, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """(weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019); the last `room` columns are zeros.
+    out: a tensor to write into. exact: the mean is torch's own reduction, so that every bit is that of transformers' module."""
     y = x.new_empty(len(x), x.shape[1] + room) if out is None else out
     if kernels := _kernels(x):
-        return y, kernels.rmsnorm(x, weight, eps, y)
+        return y, kernels.rmsnorm(x, weight, eps, y, exact)
     rstd = torch.rsqrt(x.float().square().mean(-1) + eps)
     y[:, : x.shape[1]] = weight * (x.float() * rstd[:, None]).to(x.dtype)
+    y[:, x.shape[1] :] = 0.0
     return y, rstd
 
 
 def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, room: int = 0) -> Tensor:
     """Gradient [N, d + room] for the norm's input, from its output y [N, d] (x / rms(x) is y / weight, so that x need not be kept), plus `dres`
-    (what flows past the norm). Rows of dy, y and dres may lie apart; the last `room` columns are not set. Writes the weight's gradient into
+    (what flows past the norm). Rows of dy, y and dres may lie apart; the last `room` columns are zeros. Writes the weight's gradient into
     `dweight` [d] if given."""
     dx = y.new_empty(len(y), weight.shape[0] + room)
     if kernels := _kernels(y):
@@ -49,6 +50,7 @@ def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: 
     scaled = dy.float() * w
     found = rstd[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     dx[:, : len(w)] = found + dres.float() if dres is not None else found
+    dx[:, len(w) :] = 0.0
     return dx
 
 
@@ -64,7 +66,7 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
 
 
 def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, room: int = 0) -> Tensor:
-    """Gradients dq [R, H, T, e], dk, dv [R, G, T, e] through the rotation, as one [R·T, (H + 2G)·e + room]; the last `room` columns are not set."""
+    """Gradients dq [R, H, T, e], dk, dv [R, G, T, e] through the rotation, as one [R·T, (H + 2G)·e + room]; the last `room` columns are zeros."""
     out = dq.new_empty(dq.shape[0] * dq.shape[2], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[3] + room)
     if kernels := _kernels(dq):
         return kernels.unrotate(dq, dk, dv, cos, sin, out)
@@ -73,6 +75,7 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, room:
     turned = turned * cos + torch.cat((high, -low), -1)
     flat = torch.cat((turned, dv), 1).transpose(1, 2).reshape(len(out), -1)
     out[:, : flat.shape[1]] = flat
+    out[:, flat.shape[1] :] = 0.0
     return out
 
 
@@ -93,14 +96,31 @@ def attend_next_(qkv: Tensor, keys: Tensor, values: Tensor, at: Tensor, heads: i
 
 
 def swiglu(gu: Tensor, room: int = 0) -> Tensor:
-    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are not set."""
+    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are zeros."""
     f = gu.shape[1] // 2
     h = gu.new_empty(len(gu), f + room)
     if kernels := _kernels(gu):
         kernels.swiglu(gu, h)
     else:
         h[:, :f] = F.silu(gu[:, :f]) * gu[:, f:]
+        h[:, f:] = 0.0
     return h
+
+
+def swiglu_backward_thin_(dh: Tensor, gu: Tensor, kept: Tensor, dkept: Tensor, db: Tensor, da: Tensor) -> Tensor:
+    """d gu, as `swiglu_backward_` makes it of dh [N, f] and gu [N, 2f] (overwritten), with the gradients of the two adapters that read off it:
+    of the gate's and the up map's B into db [2f, r], from kept [N, 2r] (their x Aᵀ), and of the down map's A into da [r, f], from dkept [N, r].
+    Rows of all but db and da may lie apart. On a GPU in one pass: h is never written, d gu not read again."""
+    if gu.is_cuda:
+        from pipeline.fast import triton_swiglu
+
+        if triton_swiglu.suits(gu, len(da)):
+            return triton_swiglu.backward_thin_(dh, gu, kept, dkept, db, da)
+    f = dh.shape[1]
+    h, dgu = swiglu_backward_(dh, gu)
+    thin_(db.t(), kept, dgu, [f, 2 * f])
+    thin_(da, dkept, h, [f])
+    return dgu
 
 
 def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:

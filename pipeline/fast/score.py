@@ -47,8 +47,8 @@ def choice_log_likelihoods(llama: Llama, slots: Sequence[int], total: int, items
 
 def _log_probabilities(model: Llama, hidden: torch.Tensor, at: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p of targets [N] read off hidden [M, d] at [K, N]: [K, N] fp32. The logits exist a chunk at a time."""
-    normed, _ = ops.rmsnorm(hidden, model.norm.weight, model.layers[0].eps)
-    chunk = max(1, LOGITS_AT_ONCE // model.head.shape[0])
+    normed, _ = ops.rmsnorm(hidden, model.norm.weight, model.layers[0].eps, exact=True)
+    chunk = max(1, LOGITS_AT_ONCE // (2 * model.head.shape[0]))  # in fp32
     flat, wanted = at.reshape(-1), targets.repeat(len(at))
     order = torch.argsort(flat, stable=True)
     picked = torch.empty(len(flat), device=hidden.device)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pipeline.data import Encoded
 
 GRAIN = 8  # widths are multiples of this
+TILE, LONG = 64, 2048  # of a product's inner length: what a kernel takes at a time, and from where on less than a tile costs more than padding to it
 STEPS_A_WIDTH = 24  # a further width (a further capture) pays if that many steps can use it
 MOST_WIDTHS = 6
 SAMPLED = 256  # steps that are drawn to choose widths where the steps to come are not known
@@ -56,6 +57,12 @@ def length(example: Encoded) -> int:
 
 def labels(example: Encoded) -> int:
     return len(example.ids) - example.start
+
+
+def padded(columns: int, inner: int) -> int:
+    """Columns to leave beside `inner` others for `columns` of adapters: whole tiles of a product's inner length where that is little beside it."""
+    grain = TILE if inner >= LONG else GRAIN
+    return -(-columns // grain) * grain
 
 
 def choose_widths(needed: dict[int, int], most: int) -> list[int]:

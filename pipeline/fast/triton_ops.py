@@ -10,8 +10,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 Tensor = torch.Tensor
+PROGRAMS = 112
+"""Rows of logits at work at a time: few enough that the second look at a row finds it in the cache."""
 
 
 def _width(n: int) -> tuple[int, int]:
@@ -21,28 +24,57 @@ def _width(n: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _rmsnorm(x, w, y, r, d, stride, eps, BLOCK: tl.constexpr):
+def _clear(to, room, ROOM: tl.constexpr):
+    """Zeros into the `room` numbers at `to`."""
+    if ROOM:
+        beyond = tl.arange(0, ROOM)
+        tl.store(to + beyond, 0.0, beyond < room)
+
+
+def _room(room: int) -> int:
+    return triton.next_power_of_2(room) if room else 0
+
+
+@triton.jit
+def _squares(x, to, d, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    v = tl.load(x + row * d + col, col < d, 0.0).to(tl.float32)
+    tl.store(to + row * d + col, v * v, col < d)
+
+
+@triton.jit
+def _rmsnorm(x, w, y, r, d, room, stride, eps, GIVEN: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     live = col < d
     v = tl.load(x + row * d + col, live, 0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(v * v, 0) / d + eps)
-    tl.store(r + row, rstd)
+    if GIVEN:
+        rstd = tl.load(r + row)
+    else:
+        rstd = tl.rsqrt(tl.sum(v * v, 0) / d + eps)
+        tl.store(r + row, rstd)
     normed = (v * rstd).to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + row * stride + col, normed * tl.load(w + col, live, 0.0).to(tl.float32), live)
+    _clear(y + row * stride + d, room, ROOM)
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
-    n, d = x.shape
-    rstd = torch.empty(n, device=x.device)
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool) -> Tensor:
+    (n, d), room = x.shape, y.shape[1] - x.shape[1]
     block, warps = _width(d)
-    _rmsnorm[(n,)](x, weight, y, rstd, d, y.stride(0), eps, BLOCK=block, num_warps=warps)
+    if exact:
+        squares = torch.empty(n, d, device=x.device)
+        _squares[(n,)](x, squares, d, BLOCK=block, num_warps=warps)
+        rstd = torch.rsqrt(squares.mean(-1) + eps)
+    else:
+        rstd = torch.empty(n, device=x.device)
+    _rmsnorm[(n,)](x, weight, y, rstd, d, room, y.stride(0), eps, GIVEN=exact, BLOCK=block, ROOM=_room(room), num_warps=warps)
     return rstd
 
 
 @triton.jit
-def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, dy_stride, y_stride, res_stride, dx_stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr,
-                      HAS_DW: tl.constexpr, BLOCK: tl.constexpr):
+def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, room, dy_stride, y_stride, res_stride, dx_stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr,
+                      HAS_DW: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
     col = tl.arange(0, BLOCK)
     weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
@@ -61,12 +93,14 @@ def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, dy_stride, y_stride, res_
         if HAS_RES:
             out += tl.load(dres + row * res_stride + col, live, 0.0).to(tl.float32)
         tl.store(dx + row * dx_stride + col, out, live)
+        if row < n:
+            _clear(dx + row * dx_stride + d, room, ROOM)
     if HAS_DW:
         tl.store(dw + tl.program_id(0) * d + col, total, col < d)
 
 
 def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, dx: Tensor) -> Tensor:
-    n, d = y.shape[0], weight.shape[0]
+    n, d, room = y.shape[0], weight.shape[0], dx.shape[1] - weight.shape[0]
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     held = dres if dres is not None else y
     rows = 1 if dweight is None else max(1, -(-n // 264))
@@ -74,8 +108,8 @@ def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: 
     partial = torch.empty(programs, d, device=y.device) if dweight is not None else y
     block, warps = _width(d)
     _rmsnorm_backward[(programs,)](
-        dy, y, weight, rstd, held, dx, partial, n, d, dy.stride(0), y.stride(0), held.stride(0), dx.stride(0), ROWS=rows,
-        HAS_RES=dres is not None, HAS_DW=dweight is not None, BLOCK=block, num_warps=warps,
+        dy, y, weight, rstd, held, dx, partial, n, d, room, dy.stride(0), y.stride(0), held.stride(0), dx.stride(0), ROWS=rows,
+        HAS_RES=dres is not None, HAS_DW=dweight is not None, BLOCK=block, ROOM=_room(room), num_warps=warps,
     )
     if dweight is not None:
         dweight.copy_(partial.sum(0))
@@ -93,18 +127,21 @@ def _rotate(qkv, cos, sin, t, stride, half, heads, BLOCK: tl.constexpr):
     low, high = tl.load(base, live, 0.0).to(tl.float32), tl.load(base + half, live, 0.0).to(tl.float32)
     c_low, c_high = tl.load(cos + angle, live, 0.0).to(tl.float32), tl.load(cos + angle + half, live, 0.0).to(tl.float32)
     s_low, s_high = tl.load(sin + angle, live, 0.0).to(tl.float32), tl.load(sin + angle + half, live, 0.0).to(tl.float32)
-    tl.store(base, low * c_low - high * s_low, live)
-    tl.store(base + half, high * c_high + low * s_high, live)
+    kind = qkv.dtype.element_ty  # each product rounded, as the model's own forward pass has it
+    tl.store(base, (low * c_low).to(kind).to(tl.float32) - (high * s_low).to(kind).to(tl.float32), live)
+    tl.store(base + half, (high * c_high).to(kind).to(tl.float32) + (low * s_high).to(kind).to(tl.float32), live)
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
     n, _, e = qkv.shape
     block, warps = _width(heads * e // 2)
-    _rotate[(n,)](qkv, cos, sin, cos.shape[0], qkv.stride(0), e // 2, heads, BLOCK=block, num_warps=warps)
+    # without fusion: a product and the sum after it would become one operation in 16 bits, which does not round between them
+    _rotate[(n,)](qkv, cos, sin, cos.shape[0], qkv.stride(0), e // 2, heads, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
 
 
 @triton.jit
-def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, stride, q0, q1, q2, k0, k1, k2, v0, v1, v2, BLOCK: tl.constexpr):
+def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, room, stride, q0, q1, q2, k0, k1, k2, v0, v1, v2, BLOCK: tl.constexpr,
+              ROOM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     r, pos = row // t, row % t
     at = tl.arange(0, BLOCK)
@@ -127,6 +164,7 @@ def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, stride, q0, q1,
     live = head < heads + 2 * groups
     tl.store(to, new_low, live)
     tl.store(to + half, new_high, live)
+    _clear(out + row * stride + (heads + 2 * groups) * 2 * half, room, ROOM)
 
 
 def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
@@ -135,24 +173,30 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: 
     dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
     block, warps = _width((heads + 2 * groups) * e // 2)
     strides = [s for g in (dq, dk, dv) for s in g.stride()[:3]]
-    _unrotate[(rows * t,)](dq, dk, dv, out, cos, sin, t, e // 2, heads, groups, out.stride(0), *strides, BLOCK=block, num_warps=warps)
+    room = out.shape[1] - (heads + 2 * groups) * e
+    _unrotate[(rows * t,)](
+        dq, dk, dv, out, cos, sin, t, e // 2, heads, groups, room, out.stride(0), *strides, BLOCK=block, ROOM=_room(room), num_warps=warps,
+    )
     return out
 
 
 @triton.jit
-def _swiglu(gu, h, f, gu_stride, stride, BLOCK: tl.constexpr):
+def _swiglu(gu, h, f, room, gu_stride, stride, BLOCK: tl.constexpr, ROOM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = col < f
     gate = tl.load(gu + row * gu_stride + col, live, 0.0).to(tl.float32)
     up = tl.load(gu + row * gu_stride + f + col, live, 0.0).to(tl.float32)
-    tl.store(h + row * stride + col, gate * tl.sigmoid(gate) * up, live)
+    silu = tl.div_rn(gate, 1.0 + libdevice.exp(-gate)).to(h.dtype.element_ty).to(tl.float32)  # bit for bit what torch's silu gives
+    tl.store(h + row * stride + col, silu * up, live)
+    if tl.program_id(1) == 0:
+        _clear(h + row * stride + f, room, ROOM)
 
 
 def swiglu(gu: Tensor, h: Tensor) -> None:
     n, f = gu.shape[0], gu.shape[1] // 2
-    block = min(2048, triton.next_power_of_2(f))
-    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, gu.stride(0), h.stride(0), BLOCK=block, num_warps=4)
+    block, room = min(2048, triton.next_power_of_2(f)), h.shape[1] - f
+    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, room, gu.stride(0), h.stride(0), BLOCK=block, ROOM=_room(room), num_warps=4)
 
 
 @triton.jit
@@ -167,7 +211,7 @@ def _swiglu_backward(dh, gu, f, stride, gu_stride, BLOCK: tl.constexpr):
     silu = gate * sigmoid
     tl.store(gate_at, d * up * (sigmoid + silu * (1 - sigmoid)), live)
     tl.store(up_at, d * silu, live)
-    tl.store(h_at, silu * up, live)
+    tl.store(h_at, silu.to(dh.dtype.element_ty).to(tl.float32) * up, live)
 
 
 def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,35 +222,37 @@ def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _cross_entropy(logits, targets, weights, loss, vocabulary: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    start = logits + row * vocabulary
-    target, weight = tl.load(targets + row), tl.load(weights + row)
-    counted = weight != 0.0
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for at in range(0, vocabulary, BLOCK):
-        col = at + tl.arange(0, BLOCK)
-        v = tl.load(start + col, col < vocabulary, float("-inf")).to(tl.float32)
-        new = tl.maximum(tl.maximum(top, v), -1e30)
-        total = total * tl.exp(top - new) + tl.exp(v - new)
-        top = new
-    highest = tl.max(top, 0)
-    log_z = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
-    nll = log_z - tl.load(start + target).to(tl.float32)
-    tl.store(loss + row, tl.where(counted, weight * nll, 0.0))
-    for at in range(0, vocabulary, BLOCK):
-        col = at + tl.arange(0, BLOCK)
-        v = tl.load(start + col, col < vocabulary, float("-inf")).to(tl.float32)
-        grad = (tl.exp(v - log_z) - tl.where(col == target, 1.0, 0.0)) * weight
-        tl.store(start + col, tl.where(counted, grad, 0.0), col < vocabulary)
+def _cross_entropy(logits, targets, weights, loss, rows, vocabulary: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        start = logits + tl.cast(row, tl.int64) * vocabulary
+        target, weight = tl.load(targets + row), tl.load(weights + row)
+        counted = weight != 0.0
+        top = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for at in range(0, vocabulary, EACH * BLOCK):  # EACH numbers a lane: one exponential for each, and one for all to rescale what came before
+            col = at + tl.arange(0, EACH)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+            v = tl.load(start + col, col < vocabulary, float("-inf")).to(tl.float32)
+            new = tl.maximum(tl.maximum(top, tl.max(v, 0)), -1e30)
+            total = total * tl.exp(top - new) + tl.sum(tl.exp(v - new[None, :]), 0)
+            top = new
+        highest = tl.max(top, 0)
+        log_z = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+        nll = log_z - tl.load(start + target).to(tl.float32)
+        tl.store(loss + row, tl.where(counted, weight * nll, 0.0))
+        tl.debug_barrier()  # the target's logit is read before anyone writes its gradient there
+        for at in range(0, vocabulary, EACH * BLOCK):
+            col = at + tl.arange(0, EACH)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+            v = tl.load(start + col, col < vocabulary, float("-inf")).to(tl.float32)
+            grad = (tl.exp(v - log_z) - tl.where(col == target, 1.0, 0.0)) * weight
+            tl.store(start + col, tl.where(counted, grad, 0.0), col < vocabulary)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     n, vocabulary = logits.shape
     loss = torch.empty(n, device=logits.device)
-    block = min(4096, triton.next_power_of_2(vocabulary))
-    _cross_entropy[(n,)](logits, targets, weights, loss, vocabulary, BLOCK=block, num_warps=8)
+    block = min(8192, triton.next_power_of_2(vocabulary))
+    each = min(4, triton.next_power_of_2(triton.cdiv(vocabulary, block)))
+    _cross_entropy[(min(n, PROGRAMS),)](logits, targets, weights, loss, n, vocabulary, EACH=each, BLOCK=block, num_warps=32 if block == 8192 else 4)
     return loss
 
 

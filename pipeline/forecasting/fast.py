@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.fast.shapes import padded
 from pipeline.forecasting.allocator import Allocator, Tensor
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 
-LOGITS_AT_ONCE = 2**27  # pipeline/fast/llama.py
+LOGITS_AT_ONCE = 2**28  # pipeline/fast/llama.py
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 WIDE = (True, False, True, True)  # whose inputs leave room for x Aᵀ
 QKV, OUT, GATE_UP, DOWN = range(4)
@@ -33,10 +34,10 @@ class ByHand:
         self.rank = max(ranks.values(), default=0)
         self.down = [count * self.rank for count in counts]
         """Columns of x Aᵀ by group."""
-        beyond = [-(-width // 8) * 8 for width in self.down]
-        self.room = [width if wide else 0 for width, wide in zip(beyond, WIDE, strict=True)]
-        self.under = beyond if plan.precision in ("bf16", "fp32") else [0] * len(beyond)
         self.sizes = [(self.s.linear(group[0])[0], sum(self.s.linear(name)[1] for name in group)) for group in GROUPS]
+        both = list(zip(self.down, self.sizes, strict=True))
+        self.room = [padded(columns, i) if wide else 0 for (columns, (i, _)), wide in zip(both, WIDE, strict=True)]
+        self.under = [padded(columns, o) if plan.precision in ("bf16", "fp32") else 0 for columns, (_, o) in both]
 
     def new(self, numbers: int, z: int, kind: str = "activations") -> Tensor:
         return self.memory.new(numbers * z, kind)
@@ -217,12 +218,13 @@ class ByHand:
         del before
         dense = micro.dense and not virtual
         m = self.n if dense else micro.labels
-        picked = x if dense else self.new(m * d, z)
+        x = x if dense else self.new(m * d, z)
         normed, rstd = self.new(m * d, z), self.new(m, 4)
+        del x
         dnormed = self.loss(m)
         dpicked = self.new(m * (d + (self.under[DOWN] if dense else 0)), z)
         dx: Any = dpicked if dense else self.new(self.n * (d + self.under[DOWN]), z)
-        del x, picked, normed, dnormed, dpicked
+        del normed, dnormed, dpicked
         below = self.full or virtual > 0
         for layer in range(s.layers - 1, self.lowest - 1, -1):
             box = [dx]
@@ -235,15 +237,13 @@ class ByHand:
         del dx
 
     def loss(self, m: int) -> Tensor:
-        """Llama._head: the logits exist a chunk at a time (two, while one is made and the last one not yet forgotten)."""
+        """Llama._head: the logits exist a chunk at a time."""
         dnormed = self.new(m * self.s.width, self.z)
         chunk = max(1, LOGITS_AT_ONCE // self.s.vocabulary)
         chunk -= chunk % 256 if chunk > 256 else 0
-        losses, logits = [], None
-        for lo in range(0, m, chunk):
-            logits = self.new(min(chunk, m - lo) * self.s.vocabulary, self.z, "logits")
-            losses.append(self.new(min(chunk, m - lo), 4))
-        del logits
+        logits = self.new(min(chunk, m) * self.s.vocabulary, self.z, "logits")
+        losses = [self.new(min(chunk, m - lo), 4) for lo in range(0, m, chunk)]
+        del logits, losses
         return dnormed
 
     def run(self) -> None:

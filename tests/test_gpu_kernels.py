@@ -1,0 +1,112 @@
+"""The fast engine's kernels against plain torch on a CUDA device: python -m pytest -m gpu tests/test_gpu_kernels.py"""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+def numbers(*shape: int, apart: int = 0):
+    """Seeded bf16 numbers [.., n], whose rows lie `apart` numbers further apart than they are long."""
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(sum(shape) + apart)
+    whole = torch.randn(*shape[:-1], shape[-1] + apart, device="cuda", generator=generator).bfloat16()
+    return whole[..., : shape[-1]]
+
+
+def near(ours, theirs, tolerance: float = 4e-3) -> None:
+    assert (ours.float() - theirs.float()).norm() <= tolerance * theirs.float().norm()
+
+
+@pytest.mark.parametrize(("n", "d", "rank", "ends"), [(8192, 2048, 16, [2048]), (1000, 576, 8, [576]), (5000, 3072, 16, [2048, 2560, 3072]), (70, 64, 3, [64])])
+def test_thin_products_are_plain_ones_and_repeat_bit_for_bit(n, d, rank, ends):
+    import torch
+
+    from pipeline.fast import triton_thin
+
+    p, x = numbers(n, len(ends) * rank, apart=3), numbers(n, d, apart=8)
+    found = [torch.full((rank, d), float("nan"), device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    for out in found:
+        assert triton_thin.thin_(out, p, x, ends)
+    spans = enumerate(zip([0, *ends], ends, strict=False))
+    near(found[0], torch.cat([p[:, j * rank : (j + 1) * rank].float().t() @ x[:, lo:hi].float() for j, (lo, hi) in spans], 1))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not triton_thin.counters(x.device).any(), "the counters are zero again"
+
+
+@pytest.mark.parametrize(("n", "f", "rank"), [(4096, 1536, 16), (5001, 8192, 7)])
+def test_the_activations_way_back_makes_the_adapters_gradients(n, f, rank):
+    import torch
+
+    from pipeline.fast import ops, triton_swiglu
+
+    dh, gu, kept, dkept = numbers(n, f), numbers(n, 2 * f, apart=64), numbers(n, 2 * rank, apart=100), numbers(n, rank, apart=50)
+    assert triton_swiglu.suits(gu, rank)
+    outs = []
+    for _ in range(2):
+        db, da = (torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16) for shape in ((2 * f, rank), (rank, f)))
+        outs.append((ops.swiglu_backward_thin_(dh.clone(), gu.clone(), kept, dkept, db, da), db, da))
+    h, dgu = ops.swiglu_backward_(dh.clone(), gu.clone())
+    near(outs[0][0], dgu, 1e-3)
+    near(outs[0][1], torch.cat([dgu[:, :f].float().t() @ kept[:, :rank].float(), dgu[:, f:].float().t() @ kept[:, rank:].float()]))
+    near(outs[0][2], dkept.float().t() @ h.float())
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True)), "the same bits at every call"
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(300, 128256), (50, 49152), (7, 53)])
+def test_cross_entropy_and_its_gradient(rows, vocabulary):
+    import torch
+
+    from pipeline.fast import ops
+
+    logits, targets = numbers(rows, vocabulary) * 4, torch.arange(rows, device="cuda") * (vocabulary // rows)
+    weights = torch.linspace(0, 1, rows, device="cuda")
+    logits[0] = float("nan")  # its weight is 0
+    expected = logits[1:].float().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(expected, targets[1:], reduction="none") * weights[1:]
+    losses.sum().backward()
+    loss = ops.cross_entropy_(logits, targets, weights)
+    assert loss[0] == 0 and not logits[0].any()
+    assert torch.allclose(loss[1:], losses.detach(), rtol=1e-4, atol=1e-5)
+    near(logits[1:], expected.grad)
+
+
+def test_the_last_columns_are_zeros():
+    import torch
+
+    from pipeline.fast import ops
+
+    x, w = numbers(130, 576), numbers(576)
+    y, rstd = ops.rmsnorm(x, w, 1e-5, 24)
+    dx = ops.rmsnorm_backward(x, y[:, :576], w, rstd, None, None, 64)
+    turned = ops.unrotate(*(numbers(2, heads, 65, 64) for heads in (9, 3, 3)), numbers(65, 64), numbers(65, 64), 8)
+    for made, room in ((y, 24), (dx, 64), (turned, 8), (ops.swiglu(numbers(130, 3072), 16), 16)):
+        assert not made[:, -room:].any() and torch.isfinite(made).all() and made[:, -room - 1].any()
+
+
+@pytest.mark.parametrize("width", [576, 2048])
+def test_answers_are_transformers_bit_for_bit(width):
+    """In bf16, rows of one width: norms, rotation, activation and residuals round where the model's own forward pass rounds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.fast.answering import Forward
+    from pipeline.fast.bind import answering
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=4096, hidden_size=width, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=width // 64,
+                         num_key_value_heads=3 if width == 576 else 8, initializer_range=0.1, max_position_embeddings=256)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
+    ids = torch.randint(4096, (200, 48), device="cuda")
+    rows, cols = torch.arange(200, device="cuda"), torch.arange(200, device="cuda") % 48
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits[rows, cols].float()
+    bound = answering(model, torch.bfloat16)
+    try:
+        with torch.inference_mode():
+            assert torch.equal(Forward(bound.llama)(ids, rows, cols), expected)
+    finally:
+        bound.release()
