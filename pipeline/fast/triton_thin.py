@@ -70,7 +70,7 @@ def _thin(p, x, partial, out, counter, n, d, rank, rows, parts, p_stride, x_stri
 def thin_(out: Tensor, p: Tensor, x: Tensor, ends: list[int]) -> bool:
     """False where cuBLAS is to do it: in fp32, for wide adapters and for members that do not end with a block."""
     (rank, d), n = out.shape, len(x)
-    block = 128 if d >= 2048 else 64
+    block = 128 if d >= 4096 else 64
     columns = triton.cdiv(d, block)
     if x.dtype == torch.float32 or rank > 64 or len(ends) > 3 or any(end % block for end in ends[:-1]) or p.stride(1) != 1 or x.stride(1) != 1:
         return False
