@@ -43,16 +43,16 @@ def _squares(x, to, d, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rmsnorm(x, w, y, r, d, room, stride, eps, GIVEN: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
+def _rmsnorm(x, w, y, mean, r, d, room, stride, eps, GIVEN: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     live = col < d
     v = tl.load(x + row * d + col, live, 0.0).to(tl.float32)
     if GIVEN:
-        rstd = tl.load(r + row)
+        rstd = tl.rsqrt(tl.load(mean + row) + eps)
     else:
         rstd = tl.rsqrt(tl.sum(v * v, 0) / d + eps)
-        tl.store(r + row, rstd)
+    tl.store(r + row, rstd)
     normed = (v * rstd).to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + row * stride + col, normed * tl.load(w + col, live, 0.0).to(tl.float32), live)
     _clear(y + row * stride + d, room, ROOM)
@@ -61,13 +61,12 @@ def _rmsnorm(x, w, y, r, d, room, stride, eps, GIVEN: tl.constexpr, BLOCK: tl.co
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool) -> Tensor:
     (n, d), room = x.shape, y.shape[1] - x.shape[1]
     block, warps = _width(d)
+    rstd = mean = torch.empty(n, device=x.device)
     if exact:
         squares = torch.empty(n, d, device=x.device)
         _squares[(n,)](x, squares, d, BLOCK=block, num_warps=warps)
-        rstd = torch.rsqrt(squares.mean(-1) + eps)
-    else:
-        rstd = torch.empty(n, device=x.device)
-    _rmsnorm[(n,)](x, weight, y, rstd, d, room, y.stride(0), eps, GIVEN=exact, BLOCK=block, ROOM=_room(room), num_warps=warps)
+        mean = squares.mean(-1)
+    _rmsnorm[(n,)](x, weight, y, mean, rstd, d, room, y.stride(0), eps, GIVEN=exact, BLOCK=block, ROOM=_room(room), num_warps=warps)
     return rstd
 
 
