@@ -43,14 +43,15 @@ class Reads:
         found = cls([], [], [])
         for item, (prompt, choices) in enumerate(items):
             heads = {tuple(c[:-1]) for c in choices}
-            longest = sorted(h for h in heads if not any(o != h and o[: len(h)] == h for o in heads))
+            longest = sorted(h for h in heads if not any(o != h and o[: len(h)] == h for o in heads)) if len(heads) > 1 else heads
             where = {head: len(found.sequences) + i for i, head in enumerate(longest)}
             found.sequences.extend([*prompt, *head] for head in longest)
             found.at.extend([] for _ in longest)
             for choice, ids in enumerate(choices):
-                home = next(where[h] for h in longest if h[: len(ids) - 1] == tuple(ids[:-1]))
+                head, place = tuple(ids[:-1]), len(found.places)
+                home = where[head] if head in where else next(where[h] for h in longest if h[: len(head)] == head)
                 found.places.append((item, choice))
-                found.at[home].extend((len(prompt) - 1 + i, token, len(found.places) - 1) for i, token in enumerate(ids))
+                found.at[home] += [(column, token, place) for column, token in enumerate(ids, len(prompt) - 1)]
         return found
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[list[list[int]], tuple[torch.Tensor, ...]]]:
@@ -140,8 +141,10 @@ def arrange(reads: Reads, items: Items, least: float = LEAST) -> list[Group]:
     Args:
         reads: Reads.of(items).
     """
-    apart, together = reads.rows(), joined(items)
-    rows = together if _tokens(apart) - _tokens(together) >= least * _tokens(apart) else apart
+    rows = reads.rows()
+    if any(len(choice) > 1 for _, choices in items for choice in choices):  # else a row's choices are read off its prompt alone
+        together = joined(items)
+        rows = together if _tokens(rows) - _tokens(together) >= least * _tokens(rows) else rows
     if not rows:
         return []
     lead = Counter(tuple(row.ids[:LEAD]) for row in rows).most_common(1)[0][0]

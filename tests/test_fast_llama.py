@@ -240,6 +240,16 @@ def test_gradients_with_dropout_are_autograds_over_the_same_noise(slots):
             close(factor * bound.flat.raw[0, start : start + size].view(view.shape[1:]), gradients[f"base_model.model.{name}.{key}.default.weight"])
 
 
+def test_cross_entropy_is_torchs_in_every_stretch_of_rows():
+    rows = 2 * ops.AT_ONCE + 3
+    logits, targets, weights = 5 * torch.randn(rows, V), torch.randint(V, (rows,)), torch.rand(rows)
+    theirs = logits.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(theirs, targets, reduction="none") * weights
+    expected.sum().backward()
+    close(ops.cross_entropy_(logits, targets, weights), expected.detach())
+    close(logits, theirs.grad)
+
+
 def test_a_weight_of_zero_is_a_zero_whatever_the_logits():
     logits = torch.randn(3, 7)
     logits[1] = float("nan")

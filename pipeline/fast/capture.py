@@ -46,7 +46,7 @@ class Graphs:
         return graph.replay
 
     def _record(self, graph: Any, work: Callable[[], Any]) -> None:
-        side = torch.cuda.Stream()
+        side = stream("warm-up")
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             work()
@@ -63,6 +63,18 @@ class Graphs:
             graph.reset()
         self._graphs.clear()
         self._pool = None
+
+
+_STREAMS: dict[tuple[str, int], Any] = {}
+
+
+def stream(use: str) -> Any:
+    """The process's CUDA stream for one use on the current device; a new one a use would leave memory behind, because products keep a workspace for
+    every stream that they ever ran on."""
+    key = use, torch.cuda.current_device()
+    if key not in _STREAMS:
+        _STREAMS[key] = torch.cuda.Stream()
+    return _STREAMS[key]
 
 
 def _call(work: Callable[[], Any]) -> None:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 Tensor = torch.Tensor
+AT_ONCE = 16
+"""Rows of logits that a CPU works on at a time, so that they are still in its cache."""
 
 
 def _kernels(tensor: Tensor) -> Any:
@@ -99,8 +101,10 @@ def swiglu(gu: Tensor, room: int = 0) -> Tensor:
     """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are zeros."""
     f = gu.shape[1] // 2
     h = gu.new_empty(len(gu), f + room)
-    if kernels := _kernels(gu):
-        kernels.swiglu(gu, h)
+    if gu.is_cuda:
+        from pipeline.fast import triton_swiglu
+
+        triton_swiglu.swiglu(gu, h)
     else:
         h[:, :f] = F.silu(gu[:, :f]) * gu[:, f:]
         h[:, f:] = 0.0
@@ -125,8 +129,10 @@ def swiglu_backward_thin_(dh: Tensor, gu: Tensor, kept: Tensor, dkept: Tensor, d
 
 def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
     """(h, d gu) from dh [N, f] and gu [N, 2f] (rows may lie apart); both inputs are overwritten."""
-    if kernels := _kernels(gu):
-        return kernels.swiglu_backward_(dh, gu)
+    if gu.is_cuda:
+        from pipeline.fast import triton_swiglu
+
+        return triton_swiglu.swiglu_backward_(dh, gu)
     gate, up = (v.float() for v in gu.chunk(2, -1))
     sigmoid = torch.sigmoid(gate)
     silu, d = gate * sigmoid, dh.float()
@@ -140,15 +146,19 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
     A weight of 0 gives a loss and a gradient of exactly 0, whatever the logits are.
     """
-    if kernels := _kernels(logits):
-        return kernels.cross_entropy_(logits, targets, weights)
-    scores = logits.float()
-    log_z = torch.logsumexp(scores, -1)
-    counted = weights != 0
-    loss = torch.where(counted, weights * (log_z - scores.gather(1, targets[:, None])[:, 0]), 0.0)
-    grad = torch.exp(scores - log_z[:, None])
-    grad[torch.arange(len(targets)), targets] -= 1.0
-    logits.copy_(torch.where(counted[:, None], grad * weights[:, None], 0.0))
+    if logits.is_cuda:
+        from pipeline.fast import triton_loss
+
+        return triton_loss.cross_entropy_(logits, targets, weights)
+    loss = torch.empty(len(logits))
+    for part in torch.arange(len(logits)).split(AT_ONCE):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        logs, target, weight = torch.log_softmax(logits[rows].float(), -1), targets[rows, None], weights[rows, None]
+        loss[rows] = -(weight * logs.gather(1, target))[:, 0]
+        grad = logs.exp_()
+        logits[rows] = grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0)).mul_(weight)
+    if not (counted := weights != 0).all():
+        loss[~counted], logits[~counted] = 0.0, 0.0
     return loss
 
 

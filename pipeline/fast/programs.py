@@ -14,7 +14,7 @@ import torch
 from pipeline.data import Batch
 from pipeline.fast.attend import Heads, attention
 from pipeline.fast.bind import Bound, Unsupported
-from pipeline.fast.capture import Graphs
+from pipeline.fast.capture import Graphs, stream
 from pipeline.fast.flat import Flat, Region
 from pipeline.fast.shapes import Micro
 from pipeline.fast.static import Static
@@ -32,13 +32,13 @@ class ByHand:
         self.bound = bound
         self.llama, self.flat, self.virtual = bound.llama, bound.flat, bound.llama.virtual
 
-    def prepare(self, rows: int, width: int, stream: bool) -> None:
-        """Set memory aside for the largest micro-batch, [rows, width] tokens, and choose its attention kernel by trying those there are (a stream's
-        is flash attention)."""
+    def prepare(self, rows: int, width: int, packed: bool) -> None:
+        """Set memory aside for the largest micro-batch, [rows, width] tokens, and choose its attention kernel by trying those there are (that of rows
+        one after another is flash attention)."""
         self.llama.hold(rows * width)
         small = rows * width * self.llama.embedding.shape[1] <= BESIDE
-        self.llama.beside = torch.cuda.Stream() if self.llama.embedding.is_cuda and small else None
-        if not stream:
+        self.llama.beside = stream("beside") if self.llama.embedding.is_cuda and small else None
+        if not packed:
             self.llama.backends = fastest_attention(rows, self.llama.layers[0].heads, width, self.llama.embedding)
 
     def begin(self, micro: Micro) -> None:
@@ -89,7 +89,7 @@ class ByAutograd:
             parameter.data, parameter.grad = views
             at += parameter.numel()
 
-    def prepare(self, rows: int, width: int, stream: bool) -> None:
+    def prepare(self, rows: int, width: int, packed: bool) -> None:
         self.model.train()
 
     def begin(self, micro: Micro) -> None:

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 Tensor = torch.Tensor
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 def _width(n: int) -> tuple[int, int]:
@@ -23,14 +21,15 @@ def _width(n: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _clear(to, room, ROOM: tl.constexpr):
+def clear(to, room, ROOM: tl.constexpr):
     """Zeros into the `room` numbers at `to`."""
     if ROOM:
         beyond = tl.arange(0, ROOM)
         tl.store(to + beyond, 0.0, beyond < room)
 
 
-def _room(room: int) -> int:
+def blocked(room: int) -> int:
+    """The block that `clear` needs for so much room."""
     return triton.next_power_of_2(room) if room else 0
 
 
@@ -48,14 +47,11 @@ def _rmsnorm(x, w, y, mean, r, d, room, stride, eps, GIVEN: tl.constexpr, BLOCK:
     col = tl.arange(0, BLOCK)
     live = col < d
     v = tl.load(x + row * d + col, live, 0.0).to(tl.float32)
-    if GIVEN:
-        rstd = tl.rsqrt(tl.load(mean + row) + eps)
-    else:
-        rstd = tl.rsqrt(tl.sum(v * v, 0) / d + eps)
+    rstd = tl.rsqrt((tl.load(mean + row) if GIVEN else tl.sum(v * v, 0) / d) + eps)
     tl.store(r + row, rstd)
     normed = (v * rstd).to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + row * stride + col, normed * tl.load(w + col, live, 0.0).to(tl.float32), live)
-    _clear(y + row * stride + d, room, ROOM)
+    clear(y + row * stride + d, room, ROOM)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool) -> Tensor:
@@ -66,7 +62,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool) -> Te
         squares = torch.empty(n, d, device=x.device)
         _squares[(n,)](x, squares, d, BLOCK=block, num_warps=warps)
         mean = squares.mean(-1)
-    _rmsnorm[(n,)](x, weight, y, mean, rstd, d, room, y.stride(0), eps, GIVEN=exact, BLOCK=block, ROOM=_room(room), num_warps=warps)
+    _rmsnorm[(n,)](x, weight, y, mean, rstd, d, room, y.stride(0), eps, GIVEN=exact, BLOCK=block, ROOM=blocked(room), num_warps=warps)
     return rstd
 
 
@@ -92,7 +88,7 @@ def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, room, dy_stride, y_stride
             out += tl.load(dres + row * res_stride + col, live, 0.0).to(tl.float32)
         tl.store(dx + row * dx_stride + col, out, live)
         if row < n:
-            _clear(dx + row * dx_stride + d, room, ROOM)
+            clear(dx + row * dx_stride + d, room, ROOM)
     if HAS_DW:
         tl.store(dw + tl.program_id(0) * d + col, total, col < d)
 
@@ -107,7 +103,7 @@ def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: 
     block, warps = _width(d)
     _rmsnorm_backward[(programs,)](
         dy, y, weight, rstd, held, dx, partial, n, d, room, dy.stride(0), y.stride(0), held.stride(0), dx.stride(0), ROWS=rows,
-        HAS_RES=dres is not None, HAS_DW=dweight is not None, BLOCK=block, ROOM=_room(room), num_warps=warps,
+        HAS_RES=dres is not None, HAS_DW=dweight is not None, BLOCK=block, ROOM=blocked(room), num_warps=warps,
     )
     if dweight is not None:
         dweight.copy_(partial.sum(0))
@@ -162,7 +158,7 @@ def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, room, stride, q
     live = head < heads + 2 * groups
     tl.store(to, new_low, live)
     tl.store(to + half, new_high, live)
-    _clear(out + row * stride + (heads + 2 * groups) * 2 * half, room, ROOM)
+    clear(out + row * stride + (heads + 2 * groups) * 2 * half, room, ROOM)
 
 
 def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
@@ -173,90 +169,9 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: 
     strides = [s for g in (dq, dk, dv) for s in g.stride()[:3]]
     room = out.shape[1] - (heads + 2 * groups) * e
     _unrotate[(rows * t,)](
-        dq, dk, dv, out, cos, sin, t, e // 2, heads, groups, room, out.stride(0), *strides, BLOCK=block, ROOM=_room(room), num_warps=warps,
+        dq, dk, dv, out, cos, sin, t, e // 2, heads, groups, room, out.stride(0), *strides, BLOCK=block, ROOM=blocked(room), num_warps=warps,
     )
     return out
-
-
-@triton.jit
-def _swiglu(gu, h, f, room, gu_stride, stride, BLOCK: tl.constexpr, ROOM: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = col < f
-    gate = tl.load(gu + row * gu_stride + col, live, 0.0).to(tl.float32)
-    up = tl.load(gu + row * gu_stride + f + col, live, 0.0).to(tl.float32)
-    silu = tl.div_rn(gate, 1.0 + libdevice.exp(-gate)).to(h.dtype.element_ty).to(tl.float32)  # bit for bit what torch's silu gives
-    tl.store(h + row * stride + col, silu * up, live)
-    if tl.program_id(1) == 0:
-        _clear(h + row * stride + f, room, ROOM)
-
-
-def swiglu(gu: Tensor, h: Tensor) -> None:
-    n, f = gu.shape[0], gu.shape[1] // 2
-    block, room = min(2048, triton.next_power_of_2(f)), h.shape[1] - f
-    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, room, gu.stride(0), h.stride(0), BLOCK=block, ROOM=_room(room), num_warps=4)
-
-
-@triton.jit
-def _swiglu_backward(dh, gu, f, stride, gu_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = col < f
-    gate_at, up_at, h_at = gu + row * gu_stride + col, gu + row * gu_stride + f + col, dh + row * stride + col
-    gate, up = tl.load(gate_at, live, 0.0).to(tl.float32), tl.load(up_at, live, 0.0).to(tl.float32)
-    d = tl.load(h_at, live, 0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    tl.store(gate_at, d * up * (sigmoid + silu * (1 - sigmoid)), live)
-    tl.store(up_at, d * silu, live)
-    tl.store(h_at, silu.to(dh.dtype.element_ty).to(tl.float32) * up, live)
-
-
-def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
-    n, f = dh.shape
-    block = min(2048, triton.next_power_of_2(f))
-    _swiglu_backward[(n, triton.cdiv(f, block))](dh, gu, f, dh.stride(0), gu.stride(0), BLOCK=block, num_warps=4)
-    return dh, gu
-
-
-@triton.jit
-def _cross_entropy(logits, targets, weights, loss, vocabulary: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    start = logits + row.to(tl.int64) * vocabulary
-    target, weight = tl.load(targets + row), tl.load(weights + row)
-    lane = tl.arange(0, EACH)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    if weight == 0.0:
-        tl.store(loss + row, 0.0)
-        for at in range(0, vocabulary, EACH * BLOCK):
-            tl.store(start + at + lane, 0.0, at + lane < vocabulary)
-    else:
-        # powers of two: a product and a sum in one operation, then the exponential. EACH numbers a lane: one for each, one for all to rescale the rest
-        top = tl.full((BLOCK,), -1e30, tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for at in range(0, vocabulary, EACH * BLOCK):
-            v = tl.load(start + at + lane, at + lane < vocabulary, float("-inf")).to(tl.float32)
-            new = tl.maximum(top, tl.max(v, 0) * LOG2_E)
-            total = total * tl.exp2(top - new) + tl.sum(tl.exp2(v * LOG2_E - new[None, :]), 0)
-            top = new
-        highest = tl.max(top, 0)
-        log2_z = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
-        gap = tl.load(start + target).to(tl.float32) * LOG2_E - log2_z
-        tl.store(loss + row, -weight * gap / LOG2_E)
-        tl.debug_barrier()  # the target's logit is read before anything is written there
-        for at in range(0, vocabulary, EACH * BLOCK):
-            v = tl.load(start + at + lane, at + lane < vocabulary, float("-inf")).to(tl.float32)
-            tl.store(start + at + lane, tl.exp2(v * LOG2_E - log2_z) * weight, at + lane < vocabulary)
-        tl.debug_barrier()
-        tl.store(start + target, (tl.exp2(gap) - 1.0) * weight)
-
-
-def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    n, vocabulary = logits.shape
-    loss = torch.empty(n, device=logits.device)
-    block = min(8192, triton.next_power_of_2(vocabulary))
-    each = min(2, triton.next_power_of_2(triton.cdiv(vocabulary, block)))
-    _cross_entropy[(n,)](logits, targets, weights, loss, vocabulary, EACH=each, BLOCK=block, num_warps=32 if block == 8192 else 4)
-    return loss
 
 
 @triton.jit

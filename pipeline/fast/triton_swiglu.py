@@ -1,4 +1,4 @@
-"""SwiGLU with the adapters that read off it, for CUDA, in Triton: what is in registers is used for all that needs it (ops.py has the formulas).
+"""SwiGLU for CUDA, in Triton, there and back; with the adapters that read off it, what is in registers is used for them too (ops.py has the formulas).
 
 Library. Reading the feed-forward layer's inside again, once an adapter, costs more than the adapters' arithmetic. Sums go in a fixed order: the
 same numbers at every call.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
+from pipeline.fast.triton_ops import blocked, clear
 from pipeline.fast.triton_thin import COUNTERS, counters, last_of, summed
 
 Tensor = torch.Tensor
@@ -21,6 +23,47 @@ ROWS, MOST_RANK = 4096, 32
 def suits(gu: Tensor, rank: int) -> bool:
     """Whether the kernels of this file take it; else the caller goes the long way."""
     return gu.dtype != torch.float32 and rank <= MOST_RANK and len(gu) >= ROWS and gu.stride(1) == 1 and gu.shape[1] <= 128 * COUNTERS
+
+
+@triton.jit
+def _swiglu(gu, h, f, room, gu_stride, stride, BLOCK: tl.constexpr, ROOM: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = col < f
+    gate = tl.load(gu + row * gu_stride + col, live, 0.0).to(tl.float32)
+    up = tl.load(gu + row * gu_stride + f + col, live, 0.0).to(tl.float32)
+    silu = tl.div_rn(gate, 1.0 + libdevice.exp(-gate)).to(h.dtype.element_ty).to(tl.float32)  # bit for bit what torch's silu gives
+    tl.store(h + row * stride + col, silu * up, live)
+    if tl.program_id(1) == 0:
+        clear(h + row * stride + f, room, ROOM)
+
+
+def swiglu(gu: Tensor, h: Tensor) -> None:
+    n, f = gu.shape[0], gu.shape[1] // 2
+    block, room = min(2048, triton.next_power_of_2(f)), h.shape[1] - f
+    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, room, gu.stride(0), h.stride(0), BLOCK=block, ROOM=blocked(room), num_warps=4)
+
+
+@triton.jit
+def _swiglu_backward(dh, gu, f, stride, gu_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = col < f
+    gate_at, up_at, h_at = gu + row * gu_stride + col, gu + row * gu_stride + f + col, dh + row * stride + col
+    gate, up = tl.load(gate_at, live, 0.0).to(tl.float32), tl.load(up_at, live, 0.0).to(tl.float32)
+    d = tl.load(h_at, live, 0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(gate_at, d * up * (sigmoid + silu * (1 - sigmoid)), live)
+    tl.store(up_at, d * silu, live)
+    tl.store(h_at, silu.to(dh.dtype.element_ty).to(tl.float32) * up, live)
+
+
+def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
+    n, f = dh.shape
+    block = min(2048, triton.next_power_of_2(f))
+    _swiglu_backward[(n, triton.cdiv(f, block))](dh, gu, f, dh.stride(0), gu.stride(0), BLOCK=block, num_warps=4)
+    return dh, gu
 
 
 @triton.jit

@@ -260,7 +260,8 @@ class ByHand:
         workspaces = []
         for micro in micros:
             with self.memory.side_stream():
-                workspaces.append(self.new(self.constants.product_workspace, 1, "workspace"))
+                if micro is largest:
+                    workspaces.append(self.new(self.constants.product_workspace, 1, "workspace"))
                 self.micro_batch(micro)
             self.memory.empty_cache()
             with self.memory.capture(pool):
