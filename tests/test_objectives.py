@@ -111,3 +111,25 @@ def test_a_negative_weight_and_an_unknown_policy_are_refused():
 def test_names_and_what_is_shown():
     assert (Labels().name, StepByStep(0.5).name) == ("labels", "step_by_step")
     assert StepByStep(0.5).hyperparameters() == {"rationale_weight": 0.5, "wrong_rationales": "keep"} and Labels().hyperparameters() == {}
+
+
+def test_the_loss_on_a_cpu_is_torchs_cross_entropy_there_and_back():
+    """Several stretches of rows, a weight of 0 over logits that are no numbers, and an upstream gradient that is not 1."""
+    import torch.nn.functional as F
+
+    from pipeline.fast.ops import AT_ONCE, WeightedNll
+
+    torch.manual_seed(0)
+    rows = 2 * AT_ONCE + 3
+    logits, targets, weights = 5 * torch.randn(rows, 31), torch.randint(31, (rows,)), torch.rand(rows)
+    theirs, ours = (logits.clone().requires_grad_() for _ in range(2))
+    expected = 0.3 * (F.cross_entropy(theirs, targets, reduction="none") * weights).sum()
+    expected.backward()
+    found = 0.3 * WeightedNll.apply(ours * 1.0, targets, weights)
+    found.backward()
+    assert torch.allclose(found, expected, rtol=1e-6) and torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+    weights[5], logits[5] = 0.0, float("nan")
+    ours = logits.requires_grad_()
+    found = WeightedNll.apply(ours * 1.0, targets, weights)
+    found.backward()
+    assert found.isfinite() and ours.grad.isfinite().all() and not ours.grad[5].any()

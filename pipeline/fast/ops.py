@@ -162,6 +162,20 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return loss
 
 
+class WeightedNll(torch.autograd.Function):
+    """Σ weights · nll, scalar fp32, of logits [N, V], targets, weights [N]: `cross_entropy_` for autograd. To be gone back once; the logits are used up."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        ctx.gradient = logits.detach()
+        return cross_entropy_(ctx.gradient, targets, weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None  # or it would stay until all of the way back is done
+        return gradient.mul_(upstream), None, None
+
+
 def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, rate: Tensor, shrink: Tensor, root: Tensor, factor: Tensor,
            scale: Tensor | None, betas: tuple[float, float], eps: float) -> None:
     """AdamW (Loshchilov & Hutter, 2019) on p, g, m, v [K, P], in place; `copy` receives p (· scale).

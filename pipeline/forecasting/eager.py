@@ -18,6 +18,7 @@ from pipeline.forecasting.operations import Back, Operations
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 from pipeline.forecasting.trained import parameter_sizes
 
+AT_ONCE = 16  # pipeline/fast/ops.py
 PAGED_FROM = 100_000
 """Numbers of a tensor from which bitsandbytes pages its optimiser state."""
 
@@ -170,15 +171,23 @@ class Eager(Operations):
         del picked
         scores = logits if z == 4 else self.new(m * v, 4, "logits")
         del logits
-        kept = [self.new(m * v, 4, "logits")]
+        if self.plan.gpu:
+            kept = [self.new(m * v, 4, "logits")]
+        else:  # ops.WeightedNll: a stretch of rows at a time, the gradient in the logits' place
+            stretch = self.new(min(m, AT_ONCE) * v, 4, "logits")
+            kept = [scores]
+            del stretch
         del scores
 
         def back(box: list[Any]) -> Tensor | None:
             box.clear()
-            dkept = self.new(m * v, 4, "logits")
-            dscores = self.new(m * v, 4, "logits")
-            kept.clear()
-            del dkept
+            if self.plan.gpu:
+                dkept = self.new(m * v, 4, "logits")
+                dscores = self.new(m * v, 4, "logits")
+                kept.clear()
+                del dkept
+            else:
+                dscores = kept.pop()
             if z != 4:
                 dscores = self.new(m * v, z, "logits")
             held = [dscores]
