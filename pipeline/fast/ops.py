@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 Tensor = torch.Tensor
 AT_ONCE = 16
-"""Rows of logits that a CPU works on at a time, so that they are still in its cache."""
+"""Rows of logits that plain torch works on at a time, so that a CPU still has them in its cache."""
 
 
 def _kernels(tensor: Tensor) -> Any:
@@ -150,9 +150,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         from pipeline.fast import triton_loss
 
         return triton_loss.cross_entropy_(logits, targets, weights)
-    loss = torch.empty(len(logits))
-    for part in torch.arange(len(logits)).split(AT_ONCE):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
+    loss = torch.empty(len(logits), device=logits.device)
+    for first in range(0, len(logits), AT_ONCE):
+        rows = slice(first, first + AT_ONCE)
         logs, target, weight = torch.log_softmax(logits[rows].float(), -1), targets[rows, None], weights[rows, None]
         loss[rows] = -(weight * logs.gather(1, target))[:, 0]
         grad = logs.exp_()
