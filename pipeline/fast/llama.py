@@ -136,14 +136,16 @@ class Layer:
         beside.do(self.qkv, dqkv, n1, kept_qkv, dkept)
         return ops.rmsnorm_backward(dn, n1[:, :d], self.norm1.weight, r1, dx2[:, :d], self.norm1.dweight, room) if dn is not None else None
 
-
     def _activation_backward(self, dh: Tensor, gu: Tensor, kept: Tensor | None, dkept: Tensor | None, beside: Beside) -> tuple[Tensor | None, Tensor | None]:
-        """(h, d gu) for the weight gradients still to make; None each where those were made on the way (a lone adapter everywhere, and one stream). gu
-        becomes d gu."""
-        b, both = self.gate_up.db, self.gate_up.single and self.down.single
-        if not both or b is None or len(self.gate_up.low) != 2 or kept is None or dkept is None or self.down.da is None or beside.stream is not None:
+        """(h, d gu), from which weight gradients are still to be made; gu becomes d gu.
+
+        (None, None) where they were made with it: one run's adapters on gate, up and down, and no stream beside that would do it meanwhile.
+        """
+        db, da = self.gate_up.db, self.down.da
+        together = self.gate_up.single and self.down.single and len(self.gate_up.low) == 2 and beside.stream is None
+        if not together or db is None or da is None or kept is None or dkept is None:
             return ops.swiglu_backward_(dh, gu)
-        ops.swiglu_backward_thin_(dh, gu, kept[0], dkept[0], b, self.down.da[0])
+        ops.swiglu_backward_thin_(dh, gu, kept[0], dkept[0], db, da[0])
         return None, None
 
 
@@ -265,10 +267,10 @@ class Llama:
         to = self.dhead if self.dhead is not None else self.dembedding
         chunk = logits_rows(self.head.shape[0])
         losses, dnormed = [], torch.empty_like(normed)
-        room = normed.new_empty(min(chunk, len(normed)), self.head.shape[0])
+        every = normed.new_empty(min(chunk, len(normed)), self.head.shape[0])
         for lo in range(0, len(normed), chunk):
             hi = min(len(normed), lo + chunk)
-            logits = torch.mm(normed[lo:hi], self.head.t(), out=room[: hi - lo])
+            logits = torch.mm(normed[lo:hi], self.head.t(), out=every[: hi - lo])
             losses.append(ops.cross_entropy_(logits, targets[lo:hi], weights[lo:hi]))
             torch.mm(logits, self.head, out=dnormed[lo:hi])
             if to is not None and lo == 0:

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 
 Tensor = torch.Tensor
-
-
 COUNTERS = 1024
 _COUNTERS: dict[torch.device, Tensor] = {}
 
@@ -72,9 +70,9 @@ def thin_(out: Tensor, p: Tensor, x: Tensor, ends: list[int]) -> bool:
     (rank, d), n = out.shape, len(x)
     block = 128 if d >= 4096 else 64
     columns = triton.cdiv(d, block)
-    if x.dtype == torch.float32 or rank > 64 or len(ends) > 3 or any(end % block for end in ends[:-1]) or p.stride(1) != 1 or x.stride(1) != 1:
+    if x.dtype == torch.float32 or rank > 64 or len(ends) > 3 or columns > COUNTERS or p.stride(1) != 1 or x.stride(1) != 1:
         return False
-    if columns > COUNTERS:
+    if any(end % block for end in ends[:-1]):
         return False
     parts = max(1, min(triton.cdiv(264, columns), n // 128))
     rows = triton.cdiv(triton.cdiv(n, parts), 64) * 64
