@@ -42,16 +42,18 @@ class Reads:
         over the prompt."""
         found = cls([], [], [])
         for item, (prompt, choices) in enumerate(items):
-            heads = {tuple(c[:-1]) for c in choices}
-            longest = sorted(h for h in heads if not any(o != h and o[: len(h)] == h for o in heads)) if len(heads) > 1 else heads
-            where = {head: len(found.sequences) + i for i, head in enumerate(longest)}
+            heads = [tuple(ids[:-1]) for ids in choices]
+            longest = _longest(set(heads))
+            homes: dict[tuple[int, ...], list[tuple[int, int, int]]] = {head: [] for head in longest}
             found.sequences.extend([*prompt, *head] for head in longest)
-            found.at.extend([] for _ in longest)
-            for choice, ids in enumerate(choices):
-                head, place = tuple(ids[:-1]), len(found.places)
-                home = where[head] if head in where else next(where[h] for h in longest if h[: len(head)] == head)
+            found.at.extend(homes.values())
+            first = len(prompt) - 1
+            for choice, (head, ids) in enumerate(zip(heads, choices, strict=True)):
+                home, place = homes.get(head), len(found.places)
+                if home is None:
+                    home = next(homes[longer] for longer in longest if longer[: len(head)] == head)
                 found.places.append((item, choice))
-                found.at[home] += [(column, token, place) for column, token in enumerate(ids, len(prompt) - 1)]
+                home.extend([(column, token, place) for column, token in enumerate(ids, first)])
         return found
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[list[list[int]], tuple[torch.Tensor, ...]]]:
@@ -114,6 +116,13 @@ class Group:
     def shares(self) -> bool:
         """Whether it takes a mask and positions of its own, so that a model has to allow it."""
         return bool(self.prefix) or any(row.branches for row in self.rows)
+
+
+def _longest(heads: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those that no other one begins with, in order."""
+    if len(heads) < 2:
+        return list(heads)
+    return sorted(head for head in heads if not any(other != head and other[: len(head)] == head for other in heads))
 
 
 def joined(items: Items) -> list[Row]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import random
 from typing import Any
 
 import pytest
 import torch
 from scoring_models import CPU, KINDS, PAD, items_of, of_kind, with_prompt
 
-from pipeline.fast import answering, decode
+from pipeline.fast import answering, attend, decode
 from pipeline.model import load_model, load_tokenizer
 from pipeline.scoring import generate
 from pipeline.settings import Precision
@@ -63,12 +63,11 @@ def test_ended_rows_go_on_with_padding_and_the_batch_stops_soon_after(base):
         logits[1 if len(forwards) == 6 else slice(0, 0), 9] = 2.0
         return logits
 
-    decoder = decode.Cached(counting, base.config, 3, 4, 40, 9, PAD, CPU)
+    decoder = decode.Cached(counting, base.config, 2, 4, 40, 9, PAD, CPU)
     decoder.fill([[2, 3], [4, 5, 6, 7]])
     out = decoder.run(decoder.prefill, decoder.step)
     assert out[0].tolist() == [5, 5, 9, *[PAD] * 37] and out[1, :7].tolist() == [5, 5, 5, 5, 5, 9, PAD]
-    assert out[2].tolist() == [PAD] * 40, "a row without a prompt says nothing"
-    assert len(forwards) == decode.ASK_EVERY and tuple(forwards[0]) == (3, 4) and set(map(tuple, forwards[1:])) == {(3, 1)}
+    assert len(forwards) == decode.ASK_EVERY and tuple(forwards[0]) == (2, 4) and set(map(tuple, forwards[1:])) == {(2, 1)}
 
 
 def test_a_generation_config_that_matters_and_a_soft_prompt_keep_generate(base, tokenizer):
@@ -82,10 +81,44 @@ def test_a_generation_config_that_matters_and_a_soft_prompt_keep_generate(base, 
     assert "soft prompt" in str(decode.unsuited(with_prompt(base), 50))
 
 
-def test_static_batches_are_few_shapes_within_the_budget():
-    rng = random.Random(3)
-    lengths = [rng.randint(10, 90) for _ in range(700)]
-    batches = decode._static(lengths, 16, 2048)
-    assert sorted(i for part, _, _ in batches for i in part) == list(range(700))
-    assert len({(rows, width) for _, rows, width in batches}) <= decode.MOST_WIDTHS
-    assert all(rows * (width + 16) <= 2048 and len(part) <= rows and max(lengths[i] for i in part) <= width for part, rows, width in batches)
+def test_query_heads_of_a_group_attend_as_they_do_over_copies(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
+    mask = torch.ones(3, 1, 1, 5, dtype=torch.bool)
+    mask[1, ..., :2], mask[2, ..., 4] = False, False
+    copies = (part.repeat_interleave(3, 1) for part in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], *copies, mask)[:, :, 0]
+    bias = decode.additive(mask, torch.float32)
+    for shared in (True, False):
+        monkeypatch.setattr(attend, "shares", lambda *_, shared=shared: shared)
+        torch.testing.assert_close(attend.after(q, k, v, bias), expected)
+
+
+def test_a_capture_that_fails_midway_costs_no_token(monkeypatch, base, tokenizer):
+    """Work that was recorded has been done once; where recording failed, the batch begins anew."""
+    monkeypatch.setattr(answering, "STATIC", ("cpu",))
+    prompts, notes = [prompt for prompt, _ in items_of(9)], []
+
+    def failing(graphs: Any, work: Any, notes: list[str], what: str) -> None:
+        work()
+        notes.append(what)
+
+    monkeypatch.setattr(decode, "capture", failing)
+    assert generate(base, prompts, 20, 128, tokenizer, PAD, CPU, torch.float32, notes) == by_generate(base, prompts, 20, tokenizer)
+    assert notes
+
+
+def test_the_first_run_of_recorded_work_is_the_one_that_warms_up(monkeypatch):
+    done: list[str] = []
+
+    class Recorder:
+        captures = True
+
+    def recording(graphs: Any, work: Any, notes: list[str], what: str) -> Any:
+        work()
+        return lambda: done.append("again")
+
+    monkeypatch.setattr(decode, "capture", recording)
+    step = decode.Replayed(lambda: done.append("work"), Recorder(), contextlib.nullcontext, [])
+    step(), step(), step()
+    assert done == ["work", "again", "again"]

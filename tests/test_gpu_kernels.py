@@ -86,20 +86,43 @@ def test_the_last_columns_are_zeros():
         assert not made[:, -room:].any() and torch.isfinite(made).all() and made[:, -room - 1].any()
 
 
+@pytest.mark.parametrize("n", [7, 20, 3000])
+@pytest.mark.parametrize("d", [48, 576, 2048, 4096, 8192])
+def test_norms_for_answers_are_torchs_bit_for_bit(n, d):
+    import torch
+
+    from pipeline.fast import ops, triton_norm
+
+    x, w = numbers(n, d, apart=32), numbers(d)
+    y, rstd = ops.rmsnorm(x, w, 1e-5, 8, exact=True)
+    expected = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+    assert torch.equal(rstd, expected[:, 0]) and torch.equal(y[:, :d], w * (x.float() * expected).bfloat16()) and not y[:, d:].any()
+    near(ops.rmsnorm(x, w, 1e-5)[0], y[:, :d])
+    if n >= 16 and d < 8192:
+        assert triton_norm._ORDERS[d, x.device], "this torch sums in another order: answers are right, but slower"
+
+
+def random_model(width):
+    """A small Llama in bf16 on the device, of weights large enough that its words differ."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=4096, hidden_size=width, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=width // 64,
+                         num_key_value_heads=3 if width == 576 else 8, initializer_range=0.1, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
+    with torch.device("cuda"):
+        return LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
+
+
 @pytest.mark.parametrize("width", [576, 2048])
 def test_answers_are_transformers_bit_for_bit(width):
     """In bf16, rows of one width: norms, rotation, activation and residuals round where the model's own forward pass rounds."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from pipeline.fast.answering import Forward
     from pipeline.fast.bind import answering
 
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=4096, hidden_size=width, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=width // 64,
-                         num_key_value_heads=3 if width == 576 else 8, initializer_range=0.1, max_position_embeddings=256)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
+    model = random_model(width)
     ids = torch.randint(4096, (200, 48), device="cuda")
     rows, cols = torch.arange(200, device="cuda"), torch.arange(200, device="cuda") % 48
     with torch.inference_mode():
@@ -110,3 +133,25 @@ def test_answers_are_transformers_bit_for_bit(width):
             assert torch.equal(Forward(bound.llama)(ids, rows, cols), expected)
     finally:
         bound.release()
+
+
+@pytest.mark.parametrize("width", [576, 2048])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_generated_texts_are_transformers_token_for_token(width, precision):
+    """Left-padded batches as generate has them, recorded steps, key-value heads that no kernel is given copies of."""
+    import torch
+
+    from pipeline.scoring import _generate, continuations
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = random_model(width).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 4096, (n,), generator=generator).tolist() for n in torch.randint(3, 70, (500,), generator=generator).tolist()]
+    notes: list[str] = []
+    with torch.inference_mode():
+        expected = dict(pair for part, out in _generate(model, prompts, 24, 8192, 2, 0, "cuda") for pair in zip(part, out.tolist(), strict=True))
+        found = continuations(model, prompts, 24, 8192, 2, 0, "cuda", dtype, notes)
+        ours = dict(pair for part, out in found for pair in zip(part, out.tolist(), strict=True))
+    same = sum(ours[i][: len(text)] == text for i, text in expected.items())
+    assert len(ours) == 500 and same == 500 and not notes, (same, notes)
+    assert len({tuple(text) for text in expected.values()}) > 400

@@ -129,3 +129,20 @@ def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attention(q, k, v)
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+
+
+def shares(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch has a kernel for these that reads a key-value head for several query heads, instead of plain products."""
+    return torch._fused_sdp_choice(q, k, v, mask, 0.0, mask is None, enable_gqa=True) != torch.nn.attention.SDPBackend.MATH.value
+
+
+def after(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention [R, H, e] of one query a row [R, H, e] over k, v [R, G, L, e] by the bias [R, 1, 1, L]; no key-value head is copied.
+
+    Where no kernel shares them, the query heads of one stand where others expect queries one after another.
+    """
+    if shares(q[:, :, None], k, v, bias):
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, bias, enable_gqa=True)[:, :, 0]
+    each = q.shape[1] // k.shape[1]
+    grouped = q.unflatten(1, (-1, each))
+    return F.scaled_dot_product_attention(grouped, k, v, bias.expand(-1, k.shape[1], each, -1)).flatten(1, 2)

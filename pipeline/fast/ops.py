@@ -27,11 +27,13 @@ def _kernels(tensor: Tensor) -> Any:
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | None = None, exact: bool = False) -> tuple[Tensor, Tensor]:
-    """(weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019); the last `room` columns are zeros.
-    out: a tensor to write into. exact: the mean is torch's own reduction, so that every bit is that of transformers' module."""
+    """(weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019), whose rows may lie apart; the last
+    `room` columns are zeros. out: a tensor to write into. exact: the mean is torch's own reduction, so that every bit is that of transformers' module."""
     y = x.new_empty(len(x), x.shape[1] + room) if out is None else out
-    if kernels := _kernels(x):
-        return y, kernels.rmsnorm(x, weight, eps, y, exact)
+    if x.is_cuda:
+        from pipeline.fast import triton_norm
+
+        return y, triton_norm.rmsnorm(x, weight, eps, y, exact)
     rstd = torch.rsqrt(x.float().square().mean(-1) + eps)
     y[:, : x.shape[1]] = weight * (x.float() * rstd[:, None]).to(x.dtype)
     y[:, x.shape[1] :] = 0.0
@@ -43,8 +45,10 @@ def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: 
     (what flows past the norm). Rows of dy, y and dres may lie apart; the last `room` columns are zeros. Writes the weight's gradient into
     `dweight` [d] if given."""
     dx = y.new_empty(len(y), weight.shape[0] + room)
-    if kernels := _kernels(y):
-        return kernels.rmsnorm_backward(dy, y, weight, rstd, dres, dweight, dx)
+    if y.is_cuda:
+        from pipeline.fast import triton_norm
+
+        return triton_norm.rmsnorm_backward(dy, y, weight, rstd, dres, dweight, dx)
     w = weight.float()
     normed = torch.where(w != 0, y.float() / w, 0.0)
     if dweight is not None:
@@ -81,30 +85,15 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, room:
     return out
 
 
-def attend_next_(qkv: Tensor, keys: Tensor, values: Tensor, at: Tensor, heads: int) -> Tensor:
-    """One more token of every row: its key and value are written into keys, values [R, G, L, e] at column at [R], and its query heads attend
-    to what stands up to there. qkv [R, (H + 2G)·e], rotated -> [R, H·e]."""
-    if qkv.is_cuda:
-        from pipeline.fast.triton_attention import attend_next
-
-        return attend_next(qkv, keys, values, at, heads)
-    rows, groups, length, e = keys.shape
-    q, k, v = qkv.view(rows, -1, e).split((heads, groups, groups), 1)
-    every = torch.arange(rows, device=at.device)
-    keys[every, :, at], values[every, :, at] = k, v
-    seen = torch.arange(length, device=at.device) <= at[:, None]
-    out = F.scaled_dot_product_attention(q[:, :, None], keys, values, seen[:, None, None], enable_gqa=heads != groups)
-    return out.reshape(rows, heads * e)
-
-
-def swiglu(gu: Tensor, room: int = 0) -> Tensor:
-    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are zeros."""
+def swiglu(gu: Tensor, room: int = 0, exact: bool = False) -> Tensor:
+    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are zeros.
+    exact: every bit is that of torch's silu, which costs more than the memory's time."""
     f = gu.shape[1] // 2
     h = gu.new_empty(len(gu), f + room)
     if gu.is_cuda:
         from pipeline.fast import triton_swiglu
 
-        triton_swiglu.swiglu(gu, h)
+        triton_swiglu.swiglu(gu, h, exact)
     else:
         h[:, :f] = F.silu(gu[:, :f]) * gu[:, f:]
         h[:, f:] = 0.0

@@ -14,7 +14,7 @@ import triton.language as tl
 Tensor = torch.Tensor
 
 
-def _width(n: int) -> tuple[int, int]:
+def width(n: int) -> tuple[int, int]:
     """(block, warps) for rows of n numbers."""
     block = triton.next_power_of_2(n)
     return block, 4 if block <= 2048 else 8 if block <= 8192 else 16
@@ -31,83 +31,6 @@ def clear(to, room, ROOM: tl.constexpr):
 def blocked(room: int) -> int:
     """The block that `clear` needs for so much room."""
     return triton.next_power_of_2(room) if room else 0
-
-
-@triton.jit
-def _squares(x, to, d, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
-    v = tl.load(x + row * d + col, col < d, 0.0).to(tl.float32)
-    tl.store(to + row * d + col, v * v, col < d)
-
-
-@triton.jit
-def _rmsnorm(x, w, y, mean, r, d, room, stride, eps, GIVEN: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
-    live = col < d
-    v = tl.load(x + row * d + col, live, 0.0).to(tl.float32)
-    rstd = tl.rsqrt((tl.load(mean + row) if GIVEN else tl.sum(v * v, 0) / d) + eps)
-    tl.store(r + row, rstd)
-    normed = (v * rstd).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + row * stride + col, normed * tl.load(w + col, live, 0.0).to(tl.float32), live)
-    clear(y + row * stride + d, room, ROOM)
-
-
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool) -> Tensor:
-    (n, d), room = x.shape, y.shape[1] - x.shape[1]
-    block, warps = _width(d)
-    rstd = mean = torch.empty(n, device=x.device)
-    if exact:
-        squares = torch.empty(n, d, device=x.device)
-        _squares[(n,)](x, squares, d, BLOCK=block, num_warps=warps)
-        mean = squares.mean(-1)
-    _rmsnorm[(n,)](x, weight, y, mean, rstd, d, room, y.stride(0), eps, GIVEN=exact, BLOCK=block, ROOM=blocked(room), num_warps=warps)
-    return rstd
-
-
-@triton.jit
-def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, room, dy_stride, y_stride, res_stride, dx_stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr,
-                      HAS_DW: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    col = tl.arange(0, BLOCK)
-    weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
-    inverse = tl.where(weight != 0.0, 1.0 / weight, 0.0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for step in range(ROWS):
-        row = first + step
-        live = (col < d) & (row < n)
-        rstd = tl.load(r + row, row < n, 0.0)
-        g = tl.load(dy + row * dy_stride + col, live, 0.0).to(tl.float32)
-        normed = tl.load(y + row * y_stride + col, live, 0.0).to(tl.float32) * inverse
-        if HAS_DW:
-            total += g * normed
-        g = g * weight
-        out = rstd * (g - normed * (tl.sum(g * normed, 0) / d))
-        if HAS_RES:
-            out += tl.load(dres + row * res_stride + col, live, 0.0).to(tl.float32)
-        tl.store(dx + row * dx_stride + col, out, live)
-        if row < n:
-            clear(dx + row * dx_stride + d, room, ROOM)
-    if HAS_DW:
-        tl.store(dw + tl.program_id(0) * d + col, total, col < d)
-
-
-def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, dx: Tensor) -> Tensor:
-    n, d, room = y.shape[0], weight.shape[0], dx.shape[1] - weight.shape[0]
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    held = dres if dres is not None else y
-    rows = 1 if dweight is None else max(1, -(-n // 264))
-    programs = -(-n // rows)
-    partial = torch.empty(programs, d, device=y.device) if dweight is not None else y
-    block, warps = _width(d)
-    _rmsnorm_backward[(programs,)](
-        dy, y, weight, rstd, held, dx, partial, n, d, room, dy.stride(0), y.stride(0), held.stride(0), dx.stride(0), ROWS=rows,
-        HAS_RES=dres is not None, HAS_DW=dweight is not None, BLOCK=block, ROOM=blocked(room), num_warps=warps,
-    )
-    if dweight is not None:
-        dweight.copy_(partial.sum(0))
-    return dx
 
 
 @triton.jit
@@ -128,7 +51,7 @@ def _rotate(qkv, cos, sin, t, stride, half, heads, BLOCK: tl.constexpr):
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
     n, _, e = qkv.shape
-    block, warps = _width(heads * e // 2)
+    block, warps = width(heads * e // 2)
     # without fusion: a product and the sum after it would become one operation in 16 bits, which does not round between them
     _rotate[(n,)](qkv, cos, sin, cos.shape[0], qkv.stride(0), e // 2, heads, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
 
@@ -165,7 +88,7 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: 
     rows, heads, t, e = dq.shape
     groups = dk.shape[1]
     dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
-    block, warps = _width((heads + 2 * groups) * e // 2)
+    block, warps = width((heads + 2 * groups) * e // 2)
     strides = [s for g in (dq, dk, dv) for s in g.stride()[:3]]
     room = out.shape[1] - (heads + 2 * groups) * e
     _unrotate[(rows * t,)](
