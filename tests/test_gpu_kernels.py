@@ -98,7 +98,7 @@ def test_norms_for_answers_are_torchs_bit_for_bit(n, d):
     expected = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
     assert torch.equal(rstd, expected[:, 0]) and torch.equal(y[:, :d], w * (x.float() * expected).bfloat16()) and not y[:, d:].any()
     near(ops.rmsnorm(x, w, 1e-5)[0], y[:, :d])
-    if n >= 16 and d < 8192:
+    if n >= 16 and 128 < d < 8192:
         assert triton_norm._ORDERS[d, x.device], "this torch sums in another order: answers are right, but slower"
 
 
@@ -143,14 +143,14 @@ def test_generated_texts_are_transformers_token_for_token(width, precision):
 
     from pipeline.scoring import _generate, continuations
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype, device = torch.bfloat16 if precision == "bf16" else torch.float32, torch.device("cuda")
     model = random_model(width).to(dtype)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 4096, (n,), generator=generator).tolist() for n in torch.randint(3, 70, (500,), generator=generator).tolist()]
     notes: list[str] = []
     with torch.inference_mode():
-        expected = dict(pair for part, out in _generate(model, prompts, 24, 8192, 2, 0, "cuda") for pair in zip(part, out.tolist(), strict=True))
-        found = continuations(model, prompts, 24, 8192, 2, 0, "cuda", dtype, notes)
+        expected = dict(pair for part, out in _generate(model, prompts, 24, 8192, 2, 0, device) for pair in zip(part, out.tolist(), strict=True))
+        found = continuations(model, prompts, 24, 8192, 2, 0, device, dtype, notes)
         ours = dict(pair for part, out in found for pair in zip(part, out.tolist(), strict=True))
     same = sum(ours[i][: len(text)] == text for i, text in expected.items())
     assert len(ours) == 500 and same == 500 and not notes, (same, notes)

@@ -34,8 +34,8 @@ def _normed(v, mean, w, y, r, row, col, d, room, stride, eps, ROOM: tl.constexpr
 @triton.jit
 def _rmsnorm_exact(x, w, y, r, d, factor, room, x_stride, stride, eps, STEPS: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, 32)[:, None] + 32 * tl.arange(0, 4)[None, :]
-    total = tl.zeros((32, 4), tl.float32)  # a thread of torch's: four sums, each of every 128th number
+    at = 4 * tl.arange(0, 32)[:, None] + tl.arange(0, 4)[None, :]
+    total = tl.zeros((32, 4), tl.float32)  # a thread of torch's reads four numbers at once, and has a sum for each place among them
     for step in range(STEPS):
         part = tl.load(x + row * x_stride + 128 * step + at, 128 * step + at < d, 0.0).to(tl.float32)
         total += part * part
@@ -58,7 +58,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool) -> Te
     rstd = torch.empty(n, device=x.device)
     if not exact:
         _rmsnorm[(n,)](x, weight, y, rstd, d, room, x.stride(0), y.stride(0), eps, BLOCK=block, ROOM=blocked(room), num_warps=warps)
-    elif n >= 16 and 32 <= d <= 8160 and _torchs_order(d, x.device):
+    elif n >= 16 and 128 < d < 8192 and d % 4 == 0 and _torchs_order(d, x.device):
         _exact(x, weight, eps, y, rstd)
     else:
         _long_way(x, weight, eps, y, rstd)
@@ -66,8 +66,8 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool) -> Te
 
 
 def _exact(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor) -> None:
-    """The mean in the order of torch's reduction of rows that lie side by side (ATen/native/cuda/Reduce.cuh: from 16 rows on a warp a row, up to 255
-    numbers a thread, four sums a thread). Without fusion, because torch rounds the squares."""
+    """The mean in the order of torch's reduction of rows that lie side by side (ATen/native/cuda/Reduce.cuh: from 16 rows and 129 numbers on, up to
+    8,191, a warp a row and four numbers a load). Without fusion, because torch rounds the squares."""
     (n, d), room = x.shape, y.shape[1] - x.shape[1]
     block, _ = width(d)
     _rmsnorm_exact[(n,)](
