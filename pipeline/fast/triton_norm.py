@@ -43,8 +43,8 @@ def _rmsnorm_exact(x, w, y, r, d, factor, room, x_stride, stride, eps, STEPS: tl
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     found = first + second + third + fourth
-    for half in tl.static_range(5):  # neighbours, then neighbours of those
-        low, high = tl.split(tl.reshape(found, (16 >> half, 2)))
+    for half in tl.static_range(5):  # a half and the other
+        low, high = tl.split(tl.trans(tl.reshape(found, (2, 16 >> half))))
         found = low + high
     col = tl.arange(0, BLOCK)
     v = tl.load(x + row * x_stride + col, col < d, 0.0).to(tl.float32)
