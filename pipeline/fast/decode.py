@@ -1,4 +1,4 @@
-"""Greedy decoding over tensors that stay: every step works on the same ones, so that on a GPU one captured step serves all batches.
+"""Greedy decoding over tensors that stay: every step works on the same ones, so that on a GPU one captured step serves all steps of a batch.
 
 Library. A row that has ended goes on with padding; whether all have ended is asked every few steps.
 """
@@ -240,7 +240,7 @@ class Replayed:
 def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompts: Sequence[list[int]], new: int, batch_tokens: int, device: Any,
            notes: list[str]) -> Iterator[tuple[list[int], torch.Tensor]]:
     """(indices of prompts, their continuations [rows, new] padded from the end on), batch by batch: the batches in which generate would be called,
-    because in 16 bits a text depends on how many rows are multiplied at once.
+    because in 16 bits a text may depend on its batch, on the padding and on how many rows are multiplied at once.
 
     Args:
         make: (rows, width) -> a decoder of this shape.

@@ -90,7 +90,7 @@ class Layer:
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attends, save: bool, exact: bool = False) -> tuple[Tensor, tuple]:
         """(output [N, d], what backward needs) of x [N, d], which becomes the output; cos, sin [T, e] with N a multiple of T.
-        exact: as ops.rmsnorm and ops.swiglu have it."""
+        exact: as ops.rmsnorm has it."""
         to1, to2, to3, to4 = [held[: len(x)] for held in self.held] if save and self.held else [None] * 4
         n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room, to1, exact)
         qkv, kept_qkv = self.qkv.forward(n1, to=to2)
@@ -99,7 +99,7 @@ class Layer:
         x2, kept_out = self.out.forward(mixed, x, lasts=False)
         n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room, to3, exact)
         gu, kept_gu = self.gate_up.forward(n2, to=None if to4 is None else to4[:, : to4.shape[1] - self.gate_up.under])
-        y, kept_down = self.down.forward(ops.swiglu(gu, self.down.room, exact), x2, lasts=False)
+        y, kept_down = self.down.forward(ops.swiglu(gu, self.down.room), x2, lasts=False)
         return y, (n1, r1, kept_qkv, attended, kept_out, n2, r2, kept_gu, gu, gu if to4 is None else to4, kept_down) if save else ()
 
     def hold(self, tokens: int, inner: int, like: Tensor) -> None:

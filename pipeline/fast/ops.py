@@ -85,15 +85,14 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, room:
     return out
 
 
-def swiglu(gu: Tensor, room: int = 0, exact: bool = False) -> Tensor:
-    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are zeros.
-    exact: every bit is that of torch's silu, which costs more than the memory's time."""
+def swiglu(gu: Tensor, room: int = 0) -> Tensor:
+    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are zeros."""
     f = gu.shape[1] // 2
     h = gu.new_empty(len(gu), f + room)
     if gu.is_cuda:
         from pipeline.fast import triton_swiglu
 
-        triton_swiglu.swiglu(gu, h, exact)
+        triton_swiglu.swiglu(gu, h)
     else:
         h[:, :f] = F.silu(gu[:, :f]) * gu[:, f:]
         h[:, f:] = 0.0

@@ -26,22 +26,22 @@ def suits(gu: Tensor, rank: int) -> bool:
 
 
 @triton.jit
-def _swiglu(gu, h, f, room, gu_stride, stride, EXACT: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
+def _swiglu(gu, h, f, room, gu_stride, stride, BLOCK: tl.constexpr, ROOM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = col < f
     gate = tl.load(gu + row * gu_stride + col, live, 0.0).to(tl.float32)
     up = tl.load(gu + row * gu_stride + f + col, live, 0.0).to(tl.float32)
-    silu = tl.div_rn(gate, 1.0 + libdevice.exp(-gate)) if EXACT else gate * tl.sigmoid(gate)
-    tl.store(h + row * stride + col, silu.to(h.dtype.element_ty).to(tl.float32) * up, live)
+    silu = tl.div_rn(gate, 1.0 + libdevice.exp(-gate)).to(h.dtype.element_ty).to(tl.float32)  # bit for bit what torch's silu gives
+    tl.store(h + row * stride + col, silu * up, live)
     if tl.program_id(1) == 0:
         clear(h + row * stride + f, room, ROOM)
 
 
-def swiglu(gu: Tensor, h: Tensor, exact: bool) -> None:
+def swiglu(gu: Tensor, h: Tensor) -> None:
     n, f = gu.shape[0], gu.shape[1] // 2
     block, room = min(2048, triton.next_power_of_2(f)), h.shape[1] - f
-    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, room, gu.stride(0), h.stride(0), EXACT=exact, BLOCK=block, ROOM=blocked(room), num_warps=4)
+    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, room, gu.stride(0), h.stride(0), BLOCK=block, ROOM=blocked(room), num_warps=4)
 
 
 @triton.jit
