@@ -127,8 +127,8 @@ def _further() -> list[AnyRow]:
 
 def compiled(row: Row, kind: str) -> Row:
     """The same with a peer (b) of this kind, under torch.compile, as a row of its own."""
-    what = f"{row.what} {'with' if kind == 'liger-compile' else 'that has'} torch_compile{'' if kind == 'liger-compile' else ' in place of Liger'}"
-    return replace(row, id=f"{row.id}-{kind}", what=what, over=replace(row.over, kind=kind), set="wide")
+    how = {"compile": "that has torch_compile in place of Liger", "liger-compile": "with torch_compile"}[kind]
+    return replace(row, id=f"{row.id}-{kind}", what=f"{row.what} {how}", over=replace(row.over, kind=kind), set="wide")
 
 
 def _cpu() -> list[AnyRow]:

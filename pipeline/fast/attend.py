@@ -124,16 +124,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backends: list[Any] | None = None
 
 
 def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention [R, H, T, e], causal or by the mask. Only causal attention in 16 bits has a kernel on CUDA that shares key-value heads."""
+    """Attention [R, H, T, e], causal or by the mask (True where a token sees another, or a bias), over copies of the key-value heads as transformers
+    has them; causal attention in 16 bits shares them."""
     if mask is None and (q.dtype != torch.float32 or not q.is_cuda):
         return attention(q, k, v)
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
 
 
-def shares(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether torch has a kernel for these that reads a key-value head for several query heads, instead of plain products."""
-    return torch._fused_sdp_choice(q, k, v, mask, 0.0, mask is None, enable_gqa=True) != torch.nn.attention.SDPBackend.MATH.value
+def shares(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
+    """Whether torch has a kernel for q [R, H, T, e], k, v [R, G, L, e] that reads a key-value head for several query heads; else it would take plain
+    products."""
+    return torch._fused_sdp_choice(q, k, v, bias, 0.0, False, enable_gqa=True) != torch.nn.attention.SDPBackend.MATH.value
 
 
 def after(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

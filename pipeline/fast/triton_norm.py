@@ -1,6 +1,6 @@
 """RMSNorm for CUDA, in Triton, there and back; for answers with every bit of what torch's own operations give (ops.py has the formulas).
 
-Library. One program handles one row of tokens and keeps it in registers.
+Library. One program handles one row of tokens.
 """
 
 from __future__ import annotations
