@@ -5,6 +5,7 @@ Library of `python -m benchmarks.speed`. Three kinds: a step (two sides' times o
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any
@@ -154,7 +155,9 @@ def chosen(words: str) -> list[AnyRow]:
     ids: dict[str, None] = {}
     for word in filter(None, words.split(",")):
         if word not in SETS and word not in KNOWN:
-            raise UserError(f"there is no benchmark {word!r}; sets are {', '.join(SETS)}, ids {', '.join(KNOWN)}")
+            near = difflib.get_close_matches(word, [*SETS, *KNOWN], n=1)
+            meant = f", did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"there is no benchmark {word!r}{meant}; sets are {', '.join(SETS)}, and with plan=true each tells its ids")
         ids |= dict.fromkeys(SETS.get(word, [word]))
     if not ids:
         raise UserError("ids names no benchmark; leave it out for the default, or name a set or an id")

@@ -70,6 +70,7 @@ def test_the_command_measures_a_row_and_prints_the_table(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(("words", "told"), [
     (["ids=nothing"], "there is no benchmark 'nothing'"),
+    (["ids=lora-1b-tuned-compil"], "did you mean 'lora-1b-tuned-compile'?"),
     (["repeat=3"], "does not take 'repeat=3'"),
     (["repeats=0"], "whole number of at least 1 for repeats"),
     (["peer_b=fast"], "liger, compile, liger+compile"),
