@@ -5,13 +5,12 @@ Library of `python -m benchmarks.speed`. Three kinds: a step (two sides' times o
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.speed_workloads import RATES, Workload
-from pipeline.files import UserError
+from pipeline.files import UserError, closest
 
 OURS = "ours"
 
@@ -155,8 +154,7 @@ def chosen(words: str) -> list[AnyRow]:
     ids: dict[str, None] = {}
     for word in filter(None, words.split(",")):
         if word not in SETS and word not in KNOWN:
-            near = difflib.get_close_matches(word, [*SETS, *KNOWN], n=1)
-            meant = f", did you mean {near[0]!r}?" if near else ""
+            meant = closest(word, [*SETS, *KNOWN])
             raise UserError(f"there is no benchmark {word!r}{meant}; sets are {', '.join(SETS)}, and with plan=true each tells its ids")
         ids |= dict.fromkeys(SETS.get(word, [word]))
     if not ids:

@@ -7,7 +7,6 @@ Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted; other
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -25,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import peft_files, tuned
-from pipeline.files import UserError
+from pipeline.files import UserError, closest
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -92,20 +91,15 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = [o for o in error.options or [] if o != "dvc"]
-        return f"unknown {group} {option!r}{_closest(option, options)}; there are: {', '.join(options)}"
+        return f"unknown {group} {option!r}{closest(option, options)}; there are: {', '.join(options)}"
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     key = getattr(cause, "full_key", None)
     if key and "not in struct" in str(cause):
         parent = getattr(cause, "parent_node", None)
         siblings = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
-        return f"unknown config key {key!r}{_closest(key.rpartition('.')[2], siblings)}; mend the override, or prefix + to add a key"
+        return f"unknown config key {key!r}{closest(key.rpartition('.')[2], siblings)}; mend the override, or prefix + to add a key"
     text = " ".join(str(error).split())
     return f"the config does not compose: {text}"
-
-
-def _closest(word: str, options: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, options, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 NOISE = "`is_gradient_checkpointing` is deprecated"

@@ -6,6 +6,7 @@ Library. Everything the pipeline writes goes through `atomic_path` or `write_tex
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -22,6 +23,12 @@ class UserError(Exception):
 
 class Unsuited(UserError):
     """Settings that this input does not suit (texts longer than they allow, more demonstrations than rows); others might do."""
+
+
+def closest(word: str, options: Iterable[str]) -> str:
+    """The words that follow a mistyped word in a message, naming the option that it is like; none where it is like none."""
+    near = difflib.get_close_matches(word, list(options), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def words_entry(run: Callable[[list[str]], int]) -> Callable[..., int]:

@@ -6,13 +6,12 @@ with an optional training_params.json. conf/technique/peft_config.yaml reads val
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import UserError, read_json
+from pipeline.files import UserError, closest, read_json
 from pipeline.results import Result
 
 ADAPTER = "adapter_config.json"
@@ -66,8 +65,7 @@ def read_training(path: str) -> dict[str, Any]:
     held = _json(file, "technique.path")
     for key in held:
         if key not in DEFAULTS:
-            near = difflib.get_close_matches(key, DEFAULTS, n=1)
-            raise UserError(f"{file} has an unknown key {key!r}{f', did you mean {near[0]!r}?' if near else ''}; it takes {', '.join(DEFAULTS)}")
+            raise UserError(f"{file} has an unknown key {key!r}{closest(key, DEFAULTS)}; it takes {', '.join(DEFAULTS)}")
     kind, options = held.get("optimizer_type", "AdamW"), held.get("optimizer_kwargs", {})
     for key, value, known in (("optimizer_type", kind, OPTIMIZERS), ("dtype", held.get("dtype", "bfloat16"), PRECISIONS),
                               ("lr_scheduler", held.get("lr_scheduler", "cosine"), SCHEDULES)):

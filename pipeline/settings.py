@@ -7,7 +7,6 @@ out of range raises UserError with the key's full name, before any model is load
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -18,7 +17,7 @@ import yaml
 from omegaconf import DictConfig
 
 from pipeline.config import CONF, plain
-from pipeline.files import UserError
+from pipeline.files import UserError, closest
 
 
 @dataclass(frozen=True)
@@ -206,8 +205,7 @@ def _known_keys(raw: dict[str, Any]) -> None:
     for values, known, prefix in ((raw, [*held, *groups], ""), *((raw[k], list(held[k]), f"{k}.") for k in ("paths", "report", "forecast"))):
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                raise UserError(f"unknown config key '{prefix}{key}'{f', did you mean {near[0]!r}?' if near else ''}; conf/config.yaml lists those there are")
+                raise UserError(f"unknown config key '{prefix}{key}'{closest(key, known)}; conf/config.yaml lists those there are")
 
 
 def build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
@@ -215,9 +213,7 @@ def build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"unknown config key '{prefix}.{key}'{hint}; {prefix} takes {', '.join(hints)}")
+            raise UserError(f"unknown config key '{prefix}.{key}'{closest(key, hints)}; {prefix} takes {', '.join(hints)}")
     for field in dataclasses.fields(cls):
         if field.name not in values:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:

@@ -16,7 +16,6 @@ Library of synthesize.py. The format is that of the versions 1 to 3 of InstructL
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.files import UserError
+from pipeline.files import UserError, closest
 
 FILE = "qna.yaml"
 BRANCHES = ("knowledge", "compositional_skills", "foundational_skills")
@@ -128,9 +127,8 @@ def _check_keys(file: Path, raw: dict[str, Any], kind: str, version: int) -> Non
     required, optional = _keys(kind, version)
     for key in raw:
         if key not in (*required, *optional):
-            near = difflib.get_close_matches(str(key), required, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{file} has the unknown key {key!r}{hint}; {kind} of version {version} takes {', '.join([*optional, *required])}")
+            meant = closest(str(key), required)
+            raise UserError(f"{file} has the unknown key {key!r}{meant}; {kind} of version {version} takes {', '.join([*optional, *required])}")
     for key in required:
         empty = raw.get(key) == "" and not (key == "task_description" and version == 1)  # as version 1 allows
         if raw.get(key) is None or empty:
