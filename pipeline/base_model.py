@@ -14,11 +14,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline import settings
 from pipeline.config import build, entry, plain
-from pipeline.files import UserError, atomic_path, write_json
+from pipeline.files import atomic_folder, write_json
 from pipeline.model import parameters, quiet
-
-KEYS = {"name", "init", "init_seed", "trust_remote_code", "allow_pickle", "licence", "note", "source"}
+from pipeline.settings import Model
 
 
 def run(cfg: DictConfig) -> int:
@@ -26,16 +26,12 @@ def run(cfg: DictConfig) -> int:
     from pipeline.files import sha256
 
     about = plain(cfg)["model"]
-    unknown = sorted(set(about) - KEYS)
-    if unknown:
-        raise UserError(f"unknown config key 'model.{unknown[0]}'; model takes {', '.join(sorted(KEYS))}")
-    if about["init"] not in ("pretrained", "random"):
-        raise UserError(f"config key 'model.init' is {about['init']!r}; choose pretrained or random")
-    model, tokenizer = build(cfg.model.source, "model.source").load(Path(cfg.paths.work), about["trust_remote_code"], about["allow_pickle"])
-    if about["init"] == "random":
-        model = _random(model, about["init_seed"])
-    target = Path(cfg.paths.models) / about["name"]
-    with atomic_path(target) as beside:
+    wanted: Model = settings.build(Model, dict(about), "model")
+    model, tokenizer = build(cfg.model.source, "model.source").load(Path(cfg.paths.work), wanted.trust_remote_code, wanted.allow_pickle)
+    if wanted.init == "random":
+        model = _random(model, wanted.init_seed)
+    target = Path(cfg.paths.models) / wanted.name
+    with atomic_folder(target, "manifest.json", "name", "parameters") as beside:
         with quiet():
             model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)

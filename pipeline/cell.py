@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from pipeline import measure, scoring, synthetic, tuned
 from pipeline.config import build, plain
 from pipeline.data import Encoded, Encoder, Rows, load_rationales, load_rows
-from pipeline.files import UserError, atomic_path, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
+from pipeline.files import UserError, atomic_folder, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
 from pipeline.lineage import cell_at, name
 from pipeline.measure import Meter, PeakMemory
 from pipeline.methods.base import Method
@@ -54,10 +54,10 @@ class Shared:
     threads: int | None = None
     """Threads for the cell to compute with, where the process before the fork kept to one."""
 
-    def preload(self, folder: Path) -> None:
+    def preload(self, folder: Path, trust_remote_code: bool) -> None:
         """Read a base model and its tokenizer on the CPU, and import what every cell imports."""
         self.tokenizers[folder] = load_tokenizer(folder)
-        self.stored[folder] = load_stored(folder)
+        self.stored[folder] = load_stored(folder, trust_remote_code)
 
 
 def folder_of(cfg: DictConfig) -> Path:
@@ -100,7 +100,7 @@ def fingerprint(cfg: DictConfig) -> str:
 def reads(cfg: DictConfig) -> list[Path]:
     """Files besides data, rationales and base model whose content decides the outcome; of another cell its result.json stands for all of it."""
     start = [cell_at(cfg.start, cfg) / "result.json"] if cfg.start else []
-    if "writer" in cfg.teacher:
+    if "writer" in cfg.teacher.keys():  # noqa: SIM118 (`in` leaves an exception of OmegaConf's that keeps this frame and its callers alive)
         start.append(Path(cfg.paths.rationales) / cfg.task.name / cfg.teacher.name / "rationales.jsonl")
     return start + synthetic.reads(cfg) + build(cfg.objective, "objective").reads(cfg)
 
@@ -283,7 +283,7 @@ class Cell:
                 raise UserError(f"train.batch_size={self.settings.train.batch_size} is larger than the {len(self.rows.train)} training rows; lower it")
         folder = Path(cfg.paths.models) / cfg.model.name
         self.tokenizer = self.shared.tokenizers.get(folder) or load_tokenizer(folder)
-        self.base = load_model(folder, self.settings.precision, self.device, self.shared.stored.get(folder))
+        self.base = load_model(folder, self.settings.precision, self.device, self.shared.stored.get(folder), self.settings.model.trust_remote_code)
         if cfg.model.get("note"):
             self.notes.append(cfg.model.note)
         self.encoder = Encoder(self.tokenizer, self.settings.task, most_tokens(self.base, self.settings.train.max_length), self.settings.train.too_long)
@@ -406,7 +406,7 @@ class Cell:
 
     def _write_artefact(self, target: Path) -> None:
         """The artefact and artefact.json, which says what it belongs to; its bytes are counted without that file."""
-        with atomic_path(target) as beside:
+        with atomic_folder(target, "artefact.json", "cell") as beside:
             beside.mkdir()
             if self.artefact:
                 self.artefact(beside)

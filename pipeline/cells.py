@@ -28,6 +28,7 @@ from pipeline.config import ROOT, compose, compose_cell, entry, task_overrides
 from pipeline.files import UserError
 from pipeline.measure import hardware, now
 from pipeline.results import read as read_result
+from pipeline.settings import read as read_settings
 from pipeline.train import run_cell, warned
 
 
@@ -141,8 +142,8 @@ def preload(missing: Sequence[DictConfig]) -> cell.Shared:
 
     shared = cell.Shared(threads=torch.get_num_threads())
     torch.set_num_threads(1)
-    for folder in sorted({Path(c.paths.models) / c.model.name for c in missing}):
-        shared.preload(folder)
+    for folder, trusted in {Path(c.paths.models) / c.model.name: read_settings(c).model.trust_remote_code for c in missing}.items():
+        shared.preload(folder, trusted)
     if torch.version.cuda is None:
         import peft  # noqa: F401  (with a GPU build this would start CUDA, which no child could then use)
     return shared

@@ -1,7 +1,7 @@
 """Composing a cell's config with Hydra, and the frame of every entry: overrides in, exit code out.
 
 Library. An entry is `main = entry(run)`; `python -m pipeline.<entry> key=value …` then takes Hydra's
-overrides and flags (`--cfg job`, `--help`, `-m`), and `main(["key=value"])` runs it in this process.
+overrides and flags (`--cfg job`, `--help`), and `main(["key=value"])` runs it in this process.
 Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted; other errors show their trace.
 """
 
@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import hydra.utils
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import peft_files, tuned
-from pipeline.files import UserError, closest
+from pipeline import names, peft_files, tuned
+from pipeline.files import UserError, check_name, closest
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -41,9 +40,33 @@ def compose(overrides: Sequence[str] = (), hydra_config: bool = False) -> DictCo
     """
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose("config", overrides=tuned.spelled_out(overrides), return_hydra_config=hydra_config)
+            cfg = hydra.compose("config", overrides=tuned.spelled_out(overrides), return_hydra_config=hydra_config)
+            check_places(cfg, overrides)
+            return cfg
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
+
+
+NAMES = ("task.name", "model.name", "teacher.name", "synthetic.name", "technique.name", "experiment", "variant")
+"""Config keys whose values become parts of paths."""
+
+
+def check_places(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise UserError where a name or a path of the config could lead to a folder that is not this run's."""
+    for key in NAMES:
+        value = OmegaConf.select(cfg, key)
+        if key != "variant" or value is not None:
+            check_name(value, f"config key '{key}'")
+    for name, value in cfg.paths.items():
+        if not isinstance(value, str) or not value:
+            raise UserError(f"config key 'paths.{name}' is {value!r}; it takes the path of a folder")
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    own_name = given.get("experiment")
+    if own_name in {path.stem for path in ROOT.glob("experiments/*.yaml")} and own_name != given.get("experiments"):
+        raise UserError(
+            f"experiment={own_name} would write into the results of experiments/{own_name}.yaml with other settings than its own; "
+            f"say experiments={own_name} to compose it, or choose another name"
+        )
 
 
 def compose_cell(overrides: Sequence[str]) -> DictConfig:
@@ -64,21 +87,28 @@ def plain(node: DictConfig) -> dict[str, Any]:
         raise UserError(explain(error)) from error
     assert isinstance(values, dict)
     values.pop("hydra", None)
-    return values  # type: ignore[return-value]
+    return names.named(values)  # type: ignore[arg-type]
 
 
-def build(node: DictConfig, key: str) -> Any:
-    """The object that a group's `_target_` names. Raises UserError for an unknown or refused value, naming the group."""
+def literal(value: Any) -> Any:
+    """Plain data to make a config of, in which a text that looks like an interpolation stays that text.
+
+    For what others wrote (a result.json): ${oc.env:…} in it must not read this machine's environment.
+    """
+    if isinstance(value, dict):
+        return {key: literal(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [literal(part) for part in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def build(node: DictConfig, kind: str) -> Any:
+    """The object that a group of a composed config names (pipeline/names.py). Raises UserError for an unknown or refused value, naming the group."""
     try:
-        return hydra.utils.instantiate(node, _convert_="all")
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise cause from error
-            cause = cause.__cause__
-        text = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"config group '{key}' is refused: {text}; mend conf/{key}/ or the override") from error
+        values = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    return names.build(values, kind)
 
 
 def explain(error: BaseException) -> str:
@@ -139,11 +169,14 @@ def _command_line(run: Callable[[DictConfig], int | None]) -> int:
         _overrides = list(HydraConfig.get().overrides.task)
         GlobalHydra.instance().clear()  # `run` may compose further cells
         try:
+            check_places(cfg, _overrides)
             code = max(code, run(cfg) or 0)
         except UserError as error:  # not through Hydra, which would print a line of its own
             refused.append(error)
 
     GlobalHydra.instance().clear()
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise UserError("--multirun runs cells in one process, whose times would add up; python -m pipeline.cells experiments=<name> runs a grid of cells")
     sys.argv[1:] = tuned.spelled_out(sys.argv[1:])
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     if refused:

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.config import entry
-from pipeline.files import UserError, atomic_path, folder_bytes, write_json
+from pipeline.files import UserError, atomic_folder, folder_bytes, write_json
 from pipeline.methods.base import Method
 from pipeline.results import Result
 from pipeline.serving import Artefact, Base, finished, held
@@ -29,8 +29,6 @@ def run(cfg: DictConfig) -> int:
     if not cfg.cell or not cfg.to:
         raise UserError("pipeline.export needs a finished cell and a folder to write; add cell=results/<experiment>/<cell> to=<folder>")
     result, target = finished(cfg.cell), Path(cfg.to)
-    if target.exists() and not (target / "export.json").exists():
-        raise UserError(f"{target} exists and is no export of this command; choose another folder with to=")
     config = held(result, cfg)
     artefact = Artefact.at(result.cell, Path(cfg.cell) / "artefact", config)
     if reason := refusal(artefact):
@@ -38,7 +36,7 @@ def run(cfg: DictConfig) -> int:
     base = Base.of(config)
     model = artefact.load(base)[0]
     plain = artefact.method.merged(model) if hasattr(model, "peft_config") else model
-    with atomic_path(target) as beside:
+    with atomic_folder(target, "export.json", "cell") as beside:
         save(plain, base.tokenizer, beside)
         if lost := differences(plain, beside):
             raise UserError(f"{result.technique} cannot be exported: a plain {type(plain).__name__} has no place for {lost}")

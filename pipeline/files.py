@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,23 @@ def closest(word: str, options: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+NAME = re.compile(r"[A-Za-z0-9._+-]+")
+
+
+def check_name(value: Any, key: str) -> str:
+    """The value, which becomes part of a path.
+
+    Args:
+        key: the config key or field that holds it, for the message.
+
+    Raises:
+        UserError: anything but letters, digits and . _ - +, nothing at all, or dots alone: such a name could lead out of its folder.
+    """
+    if not isinstance(value, str) or not NAME.fullmatch(value) or not value.strip("."):
+        raise UserError(f"{key} is {value!r}, which cannot name a folder; use letters, digits and . _ - + (not dots alone)")
+    return value
+
+
 def words_entry(run: Callable[[list[str]], int]) -> Callable[..., int]:
     """The `main` of a command that takes plain words: run's exit code; a UserError is one sentence on stderr and exit code 2."""
 
@@ -46,20 +64,58 @@ def words_entry(run: Callable[[list[str]], int]) -> Callable[..., int]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write a file or a folder at; rename it into place on success.
+    """Yield a temporary sibling of `path` to write a file at; rename it into place on success.
 
-    On any error the sibling is removed and `path` is as it was. An existing folder is replaced.
+    On any error the sibling is removed and `path` is as it was. An existing file is replaced, a folder is not.
 
     Raises:
-        UserError: the place cannot be written (missing rights, a file in the way, a full disk).
+        UserError: the place cannot be written (missing rights, a folder in the way, a full disk).
+    """
+    with _written_beside(Path(path)) as beside:
+        yield beside
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, manifest: str, *keys: str) -> Iterator[Path]:
+    """As `atomic_path`, for a folder, which must be made at the path that is yielded.
+
+    Args:
+        manifest: the file that such a folder holds (a pattern), and keys: what it has at the top level, if it is JSON. A folder that stands
+            there is replaced only if it is empty or holds such a file; anything else is somebody else's.
+
+    Raises:
+        UserError: as atomic_path, and for a folder that is not this stage's.
     """
     path = Path(path)
+    _check_own(path, manifest, keys)
+    with _written_beside(path) as beside:
+        yield beside
+        _check_own(path, manifest, keys)
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _check_own(path: Path, manifest: str, keys: Sequence[str]) -> None:
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if path.is_symlink() or not any(_has(file, keys) for file in path.glob(manifest)):
+        raise UserError(f"{path} stands there and was not written by this command (no {manifest} of its kind); choose another name, or move that folder away")
+
+
+def _has(file: Path, keys: Sequence[str]) -> bool:
+    try:
+        held = json.loads(file.read_text(encoding="utf-8")) if keys else {}
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and all(key in held for key in keys)
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        if beside.is_dir() and path.is_dir():
-            shutil.rmtree(path)
         os.replace(beside, path)
     except OSError as error:
         if error.filename is None and error.errno is None:

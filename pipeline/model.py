@@ -52,31 +52,49 @@ def manifest(folder: Path) -> dict[str, Any]:
     return read_json(folder / "manifest.json")
 
 
-def load_stored(folder: Path) -> Any:
-    """The base model as it lies on disk, on the CPU: what cells of one process share before they fork."""
+def load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The base model as it lies on disk, on the CPU: what cells of one process share before they fork.
+
+    Args:
+        trust_remote_code: whether Python code that lies in the folder may run; this run's config says so (model.trust_remote_code).
+
+    Raises:
+        UserError: no such folder, or a model with code of its own that is not trusted.
+    """
+    manifest(folder)
+    return _pretrained(folder, trust_remote_code, dtype="auto")
+
+
+def _pretrained(folder: Path, trust_remote_code: bool, **how: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    source = manifest(folder)
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, trust_remote_code=bool(source.get("trust_remote_code")), attn_implementation="sdpa"
-        )
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa", **how
+            )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(f"{folder} comes with Python code of its own; read that code, then set model.trust_remote_code=true") from error
 
 
-def load_model(folder: Path, precision: Precision, device: Any, stored: Any = None) -> Any:
+def load_model(folder: Path, precision: Precision, device: Any, stored: Any = None, trust_remote_code: bool = False) -> Any:
     """The base model on `device`, in eval mode, all parameters frozen.
 
     Args:
         stored: `load_stored(folder)`, if it was read already; it is changed in place.
+        trust_remote_code: as for `load_stored`.
 
     Raises:
-        UserError: no such folder.
+        UserError: as `load_stored`.
     """
     name, dtype = resolve(precision, device)
     if name in ("nf4", "int8"):
-        model = from_quantised(folder, precision, dtype, device, bool(manifest(folder).get("trust_remote_code")))
+        manifest(folder)
+        model = from_quantised(folder, precision, dtype, device, trust_remote_code)
     else:
-        model = stored if stored is not None else load_stored(folder)
+        model = stored if stored is not None else load_stored(folder, trust_remote_code)
         cast(model, dtype).to(device)
     model.requires_grad_(False)
     return model.eval()
@@ -91,13 +109,8 @@ def cast(model: Any, dtype: Any) -> Any:
 
 def from_quantised(folder: Path, precision: Precision | None, dtype: Any, device: Any, trust_remote_code: bool = False) -> Any:
     """A model folder rounded to precision's int8 or nf4 while it is read, frozen. precision: None where the folder holds rounded weights."""
-    from transformers import AutoModelForCausalLM
-
     how = {} if precision is None else {"quantization_config": quantisation(precision.name, precision, dtype)}
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa", device_map={"": str(device)}, **how,
-        )
+    model = _pretrained(folder, trust_remote_code, dtype=dtype, device_map={"": str(device)}, **how)
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights at the first evaluation on a CPU with AVX512-BF16; from then on they are
         # computed in bf16, pass no gradient to what lies below, and dequantise to noise

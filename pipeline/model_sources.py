@@ -1,6 +1,6 @@
 """Where a base model comes from: a registry package, a local folder, or the Hugging Face hub.
 
-Library, used by pipeline/base_model.py. `source._target_` in conf/model/<name>.yaml names the class.
+Library, used by pipeline/base_model.py. `source.type` in conf/model/<name>.yaml names the class.
 """
 
 from __future__ import annotations

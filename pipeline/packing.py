@@ -86,7 +86,7 @@ class Packing:
         from pipeline.fast.starts import Starts
 
         folder = Path(self.cfg.paths.models) / self.cfg.model.name
-        return Starts(load_model(folder, self.settings.precision, self.device, self.shared.stored.get(folder)))
+        return Starts(load_model(folder, self.settings.precision, self.device, self.shared.stored.get(folder), self.settings.model.trust_remote_code))
 
     @functools.cached_property
     def encoder(self) -> Encoder:

@@ -15,10 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline import cell, synthetic
+from pipeline import cell, names, synthetic
 from pipeline.cells import grid, grid_overrides
 from pipeline.config import ROOT, compose_cell, entry, task_overrides
-from pipeline.files import UserError, atomic_path, sha256, write_json
+from pipeline.files import UserError, atomic_folder, sha256, write_json
 
 PARTS = ("pipeline.blocks", "pipeline.calibration", "pipeline.layers")
 """What methods are made of, and no cell imports by itself."""
@@ -29,7 +29,7 @@ def run(cfg: DictConfig) -> int:
     cells = [compose_cell(overrides) for overrides in grid_overrides(task_overrides())]
     check(cfg.experiment, cells)
     folder = Path(cfg.paths.plans) / cfg.experiment
-    with atomic_path(folder) as beside:
+    with atomic_folder(folder, "*.json", "config", "code") as beside:
         for one in cells:
             write_json(beside / f"{cell.name(one)}.json", plan(one))
     print(f"{folder}: {len(cells)} cells")
@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> int:
 def plan(cfg: DictConfig) -> dict[str, Any]:
     """config: what decides the cell's outcome, resolved; code: sha256 of the files that define its method and objective."""
     config = cell.decides(cfg) | {"memory_limit_gb": cfg.memory_limit_gb}
-    modules = {config[group]["_target_"].rpartition(".")[0] for group in ("method", "objective")}
+    modules = {names.TABLE[group][config[group]["type"]].rpartition(".")[0] for group in ("method", "objective")}
     files = sorted(set().union(*(sources(module) for module in modules)))
     return {"config": config, "code": {p.relative_to(ROOT).as_posix(): sha256(p) for p in files}}
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from pipeline import tasks
 from pipeline.config import build, entry, plain
 from pipeline.duplicates import normalised
-from pipeline.files import UserError, atomic_path, sha256, write_json, write_jsonl
+from pipeline.files import UserError, atomic_folder, sha256, write_json, write_jsonl
 from pipeline.sources import Loaded
 from pipeline.tasks import Recipe
 
@@ -33,10 +33,10 @@ Counts = dict[str, dict[str, int]]
 def run(cfg: DictConfig) -> int:
     """Prepare the task of a composed config and say what came of it."""
     recipe = tasks.read(cfg)
-    loaded: Loaded = build(cfg.task.source, "task").read(Path(cfg.paths.work))
+    loaded: Loaded = build(cfg.task.source, "task.source").read(Path(cfg.paths.work))
     sets, dropped = assemble(recipe, loaded)
     folder = Path(cfg.paths.data) / recipe.name
-    with atomic_path(folder) as beside:
+    with atomic_folder(folder, "manifest.json", "task", "left_out") as beside:
         for name, rows in sets.items():
             write_jsonl(beside / _file(name), rows)
         write_json(beside / "manifest.json", _manifest(recipe, plain(cfg)["task"], loaded, sets, dropped, beside))

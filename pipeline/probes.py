@@ -149,6 +149,7 @@ class Probing:
 
     def __init__(self, cfg: DictConfig, settings: Settings, tokenizer: Any, base: Any) -> None:
         self.settings: Evaluate = settings.evaluate
+        self.trusted = settings.model.trust_remote_code
         self.tokenizer, self.device = tokenizer, base.device
         precision, self.dtype = resolve(settings.precision, base.device)
         path = Path(cfg.paths.lambada)
@@ -167,7 +168,7 @@ class Probing:
     def _probe_16bit(self, folder: Path) -> Probe:
         import torch
 
-        return self._probe(load_model(folder, Precision("bf16"), self.device), torch.bfloat16)
+        return self._probe(load_model(folder, Precision("bf16"), self.device, trust_remote_code=self.trusted), torch.bfloat16)
 
     def forgetting(self, model: Any) -> Forgetting:
         """A model as it is served, against the base."""

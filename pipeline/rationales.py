@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from pipeline import tasks
 from pipeline.config import build, entry
 from pipeline.data import load_rows
-from pipeline.files import UserError, atomic_path, read_jsonl, sha256, write_json, write_jsonl
+from pipeline.files import UserError, atomic_folder, read_jsonl, sha256, write_json, write_jsonl
 from pipeline.measure import now
 from pipeline.scoring import canonical
 from pipeline.settings import read
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> int:
     about = {"seconds": seconds, "data_sha256": sha256(data / "manifest.json"), **teacher.account()}
     manifest = {"teacher": teacher.name, "task": cfg.task.name, **summary(rows), **about}
     folder = Path(cfg.paths.rationales) / cfg.task.name / teacher.name
-    with atomic_path(folder) as beside:
+    with atomic_folder(folder, "manifest.json", "teacher", "task") as beside:
         write_jsonl(beside / "rationales.jsonl", rows)
         write_json(beside / "manifest.json", manifest)
     print(f"{folder / 'rationales.jsonl'}: {'; '.join(filter(None, (_told(manifest), teacher.told())))}")

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from pipeline import report_tuning, tuned
 from pipeline.cells import grid
 from pipeline.config import entry, plain
-from pipeline.files import UserError, atomic_path, write_json, write_text
+from pipeline.files import UserError, atomic_folder, write_json, write_text
 from pipeline.report_cells import select
 from pipeline.report_growth import further, growth
 from pipeline.report_markdown import markdown
@@ -55,7 +55,8 @@ def run(cfg: DictConfig) -> None:
         "history.csv": history_csv({c.result.cell: c.result.history for c in cells}),
     }
     folder = Path(cfg.paths.report) / cfg.experiment
-    with atomic_path(folder) as beside:
+    with atomic_folder(folder, "table.csv") as beside:
+        beside.mkdir()
         for name, content in files.items():
             write_text(beside / name, content)
         for cell in cells:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import UserError, read_json, write_json
+from pipeline.files import UserError, check_name, read_json, write_json
 
 SCHEMA = 1
+NAMES = ("experiment", "cell", "technique", "task", "model")
+"""Fields that become parts of paths."""
 SHARED_PROCESS = "imports and base model were read once for several cells: start-up and load times are not a single run's"
 """The note of a cell whose imports and base were read before it was forked: its wall clock leaves them out."""
 
@@ -276,7 +278,10 @@ def read(path: str | Path) -> Result:
     found = raw.get("schema") if isinstance(raw, dict) else None
     if found != SCHEMA:
         raise UserError(f"{path} was written by schema {found}, this version reads schema {SCHEMA}; delete the cell's folder and run it again")
-    return _build(Result, raw, path)
+    result: Result = _build(Result, raw, path)
+    for field_name in NAMES:
+        check_name(getattr(result, field_name), f"{path}: {field_name}")
+    return result
 
 
 def read_all(root: str | Path) -> list[Result]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline import scoring
 from pipeline.choices import Items
-from pipeline.config import build
+from pipeline.config import build, literal
 from pipeline.data import Encoder
 from pipeline.files import UserError
 from pipeline.methods.base import Method
@@ -41,9 +41,10 @@ class Base:
     def of(cls, cfg: DictConfig) -> Base:
         """The base of a cell's config, or what the cell began at. Raises UserError where its folder is not there."""
         device, folder = device_of(cfg.device), Path(cfg.paths.models) / cfg.model.name
-        precision = read(cfg).precision
-        dtype = resolve(precision, device)[1]
-        model = started(cfg, dtype)[0] if cfg.start else load_model(folder, precision, device)
+        settings = read(cfg)
+        dtype = resolve(settings.precision, device)[1]
+        trusted = settings.model.trust_remote_code
+        model = started(cfg, dtype)[0] if cfg.start else load_model(folder, settings.precision, device, trust_remote_code=trusted)
         return cls(model, load_tokenizer(folder), device, dtype)
 
 
@@ -100,7 +101,9 @@ def finished(folder: str | Path) -> Result:
 def held(result: Result, cfg: DictConfig) -> DictConfig:
     """A finished cell's config with this command's paths, device and evaluate settings, and keys that are newer than the cell."""
     newer = {str(key): value for key, value in cfg.items()}
-    return OmegaConf.create({**newer, **result.config, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})
+    own = literal(result.config)
+    own["model"] = {**own["model"], "trust_remote_code": cfg.model.trust_remote_code}  # who wrote the result does not decide that
+    return OmegaConf.create({**newer, **own, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})
 
 
 def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:

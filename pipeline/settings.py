@@ -161,6 +161,26 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Model:
+    name: str
+    """The folder under models/."""
+    source: dict | None = None
+    init: str = "pretrained"
+    """pretrained, or random: the same architecture and tokenizer with fresh weights."""
+    init_seed: int = 0
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run. This run's config alone says so, no file of the model's."""
+    allow_pickle: bool = False
+    """Whether weights may be read from pickle files, which can run code."""
+    licence: str | None = None
+    note: str | None = None
+    """A sentence for the results of its cells."""
+
+    def check(self) -> None:
+        _one_of("model.init", self.init, ("pretrained", "random"))
+
+
+@dataclass(frozen=True)
 class Technique:
     name: str
     family: str
@@ -174,6 +194,7 @@ class Technique:
 @dataclass(frozen=True)
 class Settings:
     task: Task
+    model: Model
     train: Train
     evaluate: Evaluate
     precision: Precision

@@ -1,6 +1,6 @@
 """Where a task's rows come from: files, a hub data set, or a file inside a registry package.
 
-Library. `source._target_` in conf/task/<name>.yaml names the class. `read` gives sets of rows by name (train,
+Library. `source.type` in conf/task/<name>.yaml names the class. `read` gives sets of rows by name (train,
 validation, test, and transfer sets) as plain dicts, and the origin that goes into the manifest.
 """
 

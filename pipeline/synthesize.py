@@ -22,7 +22,7 @@ from pipeline import prepare, settings, synthetic, tasks, taxonomy
 from pipeline.config import build, entry, plain
 from pipeline.data import load_rows
 from pipeline.duplicates import Near
-from pipeline.files import UserError, atomic_path, read_jsonl, sha256, write_json, write_jsonl
+from pipeline.files import UserError, atomic_folder, read_jsonl, sha256, write_json, write_jsonl
 from pipeline.sieve import Sieve, near_texts
 from pipeline.synthesis import Draft, Writing, branches, check_words
 from pipeline.synthetic import Synthesis
@@ -88,7 +88,7 @@ def run(cfg: DictConfig) -> int:
         sets[tag] = told | {"seconds": round(writer.spent.seconds - before, 3), "examples_beside": beside}
     about = _manifest(cfg, wanted, data, sets, writer.about())
     folder = synthetic.folder_of(cfg)
-    with atomic_path(folder) as beside_it:
+    with atomic_folder(folder, "manifest.json", "rows_sha256") as beside_it:
         write_jsonl(beside_it / "rows.jsonl", rows)
         write_json(beside_it / "manifest.json", about | {"rows_sha256": sha256(beside_it / "rows.jsonl")})
     for tag, told in sets.items():

@@ -3,12 +3,12 @@
 Library. `python -m pipeline.prepare task=<name>` reads conf/task/<name>.yaml. A task of your own:
 
     name: reviews                                # the folder under data/
-    source: {_target_: pipeline.sources.Files, files: my/reviews.csv}
+    source: {type: files, files: my/reviews.csv}
     prompt: "Review: {text}\\nSentiment:"          # {column}; \\n starts a new line
     answer: {column: stars, bins: {negative: [1, 2], positive: [4, 5]}}
     scoring: choice
 
-source    pipeline.sources.Files (JSONL, CSV, TSV, Parquet), Hub or Registry; what it gives no validation or test rows
+source    type: files (JSONL, CSV, TSV, Parquet), hub or registry; what it gives no validation or test rows
           for is drawn from its training rows. Sets of any other name are transfer test sets, listed under `transfer`.
 columns   {new: old} renames a source's columns; a dot reaches into a nested one ({options: choices.text}).
 prompt    a template of columns. A list is joined by commas, a whole float loses its ".0", null is empty.
@@ -41,6 +41,7 @@ from omegaconf import DictConfig
 
 from pipeline.config import plain
 from pipeline.files import UserError
+from pipeline.names import name_of
 from pipeline.settings import Task, build
 
 KINDS = ("labels", "bins", "of", "number")
@@ -104,8 +105,7 @@ class Recipe(Task):
 
     def check(self) -> None:
         super().check()
-        if "_target_" not in self.source:
-            raise UserError("config key 'task.source._target_' is missing; name pipeline.sources.Files, Hub or Registry")
+        name_of(self.source, "task.source")
         if self.leakage not in ("error", "drop"):
             raise UserError(f"config key 'task.leakage' is {self.leakage!r}; choose error or drop")
         for key in ("prompt", "answer"):

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline import names
 from pipeline.config import plain
 from pipeline.files import UserError
 from pipeline.methods.base import Method
@@ -60,7 +60,7 @@ def read(cfg: DictConfig) -> Space:
 
 def trains(cfg: DictConfig) -> bool:
     """Whether the technique has anything to train, told without importing what it trains with."""
-    method: Any = hydra.utils.get_class(cfg.method._target_)
+    method: Any = names.find(cfg.method.type, "method")
     return method.trains is not Method.trains
 
 

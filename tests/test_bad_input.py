@@ -71,7 +71,7 @@ def test_a_misspelt_key_is_named_at_any_depth(refuse, override, key, near):
 @pytest.mark.parametrize(("override", "sentence"), [
     ("+train.lrr=1", "unknown config key 'train.lrr', did you mean 'lr'?"),
     ("+method.mege=true", "config group 'method' is refused"),
-    ("+method.config.rr=4", "config group 'method' is refused"),
+    ("+method.config.rr=4", "config group 'method.config' is refused"),
     ("+sedd=1", "unknown config key 'sedd', did you mean 'seed'?"),
     ("+paths.result=x", "unknown config key 'paths.result', did you mean 'results'?"),
 ])
@@ -81,7 +81,7 @@ def test_a_misspelt_key_of_a_yaml_group_is_named(refuse, override, sentence):
 
 
 def test_a_misspelt_target(refuse):
-    assert "config group 'method' is refused: " in refuse("technique=lora", "method._target_=pipeline.methods.peft_adapter.PeftAdaptor")
+    assert "config key 'method.type' is 'peft_adaptor', did you mean 'peft_adapter'?; there are: " in refuse("technique=lora", "method.type=peft_adaptor")
 
 
 @pytest.mark.parametrize("r", [0, -1])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import files
-from pipeline.files import UserError, atomic_path, folder_bytes, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
+from pipeline.files import UserError, atomic_folder, atomic_path, folder_bytes, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -25,10 +25,29 @@ def test_a_file_is_written_whole_and_its_folders_are_made(tmp_path):
 
 def test_a_folder_replaces_the_one_before_it(tmp_path):
     for name in ("old", "new"):
-        with atomic_path(tmp_path / "artefact") as beside:
+        with atomic_folder(tmp_path / "artefact", "artefact.json", "cell") as beside:
             beside.mkdir()
             (beside / name).touch()
-    assert names(tmp_path / "artefact") == ["new"] and names(tmp_path) == ["artefact"]
+            write_json(beside / "artefact.json", {"cell": name})
+    assert names(tmp_path / "artefact") == ["artefact.json", "new"] and names(tmp_path) == ["artefact"]
+
+
+@pytest.mark.parametrize("held", [{}, {"artefact.json": "[]"}, {"artefact.json": '{"task": 1}'}, {"artefact.json": "{"}, {"other.json": '{"cell": 1}'}])
+def test_a_folder_of_somebody_else_s_is_not_replaced(tmp_path, held):
+    (tmp_path / "artefact").mkdir()
+    for name, text in {"thesis.tex": "years of work", **held}.items():
+        (tmp_path / "artefact" / name).write_text(text)
+    with pytest.raises(UserError, match="artefact stands there and was not written by this command"), atomic_folder(tmp_path / "artefact", "artefact.json", "cell"):
+        pytest.fail("it is refused before anything is made")
+    assert (tmp_path / "artefact/thesis.tex").read_text() == "years of work" and len(names(tmp_path)) == 1
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced_either(tmp_path):
+    with pytest.raises(UserError, match="was not written by this command"), atomic_folder(tmp_path / "artefact", "artefact.json", "cell") as beside:
+        beside.mkdir()
+        (tmp_path / "artefact").mkdir()
+        (tmp_path / "artefact/thesis.tex").touch()
+    assert names(tmp_path) == ["artefact"] and names(tmp_path / "artefact") == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), MemoryError()])

@@ -15,18 +15,18 @@ from pipeline.settings import Precision, Train
 
 BASE = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 320, "vocab_size": 1000,
         "tie_word_embeddings": True, "max_position_embeddings": 512}
-ADAPTER = "pipeline.methods.peft_adapter.PeftAdapter"
+ADAPTER = "peft_adapter"
 METHODS = {
-    "full": {"_target_": "pipeline.methods.full.Full"},
-    "lora": {"_target_": ADAPTER, "config": {"_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM", "r": 8, "target_modules": "all-linear"}},
-    "dropout": {"_target_": ADAPTER, "config": {"_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM", "r": 4, "lora_dropout": 0.1,
+    "full": {"type": "full"},
+    "lora": {"type": ADAPTER, "config": {"type": "LoraConfig", "task_type": "CAUSAL_LM", "r": 8, "target_modules": "all-linear"}},
+    "dropout": {"type": ADAPTER, "config": {"type": "LoraConfig", "task_type": "CAUSAL_LM", "r": 4, "lora_dropout": 0.1,
                                                  "target_modules": "all-linear"}},
-    "prompt": {"_target_": ADAPTER, "config": {"_target_": "peft.PromptTuningConfig", "task_type": "CAUSAL_LM", "num_virtual_tokens": 16}},
-    "ia3": {"_target_": ADAPTER, "config": {"_target_": "peft.IA3Config", "task_type": "CAUSAL_LM"}},
-    "ln": {"_target_": ADAPTER, "config": {"_target_": "peft.LNTuningConfig", "task_type": "CAUSAL_LM"}},
-    "top": {"_target_": "pipeline.methods.selective.Selective", "parts": ["layers", "final_norm"], "top_layers": 1},
-    "head": {"_target_": "pipeline.methods.selective.Selective", "parts": ["head"]},
-    "biases": {"_target_": "pipeline.methods.selective.Selective", "parts": ["biases"], "add_biases": True},
+    "prompt": {"type": ADAPTER, "config": {"type": "PromptTuningConfig", "task_type": "CAUSAL_LM", "num_virtual_tokens": 16}},
+    "ia3": {"type": ADAPTER, "config": {"type": "IA3Config", "task_type": "CAUSAL_LM"}},
+    "ln": {"type": ADAPTER, "config": {"type": "LNTuningConfig", "task_type": "CAUSAL_LM"}},
+    "top": {"type": "selective", "parts": ["layers", "final_norm"], "top_layers": 1},
+    "head": {"type": "selective", "parts": ["head"]},
+    "biases": {"type": "selective", "parts": ["biases"], "add_biases": True},
 }
 ROWS, WIDTH = 4, 64
 

@@ -15,7 +15,7 @@ LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
 LLAMA_1B = {**LLAMA_8B, "hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "intermediate_size": 8192, "tie_word_embeddings": True}
 QWEN2_HALF = {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
               "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True}
-ADAPTER = "pipeline.methods.peft_adapter.PeftAdapter"
+ADAPTER = "peft_adapter"
 FAST = ("lora", "full", "ia3", "ln_tuning", "prompt_tuning_random", "lokr", "oft", "p_tuning", "bitfit_added")
 TECHNIQUES = sorted(p.stem for p in CONF.glob("technique/*.yaml") if p.stem not in ("peft_config", "retrieval_documents"))
 NEEDED = {"top_layers": ["method.top_layers=1"], "prompt_tuning_text": ["method.config.prompt_tuning_init=RANDOM"]}
@@ -98,10 +98,10 @@ def test_other_architectures_have_no_forecast(config, reason):
 
 
 @pytest.mark.parametrize(("method", "reason"), [
-    ({"_target_": "pipeline.methods.adapters.Houlsby"}, "method Houlsby"),
-    ({"_target_": ADAPTER, "config": {"_target_": "peft.XLoraConfig"}}, "method xlora"),
-    ({"_target_": ADAPTER, "config": {"_target_": "peft.LoraConfig", "r": 8, "modules_to_save": ["lm_head"]}}, "modules_to"),
-    ({"_target_": ADAPTER, "config": {"_target_": "peft.LoraConfig", "r": 8, "target_modules": "q.*"}}, "pattern"),
+    ({"type": "bottleneck"}, "method bottleneck"),
+    ({"type": ADAPTER, "config": {"type": "XLoraConfig"}}, "method xlora"),
+    ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "modules_to_save": ["lm_head"]}}, "modules_to"),
+    ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "target_modules": "q.*"}}, "pattern"),
 ])
 def test_what_is_not_known_is_not_guessed(method, reason):
     with pytest.raises(NoForecast, match=reason):

@@ -240,7 +240,7 @@ def test_a_models_own_code_is_not_run_unless_allowed(tiny_model, tmp_path, capsy
 
 
 @pytest.mark.parametrize(("override", "sentence"), [
-    ("model.init=fresh", "'model.init' is 'fresh'; choose pretrained or random"),
+    ("model.init=fresh", "'model.init' is 'fresh'; choose one of pretrained, random"),
     ("+model.revison=x", "unknown config key 'model.revison'"),
     ("+model.source.paht=x", "config group 'model.source' is refused"),
 ])

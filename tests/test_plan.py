@@ -13,6 +13,7 @@ from pipeline.cells import grid, grid_overrides
 from pipeline.config import CONF, ROOT, compose
 from pipeline.files import read_json
 from pipeline.lineage import name as cell_name
+from pipeline.names import TABLE
 from pipeline.plan import plan
 
 EXPERIMENTS = sorted(p.parent.name for p in ROOT.glob("experiments/*/params.yaml"))
@@ -180,11 +181,11 @@ def test_every_task_has_its_lines():
     assert sorted(lines) == options("task"), "a task in conf/task/ is a line of prepare in pipeline/dvc.yaml"
     for task, line in lines.items():
         source = yaml.safe_load((CONF / f"task/{task}.yaml").read_text())["source"]
-        local = source.get("folder") or source.get("files") if source["_target_"].endswith("Files") else f"conf/task/{task}.yaml"
+        local = source.get("folder") or source.get("files") if source["type"] == "files" else f"conf/task/{task}.yaml"
         assert line["reads"] == local
     pairs = every["rationales"]["foreach"]
     assert {p["task"] for p in pairs.values() if p["teacher"] == "none"} == set(lines), "every task can do without a teacher"
-    code = {t: yaml.safe_load((CONF / f"teacher/{t}.yaml").read_text())["_target_"].split(".")[-2] for t in options("teacher")}
+    code = {t: TABLE["teacher"][yaml.safe_load((CONF / f"teacher/{t}.yaml").read_text())["type"]].split(".")[-2] for t in options("teacher")}
     assert {name: pair["code"] for name, pair in pairs.items()} == {f"{p['task']}-{p['teacher']}": code[p["teacher"]] for p in pairs.values()}
 
 

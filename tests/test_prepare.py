@@ -15,7 +15,7 @@ SHARED = Path("../shared/data")
 TASKS = sorted(p.stem for p in (config.CONF / "task").glob("*.yaml"))
 REVIEWS = """
     name: reviews
-    source: {_target_: pipeline.sources.Files, files: FOLDER/reviews.csv}
+    source: {type: files, files: FOLDER/reviews.csv}
     prompt: "Review: {text}\\nSentiment:"
     answer: {column: stars, bins: {negative: [1, 2], positive: [4, 5]}}
     scoring: choice
@@ -24,7 +24,7 @@ REVIEWS = """
 
 def make(sets, **keys):
     """`assemble` over rows given as (text, label) pairs by set."""
-    base = {"name": "t", "scoring": "choice", "source": {"_target_": "x"}, "prompt": "{text}", "answer": "{label}"}
+    base = {"name": "t", "scoring": "choice", "source": {"type": "files"}, "prompt": "{text}", "answer": "{label}"}
     recipe = build(tasks.Recipe, {**base, "choices": ["bad", "good"], **keys}, "task")
     return prepare.assemble(recipe, Loaded({s: [{"text": t, "label": label} for t, label in rows] for s, rows in sets.items()}, {}))
 
@@ -74,7 +74,7 @@ def test_a_csv_and_eight_lines_of_yaml_make_a_task(tmp_path, capsys):
 
 @pytest.mark.parametrize(("yaml", "csv", "message"), [
     (REVIEWS.replace("prompt:", "promt:"), reviews(50), "unknown config key 'task.promt', did you mean 'prompt'"),
-    (REVIEWS.replace("files:", "fiels:"), reviews(50), "config group 'task' is refused.*fiels"),
+    (REVIEWS.replace("files:", "fiels:"), reviews(50), "config group 'task.source' is refused.*fiels"),
     (REVIEWS.replace("{text}", "{txt}"), reviews(50), "'txt', which row 1 of .*reviews.csv does not have; there are: text, stars"),
     (REVIEWS, None, "reviews.csv does not exist"),
     (REVIEWS, "text,stars\n", "no rows are left for|too few"),
@@ -184,7 +184,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, c
 def test_every_task_yaml_reads(task):
     cfg = config.compose([f"task={task}"])
     recipe = tasks.read(cfg)
-    config.build(cfg.task.source, "task")
+    config.build(cfg.task.source, "task.source")
     assert recipe.name == task and recipe.licence and (recipe.spec is None or recipe.spec.column)
     assert settings.read(cfg).task.scoring == recipe.scoring
 

@@ -214,8 +214,9 @@ def test_a_model_with_parts_of_its_own_is_refused_and_a_head_of_its_own_is_not(h
 
 def test_a_folder_that_is_no_export_is_not_overwritten(home, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
     assert exported(home, "lora", tmp_path / "mine") == 2
-    assert "exists and is no export" in capsys.readouterr().err
+    assert "was not written by this command" in capsys.readouterr().err and (tmp_path / "mine/thesis.tex").exists()
     assert export.main(home[0]) == 2
 
 

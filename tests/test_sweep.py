@@ -311,7 +311,7 @@ def test_a_full_disk_does_not_tell_to_delete_the_study(words, small_disk, capsys
     [
         (["+sweep.sampeler=x"], "unknown config key 'sweep.sampeler', did you mean 'sampler'?"),
         (["+sweep.space={a.b: {choices: [1]}}"], "sweep.space names 'a.b'"),
-        (["+sweep.space={method.config.rank: {choices: [1]}}"], "a cell of technique 'lora' does not have; method.config has _target_"),
+        (["+sweep.space={method.config.rank: {choices: [1]}}"], "a cell of technique 'lora' does not have; method.config has type"),
         (["+sweep.space={method.config: {choices: [1]}}"], "which is a group of keys"),
         (["technique=full"], "sweep.space names 'method.config.r', which a cell of technique 'full' does not have"),
         (["~sweep.space", "+sweep.space={}", "sweep.link={}"], "sweep.space is empty"),

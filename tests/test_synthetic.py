@@ -15,6 +15,7 @@ from test_taxonomy import KNOWLEDGE, SKILL, qna
 from pipeline import cell, synthesize, synthetic, tasks
 from pipeline.config import compose
 from pipeline.files import UserError, read_json, read_jsonl, sha256, write_json, write_jsonl
+from pipeline.names import TABLE
 from pipeline.report_means import figures_of
 from pipeline.results import Result, Synthetic
 from pipeline.results import read as read_result
@@ -126,6 +127,11 @@ def test_the_report_counts_labels_and_teacher_s_seconds():
 # the stage
 
 
+@pytest.fixture(autouse=True)
+def stub_in_the_table(monkeypatch) -> None:
+    monkeypatch.setitem(TABLE["writer"], "stub", "test_synthetic.Stub")
+
+
 class Stub:
     """What conf/writer/ could name: the tiny task's sentences, the asked-for label's word in them."""
 
@@ -152,7 +158,7 @@ class Stub:
 @pytest.fixture
 def stage(tiny, tmp_path):
     return [f"paths.data={tiny}/data", f"paths.synthetic={tmp_path}/synthetic", f"paths.work={tmp_path}/work", "task=vader_movies", "synthetic=labels",
-            "+writer._target_=test_synthetic.Stub", "synthetic.rows=10", "synthetic.seed_rows=3", "train_rows=16"]
+            "+writer.type=stub", "synthetic.rows=10", "synthetic.seed_rows=3", "train_rows=16"]
 
 
 def test_the_stage_writes_rows_of_every_seed_from_its_own_labelled_rows(stage, tmp_path, tiny, capsys):
@@ -203,7 +209,7 @@ def test_a_taxonomy_fills_a_task_of_instructions(tiny, tmp_path, monkeypatch):
     qna(tmp_path / "tree", SKILL, "compositional_skills/writing/rhymes")
     qna(tmp_path / "tree", KNOWLEDGE, "knowledge/stars")
     stage = [f"paths.data={tmp_path}/data", f"paths.synthetic={tmp_path}/synthetic", "task=instruct", "synthetic=taxonomy", f"synthetic.seeds={tmp_path}/tree",
-             "+writer._target_=test_synthetic.Stub", "synthetic.rows=6", "synthetic.shortest=1", "synthetic.longest=9"]
+             "+writer.type=stub", "synthetic.rows=6", "synthetic.shortest=1", "synthetic.longest=9"]
     monkeypatch.setattr(Stub, "write", lambda self, prompts, *, seed=0: [questions(i, seed) for i, _ in enumerate(prompts)])
     assert synthesize.main(stage) == 2, "which column a question fills is not clear"
     assert synthesize.main([*stage, "synthetic.question_column=instruction", "synthetic.context_column=input"]) == 0

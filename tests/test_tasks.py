@@ -8,7 +8,7 @@ from pipeline.settings import build
 
 
 def recipe(**keys):
-    base = {"name": "t", "scoring": "choice", "source": {"_target_": "x"}, "prompt": "Review: {text}\nSentiment:", "answer": "{label}"}
+    base = {"name": "t", "scoring": "choice", "source": {"type": "files"}, "prompt": "Review: {text}\nSentiment:", "answer": "{label}"}
     given = {**base, **({"choices": ["bad", "good"]} if keys.get("scoring") != "generate" else {}), **keys}
     return build(tasks.Recipe, {k: v for k, v in given.items() if v is not ...}, "task")
 
@@ -108,7 +108,7 @@ def test_a_row_that_does_not_fit_says_why(keys, fields, message):
     ({"prompt": "{text!r}"}, "name of a column and nothing else"),
     ({"prompt": "{text:>3}"}, "name of a column and nothing else"),
     ({"prompt": "{}"}, "name of a column and nothing else"),
-    ({"source": {"files": "x"}}, "task.source._target_"),
+    ({"source": {"files": "x"}}, "task.source.type"),
     ({"choices": ...}, "task.choices' is missing"),
     ({"choices": [True, False]}, "in quotes"),
     ({"leakage": "ignore"}, "task.leakage.*error or drop"),

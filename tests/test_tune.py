@@ -306,7 +306,7 @@ def test_an_untuned_cell_stays_as_it_was_and_the_same_settings_by_hand_are_the_s
     ({"technique": "full"}, r"full-n160.yaml does not exist; run: python -m pipeline.tune experiments=quick technique=full train_rows=160"),
     ({"words": ["train.lr=1"]}, "train.lr is given by hand, but tuned=true takes it from"),
     ({"task__name": "trec"}, "was tuned with task=vader_movies_5, this cell has task=trec"),
-    ({"method": {"_target_": "pipeline.methods.full.Full"}}, "sets 'method.config.r', which this cell does not have; tune again"),
+    ({"method": {"type": "full"}}, "sets 'method.config.r', which this cell does not have; tune again"),
 ])
 def test_a_cell_that_cannot_be_composed_of_it_says_why(tuning, words, message):
     with pytest.raises(UserError, match=message):

@@ -14,9 +14,10 @@ from typing import Any
 
 from pipeline.files import read_json
 from pipeline.forecasting.shape import LINEAR, NoForecast, Shape
+from pipeline.names import name_of
 
 IA3_TARGETS, IA3_INNER = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
-NOTHING = ("Untouched", "FewShot", "Teacher", "Retrieval", "PromptChoice")
+NOTHING = ("untouched", "few_shot", "teacher", "retrieval", "prompt_choice")
 
 
 @dataclass(frozen=True)
@@ -44,23 +45,23 @@ class Trained:
 
 
 def trained(method: dict[str, Any], shape: Shape) -> Trained:
-    """What a method's config (with `_target_`) trains of a model.
+    """What a method's config (with its `type`) trains of a model.
 
     Raises:
         NoForecast: a method that this file does not know.
     """
-    owner = method["_target_"].rpartition(".")[2]
+    owner = name_of(method, "method")
     if owner in NOTHING:
         return Trained("none", 0, owner)
-    if owner == "Full":
+    if owner == "full":
         return Trained("full", shape.parameters, "full", frozenset({"embedding", "layers", "norm", "head"}))
-    if owner == "Selective":
+    if owner == "selective":
         return _selective(method, shape)
     if owner == "from_file":
         return _adapter(_stored(method["path"]), shape, owner)
-    if "peft_adapter" in method["_target_"]:
-        config = {k: v for k, v in method["config"].items() if k != "_target_"}
-        kind = method["config"]["_target_"].rpartition(".")[2].removesuffix("Config")
+    if "config" in method:
+        kind = name_of(method["config"], "peft", "method.config").removesuffix("Config")
+        config = {k: v for k, v in method["config"].items() if k not in ("type", "_target_")}
         return _adapter({**config, "peft_type": PEFT_NAMES.get(kind, kind.upper())}, shape, owner)
     raise NoForecast(f"no forecast for method {owner}")
 
@@ -152,7 +153,7 @@ def _lora(config: dict[str, Any], shape: Shape, owner: str) -> Trained:
     if config.get("use_dora"):
         return Trained("other", count + shape.layers * sum(shape.linear(name)[1] for name in targets), "dora")
     return Trained("lora", count, "lora", ranks=dict.fromkeys(targets, rank), dropout=float(config.get("lora_dropout") or 0.0),
-                   by_hand=owner != "LoraPlus")
+                   by_hand=owner != "lora_plus")
 
 
 def _prompt(config: dict[str, Any], shape: Shape) -> list[int]:

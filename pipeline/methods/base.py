@@ -1,6 +1,6 @@
 """What a method is: a frozen dataclass whose hooks say what is trained and what is left to serve.
 
-Library. A hook has a default; a method overrides what it needs. `_target_` in conf/method/<name>.yaml names the class.
+Library. A hook has a default; a method overrides what it needs. `type` in conf/method/<name>.yaml names the class.
 """
 
 from __future__ import annotations

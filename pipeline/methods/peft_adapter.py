@@ -39,7 +39,7 @@ class PeftAdapter(Method):
     """
 
     config: Any
-    """A peft.PeftConfig, from the YAML's `_target_`."""
+    """A peft.PeftConfig, from the YAML's `type`."""
     merge: bool = False
     """Fold the adapter into the base after training; the artefact is then a whole model."""
 

@@ -1,6 +1,6 @@
 """What an objective is: the examples that a row gives, and the loss of a batch of them.
 
-Library. `_target_` in conf/objective/<name>.yaml names the class.
+Library. `type` in conf/objective/<name>.yaml names the class.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 UNTOUCHED: dict[Any, Any] = {
-    "start": None, "method": {"_target_": "pipeline.methods.none.Untouched"}, "objective": {"_target_": "pipeline.objectives.labels.Labels"},
+    "start": None, "method": {"type": "untouched"}, "objective": {"type": "labels"},
     "precision": {"name": "auto"},
 }
 """The config of a base model that teaches as it is."""
@@ -179,8 +179,10 @@ def lesson(word: str, wanted: Sequence[Example], beginning: Beginning) -> Lesson
 def _config(at: Path, cfg: DictConfig) -> DictConfig:
     """The teacher's own config, with this cell's task."""
     if at.name == "result.json":
-        return OmegaConf.create({**held(finished(at.parent), cfg), "task": cfg.task})
-    return OmegaConf.create({**cfg, **UNTOUCHED, "model": {"name": at.parent.name}})
+        config = held(finished(at.parent), cfg)
+        config.task = cfg.task
+        return config
+    return OmegaConf.create({**cfg, **UNTOUCHED, "model": {"name": at.parent.name, "trust_remote_code": cfg.model.trust_remote_code}})
 
 
 def _ask(word: str, config: DictConfig, at: Path, wanted: Sequence[Example], beginning: Beginning, path: Path) -> None:

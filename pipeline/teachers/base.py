@@ -1,6 +1,6 @@
 """What a teacher is: it gives rows an answer and the reason for it.
 
-Library. `_target_` in conf/teacher/<name>.yaml names the class.
+Library. `type` in conf/teacher/<name>.yaml names the class.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ class LocalWriter(Writer):
     Args:
         models, model: the folder models/<model>, as python -m pipeline.base_model leaves it.
         precision: auto, fp32, bf16, int8 or nf4. device: auto, cpu or cuda.
+        trust_remote_code: whether Python code that lies in the folder may run.
         batch_tokens: most tokens, padding and the room for new ones included, in a batch.
         separator: stands before every turn but replies where the tokenizer has no chat template; the text ends where it comes again.
     """
@@ -42,6 +43,7 @@ class LocalWriter(Writer):
     model: str
     precision: str = "auto"
     device: str = "auto"
+    trust_remote_code: bool = False
     batch_tokens: int = 8192
     separator: str = "\n\n"
 
@@ -162,7 +164,7 @@ class LocalWriter(Writer):
 
     @functools.cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        return self._tokenizer, load_model(self.folder, self.settings, self._device)
+        return self._tokenizer, load_model(self.folder, self.settings, self._device, trust_remote_code=self.trust_remote_code)
 
 
 def _without_system(messages: Messages) -> Messages:
