@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +66,19 @@ def plain(node: DictConfig) -> dict[str, Any]:
     assert isinstance(values, dict)
     values.pop("hydra", None)
     return values  # type: ignore[return-value]
+
+
+def class_of(target: str) -> Any:
+    """The class of what a `_target_` makes (a function's: what it is annotated to return); its class attributes say what it does.
+
+    Raises:
+        UserError: there is nothing of this name.
+    """
+    try:
+        found = hydra.utils.get_object(target)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"_target_ {target!r} names nothing that can be imported; mend the YAML in conf/ or the override") from error
+    return found if isinstance(found, type) else typing.get_type_hints(found)["return"]
 
 
 def build(node: DictConfig, key: str) -> Any:

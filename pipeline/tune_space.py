@@ -13,12 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.config import plain
+from pipeline.config import class_of, plain
 from pipeline.files import UserError
-from pipeline.methods.base import Method
 from pipeline.tuned import Edge
 
 OUTER = 0.25
@@ -60,8 +58,7 @@ def read(cfg: DictConfig) -> Space:
 
 def trains(cfg: DictConfig) -> bool:
     """Whether the technique has anything to train, told without importing what it trains with."""
-    method: Any = hydra.utils.get_class(cfg.method._target_)
-    return method.trains is not Method.trains
+    return bool(class_of(cfg.method._target_).trains)
 
 
 def _around(where: str, factor: Any, value: Any) -> dict[str, Any]:
