@@ -211,7 +211,7 @@ class Cell:
             self._setup()
         with self.meter.phase("load"):
             self._load()
-        if self.answers_alone:
+        if self.method.answers_without_model:
             self._score_answers()
             work, memory, history, size = Work(), Memory(kind="none", peak_bytes=None), [], Size(0, 0, 0)
             inference = forgetting = None
@@ -266,13 +266,12 @@ class Cell:
         data = Path(cfg.paths.data) / cfg.task.name
         self.rows: Rows = load_rows(data, self.settings.task, cfg.train_rows, cfg.seed, evaluate.validation_share, test_rows, transfer_rows)
         self.rationales_folder = Path(cfg.paths.rationales) / cfg.task.name / cfg.teacher.name
-        self.answers_alone = type(self.method).answers is not Method.answers
-        if self.answers_alone or self.objective.needs_rationales:
+        if self.method.answers_without_model or self.objective.needs_rationales:
             self.rows.rationales.update(load_rationales(self.rationales_folder))
             if not self.rows.rationales:
                 raise UserError(f"{cfg.technique.name} learns from a teacher, but {self.rationales_folder} is empty; choose another teacher")
         self.labelled = len(self.rows.train)
-        if self.answers_alone:
+        if self.method.answers_without_model:
             return
         if self.method.trains:
             further, self.synthetic = synthetic.further(cfg, self.rows.train)
@@ -492,7 +491,7 @@ class Cell:
         data = Path(self.cfg.paths.data) / self.cfg.task.name
         return {
             **self.provenance, "fingerprint": fingerprint(self.cfg), "data_sha256": sha256(data / "manifest.json"),
-            "model_sha256": None if self.answers_alone else manifest(model)["sha256"],
+            "model_sha256": None if self.method.answers_without_model else manifest(model)["sha256"],
         }
 
     def write(self, result: Result) -> None:

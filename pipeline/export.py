@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 
 from pipeline.config import entry
 from pipeline.files import UserError, atomic_folder, folder_bytes, write_json
-from pipeline.methods.base import Method
 from pipeline.results import Result
 from pipeline.serving import Artefact, Base, finished, held
 
@@ -48,12 +47,11 @@ def run(cfg: DictConfig) -> int:
 def refusal(artefact: Artefact) -> str | None:
     """Why no weights can hold what the artefact does; None if they might."""
     method = artefact.method
-    config = getattr(method, "config", None)
-    if type(method).prompt is not Method.prompt:
+    if method.own_prompt:
         return "what it does stands in the request, before every prompt, and not in weights"
-    if getattr(config, "is_prompt_learning", False):
+    if method.soft_prompt:
         return "its soft prompt stands before every request's own tokens, which no weight of the base can hold"
-    if hasattr(config, "peft_type") and not method.merges and not getattr(method, "merge", False):
+    if method.peft and not method.merges:
         return f"PEFT cannot fold {method.name} into the base's weights"
     if not method.trains and not any(p.name != "artefact.json" for p in artefact.folder.iterdir()):
         return f"it is the untouched base, which lies in {Path(artefact.cfg.paths.models) / artefact.cfg.model.name} already"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import typing
 from typing import Any
 
 from pipeline.files import UserError, closest
@@ -103,6 +104,12 @@ def find(name: str, kind: str, key: str | None = None) -> Any:
         raise UserError(f"config key '{key}.type' is {name!r}{closest(name, table)}; there are: {', '.join(table)}")
     module, _, attribute = table[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+def class_of(values: dict[str, Any], kind: str) -> Any:
+    """The class of what a group makes (of a function: what it is annotated to return); its class attributes say what it does."""
+    found = find(name_of(values, kind), kind)
+    return found if isinstance(found, type) else typing.get_type_hints(found)["return"]
 
 
 def name_of(values: dict[str, Any], kind: str, key: str | None = None) -> str:

@@ -37,6 +37,12 @@ DIFFER = (
     "train.batch_size", "train.validations",
 )
 """Keys in which cells of a pack may differ."""
+UNPACKED = {
+    "prepares": "prepares something before training", "chooses": "chooses among states", "own_prompt": "has prompts of its own",
+    "plans_training": "plans over the steps", "own_optimizer_groups": "has optimizer groups of its own", "acts_between_steps": "acts between steps",
+    "changes_when_served": "is changed when it is served",
+}
+"""What a method may declare that a pack has no place for, and how that is said."""
 MEMORY_SHARE = 0.8  # of the free memory that a pack may plan to take
 MOST_WIDTHS = 3
 
@@ -231,18 +237,15 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _refusal(method: Method, objective: Objective, checkpointing: bool = False) -> str | None:
     """Why a technique cannot be packed, as far as its method and objective say."""
-    own = [hook for hook in ("prepare", "choose", "prompt", "before_training", "optimizer_groups", "after_step", "served")
-           if getattr(type(method), hook) is not getattr(Method, hook) and (hook != "served" or getattr(method, "merge", True))]
     if not method.trains:
         return "it trains nothing"
     if checkpointing:
         return "activations are checkpointed"
-    if not hasattr(method, "config"):
-        return "it trains the base itself, of which nothing could be shared"
+    if not method.peft:
+        return "it trains the base itself or modules that PEFT does not make, of which nothing could be shared"
+    own = next((what for declared, what in UNPACKED.items() if getattr(method, declared)), None)
     if own:
-        return f"{type(method).__name__} has a way of its own to {own[0].replace('_', ' ')}"
-    theirs = [hook for hook in ("loss", "batches", "loop", "rows", "prepared", "reasoning") if getattr(type(objective), hook) is not getattr(Objective, hook)]
-    if theirs:
-        return f"{type(objective).__name__} has {theirs[0]} of its own"
-    return None
+        return f"{type(method).__name__} {own}"
+    part = objective.own_part or ("reasoning" if objective.reasoning else None)
+    return f"{type(objective).__name__} has {part} of its own" if part else None
 

@@ -65,8 +65,8 @@ class Artefact:
         method = build(cfg.method, "method")
         if not (folder / "artefact.json").exists():
             raise UserError(f"{folder} holds no artefact; run the cell again, or dvc checkout it")
-        if method.name == "teacher":
-            raise UserError("the teacher answers without a model; its rows stand in rationales/")
+        if method.answers_without_model:
+            raise UserError(f"the {method.name} answers without a model; its rows stand in rationales/")
         return cls(name, folder, cfg, read(cfg), method, build(cfg.objective, "objective"))
 
     def load(self, base: Base) -> tuple[Any, Any]:
@@ -186,7 +186,7 @@ class Door:
 
     def _mixed(self, names: Sequence[str], rows: list[dict]) -> list[dict]:
         """Rows of several artefacts in one batch, choices and generated answers apart."""
-        loaded = [n for n in names if hasattr(self.artefacts[n].method, "config")]
+        loaded = [n for n in names if self.artefacts[n].method.peft]
         labels = {n: f"a{i}" for i, n in enumerate(loaded)}
         scorers = {n: self.artefacts[n].scorer(self.base, self.base.model, self._state(n)) for n in names}
         items = [scorers[row["adapter"]].items([row])[0] for row in rows]  # before any adapter is there: retrieval embeds with the base
@@ -215,7 +215,7 @@ class Door:
 
     def _state(self, name: str) -> Any:
         artefact = self.artefacts[name]
-        return None if hasattr(artefact.method, "config") else artefact.load(self.base)[1]
+        return None if artefact.method.peft else artefact.load(self.base)[1]
 
     def _attached(self, labels: dict[str, str]) -> Any:
         from peft import PeftModel

@@ -114,11 +114,11 @@ class Fast:
 
         if not total:
             raise Unsupported("there is nothing to train")
-        if type(method).after_step is not Method.after_step:
+        if method.acts_between_steps:
             raise Unsupported("the method acts between steps")
         if settings.checkpointing:
             raise Unsupported("activations are checkpointed")
-        if type(objective).batches is not Objective.batches:
+        if objective.own_batches:
             raise Unsupported("the objective makes batches of its own")
         self.examples, self.settings, self.seed, self.lr = examples, settings, seed, settings.lr
         self.notes: list[str] = []

@@ -15,10 +15,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import names
 from pipeline.config import plain
 from pipeline.files import UserError
-from pipeline.methods.base import Method
+from pipeline.names import class_of
 from pipeline.tuned import Edge
 
 OUTER = 0.25
@@ -60,8 +59,7 @@ def read(cfg: DictConfig) -> Space:
 
 def trains(cfg: DictConfig) -> bool:
     """Whether the technique has anything to train, told without importing what it trains with."""
-    method: Any = names.find(cfg.method.type, "method")
-    return method.trains is not Method.trains
+    return bool(class_of(plain(cfg)["method"], "method").trains)
 
 
 def _around(where: str, factor: Any, value: Any) -> dict[str, Any]:

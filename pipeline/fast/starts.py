@@ -89,7 +89,7 @@ class Starts:
                     parameter.data.copy_(weights[name])
             yield model
         finally:
-            if not method.config.is_prompt_learning:  # type: ignore[attr-defined]
+            if not method.soft_prompt:
                 model.unload()
             if hasattr(self.base, "peft_config"):
                 del self.base.peft_config

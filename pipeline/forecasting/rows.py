@@ -77,10 +77,8 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
         NoForecast: an objective with a loss or batches of its own, or a teacher's text that is not there.
     """
     objective: Objective = build(cfg.objective, "objective")
-    own = next((hook for hook in ("loss", "batches", "loop", "rows", "prepared") if hasattr(Objective, hook)
-                and getattr(type(objective), hook) is not getattr(Objective, hook)), None)
-    if own:
-        raise NoForecast(f"no forecast for objective {objective.name}, whose {own} is its own")
+    if objective.own_part:
+        raise NoForecast(f"no forecast for objective {objective.name}, whose {objective.own_part} is its own")
     data, model = Path(cfg.paths.data) / cfg.task.name, Path(cfg.paths.models) / cfg.model.name
     if cfg.forecast.length is not None or not (data / "train.jsonl").exists() or not (model / "tokenizer.json").exists():
         return _as_told(cfg, settings, objective)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.files import read_json
 from pipeline.forecasting.shape import LINEAR, NoForecast, Shape
-from pipeline.names import name_of
+from pipeline.names import class_of, name_of
 
 IA3_TARGETS, IA3_INNER = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
 NOTHING = ("untouched", "few_shot", "teacher", "retrieval", "prompt_choice")
@@ -58,11 +58,12 @@ def trained(method: dict[str, Any], shape: Shape) -> Trained:
     if owner == "selective":
         return _selective(method, shape)
     if owner == "from_file":
-        return _adapter(_stored(method["path"]), shape, owner)
-    if "config" in method:
+        return _adapter(_stored(method["path"]), shape, True)
+    declared = class_of(method, "method")
+    if declared.peft:
         kind = name_of(method["config"], "peft", "method.config").removesuffix("Config")
         config = {k: v for k, v in method["config"].items() if k not in ("type", "_target_")}
-        return _adapter({**config, "peft_type": PEFT_NAMES.get(kind, kind.upper())}, shape, owner)
+        return _adapter({**config, "peft_type": PEFT_NAMES.get(kind, kind.upper())}, shape, not declared.own_optimizer_groups)
     raise NoForecast(f"no forecast for method {owner}")
 
 
@@ -118,10 +119,11 @@ def _targets(config: dict[str, Any], shape: Shape) -> tuple[str, ...]:
     return tuple(name for name in LINEAR if name in wanted)
 
 
-def _adapter(config: dict[str, Any], shape: Shape, owner: str) -> Trained:
+def _adapter(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
+    """one_rate: all that it trains learns at one rate."""
     kind = config["peft_type"]
     if kind == "LORA":
-        return _lora(config, shape, owner)
+        return _lora(config, shape, one_rate)
     if kind in SOFT:
         virtual = config["num_virtual_tokens"]
         sizes = tuple(SOFT[kind](config, shape))
@@ -143,7 +145,7 @@ def _adapter(config: dict[str, Any], shape: Shape, owner: str) -> Trained:
     return Trained("other", shape.layers * each, kind.lower())
 
 
-def _lora(config: dict[str, Any], shape: Shape, owner: str) -> Trained:
+def _lora(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
     rank, targets = config["r"], _targets(config, shape)
     odd = next((key for key in ("rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
                                 "target_parameters") if config.get(key)), None)
@@ -153,7 +155,7 @@ def _lora(config: dict[str, Any], shape: Shape, owner: str) -> Trained:
     if config.get("use_dora"):
         return Trained("other", count + shape.layers * sum(shape.linear(name)[1] for name in targets), "dora")
     return Trained("lora", count, "lora", ranks=dict.fromkeys(targets, rank), dropout=float(config.get("lora_dropout") or 0.0),
-                   by_hand=owner != "lora_plus")
+                   by_hand=one_rate)
 
 
 def _prompt(config: dict[str, Any], shape: Shape) -> list[int]:

@@ -1,6 +1,8 @@
 """What a method is: a frozen dataclass whose hooks say what is trained and what is left to serve.
 
-Library. A hook has a default; a method overrides what it needs. `type` in conf/method/<name>.yaml names the class.
+Library. A hook has a default; a method overrides what it needs and declares it as a class attribute. Engine, packing, forecast, tuning, serving and
+export read the declarations alone, never which hooks are overridden (tests/test_contracts.py holds both together).
+`type` in conf/method/<name>.yaml names the class.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.data import Example
 from pipeline.files import UserError
@@ -19,21 +21,45 @@ from pipeline.files import UserError
 class Method:
     """Trains nothing; the untouched base answers."""
 
+    trains: ClassVar[bool] = False
+    """Whether there is anything for the training loop to do."""
+    peft: ClassVar[bool] = False
+    """Whether its artefact is an adapter as PEFT makes, saves and loads it from the field `config`."""
+    answers_without_model: ClassVar[bool] = False
+    """`answers` is asked in the model's place."""
+    prepares: ClassVar[bool] = False
+    """`prepare` keeps something of the training examples, or changes the base."""
+    chooses: ClassVar[bool] = False
+    """`choose` picks among states."""
+    own_prompt: ClassVar[bool] = False
+    """`prompt` changes what the model sees."""
+    plans_training: ClassVar[bool] = False
+    """`before_training` needs the number of steps."""
+    own_optimizer_groups: ClassVar[bool] = False
+    """`optimizer_groups` gives others than all trained parameters at one learning rate."""
+    acts_between_steps: ClassVar[bool] = False
+    """`after_step` does something, so it is stepped eagerly."""
+
     @property
     def name(self) -> str:
         """As in conf/method/, MLflow and the table."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property
-    def trains(self) -> bool:
-        """Whether there is anything for the training loop to do."""
+    def changes_when_served(self) -> bool:
+        """Whether `served` gives another model than the trained one."""
+        return False
+
+    @property
+    def soft_prompt(self) -> bool:
+        """Whether trained vectors stand before every request's own tokens."""
         return False
 
     def check(self, precision: str) -> None:
         """Raise UserError where the method makes no sense in this precision; runs before any model is loaded."""
 
     def answers(self, rows: Sequence[dict], rationales: dict[str, dict]) -> list[str] | None:
-        """Answers that come without a model, one a row; None: the model is asked."""
+        """Answers that come without a model, one a row; None: the model is asked. Declared by answers_without_model."""
         return None
 
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> Any:
@@ -64,7 +90,7 @@ class Method:
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
 
     def after_step(self, model: Any, step: int) -> None:
-        """Called after optimiser step `step` (from 0), its gradients still there; such a method is stepped eagerly."""
+        """Called after optimiser step `step` (from 0), its gradients still there. Declared by acts_between_steps."""
 
     def served(self, model: Any, dtype: Any) -> Any:
         """The trained model as it will be served (`dtype`: of the base's weights); it is what is evaluated and saved."""

@@ -32,6 +32,8 @@ class Bottleneck(Method):
         UserError: a value out of range, or a model whose blocks have no one module of the named kind.
     """
 
+    trains = True
+
     places: list[str]
     """Of attention, feed_forward, block."""
     parallel: bool
@@ -53,10 +55,6 @@ class Bottleneck(Method):
     @property
     def name(self) -> str:
         return self.label
-
-    @property
-    def trains(self) -> bool:
-        return True
 
     def hyperparameters(self) -> dict[str, Any]:
         shown = {"width": self.width, "places": ", ".join(self.places), "parallel": self.parallel}
@@ -135,6 +133,8 @@ class Compacter(Bottleneck):
 class AdaMix(Bottleneck):
     """M adapters in the place of one (Wang et al., 2022): training draws a way down and a way up for every forward pass, evaluation and the artefact
     have the averages of both, so what is served costs what one adapter costs. objective=consistency is the paper's loss."""
+
+    changes_when_served = True
 
     experts: int = 4
     shared: str | None = "up"

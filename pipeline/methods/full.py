@@ -18,16 +18,15 @@ class Full(Method):
     What is saved and evaluated has the base's dtype again.
     """
 
+    trains = True
+    changes_when_served = True
+
     from_scratch: bool = False
     """Begin with fresh weights, drawn with the cell's seed as the architecture draws them: what the pretraining is worth."""
 
     @property
     def name(self) -> str:
         return "from_scratch" if self.from_scratch else "full"
-
-    @property
-    def trains(self) -> bool:
-        return True
 
     def check(self, precision: str) -> None:
         if precision in ("nf4", "int8"):

@@ -29,6 +29,8 @@ class LowRank(Method):
         UserError: a value out of range, or weights that are quantised.
     """
 
+    prepares = True
+
     share: float
     """Of a layer's numbers that are kept; a layer from d to k then has rank share · d·k / (d + k)."""
     calibrated: bool = False

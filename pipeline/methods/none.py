@@ -36,6 +36,9 @@ class FewShot(Method):
     The rows are drawn with the cell's seed, answers balanced as far as k allows, in random order.
     """
 
+    prepares = True
+    own_prompt = True
+
     k: int
     separator: str = "\n\n"
     answer_separator: str = " "
@@ -79,6 +82,8 @@ class FewShot(Method):
 @dataclass(frozen=True)
 class Teacher(Method):
     """The teacher's own labels, so that the teacher is a row of the table with its own accuracy."""
+
+    answers_without_model = True
 
     def answers(self, rows: Sequence[dict], rationales: dict[str, dict]) -> list[str]:
         missing = next((row["id"] for row in rows if row["id"] not in rationales), None)

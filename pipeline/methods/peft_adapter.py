@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.files import UserError
 from pipeline.methods.base import Method, prompts_on_device
@@ -38,6 +38,11 @@ class PeftAdapter(Method):
             or an initialisation that a quantised base cannot take.
     """
 
+    trains = True
+    peft = True
+    own_load: ClassVar[bool] = False
+    """`load` does more than PEFT's own loading, so its artefacts share no batch with others."""
+
     config: Any
     """A peft.PeftConfig, from the YAML's `type`."""
     merge: bool = False
@@ -57,19 +62,23 @@ class PeftAdapter(Method):
         return str(self.config.peft_type.value).lower()
 
     @property
-    def trains(self) -> bool:
-        return True
+    def changes_when_served(self) -> bool:
+        return self.merge
+
+    @property
+    def soft_prompt(self) -> bool:
+        return bool(self.config.is_prompt_learning)
 
     @property
     def merges(self) -> bool:
-        return not self.config.is_prompt_learning and self.config.peft_type.value not in UNMERGED
+        return not self.soft_prompt and self.config.peft_type.value not in UNMERGED
 
     @property
     def sharing(self) -> str:
         start = getattr(self.config, "init_lora_weights", True)
         if self.merge or isinstance(start, str) and start.lower().startswith(NEEDS_FLOATS):
             return "no"
-        plain = type(self).load is PeftAdapter.load and not getattr(self.config, "use_dora", False)
+        plain = not self.own_load and not getattr(self.config, "use_dora", False)
         return "together" if self.config.peft_type.value == "LORA" and plain else "in_turn"
 
     def check(self, precision: str) -> None:
@@ -79,7 +88,7 @@ class PeftAdapter(Method):
         if isinstance(start, str) and start.lower().startswith(NEEDS_FLOATS):
             mend = "technique=loftq does it beside an nf4 base" if start == "loftq" else "choose precision=auto, fp32 or bf16"
             raise UserError(f"init_lora_weights={start} takes the base's weights apart, and {precision} ones are rounded already; {mend}")
-        if not (self.config.is_prompt_learning or self.name == "ln_tuning" or _has_quantised_layers(self.name)):
+        if not (self.soft_prompt or self.name == "ln_tuning" or _has_quantised_layers(self.name)):
             kind = self.config.peft_type.value
             raise UserError(f"PEFT's {kind} has no layer for {precision} weights; choose precision=auto, fp32 or bf16, or another adapter")
 
@@ -150,6 +159,8 @@ def _has_quantised_layers(tuner: str) -> bool:
 @dataclass(frozen=True)
 class LoraPlus(PeftAdapter):
     """LoRA whose B learns faster than its A (Hayou et al., 2024), through PEFT's create_loraplus_optimizer."""
+
+    own_optimizer_groups = True
 
     lr_ratio: float = 16.0
     """B's learning rate over A's; train.lr is A's."""
@@ -255,6 +266,8 @@ def _keys_and_values(model: Any, ids: list[int]) -> Any:
 class MultitaskPrompt(PeftAdapter):
     """Multitask prompt tuning (Wang et al., 2023): a shared prompt times a task's rank-r factor. A cell has one task, number 0."""
 
+    own_load = True
+
     def wrap(self, model: Any) -> Any:
         return _of_task_0(super().wrap(model))
 
@@ -280,6 +293,8 @@ def _of_task_0(model: Any) -> Any:
 class PTuning(PeftAdapter):
     """P-tuning (Liu et al., 2021): a small network makes the soft prompt; what it made last is served and stored."""
 
+    changes_when_served = True
+
     def served(self, model: Any, dtype: Any) -> Any:
         encoder = model.prompt_encoder["default"]
         made = model.get_prompt_embedding_to_save("default").float()
@@ -295,6 +310,11 @@ class AdaLora(PeftAdapter):
     The plan over the steps and the orthogonality penalty are here, because PEFT adds the latter only where labels go
     into the model's forward. A run that resumes measures the importance of ranks anew.
     """
+
+    plans_training = True
+    acts_between_steps = True
+    changes_when_served = True
+    own_load = True
 
     start_share: float | None = None
     """Share of the steps before ranks are taken; null: the config's own tinit, tfinal and total_step stand."""

@@ -22,6 +22,10 @@ class PromptChoice(Method):
     A template that asks for {answers} is left out where they are more than 20: then they are free text.
     """
 
+    prepares = True
+    chooses = True
+    own_prompt = True
+
     templates: list[str]
 
     def __post_init__(self) -> None:

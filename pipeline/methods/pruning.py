@@ -32,6 +32,8 @@ class Pruning(Method):
         UserError: a value out of range, or weights that are quantised.
     """
 
+    prepares = True
+
     by: str
     sparsity: float
     """Share of the weights that go."""

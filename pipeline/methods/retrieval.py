@@ -40,6 +40,9 @@ class Retrieval(Method):
         UserError: an unknown `by`, k < 1 or above the number of entries, documents that cannot be read.
     """
 
+    prepares = True
+    own_prompt = True
+
     k: int
     by: str
     """bm25 (Robertson & Zaragoza, 2009; Lucene's variant, through bm25s), or embedding: cosine of the base model's own."""

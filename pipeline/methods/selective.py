@@ -29,6 +29,9 @@ class Selective(Method):
         UserError: an unknown part, a part that the model lacks, or matrices of a quantised base.
     """
 
+    trains = True
+    changes_when_served = True
+
     parts: list[str]
     """Of layers (the blocks whole), final_norm, biases (of the blocks), head (the output layer), embeddings."""
     top_layers: int | None = None
@@ -50,10 +53,6 @@ class Selective(Method):
     @property
     def name(self) -> str:
         return self.label
-
-    @property
-    def trains(self) -> bool:
-        return True
 
     def check(self, precision: str) -> None:
         if precision in ("nf4", "int8") and "layers" in self.parts:

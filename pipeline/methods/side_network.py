@@ -22,9 +22,7 @@ WEIGHTS, TOKENS = "side_network.safetensors", "tokens.json"
 class SideNetwork(Method):
     """What both have in common. Nothing merges: the base has no place for what stands beside it."""
 
-    @property
-    def trains(self) -> bool:
-        return True
+    trains = True
 
     def wrap(self, model: Any) -> Any:
         from pipeline.layers import beside
@@ -94,6 +92,8 @@ class AttentionFusion(SideNetwork):
     Raises:
         UserError: answers that are no small set of labels.
     """
+
+    prepares = True
 
     begin: float
     """How far the last layer's score lies above the others' at the start, where the answers are nearly the base's."""

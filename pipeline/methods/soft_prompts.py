@@ -21,15 +21,14 @@ PROMPT, ROWS, TOKENS = "adapter_model.safetensors", "answers.safetensors", "toke
 class SoftPrompt(Method):
     """k trained vectors before the input, begun at words of the vocabulary."""
 
+    trains = True
+    soft_prompt = True
+
     virtual_tokens: int
 
     def __post_init__(self) -> None:
         if type(self.virtual_tokens) is not int or self.virtual_tokens < 1:
             raise UserError(f"method.virtual_tokens is {self.virtual_tokens}; it must be a whole number of at least 1")
-
-    @property
-    def trains(self) -> bool:
-        return True
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"virtual_tokens": self.virtual_tokens}
@@ -60,6 +59,8 @@ class Ipt(SoftPrompt):
     Raises:
         UserError: fewer prompts than axes, or prompts of another shape.
     """
+
+    changes_when_served = True
 
     dimensions: int
     """Of the subspace."""
@@ -121,6 +122,8 @@ class Warp(SoftPrompt):
     Raises:
         UserError: answers that are no small set of labels.
     """
+
+    prepares = True
 
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> None:
         from pipeline.layers import answers

@@ -1,6 +1,7 @@
 """What an objective is: the examples that a row gives, and the loss of a batch of them.
 
-Library. `type` in conf/objective/<name>.yaml names the class.
+Library. What an objective overrides it declares as a class attribute; engine, packing and forecast read the declarations alone
+(tests/test_contracts.py holds both together). `type` in conf/objective/<name>.yaml names the class.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from omegaconf import DictConfig
 
@@ -52,6 +53,17 @@ class Prepared:
 class Objective:
     """Standard fine-tuning: cross-entropy of the answer given the prompt."""
 
+    own_loss: ClassVar[bool] = False
+    """`loss` is another than the weighted cross-entropy."""
+    own_batches: ClassVar[bool] = False
+    """`batches` makes others than those of single rows."""
+    own_rows: ClassVar[bool] = False
+    """`rows` gives others than the task's, or fewer."""
+    prepares: ClassVar[bool] = False
+    """`prepared` looks at the model or the rows before the first step."""
+    trainer: ClassVar[Literal["loop", "trl"]] = "loop"
+    """Whose loop trains: loop.Loop, or TRL's trainer in the class that `loop` gives."""
+
     @property
     def name(self) -> str:
         """As in conf/objective/, MLflow and the table."""
@@ -69,7 +81,13 @@ class Objective:
     @property
     def plain(self) -> bool:
         """Whether it is no more than a weighted cross-entropy of its examples' tokens, which the hand-written step and packs compute."""
-        return type(self).loss is Objective.loss and type(self).batches is Objective.batches and type(self).loop is Objective.loop
+        return not self.own_loss and not self.own_batches and self.trainer == "loop"
+
+    @property
+    def own_part(self) -> str | None:
+        """The first part of training that is its own, in a word; None: it trains on the task's rows by a weighted cross-entropy."""
+        parts = {"loss": self.own_loss, "batches": self.own_batches, "loop": self.trainer != "loop", "rows": self.own_rows, "preparation": self.prepares}
+        return next((part for part, own in parts.items() if own), None)
 
     @property
     def reasoning(self) -> Reasoning | None:

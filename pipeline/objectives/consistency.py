@@ -19,6 +19,8 @@ class Consistency(Objective):
     """L = cross-entropy of one pass + consistency_weight · ½ (KL(A‖B) + KL(B‖A)) of two passes A and B, which route (AdaMix, Wang et al., 2022) or
     drop units (R-Drop, Liang et al., 2021, which averages the cross-entropies) at random. At the labelled positions; costs two passes a step."""
 
+    own_loss = True
+
     consistency_weight: float
 
     def __post_init__(self) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 from pipeline.data import Encoded, Encoder
 from pipeline.files import UserError
 from pipeline.loop import Loop, Trained, lr_factor, validation_steps
-from pipeline.methods.base import Method
 from pipeline.objectives.base import Beginning, Objective, Prepared
 from pipeline.scoring import canonical, extract
 from pipeline.settings import Task
@@ -38,6 +37,9 @@ class Grpo(Objective):
 
     A step takes train.batch_size rows and num_generations sampled answers of each; losses and advantages are TRL's defaults.
     """
+
+    prepares = True
+    trainer = "trl"
 
     algorithm: str
     num_generations: int
@@ -93,7 +95,7 @@ class TrlLoop(Loop):
     objective: Grpo
 
     def run(self) -> Trained:
-        if type(self.method).after_step is not Method.after_step:
+        if self.method.acts_between_steps:
             raise UserError(f"{self.method.name} acts between steps, which TRL's loop has no place for; choose another method or objective")
         with self.meter.phase("startup"):
             import trl  # noqa: F401

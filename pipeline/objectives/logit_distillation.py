@@ -94,6 +94,10 @@ class LogitDistillation(Objective):
     likeliest, as MiniLLM (Gu et al., 2023) argues; theirs is over texts that the student samples, this one token by token over the given ones.
     """
 
+    own_loss = True
+    own_batches = True
+    prepares = True
+
     teacher: str
     label_weight: float
     temperature: float

@@ -81,6 +81,9 @@ def log_probabilities(model: Any, batch: Batch) -> torch.Tensor:
 class Preference(Objective):
     """Where pairs come from, and how a step's pairs become batches."""
 
+    own_batches = True
+    own_rows = True
+
     wrong_choices: int | None = 1
     """How many wrong choices of a row are each a pair with the right one, drawn by the row's id; null: all."""
     pairs: str | None = None
@@ -172,6 +175,9 @@ def referred(examples: Sequence[Sequence[Encoded]], beginning: Beginning) -> lis
 class Dpo(Preference):
     """Direct preference optimisation (Rafailov et al., 2023, equation 7): -log σ(β · (Δ chosen - Δ rejected)), Δ = log π - log π_ref."""
 
+    own_loss = True
+    prepares = True
+
     beta: float = 0.1
 
     def __post_init__(self) -> None:
@@ -196,6 +202,8 @@ class Orpo(Preference):
 
     The cross-entropy is the answer's, as in the paper; TRL's trainer takes the prompt's tokens along.
     """
+
+    own_loss = True
 
     weight: float = 0.1
 
@@ -231,6 +239,9 @@ class Kto(Preference):
     of an undesirable one, Δ = log π - log π_ref, a mean over both. z0 is the mean Δ, at least 0 and without a gradient, of the step's prompts
     with other rows' answers, paired once before training (TRL pairs them within a batch of its data set).
     """
+
+    own_loss = True
+    prepares = True
 
     beta: float = 0.1
     desirable_weight: float = 1.0

@@ -23,6 +23,8 @@ class RationaleFirst(Objective):
     The two factors are two examples, the reasoning closed by the end-of-text token, so that generation ends there.
     """
 
+    prepares = True
+
     rationale_weight: float
     max_new_tokens: int
     """Most tokens of reasoning at test."""
