@@ -37,6 +37,8 @@ def a_result(**changes: Any) -> Result:
         "seed": 0,
         "train_rows": 200,
         "status": "ok",
+        "kind": "trained",
+        "labelled_rows": 240,
         "hyperparameters": {"r": 8, "alpha": 16, "lr": 0.001, "dropout": None},
         "scores": {
             "test": Score(rows=300, accuracy=0.8, accuracy_low=0.75, accuracy_high=0.84, macro_f1=0.79),

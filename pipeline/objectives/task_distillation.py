@@ -18,6 +18,8 @@ from pipeline.scoring import canonical
 class TaskDistillation(Objective):
     """Cross-entropy of the teacher's answer given the prompt; rows for which it has none (or none of the row's choices) are left out."""
 
+    reads_labels = False
+
     @property
     def needs_rationales(self) -> bool:
         return True
