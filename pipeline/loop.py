@@ -207,7 +207,7 @@ class Loop:
         return Work(
             steps=self.state.step, tokens=self.state.tokens, tokens_per_s=self.state.tokens / seconds if seconds and self.state.tokens else None,
             padding_share=self.state.padding / seen if seen else None, step_s_median=times[len(times) // 2] if times and self.device.type != "cuda" else None,
-            resumed=self.state.resumed, energy_note=self.energy.note, diverged_at=self.diverged_at, **self._engine(), **self.energy.joules(),
+            resumed=self.state.resumed, energy_note=self.energy.note, diverged_at=self.diverged_at, **{**self._engine(), **self.energy.joules()},
         )
 
     def _engine(self) -> dict[str, Any]:
