@@ -41,9 +41,8 @@ class Point:
 
     @property
     def stepped(self) -> str:
-        """The engine that ran, by the run's own notes."""
-        note = next((n for n in self.row["notes"] if n.startswith("engine: ")), "engine: eager")
-        return "hand" if "hand-written" in note else "eager" if note.startswith("engine: eager") else "captured"
+        """The engine that ran, by the plan's names."""
+        return "hand" if self.row["engine"] == "handwritten" else self.row["engine"]
 
 
 def plan_of(config: Config, gpu: bool) -> Plan:

@@ -181,8 +181,8 @@ def train(config: Config, device: Any) -> dict[str, Any]:
         "status": "ok", "kind": "live_bytes" if live else memory.kind, "peak_bytes": live.peak if live else memory.peak_bytes,
         "baseline_bytes": live.base if live else memory.baseline_bytes, "peak_allocated_bytes": memory.peak_allocated_bytes,
         "device_used_bytes": memory.device_used_bytes, "model_bytes": model_bytes, "trainable": count, "parameters": total, "precision": precision,
-        "notes": trained.notes, "train_s": phases.train_s, "warmup_s": phases.warmup_s, "steps": trained.work.steps, "tokens": trained.work.tokens,
-        "padding_share": trained.work.padding_share, "loss": trained.history[-1]["loss"] if trained.history else None, **seen,
+        "engine": trained.work.engine, "notes": trained.notes, "train_s": phases.train_s, "warmup_s": phases.warmup_s, "steps": trained.work.steps,
+        "tokens": trained.work.tokens, "padding_share": trained.work.padding_share, "loss": trained.history[-1]["loss"] if trained.history else None, **seen,
     }
 
 

@@ -223,7 +223,7 @@ def _apart(one: Candidate, best: Candidate) -> bool:
     shared = next((s.rows for s in best.evidence if s.rows in here), None)
     if shared is not None:
         runs = {c.technique: {s.seed: s.cell.right() for s in c.evidence if s.rows == shared} for c in (one, best)}
-        fixed = [c.technique for c in (one, best) if c.nearest.cell.result.method == "none"]
+        fixed = [c.technique for c in (one, best) if c.nearest.cell.result.kind == "base"]
         found = tiers.compare(runs, fixed)
         if found is not None and len(found.means) == 2:
             return found.between(best.technique, one.technique).told

@@ -66,7 +66,7 @@ def gather(roots: Iterable[Path]) -> list[Seen]:
             continue
         result = results.read(path)
         label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
-        if result.status == "ok" and result.test and result.metric == "accuracy" and result.method != "teacher":
+        if result.status == "ok" and result.test and result.metric == "accuracy" and result.kind != "teacher":
             cell = Cell(result, path.parent, label, parts["rows"])
             found.append(Seen(label, result.task, result.model, result.train_rows, result.seed, result.test.accuracy, result.test.rows, cell))
     return _once(_told_apart(found))
@@ -139,7 +139,7 @@ def pooled_spread(seen: Sequence[Seen]) -> Spread:
 
 def takes_no_rows(one: Seen) -> bool:
     """Whether the technique is the same whatever the number of training rows."""
-    return one.cell.untrained and "labels_from" not in one.cell.result.hyperparameters
+    return not one.cell.result.takes_rows
 
 
 def said_sizes(sizes: Sequence[int]) -> str:
@@ -173,7 +173,7 @@ def expected_accuracy(cells: Sequence[Seen], rows: int, spread: Spread, curve: l
 def _mean(cells: Sequence[Seen], spread: Spread, basis: str) -> Expected:
     value = math.fsum(s.accuracy for s in cells) / len(cells)
     same = len(cells) > 1 and all(s.accuracy == cells[0].accuracy for s in cells)
-    sd = 0.0 if same or cells[0].cell.result.method == "none" else spread.sd
+    sd = 0.0 if same or cells[0].cell.result.kind == "base" else spread.sd
     rows = value * (1 - value) / cells[0].test_rows
     half = spread.t * math.sqrt(sd**2 * (1 + 1 / len(cells)) + rows)
     seeds = f"{len(cells)} run{'s' if len(cells) > 1 else ''}"

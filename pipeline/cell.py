@@ -28,7 +28,7 @@ from pipeline.methods.base import Method
 from pipeline.model import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, most_tokens, parameters, resolve
 from pipeline.objectives.base import Beginning, Objective
 from pipeline.probes import Probing
-from pipeline.results import SHARED_PROCESS, Cost, Inference, Memory, Result, Score, Size, Synthetic, Teacher, Work, write
+from pipeline.results import Cost, Inference, Memory, Result, Score, Size, Synthetic, Teacher, Work, write
 from pipeline.settings import Settings, read
 from pipeline.sharing import shared_latency
 
@@ -183,9 +183,24 @@ def _identity(cfg: DictConfig, settings: Settings, method: Method, objective: Ob
         shown |= {key: steps for key, steps in (("steps", train.steps), ("min_steps", train.min_steps)) if steps is not None}
     return {
         "experiment": cfg.experiment, "cell": name(cfg), "technique": cfg.technique.name, "family": settings.technique.family,
+        "kind": _kind(method), "start": cfg.start, "takes_rows": method.takes_rows or bool(cfg.start),
         "method": method.name, "objective": objective.name if method.trains else "none", "task": cfg.task.name, "model": cfg.model.name,
         "seed": cfg.seed, "train_rows": cfg.train_rows or 0, "hyperparameters": shown, "metric": settings.task.metric, "config": plain(cfg),
     }
+
+
+def _kind(method: Method) -> str:
+    """One of results.KINDS."""
+    if method.answers_without_model:
+        return "teacher"
+    return "trained" if method.trains else "base" if method.name == "none" else "untrained"
+
+
+def labelled_rows(method: Method, objective: Objective, train: int, validation: int, seen: bool) -> int:
+    """Of so many training and validation rows, how many labels a cell uses. seen: all were read before it, by a search or the cell it begins at."""
+    if seen or (method.trains and objective.reads_labels):
+        return train + validation
+    return validation if method.trains else method.labelled_rows(train, validation)
 
 
 class Cell:
@@ -223,14 +238,19 @@ class Cell:
             with self.meter.phase("evaluate"):
                 forgetting = self.probing.forgetting(self.model) if self.probing else None
             inference = self._merged(self._many_adapters(inference))
-        phases = self.meter.phases()
+        phases, tuning = self.meter.phases(), tuned.effort(self.cfg)
         return Result(
             **{**_identity(self.cfg, self.settings, self.method, self.objective), "train_rows": self.labelled},
             precision=self.precision, status="ok", validation_rows=len(self.rows.validation), scores=self.scores, memory=memory, work=work,
             size=size, inference=inference, forgetting=forgetting, teacher=self._teacher(), synthetic=self.synthetic, history=history, notes=self.notes,
             hardware=measure.hardware(self.device), provenance=self._provenance(), phases=phases, packed=self.slots is not None, slots=self.slots,
-            tuning=tuned.effort(self.cfg), cost=price(self.cfg, phases.wall_s),
+            tuning=tuning, cost=price(self.cfg, phases.wall_s), shared_process=bool(self.shared.threads), labelled_rows=self._labelled_rows(bool(tuning)),
         )
+
+    def _labelled_rows(self, tuned: bool) -> int:
+        """With a taxonomy's examples that synthetic rows were written from."""
+        beside = self.synthetic.examples if self.synthetic else 0
+        return beside + labelled_rows(self.method, self.objective, self.labelled, len(self.rows.validation), tuned or bool(self.cfg.start))
 
     def _wants(self, split: str) -> bool:
         return self.splits is None or split in self.splits
@@ -256,7 +276,6 @@ class Cell:
             import torch
 
             torch.set_num_threads(self.shared.threads)
-            self.notes.append(SHARED_PROCESS)
         self.meter.device = self.device
 
     def _load(self) -> None:

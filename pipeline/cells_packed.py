@@ -81,7 +81,8 @@ def _keep(run: Running, slots: int, warmup_s: float) -> None:
     import torch
 
     seen = run.tokens + run.padding
-    work = Work(steps=run.step, tokens=run.tokens, padding_share=run.padding / seen if seen else None, energy_note=SHARED_ENERGY)
+    work = Work(steps=run.step, tokens=run.tokens, padding_share=run.padding / seen if seen else None, energy_note=SHARED_ENERGY,
+                engine="handwritten", diverged_at=run.diverged_at)
     held = {"weights": run.weights, "history": run.history, "notes": run.notes, "work": dataclasses.asdict(work), "slots": slots,
             "train_s": run.seconds, "warmup_s": warmup_s}
     with atomic_path(cell.packed_of(run.job.name.cfg)) as beside:

@@ -95,6 +95,7 @@ class Loop:
         self.device, self.dtype, self.pad_id = device, dtype, pad_id
         self.total = total_steps(settings, len(examples))
         self.notes: list[str] = []
+        self.diverged_at: int | None = None
         self.state = State()
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.stepping: Stepping
@@ -125,7 +126,7 @@ class Loop:
                     self._read_losses(bar)
                     if not math.isfinite(self.state.history[-1]["loss"]):
                         self.state.history = [h for h in self.state.history if math.isfinite(h["loss"])]
-                        self.notes.append(f"training diverged: the loss was not finite at step {self.state.step} of {self.total}")
+                        self._mark_diverged("the loss", self.state.step)
                         break
                 if self.state.step in marks:
                     self._validate(bar)
@@ -148,14 +149,19 @@ class Loop:
         """The way to step; what it does once is booked as warm-up."""
         common = (self.model, self.method, self.objective, self.examples, self.settings, self.seed, self.device, self.dtype, self.pad_id)
         with self.meter.phase("warmup"):
-            self.stepping, reason = choose(self.settings.engine, lambda: Eager(*common), lambda: Fast(*common, self.total), self.device)
-        self.notes += [*([reason] if reason else []), *self.stepping.notes]
+            self.stepping = choose(self.settings.engine, lambda: Eager(*common), lambda: Fast(*common, self.total), self.device)
+        self.notes += self.stepping.notes
 
     def _step(self, step: int) -> None:
         loss, tokens, padding = self.stepping.step(step, lr_factor(step, self.total, self.settings.schedule, self.settings.warmup_share))
         self.state.tokens += tokens
         self.state.padding += padding
         self._pending.append((step + 1, loss))
+
+    def _mark_diverged(self, what: str, step: int) -> None:
+        """Mark the run as ended by `what` not being finite at a step."""
+        self.diverged_at = step
+        self.notes.append(f"training diverged: {what} was not finite at step {step} of {self.total}")
 
     def _read_losses(self, bar: Any) -> None:
         for step, loss in self._pending:
@@ -201,8 +207,12 @@ class Loop:
         return Work(
             steps=self.state.step, tokens=self.state.tokens, tokens_per_s=self.state.tokens / seconds if seconds and self.state.tokens else None,
             padding_share=self.state.padding / seen if seen else None, step_s_median=times[len(times) // 2] if times and self.device.type != "cuda" else None,
-            resumed=self.state.resumed, energy_note=self.energy.note, **self.energy.joules(),
+            resumed=self.state.resumed, energy_note=self.energy.note, diverged_at=self.diverged_at, **{**self._engine(), **self.energy.joules()},
         )
+
+    def _engine(self) -> dict[str, Any]:
+        """The fields of Work that say how steps were made."""
+        return {"engine": self.stepping.engine, "engine_reason": self.stepping.reason, "widths": self.stepping.widths, "streams": self.stepping.streams}
 
     def _save(self) -> None:
         """Write a checkpoint whole or not at all; booked as `save`, out of the training memory."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import results
 from pipeline.files import UserError, read_jsonl
-from pipeline.results import Result
+from pipeline.results import ENGINES, Result
 
 FROM_FILES = "peft_config"  # python -m pipeline.peft_configs adds such cells to any experiment
 NAME = re.compile(r"(?P<technique>[^+]+?)(\+(?P<variant>.+))?-s(?P<seed>\d+)-n(?P<rows>\d+|all)")
@@ -32,7 +32,7 @@ class Cell:
 
     @property
     def untrained(self) -> bool:
-        return self.result.objective == "none"
+        return self.result.kind != "trained"
 
     @property
     def timing(self) -> str:
@@ -42,9 +42,14 @@ class Cell:
         return "resumed" if self.result.work and self.result.work.resumed else ""
 
     @property
-    def shared(self) -> bool:
-        """Whether start-up and load were shared with other cells, so that the wall clock leaves them out."""
-        return results.SHARED_PROCESS in self.result.notes
+    def engine(self) -> str:
+        """What did the training steps, in words; empty where the eager engine did as it was asked to."""
+        work = self.result.work
+        if work is None or work.engine is None or (work.engine not in ("captured", "handwritten") and not work.engine_reason):
+            return ""
+        reason = f", because {work.engine_reason}" if work.engine_reason else ""
+        graphs = ", captured in CUDA graphs" if work.engine != "eager" and self.result.hardware.get("device") == "cuda" else ""
+        return f"{ENGINES[work.engine]}{reason}{graphs}"
 
     def right(self) -> dict[str, bool]:
         """{row id: answered right} of the test split; empty without predictions."""

@@ -17,7 +17,7 @@ HEADS = ("technique", "peak memory", "forecast", "error", "training", "forecast"
 
 
 def lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line a row that was trained: its name and family, the texts under HEADS, and why there is no forecast."""
+    """A line a row that was trained: its name and family, the texts under HEADS, the memory's relative error, and why there is no forecast."""
     found = []
     for row in rows:
         cells = [c.result for c in row.cells if c.result.status == "ok" and c.result.memory and c.result.memory.peak_bytes and not c.untrained]
@@ -28,7 +28,8 @@ def lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
         memory = told.memory.total if told and told.memory else None
         error = memory / peak - 1 if memory else None
         texts = [f.size(peak), f.size(memory), f"{f.signed(100 * error)}%" if error is not None else f.DASH, f.duration(row.train_s), _time(told)]
-        found.append({"name": row.name, "family": row.family, "texts": texts, "reason": told.reason if told else "its model or data are not here"})
+        reason = told.reason if told else "its model or data are not here"
+        found.append({"name": row.name, "family": row.family, "texts": texts, "error": error, "reason": reason})
     return found
 
 
@@ -42,6 +43,6 @@ def _time(told: Forecast | None) -> str:
 def part(rows: Sequence[Row]) -> dict[str, Any]:
     """What the template forecast.html reads."""
     found = lines(rows)
-    errors = [abs(float(line["texts"][2].rstrip("%").replace(f.MINUS, "-"))) for line in found if line["texts"][2] != f.DASH]
-    middle = f"{statistics.median(errors):.1f}%" if errors else None
+    errors = [abs(line["error"]) for line in found if line["error"] is not None]
+    middle = f"{100 * statistics.median(errors):.1f}%" if errors else None
     return {"forecasts": found if errors else [], "forecast_heads": HEADS, "forecast_error": middle}

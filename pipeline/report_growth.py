@@ -23,7 +23,7 @@ class Line:
 
     curve: Curve
     family: str
-    method: str
+    kind: str
     cells: dict[int, list[Measured]]
     first: Estimate
     last: Estimate
@@ -85,7 +85,7 @@ def growth(rows: Sequence[Row], target: float | None = None) -> Growth | None:
 
 def _constant(cell: Cell) -> bool:
     """Whether the technique takes no more rows than it has at every size: nothing, or a number of demonstrations."""
-    return cell.untrained and "labels_from" not in cell.result.hyperparameters
+    return not cell.result.takes_rows
 
 
 def _measured(cell: Cell) -> Measured | None:
@@ -108,7 +108,7 @@ def _line(curve: Curve, row: Row, measured: Sequence[Measured], target: float, s
         if one.technique == curve.technique:
             cells.setdefault(one.rows, []).append(one)
     low, high = (smallest, largest) if curve.kind == "constant" else (curve.sizes[0], curve.sizes[-1])
-    return Line(curve, row.family, row.method, dict(sorted(cells.items())), curve.at(low), curve.at(high), curve.rows_for(target))
+    return Line(curve, row.family, row.kind, dict(sorted(cells.items())), curve.at(low), curve.at(high), curve.rows_for(target))
 
 
 def _halfway(base: str | None, start: float, best: Curve, largest: int) -> str:
@@ -170,7 +170,7 @@ def remarks(grown: Growth) -> list[str]:
     """What a reader of the curves should know, as far as it holds here."""
     power = [one for one in grown.lines if one.curve.kind == "power"]
     poor = [one.name for one in power if not one.curve.fits]
-    lone = [one.name for one in grown.lines if one.curve.seeds == 1 and one.method != "none"]
+    lone = [one.name for one in grown.lines if one.curve.seeds == 1 and one.kind != "base"]
     return [text for text in (
         "Curves are a − b · n^(−c), fitted to the sizes measured and drawn no further; what takes no rows to train is a line. Bands and brackets "
         "hold the truth 95 times in 100, each for itself.",

@@ -5,7 +5,6 @@ Library of `python -m pipeline.report`.
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Sequence
 
@@ -18,10 +17,6 @@ TABLES = (
     ("name", "train_s", "wall_s", "tokens_per_s", "peak_bytes", "trainable", "artefact_bytes"),
     ("name", "macro_f1", "validation", "transfer", "perplexity_change", "pairs_change", "lambada_change", "latency_s"),
 )
-
-
-SHAPES = re.compile(r"; (widths|rows packed into streams of tokens) [\d, ]+$")
-"""Of a note about the engine: the shapes of the cell's own batches (pipeline/stepping.py)."""
 
 
 def markdown(experiment: str, rows: Sequence[Row], missing: Sequence[str], further: Sequence[str] = ()) -> str:
@@ -47,8 +42,8 @@ def _footnotes(rows: Sequence[Row], unmeasured: Sequence[str]) -> list[str]:
     if any(interval(r) for r in rows):
         notes.append("brackets after accuracy: 95% interval; with several seeds from the lowest to the highest bound of theirs")
     own: dict[str, list[str]] = {}
-    for row, note in ((r, n) for r in rows for n in r.own_notes):
-        names = own.setdefault(SHAPES.sub("", note), [])
+    for row, note in ((r, n) for r in rows for n in [*r.own_notes, *(f"engine: {c.engine}" for c in r.cells if c.engine)]):
+        names = own.setdefault(note, [])
         names.extend([row.name] if row.name not in names else [])
     return notes + common_notes(cells) + [f"{', '.join(names)}: {note}" for note, names in own.items()]
 

@@ -54,9 +54,9 @@ def _data(cells: list[Cell]) -> dict[str, Any]:
     if not cells:
         return {"labelled_rows": None, "rationale_rows": None, "synthetic_rows": None, "teacher_s": None}
     result = cells[0].result
-    taught = result.teacher if result.method != "teacher" else None
+    taught = result.teacher if result.kind != "teacher" else None
     return {
-        "labelled_rows": _labelled_rows(cells[0]),
+        "labelled_rows": result.labelled_rows,
         "rationale_rows": taught.rows if taught else None,
         "synthetic_rows": result.synthetic.rows if result.synthetic else None,
         "teacher_s": _mean(cells, _teacher_s),
@@ -69,26 +69,6 @@ def _teacher_s(result: Result) -> float | None:
     return sum(known) if known else None
 
 
-def _labelled_rows(cell: Cell) -> int:
-    """Training and validation rows, and the taxonomy's examples that synthetic rows were written from; fewer for what trains nothing, unless
-    pipeline.tune chose its settings on them."""
-    result = cell.result
-    fewer = cell.untrained or "labels_from" in result.hyperparameters
-    beside = result.synthetic.examples if result.synthetic else 0
-    return beside + (_untrained_rows(result) if fewer and result.tuning is None else result.train_rows + result.validation_rows)
-
-
-def _untrained_rows(result: Result) -> int:
-    """Few-shot's demonstrations; all rows that retrieval or a choice of prompt reads; those that compression is calibrated on; none for the
-    untouched base. What begins at another cell has used that one's rows."""
-    shown = result.hyperparameters
-    if "start" in shown:
-        return result.train_rows + result.validation_rows
-    read = {"train": result.train_rows, "validation": result.validation_rows}
-    calibrated = min(int(shown.get("calibration_rows", 0)), result.train_rows)
-    return read.get(str(shown.get("labels_from")), calibrated or int(shown.get("k", 0)))
-
-
 def _training(cells: list[Cell]) -> dict[str, Any]:
     timed = [c for c in cells if not c.timing] or cells
     return {
@@ -96,7 +76,7 @@ def _training(cells: list[Cell]) -> dict[str, Any]:
         "wall_s": _mean(timed, lambda r: r.phases.wall_s if r.phases else None),
         "tokens_per_s": _mean(timed, lambda r: r.work.tokens_per_s if r.work else None),
         "timing": timed[0].timing if timed else "",
-        "shared_process": any(c.shared for c in timed),
+        "shared_process": any(c.result.shared_process for c in timed),
         "energy_j": _mean(timed, lambda r: r.work.energy_j if r.work else None),
         "host_energy_j": _mean(timed, lambda r: r.work.host_energy_j if r.work else None),
         **_cost(timed),

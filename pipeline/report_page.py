@@ -143,7 +143,7 @@ def bar(phases: Phases, longest: float) -> list[tuple[str, float, str]]:
 def _detail(cell: Cell, own_notes: Sequence[str]) -> dict[str, Any]:
     """One cell's facts for its fold-out; what is true of every cell is said elsewhere."""
     result = cell.result
-    facts = {**_quality(result), **_resources(result), "Teacher": _teacher(result), "Timing": cell.timing}
+    facts = {**_quality(result), **_resources(result), "Teacher": _teacher(result), "Timing": cell.timing, "Engine": _engine(cell)}
     facts |= {"Notes": "; ".join(n for n in result.notes if n in own_notes), "Error": result.error}
     return {
         "result": result, "facts": {k: v for k, v in facts.items() if v}, "phases": _phases(result.phases),
@@ -190,6 +190,13 @@ def _tuning(result: Result) -> str | None:
     if found is None:
         return None
     return f"{found.searched} hyperparameters, {found.trials} trials with seed {found.seed}, {f.duration(found.device_s)}; {found.file}"
+
+
+def _engine(cell: Cell) -> str:
+    work = cell.result.work
+    if not cell.engine or work is None or not work.widths:
+        return cell.engine
+    return f"{cell.engine}; {'rows packed into streams of tokens' if work.streams else 'widths'} {', '.join(map(str, work.widths))}"
 
 
 def _score(result: Result, split: str) -> str:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline import results, tiers
+from pipeline import tiers
 from pipeline.report_cells import Cell
 from pipeline.report_means import figures_of
 from pipeline.results import Result
@@ -31,6 +31,8 @@ class Row:
     technique: str
     family: str
     method: str
+    kind: str
+    """What it is: one of results.KINDS."""
     precision: str
     train_rows: int
     seeds: int
@@ -95,6 +97,10 @@ class Row:
     cost: float | None = None
     """Of a cell, in `currency`; None without a price, or where its seeds were priced in several."""
     currency: str | None = None
+    engine: str | None
+    """What did the training steps (results.ENGINES); several seeds' that differ are all named."""
+    diverged: int
+    """Seeds whose training ended because its loss was not finite."""
     notes: str
     own_notes: tuple[str, ...]
     """Notes that not every row has."""
@@ -103,12 +109,12 @@ class Row:
     @property
     def teacher(self) -> bool:
         """The teacher is no way of making the model do the task: it is shown, not compared."""
-        return self.method == "teacher"
+        return self.kind == "teacher"
 
     @property
     def begins(self) -> bool:
         """Whether it begins at what another cell trained, whose cost is not in its own."""
-        return any("start" in r.hyperparameters for r in self.results)
+        return any(r.start for r in self.results)
 
     @property
     def group(self) -> str:
@@ -143,9 +149,8 @@ def make_rows(cells: Sequence[Cell]) -> list[Row]:
 
 def common_notes(cells: Sequence[Cell]) -> list[str]:
     """Notes of every cell that a model answered, said once for all of them."""
-    having = [c.result.notes for c in _ok(cells) if c.result.method != "teacher"]
-    shared = [note for note in dict.fromkeys(having[0]) if all(note in notes for notes in having)] if having else []
-    return [note for note in shared if note != results.SHARED_PROCESS]
+    having = [c.result.notes for c in _ok(cells) if c.result.kind != "teacher"]
+    return [note for note in dict.fromkeys(having[0]) if all(note in notes for notes in having)] if having else []
 
 
 def _ok(cells: Iterable[Cell]) -> list[Cell]:
@@ -156,24 +161,26 @@ def _row(cells: list[Cell], several: bool, common: list[str]) -> Row:
     ok = _ok(cells)
     first, lost = (ok or cells)[0], len(cells) - len(ok)
     result, rows = first.result, f"{first.rows} rows"
-    notes = dict.fromkeys(n for c in cells for n in [*c.result.notes, c.result.error] if n and n != results.SHARED_PROCESS)
+    notes = dict.fromkeys(n for c in cells for n in [*c.result.notes, c.result.error] if n)
+    work = [c.result.work for c in cells if c.result.work]
     return Row(
         technique=first.label, name=f"{first.label} ({rows})" if several else first.label, family=result.family, method=result.method,
-        precision=result.precision, train_rows=result.train_rows, seeds=len(ok or cells), metric=result.metric, cells=tuple(cells),
+        kind=result.kind, precision=result.precision, train_rows=result.train_rows, seeds=len(ok or cells), metric=result.metric, cells=tuple(cells),
         status="ok" if not lost else "oom" if not ok else f"oom in {lost} of {len(cells)} seeds", notes="; ".join(notes),
-        own_notes=tuple(sorted((n for n in notes if n not in common), key=lambda note: note.startswith("engine:"))),
+        own_notes=tuple(n for n in notes if n not in common), diverged=sum(w.diverged_at is not None for w in work),
+        engine=", ".join(dict.fromkeys(w.engine for w in work if w.engine)) or None,
         **figures_of(ok),
     )
 
 
 def _fixed(rows: Sequence[Row]) -> list[str]:
     """Names of the rows with nothing random in them."""
-    return [r.name for r in rows if r.teacher or r.method == "none"]
+    return [r.name for r in rows if r.kind in ("teacher", "base")]
 
 
 def zero_shot(rows: Sequence[Row]) -> Row | None:
     """The row that learning is counted from: the untouched base in the experiment's own precision, else in any."""
-    return min((r for r in rows if r.method == "none"), key=lambda r: (r.precision in QUANTISED, r.name), default=None)
+    return min((r for r in rows if r.kind == "base"), key=lambda r: (r.precision in QUANTISED, r.name), default=None)
 
 
 def _against_zero_shot(rows: list[Row], answers: Mapping[str, Runs]) -> list[Row]:

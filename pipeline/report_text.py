@@ -95,7 +95,7 @@ def _apart(ranked: list[Row]) -> str:
         return f"All others are below it by more than chance{seeds}." if all(r.standing for r in ranked) else ""
     if len(near) <= MANY:
         return f"{_listed(near)} cannot be told apart from it{seeds}."
-    last, single = near[-1], sum(r.seeds == 1 and r.method != "none" for r in near)
+    last, single = near[-1], sum(r.seeds == 1 and r.kind != "base" for r in near)
     why = f"; {single} of these ran with one seed" if single and ranked[0].covers_seeds else ""
     pairs = len(ranked) * (len(ranked) - 1) // 2
     why += f". Of the differences that the tiers show among {pairs:,} pairs, at most 5% should be chance" if len(ranked) > FEW else ""

@@ -7,6 +7,7 @@ A field that was not measured is null, never zero.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,15 @@ from typing import Any
 
 from pipeline.files import UserError, check_name, read_json, write_json
 
-SCHEMA = 1
+SCHEMA = 2
+BEFORE = 1
+"""The last schema, which is still read."""
+KINDS = ("trained", "untrained", "base", "teacher")
+"""What a row is: a base that was trained; a base whose request or weights were changed without training; the base as it is; answers without a model."""
+ENGINES = {"eager": "eager", "captured": "autograd", "handwritten": "hand-written step", "trl": "TRL's loop"}
+"""What did the training steps, with its words for a reader; captured: autograd over static shapes, on a GPU in CUDA graphs (docs/fast.md)."""
 NAMES = ("experiment", "cell", "technique", "task", "model")
 """Fields that become parts of paths."""
-SHARED_PROCESS = "imports and base model were read once for several cells: start-up and load times are not a single run's"
-"""The note of a cell whose imports and base were read before it was forked: its wall clock leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,16 @@ class Work:
     """Beside a GPU: energy of the CPU packages and their memory in the same time."""
     energy_note: str | None = None
     """Why one of the two is null."""
+    engine: str | None = None
+    """One of ENGINES; null: nothing was trained."""
+    engine_reason: str | None = None
+    """Why a faster one was asked for and did not run."""
+    widths: list[int] | None = None
+    """Tokens of the rows, or of the streams, that the fast engine's steps were made for."""
+    streams: bool = False
+    """Whether its rows lay one after another in streams of tokens, without padding between them."""
+    diverged_at: int | None = None
+    """The optimiser step (from 1) whose loss was not finite, which ended training; null: it went through."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +225,18 @@ class Result:
     train_rows: int
     status: str
     """ok, or oom (out of memory: a result, keyed with the hardware)."""
+    kind: str
+    """One of KINDS."""
+    start: str | None = None
+    """The cell that this one begins at (its folder or technique), whose rows and cost are not counted in this one's times."""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     metric: str = "accuracy"
     """The task's headline metric, a field of Score."""
     validation_rows: int = 0
+    labelled_rows: int | None = None
+    """Rows whose labels were used: training and validation rows, a taxonomy's examples; fewer for what trains nothing. Null: it did not finish."""
+    takes_rows: bool = True
+    """Whether more training rows make it another model: not the untouched base, a fixed number of demonstrations, a compressed base."""
     scores: dict[str, Score] = field(default_factory=dict)
     """By split: test, validation, and transfer/<set>."""
     phases: Phases | None = None
@@ -232,7 +255,7 @@ class Result:
     history: list[dict[str, float]] = field(default_factory=list)
     """Points of the training curve: step, loss, lr; validation points carry validation_<metric>."""
     notes: list[str] = field(default_factory=list)
-    """What a reader should know: truncated texts, fallbacks, a shared process."""
+    """Sentences for people: truncated texts, fallbacks. Nothing reads a fact out of them."""
     hardware: dict[str, Any] = field(default_factory=dict)
     """device, gpu, gpu_memory_bytes, cpu, cpu_count, memory_bytes, platform."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -244,6 +267,8 @@ class Result:
     """Trained at once with others in one process: its times are a share of theirs, its memory is not its own."""
     slots: int | None = None
     """How many ran at once, if packed."""
+    shared_process: bool = False
+    """Whether imports and base were read before the cell was forked: its start-up, load and wall clock leave them out."""
     schema: int = SCHEMA
 
     @property
@@ -276,12 +301,60 @@ def read(path: str | Path) -> Result:
         path = path / "result.json"
     raw = read_json(path)
     found = raw.get("schema") if isinstance(raw, dict) else None
-    if found != SCHEMA:
-        raise UserError(f"{path} was written by schema {found}, this version reads schema {SCHEMA}; delete the cell's folder and run it again")
-    result: Result = _build(Result, raw, path)
+    if found not in (SCHEMA, BEFORE):
+        raise UserError(f"{path} was written by schema {found}, this version reads schemas {BEFORE} and {SCHEMA}; delete the cell's folder and run it again")
+    result: Result = _build(Result, _from_schema_1(raw) if found == BEFORE else raw, path)
     for field_name in NAMES:
         check_name(getattr(result, field_name), f"{path}: {field_name}")
     return result
+
+
+SHARED_1 = "imports and base model were read once for several cells: start-up and load times are not a single run's"
+ENGINE_1 = re.compile(
+    r"engine: (?P<way>eager|autograd|hand-written step)(, because (?P<reason>.*?))?(, captured in CUDA graphs)?"
+    r"(; (?P<kind>widths|rows packed into streams of tokens) (?P<widths>[\d, ]+))?"
+)
+DIVERGED_1 = re.compile(r"training diverged: the loss (or its gradient )?was not finite at step (?P<step>\d+) of \d+")
+"""Notes of schema 1 that are fields now; the first two are notes no more."""
+
+
+def _from_schema_1(raw: dict) -> dict:
+    """A result of schema 1 with the fields that came since, from its notes and hyperparameters: the only place that looks into either."""
+    notes, shown = raw.get("notes") or [], raw.get("hyperparameters") or {}
+    untrained = {"none": "base", "teacher": "teacher"}.get(str(raw.get("method")), "untrained")
+    kind = untrained if raw.get("objective") == "none" else "trained"
+    fields = {
+        "schema": SCHEMA, "kind": kind, "start": shown.get("start"), "shared_process": SHARED_1 in notes,
+        "takes_rows": kind == "trained" or "labels_from" in shown or "start" in shown,
+        "labelled_rows": _labelled_1(raw, kind, shown) if raw.get("status") == "ok" else None,
+        "notes": [n for n in notes if n != SHARED_1 and not ENGINE_1.fullmatch(n)],
+    }
+    if isinstance(raw.get("work"), dict):
+        fields["work"] = raw["work"] | (_steps_1(raw, notes) if kind == "trained" else {})
+    return raw | fields
+
+
+def _labelled_1(raw: dict, kind: str, shown: dict) -> int:
+    """What the report of schema 1 counted as labelled rows."""
+    train, validation = raw.get("train_rows") or 0, raw.get("validation_rows") or 0
+    beside = (raw.get("synthetic") or {}).get("examples", 0)
+    if raw.get("tuning") or "start" in shown or (kind == "trained" and "labels_from" not in shown):
+        return beside + train + validation
+    fixed = min(shown.get("calibration_rows", 0), train) or shown.get("k", 0)
+    return beside + {"train": train, "validation": validation}.get(str(shown.get("labels_from")), fixed)
+
+
+def _steps_1(raw: dict, notes: list[str]) -> dict[str, Any]:
+    """The fields of Work on how training stepped."""
+    engine = next((m for n in notes if (m := ENGINE_1.fullmatch(n))), None)
+    diverged = next((m for n in notes if (m := DIVERGED_1.fullmatch(n))), None)
+    at = {"diverged_at": int(diverged["step"]) if diverged else None}
+    if engine is None:  # a run by TRL says so in its algorithm's name, a pack has no other engine
+        by_trl = any(n.startswith("trained by TRL's ") for n in notes)
+        return at | {"engine": "trl" if by_trl else "handwritten" if raw.get("packed") else "eager"}
+    name = {"autograd": "captured", "hand-written step": "handwritten"}.get(engine["way"], "eager")
+    widths = [int(w) for w in engine["widths"].split(", ")] if engine["widths"] else None
+    return at | {"engine": name, "engine_reason": engine["reason"], "widths": widths, "streams": engine["kind"] not in (None, "widths")}
 
 
 def read_all(root: str | Path) -> list[Result]:

@@ -98,18 +98,18 @@ def cell_run(folder: str | Path) -> Run:
 
 
 def _cell_params(result: Result) -> dict[str, str]:
-    own = ("technique", "method", "objective", "precision", "train_rows", "seed", "model", "task")
+    own = ("technique", "method", "objective", "precision", "train_rows", "labelled_rows", "seed", "model", "task")
     return _texts({SHORT.get(k, k): v for k, v in result.hyperparameters.items()} | {k: getattr(result, k) for k in own})
 
 
 def _cell_tags(result: Result) -> dict[str, str]:
     return _texts(
-        {k: getattr(result, k) for k in ("experiment", "technique", "family", "seed", "status", "packed", "error")}
+        {k: getattr(result, k) for k in ("experiment", "technique", "family", "kind", "seed", "status", "packed", "shared_process", "error")}
         | {k: result.provenance.get(k) for k in ("git_commit", "git_dirty")}
         | {
             "hardware": hardware_name(result.hardware),
             "memory_kind": result.memory.kind if result.memory else None,
-            "resumed": result.work.resumed if result.work else None,
+            **{k: getattr(result.work, k) if result.work else None for k in ("resumed", "engine", "engine_reason")},
             "mlflow.source.git.commit": result.provenance.get("git_commit"),
             "mlflow.note.content": "\n\n".join(result.notes) or None,
         }

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 class Stepping(Protocol):
     """What the loop asks for."""
 
+    engine: str
+    """One of results.ENGINES."""
+    reason: str | None
+    """Why no faster one, where one was asked for."""
+    widths: list[int] | None
+    """Tokens of a row, or of a stream of rows, that steps were made for; None: of any."""
+    streams: bool
     notes: list[str]
 
     def warm(self) -> None:
@@ -44,10 +51,15 @@ class Stepping(Protocol):
 class Eager:
     """Forward, loss and backward over the step's micro-batches, then clipping and torch's (or bitsandbytes' paged) AdamW."""
 
+    engine = "eager"
+    widths: list[int] | None = None
+    streams = False
+
     def __init__(self, model: Any, method: Method, objective: Objective, examples: Sequence[Sequence[Encoded]], settings: Train, seed: int, device: Any,
                  dtype: Any, pad_id: int) -> None:
         self.model, self.method, self.objective, self.examples, self.settings, self.seed = model, method, objective, examples, settings, seed
         self.device, self.dtype, self.pad_id = device, dtype, pad_id
+        self.reason: str | None = None
         self.notes: list[str] = []
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = self._optimizer(method.optimizer_groups(model, settings.lr))
@@ -122,6 +134,8 @@ class Fast:
             raise Unsupported("the objective makes batches of its own")
         self.examples, self.settings, self.seed, self.lr = examples, settings, seed, settings.lr
         self.notes: list[str] = []
+        self.engine = "handwritten"
+        self.reason: str | None = None
         buckets, streams = self._shapes(model, device, dtype, total)
         groups = method.optimizer_groups(model, settings.lr)
         try:
@@ -131,17 +145,15 @@ class Fast:
             bound = bind(model, dtype, accumulate=shapes.accumulates, seed=seed)
             bound.serve(model)
             program: Any = ByHand(bound)
-            way = "hand-written step"
         except Unsupported as reason:
             program, shapes = ByAutograd(model, objective, groups, settings.lr, device, dtype), buckets
-            way = f"autograd, because {reason}"
+            self.engine, self.reason = "captured", str(reason)
         program.flat.weight_decay.fill_(settings.weight_decay)
         program.flat.max_norm.fill_(settings.max_grad_norm)
         self.stepper = Stepper(program, shapes, pad_id, device)
         self.program = program
-        widths = ", ".join(str(w) for w in sorted(self.stepper.inputs))
-        kind = "rows packed into streams of tokens" if shapes is streams else "widths"
-        self.notes.append(f"engine: {way}{', captured in CUDA graphs' if self.stepper.graphs.captures else ''}; {kind} {widths}")
+        self.widths: list[int] | None = sorted(self.stepper.inputs)
+        self.streams = shapes is streams
         if settings.optimizer == "paged_adamw":
             self.notes.append("paged_adamw cannot be captured: the fast engine's AdamW ran, its state not paged")
 
@@ -187,24 +199,29 @@ def checkpoint_activations(model: Any) -> None:
         raise UserError(f"train.checkpointing=true does not go with this model ({' '.join(str(error).split())}); set it to false") from error
 
 
-def choose(engine: str, eager: Callable[[], Eager], fast: Callable[[], Fast], device: Any) -> tuple[Stepping, str | None]:
-    """The way to step, ready for the first step, and the reason why it is not the fast one where that was wanted.
+def choose(engine: str, eager: Callable[[], Eager], fast: Callable[[], Fast], device: Any) -> Stepping:
+    """The way to step, ready for the first step; its `reason` says why it is not the fast one where that was wanted.
 
     engine: auto (fast on CUDA), fast or eager.
     """
     if engine == "eager" or (engine == "auto" and device.type != "cuda"):
-        return eager(), None
+        return eager()
     from pipeline.fast.bind import Unsupported
 
     try:
         stepping = fast()
     except Unsupported as reason:
-        return eager(), f"engine: eager, because {reason}"
+        return _instead(eager(), str(reason))
     try:
         stepping.warm()
     except RuntimeError as error:
         if "out of memory" in str(error):
             raise
         stepping.close()
-        return eager(), f"engine: eager, because the capture failed ({str(error).splitlines()[0]})"
-    return stepping, None
+        return _instead(eager(), f"the capture failed ({str(error).splitlines()[0]})")
+    return stepping
+
+
+def _instead(stepping: Eager, reason: str) -> Eager:
+    stepping.reason = reason
+    return stepping

@@ -142,7 +142,8 @@ class Trials:
     def _result(self, run: Running) -> Result:
         member = run.job.name
         seen = run.tokens + run.padding
-        work = Work(steps=run.step, tokens=run.tokens, padding_share=run.padding / seen if seen else None)
+        work = Work(steps=run.step, tokens=run.tokens, padding_share=run.padding / seen if seen else None, engine="handwritten",
+                    diverged_at=run.diverged_at)
         phases = Phases(run.seconds, 0, 0, 0, run.seconds, 0, 0, 0, 0)
         return cell.bare_result(
             member.cfg, status="ok", precision=self.packing.precision, scores={"validation": run.found[0]}, phases=phases, work=work, history=run.history,

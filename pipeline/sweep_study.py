@@ -193,7 +193,7 @@ def numbers(result: Result) -> dict[str, Any]:
         "slots": result.slots,
         "nll": nll if nll is not None and math.isfinite(nll) else None,
         "hardware": result.hardware.get("gpu") or result.hardware.get("cpu"),
-        "diverged": any(note.startswith("training diverged") for note in result.notes),
+        "diverged": result.work is not None and result.work.diverged_at is not None,
     }
 
 

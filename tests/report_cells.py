@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_jsonl
-from pipeline.results import SHARED_PROCESS, Forgetting, Inference, Memory, Phases, Result, Score, Size, Teacher, Work, write
+from pipeline.results import Forgetting, Inference, Memory, Phases, Result, Score, Size, Teacher, Work, write
 
 TEST_ROWS = 250
 BASE_NOTE = "the base is a dequantised Q4_1 model (4-bit blocks), not the original bf16 weights"
-NONE = {"family": "no training", "objective": "none", "trainable": 0}
+NONE = {"family": "no training", "kind": "untrained", "takes_rows": False, "objective": "none", "trainable": 0}
 LORA = {"family": "reparametrised", "method": "lora", "trainable": 2_442_240, "artefact": 9_787_976}
 TECHNIQUES: dict[str, dict[str, Any]] = {
-    "zero_shot": {**NONE, "method": "none", "memory": 1.05e9},
-    "few_shot": {**NONE, "method": "few_shot", "memory": 1.16e9, "artefact": 1_420, "hyperparameters": {"k": 8}},
+    "zero_shot": {**NONE, "kind": "base", "method": "none", "memory": 1.05e9},
+    "few_shot": {**NONE, "method": "few_shot", "memory": 1.16e9, "artefact": 1_420, "hyperparameters": {"k": 8}, "labelled": 8},
     "full": {"family": "full", "method": "full", "train_s": 118.0, "memory": 3.41e9, "trainable": 134_515_008, "artefact": 538_090_408},
     "lora": {**LORA, "train_s": 92.0, "memory": 1.62e9, "hyperparameters": {"r": 8, "alpha": 16, "dropout": 0.0}},
     "lora+best": {
@@ -29,7 +29,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     },
     "step_by_step": {"family": "distillation", "method": "full", "objective": "step_by_step", "train_s": 230.0, "memory": 3.6e9,
                      "trainable": 134_515_008, "artefact": 538_090_408},
-    "teacher": {"family": "teacher", "method": "teacher", "objective": "none"},
+    "teacher": {"family": "teacher", "kind": "teacher", "takes_rows": False, "method": "teacher", "objective": "none"},
 }
 GRID: dict[str, Any] = {"techniques": [t for t in TECHNIQUES if "+" not in t], "seeds": [0, 1], "train_rows": [200]}
 HARDWARE = {"device": "cpu", "gpu": None, "cpu": "AMD EPYC", "cpu_count": 2, "memory_bytes": 25_276_502_016, "platform": "Linux x86_64"}
@@ -57,10 +57,11 @@ def result(name: str, right: int = 200, seed: int = 0, rows: int = 200, **change
         "experiment": "quick", "cell": f"{name}-s{seed}-n{rows}", "technique": name.partition("+")[0], "family": about["family"],
         "method": about["method"], "objective": about.get("objective", "labels"), "precision": about.get("precision", "fp32"),
         "task": "vader_movies", "model": "smollm2_135m", "seed": seed, "train_rows": rows, "status": "ok", "validation_rows": 40,
+        "kind": about.get("kind", "trained"), "takes_rows": about.get("takes_rows", True), "labelled_rows": rows + 40 if trained else about.get("labelled", 0),
         "hyperparameters": about.get("hyperparameters", {}) | ({"lr": 1e-3, "epochs": 2.0, "batch_size": 16} if trained else {}),
         "scores": {"validation": score(round(right * 40 / TEST_ROWS), 40), "test": score(right)},
         "phases": Phases(train_s + 74.2, 11.2, 3.1, 0.0, train_s, 14.8, 1.1, 43.6, 0.4), "hardware": HARDWARE, "provenance": PROVENANCE,
-        "notes": [SHARED_PROCESS, BASE_NOTE, *about.get("notes", [])], "history": history(seed, right / TEST_ROWS) if trained else [],
+        "shared_process": True, "notes": [BASE_NOTE, *about.get("notes", [])], "history": history(seed, right / TEST_ROWS) if trained else [],
         "work": Work(26, 13_740, 13_740 / train_s, 0.12) if trained and train_s else Work(),
         "memory": Memory("cpu_rss", int(about["memory"]) if about.get("memory") else None, 980_000_000),
         "size": Size(trainable, max(134_515_008, trainable), about.get("artefact", 0), 538_060_032),
@@ -79,7 +80,7 @@ def result(name: str, right: int = 200, seed: int = 0, rows: int = 200, **change
 def oom(name: str, seed: int = 0, rows: int = 200) -> Result:
     """A cell that ran out of memory."""
     full = result(name, seed=seed, rows=rows)
-    kept = ("experiment", "cell", "technique", "family", "method", "objective", "precision", "task", "model", "seed", "train_rows")
+    kept = ("experiment", "cell", "technique", "family", "method", "objective", "precision", "task", "model", "seed", "train_rows", "kind", "takes_rows")
     failed: dict[str, Any] = {"status": "oom", "error": "ended beyond the limit of 3.0 GiB", "hardware": HARDWARE, "provenance": PROVENANCE}
     return Result(**{k: getattr(full, k) for k in kept}, **failed)
 

@@ -257,6 +257,6 @@ def test_a_result_of_an_older_schema_is_named_where_a_cell_is_looked_up(override
     folder.mkdir(parents=True)
     (folder / "result.json").write_text('{"schema": 0}')
     with pytest.raises(
-        UserError, match=f"{folder}/result.json was written by schema 0, this version reads schema 1; delete the cell's folder"
+        UserError, match=f"{folder}/result.json was written by schema 0, this version reads schemas 1 and 2; delete the cell's folder"
     ):
         cells.is_done(cfg)

@@ -37,10 +37,10 @@ def made_up(config, factor, fixed):
     """A line that a card with these constants would have written."""
     plan = forecast_fit.plan_of(config, True)
     told = forecast(plan, Constants())
-    notes = {"hand": ["engine: hand-written step, captured in CUDA graphs; widths 64"], "captured": ["engine: autograd, because"], "eager": []}[plan.engine]
+    engine = {"hand": "handwritten"}.get(plan.engine, plan.engine)
     return {
         "name": config.name, "status": "ok", "kind": "gpu_reserved", "peak_bytes": int(told.loaded + factor[plan.engine] * (told.total - told.loaded) + fixed),
-        "precision": plan.precision, "notes": notes, "hardware": {"device": "cuda", "gpu": "NVIDIA Test", "cpu": "x"}, "versions": {}, "date": "2026-11-23",
+        "precision": plan.precision, "engine": engine, "hardware": {"device": "cuda", "gpu": "NVIDIA Test", "cpu": "x"}, "versions": {}, "date": "2026-11-23",
         "machine": {"product_workspace": 32 * 2**20}, "device_used_bytes": 2**30 + 500, "reserved_end": 2**30,
     }
 

@@ -60,7 +60,7 @@ def test_the_teacher_s_answer_takes_the_place_of_the_label():
 def test_task_distillation_learns_the_teacher_and_reads_no_label(overrides):
     """The teacher is wrong on every fourth row, and so is what it taught: the gold labels would give 100%."""
     found = run(overrides, "technique=task_distillation", "train.lr=3e-3")
-    assert 0.6 <= found.test.accuracy <= 0.95 and found.hyperparameters["labels_from"] == "validation"
+    assert 0.6 <= found.test.accuracy <= 0.95 and found.labelled_rows == found.validation_rows
     assert found.teacher.accuracy == pytest.approx(0.75, abs=0.05)
 
 
@@ -225,16 +225,3 @@ def test_step_by_step_goes_with_adapters(overrides):
     for name in ("step_by_step_lora", "step_by_step_qlora"):
         found = run(overrides, f"technique={name}", "train.lr=1e-2", "train.epochs=12")
         assert found.test.accuracy >= 0.95 and found.method == "lora" and found.objective == "step_by_step"
-
-
-
-def test_the_report_counts_no_row_that_the_teacher_labelled(tmp_path):
-    from report_cells import keep, result
-
-    from pipeline.report_cells import select
-    from pipeline.report_rows import make_rows
-
-    for name, shown in (("task_distillation", {"labels_from": "validation"}), ("full", {})):
-        keep(tmp_path, result(name, hyperparameters=shown))
-    cells, _ = select(tmp_path, {"techniques": ["task_distillation", "full"], "seeds": [0], "train_rows": [200]})
-    assert {r.technique: r.labelled_rows for r in make_rows(cells)} == {"task_distillation": 40, "full": 240}

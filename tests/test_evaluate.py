@@ -125,7 +125,7 @@ def test_a_result_of_an_older_schema(finished, tmp_path, capsys):
     shutil.copytree(finished[1], tmp_path / "cell")
     raw = json.loads((tmp_path / "cell" / "result.json").read_text())
     (tmp_path / "cell" / "result.json").write_text(json.dumps({**raw, "schema": 0}))
-    assert "written by schema 0, this version reads schema 1; delete the cell's folder" in refused(
+    assert "written by schema 0, this version reads schemas 1 and 2; delete the cell's folder" in refused(
         finished, tmp_path, capsys, folder=tmp_path / "cell"
     )
 

@@ -98,8 +98,8 @@ def test_a_diverged_run_says_so(overrides, tmp_path):
     """Nothing of it can be scored, which is a result: every row wrong, no figure made up, the files written."""
     wild = ["technique=full", "train.lr=1e30", "train.steps=12", "train.max_grad_norm=1e30", "train.warmup_share=0", "train.validations=0"]
     result = cell.run(compose([*overrides, *wild]), folder=tmp_path / "cell")
-    assert any("diverged" in note for note in result.notes)
-    assert result.work.steps < 12
+    assert result.work.diverged_at == result.work.steps < 12
+    assert f"training diverged: the loss was not finite at step {result.work.steps} of 12" in result.notes
     assert read(tmp_path / "cell").test.unanswered == 48 and result.test.accuracy == 0 and result.test.nll is None
 
 

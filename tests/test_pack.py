@@ -106,7 +106,7 @@ def test_a_run_that_diverges_leaves_its_neighbours_as_they_are(overrides):
     plain, disturbed = pack(calm, 3, keep=True), pack(wild, 3, keep=True)
     bitwise(plain[0], disturbed[0])
     bitwise(plain[2], disturbed[2])
-    assert disturbed[1].diverged and "diverged" in disturbed[1].notes[0] and disturbed[1].step < plain[1].step
+    assert disturbed[1].diverged_at and "diverged" in disturbed[1].notes[0] and disturbed[1].step < plain[1].step
 
 
 def test_who_leaves_and_who_follows_leave_the_neighbours_as_they_are(overrides, tmp_path):

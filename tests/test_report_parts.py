@@ -20,7 +20,7 @@ from pipeline.report_rows import Row, make_rows
 from pipeline.report_stats import pareto
 from pipeline.report_svg import Box, place_labels, scale, stacked, text_width
 from pipeline.report_text import opening, warnings
-from pipeline.results import SHARED_PROCESS, Memory, Result
+from pipeline.results import Memory, Result
 
 
 def rows_of(*found: Result, root: Path) -> dict[str, Row]:
@@ -40,10 +40,10 @@ def test_a_clean_seed_stands_for_the_times(tmp_path: Path) -> None:
 
 
 def test_shared_process_marks_the_total_alone(tmp_path: Path) -> None:
-    alone = dataclasses.replace(result("full"), notes=[])
+    alone = dataclasses.replace(result("full"), notes=[], shared_process=False)
     rows = rows_of(alone, result("lora"), root=tmp_path)
     assert rows["lora"].shared_process and not rows["full"].shared_process and rows["lora"].timing == ""
-    assert SHARED_PROCESS not in rows["lora"].notes and rows["lora"].own_notes == (BASE_NOTE,)  # not on every cell
+    assert rows["lora"].own_notes == (BASE_NOTE,)  # not on every cell
 
 
 def test_one_seed_out_of_memory(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_of_many_points_those_on_the_front_are_named(tmp_path: Path) -> None:
 
 
 def test_what_begins_at_another_cell_has_no_training_cost_of_its_own(tmp_path: Path) -> None:
-    begun = result("t1", 205, hyperparameters={"start": "full"})
+    begun = result("t1", 205, start="full")
     rows = list(rows_of(result("full", 200), result("lora", 190), begun, root=tmp_path).values())
     time, memory, trained = (scatter(rows, cost, colours(rows)) for cost in costs(rows))
     assert time and trained and time.left_out == trained.left_out == ["t1 (begins at another cell)"]

@@ -28,6 +28,7 @@ def result(**changes: Any) -> Result:
         seed=0,
         train_rows=8,
         status="ok",
+        kind="trained",
         hyperparameters={"r": 8, "modules": ["a", "b"]},
         validation_rows=2,
         scores={"test": Score(10, 0.8, 0.49, 0.943, nll=0.3), "transfer/news": Score(4, 0.5, 0.1, 0.9, unanswered=1)},
@@ -88,7 +89,7 @@ def test_a_result_is_of_the_schema_that_this_version_writes(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
-    ({"schema": 0}, "was written by schema 0, this version reads schema 1; delete the cell's folder and run it again"),
+    ({"schema": 0}, "was written by schema 0, this version reads schemas 1 and 2; delete the cell's folder and run it again"),
     ({"schema": ...}, "was written by schema None"),
     ({"accuracy": 0.5}, "has the unknown field 'accuracy' of Result; delete the cell's folder"),
     ({"size": {"trainable": 1, "total": 2, "artefact_bytes": 3, "disk": 4}}, "has the unknown field 'disk' of Size; delete"),

@@ -48,7 +48,7 @@ def fake_cell(cfg: Any, *, shared: Any = None, splits: Any = None, folder: Any =
 
 def identity(cfg: Any) -> dict[str, Any]:
     named = {"experiment": cfg.experiment, "cell": cell.name(cfg), "seed": cfg.seed, "train_rows": 64}
-    fixed = {"technique": "lora", "family": "f", "method": "lora", "objective": "labels", "precision": "fp32", "task": "t", "model": "m"}
+    fixed = {"technique": "lora", "family": "f", "method": "lora", "objective": "labels", "precision": "fp32", "task": "t", "model": "m", "kind": "trained"}
     return named | fixed | {"provenance": {"fingerprint": cell.fingerprint(cfg)}}
 
 

@@ -111,17 +111,17 @@ def test_settings_are_checked(override, message):
         synthetic.read(compose(["synthetic=labels", override]))
 
 
-def test_the_report_counts_labels_and_teacher_s_seconds():
+def test_the_report_counts_synthetic_rows_and_teacher_s_seconds():
     from pipeline.report_cells import Cell
     from pipeline.results import Teacher
 
     base = {"experiment": "e", "cell": "c", "technique": "lora", "family": "f", "method": "lora", "objective": "labels", "precision": "fp32", "task": "t",
-            "model": "m", "seed": 0, "train_rows": 64, "status": "ok", "validation_rows": 12}
+            "model": "m", "seed": 0, "train_rows": 64, "status": "ok", "kind": "trained", "validation_rows": 12}
     mixed = Result(**base, synthetic=Synthetic("labels", 64, 0.5, "local:x", 3.0, 5), teacher=Teacher("lexicon", 64, 0.5, 1.0))
     found = figures_of([Cell(mixed, Path(), "lora+labels", "64")])
-    assert (found["labelled_rows"], found["synthetic_rows"], found["teacher_s"]) == (64 + 12 + 5, 64, 4.0)
+    assert (found["synthetic_rows"], found["teacher_s"]) == (64, 4.0)
     plain = figures_of([Cell(Result(**base), Path(), "lora", "64")])
-    assert (plain["labelled_rows"], plain["synthetic_rows"], plain["teacher_s"]) == (76, None, None)
+    assert (plain["synthetic_rows"], plain["teacher_s"]) == (None, None)
 
 
 # the stage

@@ -138,7 +138,7 @@ def test_the_report_shows_them_beside_the_grid(tmp_path):
     from pipeline import report_cells
     from pipeline.results import Result, write
 
-    bare = Result("quick", "c", "peft_config", "f", "lora", "labels", "fp32", "t", "m", 0, 32, "ok")
+    bare = Result("quick", "c", "peft_config", "f", "lora", "labels", "fp32", "t", "m", 0, 32, "ok", "trained")
     for name in ("peft_config+lora--rank4-s0-n32", "lora-s0-n32", "vera+x-s0-n32"):
         write(tmp_path / name, replace(bare, cell=name))
     found, missing = report_cells.select(tmp_path, {"techniques": ["lora"], "seeds": [0], "train_rows": [32]})

@@ -37,6 +37,8 @@ def a_result(**changes: Any) -> Result:
         "seed": 0,
         "train_rows": 200,
         "status": "ok",
+        "kind": "trained",
+        "labelled_rows": 240,
         "hyperparameters": {"r": 8, "alpha": 16, "lr": 0.001, "dropout": None},
         "scores": {
             "test": Score(rows=300, accuracy=0.8, accuracy_low=0.75, accuracy_high=0.84, macro_f1=0.79),
@@ -45,7 +47,7 @@ def a_result(**changes: Any) -> Result:
         },
         "phases": PHASES,
         "memory": Memory(kind="cpu_rss", peak_bytes=2_000_000_000),
-        "work": Work(steps=13, tokens=9000, tokens_per_s=300.0, energy_j=None),
+        "work": Work(steps=13, tokens=9000, tokens_per_s=300.0, energy_j=None, engine="eager", engine_reason="why"),
         "size": Size(trainable=2_400_000, total=136_000_000, artefact_bytes=9_700_000),
         "inference": Inference(latency_s=0.05),
         "forgetting": Forgetting(perplexity=31.0, perplexity_base=30.0, pairs=0.9, pairs_base=0.92),
@@ -161,6 +163,8 @@ def test_a_cell_is_one_run_under_the_fixed_names(root):
         "experiment": "quick", "technique": "lora", "family": "reparametrised", "seed": "0",
         "git_commit": "abc", "status": "ok", "memory_kind": "cpu_rss",
     }  # fmt: skip
+    assert (tags["kind"], tags["engine"], tags["engine_reason"], tags["shared_process"]) == ("trained", "eager", "why", "False")
+    assert run.data.params["labelled_rows"] == "240"
     assert tags["hardware"] == "a CPU (2 cores)" and tags[tracking.CELL] == "quick/lora-s0-n200"
     assert run.info.status == "FINISHED" and run.info.end_time - run.info.start_time == 60_000 and run.info.start_time == 1767323045678
 

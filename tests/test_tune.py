@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from pipeline import cells, plan, report_tuning, sweep, tune, tune_space, tuned
 from pipeline.config import compose, compose_cell
 from pipeline.files import UserError
-from pipeline.results import Score
+from pipeline.results import Score, Work
 from pipeline.sweep_space import Sweep, at
 from pipeline.tuned import Edge, Tuned, applied, effort, expected_best, spelled_out
 
@@ -182,9 +182,9 @@ class Runs:
                 return sweep.cell.oom_result(cfg, "too large", {})
             if value == "error":
                 return sweep.cell.bare_result(cfg, status="error", error="ended with code 1", precision="fp32")
-            notes = ["training diverged: the loss was not finite at step 1 of 4"] if value == 0.0 else []
+            work = Work(steps=1, diverged_at=1 if value == 0.0 else None)
             scores = {"validation": Score(32, value, value, value, nll=cfg.train.lr)}
-            return sweep.cell.bare_result(cfg, status="ok", precision="fp32", scores=scores, notes=notes)
+            return sweep.cell.bare_result(cfg, status="ok", precision="fp32", scores=scores, work=work)
 
         monkeypatch.setattr(sweep, "run_trial", run)
         monkeypatch.setattr(sweep.cells, "preload", lambda chosen: None)

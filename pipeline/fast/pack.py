@@ -65,12 +65,16 @@ class Running:
     weights: Weights = field(default_factory=dict)
     """Those of the best validation (if `keep`)."""
     notes: list[str] = field(default_factory=list)
-    diverged: bool = False
+    diverged_at: int | None = None
     pruned: bool = False
 
     def factor(self, step: int) -> float:
         settings = self.job.settings
         return lr_factor(step, self.job.total, settings.schedule, settings.warmup_share)
+
+    @property
+    def diverged(self) -> bool:
+        return self.diverged_at is not None
 
     @property
     def ended(self) -> bool:
@@ -187,7 +191,7 @@ class Pack:
                 if math.isfinite(value):
                     run.history.append({"step": step, "loss": value, "lr": run.job.settings.lr * run.factor(step - 1)})
                 else:
-                    run.diverged = True
+                    run.diverged_at = step
                     run.notes.append(f"training diverged: the loss was not finite at step {step} of {run.job.total}")
         self._pending.clear()
 

@@ -72,7 +72,7 @@ def _time(cfg: DictConfig, base: Any, rows: list[Encoded], train: Train, device:
     except (UserError, OSError, ValueError) as error:
         raise UserError(f"{cfg.technique.name} cannot be timed on random weights ({' '.join(str(error).split())}); set forecast.calibrate=false") from error
     common = (model, method, objective, [[e] for e in rows], settings, 0, device, dtype, 0)
-    stepping, _ = choose(settings.engine, lambda: Eager(*common), lambda: Fast(*common, WARM + TIMED), device)
+    stepping = choose(settings.engine, lambda: Eager(*common), lambda: Fast(*common, WARM + TIMED), device)
     for step in range(WARM):
         stepping.step(step, 1.0)
     whole, lap, found = Stopwatch(device), Stopwatch(device), []

@@ -172,8 +172,8 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
 def forecast_of(result: Result) -> Forecast | None:
     """What would have been forecast of a finished cell on its own hardware; None where model or data are not here any more."""
     cfg, hardware = _config_of(result.config), result.hardware
-    gpu = hardware.get("gpu")
-    if gpu and not any(note.startswith("engine: ") for note in result.notes):  # run before there was a fast engine
+    gpu, work = hardware.get("gpu"), result.work
+    if gpu and work and work.engine == "eager" and not work.engine_reason:  # asked for, or run before there was a fast engine
         cfg.train.engine = "eager"
     card = Card(bool(gpu), gpu or "the machine", hardware.get("gpu_memory_bytes") or hardware.get("memory_bytes") or 0, cpu=hardware.get("cpu"))
     try:

@@ -104,6 +104,15 @@ class Method:
         """What to show in the table and in MLflow (r, alpha, …)."""
         return {}
 
+    def labelled_rows(self, train: int, validation: int) -> int:
+        """Of so many training and validation rows, how many labels a method that trains nothing reads."""
+        return 0
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether more training rows make it another model."""
+        return self.trains
+
     def save(self, model: Any, state: Any, folder: Path) -> None:
         """Write the artefact: all that serving needs besides the base. The folder exists."""
 

@@ -53,6 +53,9 @@ class LowRank(Method):
     def hyperparameters(self) -> dict[str, Any]:
         return {"share": self.share} | ({"calibration_rows": self.calibration_rows} if self.calibrated else {})
 
+    def labelled_rows(self, train: int, validation: int) -> int:
+        return min(self.calibration_rows, train) if self.calibrated else 0
+
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> None:
         """Take the base's layers apart in place."""
         from pipeline.calibration import calibrate, rows

@@ -72,6 +72,9 @@ class FewShot(Method):
     def hyperparameters(self) -> dict[str, Any]:
         return {"k": self.k}
 
+    def labelled_rows(self, train: int, validation: int) -> int:
+        return self.k
+
     def save(self, model: Any, state: list[dict[str, str]], folder: Path) -> None:
         write_jsonl(folder / "demonstrations.jsonl", state)
 

@@ -58,6 +58,13 @@ class PromptChoice(Method):
     def hyperparameters(self) -> dict[str, Any]:
         return {"templates": len(self.templates), "labels_from": "validation"}
 
+    def labelled_rows(self, train: int, validation: int) -> int:
+        return validation
+
+    @property
+    def takes_rows(self) -> bool:
+        return True
+
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         write_json(folder / "template.json", state)
 

@@ -64,6 +64,9 @@ class Pruning(Method):
         shown = {"sparsity": self.sparsity} | ({"pattern": self.pattern} if self.pattern else {})
         return shown | ({"calibration_rows": self.calibration_rows} if self.by == "wanda" else {})
 
+    def labelled_rows(self, train: int, validation: int) -> int:
+        return min(self.calibration_rows, train) if self.by == "wanda" else 0
+
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> None:
         """Prune the base in place."""
         from pipeline.calibration import calibrate, rows

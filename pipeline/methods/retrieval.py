@@ -89,6 +89,13 @@ class Retrieval(Method):
         shown = {"retrieved": self.k, "by": self.by}
         return shown | ({"labels_from": "train"} if self.documents is None else {"documents": self.documents})
 
+    def labelled_rows(self, train: int, validation: int) -> int:
+        return train if self.takes_rows else 0
+
+    @property
+    def takes_rows(self) -> bool:
+        return self.documents is None
+
     def save(self, model: Any, state: Index, folder: Path) -> None:
         write_jsonl(folder / ENTRIES, state.entries)
 

@@ -69,6 +69,9 @@ class Objective:
         """As in conf/objective/, MLflow and the table."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
+    reads_labels = True
+    """Whether it reads the training rows' own labels."""
+
     @property
     def needs_rationales(self) -> bool:
         """Whether rows must come with a teacher's text."""

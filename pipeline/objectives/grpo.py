@@ -124,6 +124,9 @@ class TrlLoop(Loop):
             self.model.delete_adapter("ref")
         trainer.accelerator.free_memory()
 
+    def _engine(self) -> dict[str, Any]:
+        return {"engine": "trl"}
+
     def _told(self) -> list[str]:
         own = f"trained by TRL's {self.objective.algorithm.upper()} loop; tokens are those of prompts and sampled answers"
         earned = [point["reward"] for point in self.state.history if "reward" in point]
@@ -176,7 +179,7 @@ class TrlLoop(Loop):
                 if not logs or "loss" not in logs:
                     return
                 if not all(math.isfinite(float(logs.get(key, 0.0))) for key in ("loss", "grad_norm")):
-                    loop.notes.append(f"training diverged: the loss or its gradient was not finite at step {state.global_step} of {loop.total}")
+                    loop._mark_diverged("the loss or its gradient", state.global_step)
                     control.should_training_stop = True
                     return
                 loop.state.step, loop.state.tokens = state.global_step, int(state.num_input_tokens_seen)

@@ -20,6 +20,7 @@ class TaskDistillation(Objective):
 
     own_rows = True
     prepares = True
+    reads_labels = False
 
     @property
     def needs_rationales(self) -> bool:
