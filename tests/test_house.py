@@ -25,6 +25,7 @@ LONGER = {
     "pipeline/cell.py": "one cell from start to end, read in one go",
     "pipeline/measure.py": "the one file that may read clocks and counters",
     "pipeline/methods/peft_adapter.py": "PEFT's adapters: classes that build on one, which members of a family may not import",
+    "pipeline/sweep_study.py": "one search: its settings, its study and its files",
     "tests/test_sweep.py": "one module's tests stay in one file",
     "tests/test_techniques_written.py": "what is true of every technique that is written here, asked of each in one file",
     "tests/test_tracking.py": "one module's tests stay in one file",
