@@ -148,7 +148,7 @@ class Space:
     def complete(self, point: Mapping[str, Any]) -> Point:
         """The point and the settings linked to it."""
         linked = {key: p for key, p in self.parameters.items() if p.linked and p.of in point}
-        return {**point, **{key: p.times * point[p.of] for key, p in linked.items()}}  # type: ignore[operator, index]
+        return {**point, **{key: p.times * point[p.of] for key, p in linked.items()}}  # type: ignore[index]
 
     def order(self, point: Mapping[str, Any]) -> tuple[Any, ...]:
         """Sorts points: by the place of their choices, or by value."""
