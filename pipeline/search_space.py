@@ -219,12 +219,13 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
 def _around(where: str, found: Parameter, value: Any) -> Parameter:
     """The range around the cell's own value."""
     factor = found.factor
-    if not _is_number(value) or factor is None or factor <= 1 or value <= 0:
+    if not is_number(value) or factor is None or factor <= 1 or value <= 0:
         raise UserError(f"{where} has factor {factor!r} of {value!r}; write a factor above 1 of a number above 0, or low and high")
     return replace(found, factor=None, low=float(f"{value / factor:.6g}"), high=float(f"{value * factor:.6g}"), log=True)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number, which a truth value is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

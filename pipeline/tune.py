@@ -30,7 +30,7 @@ from pipeline import cell, cells, settings, tracking, tuned
 from pipeline.config import compose, entry, task_overrides
 from pipeline.files import UserError
 from pipeline.measure import provenance
-from pipeline.search_space import Parameter, Space, declared
+from pipeline.search_space import Parameter, Space, declared, is_number
 from pipeline.search_trials import alone, search
 from pipeline.settings import build
 from pipeline.sweep_study import Sweep, number, open_study
@@ -218,7 +218,7 @@ def widened(space: Space, best: Mapping[str, Any], tried: Sequence[Mapping[str, 
 def edge_of(parameter: Parameter, value: Any, tried: Sequence[Any]) -> str | None:
     """low or high: the first or last of choices, or in the outer quarter of a range with no trial further out. None: inside, or without order."""
     if parameter.choices is not None:
-        ordered = sorted(parameter.choices) if _numbers(parameter.choices) else []
+        ordered = sorted(parameter.choices) if all(map(is_number, parameter.choices)) else []
         return None if len(ordered) < 2 or value not in (ordered[0], ordered[-1]) else "low" if value == ordered[0] else "high"
     scale = math.log if parameter.log else float
     low, high = map(scale, parameter.extremes)
@@ -236,10 +236,6 @@ def _still(edge: Edge, added: Space, trials: Sequence[dict[str, Any]]) -> bool:
     if not edge.widened or best["part"] != "widened":
         return False
     return edge_of(added.parameters[edge.key], best["params"][edge.key], [p[edge.key] for p in beyond]) == edge.side
-
-
-def _numbers(values: Sequence[Any]) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def _beyond(parameter: Parameter, value: Any, side: str) -> Parameter | None:
