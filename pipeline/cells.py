@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from pipeline import cell, cells_packed, tracking, tune_space, tuned
+from pipeline import cell, cells_packed, search_space, tracking, tuned
 from pipeline.config import ROOT, compose, compose_cell, entry, task_overrides
 from pipeline.files import UserError
 from pipeline.measure import hardware, now
@@ -93,7 +93,7 @@ def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:
 
 def _searched(techniques: Iterable[str], rest: Sequence[str]) -> list[str]:
     """The techniques that have something to search; the others have no tuned cell."""
-    found = {t: bool(tune_space.read(compose([*rest, f"technique={t}"])).ranges) for t in techniques}
+    found = {t: bool(search_space.declared(compose([*rest, f"technique={t}"])).searched) for t in techniques}
     if without := [t for t, searched in found.items() if not searched]:
         print(f"nothing is searched for {', '.join(without)}: the untuned cell stands")
     return [t for t, searched in found.items() if searched]

@@ -1,6 +1,6 @@
 """A pack's process: it may run out of memory or be refused without an end to who started it.
 
-Library of pipeline/sweep_packed.py and pipeline/cells_packed.py. The parent never touches the GPU, so it can fork again.
+Library of pipeline/search_trials.py and pipeline/cells_packed.py. The parent never touches the GPU, so it can fork again.
 """
 
 from __future__ import annotations

@@ -13,31 +13,19 @@ that died once more and runs those that are missing. A trial that runs out of me
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline import cell, cells, results, settings, sweep_packed, tracking, train
+from pipeline import cell, cells, settings, tracking, train
 from pipeline.config import entry
-from pipeline.files import Unsuited, UserError
-from pipeline.measure import Stopwatch, hardware, now
-from pipeline.results import Result
-from pipeline.supervise import run_in_child
-from pipeline.sweep_space import Sweep, at, read
-from pipeline.sweep_study import answered, fail, numbers, open_study, revive, short, table, tell, write_best, write_trials
-
-if TYPE_CHECKING:
-    import optuna
-
-UNSUITED = 73  # exit code of a trial whose settings the input does not suit
-NOT_ITS_OWN = (2, 128 + 9, 128 + 15)  # exit codes of bad input, and of a process that was ended from outside
-LOCK_S = 5  # a sweep killed a moment ago may still hold its lock through a child that is ending
+from pipeline.measure import now
+from pipeline.search_space import at
+from pipeline.search_trials import alone, search
+from pipeline.sweep_study import open_study, read
 
 
 def run(cfg: DictConfig, given: Sequence[str] = ()) -> int:
@@ -50,9 +38,9 @@ def run(cfg: DictConfig, given: Sequence[str] = ()) -> int:
     with alone(folder):
         study = open_study(folder, cfg, sweep)
         try:
-            search(study, sweep, cfg, folder)
-            best = write_best(folder, study, sweep)
-            print(table(study, sweep))
+            search(study, cfg, lambda: cells.preload([cfg]))
+            best = study.write_best()
+            print(study.table())
             print(f"best: {' '.join(best['overrides'])} (trial {best['trial']}), in {folder / 'best.json'}")
             return _confirm(cfg, best, confirmed) if sweep.confirm else 0
         finally:
@@ -72,110 +60,6 @@ def _of_grid(cfg: DictConfig, given: Sequence[str]) -> DictConfig:
     grid = cells.grid(cfg.experiment)["grid"]
     wanted = {"seed": grid["seeds"][0], "train_rows": grid["train_rows"][0]}
     return at(cfg, {key: value for key, value in wanted.items() if key not in given})
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the sweep's folder. Whoever holds it knows that a trial still marked as running is dead."""
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=LOCK_S)
-    except Timeout as error:
-        raise UserError(f"another sweep is at work in {folder}; wait for it, or end it") from error
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free space or mend paths.sweeps, then run again") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def search(study: optuna.Study, sweep: Sweep, cfg: DictConfig, folder: Path, load: Callable[[], cell.Shared] | None = None) -> None:
-    """Run trials until `sweep.target` have an answer or the time is up. load: gives what an earlier search may have read.
-
-    Raises:
-        UserError: a trial ended with an error (shown above it); started again, the search tries it once more.
-    """
-    revive(study, sweep)
-    write_trials(folder, study, sweep)
-    print(f"{answered(study)} of {sweep.target} trials are done")
-    watch, load = Stopwatch(), functools.cache(load or (lambda: cells.preload([cfg])))
-    if answered(study) < sweep.target:
-        reason = sweep_packed.refusal(sweep, cfg)
-        if reason is None:
-            reason = sweep_packed.search(study, sweep, cfg, folder, load())
-            revive(study, sweep)
-        if reason:
-            _not_packed(sweep, reason)
-    while answered(study) < sweep.target and (sweep.timeout_s is None or watch.peek() < sweep.timeout_s):
-        shared, lap = load(), Stopwatch()
-        trial = study.ask()
-        chosen = sweep.complete({key: dimension.suggest(trial, key) for key, dimension in sweep.dimensions.items()})
-        try:
-            result = run_trial(at(cfg, chosen), shared, folder / ".trial", short(chosen), sweep.count_errors)
-            tell(study, trial, sweep, result, lap.lap())
-        except BaseException:
-            fail(study, trial.number)
-            raise
-        finally:
-            write_trials(folder, study, sweep)
-        print(f"trial {answered(study)} of {sweep.target}: {short(chosen)}: {_outcome(result)}", flush=True)
-
-
-def _not_packed(sweep: Sweep, reason: str) -> None:
-    if sweep.pruner:
-        raise UserError(f"sweep.pruner needs packed trials, but {reason}; set sweep.pruner=null")
-    if sweep.executor != "sequential":
-        print(f"one trial after another, because {reason}", flush=True)
-
-
-def run_trial(cfg: DictConfig, shared: cell.Shared, scratch: Path, label: str, count_errors: bool = False) -> Result:
-    """One trial in a child process: its memory is its own, and running out of it is a result. `scratch` is emptied.
-
-    Args:
-        count_errors: an error of its own is a result, too, and so are settings that the input does not suit.
-
-    Raises:
-        UserError: it ended otherwise: bad input and a full disk are no trial's own.
-    """
-    shutil.rmtree(scratch, ignore_errors=True)
-
-    def work() -> int:
-        try:
-            results.write(scratch, cell.run(cfg, shared=shared, splits=("validation",), folder=None, started=now()))
-        except Unsuited as error:
-            print(f"error: {error}", file=sys.stderr)
-            return UNSUITED
-        return 0
-
-    try:
-        done = run_in_child(work, cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30))
-        if done.out_of_memory:
-            return cell.oom_result(cfg, done.out_of_memory, hardware("cpu"))
-        if done.code == 130:
-            raise KeyboardInterrupt
-        if done.code and count_errors and done.code not in NOT_ITS_OWN:
-            why = "its settings do not suit the input" if done.code == UNSUITED else f"ended with code {done.code}"
-            return cell.bare_result(cfg, status="error", error=why, hardware=hardware("cpu"), precision=cfg.precision.name)
-        if done.code:
-            raise UserError(f"the trial with {label} ended with code {done.code} (see above); mend the cause and run again")
-        return results.read(scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _outcome(result: Result) -> str:
-    if result.status == "error":
-        return f"{result.error}; it counts as a trial without a value"
-    if result.status != "ok":
-        return f"out of memory ({result.error})"
-    found = numbers(result)
-    peak = f", peak {found['peak_bytes'] / 2**30:.2f} GiB" if found["peak_bytes"] else ""
-    value = getattr(result.scores["validation"], result.metric)
-    return f"validation {result.metric} {value:.3f}{peak}, train {found['train_s'] or 0:.1f} s"
 
 
 def _confirm(cfg: DictConfig, best: dict[str, Any], confirmed: list[DictConfig]) -> int:

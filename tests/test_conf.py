@@ -10,7 +10,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import settings, sweep_space, tasks, tracking
+from pipeline import settings, sweep_study, tasks, tracking
 from pipeline.config import CONF, ROOT, build, compose, plain
 from pipeline.files import UserError
 from pipeline.peft_files import DEFAULTS
@@ -55,7 +55,7 @@ def test_every_file_composes_with_every_experiment_and_can_be_built(file, experi
     tasks.read(cfg)
     settings.build(tracking.Tracking, plain(cfg)["tracking"], "tracking")
     if {"r", "lora_alpha"} <= set(cfg.method.get("config", {})):  # else conf/sweep/ has no rank to search
-        sweep_space.read(cfg)
+        sweep_study.read(cfg)
     assert set(cfg.model) == {field.name for field in dataclasses.fields(settings.Model)}
     for group in BUILT:
         assert build(OmegaConf.select(cfg, group), group) is not None

@@ -15,7 +15,7 @@ import pytest
 
 import pipeline.methods
 import pipeline.objectives
-from pipeline import cell, export, tune_space
+from pipeline import cell, export, search_space
 from pipeline.config import ROOT, compose
 from pipeline.fast.bind import Unsupported
 from pipeline.forecasting import cell as forecasting
@@ -122,7 +122,7 @@ def test_a_log_line_in_every_hook_leaves_the_pack_as_it_is(both):
 def test_a_log_line_in_every_hook_leaves_forecast_and_search_as_they_are(both):
     plain, noisy = both("forecast.length=40")
     assert forecasting.prepare(noisy, gpu=True).plan == forecasting.prepare(plain, gpu=True).plan
-    assert tune_space.trains(noisy)
+    assert search_space.trains(noisy)
 
 
 def test_a_log_line_in_every_hook_leaves_serving_and_export_as_they_are(both, tmp_path):

@@ -26,6 +26,7 @@ LONGER = {
     "pipeline/measure.py": "the one file that may read clocks and counters",
     "pipeline/methods/peft_adapter.py": "PEFT's adapters: classes that build on one, which members of a family may not import",
     "pipeline/results.py": "every field of a result, and how a result of the last schema comes by them",
+    "pipeline/sweep_study.py": "one search: its settings, its study and its files",
     "tests/test_sweep.py": "one module's tests stay in one file",
     "tests/test_techniques_written.py": "what is true of every technique that is written here, asked of each in one file",
     "tests/test_tracking.py": "one module's tests stay in one file",

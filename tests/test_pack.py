@@ -7,7 +7,7 @@ import pytest
 from pipeline import cell
 from pipeline.config import compose
 from pipeline.packing import Packing
-from pipeline.sweep_space import at
+from pipeline.search_space import at
 
 SHORT = ["technique=lora", "precision=fp32", "train.batch_size=8", "train_rows=48", "train.epochs=2", "train.validations=2"]
 R, ALPHA, LR = "method.config.r", "method.config.lora_alpha", "train.lr"

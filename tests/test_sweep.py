@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import cell, cells, supervise, sweep
+from pipeline import cell, cells, search_trials, supervise, sweep
 from pipeline.config import CONF, ROOT, compose
 from pipeline.files import Unsuited, UserError
 from pipeline.results import Memory, Phases, Result, Score, Work, read, write
-from pipeline.sweep_space import Dimension, at
-from pipeline.sweep_space import read as read_space
+from pipeline.search_space import Parameter, Space, at
+from pipeline.sweep_study import open_study
+from pipeline.sweep_study import read as read_space
 
 ACCURACY = {1: 0.5, 2: 0.6, 4: 0.8, 8: 0.8, 16: 0.9, 32: 0.7}
 RANKS = list(ACCURACY)
@@ -143,7 +144,7 @@ def test_killed_at_trial_4_of_6_it_goes_on_and_tries_the_dead_rank_again(words, 
         from pathlib import Path
         sys.path.insert(0, {str(ROOT / "tests")!r})
         import test_sweep
-        from pipeline import cell, cells, supervise, sweep
+        from pipeline import cell, cells, search_trials, supervise, sweep
 
         def fake(cfg, **more):
             result = test_sweep.fake_cell(cfg, **more)
@@ -277,10 +278,54 @@ def test_another_config_does_not_go_into_the_same_study(finished, words, tmp_pat
     assert len(calls(tmp_path)) == 7
 
 
+NOTHING = ["report.target=0.6", "report.train_rows=[64]", "forecast.length=9", "train.progress=false", "train.checkpoint_every_s=1", "memory_limit_gb=500",
+           "price_per_hour=2", "currency=EUR", "tune.trials=3", "search=rank", "evaluate.latency_rows=3", "split=validation", "sweep.n_trials=6"]
+
+
+def as_before(tmp_path: Path, words: list[str]) -> None:
+    """Give the study the identity that earlier versions kept: every key of the config, links beside the space, entries as they were written."""
+    from pipeline.config import plain
+    from pipeline.sweep_study import _flat
+
+    old = {key: v for key, v in _flat(plain(compose(words))).items() if key.partition(".")[0] not in ("sweep", "tracking", "paths", "evaluate")}
+    kept = study(tmp_path).user_attrs["identity"]
+    old = {key: v for key, v in old.items() if key not in ("method.config.r", "method.config.lora_alpha")}
+    old |= {key: v for key, v in kept.items() if key.startswith("sweep.")}
+    old |= {"the data (sha256)": None, "the model (sha256)": None, "evaluate.validation_share": kept["evaluate.validation_share"]}
+    old["sweep.space"] = {"method.config.r": {"choices": RANKS, "log": False, "step": None}}
+    study(tmp_path).set_user_attr("identity", old | {"sweep.link": {"method.config.lora_alpha": {"times": 2, "of": "method.config.r"}}})
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["a study of today", "of before"])
+def test_what_decides_nothing_does_not_refuse_to_go_on_with_a_study(finished, words, tmp_path, capsys, before):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    if before:
+        as_before(tmp_path, words)
+    shutil.copytree(tmp_path / "results", tmp_path / "elsewhere")
+    for change in (NOTHING, [f"paths.results={tmp_path}/elsewhere", "paths.report=there"]):
+        assert sweep.main([*words, "sweep.confirm=false", *change]) == 0
+    assert len(calls(tmp_path)) == 7, "no trial was run again"
+    start = {"train.epochs=7": "train.epochs", "start=full": "start=None, now it is full", "+method.config.use_dora=true": "use_dora",
+             "evaluate.validation_share=0.5": "evaluate.validation_share", "+sweep.space={train.lr: {choices: [1, 2]}}": "sweep.space"}
+    for word, named in start.items():
+        assert sweep.main([*words, word]) == 2
+        assert named in capsys.readouterr().err
+
+
+def test_a_default_that_is_no_part_of_a_cell_s_identity_is_one_of_a_study_s(finished, words, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for change in ({"start": "full"}, {"method.config.gone": 3}):
+        kept = study(tmp_path).user_attrs["identity"]
+        study(tmp_path).set_user_attr("identity", kept | change)
+        assert sweep.main(words) == 2
+        assert "{}={}, now it is None".format(*next(iter(change.items()))) in capsys.readouterr().err
+        study(tmp_path).set_user_attr("identity", kept)
+
+
 def test_two_sweeps_do_not_share_a_folder(words, tmp_path, capsys, monkeypatch):
     from filelock import FileLock
 
-    monkeypatch.setattr(sweep, "LOCK_S", 0)
+    monkeypatch.setattr(search_trials, "LOCK_S", 0)
     folder = tmp_path / "sweeps/tried/lora"
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):
@@ -314,7 +359,7 @@ def test_a_full_disk_does_not_tell_to_delete_the_study(words, small_disk, capsys
         (["+sweep.space={method.config.rank: {choices: [1]}}"], "a cell of technique 'lora' does not have; method.config has type"),
         (["+sweep.space={method.config: {choices: [1]}}"], "which is a group of keys"),
         (["technique=full"], "sweep.space names 'method.config.r', which a cell of technique 'full' does not have"),
-        (["~sweep.space", "+sweep.space={}", "sweep.link={}"], "sweep.space is empty"),
+        (["~sweep.space", "+sweep.space={}"], "sweep.space is empty"),
         (["sweep.space={method.config.r: {choices: [0, 1]}}"], "contains 0; a rank is a whole number of at least 1"),
         (["sweep.space={method.config.r: {choices: [-4]}}"], "contains -4; a rank"),
         (["sweep.space={method.config.r: {choices: []}}"], "list each value once, and at least one"),
@@ -326,7 +371,12 @@ def test_a_full_disk_does_not_tell_to_delete_the_study(words, small_disk, capsys
         (["sweep.n_trials=0"], "sweep.n_trials is 0"),
         (["sweep.sampler=grid"], "choose one of brute_force, tpe"),
         (["sweep.objectives=[latency]"], "choose [validation] or [validation, peak_memory]"),
-        (["sweep.link={method.config.lora_alpha: {times: 2, of: train.lr}}"], "which sweep.space does not search"),
+        (["sweep.space={method.config.lora_alpha: {of: train.lr}}"], "which sweep.space does not search; it has method.config.r"),
+        (["+sweep.space={method.config.lora_alpha: {choices: [1, 2]}}"], "has choices and times; keep one of them"),
+        (["+sweep.space={train.lr: {step: 1, times: 2, of: method.config.r}}"], "write {times: <number>, of: <a key that is searched>}"),
+        (["+sweep.space={train.lr: {factor: 1}}"], "has factor 1 of 0.001; write a factor above 1"),
+        (["+sweep.space={train.lr: {choices: [1, 2], step: 1}}"], "keep its choices alone"),
+        (["sweep.space=3"], "sweep.space is 3; write a config key with"),
         (["sweep=grid"], "unknown sweep 'grid'"),
         (["train.epoch=1"], "unknown config key 'train.epoch'"),
     ],
@@ -336,6 +386,17 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(words, tmp_path, capsy
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "sweeps").exists()
+
+
+def test_tpe_draws_from_a_seed_stay_those_of_studies_made_before(tmp_path):
+    cfg = compose(["technique=lora", "sweep=rank_alpha_lr", "sweep.seed=3"])
+    opened, found = open_study(tmp_path, cfg, read_space(cfg)), []
+    for _ in range(12):
+        trial, point = opened.ask()
+        opened.kept.tell(trial, point["train.lr"] * point["method.config.r"])
+        found.append(tuple(point.values()))
+    assert found[:2] == [(32, 64, 0.001987412857879569), (2, 8, 0.003636047340681997)], "at random"
+    assert found[10:] == [(4, 16, 0.007481638525545445), (32, 32, 0.003855467886041795)], "having learnt from ten"
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted((CONF / "sweep").glob("*.yaml"))])
@@ -348,11 +409,8 @@ def test_every_sweep_fits_the_adapters(name, technique):
 
 
 def test_ranges_suggest_whole_numbers_and_floats():
-    import optuna
-
-    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(0)).ask()
-    assert isinstance(Dimension(low=1, high=4).suggest(trial, "a"), int)
-    assert 0.1 <= Dimension(low=0.1, high=0.2).suggest(trial, "b") <= 0.2
+    point = next(Space({"a": Parameter(low=1, high=4), "b": Parameter(low=0.1, high=0.2), "c": Parameter(low=0, high=10, step=5)}).draw(seed=0))
+    assert isinstance(point["a"], int) and 0.1 <= point["b"] <= 0.2 and point["c"] in (0, 5, 10)
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import packing, sweep, sweep_packed
+from pipeline import packing, search_trials, sweep
 from pipeline.config import ROOT, compose
 from pipeline.results import read
-from pipeline.sweep_space import at
-from pipeline.sweep_space import read as read_space
+from pipeline.search_space import at
+from pipeline.sweep_study import read as read_space
 
 RANKS = [1, 2, 4, 8, 16, 32]
 SHORT = ["technique=lora", "precision=fp32", "experiment=tried", "train_rows=32", "train.batch_size=8", "train.epochs=1", "train.lr=0.02",
@@ -67,16 +67,16 @@ def test_killed_at_trial_4_of_6_it_loses_and_doubles_none(words, tmp_path):
         import os, signal, sys
         from pathlib import Path
         sys.path.insert(0, {str(ROOT)!r})
-        from pipeline import sweep, sweep_packed
+        from pipeline import search_trials, sweep
 
-        done = sweep_packed.Trials._done
+        done = search_trials.PackedTrials._done
         def dying(self, run):
             done(self, run)
-            if sweep_packed.answered(self.study) == 3 and not Path(sys.argv[1]).exists():
+            if self.study.answered == 3 and not Path(sys.argv[1]).exists():
                 Path(sys.argv[1]).touch()
                 os.kill(os.getppid(), signal.SIGKILL)
                 signal.pause()
-        sweep_packed.Trials._done = dying
+        search_trials.PackedTrials._done = dying
         sys.exit(sweep.main(sys.argv[2:]))
     """
     command = [sys.executable, "-c", textwrap.dedent(driver), str(tmp_path / "killed"), *words, "sweep.slots=2"]
@@ -88,17 +88,17 @@ def test_killed_at_trial_4_of_6_it_loses_and_doubles_none(words, tmp_path):
 
 
 def test_an_interrupted_pack_puts_its_trials_back(words, tmp_path, monkeypatch):
-    take = sweep_packed.Trials._take
+    take = search_trials.PackedTrials._take
 
     def interrupted(self, free):
-        if sweep_packed.answered(self.study) == 2:
+        if self.study.answered == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return take(self, free)
 
-    monkeypatch.setattr(sweep_packed.Trials, "_take", interrupted)
+    monkeypatch.setattr(search_trials.PackedTrials, "_take", interrupted)
     assert sweep.main([*words, "sweep.slots=2"]) == 130
     assert states(tmp_path).count("COMPLETE") == 2 and "RUNNING" not in states(tmp_path)
-    monkeypatch.setattr(sweep_packed.Trials, "_take", take)
+    monkeypatch.setattr(search_trials.PackedTrials, "_take", take)
     assert sweep.main([*words, "sweep.slots=2"]) == 0
     assert states(tmp_path).count("COMPLETE") == 6
 
@@ -124,7 +124,7 @@ def test_out_of_memory_makes_the_pack_smaller_and_loses_no_trial(words, tmp_path
 
 @pytest.mark.slow
 def test_a_pruned_trial_leaves_its_slot_to_the_next(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_packed.Trials, "_prune", lambda self, run: run.job.name.cfg.method.config.r in (2, 8))
+    monkeypatch.setattr(search_trials.PackedTrials, "_prune", lambda self, run: run.job.name.cfg.method.config.r in (2, 8))
     assert sweep.main([*words, "sweep.slots=2", "sweep.pruner=median"]) == 0
     rows = trials(tmp_path)
     assert [r["status"] for r in rows] == ["ok", "pruned", "ok", "pruned", "ok", "ok"]
@@ -158,13 +158,13 @@ def test_what_is_refused_is_one_sentence(words, capfd, more, message):
 
 def test_auto_without_a_gpu_is_sequential_and_says_why(words):
     cfg = compose([*words, "sweep.executor=auto"])
-    assert "no GPU" in (sweep_packed.refusal(read_space(cfg), cfg) or "")
+    assert "no GPU" in (search_trials.refusal(read_space(cfg), cfg) or "")
     cfg = compose([*words, "sweep=rank_memory", "sweep.executor=auto", "device=auto"])
-    assert "memory of a packed trial" in (sweep_packed.refusal(read_space(cfg), cfg) or "")
+    assert "memory of a packed trial" in (search_trials.refusal(read_space(cfg), cfg) or "")
 
 
 def test_the_covers_hold_every_extreme(words):
-    cfg = compose([*words, "sweep=rank_alpha_lr", "+sweep.link={train.batch_size: {times: 4, of: method.config.r}}"])
-    found = sweep_packed.covers(cfg, read_space(cfg))
+    cfg = compose([*words, "sweep=rank_alpha_lr", "+sweep.space={train.batch_size: {times: 4, of: method.config.r}}"])
+    found = read_space(cfg).space.covers()
     assert max(at(cfg, p).method.config.r for p in found) == 32 and max(at(cfg, p).train.batch_size for p in found) == 128
     assert {p["train.lr"] for p in found if "train.lr" in p} == {1e-4, 1e-2}

@@ -15,11 +15,12 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 
-from pipeline import cells, plan, report_tuning, sweep, tune, tune_space, tuned
+from pipeline import cells, plan, report_tuning, search_trials, tune, tuned
 from pipeline.config import compose, compose_cell
 from pipeline.files import UserError
 from pipeline.results import Score, Work
-from pipeline.sweep_space import Sweep, at
+from pipeline.search_space import Parameter, Space, at, declared
+from pipeline.sweep_study import Sweep
 from pipeline.tuned import Edge, Tuned, applied, effort, expected_best, spelled_out
 
 LR = {"low": 1e-4, "high": 1e-2, "log": True}
@@ -39,39 +40,46 @@ def config(technique: str, **changes: Any) -> DictConfig:
     return at(composed(f"technique={technique}"), {key.replace("__", "."): value for key, value in changes.items()})
 
 
-def space(technique: str, **changes: Any) -> tune_space.Space:
-    return tune_space.read(config(technique, **changes))
+def space(technique: str, **changes: Any) -> Space:
+    return declared(config(technique, **changes))
 
 
 def test_a_technique_that_names_nothing_searches_its_learning_rate_around_its_own():
     found = space("full", train__lr=2e-4)
-    assert found.ranges == {"train.lr": {"low": 2e-5, "high": 2e-3, "log": True}} and not found.links
+    assert found.parameters == {"train.lr": Parameter(low=2e-5, high=2e-3, log=True)}
 
 
 def test_a_technique_searches_what_its_yaml_chooses_and_links():
     found = space("lora")
-    assert list(found.ranges) == ["train.lr", "method.config.r"] and found.links == {"method.config.lora_alpha": {"times": 2, "of": "method.config.r"}}
-    assert list(space("step_by_step").ranges) == ["train.lr", "objective.rationale_weight"]
-    assert list(space("few_shot").ranges) == ["method.k"], "what trains nothing has no learning rate"
-    assert space("zero_shot").ranges == {}
+    assert list(found.searched) == ["train.lr", "method.config.r"] and found.keys == [*found.searched, "method.config.lora_alpha"]
+    assert found.parameters["method.config.lora_alpha"] == Parameter(times=2, of="method.config.r")
+    assert list(space("step_by_step").searched) == ["train.lr", "objective.rationale_weight"]
+    assert list(space("few_shot").searched) == ["method.k"], "what trains nothing has no learning rate"
+    assert space("zero_shot").searched == {}
 
 
 def test_a_space_written_in_the_config_is_enough_and_stands_over_the_group_s():
     own = "+search={method.config.lora_dropout: {low: 0.0, high: 0.2, most: 0.5}, train.lr: {low: 1e-5, high: 1e-3, log: true}}"
-    found = tune_space.read(composed("technique=lora", own))
-    assert found.ranges["method.config.lora_dropout"] == {"low": 0.0, "high": 0.2} and found.limits["method.config.lora_dropout"] == {"most": 0.5}
-    assert found.ranges["train.lr"] == {"low": 1e-5, "high": 1e-3, "log": True} and "method.config.r" in found.ranges
+    found = declared(composed("technique=lora", own))
+    assert found.parameters["method.config.lora_dropout"] == Parameter(low=0.0, high=0.2, most=0.5)
+    assert found.entries["method.config.lora_dropout"] == {"low": 0.0, "high": 0.2}, "as it is written to studies and tuned files"
+    assert found.entries["train.lr"] == {"low": 1e-5, "high": 1e-3, "log": True} and "method.config.r" in found.searched
 
 
 @pytest.mark.parametrize(("entry", "message"), [
-    ({"train.lr": 3}, "search of lora: 'train.lr' is 3; write"),
+    ({"train.lr": 3}, "technique lora: search 'train.lr' is 3; write"),
     ({"train.lr": {"factor": 0.5}}, "has factor 0.5 of 0.001; write a factor above 1"),
-    ({"method.config.q": {"choices": [1, 2]}}, "search of lora: sweep.space names 'method.config.q', which a cell of technique 'lora' does not have"),
+    ({"method.config.q": {"choices": [1, 2]}}, "technique lora: search names 'method.config.q', which a cell of technique 'lora' does not have"),
     ({"train.lr": {"low": 3, "high": 1}}, "low <= high"),
 ])
 def test_a_bad_space_is_one_sentence_before_anything_is_searched(entry, message):
     with pytest.raises(UserError, match=re.escape(message)):
         tune._check(config("lora", search=entry), 12)
+
+
+def test_a_bad_setting_of_the_trials_is_named_as_it_was_given():
+    with pytest.raises(UserError, match=r"config key 'tune.slots' is 'many'"):
+        tune._check(config("lora", tune__slots="many"), 12)
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -85,6 +93,10 @@ def test_a_bad_setting_is_refused(words, message):
 
 
 # edges and widening
+
+
+def parameter(entry: dict[str, Any]) -> Parameter:
+    return Parameter(**entry | ({"choices": tuple(entry["choices"])} if "choices" in entry else {}))
 
 
 @pytest.mark.parametrize(("given", "value", "tried", "side"), [
@@ -102,7 +114,7 @@ def test_a_bad_setting_is_refused(words, message):
     ({"choices": [False, True]}, True, [True], None),
 ])
 def test_the_edge_of_a_range(given, value, tried, side):
-    assert tune_space.edge_of(given, value, tried) == side
+    assert tune.edge_of(parameter(given), value, tried) == side
 
 
 @pytest.mark.parametrize(("given", "limits", "value", "part"), [
@@ -123,17 +135,17 @@ def test_the_edge_of_a_range(given, value, tried, side):
     ({"choices": [0.1, 0.2, 0.4]}, {}, 0.4, {"choices": [0.8]}),
 ])
 def test_what_is_added_at_an_edge(given, limits, value, part):
-    before = tune_space.Space({"key": given, "other": {"choices": [1, 2, 3]}}, {}, {"key": limits, "other": {}})
-    after, edges = tune_space.widened(before, {"key": value, "other": 2}, [{"key": value, "other": 2}])
+    before = Space({"key": parameter(given | limits), "other": Parameter(choices=(1, 2, 3))})
+    after, edges = tune.widened(before, {"key": value, "other": 2}, [{"key": value, "other": 2}])
     assert [e.key for e in edges] == ["key"] and edges[0].widened == part
-    assert after.ranges == {"key": part or given, "other": {"choices": [1, 2, 3]}}
+    assert after.entries == {"key": part or given, "other": {"choices": [1, 2, 3]}}
 
 
 # draws
 
 
 def drawn(trials: int, seed: int = 0, **more: dict) -> list[dict]:
-    points = Sweep("random", {"lr": LR, **more}, n_trials=trials, seed=seed).points()
+    points = Sweep("random", Space({key: parameter(entry) for key, entry in {"lr": LR, **more}.items()}), n_trials=trials, seed=seed).points
     assert points is not None
     return points
 
@@ -145,8 +157,20 @@ def test_draws_are_a_function_of_the_seed_and_more_of_them_go_on_with_the_same()
     assert min(values) >= -4 and max(values) <= -2 and abs(sum(values) / 400 + 3) < 0.1
 
 
+@pytest.mark.parametrize(("technique", "points"), [
+    ("lora", [(0.0012520653814999472, 2, 4), (0.0007501954443620128, 4, 8), (0.001368009527972693, 2, 4), (0.003600091192911611, 4, 8)]),
+    ("lora_plus", [(0.00012520653814999459, 2, 6.728798155213286, 4), (0.0006074996073425694, 2, 26.03510920711828, 4)]),
+    ("few_shot", [(2,), (8,), (16,), (1,)]),
+    ("step_by_step", [(6.260326907499729e-05, 0.7436704297351775), (8.025955666793807e-05, 0.5903948646972071)]),
+])
+def test_the_draws_of_a_seed_stay_those_of_studies_made_before(technique, points):
+    cfg = config(technique)
+    found = tune._sweep(cfg, declared(cfg), 4)
+    assert found.points is not None and [tuple(found.space.complete(p).values()) for p in found.points][: len(points)] == points
+
+
 def test_no_point_is_drawn_twice_and_a_small_space_is_gone_through_once():
-    points = Sweep("random", {"k": {"choices": [1, 2, 4]}, "n": {"low": 1, "high": 2}}, n_trials=50).points()
+    points = Sweep("random", Space({"k": Parameter(choices=(1, 2, 4)), "n": Parameter(low=1, high=2)}), n_trials=50).points
     assert points is not None and sorted((p["k"], p["n"]) for p in points) == sorted(itertools.product([1, 2, 4], [1, 2]))
 
 
@@ -175,19 +199,19 @@ class Runs:
         self.seen: list[dict] = []
 
         def run(cfg, shared, scratch, label, count_errors=False):
-            assert count_errors and cfg.sweep.confirm is False
+            assert count_errors
             self.seen.append({"lr": cfg.train.lr, "r": cfg.method.config.r, "seed": cfg.seed})
             value = accuracy(cfg.train.lr, cfg.method.config.r)
             if value is None:
-                return sweep.cell.oom_result(cfg, "too large", {})
+                return cells.cell.oom_result(cfg, "too large", {})
             if value == "error":
-                return sweep.cell.bare_result(cfg, status="error", error="ended with code 1", precision="fp32")
+                return cells.cell.bare_result(cfg, status="error", error="ended with code 1", precision="fp32")
             work = Work(steps=1, diverged_at=1 if value == 0.0 else None)
             scores = {"validation": Score(32, value, value, value, nll=cfg.train.lr)}
-            return sweep.cell.bare_result(cfg, status="ok", precision="fp32", scores=scores, work=work)
+            return cells.cell.bare_result(cfg, status="ok", precision="fp32", scores=scores, work=work)
 
-        monkeypatch.setattr(sweep, "run_trial", run)
-        monkeypatch.setattr(sweep.cells, "preload", lambda chosen: None)
+        monkeypatch.setattr(search_trials, "run_trial", run)
+        monkeypatch.setattr(cells, "preload", lambda chosen: None)
 
 
 def words_in(tmp_path: Path, overrides: list[str]) -> list[str]:

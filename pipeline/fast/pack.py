@@ -1,6 +1,6 @@
 """Several runs at once over one frozen base: each has a slot of its own, and one that ends leaves it to the next.
 
-Library of pipeline/sweep_packed.py and of packed cells. The shapes hold any row of the data, so nothing is captured anew when runs
+Library of pipeline/search_trials.py and of packed cells. The shapes hold any row of the data, so nothing is captured anew when runs
 come and go. A run's rows, learning rate, clipping and adapter are its own; what another slot holds does not reach it.
 """
 
