@@ -1,6 +1,6 @@
 """What choice scoring feeds and reads off: every row's prompt and choices as token sequences, with what they have in common fed once.
 
-Library. Lists alone, but for `Reads.batches`. `Reads` shares nothing but the beginning of a choice that is another one's; `arrange`
+Library. Lists alone. `Reads` shares nothing but the beginning of a choice that is another one's; `arrange`
 lets a row's choices share its prompt, and all rows the tokens that they begin with, where that saves enough tokens.
 """
 
@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import os.path
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from pipeline.data import by_length
-
-if TYPE_CHECKING:
-    import torch
 
 LEAST = 0.15  # of all tokens, saved: less does not pay for the mask that sharing needs
 LEAD = 8  # tokens that rows have in common at least, if they are to share their beginning
@@ -56,17 +50,14 @@ class Reads:
                 home.extend([(column, token, place) for column, token in enumerate(ids, first)])
         return found
 
-    def batches(self, batch_tokens: int) -> Iterator[tuple[list[list[int]], tuple[torch.Tensor, ...]]]:
-        """(sequences of similar length, their reads as rows, columns, targets, places [N])."""
-        import torch
-
-        for part in by_length([len(s) for s in self.sequences], batch_tokens):
-            flat = [(row, *read) for row, index in enumerate(part) for read in self.at[index]]
-            yield [self.sequences[i] for i in part], tuple(torch.tensor(v) for v in zip(*flat, strict=True))
-
     def rows(self) -> list[Row]:
         """The sequences of which something is read, each a row that shares nothing."""
         return [Row(ids, at, self.places[at[0][2]][0]) for ids, at in zip(self.sequences, self.at, strict=True) if at]
+
+    def apart(self) -> list[Group]:
+        """The rows, with nothing shared among them."""
+        rows = self.rows()
+        return [Group([], rows)] if rows else []
 
     def by_item(self, sums: Sequence[float]) -> list[list[float]]:
         """What was summed up by place, as one list of choices an item."""

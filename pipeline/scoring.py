@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.choices import Group, Items, Reads, arrange
+from pipeline.choices import Items
 from pipeline.data import Encoder, by_length, pad
 from pipeline.reasoning import Reasoning
 from pipeline.results import Score
@@ -24,6 +24,9 @@ from pipeline.settings import Task
 
 if TYPE_CHECKING:
     import torch
+
+WHOLE: Sequence[str] = ()
+"""As owners: the model as it stands answers all rows, fed as those of several adapters are, so that what the two take compares."""
 
 
 def autocast(device: Any, dtype: Any, cache: bool = True) -> Any:
@@ -53,55 +56,60 @@ def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: tor
 
 
 def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: int, device: Any, dtype: Any,
-                           notes: list[str] | None = None) -> list[list[float]]:
+                           notes: list[str] | None = None, owners: Sequence[str] | None = None) -> list[list[float]]:
     """Sum of token log-probabilities of every choice after its prompt, nats.
 
     What a row's choices, or all rows, have in common is fed once where that saves enough and the model allows it.
 
     Args:
         notes: takes the reason where a pass could not be captured.
+        owners: by row, PEFT's name of the adapter that answers it (or WHOLE): rows share nothing then, and go through the model's own forward pass.
+            None: the model as it stands answers all.
     """
     import torch
 
     from pipeline.fast.answering import by_hand
-    from pipeline.fast.forward import Reader
+    from pipeline.fast.forward import Reader, log_probabilities_apiece
     from pipeline.fast.reuse import sharing_refused
 
-    reads = Reads.of(items)
-    groups = arrange(reads, items)
-    with torch.inference_mode(), autocast(device, dtype), by_hand(model, dtype, device, len(items)) as written:
-        reader = Reader(model, written or functools.partial(logits_at, model), lambda: autocast(device, dtype, cache=False), batch_tokens, pad_id, device,
-                        [] if notes is None else notes)
-        try:
-            if any(group.shares for group in groups) and sharing_refused(model, dtype, items, groups, reader.sums):
-                groups = [Group([], reads.rows())]
-            return reads.by_item(reader.sums(groups, len(reads.places)))
-        finally:
-            reader.close()
+    own = functools.partial(logits_at, model)
+    with torch.inference_mode(), autocast(device, dtype):
+        if owners is not None:
+            return Reader(own, batch_tokens, pad_id, device, read=log_probabilities_apiece, owners=owners).scores(items)[0]
+        with by_hand(model, dtype, device, len(items)) as written, contextlib.closing(Reader(
+            written or own, batch_tokens, pad_id, device, model=model, fresh=lambda: autocast(device, dtype, cache=False), notes=notes,
+        )) as reader:
+            return reader.scores(items, lambda groups: sharing_refused(model, dtype, items, groups, reader.sums))[0]
 
 
 def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int,
-             device: Any, dtype: Any, notes: list[str] | None = None) -> list[str]:
-    """Greedy continuations as text, prompts of similar length together. notes: takes the reason where a pass could not be captured."""
+             device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None) -> list[str]:
+    """Greedy continuations as text, prompts of similar length together. notes, owners: as `continuations` has them."""
     texts = [""] * len(prompts)
-    for part, tokens in continuations(model, prompts, max_new_tokens, batch_tokens, tokenizer.eos_token_id, pad_id, device, dtype, notes):
+    for part, tokens in continuations(model, prompts, max_new_tokens, batch_tokens, tokenizer.eos_token_id, pad_id, device, dtype, notes, owners):
         for index, text in zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
             texts[index] = text
     return texts
 
 
 def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, end: int | None, pad_id: int,
-                  device: Any, dtype: Any, notes: list[str] | None = None) -> Iterator[tuple[list[int], torch.Tensor]]:
+                  device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Greedy continuations batch by batch as they come: (indices of prompts, what follows them [rows, new], padded from the end token on).
 
     What runs between two of them runs in inference mode.
+
+    Args:
+        notes: takes the reason where a pass could not be captured.
+        owners: by prompt, PEFT's name of the adapter that answers it (or WHOLE): by the model's own generate then.
+            None: the model as it stands answers all.
     """
     import torch
 
     from pipeline.fast.answering import by_hand
     from pipeline.fast.decode import Cached, Decoder, Written, greedy, unsuited
 
-    refused = unsuited(model, max(map(len, prompts)) + max_new_tokens)
+    refused = owners is not None or unsuited(model, max(map(len, prompts)) + max_new_tokens)
+    parts = list(_generation_batches(model, [len(p) for p in prompts], max_new_tokens, batch_tokens))
     with torch.inference_mode(), autocast(device, dtype), by_hand(model, dtype, device, 0 if refused else len(prompts)) as written:
 
         def make(rows: int, width: int) -> Decoder:
@@ -109,22 +117,23 @@ def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
             return Written(written, *shape) if written else Cached(functools.partial(logits_at, model), model.config, *shape)
 
         if refused:
-            yield from _generate(model, prompts, max_new_tokens, batch_tokens, end, pad_id, device)
+            yield from _generate(model, prompts, parts, max_new_tokens, end, pad_id, device, owners or ())
         else:
-            yield from greedy(make, lambda: autocast(device, dtype, cache=False), prompts, max_new_tokens, batch_tokens, device, [] if notes is None else notes)
+            yield from greedy(make, lambda: autocast(device, dtype, cache=False), prompts, parts, max_new_tokens, device, [] if notes is None else notes)
 
 
-def _generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, end: int | None, pad_id: int,
-              device: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """By the model's own generate: (indices of prompts, what follows them [rows, new])."""
+def _generate(model: Any, prompts: Sequence[list[int]], parts: Sequence[list[int]], max_new_tokens: int, end: int | None, pad_id: int, device: Any,
+              owners: Sequence[str] = ()) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """By the model's own generate, part by part: (indices of prompts, what follows them [rows, new])."""
     import torch
 
-    for part in _generation_batches(model, [len(p) for p in prompts], max_new_tokens, batch_tokens):
+    for part in parts:
         ids = pad([prompts[i] for i in part], pad_id, left=True).to(device)
         lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
         mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
+        named = {"adapter_names": [owners[i] for i in part]} if owners else {}
         out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id, eos_token_id=end, use_cache=True,
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id, eos_token_id=end, use_cache=True, **named,
         )
         yield part, out[:, ids.shape[1] :]
 
@@ -222,20 +231,25 @@ class Scorer:
 
     def _reason(self, rows: Sequence[dict]) -> list[str]:
         assert self.reasoning
-        texts = self._texts(rows, self.reasoning.max_new_tokens)
+        texts = self.texts(self.items(rows), room=self.reasoning.max_new_tokens)
         return [self.reasoning.prefill(text) for text in texts]
 
-    def _texts(self, rows: Sequence[dict], room: int) -> list[str]:
-        prompts = [prompt for prompt, _ in self.items(rows)]
-        return generate(self.model, prompts, room, self.batch_tokens, self.encoder.tokenizer, self.encoder.pad_id, self.device, self.dtype, self.notes)
+    def log_likelihoods(self, items: Items, owners: Sequence[str] | None = None) -> list[list[float]]:
+        """Of every choice of the items, nats. owners: as choice_log_likelihoods has them."""
+        return choice_log_likelihoods(self.model, items, self.batch_tokens, self.encoder.pad_id, self.device, self.dtype, self.notes, owners)
+
+    def texts(self, items: Items, owners: Sequence[str] | None = None, room: int | None = None) -> list[str]:
+        """What follows the items' prompts. owners: as `generate` has them; room: most new tokens (None: an answer's)."""
+        new, encoder = self.task.max_new_tokens if room is None else room, self.encoder
+        prompts = [prompt for prompt, _ in items]
+        return generate(self.model, prompts, new, self.batch_tokens, encoder.tokenizer, encoder.pad_id, self.device, self.dtype, self.notes, owners)
 
     def _choose(self, rows: Sequence[dict]) -> list[dict]:
-        scores = choice_log_likelihoods(self.model, self.items(rows), self.batch_tokens, self.encoder.pad_id, self.device, self.dtype, self.notes)
-        return chosen(rows, scores, self.task)
+        return chosen(rows, self.log_likelihoods(self.items(rows)), self.task)
 
     def _generate(self, rows: Sequence[dict]) -> list[dict]:
         found = []
-        for row, output in zip(rows, self._texts(rows, self.task.max_new_tokens), strict=True):
+        for row, output in zip(rows, self.texts(self.items(rows)), strict=True):
             prediction = extract(output, self.task.answer_pattern)
             correct = prediction is not None and canonical(prediction) == canonical(row["answer"])
             found.append({"id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": correct, "output": output})

@@ -1,7 +1,7 @@
 """Artefacts of finished cells, ready to answer: alone on their base, or many over one base, chosen row by row.
 
 Library of `python -m pipeline.evaluate`, `pipeline.serve` and `pipeline.export`. LoRA adapters, and techniques that change the
-request alone (zero-shot, few-shot, retrieval), share a batch (pipeline/sharing.py); other adapters are put on the base in turn.
+request alone (zero-shot, few-shot, retrieval), share a batch; other adapters are put on the base in turn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pipeline.objectives.base import Objective
 from pipeline.results import Result
 from pipeline.results import read as read_result
 from pipeline.settings import Settings, read
-from pipeline.sharing import NO_ADAPTER, choice_log_likelihoods, generate
+
+NO_ADAPTER = "__base__"  # PEFT's name for a row that the base answers by itself
 
 
 @dataclass(frozen=True)
@@ -195,23 +196,24 @@ class Door:
             task = scorers[row["adapter"]].task
             kinds.setdefault((task.scoring, task.max_new_tokens if task.scoring == "generate" else 0), []).append(index)
         model = self._attached(labels)
+        for scorer in scorers.values():
+            scorer.model = model
         try:
-            return [p for part in kinds.values() for p in self._batch(model, part, rows, items, scorers, labels)]
+            return [p for part in kinds.values() for p in self._batch(part, rows, items, scorers, labels)]
         finally:
             detach(model, self.base)
 
-    def _batch(self, model: Any, part: list[int], rows: list[dict], items: Items, scorers: dict[str, Any], labels: dict[str, str]) -> list[dict]:
-        mine = [rows[i] for i in part]
+    def _batch(self, part: list[int], rows: list[dict], items: Items, scorers: dict[str, scoring.Scorer], labels: dict[str, str]) -> list[dict]:
+        mine, asked = [rows[i] for i in part], [items[i] for i in part]
         scorer = scorers[mine[0]["adapter"]]
-        owners = [labels.get(row["adapter"], NO_ADAPTER) for row in mine] if labels else None
+        owners = [labels.get(row["adapter"], NO_ADAPTER) for row in mine] if labels else scoring.WHOLE
         count = len({row["adapter"] for row in mine})
         self.told.append(f"{len(mine)} in one batch of {count} artefact{'s' * (count > 1)}")
         if scorer.task.scoring == "choice":
-            sums = choice_log_likelihoods(model, [items[i] for i in part], owners, scorer)
+            sums = scorer.log_likelihoods(asked, owners)
             return [p for row, values in zip(mine, sums, strict=True) for p in scoring.chosen([row], [values], scorers[row["adapter"]].task)]
-        texts = generate(model, [items[i][0] for i in part], owners, scorer)
         return [{"id": row["id"], "prediction": scoring.extract(text, scorers[row["adapter"]].task.answer_pattern), "output": text}
-                for row, text in zip(mine, texts, strict=True)]
+                for row, text in zip(mine, scorer.texts(asked, owners), strict=True)]
 
     def _state(self, name: str) -> Any:
         artefact = self.artefacts[name]

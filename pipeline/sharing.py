@@ -1,7 +1,6 @@
-"""Rows of one batch answered by different adapters over one base, and what that costs.
+"""What it costs that rows of one batch are answered by different adapters over one base: how long 1, 8 and 64 adapters take.
 
-Library; pipeline/serving.py answers requests with it, a cell measures with it how long 1, 8 and 64 adapters take. PEFT's mixed-batch
-inference gives every row the adapter that `adapter_names` names for it; it has that for LoRA.
+Library; a cell measures with it. PEFT's mixed-batch inference gives every row the adapter that `adapter_names` names for it; it has that for LoRA.
 """
 
 from __future__ import annotations
@@ -13,48 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import measure, scoring
-from pipeline.choices import Items, Reads
-from pipeline.data import by_length, pad
 from pipeline.methods.base import Method
 
-NO_ADAPTER = "__base__"  # PEFT's name for a row that the base answers by itself
 REPEATS = 3
-
-
-def choice_log_likelihoods(model: Any, items: Items, owners: Sequence[str] | None, scorer: scoring.Scorer) -> list[list[float]]:
-    """As scoring's, every row by its own adapter. owners: PEFT's name of each row's adapter; None: the model as it stands answers all."""
-    import torch
-
-    reads = Reads.of(items)
-    sums = torch.zeros(len(reads.places), dtype=torch.float64)
-    with torch.inference_mode(), scoring.autocast(scorer.device, scorer.dtype):
-        for part in by_length([len(s) for s in reads.sequences], scorer.batch_tokens):
-            at = torch.tensor([(row, *read) for row, index in enumerate(part) for read in reads.at[index]]).T.to(scorer.device)
-            ids = pad([reads.sequences[i] for i in part], scorer.encoder.pad_id).to(scorer.device)
-            further = {} if owners is None else {"adapter_names": [owners[reads.places[reads.at[i][0][2]][0]] for i in part]}
-            logits = scoring.logits_at(model, ids, at[0], at[1], **further)
-            nats = torch.log_softmax(logits, -1).gather(1, at[2][:, None])[:, 0]
-            sums.index_add_(0, at[3].cpu(), nats.double().cpu())
-    return reads.by_item(sums.tolist())
-
-
-def generate(model: Any, prompts: Sequence[list[int]], owners: Sequence[str] | None, scorer: scoring.Scorer) -> list[str]:
-    """Greedy continuations as text, every prompt by its own adapter."""
-    import torch
-
-    texts, room = [""] * len(prompts), scorer.task.max_new_tokens
-    tokenizer, end = scorer.encoder.tokenizer, scorer.encoder.tokenizer.eos_token_id
-    with torch.inference_mode(), scoring.autocast(scorer.device, scorer.dtype):
-        for part in by_length([len(p) + room for p in prompts], scorer.batch_tokens):
-            ids = pad([prompts[i] for i in part], scorer.encoder.pad_id, left=True).to(scorer.device)
-            lengths = torch.tensor([len(prompts[i]) for i in part], device=scorer.device)
-            mask = (torch.arange(ids.shape[1], device=scorer.device) >= ids.shape[1] - lengths[:, None]).long()
-            further = {} if owners is None else {"adapter_names": [owners[i] for i in part]}
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False, pad_token_id=scorer.encoder.pad_id,
-                                 eos_token_id=end, **further)
-            for index, text in zip(part, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
-                texts[index] = text
-    return texts
 
 
 @dataclass(frozen=True)
@@ -80,7 +40,7 @@ def shared_latency(scorer: scoring.Scorer, method: Method, rows: Sequence[dict],
     same: dict[str, float] = {}
     try:
         for count, batch in many.items():
-            same[str(count)] = _seconds(functools.partial(_answer, scorer, batch, None), scorer.device)
+            same[str(count)] = _seconds(functools.partial(_answer, scorer, batch, scoring.WHOLE), scorer.device)
             if adapters and not together:
                 own[str(count)] = _one_by_one(scorer, batch)
             elif adapters:
@@ -93,12 +53,12 @@ def shared_latency(scorer: scoring.Scorer, method: Method, rows: Sequence[dict],
     return Shared(own, same, together)
 
 
-def _answer(scorer: scoring.Scorer, rows: Sequence[dict], owners: Sequence[str] | None) -> None:
+def _answer(scorer: scoring.Scorer, rows: Sequence[dict], owners: Sequence[str]) -> None:
     items = scorer.items(rows)
     if scorer.task.scoring == "choice":
-        choice_log_likelihoods(scorer.model, items, owners, scorer)
+        scorer.log_likelihoods(items, owners)
     else:
-        generate(scorer.model, [prompt for prompt, _ in items], owners, scorer)
+        scorer.texts(items, owners)
 
 
 def _seconds(call: Callable[[], None], device: Any) -> float:
@@ -112,7 +72,7 @@ def _one_by_one(scorer: scoring.Scorer, rows: Sequence[dict]) -> float:
     watch = measure.Stopwatch(scorer.device)
     for row in rows:
         scorer.model.set_adapter(scorer.model.active_adapter)
-        _answer(scorer, [row], None)
+        _answer(scorer, [row], scoring.WHOLE)
     return watch.lap()
 
 

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from pipeline.choices import Reads
+from pipeline.data import by_length, pad
+from pipeline.scoring import logits_at
+
 PAD = 1
 CPU = torch.device("cpu")
 KINDS = ["base", "lora", "soft prompt", "gpt2"]
@@ -19,6 +23,19 @@ def with_lora(base: Any) -> Any:
     torch.manual_seed(1)
     model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     return model.eval()
+
+
+def with_loras(base: Any) -> Any:
+    """Adapters "default", "other" and "wide"."""
+    from peft import LoraConfig
+
+    model = with_lora(base)
+    for rank, name in ((2, "other"), (6, "wide")):
+        model.add_adapter(name, LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    return model.eval()
+
+
+OWNERS = ["default", "other", "__base__", "wide", "other", "default", "wide", "__base__", "other"]
 
 
 def with_prompt(base: Any) -> Any:
@@ -52,4 +69,20 @@ def items_of(rows: int, demonstrations: int = 0, seed: int = 5) -> list[tuple[li
         head = words(rng, 3, 3)
         choices = [head[:1], head[:2], [*head, 4], [*head[:2], 7], words(rng, 2, 4), words(rng, 4, 4), words(rng, 1, 1)]
         found.append(([*shots, *words(rng, 3, 20)], rng.sample(choices, rng.randint(3, 7))))
+    return found
+
+
+def by_batches(model: Any, items: list, batch_tokens: int, owners: list[str]) -> list[list[float]]:
+    """Log-likelihoods by PEFT's batches of several adapters, every read from logits of its own: what is served, to the last bit."""
+    reads = Reads.of(items)
+    found = [[0.0] * len(choices) for _, choices in items]
+    for part in by_length([len(ids) for ids in reads.sequences], batch_tokens):
+        at = [(row, *read) for row, index in enumerate(part) for read in reads.at[index]]
+        rows, cols, targets, places = torch.tensor(at).T
+        names = [owners[reads.places[reads.at[index][0][2]][0]] for index in part]
+        with torch.inference_mode():
+            logits = logits_at(model, pad([reads.sequences[i] for i in part], PAD), rows, cols, adapter_names=names)
+        for value, place in zip(torch.log_softmax(logits, -1)[range(len(at)), targets].tolist(), places.tolist(), strict=True):
+            item, choice = reads.places[place]
+            found[item][choice] += value
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from scoring_models import CPU, KINDS, PAD, items_of, of_kind, with_prompt
+from scoring_models import CPU, KINDS, OWNERS, PAD, items_of, of_kind, with_loras, with_prompt
 
 from pipeline.fast import answering, attend, decode
 from pipeline.model import load_model, load_tokenizer
@@ -50,6 +50,18 @@ def test_texts_are_those_of_generate(monkeypatch, model, tokenizer, shapes, new)
     prompts = [prompt for prompt, _ in items_of(9)]
     expected = by_generate(model, prompts, new, tokenizer)
     assert generate(model, prompts, new, 128, tokenizer, PAD, CPU, torch.float32) == expected
+
+
+def test_prompts_by_adapters_of_their_own_are_continued_as_by_each_alone(base, tokenizer):
+    model, prompts = with_loras(base), [prompt for prompt, _ in items_of(9)]
+    found = generate(model, prompts, 12, 128, tokenizer, PAD, CPU, torch.float32, owners=OWNERS)
+    for name in set(OWNERS) - {"__base__"}:
+        model.set_adapter(name)
+        mine = [i for i, owner in enumerate(OWNERS) if owner == name]
+        assert [found[i] for i in mine] == by_generate(model, [prompts[i] for i in mine], 12, tokenizer)
+    mine = [i for i, owner in enumerate(OWNERS) if owner == "__base__"]
+    plain = by_generate(base, prompts, 12, tokenizer)
+    assert [found[i] for i in mine] == [plain[i] for i in mine] and found != plain
 
 
 def test_ended_rows_go_on_with_padding_and_the_batch_stops_soon_after(base):

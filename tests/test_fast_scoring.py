@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from scoring_models import CPU, KINDS, PAD, items_of, of_kind, with_lora, with_prompt
+from scoring_models import CPU, KINDS, OWNERS, PAD, by_batches, items_of, of_kind, with_lora, with_loras, with_prompt
 
 from pipeline import scoring
 from pipeline.choices import Reads, joined
@@ -17,7 +17,7 @@ from pipeline.fast import answering, bind, forward, reuse
 from pipeline.fast.capture import Graphs
 from pipeline.fast.parts import Unsupported
 from pipeline.model import load_model, load_tokenizer
-from pipeline.scoring import choice_log_likelihoods, generate
+from pipeline.scoring import WHOLE, choice_log_likelihoods, generate
 from pipeline.settings import Precision
 
 
@@ -119,6 +119,31 @@ def test_demonstrations_and_prompts_are_fed_once(base):
     shapes = fed(base, lambda: scores(base, items))
     assert shapes[0] == (1, 60) and sum(shape[0] for shape in shapes[1:]) == 24
     assert tokens(shapes) < alone / 5
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 150, 4096])
+def test_rows_by_adapters_of_their_own_score_as_each_adapter_alone(base, static, batch_tokens):
+    """Fed whole, in the batches of a model that is asked to share nothing, and never captured."""
+    model, items = with_loras(base), items_of(9, demonstrations=40)
+    found = choice_log_likelihoods(model, items, batch_tokens, PAD, CPU, torch.float32, owners=OWNERS)
+    assert found == by_batches(model, items, batch_tokens, OWNERS)
+    for name in set(OWNERS) - {"__base__"}:
+        model.set_adapter(name)
+        mine = [i for i, owner in enumerate(OWNERS) if owner == name]
+        same([found[i] for i in mine], naive(model, [items[i] for i in mine]))
+    mine = [i for i, owner in enumerate(OWNERS) if owner == "__base__"]
+    same([found[i] for i in mine], naive(base, [items[i] for i in mine]))
+    whole = choice_log_likelihoods(base, items, batch_tokens, PAD, CPU, torch.float32, owners=WHOLE)
+    same(whole, naive(base, items))
+    several, bare = (fed(by, lambda by=by, owners=owners: choice_log_likelihoods(by, items, batch_tokens, PAD, CPU, torch.float32, owners=owners))
+                     for by, owners in ((model, OWNERS), (base, WHOLE)))
+    assert several == bare and sum(rows for rows, _ in bare) == len(Reads.of(items).sequences) and not static
+
+
+def test_an_empty_choice_alone_scores_0_beside_rows_of_other_adapters(base):
+    found = choice_log_likelihoods(with_loras(base), [([5, 6], [[]]), ([5], [[7]])], 100, PAD, CPU, torch.float32, owners=["other", "wide"])
+    assert found[0] == [0.0] and found[1][0] < 0
+    assert choice_log_likelihoods(base, [([5, 6], [[]])], 100, PAD, CPU, torch.float32, owners=WHOLE) == [[0.0]]
 
 
 def test_a_soft_prompt_is_put_before_whole_rows(base):
@@ -283,7 +308,7 @@ def test_a_scorers_notes_reach_its_owner(base, tokenizer, monkeypatch):
     from pipeline.settings import Task
 
     def told(*args: Any) -> list[list[float]]:
-        args[-1].append("a note")
+        args[-2].append("a note")
         return [[-1.0, -2.0]]
 
     monkeypatch.setattr(scoring, "choice_log_likelihoods", told)

@@ -141,15 +141,17 @@ def test_generated_texts_are_transformers_token_for_token(width, precision):
     """Left-padded batches as generate has them, recorded steps, key-value heads that no kernel is given copies of."""
     import torch
 
+    from pipeline.data import by_length
     from pipeline.scoring import _generate, continuations
 
     dtype, device = torch.bfloat16 if precision == "bf16" else torch.float32, torch.device("cuda")
     model = random_model(width).to(dtype)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 4096, (n,), generator=generator).tolist() for n in torch.randint(3, 70, (500,), generator=generator).tolist()]
+    parts = list(by_length([len(p) + 24 for p in prompts], 8192))
     notes: list[str] = []
     with torch.inference_mode():
-        expected = dict(pair for part, out in _generate(model, prompts, 24, 8192, 2, 0, device) for pair in zip(part, out.tolist(), strict=True))
+        expected = dict(pair for part, out in _generate(model, prompts, parts, 24, 2, 0, device) for pair in zip(part, out.tolist(), strict=True))
         found = continuations(model, prompts, 24, 8192, 2, 0, device, dtype, notes)
         ours = dict(pair for part, out in found for pair in zip(part, out.tolist(), strict=True))
     same = sum(ours[i][: len(text)] == text for i, text in expected.items())

@@ -65,6 +65,36 @@ def test_runs_of_different_ranks_seeds_rates_lengths_and_modules_equal_their_sol
     same(pack(cfgs[:1], 1)[0], *alone(cfgs[0], tmp_path, "fast"))
 
 
+@pytest.mark.parametrize("technique", ["lora", "prompt_tuning"])
+def test_choices_under_several_adapters_score_as_under_each_alone(overrides, technique):
+    import torch
+    from scoring_models import CPU, items_of
+
+    from pipeline.scoring import choice_log_likelihoods
+
+    base = compose([*overrides, *SHORT, f"technique={technique}"])
+    cfgs = [at(base, {LR: 1e-2, "seed": seed}) for seed in range(3)]
+    packing = Packing(cfgs, cell.Shared())
+    opened = packing.open(3, 3)
+    opened._fill(lambda _: [packing.job(cfg) for cfg in cfgs])
+    opened.bound.flat.master.add_(0.1 * torch.randn(opened.bound.flat.master.shape, generator=torch.Generator().manual_seed(7)))
+    opened.bound.flat.sync()
+    running, items = list(opened.active.values()), items_of(12)
+    weights = [opened.adapters.take(run.slot, run.start.weights) for run in running]
+    found = {(chosen, tokens): opened.choice_log_likelihoods([running[i] for i in chosen], items, tokens)
+             for chosen in ((0, 1, 2), (2, 0), (1,)) for tokens in (1, 300, 9999)}
+    opened.close()
+    expected = []
+    for run, own in zip(running, weights, strict=True):
+        with packing.starts.wrapped(run.job.name.method, own) as model:
+            expected.append(choice_log_likelihoods(model, items, 512, packing.encoder.pad_id, CPU, torch.float32))
+    assert expected[0][0] != pytest.approx(expected[1][0], abs=1e-2)
+    for (chosen, _), mine in found.items():
+        for i, values in zip(chosen, mine, strict=True):
+            for one, other in zip(values, expected[i], strict=True):
+                assert one == pytest.approx(other, abs=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("more", "points"), [
     (["technique=prompt_tuning"], [{LR: 3e-2}, {LR: 1e-2, "seed": 1}]),

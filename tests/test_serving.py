@@ -14,8 +14,8 @@ from pipeline.config import build, compose
 from pipeline.files import read_json, read_jsonl, write_jsonl
 from pipeline.loop import Loop
 from pipeline.results import read
+from pipeline.scoring import WHOLE
 from pipeline.serving import Artefact, Base, Door
-from pipeline.sharing import choice_log_likelihoods
 
 CELLS = {
     "zero_shot": [], "few_shot": ["method.k=2"], "retrieval": ["method.k=2"], "lora": ["train.lr=1e-2"],
@@ -86,10 +86,10 @@ def test_one_row_of_a_mixed_batch_does_not_reach_another(home, tiny):
     door = Door(base, artefacts)
     scorer = artefacts[0].scorer(base, base.model, None)
     items = scorer.items(test_rows(home, tiny)[:4])
-    bare = choice_log_likelihoods(base.model, items, None, scorer)
-    model = door._attached({"lora": "a", "lora+wide": "b"})
-    mixed = choice_log_likelihoods(model, items, ["a", "b", "__base__", "a"], scorer)
-    other = choice_log_likelihoods(model, items, ["b", "b", "__base__", "a"], scorer)
+    bare = scorer.log_likelihoods(items, WHOLE)
+    scorer.model = door._attached({"lora": "a", "lora+wide": "b"})
+    mixed = scorer.log_likelihoods(items, ["a", "b", "__base__", "a"])
+    other = scorer.log_likelihoods(items, ["b", "b", "__base__", "a"])
     assert mixed[1:] == other[1:] and mixed[0] != other[0]
     assert mixed[2] == pytest.approx(bare[2], abs=1e-6) and mixed[1] != pytest.approx(bare[1], abs=1e-3)
 

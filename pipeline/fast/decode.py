@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StaticCache
 
-from pipeline.data import by_length, pad
+from pipeline.data import pad
 from pipeline.fast import answering
 from pipeline.fast.answering import Forward
 from pipeline.fast.attend import Attends, Heads, after, seen
@@ -237,17 +237,18 @@ class Replayed:
             self.work()
 
 
-def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompts: Sequence[list[int]], new: int, batch_tokens: int, device: Any,
+def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompts: Sequence[list[int]], parts: Sequence[list[int]], new: int, device: Any,
            notes: list[str]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """(indices of prompts, their continuations [rows, new] padded from the end on), batch by batch: the batches in which generate would be called,
-    because in 16 bits a text may depend on its batch, on the padding and on how many rows are multiplied at once.
+    """(indices of prompts, their continuations [rows, new] padded from the end on), batch by batch.
 
     Args:
         make: (rows, width) -> a decoder of this shape.
         fresh: as Replayed has it.
+        parts: indices of prompts by batch: the batches in which generate would be called, because in 16 bits a text may depend on its batch, on the
+            padding and on how many rows are multiplied at once.
         notes: takes the reason where a capture failed.
     """
-    batches = [(part, (len(part), max(len(prompts[i]) for i in part))) for part in by_length([len(p) + new for p in prompts], batch_tokens)]
+    batches = [(part, (len(part), max(len(prompts[i]) for i in part))) for part in parts]
     uses = Counter(shape for _, shape in batches)
     static, graphs = torch.device(device).type in answering.STATIC, Graphs(device)
 

@@ -1,20 +1,22 @@
-"""Log-probabilities of tokens, read off forward passes of any causal language model; on a GPU over few static shapes, captured.
+"""The scorer of choices: log-probabilities read off forward passes of any causal language model; on a GPU over few static shapes, captured.
 
-Library. `Reader` feeds what pipeline/choices.py arranges. A batch of a shape that comes often is padded to that shape and its CUDA graph
-replayed; all others run as they are. A capture that fails is noted, and the passes go on without.
+Library. `Reader` feeds what pipeline/choices.py arranges to a model as it stands, to an adapter a row, or to several adapters at once. A batch
+of a shape that comes often is padded to that shape and its CUDA graph replayed; all others run as they are. A capture that fails is noted, and
+the passes go on without.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.choices import Group, Row
+from pipeline.choices import Group, Items, Reads, Row, arrange
 from pipeline.data import by_length
 from pipeline.fast import answering
 from pipeline.fast.capture import Graphs
@@ -83,9 +85,10 @@ class Shape:
     masked: bool
 
     @classmethod
-    def of(cls, rows: Sequence[Row], masked: bool) -> Shape:
-        """The smallest that holds the rows."""
-        return cls(len(rows), max(len(r.ids) for r in rows), sum(map(_places, rows)), sum(len(r.reads) for r in rows), masked)
+    def of(cls, rows: Sequence[Row], masked: bool, grain: int = 1) -> Shape:
+        """The smallest that holds the rows, its width a multiple of `grain`."""
+        width = max(len(r.ids) for r in rows)
+        return cls(len(rows), width + -width % grain, sum(map(_places, rows)), sum(len(r.reads) for r in rows), masked)
 
 
 def _places(row: Row) -> int:
@@ -154,31 +157,62 @@ def capture(graphs: Graphs, work: Callable[[], Any], notes: list[str], what: str
         return None
 
 
+def log_probabilities(forward: Callable[..., torch.Tensor], inputs: Inputs, **further: Any) -> torch.Tensor:
+    """log p of the inputs' targets [1, reads]. forward: (ids [B, T], rows [N], cols [N], further inputs of the model) -> logits [N, V] fp32."""
+    logits = forward(inputs.ids, inputs.rows, inputs.cols, **further)
+    return torch.log_softmax(logits, -1)[inputs.inverse, inputs.targets][None]
+
+
+def log_probabilities_apiece(forward: Callable[..., torch.Tensor], inputs: Inputs, **further: Any) -> torch.Tensor:
+    """As log_probabilities, with logits for every read, also where some are of one position: a product over fewer rows may round otherwise, and what
+    is served is to stay what it was."""
+    logits = forward(inputs.ids, inputs.rows[inputs.inverse], inputs.cols[inputs.inverse], **further)
+    return torch.log_softmax(logits, -1).gather(1, inputs.targets[:, None]).t()
+
+
 class Reader:
-    """Sums log-probabilities by place.
+    """Scores of choices by adapter: K that all rows are fed to at once, or one, which may differ from row to row.
 
     Args:
-        forward: (ids [B, T], rows [N], cols [N], further inputs of the model) -> logits [N, V] fp32.
+        forward: the model, in the form that `read` takes.
+        batch_tokens: most tokens of a pass (one row at least).
+        read: (forward, inputs, further inputs of the model) -> log p of the inputs' targets by adapter [K, reads].
+        model: passes are captured where that pays for it; None: none is.
         fresh: a context in which no cast of a weight is kept from before: what a capture runs in.
         notes: takes the reason where a capture failed.
+        owners: by item, PEFT's name of the adapter that answers it; (): the model is not told. A model that is told is not captured.
+        grain: widths are padded to multiples of it.
     """
 
-    def __init__(self, model: Any, forward: Callable[..., torch.Tensor], fresh: Callable[[], Any], batch_tokens: int, pad_id: int, device: Any,
-                 notes: list[str]) -> None:
-        self.forward, self.fresh, self.batch_tokens, self.pad_id, self.device, self.notes = forward, fresh, batch_tokens, pad_id, device, notes
-        self.graphs = Graphs(device)
+    def __init__(self, forward: Any, batch_tokens: int, pad_id: int, device: Any, *, read: Callable[..., torch.Tensor] = log_probabilities, model: Any = None,
+                 fresh: Callable[[], Any] = nullcontext, notes: list[str] | None = None, owners: Sequence[str] = (), grain: int = 1) -> None:
+        self.forward, self.read, self.fresh, self.batch_tokens, self.pad_id, self.device = forward, read, fresh, batch_tokens, pad_id, device
+        self.notes, self.owners, self.grain, self.graphs = [] if notes is None else notes, owners, grain, Graphs(device)
         layer_s = WRITTEN_S if isinstance(forward, answering.Forward) else LAYER_S
-        self.pass_tokens = pass_tokens(model, layer_s) if torch.device(device).type in answering.STATIC else 0.0
+        self.pass_tokens = pass_tokens(model, layer_s) if model is not None and torch.device(device).type in answering.STATIC else 0.0
 
-    def sums(self, groups: Sequence[Group], places: int) -> list[float]:
-        """By place: the sum of what the groups' rows read for it, nats."""
-        found = [torch.zeros(0, device=self.device)]
+    def scores(self, items: Items, refused: Callable[[Sequence[Group]], str | None] | None = None) -> list[list[list[float]]]:
+        """By adapter and item: the sum of token log-probabilities of every choice after its prompt, nats.
+
+        Args:
+            refused: why rows may not share tokens (None: they may), asked where that would save enough; None: nothing is shared.
+        """
+        reads = Reads.of(items)
+        groups = reads.apart() if refused is None else arrange(reads, items)
+        if refused is not None and any(group.shares for group in groups) and refused(groups):
+            groups = reads.apart()
+        return [reads.by_item(sums) for sums in self.sums(groups, len(reads.places))]
+
+    def sums(self, groups: Sequence[Group], places: int) -> list[list[float]]:
+        """By adapter and place: the sum of what the groups' rows read for it, nats."""
+        found: list[torch.Tensor] = []
         at: list[int] = []
         for group in groups:
             for rows, values in self._group(group):
                 found.append(values)
                 at.extend(place for row in rows for _, _, place in row.reads)
-        return torch.zeros(places, dtype=torch.float64).index_add_(0, torch.tensor(at, dtype=torch.long), torch.cat(found).double().cpu()).tolist()
+        into, values = torch.tensor(at, dtype=torch.long), torch.cat(found, 1) if found else torch.zeros(1, 0)
+        return [torch.zeros(places, dtype=torch.float64).index_add_(0, into, one).tolist() for one in values.double().cpu()]
 
     def close(self) -> None:
         """Give the graphs' memory back."""
@@ -197,26 +231,23 @@ class Reader:
                 shape = Shape(count, width, count * max(map(_places, every)), count * max(len(r.reads) for r in every), masked)
                 held[width] = self._captured(shape, rows, past, offset)
             if not (static := held.get(width)):
-                inputs = Inputs(Shape.of(rows, masked), self.device)
+                inputs = Inputs(Shape.of(rows, masked, self.grain), self.device)
                 inputs.fill(rows, self.pad_id, offset)
-                yield rows, self._read(inputs, past, offset)
+                named = {"adapter_names": [self.owners[row.item] for row in rows]} if self.owners else {}
+                yield rows, self.read(self.forward, inputs, **inputs.further(past, offset), **named)
                 continue
             inputs, out, replay = static
             inputs.fill(rows, self.pad_id, offset)
             replay()
-            yield rows, out[: sum(len(r.reads) for r in rows)].clone()
+            yield rows, out[:, : sum(len(r.reads) for r in rows)].clone()
 
     def _captured(self, shape: Shape, rows: list[Row], past: Any, offset: int) -> tuple[Inputs, torch.Tensor, Callable[[], None]] | None:
-        inputs, out = Inputs(shape, self.device), torch.zeros(shape.reads, device=self.device)
+        inputs, out = Inputs(shape, self.device), torch.zeros(1, shape.reads, device=self.device)
         inputs.fill(rows, self.pad_id, offset)
 
         def work() -> None:
             with self.fresh():
-                out.copy_(self._read(inputs, past, offset))
+                out.copy_(self.read(self.forward, inputs, **inputs.further(past, offset)))
 
         replay = capture(self.graphs, work, self.notes, "choice scoring")
         return replay and (inputs, out, replay)
-
-    def _read(self, inputs: Inputs, past: Any, offset: int) -> torch.Tensor:
-        logits = self.forward(inputs.ids, inputs.rows, inputs.cols, **inputs.further(past, offset))
-        return torch.log_softmax(logits, -1)[inputs.inverse, inputs.targets]

@@ -18,7 +18,7 @@ from pipeline.choices import Items
 from pipeline.data import Encoded
 from pipeline.fast.bind import Bound, bind
 from pipeline.fast.programs import ByHand
-from pipeline.fast.score import choice_log_likelihoods
+from pipeline.fast.score import reader
 from pipeline.fast.shapes import OpenShapes, length
 from pipeline.fast.starts import Slots, Start, Weights
 from pipeline.fast.stepper import Stepper
@@ -148,7 +148,8 @@ class Pack:
 
     def choice_log_likelihoods(self, running: Sequence[Running], items: Items, batch_tokens: int) -> list[list[list[float]]]:
         """By run: what pipeline.scoring.choice_log_likelihoods gives for it. batch_tokens: most tokens of a pass, all runs together."""
-        return choice_log_likelihoods(self.bound.llama, [r.slot for r in running], self.slots, items, batch_tokens, self.pad_id)
+        with torch.no_grad():
+            return reader(self.bound.llama, [r.slot for r in running], self.slots, batch_tokens, self.pad_id).scores(items)
 
     def close(self) -> None:
         """Free the graphs and give the base its weights back."""

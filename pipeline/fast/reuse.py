@@ -57,14 +57,14 @@ _KNOWN: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 """Model -> why sharing changes what it computes; None: it does not."""
 
 
-def sharing_refused(model: Any, dtype: Any, items: Items, groups: Sequence[Group], sums: Callable[[Sequence[Group], int], list[float]]) -> str | None:
+def sharing_refused(model: Any, dtype: Any, items: Items, groups: Sequence[Group], sums: Callable[[Sequence[Group], int], list[list[float]]]) -> str | None:
     """Why the rows of a model's scoring may not share tokens; None: they may.
 
     What the configuration does not tell, the scores do: of two rows with and without sharing, once for every model.
 
     Args:
         groups: the rows as they would share.
-        sums: (rows, number of places) -> scores.
+        sums: (rows, number of places) -> scores, by adapter; the model answers with one.
     """
     reason = refusal(model, max(len(prompt) + sum(map(len, choices)) for prompt, choices in items))
     if reason or model in _KNOWN:
@@ -72,11 +72,11 @@ def sharing_refused(model: Any, dtype: Any, items: Items, groups: Sequence[Group
     largest = max((group for group in groups if group.shares), key=lambda group: len(group.rows))
     few = [items[i] for i in sorted({row.item for row in largest.rows}, key=lambda i: len(items[i][0]))[:2]]
     reads = Reads.of(few)
-    expected = sums([Group([], reads.rows())], len(reads.places))
+    (expected,) = sums(reads.apart(), len(reads.places))
     if not all(map(math.isfinite, expected)):  # a model that diverged shows nothing
         return "its scores are not finite"
     try:
-        found = sums(arrange(reads, few, least=0), len(reads.places))
+        (found,) = sums(arrange(reads, few, least=0), len(reads.places))
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         if "out of memory" in str(error):
             raise

@@ -1,48 +1,34 @@
-"""Choice scoring with several adapters at once: every sequence is fed under each of them in one pass over the base.
+"""Several adapters at once for the scorer of choices: every row is fed under each of them in one pass over the base.
 
-Library. The semantics are pipeline.scoring's, whose reads it shares.
+Library.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
 
-from pipeline.choices import Items, Reads
-from pipeline.data import pad
 from pipeline.fast import ops
+from pipeline.fast.forward import Inputs, Reader
 from pipeline.fast.llama import LOGITS_AT_ONCE, Group, Llama
 from pipeline.fast.shapes import GRAIN
 
 
-def choice_log_likelihoods(llama: Llama, slots: Sequence[int], total: int, items: Items, batch_tokens: int, pad_id: int) -> list[list[list[float]]]:
-    """By slot: sum of token log-probabilities of every choice after its prompt, nats.
+def reader(llama: Llama, slots: Sequence[int], total: int, batch_tokens: int, pad_id: int) -> Reader:
+    """What scores choices under the adapters of `slots`, of `total` that the model holds. batch_tokens: most tokens of a pass, all slots together."""
+    model, count = _of(llama, slice(None) if len(slots) == total else list(slots)), len(slots)
+    return Reader(model, max(1, batch_tokens // count), pad_id, model.embedding.device, read=functools.partial(_under_each, count), grain=GRAIN)
 
-    Args:
-        slots: whose adapters answer, of `total` that the model holds.
-        batch_tokens: most tokens of a pass, all slots together (one row a slot at least).
-    """
-    model = _of(llama, slice(None) if len(slots) == total else list(slots))
-    reads, count = Reads.of(items), len(slots)
-    device = model.embedding.device
-    found, places = [], []
-    with torch.no_grad():
-        for sequences, (rows, cols, targets, place) in reads.batches(max(1, batch_tokens // count)):
-            ids = pad(sequences, pad_id)
-            ids = torch.nn.functional.pad(ids, (0, -ids.shape[1] % GRAIN), value=pad_id)
-            width = ids.shape[1] + model.virtual
-            at, inverse = torch.unique(rows * width + cols + model.virtual, return_inverse=True)
-            stride = len(ids) * width
-            hidden, _ = model.hidden(ids.to(device).repeat(count, 1), False)
-            wanted = (torch.arange(count)[:, None] * stride + at).reshape(-1).to(device)
-            reading = (torch.arange(count)[:, None] * len(at) + inverse).to(device)
-            found.append(_log_probabilities(model, hidden[wanted], reading, targets.to(device)))
-            places.append(place)
-    sums = torch.zeros(count, len(reads.places), dtype=torch.float64)
-    sums.index_add_(1, torch.cat(places), torch.cat(found, 1).double().cpu())
-    return [reads.by_item(row) for row in sums.tolist()]
+
+def _under_each(count: int, model: Llama, inputs: Inputs) -> torch.Tensor:
+    """log p of the inputs' targets under each of `count` adapters [K, reads]."""
+    rows, width = inputs.shape.rows, inputs.shape.width + model.virtual
+    at, each = inputs.rows * width + inputs.cols + model.virtual, torch.arange(count, device=inputs.rows.device)[:, None]
+    hidden, _ = model.hidden(inputs.ids.repeat(count, 1), False)
+    return _log_probabilities(model, hidden[(each * (rows * width) + at).view(-1)], each * len(at) + inputs.inverse, inputs.targets)
 
 
 def _log_probabilities(model: Llama, hidden: torch.Tensor, at: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
