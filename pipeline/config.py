@@ -154,6 +154,8 @@ def entry(run: Callable[[DictConfig], int | None]) -> Callable[..., int]:
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)
             return 130
+        finally:
+            _overrides = []
 
     return main
 

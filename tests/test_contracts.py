@@ -107,7 +107,7 @@ def test_a_log_line_in_every_hook_leaves_the_engine_as_it_is(both, tmp_path, cap
     caplog.set_level(logging.INFO, logger=__name__)
     found = cell.run(noisy, folder=tmp_path / "noisy")
     assert {"wrap", "optimizer_groups", "served", "prompt", "prepare", "prepared", "rows", "loop", "reasoning"} <= {r.message for r in caplog.records}
-    assert any(n.startswith("engine: hand-written step") for n in found.notes)
+    assert found.work.engine == "handwritten"
     expected = cell.run(plain, folder=tmp_path / "plain")
     assert (found.notes, found.history, found.scores) == (expected.notes, expected.history, expected.scores)
 

@@ -11,6 +11,7 @@ from pipeline.forecasting.memory import walk
 from pipeline.forecasting.plan import Constants
 from pipeline.forecasting.shape import shape_of
 from pipeline.forecasting.trained import trained
+from pipeline.names import build
 from pipeline.settings import Precision, Train
 
 BASE = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 320, "vocab_size": 1000,
@@ -33,7 +34,6 @@ ROWS, WIDTH = 4, 64
 
 def measured(config, method, precision, labels, checkpointing):
     """(bytes of the wrapped model, peak live bytes of two steps) of a training with all rows in one micro-batch."""
-    import hydra.utils
     import torch
 
     from benchmarks.forecast_live import Live
@@ -43,7 +43,7 @@ def measured(config, method, precision, labels, checkpointing):
     from pipeline.stepping import Eager
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    method = hydra.utils.instantiate(method, _convert_="all")
+    method = build(method, "method")
     model = method.wrap(random_base(config, precision, dtype, torch.device("cpu")))
     rows = [[Encoded(tuple(range(1, WIDTH + 2)), WIDTH + 1 - labels)]] * ROWS
     stepping = Eager(model, method, Labels(), rows, train(checkpointing), 0, torch.device("cpu"), dtype, 0)
@@ -97,10 +97,9 @@ def test_what_autograd_saves_grows_as_the_walk_says(imports):
         from pipeline.forecasting.random_model import random_base
 
         torch.manual_seed(0)
-        import hydra.utils
 
         config = {**BASE, "num_hidden_layers": layers}
-        model = hydra.utils.instantiate(METHODS["lora"], _convert_="all").wrap(random_base(config, "fp32", torch.float32, torch.device("cpu")))
+        model = build(METHODS["lora"], "method").wrap(random_base(config, "fp32", torch.float32, torch.device("cpu")))
         own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
         kept = {}
 

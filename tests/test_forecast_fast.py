@@ -14,6 +14,7 @@ from pipeline.forecasting.memory import load, walk
 from pipeline.forecasting.plan import Constants
 from pipeline.forecasting.shape import shape_of
 from pipeline.forecasting.trained import trained
+from pipeline.names import build
 from pipeline.settings import Precision, Train
 
 ROWS, WIDTH, LABELS = 4, 64, 8
@@ -36,14 +37,13 @@ def size(*tensors):
 
 
 def bound(method, precision="fp32", accumulate=False):
-    import hydra.utils
     import torch
 
     from pipeline.fast.bind import bind
     from pipeline.forecasting.random_model import random_base
 
     base = random_base(BASE, precision, torch.float32, torch.device("cpu"))
-    return bind(hydra.utils.instantiate(METHODS[method], _convert_="all").wrap(base), torch.float32, accumulate=accumulate)
+    return bind(build(METHODS[method], "method").wrap(base), torch.float32, accumulate=accumulate)
 
 
 def hand(plan, memory):

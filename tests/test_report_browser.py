@@ -60,7 +60,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     write_experiment(home / "results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "ROOT", home)
-        assert report.main(["experiment=quick", f"paths.results={home}/results", f"paths.report={home}/report"]) == 0
+        assert report.main(["experiments=quick", f"paths.results={home}/results", f"paths.report={home}/report"]) == 0
     return (home / "report" / "quick" / "index.html").read_text()
 
 

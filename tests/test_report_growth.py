@@ -118,7 +118,7 @@ def test_the_page_has_the_part_where_there_are_three_sizes(tmp_path, monkeypatch
     for sizes in (SIZES[:3], SIZES[:2]):
         grid = {**GRID, "techniques": list(THREE), "train_rows": list(sizes)}
         Path(tmp_path / "experiments" / "quick" / "params.yaml").write_text(yaml.safe_dump({"experiment": "quick", "grid": grid}))
-        words = ["experiment=quick", f"paths.results={tmp_path}/results", f"paths.report={tmp_path}/report", "report.target=0.45"]
+        words = ["experiments=quick", f"paths.results={tmp_path}/results", f"paths.report={tmp_path}/report", "report.target=0.45"]
         assert report.main(words) == 0
         pages.append((tmp_path / "report" / "quick" / "index.html").read_text())
         assert ("Labelled rows for 45.0%" in capsys.readouterr().out) == (len(sizes) == 3)

@@ -91,7 +91,7 @@ def write_sweep(root: Path, finished: bool = True) -> Path:
 
 
 def config(root: Path, *more: str) -> Any:
-    return compose([*paths(root), "experiment=quick", *more])
+    return compose([*paths(root), "experiments=quick", *more])
 
 
 def paths(root: Path, database: str = "mlflow.db") -> list[str]:
@@ -350,7 +350,7 @@ def test_only_tracking_imports_mlflow():
 def test_three_first_users_at_once_make_one_database(tmp_path):
     cells = [write_cell(tmp_path, cell=f"lora-s{seed}-n200", seed=seed) for seed in range(3)]
     code = "import sys; from pipeline import config, tracking; tracking.log_cell(sys.argv[1], config.compose(sys.argv[2:]))"
-    words = [*paths(tmp_path), "experiment=quick"]
+    words = [*paths(tmp_path), "experiments=quick"]
     started = [subprocess.Popen([sys.executable, "-c", code, str(c), *words], cwd=ROOT, stderr=subprocess.PIPE, text=True) for c in cells]
     assert [p.communicate()[1] for p in started] == ["", "", ""]
     assert {r.data.tags["seed"] for r in runs(tmp_path)} == {"0", "1", "2"}
