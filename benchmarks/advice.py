@@ -23,10 +23,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.advice import Advice, Need, advise
-from pipeline.advice_evidence import Seen, gather, takes_no_rows
-from pipeline.files import UserError, words_entry, write_json
-from pipeline.measure import provenance
+from pipeline.core.commands import words_entry
+from pipeline.core.files import UserError, write_json
+from pipeline.measure.machine import provenance
+from pipeline.reporting.advice import Advice, Need, advise
+from pipeline.reporting.evidence import Seen, gather, takes_no_rows
 
 OUT = Path(__file__).parent / "results" / "advice.json"
 

@@ -1,4 +1,4 @@
-"""Do the intervals of pipeline/learning_curve.py hold the truth? Simulated experiments with known curves.
+"""Do the intervals of pipeline/stats/learning_curve.py hold the truth? Simulated experiments with known curves.
 
     python -m benchmarks.curves benchmarks/results/curves.json [experiments a setting]        all settings; 1,000 each take about 20 minutes on a core
     python -m benchmarks.curves out.json 200 usual "two seeds"                                 some of them
@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import measure
-from pipeline.learning_curve import Crossover, Curve, Measured, RowsFor, crossover, fit
+from pipeline.measure import machine
+from pipeline.stats.learning_curve import Crossover, Curve, RowsFor, crossover, fit
+from pipeline.stats.learning_noise import Measured
 
 SIZES = (19, 48, 120, 300, 720, 1800)
 BETWEEN = (19, 30, 48, 76, 120, 190, 300, 465, 720, 1140, 1800)
@@ -155,7 +156,7 @@ def simulate(name: str, experiments: int) -> dict[str, Any]:
 
 def main(target: Path, experiments: int = 1000, names: tuple[str, ...] = ()) -> None:
     """Simulate the settings and print them as they are done."""
-    about = {"date": measure.provenance()["started"][:10], "hardware": measure.hardware("cpu")["cpu"], "sizes": SIZES, "level": 0.95}
+    about = {"date": machine.provenance()["started"][:10], "hardware": machine.hardware("cpu")["cpu"], "sizes": SIZES, "level": 0.95}
     lines = []
     for name in names or SETTINGS:
         lines.append(simulate(name, experiments))

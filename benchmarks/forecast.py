@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import forecast_configs, forecast_fit, forecast_measure
-from pipeline.files import UserError
+from pipeline.core.files import UserError
 
 OUT = Path(__file__).parent.parent / "experiments" / "forecast"
 DEFAULTS = {"seconds": "540", "configs": "all", "device": "auto", "out": str(OUT)}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.forecast_configs import SHAPES, Config
-from pipeline.files import UserError, read_jsonl, write_json, write_text
+from pipeline.core.files import UserError, read_jsonl, write_json, write_text
 from pipeline.forecasting.memory import Memory
 from pipeline.forecasting.plan import Constants, Plan
 
@@ -47,12 +47,12 @@ class Point:
 
 def plan_of(config: Config, gpu: bool) -> Plan:
     """A configuration as the forecast sees it: from its composed config and its rows' lengths."""
-    from pipeline.config import compose, plain
-    from pipeline.data import Encoded
+    from pipeline.core.compose import compose, plain
+    from pipeline.core.settings import read
+    from pipeline.data.rows import Encoded
     from pipeline.forecasting import run
     from pipeline.forecasting.shape import shape_of
     from pipeline.forecasting.trained import trained
-    from pipeline.settings import read
 
     cfg = compose(config.overrides)
     settings = read(cfg)

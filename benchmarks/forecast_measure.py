@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.forecast_configs import SHAPES, Config
-from pipeline.files import read_jsonl
+from pipeline.core.files import read_jsonl
 
 LEFT_BYTES = 64 * 2**20
 """What may still be reserved before a configuration begins; above it a fresh process takes over."""
@@ -26,7 +26,7 @@ RESTART = 77
 
 def measure_all(configs: Sequence[Config], out: Path, seconds: float, device: str) -> int:
     """Measure what `out` has no line of, within the time. Returns how many are missing then."""
-    from pipeline.measure import Stopwatch
+    from pipeline.measure.clock import Stopwatch
 
     clock = Stopwatch()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +73,9 @@ def _child(configs: Sequence[Config], out: Path, marker: Path, seconds: float, d
 def _measure(configs: Sequence[Config], out: Path, marker: Path, seconds: float, device_name: str) -> int:
     import torch
 
-    from pipeline.measure import Stopwatch, hardware, provenance
-    from pipeline.model import device_of
+    from pipeline.measure.clock import Stopwatch
+    from pipeline.measure.machine import hardware, provenance
+    from pipeline.models.base import device_of
 
     clock, device = Stopwatch(), device_of(device_name)
     torch.set_num_threads(min(8, torch.get_num_threads()))
@@ -132,7 +133,7 @@ def one(config: Config, device: Any) -> dict[str, Any]:
     try:
         return train(config, device)
     except (RuntimeError, MemoryError) as error:
-        from pipeline.cell import out_of_memory
+        from pipeline.measure.memory import out_of_memory
 
         if out_of_memory(error):
             return {"status": "oom", "error": str(error).splitlines()[0]}
@@ -147,12 +148,12 @@ def train(config: Config, device: Any) -> dict[str, Any]:
     """Load, wrap and train as a cell does; its memory and times."""
     import torch
 
-    from pipeline.config import build, compose
+    from pipeline.core.compose import build, compose
+    from pipeline.core.settings import read
     from pipeline.forecasting.random_model import random_base
-    from pipeline.loop import Loop
-    from pipeline.measure import Meter, now
-    from pipeline.model import memory_bytes, parameters, resolve
-    from pipeline.settings import read
+    from pipeline.measure.clock import Meter, now
+    from pipeline.models.base import memory_bytes, parameters, resolve
+    from pipeline.training.loop import Loop
 
     cfg = compose(config.overrides)
     settings = read(cfg)
@@ -188,7 +189,7 @@ def train(config: Config, device: Any) -> dict[str, Any]:
 
 def examples(config: Config) -> list[list[Any]]:
     """The rows as the loop takes them; tokens are drawn."""
-    from pipeline.data import Encoded
+    from pipeline.data.rows import Encoded
 
     draw, vocabulary = random.Random(0), SHAPES[config.shape]["vocab_size"]
     return [[Encoded(tuple(draw.choices(range(vocabulary), k=fed + 1)), fed + 1 - labels)] for fed, labels in config.lengths()]

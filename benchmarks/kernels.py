@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 from benchmarks.speed_ours import Ours
 from benchmarks.speed_workloads import Workload
-from pipeline.files import UserError, words_entry
-from pipeline.measure import PeakMemory, Stopwatch
-from pipeline.model import device_of
+from pipeline.core.commands import words_entry
+from pipeline.core.files import UserError
+from pipeline.measure.clock import Stopwatch
+from pipeline.measure.memory import PeakMemory
+from pipeline.models.base import device_of
 
 DEFAULTS = {"technique": "lora", "shape": "1b", "batch": "8", "length": "1024", "top": "40"}
 

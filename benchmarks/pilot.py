@@ -22,9 +22,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline import cell, measure
-from pipeline.config import compose
-from pipeline.files import read_jsonl, write_jsonl
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import compose
+from pipeline.core.files import read_jsonl, write_jsonl
+from pipeline.measure import clock as measure
 
 RATES = {
     "full": (5e-5, 1e-4, 2e-5, 2e-4), "lora": (1e-3, 2e-3, 5e-3, 5e-4), "qlora": (1e-3, 2e-3), "prompt_tuning": (3e-2, 1e-1, 3e-1, 1e-2),
@@ -95,11 +97,11 @@ KEYS = ("task", "technique", "extra", "seed")
 def measured(folder: Path, task: str, technique: str, extra: str, seed: int) -> dict[str, Any]:
     """The line of one cell."""
     cfg = configured(folder, task, technique, extra, seed)
-    for path in cell.reads(cfg):  # a cell to begin at, or to be taught by
+    for path in identity.reads(cfg):  # a cell to begin at, or to be taught by
         if not path.exists():
             first = path.parent.name.rpartition("-s")[0]
-            cell.run(configured(folder, task, first, "train.epochs=2", seed), folder=path.parent)
-    result = cell.run(cfg)
+            cell_run.run(configured(folder, task, first, "train.epochs=2", seed), folder=path.parent)
+    result = cell_run.run(cfg)
     row: dict[str, Any] = {"task": task, "technique": technique, "extra": extra, "seed": seed, "status": result.status, "error": result.error}
     if result.test and result.phases:
         row |= {"held_back_accuracy": result.test.accuracy, "nll": result.test.nll, "rows": result.test.rows, "train_s": result.phases.train_s,

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import speed_files, speed_peers, speed_plan, speed_targets
 from benchmarks.speed_targets import AnyRow, EvalRow, Row, SweepRow
-from pipeline.files import UserError, check_writable
+from pipeline.core.files import UserError, check_writable
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _sized(row: AnyRow, options: Options) -> AnyRow:
 def run(options: Options) -> int:
     """Measure the chosen rows. Returns the exit code."""
     from benchmarks.speed_run import Settings
-    from pipeline.model import device_of
+    from pipeline.models.base import device_of
 
     check_writable(options.out / "targets.json")
     device = device_of(options.device)

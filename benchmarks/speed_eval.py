@@ -18,9 +18,10 @@ from benchmarks.speed_limits import answer_flops, distance
 from benchmarks.speed_run import Settings, clear, failure, limited
 from benchmarks.speed_targets import EvalRow
 from benchmarks.speed_workloads import SHAPES, Workload, base_model
-from pipeline.data import by_length, pad
-from pipeline.files import UserError, read_jsonl
-from pipeline.measure import PeakMemory, Stopwatch
+from pipeline.core.files import UserError, read_jsonl
+from pipeline.data.rows import by_length, pad
+from pipeline.measure.clock import Stopwatch
+from pipeline.measure.memory import PeakMemory
 
 Items = list[tuple[list[int], list[list[int]]]]
 FIRST = 64
@@ -51,8 +52,8 @@ class Source:
         if self.real:
             from transformers import AutoModelForCausalLM
 
-            from pipeline.model import load_model
-            from pipeline.settings import Precision
+            from pipeline.core.settings import Precision
+            from pipeline.models.base import load_model
 
             return load_model(self.model, Precision(row.dtype), device, AutoModelForCausalLM.from_pretrained(self.model))
         return base_model(Workload("full", row.shape, 1, 8, dtype=row.dtype), device).requires_grad_(False)
@@ -63,9 +64,9 @@ class Source:
 
 
 def _task_items(source: Source, row: EvalRow) -> Items:
-    from pipeline.data import Encoder
-    from pipeline.scoring import Scorer
-    from pipeline.settings import Task
+    from pipeline.core.settings import Task
+    from pipeline.data.rows import Encoder
+    from pipeline.scoring.scorer import Scorer
 
     rows = [r for split in ("test", "validation", "train") for r in read_jsonl(source.task / f"{split}.jsonl")]
     if len(rows) < row.rows:
@@ -248,7 +249,7 @@ def _best(scores: Sequence[float]) -> int:
 
 def _text(words: str, tokenizer: Any) -> str | None:
     """The answer as the scorer takes it from a generated text; the ids themselves without a tokenizer."""
-    from pipeline.scoring import canonical, extract
+    from pipeline.scoring.answers import canonical, extract
 
     if tokenizer is None:
         return words

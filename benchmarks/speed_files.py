@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed_targets import HEADLINE, KNOWN, AnyRow
-from pipeline.files import UserError, read_json, write_json
+from pipeline.core.files import UserError, read_json, write_json
 
 FOLDER = Path(__file__).parent / "results"
 COLUMNS = ("id", "measured", "ratio (spread)", "required", "aim", "ours", "against", "share of the matmul rate, ours / theirs", "device, date")
@@ -21,7 +21,7 @@ TARGET_KEYS = ("id", "ratio", "spread", "required", "hardware", "versions", "dat
 
 def origin(device: Any) -> dict[str, Any]:
     """hardware, versions, date (UTC), command and commit of this process."""
-    from pipeline.measure import hardware, provenance
+    from pipeline.measure.machine import hardware, provenance
 
     about = provenance()
     versions = {**about["packages"], "python": about["python"]}

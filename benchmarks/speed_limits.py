@@ -91,7 +91,7 @@ def rates(device: Any, dtype: Any) -> dict[str, float]:
 
 def _best(call: Any, device: Any, inner: int = 10, outer: int = 3) -> float:
     """Seconds of a call: the best of `outer` means over `inner`."""
-    from pipeline.measure import Stopwatch
+    from pipeline.measure.clock import Stopwatch
 
     call()
     times = []

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.speed_workloads import RATIONALE_WEIGHT, Workload, adapter_config, base_model
-from pipeline.data import Batch, Encoded
-from pipeline.loop import lr_factor
-from pipeline.measure import Stopwatch
-from pipeline.scoring import autocast, choice_log_likelihoods
-from pipeline.scoring import generate as generate_texts
-from pipeline.settings import Train
+from pipeline.core.settings import Train
+from pipeline.data.rows import Batch, Encoded
+from pipeline.measure.clock import Stopwatch
+from pipeline.models.base import autocast
+from pipeline.scoring.scorer import choice_log_likelihoods
+from pipeline.scoring.scorer import generate as generate_texts
+from pipeline.training.loop import lr_factor
 
 if TYPE_CHECKING:
     import torch
@@ -60,10 +61,9 @@ def examples(workload: Workload, ids: torch.Tensor) -> list[Encoded]:
 
 def open_stepper(workload: Workload, model: Any, steps: Sequence[list[Encoded]], device: Any) -> Any:
     """The fast engine on this model, all rows of a step in one micro-batch."""
-    from pipeline.fast.bind import bind
-    from pipeline.fast.programs import ByHand
-    from pipeline.fast.shapes import Shapes
-    from pipeline.fast.stepper import Stepper
+    from pipeline.engine.bind import bind
+    from pipeline.engine.layout import Shapes
+    from pipeline.engine.steps import ByHand, Stepper
 
     program = ByHand(bind(model, workload.torch_dtype()))
     program.flat.weight_decay.zero_()
@@ -144,10 +144,10 @@ def packed_sweep(workload: Workload, trials: Sequence[Trial], validation: Sequen
     import torch
 
     from benchmarks.speed_sweep import Found
-    from pipeline.fast.pack import Job, Pack, Running, Scored
-    from pipeline.fast.shapes import OpenShapes
-    from pipeline.fast.starts import Starts
+    from pipeline.engine.layout import OpenShapes
     from pipeline.methods.peft_adapter import PeftAdapter
+    from pipeline.training.pack import Job, Pack, Running, Scored
+    from pipeline.training.starts import Starts
 
     base = base_model(workload, device).requires_grad_(False)
     starts, sizes = Starts(base), [trial.workload(workload) for trial in trials]
@@ -182,10 +182,10 @@ def packed_sweep(workload: Workload, trials: Sequence[Trial], validation: Sequen
 
 
 def choose(model: Any, items: Sequence[tuple[list[int], list[list[int]]]], batch_tokens: int, pad_id: int, device: Any, dtype: Any) -> list[list[float]]:
-    """Log-likelihood of every choice (nats) by row, as pipeline.scoring gives them."""
+    """Log-likelihood of every choice (nats) by row, as pipeline.scoring.scorer gives them."""
     return choice_log_likelihoods(model, items, batch_tokens, pad_id, device, dtype)
 
 
 def generate(model: Any, prompts: Sequence[list[int]], new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int, device: Any, dtype: Any) -> list[str]:
-    """Greedy continuations as text by row, as pipeline.scoring gives them."""
+    """Greedy continuations as text by row, as pipeline.scoring.scorer gives them."""
     return generate_texts(model, prompts, new_tokens, batch_tokens, tokenizer, pad_id, device, dtype)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.speed_workloads import RATIONALE_WEIGHT, Workload, adapter_config, base_model, labels
-from pipeline.measure import PeakMemory, Stopwatch
+from pipeline.measure.clock import Stopwatch
+from pipeline.measure.memory import PeakMemory
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,8 @@ from benchmarks.speed_limits import distance, step_bytes, step_flops
 from benchmarks.speed_peers import COMPILED, Run, run_peer, silence
 from benchmarks.speed_targets import OURS, Row, Side
 from benchmarks.speed_workloads import Workload
-from pipeline.measure import PeakMemory, Stopwatch
+from pipeline.measure.clock import Stopwatch
+from pipeline.measure.memory import PeakMemory
 
 BUSY = 1.5
 """Median over fastest step of a side on a CPU above which other processes were in the way, and there is no ratio."""

@@ -22,9 +22,10 @@ from benchmarks.speed_limits import distance, step_flops
 from benchmarks.speed_run import Settings, clear, failure, limited
 from benchmarks.speed_targets import SweepRow
 from benchmarks.speed_workloads import Workload, adapter_config, base_model
-from pipeline.config import ROOT
-from pipeline.files import UserError
-from pipeline.measure import PeakMemory, Stopwatch
+from pipeline.core.compose import ROOT
+from pipeline.core.files import UserError
+from pipeline.measure.clock import Stopwatch
+from pipeline.measure.memory import PeakMemory
 
 if TYPE_CHECKING:
     import torch

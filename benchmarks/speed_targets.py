@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.speed_workloads import RATES, Workload
-from pipeline.files import UserError, closest
+from pipeline.core.files import UserError, closest
 
 OURS = "ours"
 

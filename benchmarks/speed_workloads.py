@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.files import UserError
+from pipeline.core.files import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +136,7 @@ def quantise(model: Any, dtype: Any) -> None:
             four.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=four)
             four = four.to(layer.weight.device)  # quantises
             if hasattr(four, "support_avx512bf16_for_cpu"):
-                four.support_avx512bf16_for_cpu = False  # see pipeline/model.py
+                four.support_avx512bf16_for_cpu = False  # see pipeline/models/base.py
             setattr(parent, name, four)
     model.is_loaded_in_4bit = True
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import compose
-from pipeline.data import Batch, Encoder, Example, collate, epoch_order
-from pipeline.files import read_jsonl
-from pipeline.measure import Stopwatch, hardware
-from pipeline.model import device_of, load_model, load_tokenizer, resolve
-from pipeline.scoring import autocast, logits_at
-from pipeline.settings import read
+from pipeline.core.compose import compose
+from pipeline.core.files import read_jsonl
+from pipeline.core.settings import read
+from pipeline.data.rows import Batch, Encoder, Example, collate, epoch_order
+from pipeline.measure.clock import Stopwatch
+from pipeline.measure.machine import hardware
+from pipeline.models.base import autocast, device_of, load_model, load_tokenizer, resolve
+from pipeline.scoring.scorer import logits_at
 
 EPOCHS = 3
 

@@ -1,4 +1,4 @@
-"""What pipeline/tiers.py promises, by simulation: how often it separates techniques that are the same, and how often ones that are not.
+"""What pipeline/stats/tiers.py promises, by simulation: how often it separates techniques that are the same, and how often ones that are not.
 
     python -m benchmarks.tiers benchmarks/results/tiers.json              all settings, about half an hour on one core
     python -m benchmarks.tiers benchmarks/results/tiers.json 100          with 100 experiments a setting instead of 1000
@@ -19,9 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import measure
-from pipeline.files import UserError, read_json, write_json
-from pipeline.tiers import FEW, SIGNIFICANT, Technique, correct, p_values
+from pipeline.core.files import UserError, read_json, write_json
+from pipeline.measure import machine
+from pipeline.stats.tiers import FEW, SIGNIFICANT, Technique, correct, p_values
 
 ROWS = (499, 254, 154, 127, 152, 156, 228, 430)
 """Test rows of vader_movies_5 that 0, 1, … 7 of seven runs (full and LoRA with three seeds, QLoRA with one; 200 training rows, one NVIDIA H200,
@@ -116,7 +116,7 @@ def main(words: Sequence[str]) -> int:
     for number, setting in enumerate(settings()):
         found.append(simulate(setting, count, number))
         print(found[-1], flush=True)
-    about = {"date": datetime.now(UTC).date().isoformat(), "hardware": measure.hardware("cpu")["cpu"], "command": "python -m benchmarks.tiers"}
+    about = {"date": datetime.now(UTC).date().isoformat(), "hardware": machine.hardware("cpu")["cpu"], "command": "python -m benchmarks.tiers"}
     write_json(Path(words[0]), {**about, "experiments": count, "settings": found})
     return 0
 

@@ -14,16 +14,17 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline import settings
-from pipeline.config import build, entry, plain
-from pipeline.files import atomic_folder, write_json
-from pipeline.model import parameters, quiet
-from pipeline.settings import Model
+from pipeline.core import settings
+from pipeline.core.commands import entry
+from pipeline.core.compose import build, plain
+from pipeline.core.files import atomic_folder, write_json
+from pipeline.core.settings import Model
+from pipeline.models.base import parameters, quiet
 
 
 def run(cfg: DictConfig) -> int:
     """Fetch, convert and save one model."""
-    from pipeline.files import sha256
+    from pipeline.core.files import sha256
 
     about = plain(cfg)["model"]
     wanted: Model = settings.build(Model, dict(about), "model")

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline.config import entry
-from pipeline.files import UserError, read_jsonl, write_json, write_jsonl
-from pipeline.probes import Probing
-from pipeline.results import Forgetting, Score
-from pipeline.scoring import headline, score
-from pipeline.serving import Artefact, Base, finished, held
+from pipeline.core.commands import entry
+from pipeline.core.files import UserError, write_json, write_jsonl
+from pipeline.records.finished import finished, held
+from pipeline.scoring.answers import headline
+from pipeline.serving.scores import probe_artefact, score_artefact
 
 
 def run(cfg: DictConfig) -> int:
@@ -38,43 +37,6 @@ def run(cfg: DictConfig) -> int:
     write_json(target / "score.json", {"split": cfg.split, "cell": result.cell, **dataclasses.asdict(score)})
     print(f"{result.cell} on {cfg.split}: {result.metric} {headline(score, result.metric):.3f}, {score.rows} rows; {target}/score.json")
     return 0
-
-
-def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[dict], Score]:
-    """Predictions and score of an artefact, from the files alone.
-
-    Raises:
-        UserError: no such split or artefact, a damaged one, or a technique whose answers come without a model.
-    """
-    rows = _rows(cfg, split)
-    served = Artefact.at(cfg.technique.name, artefact, cfg)
-    base = Base.of(cfg)
-    scorer = served.scorer(base, *served.load(base))
-    for note in scorer.check({split: rows}):
-        print(f"note: {note}")
-    predictions = scorer.predict(rows)
-    return [{"split": split, **p} for p in predictions], score(predictions, scorer.task)
-
-
-def probe_artefact(cfg: DictConfig, artefact: Path) -> Forgetting:
-    """What an artefact forgot against its untouched base, from the files alone."""
-    served = Artefact.at(cfg.technique.name, artefact, cfg)
-    base = Base.of(cfg)
-    probing = Probing(cfg, served.settings, base.tokenizer, base.model)
-    if probing.note:
-        print(f"note: {probing.note}")
-    return probing.forgetting(served.load(base)[0])
-
-
-def _rows(cfg: DictConfig, split: str) -> list[dict]:
-    """The split's first rows, as many as the evaluate settings say."""
-    folder = Path(cfg.paths.data) / cfg.task.name
-    kinds = {"test": cfg.evaluate.test_rows, "validation": None}
-    limit = kinds.get(split, cfg.evaluate.transfer_rows)
-    there = ["validation", "test", *(f"transfer/{p.stem}" for p in sorted((folder / "transfer").glob("*.jsonl")))]
-    if split not in there:
-        raise UserError(f"unknown split {split!r} of {folder}; there are: {', '.join(there)}")
-    return read_jsonl(folder / f"{split}.jsonl")[:limit]
 
 
 main = entry(run)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline.config import entry
-from pipeline.files import UserError, atomic_folder, folder_bytes, write_json
-from pipeline.results import Result
-from pipeline.serving import Artefact, Base, finished, held
+from pipeline.core.commands import entry
+from pipeline.core.files import UserError, atomic_folder, folder_bytes, write_json
+from pipeline.records.finished import finished, held
+from pipeline.serving.artefact import Artefact, Base
+from pipeline.serving.export import about, differences, refusal, save
 
 
 def run(cfg: DictConfig) -> int:
@@ -42,54 +42,6 @@ def run(cfg: DictConfig) -> int:
         write_json(beside / "export.json", about(result, artefact))
     print(f"{result.cell} -> {target}: {folder_bytes(target) / 2**20:,.0f} MiB, loads with AutoModelForCausalLM.from_pretrained({str(target)!r})")
     return 0
-
-
-def refusal(artefact: Artefact) -> str | None:
-    """Why no weights can hold what the artefact does; None if they might."""
-    method = artefact.method
-    if method.own_prompt:
-        return "what it does stands in the request, before every prompt, and not in weights"
-    if method.soft_prompt:
-        return "its soft prompt stands before every request's own tokens, which no weight of the base can hold"
-    if method.peft and not method.merges:
-        return f"PEFT cannot fold {method.name} into the base's weights"
-    if not method.trains and not any(p.name != "artefact.json" for p in artefact.folder.iterdir()):
-        return f"it is the untouched base, which lies in {Path(artefact.cfg.paths.models) / artefact.cfg.model.name} already"
-    return None
-
-
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Weights as safetensors, the config and the tokenizer."""
-    if model.config.tie_word_embeddings and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        model.config.tie_word_embeddings = False  # a head that was trained by itself
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def differences(model: Any, folder: Path) -> str:
-    """Names of weights that a plain load of the folder lacks, or gives another value; empty if there are none."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from pipeline.model import quiet
-
-    with quiet():
-        plain = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    there, here = plain.state_dict(), model.state_dict()
-    lost = [n for n in dict.fromkeys([*here, *there]) if n not in there or n not in here or not torch.equal(here[n].cpu(), there[n])]
-    return ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-
-
-def about(result: Result, artefact: Artefact) -> dict[str, Any]:
-    """Where the model comes from and how it was prompted when it was measured."""
-    task = result.config["task"]
-    return {
-        "cell": f"{result.experiment}/{result.cell}", "technique": result.technique, "base": result.model, "precision": result.precision,
-        "task": result.task, "metric": result.metric, "test": getattr(result.test, result.metric) if result.test else None,
-        "prompt": artefact.objective.prompt(task["prompt"]), "format": task.get("format", "plain"),
-        "separator": task.get("separator", " "), "choices": task.get("choices"),
-        "base_sha256": result.provenance.get("model_sha256"),
-    }
 
 
 main = entry(run)

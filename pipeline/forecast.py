@@ -14,7 +14,7 @@ import sys
 
 from omegaconf import DictConfig
 
-from pipeline.config import entry
+from pipeline.core.commands import entry
 from pipeline.forecasting.cell import calibrate, forecast
 from pipeline.forecasting.text import table
 

@@ -14,12 +14,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import cell
-from pipeline.cells import grid_overrides, is_done, run_cells
-from pipeline.config import build, compose, entry, task_overrides
-from pipeline.files import UserError, write_json
-from pipeline.peft_files import as_peft_result, find
-from pipeline.results import read
+from pipeline.cell import identity
+from pipeline.cell.grid import grid_overrides, is_done, run_cells
+from pipeline.core import settings
+from pipeline.core.commands import entry, task_overrides
+from pipeline.core.compose import build, compose
+from pipeline.core.files import UserError, write_json
+from pipeline.core.peft_files import find
+from pipeline.records.finished import name as cell_name
+from pipeline.records.peft_result import as_peft_result
+from pipeline.records.results import read
 
 
 def run(cfg: DictConfig) -> int:
@@ -32,7 +36,7 @@ def run(cfg: DictConfig) -> int:
         made = [compose(o) for o in grid_overrides(_of(file))]
         try:
             for one in made:
-                cell.read(one)
+                settings.read(one)
                 build(one.method, "method")
             cells += made
         except UserError as error:
@@ -42,9 +46,9 @@ def run(cfg: DictConfig) -> int:
     done = [one for one in cells if is_done(one)]
     names = [one.variant for one in done]
     for one in done:
-        suffix = "" if names.count(one.variant) == 1 else cell.name(one).rpartition(one.variant)[2]
+        suffix = "" if names.count(one.variant) == 1 else cell_name(one).rpartition(one.variant)[2]
         target = Path(cfg.paths.peft_results) / f"{one.variant}{suffix}.json"
-        write_json(target, as_peft_result(read(cell.folder_of(one))))
+        write_json(target, as_peft_result(read(identity.folder_of(one))))
         print(target)
     return code
 

@@ -2,32 +2,23 @@
 
     python -m pipeline.prepare task=vader_movies
 
-pipeline/tasks.py says what a task's YAML holds. Duplicates are dropped and counted; a text that stands in two splits is
+pipeline/data/recipe.py says what a task's YAML holds. Duplicates are dropped and counted; a text that stands in two splits is
 an error, or dropped and counted (task.leakage). The same source and config give the same bytes.
 """
 
 from __future__ import annotations
 
-import random
 import sys
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline import tasks
-from pipeline.config import build, entry, plain
-from pipeline.duplicates import normalised
-from pipeline.files import UserError, atomic_folder, sha256, write_json, write_jsonl
-from pipeline.sources import Loaded
-from pipeline.tasks import Recipe
-
-SPLITS = ("train", "validation", "test")
-DRAWN = {"validation": 0.1, "test": 0.2}
-Rows = list[dict[str, Any]]
-Sets = dict[str, Rows]
-Counts = dict[str, dict[str, int]]
+from pipeline.core.commands import entry
+from pipeline.core.compose import build, plain
+from pipeline.core.files import atomic_folder, write_json, write_jsonl
+from pipeline.data import recipe as tasks
+from pipeline.data.sources import Loaded
+from pipeline.data.splits import assemble, balance, file_of, in_words, manifest_of
 
 
 def run(cfg: DictConfig) -> int:
@@ -38,179 +29,12 @@ def run(cfg: DictConfig) -> int:
     folder = Path(cfg.paths.data) / recipe.name
     with atomic_folder(folder, "manifest.json", "task", "left_out") as beside:
         for name, rows in sets.items():
-            write_jsonl(beside / _file(name), rows)
-        write_json(beside / "manifest.json", _manifest(recipe, plain(cfg)["task"], loaded, sets, dropped, beside))
+            write_jsonl(beside / file_of(name), rows)
+        write_json(beside / "manifest.json", manifest_of(recipe, plain(cfg)["task"], loaded, sets, dropped, beside))
     for name, rows in sets.items():
-        print(f"{folder / _file(name)}: {len(rows):,} rows{_words(balance(rows))}")
+        print(f"{folder / file_of(name)}: {len(rows):,} rows{in_words(balance(rows))}")
     print("left out:", "; ".join(f"{reason} {sum(counts.values())}" for reason, counts in dropped.items()))
     return 0
-
-
-def assemble(recipe: Recipe, loaded: Loaded) -> tuple[Sets, Counts]:
-    """The final rows of every split and transfer set, and how many rows were left out, by reason and set.
-
-    Raises:
-        UserError: a row that does not fit the task, leakage, too few rows, a label that training never saw.
-    """
-    _check_names(recipe, loaded)
-    dropped: Counts = {"unlabelled": {}, "duplicate": {}, "leaked": {}, "unused": {}}
-    sets = {}
-    for name, raw in loaded.sets.items():
-        kept = _rendered(recipe, loaded, name, raw)
-        sets[name] = _distinct(kept)
-        dropped["unlabelled"][name] = len(raw) - len(kept)
-        dropped["duplicate"][name] = len(kept) - len(sets[name])
-    sets = _without_leakage(recipe, sets, dropped["leaked"])
-    sets = _drawn(recipe, sets, dropped["unused"])
-    _check_labels(recipe, sets, loaded)
-    return sets, dropped
-
-
-def balance(rows: Rows) -> dict[str, int]:
-    """Rows by answer, in the order of the choices; for answers that are a row's own, by its place among the choices."""
-    lists = {tuple(row["choices"] or ()) for row in rows}
-    if lists == {()} or not rows:
-        return {"distinct answers": len({row["answer"] for row in rows})}
-    if len(lists) == 1:
-        counts = Counter(row["answer"] for row in rows)
-        return {choice: counts[choice] for choice in rows[0]["choices"]}
-    places = Counter(row["choices"].index(row["answer"]) for row in rows)
-    return {f"choice {place + 1}": places[place] for place in sorted(places)}
-
-
-def _file(name: str) -> str:
-    return f"{name}.jsonl" if name in SPLITS else f"transfer/{name}.jsonl"
-
-
-def _words(counts: dict[str, int]) -> str:
-    return " (" + ", ".join(f"{count:,} {what}" for what, count in counts.items()) + ")"
-
-
-def _place(loaded: Loaded, name: str) -> str:
-    return loaded.places.get(name, name)
-
-
-def _check_names(recipe: Recipe, loaded: Loaded) -> None:
-    if "train" not in loaded.sets:
-        raise UserError(
-            f"the source of task {recipe.name} has no set named train, only {', '.join(loaded.sets)}; "
-            "name one train in task.source"
-        )
-    extra = [name for name in loaded.sets if name not in SPLITS]
-    if sorted(extra) != sorted(recipe.transfer):
-        raise UserError(f"task.transfer lists {list(recipe.transfer)}, but the source's further sets are {extra}; make them agree")
-
-
-def _rendered(recipe: Recipe, loaded: Loaded, name: str, raw: Rows) -> Rows:
-    stem = name if "test" in loaded.sets or name != "train" else "row"
-    rows = (tasks.make_row(recipe, row, f"{stem}-{n}", f"row {n} of {_place(loaded, name)}") for n, row in enumerate(raw, 1))
-    return [row for row in rows if row is not None]
-
-
-def _distinct(rows: Rows) -> Rows:
-    first: dict[str, dict] = {}
-    for row in rows:
-        first.setdefault(normalised(row["prompt"]), row)
-    return list(first.values())
-
-
-def _without_leakage(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Sets:
-    """The split with fewer rows to spare keeps a shared text: test, then validation, then train; a transfer set last."""
-    seen: dict[str, tuple[str, str]] = {}
-    kept: Sets = {}
-    for name in (*reversed(SPLITS), *recipe.transfer):
-        if name not in sets:
-            continue
-        keys = {normalised(row["prompt"]): row for row in sets[name]}
-        shared = [key for key in keys if key in seen]
-        if shared and recipe.leakage == "error":
-            (where, twin), row = seen[shared[0]], keys[shared[0]]
-            raise UserError(
-                f"{len(shared)} of the texts of {name} stand in another split too (first: {row['id']}, which {where} has as {twin}); "
-                "remove them from one file, or set task.leakage=drop"
-            )
-        kept[name] = [row for key, row in keys.items() if key not in seen]
-        dropped[name] = len(shared)
-        if name in SPLITS:
-            seen.update({key: (name, row["id"]) for key, row in keys.items() if key not in seen})
-    return {name: kept[name] for name in sets}
-
-
-def _drawn(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Sets:
-    """Every set in its fixed shuffled order; missing splits taken from train, sizes kept."""
-    sizes, pool = recipe.sizes, len(sets["train"])
-    shuffled = {name: _shuffled(rows, f"{sizes.seed}/{name}") for name, rows in sets.items()}
-    final: Sets = {"train": shuffled["train"]}
-    for name, share in (("test", DRAWN["test"]), ("validation", DRAWN["validation"])):
-        size = getattr(sizes, name)
-        if name in shuffled:
-            final[name] = _first(shuffled[name], size, name)
-            dropped[name] = len(shuffled[name]) - len(final[name])
-        else:
-            count = _count(share if size is None else size, pool)
-            final[name], final["train"] = final["train"][:count], final["train"][count:]
-    if not final["train"]:
-        raise UserError(f"{pool} rows are too few for task.split ({_asked(sizes)}); ask for less or add rows")
-    left = len(final["train"])
-    final["train"] = _first(final["train"], sizes.train, "train", pool)
-    dropped["train"] = left - len(final["train"])
-    return {**{name: final[name] for name in SPLITS}, **{name: shuffled[name] for name in recipe.transfer}}
-
-
-def _shuffled(rows: Rows, seed: str) -> Rows:
-    return random.Random(seed).sample(rows, len(rows))
-
-
-def _count(size: int | float, rows: int) -> int:
-    return max(1, round(size * rows)) if size < 1 else int(size)
-
-
-def _first(rows: Rows, size: int | float | None, name: str, share_of: int | None = None) -> Rows:
-    count = len(rows) if size is None else _count(size, share_of or len(rows))
-    if count > len(rows):
-        raise UserError(f"task.split.{name} is {size}, but {len(rows)} rows are left for it; ask for at most that")
-    return rows[:count]
-
-
-def _asked(sizes: tasks.Split) -> str:
-    return ", ".join(f"{name} {getattr(sizes, name) or DRAWN.get(name, 'the rest')}" for name in SPLITS)
-
-
-def _check_labels(recipe: Recipe, sets: Sets, loaded: Loaded) -> None:
-    empty = next((name for name, rows in sets.items() if not rows), None)
-    if empty:
-        raise UserError(f"no rows are left for {empty} of task {recipe.name} (source: {_place(loaded, empty)}); add rows to it")
-    if recipe.scoring != "choice":
-        return
-    seen = {row["answer"] for row in sets["train"]}
-    if len(seen) < 2:
-        raise UserError(
-            f"all {len(sets['train'])} training rows of task {recipe.name} have the answer {seen.pop()!r}; "
-            "training needs two at least"
-        )
-    if recipe.choice_list is None:
-        return
-    for name, rows in sets.items():
-        row = next((row for row in rows if row["answer"] not in seen), None)
-        if row:
-            raise UserError(
-                f"{name} has the label {row['answer']!r} ({row['id']}), which training never saw; "
-                "add such rows to train, or leave it out"
-            )
-
-
-def _manifest(recipe: Recipe, task: dict[str, Any], loaded: Loaded, sets: Sets, dropped: Counts, folder: Path) -> dict[str, Any]:
-    return {
-        "task": recipe.name,
-        "rows": {name: len(rows) for name, rows in sets.items()},
-        "labels": {name: balance(rows) for name, rows in sets.items()},
-        "left_out": {reason: {k: v for k, v in counts.items() if v} for reason, counts in dropped.items()},
-        "sha256": {_file(name): sha256(folder / _file(name)) for name in sets},
-        "source": loaded.origin,
-        "licence": recipe.licence,
-        "seed": recipe.sizes.seed,
-        "config": task,
-    }
 
 
 main = entry(run)

@@ -16,17 +16,19 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline import report_tuning, tuned
-from pipeline.cells import grid
-from pipeline.config import entry, plain
-from pipeline.files import UserError, atomic_folder, write_json, write_text
-from pipeline.report_cells import select
-from pipeline.report_growth import further, growth
-from pipeline.report_markdown import markdown
-from pipeline.report_page import page
-from pipeline.report_rows import make_rows
-from pipeline.report_table import history_csv, table_csv
-from pipeline.results import figures
+from pipeline.cell.grid import grid
+from pipeline.core.commands import entry
+from pipeline.core.compose import plain
+from pipeline.core.files import UserError, atomic_folder, write_json, write_text
+from pipeline.records import tuned
+from pipeline.records.finished import select
+from pipeline.records.results import figures
+from pipeline.reporting import tuning
+from pipeline.reporting.figures import history_csv, table_csv
+from pipeline.reporting.growth import further, growth
+from pipeline.reporting.markdown import markdown
+from pipeline.reporting.page import page
+from pipeline.reporting.rows import make_rows
 
 
 def _given(cfg: DictConfig) -> dict[str, list[int]]:
@@ -47,7 +49,7 @@ def run(cfg: DictConfig) -> None:
     rows = make_rows(cells)
     grown = growth(rows, cfg.report.target)
     tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)
-    text = markdown(cfg.experiment, rows, missing, [*further(grown), *report_tuning.further(rows, tunings)])
+    text = markdown(cfg.experiment, rows, missing, [*further(grown), *tuning.further(rows, tunings)])
     files = {
         "index.html": page(cfg.experiment, rows, missing, grown, tunings),
         "table.md": text,

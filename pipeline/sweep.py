@@ -16,67 +16,36 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline import cell, cells, settings, tracking, train
-from pipeline.config import entry
-from pipeline.measure import now
-from pipeline.search_space import at
-from pipeline.search_trials import alone, search
-from pipeline.sweep_study import open_study, read
+from pipeline.cell import identity, inputs
+from pipeline.core import settings
+from pipeline.core.commands import entry
+from pipeline.records import mlflow as tracking
+from pipeline.search.study import open_study, read
+from pipeline.search.trials import alone, confirm, of_grid, search, study_name
 
 
 def run(cfg: DictConfig, given: Sequence[str] = ()) -> int:
     """Search, write the outputs, confirm the best. `given`: the config keys set by hand."""
-    cfg = _of_grid(cfg, given)
+    cfg = of_grid(cfg, given)
     settings.read(cfg)
     sweep = read(cfg)
-    folder = Path(cfg.paths.sweeps) / cfg.experiment / _name(cfg)
+    folder = Path(cfg.paths.sweeps) / cfg.experiment / study_name(cfg)
     confirmed: list[DictConfig] = []
     with alone(folder):
         study = open_study(folder, cfg, sweep)
         try:
-            search(study, cfg, lambda: cells.preload([cfg]))
+            search(study, cfg, lambda: inputs.preload([cfg]))
             best = study.write_best()
             print(study.table())
             print(f"best: {' '.join(best['overrides'])} (trial {best['trial']}), in {folder / 'best.json'}")
-            return _confirm(cfg, best, confirmed) if sweep.confirm else 0
+            return confirm(cfg, best, confirmed) if sweep.confirm else 0
         finally:
             tracking.log_sweep(folder, cfg)
             for chosen in confirmed:
-                tracking.log_cell(cell.folder_of(chosen), chosen)
-
-
-def _name(cfg: DictConfig) -> str:
-    return f"{cfg.technique.name}+{cfg.variant}" if cfg.variant else str(cfg.technique.name)
-
-
-def _of_grid(cfg: DictConfig, given: Sequence[str]) -> DictConfig:
-    """The cell's config with the first seed and train_rows of the experiment's grid, unless they were given."""
-    if "experiments" not in given:
-        return cfg
-    grid = cells.grid(cfg.experiment)["grid"]
-    wanted = {"seed": grid["seeds"][0], "train_rows": grid["train_rows"][0]}
-    return at(cfg, {key: value for key, value in wanted.items() if key not in given})
-
-
-def _confirm(cfg: DictConfig, best: dict[str, Any], confirmed: list[DictConfig]) -> int:
-    """Run the best setting, or each point of the front, as a cell of the experiment; test rows are scored here only."""
-    code, shared = 0, None
-    for choice in best["front"] or [best]:
-        variant = f"{cfg.variant}-{choice['variant']}" if cfg.variant else choice["variant"]
-        chosen = at(cfg, {**choice["settings"], "variant": variant})
-        if not cells.is_done(chosen):
-            shared = shared or cells.preload([chosen])
-            code = max(code, train.run_cell(chosen, shared, now()))
-        if code == 130:
-            break
-        if cells.is_done(chosen):
-            print(f"confirmed in {cell.folder_of(chosen)}")
-            confirmed.append(chosen)
-    return code
+                tracking.log_cell(identity.folder_of(chosen), chosen)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import sha256, write_json, write_jsonl
+from pipeline.core.files import sha256, write_json, write_jsonl
 
 GOOD = ["fine", "lovely"]
 BAD = ["poor", "awful"]
@@ -140,7 +140,7 @@ def imports() -> None:
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    from pipeline import scoring
-    from pipeline.settings import Task
+    from pipeline.core.settings import Task
+    from pipeline.scoring import answers
 
-    scoring.preload(Task("any", "choice", metric="rouge_l"))
+    answers.preload(Task("any", "choice", metric="rouge_l"))

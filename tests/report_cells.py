@@ -8,8 +8,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_jsonl
-from pipeline.results import Forgetting, Inference, Memory, Phases, Result, Score, Size, Teacher, Work, write
+from pipeline.core.files import write_jsonl
+from pipeline.measure.clock import Phases
+from pipeline.measure.memory import Memory
+from pipeline.records.results import Forgetting, Inference, Result, Score, Size, Teacher, Work, write
 
 TEST_ROWS = 250
 BASE_NOTE = "the base is a dequantised Q4_1 model (4-bit blocks), not the original bf16 weights"

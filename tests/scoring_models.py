@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from pipeline.choices import Reads
-from pipeline.data import by_length, pad
-from pipeline.scoring import logits_at
+from pipeline.data.choices import Reads
+from pipeline.data.rows import by_length, pad
+from pipeline.scoring.scorer import logits_at
 
 PAD = 1
 CPU = torch.device("cpu")

@@ -13,12 +13,11 @@ from report_cells import keep, oom, result
 
 from benchmarks import advice as judge
 from pipeline import advise as entry
-from pipeline.advice import Advice, Need, advise
-from pipeline.advice_cost import expected_time
-from pipeline.advice_evidence import Expected, Seen, Spread, gather
-from pipeline.advice_transfer import other_task, paired_apart
-from pipeline.files import UserError
-from pipeline.report_cells import Cell
+from pipeline.core.files import UserError
+from pipeline.records.finished import Cell
+from pipeline.reporting.advice import Advice, Need, advise
+from pipeline.reporting.advice_cost import expected_time
+from pipeline.reporting.evidence import Expected, Seen, Spread, gather, other_task, paired_apart
 
 SIZES = (50, 100, 400, 1600)
 

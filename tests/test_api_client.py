@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.api_client import Pace, Patience, address, key_of
-from pipeline.files import UserError
+from pipeline.core.files import UserError
+from pipeline.teachers.api_client import Pace, Patience, address, key_of
 
 
 def test_the_pace_spreads_requests_and_tokens():

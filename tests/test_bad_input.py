@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 from conftest import write_task
 
-from pipeline import cell, cells, train
-from pipeline.config import compose
-from pipeline.files import read_jsonl
-from pipeline.results import read
+from pipeline import train
+from pipeline.cell import grid, identity
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import compose
+from pipeline.core.files import read_jsonl
+from pipeline.records.results import read
 
 Refuse = Callable[..., str]
 
@@ -165,7 +167,7 @@ def long_data(folder: Path, split: str, rows: int) -> str:
 
 @pytest.mark.parametrize("split", ["train", "validation", "test", "transfer/news"])
 def test_texts_longer_than_the_models_context_are_counted_before_anything_is_trained(refuse, tmp_path, monkeypatch, split):
-    monkeypatch.setattr("pipeline.loop.Loop._step", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("pipeline.training.loop.Loop._step", lambda *_: pytest.fail("training began"))
     error = refuse("technique=lora", "train.steps=2", "evaluate.transfer_rows=null", long_data(tmp_path / "data", split, 3))
     what = {"train": "training"}.get(split, split)
     assert f"3 texts of the {what} rows are longer than 256 tokens (train.max_length" in error and "or set train.too_long=truncate" in error
@@ -187,13 +189,13 @@ def test_texts_that_are_cut_are_counted_in_the_notes(overrides, tmp_path, split,
         ]
     )
     what = {"train": "training"}.get(split, split)
-    cut = [note for note in cell.run(cfg).notes if "lost their start" in note]
+    cut = [note for note in cell_run.run(cfg).notes if "lost their start" in note]
     assert cut == [f"3 texts of the {what} rows longer than 256 tokens lost their start"]
 
 
 @pytest.mark.parametrize("technique", ["lora", "teacher", "zero_shot"])
 def test_results_that_cannot_be_written_are_told_before_training(refuse, tmp_path, monkeypatch, technique):
-    monkeypatch.setattr("pipeline.loop.Loop._step", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("pipeline.training.loop.Loop._step", lambda *_: pytest.fail("training began"))
     (tmp_path / "file").write_text("in the way")
     assert f"cannot write {tmp_path}/file" in refuse(f"technique={technique}", f"paths.results={tmp_path}/file")
     assert (tmp_path / "file").read_text() == "in the way"
@@ -221,7 +223,7 @@ def test_a_full_disk_at_a_small_file_leaves_no_result(overrides, imports, tmp_pa
     """The artefact still fitted; what counts is that no result.json stands for an unfinished cell, and that a rerun mends it."""
     import errno
 
-    from pipeline import files
+    from pipeline.core import files
 
     replace = files.os.replace
 
@@ -234,29 +236,29 @@ def test_a_full_disk_at_a_small_file_leaves_no_result(overrides, imports, tmp_pa
     monkeypatch.setattr(files.os, "replace", full)
     assert train.main(argv) == 2
     error = capfd.readouterr().err
-    folder = cell.folder_of(compose(argv))
+    folder = identity.folder_of(compose(argv))
     assert re.fullmatch(rf"error: cannot write {folder}/{file}: No space left on device; free space[^\n]+\n", error), error
     assert not (folder / "result.json").exists() and not [p for p in folder.rglob("*") if p.name.startswith(".")]
-    assert not cells.is_done(compose(argv))
+    assert not grid.is_done(compose(argv))
     monkeypatch.undo()
-    assert file != "result.json" or (train.main(argv) == 0 and cells.is_done(compose(argv)))
+    assert file != "result.json" or (train.main(argv) == 0 and grid.is_done(compose(argv)))
 
 
 def test_a_refused_config_does_not_cost_the_finished_result(overrides, imports):
     argv = [*overrides, "technique=lora", "train.steps=1"]
     assert train.main(argv) == 0
     assert train.main([*argv, "train.batch_size=65"]) == 2
-    assert read(cell.folder_of(compose(argv))).status == "ok" and cells.is_done(compose(argv))
+    assert read(identity.folder_of(compose(argv))).status == "ok" and grid.is_done(compose(argv))
 
 
 def test_a_result_of_an_older_schema_is_named_where_a_cell_is_looked_up(overrides, tmp_path):
-    from pipeline.files import UserError
+    from pipeline.core.files import UserError
 
     cfg = compose([*overrides, "technique=lora"])
-    folder = cell.folder_of(cfg)
+    folder = identity.folder_of(cfg)
     folder.mkdir(parents=True)
     (folder / "result.json").write_text('{"schema": 0}')
     with pytest.raises(
         UserError, match=f"{folder}/result.json was written by schema 0, this version reads schemas 1 and 2; delete the cell's folder"
     ):
-        cells.is_done(cfg)
+        grid.is_done(cfg)

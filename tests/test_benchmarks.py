@@ -10,7 +10,7 @@ import pytest
 from benchmarks import speed_limits, speed_ours, speed_peers, speed_run, speed_stats, speed_targets
 from benchmarks.speed_targets import OURS, Row, Side
 from benchmarks.speed_workloads import RATES, SHAPES, Workload, adapter_config, base_model
-from pipeline.files import UserError
+from pipeline.core.files import UserError
 
 RATE = {"bf16": {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e11}, "fp32": {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e11}}
 

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import speed, speed_files, speed_limits, speed_plan, speed_run, speed_targets
 from benchmarks.speed_targets import OURS, Row, Side
 from benchmarks.speed_workloads import Workload
-from pipeline.files import UserError
+from pipeline.core.files import UserError
 
 RATE = {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e11}
 

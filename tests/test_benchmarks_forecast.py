@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import forecast as entry
 from benchmarks import forecast_configs, forecast_fit, forecast_measure
-from pipeline.files import read_json, read_jsonl, write_jsonl
+from pipeline.core.files import read_json, read_jsonl, write_jsonl
 from pipeline.forecasting.memory import forecast
 from pipeline.forecasting.plan import Constants
 
@@ -66,7 +66,7 @@ def test_measuring_goes_on_where_it_stopped_and_agrees_on_a_cpu(tmp_path, capsys
     import subprocess
     import sys
 
-    from pipeline.config import ROOT
+    from pipeline.core.compose import ROOT
 
     words = [sys.executable, "-m", "benchmarks.forecast", "measure", "configs=tiny", "device=cpu", f"out={tmp_path}"]
     path, configs = tmp_path / "measured.jsonl", forecast_configs.tiny()

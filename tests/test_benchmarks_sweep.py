@@ -10,7 +10,7 @@ import pytest
 from benchmarks import speed_eval, speed_ours, speed_run, speed_sweep
 from benchmarks.speed_targets import EvalRow, SweepRow
 from benchmarks.speed_workloads import Workload
-from pipeline.files import UserError
+from pipeline.core.files import UserError
 
 RATE = {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e11}
 

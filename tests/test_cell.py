@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cell, evaluate
-from pipeline.config import compose
-from pipeline.files import read_jsonl, write_jsonl
-from pipeline.results import Result, read
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import compose
+from pipeline.core.files import read_jsonl, write_jsonl
+from pipeline.records.results import Result, read
+from pipeline.serving import scores as evaluate
 
 LEARN = ["train.epochs=12", "train.batch_size=8", "train.validations=4"]
 RATES = {"full": 3e-3, "lora": 1e-2, "qlora": 1e-2, "prompt_tuning": 0.1, "step_by_step": 3e-3}
@@ -19,7 +20,7 @@ EPOCHS = {"prompt_tuning": 30}
 
 
 def run(overrides: list[str], *more: str, folder: Path | None = None) -> Result:
-    return cell.run(compose([*overrides, *more]), folder=folder)
+    return cell_run.run(compose([*overrides, *more]), folder=folder)
 
 
 @pytest.mark.parametrize("technique", RATES)
@@ -75,7 +76,7 @@ def test_the_files_of_a_cell(overrides, tmp_path):
 
 
 def test_test_rows_are_not_read_for_a_sweep(overrides):
-    result = cell.run(compose([*overrides, "technique=lora", "train.steps=2"]), splits=("validation",))
+    result = cell_run.run(compose([*overrides, "technique=lora", "train.steps=2"]), splits=("validation",))
     assert set(result.scores) == {"validation"}
     assert result.inference is None and result.memory.peak_bytes > 0
 
@@ -107,7 +108,7 @@ def test_out_of_memory_is_a_result(overrides, tmp_path, monkeypatch):
     def full(*_):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("pipeline.loop.Loop._step", full)
+    monkeypatch.setattr("pipeline.training.loop.Loop._step", full)
     result = run(overrides, "technique=lora", folder=tmp_path / "cell")
     assert result.status == "oom" and "out of memory" in result.error
     assert read(tmp_path / "cell").status == "oom" and (tmp_path / "cell" / "artefact").is_dir()
@@ -117,7 +118,7 @@ def test_other_errors_are_not_swallowed(overrides, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("pipeline.loop.Loop._step", broken)
+    monkeypatch.setattr("pipeline.training.loop.Loop._step", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         run(overrides, "technique=lora", folder=tmp_path / "cell")
     assert not (tmp_path / "cell" / "result.json").exists()

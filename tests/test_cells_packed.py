@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import cell, cells, cells_packed
-from pipeline.config import compose
-from pipeline.files import read_jsonl
-from pipeline.results import read
+from pipeline.cell import grid, identity, inputs
+from pipeline.cell import packing as cells_packed
+from pipeline.core.compose import compose
+from pipeline.core.files import read_jsonl
+from pipeline.records.results import read
 
 SHORT = ["technique=lora", "precision=fp32", "experiment=tried", "train_rows=32", "train.batch_size=8", "train.epochs=2", "train.lr=0.02"]
 
@@ -23,42 +24,42 @@ def seeds(words, *more):
 
 def test_seeds_packed_are_the_cells_that_they_are_alone(words, tmp_path, capfd):
     packed, alone = seeds(words, "pack=true"), seeds(words, f"paths.results={tmp_path}/alone")
-    assert cells.run_cells(packed) == 0 and cells.run_cells(alone[:1]) == 0
+    assert grid.run_cells(packed) == 0 and grid.run_cells(alone[:1]) == 0
     assert "lora-s2-n32: trained with 3 at once, 8 steps" in capfd.readouterr().out
     for cfg in packed:
-        result = read(cell.folder_of(cfg))
+        result = read(identity.folder_of(cfg))
         assert result.packed and result.slots == 3 and any("trained packed, 3 cells" in note for note in result.notes)
         assert result.memory.peak_bytes is None and result.work.tokens_per_s is None and result.phases.train_s > 0 and result.inference.peak_bytes
         assert sum(v for k, v in vars(result.phases).items() if k != "wall_s") == pytest.approx(result.phases.wall_s, abs=0.01)
-        assert not cell.packed_of(cfg).exists(), "what waited is gone once the result is on disk"
-    mine, solo = (cell.folder_of(group[0]) for group in (packed, alone))
+        assert not identity.packed_of(cfg).exists(), "what waited is gone once the result is on disk"
+    mine, solo = (identity.folder_of(group[0]) for group in (packed, alone))
     assert not read(solo).packed and [h["loss"] for h in read(mine).history] == pytest.approx([h["loss"] for h in read(solo).history], rel=1e-4)
     answers = [[row["prediction"] for row in read_jsonl(folder / "predictions.jsonl")] for folder in (mine, solo)]
     assert sum(a == b for a, b in zip(*answers, strict=True)) >= 0.995 * len(answers[0])
     assert read(mine).size == read(solo).size
-    assert cells.run_cells(packed) == 0 and "3 of 3 cells are done" in capfd.readouterr().out
+    assert grid.run_cells(packed) == 0 and "3 of 3 cells are done" in capfd.readouterr().out
 
 
 def test_a_killed_run_goes_on_with_what_was_trained(words, monkeypatch, capfd):
     packed = seeds(words, "pack=true")
-    shared = cells.preload(packed)
+    shared = inputs.preload(packed)
     cells_packed.train(packed[:2], shared)
-    assert [cell.packed_of(cfg).exists() for cfg in packed] == [True, True, False]
+    assert [identity.packed_of(cfg).exists() for cfg in packed] == [True, True, False]
     capfd.readouterr()
-    assert cells.run_cells(packed) == 0
+    assert grid.run_cells(packed) == 0
     assert "at once" not in capfd.readouterr().out.replace("cells at once", "")
-    assert [read(cell.folder_of(cfg)).packed for cfg in packed] == [True, True, False]
+    assert [read(identity.folder_of(cfg)).packed for cfg in packed] == [True, True, False]
 
 
 def test_what_cannot_be_packed_trains_alone_and_says_why(words, capfd):
     both = seeds(words, "pack=true", "method.config.use_dora=true", "train.epochs=1")[:2]
-    assert cells.run_cells(both) == 0
+    assert grid.run_cells(both) == 0
     assert "one after another, because LoRA with use_dora has no hand-written step: lora-s0-n32, lora-s1-n32" in capfd.readouterr().out
-    assert not any(read(cell.folder_of(cfg)).packed for cfg in both)
+    assert not any(read(identity.folder_of(cfg)).packed for cfg in both)
 
 
 def test_out_of_memory_leaves_them_to_train_alone(words, monkeypatch, capfd):
-    from pipeline import packing
+    from pipeline.cell import packing
 
     opened = packing.Packing.open
 
@@ -69,6 +70,6 @@ def test_out_of_memory_leaves_them_to_train_alone(words, monkeypatch, capfd):
 
     monkeypatch.setattr(packing.Packing, "open", small)
     packed = seeds(words, "pack=true", "train.epochs=1")
-    assert cells.run_cells(packed) == 0
+    assert grid.run_cells(packed) == 0
     assert "3 at once ran out of memory" in capfd.readouterr().out
-    assert not any(read(cell.folder_of(cfg)).packed for cfg in packed)
+    assert not any(read(identity.folder_of(cfg)).packed for cfg in packed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.choices import LEAD, Reads, arrange, joined
+from pipeline.data.choices import LEAD, Reads, arrange, joined
 
 
 def test_the_choices_of_a_row_become_a_tree():

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from report_cells import HARDWARE, PROVENANCE, keep, oom, result
 
-from pipeline import compare, drift
-from pipeline.files import read_jsonl, write_jsonl
+from pipeline import compare
+from pipeline.core.files import read_jsonl, write_jsonl
+from pipeline.reporting import compare as reporting_compare
+from pipeline.reporting import drift
 
 SEEDS = (0, 1, 2)
 
@@ -65,7 +67,7 @@ def test_what_differs_is_said_once_with_the_number_of_cells(sides):
         ("version", "torch", "2.13.0+cpu", "2.14.0", 9), ("data", "data_sha256", PROVENANCE["data_sha256"], "other", 9),
         ("hardware", "cpu", HARDWARE["cpu"], "another", 9), ("config", "train.lr", None, 0.5, 3),
     }
-    assert "a move may be the data's" in compare.text(found) and "machines differ (cpu)" in compare.text(found)
+    assert "a move may be the data's" in reporting_compare.text(found) and "machines differ (cpu)" in reporting_compare.text(found)
 
 
 def test_a_technique_that_moved_is_told_and_its_neighbours_are_not(sides, capsys):
@@ -81,7 +83,7 @@ def test_a_technique_that_moved_is_told_and_its_neighbours_are_not(sides, capsys
 def test_a_small_change_is_seed_noise(sides):
     spoil(sides[1], "full", 0.02)
     found = drift.compare(*sides)
-    assert not found.moved and found.identical < 9 and "No technique of quick moved" in compare.headline(found)
+    assert not found.moved and found.identical < 9 and "No technique of quick moved" in reporting_compare.headline(found)
 
 
 def test_with_one_seed_a_side_the_rows_alone_are_tested_and_that_is_said(sides):
@@ -90,7 +92,7 @@ def test_with_one_seed_a_side_the_rows_alone_are_tested_and_that_is_said(sides):
             if "-s0-" not in cell.name:
                 shutil.rmtree(cell)
     found = drift.compare(*sides)
-    assert not found.covers_seeds and "McNemar" in compare.text(found)
+    assert not found.covers_seeds and "McNemar" in reporting_compare.text(found)
 
 
 def test_costs_are_told_beyond_their_tolerance_and_on_like_machines_alone(sides):
@@ -111,7 +113,7 @@ def test_cells_of_one_side_and_lost_ones_are_named(sides, tmp_path):
     keep(sides[1], oom("full", 1))
     found = drift.compare(*sides)
     assert found.only == {"A": ["lora-s2-n200", "qlora-s0-n200"], "B": []} and found.lost == {"A": [], "B": ["full-s1-n200"]} and found.shared == 8
-    told = compare.markdown(found)
+    told = reporting_compare.markdown(found)
     assert "In A alone: lora-s2-n200, qlora-s0-n200." in told and "Out of memory in B alone: full-s1-n200." in told
 
 
@@ -123,7 +125,7 @@ def test_rows_that_both_answered_are_compared(sides):
     for cell in cells(sides[1]):
         (cell / "predictions.jsonl").unlink()
     found = drift.compare(*sides)
-    assert not found.techniques and "No shared cell" in compare.headline(found)
+    assert not found.techniques and "No shared cell" in reporting_compare.headline(found)
 
 
 def test_json_holds_everything(sides, tmp_path, capsys):
@@ -156,8 +158,8 @@ def test_sets_with_the_same_truth_are_seldom_told_apart():
     """1,000 experiments of three techniques, seeds of 2 points spread, 500 rows: in at most 5% anything moved (and a standard error of 0.7 points)."""
     import numpy as np
 
-    from pipeline import tiers
-    from pipeline.exact import holm
+    from pipeline.stats import tiers
+    from pipeline.stats.tiers import holm
 
     draw, false = np.random.default_rng(0), 0
     for _ in range(1000):

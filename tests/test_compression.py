@@ -9,14 +9,19 @@ import pytest
 import torch
 from test_techniques_written import apart, gpt2, logits, method
 
-from pipeline import calibration, cell, evaluate
-from pipeline.blocks import blocks, linears, matrix
-from pipeline.config import build, compose
-from pipeline.data import Example
-from pipeline.fast.bind import Unsupported, answering
-from pipeline.files import UserError, read_jsonl
-from pipeline.model import load_model, memory_bytes
-from pipeline.settings import Precision
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import build, compose
+from pipeline.core.files import UserError, read_jsonl
+from pipeline.core.settings import Precision
+from pipeline.data.rows import Example
+from pipeline.engine.bind import answering
+from pipeline.engine.parts import Unsupported
+from pipeline.models import blocks as calibration
+from pipeline.models.base import load_model, memory_bytes
+from pipeline.models.blocks import blocks, linears, matrix
+from pipeline.records import results
+from pipeline.serving import scores as evaluate
 
 CPU = torch.device("cpu")
 ROWS = [Example("Review: fine plot with a cast", "positive"), Example("Review: the poor story", "negative"), Example("Review: a lovely scene", "positive")]
@@ -226,11 +231,11 @@ def test_a_pattern_that_does_not_divide_a_layer_is_told():
 SHORT = ["train.epochs=12", "train.batch_size=8", "train.validations=0", "train.lr=3e-3"]
 
 
-def run(overrides: list[str], *more: str) -> cell.Result:
+def run(overrides: list[str], *more: str) -> results.Result:
     cfg = compose([*overrides, *SHORT, *more])
-    result = cell.run(cfg, folder=cell.folder_of(cfg))
-    held = [p for p in read_jsonl(cell.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]
-    found, _ = evaluate.score_artefact(cfg, cell.folder_of(cfg) / "artefact", "test")
+    result = cell_run.run(cfg, folder=identity.folder_of(cfg))
+    held = [p for p in read_jsonl(identity.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]
+    found, _ = evaluate.score_artefact(cfg, identity.folder_of(cfg) / "artefact", "test")
     for one, other in zip(found, held, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
     return result

@@ -10,10 +10,13 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import settings, sweep_study, tasks, tracking
-from pipeline.config import CONF, ROOT, build, compose, plain
-from pipeline.files import UserError
-from pipeline.peft_files import DEFAULTS
+from pipeline.core import settings
+from pipeline.core.compose import CONF, ROOT, build, compose, plain
+from pipeline.core.files import UserError
+from pipeline.core.peft_files import DEFAULTS
+from pipeline.data import recipe
+from pipeline.records import mlflow as tracking
+from pipeline.search import study
 
 FILES = sorted(p.relative_to(CONF) for p in CONF.rglob("*.yaml"))
 EXPERIMENTS = sorted(p.stem for p in ROOT.glob("experiments/*.yaml"))
@@ -52,10 +55,10 @@ def test_every_file_composes_with_every_experiment_and_can_be_built(file, experi
     cfg = composed(f"experiments={experiment}", *override(file))
     assert cfg.experiment == experiment
     settings.read(cfg)
-    tasks.read(cfg)
+    recipe.read(cfg)
     settings.build(tracking.Tracking, plain(cfg)["tracking"], "tracking")
     if {"r", "lora_alpha"} <= set(cfg.method.get("config", {})):  # else conf/sweep/ has no rank to search
-        sweep_study.read(cfg)
+        study.read(cfg)
     assert set(cfg.model) == {field.name for field in dataclasses.fields(settings.Model)}
     for group in BUILT:
         assert build(OmegaConf.select(cfg, group), group) is not None

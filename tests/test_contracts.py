@@ -15,17 +15,20 @@ import pytest
 
 import pipeline.methods
 import pipeline.objectives
-from pipeline import cell, export, search_space
-from pipeline.config import ROOT, compose
-from pipeline.fast.bind import Unsupported
+from pipeline.cell import inputs
+from pipeline.cell import run as cell_run
+from pipeline.cell.packing import Packing
+from pipeline.core.compose import ROOT, compose
+from pipeline.core.names import TABLE, class_of
+from pipeline.engine.parts import Unsupported
 from pipeline.forecasting import cell as forecasting
 from pipeline.methods.base import Method
 from pipeline.methods.peft_adapter import PeftAdapter
-from pipeline.names import TABLE, class_of
 from pipeline.objectives.base import Objective
 from pipeline.objectives.labels import Labels
-from pipeline.packing import Packing
-from pipeline.serving import Artefact
+from pipeline.search import space as search_space
+from pipeline.serving import export
+from pipeline.serving.artefact import Artefact
 
 DECLARED: dict[type, dict[str, str]] = {
     Method: {
@@ -105,18 +108,18 @@ def both(overrides) -> Iterator[Any]:
 def test_a_log_line_in_every_hook_leaves_the_engine_as_it_is(both, tmp_path, caplog):
     plain, noisy = both("train.engine=fast")
     caplog.set_level(logging.INFO, logger=__name__)
-    found = cell.run(noisy, folder=tmp_path / "noisy")
+    found = cell_run.run(noisy, folder=tmp_path / "noisy")
     assert {"wrap", "optimizer_groups", "served", "prompt", "prepare", "prepared", "rows", "loop", "reasoning"} <= {r.message for r in caplog.records}
     assert found.work.engine == "handwritten"
-    expected = cell.run(plain, folder=tmp_path / "plain")
+    expected = cell_run.run(plain, folder=tmp_path / "plain")
     assert (found.notes, found.history, found.scores) == (expected.notes, expected.history, expected.scores)
 
 
 def test_a_log_line_in_every_hook_leaves_the_pack_as_it_is(both):
-    Packing([both()[1]], cell.Shared())
+    Packing([both()[1]], inputs.Shared())
     for cfg in both("method.merge=true"):
         with pytest.raises(Unsupported, match="PeftAdapter is changed when it is served"):
-            Packing([cfg], cell.Shared())
+            Packing([cfg], inputs.Shared())
 
 
 def test_a_log_line_in_every_hook_leaves_forecast_and_search_as_they_are(both):

@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import write_task
 
-from pipeline.data import (
+from pipeline.core.files import UserError
+from pipeline.core.settings import Precision, Task, Train
+from pipeline.data.rows import (
     Batch,
     Encoded,
     Encoder,
@@ -25,10 +27,8 @@ from pipeline.data import (
     step_rows,
     steps_in_epoch,
 )
-from pipeline.files import UserError
-from pipeline.model import load_model, load_tokenizer
+from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.labels import Labels
-from pipeline.settings import Precision, Task, Train
 
 CPU = torch.device("cpu")
 TASK = Task("vader_movies", "choice", transfer=("news", "tweets"))

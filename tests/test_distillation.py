@@ -11,18 +11,21 @@ import pytest
 import torch
 from conftest import write_model
 
-from pipeline import cell, evaluate
-from pipeline.config import build, compose
-from pipeline.data import Encoder, Example
-from pipeline.files import UserError, read_jsonl
-from pipeline.model import load_model, load_tokenizer
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import build, compose
+from pipeline.core.files import UserError, read_jsonl
+from pipeline.core.settings import Precision, Task, Train, read
+from pipeline.data.rows import Encoder, Example
+from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.base import Beginning
 from pipeline.objectives.logit_distillation import LogitDistillation, divergence
 from pipeline.objectives.rationale_first import RationaleFirst
 from pipeline.objectives.task_distillation import TaskDistillation
-from pipeline.scoring import Scorer
-from pipeline.serving import Artefact, Base, Door
-from pipeline.settings import Precision, Task, Train, read
+from pipeline.records import results
+from pipeline.scoring.scorer import Scorer
+from pipeline.serving import scores as evaluate
+from pipeline.serving.artefact import Artefact, Base, Door
 
 CPU = torch.device("cpu")
 CHOICE, GENERATE = Task("t", "choice"), Task("t", "generate")
@@ -32,15 +35,15 @@ WRONG = {**RIGHT, "answer": "negative", "correct": False}
 SHORT = ["experiment=mine", "train_rows=64", "train.epochs=6", "train.batch_size=8", "train.validations=1"]
 
 
-def run(overrides: list[str], *more: str) -> cell.Result:
+def run(overrides: list[str], *more: str) -> results.Result:
     cfg = compose([*overrides, *SHORT, *more])
-    return cell.run(cfg, folder=cell.folder_of(cfg))
+    return cell_run.run(cfg, folder=identity.folder_of(cfg))
 
 
 def answers_alike(overrides: list[str], *more: str) -> None:
     cfg = compose([*overrides, *SHORT, *more])
-    held = [p for p in read_jsonl(cell.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]
-    found, _ = evaluate.score_artefact(cfg, cell.folder_of(cfg) / "artefact", "test")
+    held = [p for p in read_jsonl(identity.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]
+    found, _ = evaluate.score_artefact(cfg, identity.folder_of(cfg) / "artefact", "test")
     assert [(p["prediction"], p.get("reasoning")) for p in found] == [(p["prediction"], p.get("reasoning")) for p in held]
 
 
@@ -205,7 +208,7 @@ def test_rationale_first_learns_and_pays_for_its_reasoning(overrides):
     assert sum(r.startswith("The words are ") and "positive" in r or "negative" in r for r in reasons) > 0.9 * len(reasons)
     answers_alike(overrides, *more)
     cfg = compose([*overrides, *SHORT, *more])
-    artefact = Artefact.at("one", cell.folder_of(cfg) / "artefact", cfg)
+    artefact = Artefact.at("one", identity.folder_of(cfg) / "artefact", cfg)
     door = Door(Base.of(cfg), [artefact])
     (said,) = door.answer([{"adapter": "one", "prompt": ROW["prompt"], "choices": ROW["choices"]}])
     assert said["answer"] in ROW["choices"] and door.told == ["1 by one alone (it reasons first)"]

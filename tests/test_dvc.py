@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import ROOT
+from pipeline.core.compose import ROOT
 
 STAND_IN = '''#!{python}
 """python on PATH: `-m pipeline.plan` is the real one, any other stage writes its outputs at once."""

@@ -9,11 +9,16 @@ from types import SimpleNamespace
 import pytest
 from report_cells import result
 
-from pipeline import cell, measure
-from pipeline.config import compose
-from pipeline.files import UserError, read_json, write_json
-from pipeline.results import read, write
-from pipeline.settings import read as read_settings
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import compose
+from pipeline.core.files import UserError, read_json, write_json
+from pipeline.core.settings import read as read_settings
+from pipeline.measure import clock as measure_clock
+from pipeline.measure import energy as measure_energy
+from pipeline.measure import machine as measure_machine
+from pipeline.measure import memory as measure_memory
+from pipeline.records import results
+from pipeline.records.results import read, write
 
 GPU = SimpleNamespace(type="cuda")
 RANGE_UJ = 262_143_328_850
@@ -46,16 +51,20 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path, monkeypatch) -> Machine:
     fake = Machine(tmp_path)
-    monkeypatch.setattr(measure, "RAPL", (str(tmp_path),))
-    monkeypatch.setattr(measure, "synchronise", lambda device: None)
-    monkeypatch.setattr(measure, "_nvml", lambda device: (fake, "handle"))
+    monkeypatch.setattr(measure_energy, "RAPL", (str(tmp_path),))
+    monkeypatch.setattr(measure_clock, "synchronise", lambda device: None)
+    monkeypatch.setattr(measure_energy, "synchronise", lambda device: None)
+    monkeypatch.setattr(measure_memory, "synchronise", lambda device: None)
+    monkeypatch.setattr(measure_machine, "nvml", lambda device: (fake, "handle"))
+    monkeypatch.setattr(measure_energy, "nvml", lambda device: (fake, "handle"))
+    monkeypatch.setattr(measure_memory, "nvml", lambda device: (fake, "handle"))
     monkeypatch.setitem(sys.modules, "zeus", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "zeus.device", SimpleNamespace(get_cpus=lambda: SimpleNamespace(cpus=fake.cpus)))
     return fake
 
 
 def test_the_cpu_s_joules_are_those_of_its_packages_and_their_memory(machine):
-    energy = measure.Energy("cpu")
+    energy = measure_energy.Energy("cpu")
     energy.start()
     machine.package.set(4_000_000)
     machine.memory.set(1_500_000)
@@ -65,7 +74,7 @@ def test_the_cpu_s_joules_are_those_of_its_packages_and_their_memory(machine):
 
 
 def test_what_happens_in_a_pause_is_kept_out(machine):
-    energy = measure.Energy(GPU)
+    energy = measure_energy.Energy(GPU)
     energy.start()
     machine.gpu_mj += 2_000
     machine.package.set(3_000_000)
@@ -81,7 +90,7 @@ def test_what_happens_in_a_pause_is_kept_out(machine):
 
 def test_a_counter_that_begins_anew_is_followed_by_its_range(machine):
     machine.package.set(RANGE_UJ - 1_000_000)
-    energy = measure.Energy("cpu")
+    energy = measure_energy.Energy("cpu")
     energy.start()
     machine.package.set(2_000_000)
     energy.stop()
@@ -89,7 +98,7 @@ def test_a_counter_that_begins_anew_is_followed_by_its_range(machine):
 
 
 def test_a_counter_that_goes_back_and_has_no_range_gives_null(machine):
-    energy = measure.Energy(GPU)
+    energy = measure_energy.Energy(GPU)
     energy.start()
     machine.gpu_mj = 10
     energy.stop()
@@ -99,11 +108,12 @@ def test_a_counter_that_goes_back_and_has_no_range_gives_null(machine):
 
 def test_counters_are_read_now_and_then_so_that_none_goes_round_unseen(machine, monkeypatch):
     clock = SimpleNamespace(at=0.0)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.at))
-    energy = measure.Energy("cpu")
+    monkeypatch.setattr(measure_clock, "time", SimpleNamespace(perf_counter=lambda: clock.at))
+    monkeypatch.setattr(measure_energy, "time", SimpleNamespace(perf_counter=lambda: clock.at))
+    energy = measure_energy.Energy("cpu")
     energy.start()
     for _ in range(3):  # three quarters of the range a minute: more than twice round in all
-        clock.at += measure.READ_COUNTERS_EVERY_S
+        clock.at += measure_energy.READ_COUNTERS_EVERY_S
         machine.package.set((int(Path(machine.package.energy_uj_path).read_text()) + RANGE_UJ * 3 // 4) % RANGE_UJ)
         energy.tick()
     energy.stop()
@@ -111,7 +121,7 @@ def test_counters_are_read_now_and_then_so_that_none_goes_round_unseen(machine, 
 
 
 def test_a_resumed_training_adds_what_was_spent_before(machine):
-    energy, unknown = measure.Energy(GPU), measure.Energy(GPU)
+    energy, unknown = measure_energy.Energy(GPU), measure_energy.Energy(GPU)
     for one, before in ((energy, 40.0), (unknown, None)):
         one.add(before, 1.0)
         one.start()
@@ -126,13 +136,13 @@ def refused() -> None:
 
 
 @pytest.mark.parametrize(("patch", "note"), [
-    (lambda m: m.setattr(measure, "RAPL", ("/nowhere",)), "CPU energy was not measured: this machine shows no RAPL counter"),
+    (lambda m: m.setattr(measure_energy, "RAPL", ("/nowhere",)), "CPU energy was not measured: this machine shows no RAPL counter"),
     (lambda m: m.setitem(sys.modules, "zeus.device", None), "zeus, which reads RAPL counters, is not installed"),
     (lambda m: m.setitem(sys.modules, "zeus.device", SimpleNamespace(get_cpus=refused)), "CPU energy was not measured: RAPL requires root privileges"),
 ])
 def test_what_cannot_be_read_is_null_with_its_reason(machine, monkeypatch, patch, note):
     patch(monkeypatch)
-    energy = measure.Energy("cpu")
+    energy = measure_energy.Energy("cpu")
     energy.start()
     energy.tick()
     energy.stop()
@@ -140,7 +150,7 @@ def test_what_cannot_be_read_is_null_with_its_reason(machine, monkeypatch, patch
 
 
 def test_a_counter_that_can_no_longer_be_read_gives_null(machine):
-    energy = measure.Energy("cpu")
+    energy = measure_energy.Energy("cpu")
     energy.start()
     Path(machine.memory.energy_uj_path).unlink()
     energy.stop()
@@ -148,8 +158,10 @@ def test_a_counter_that_can_no_longer_be_read_gives_null(machine):
 
 
 def test_a_gpu_without_a_driver_or_counter_gives_null_and_the_host_s_stay(machine, monkeypatch):
-    monkeypatch.setattr(measure, "_nvml", lambda device: None)
-    energy = measure.Energy(GPU)
+    monkeypatch.setattr(measure_machine, "nvml", lambda device: None)
+    monkeypatch.setattr(measure_energy, "nvml", lambda device: None)
+    monkeypatch.setattr(measure_memory, "nvml", lambda device: None)
+    energy = measure_energy.Energy(GPU)
     energy.start()
     machine.other.set(8_000_000)
     energy.stop()
@@ -158,24 +170,24 @@ def test_a_gpu_without_a_driver_or_counter_gives_null_and_the_host_s_stay(machin
 
 def test_the_real_library_is_asked_by_these_names():
     rapl = pytest.importorskip("zeus.device.cpu.rapl")
-    assert rapl.RAPL_DIR in measure.RAPL and rapl.CONTAINER_RAPL_DIR in measure.RAPL
+    assert rapl.RAPL_DIR in measure_energy.RAPL and rapl.CONTAINER_RAPL_DIR in measure_energy.RAPL
     assert {"rapl_file", "dram"} <= set(rapl.RAPLCPU._get_powerzone.__code__.co_names)
     assert {"energy_uj_path", "max_energy_range_uj"} <= set(rapl.RAPLFile.__init__.__code__.co_names)
 
 
 def test_a_cell_s_energy_leaves_validation_out_and_its_cost_follows_from_the_price(overrides, machine, monkeypatch, imports):
     """Every training step costs 2 J, a validation 1,000 J."""
-    from pipeline import stepping
+    from pipeline.training import stepping
 
-    step, validate = stepping.Eager.step, cell.Cell._validate
+    step, validate = stepping.Eager.step, cell_run.Cell._validate
 
     def spend(joules: int) -> None:
         machine.other.set(int(Path(machine.other.energy_uj_path).read_text()) + joules * 1_000_000)
 
     monkeypatch.setattr(stepping.Eager, "step", lambda self, *a: (spend(2), step(self, *a))[1])
-    monkeypatch.setattr(cell.Cell, "_validate", lambda self: (spend(1000), validate(self))[1])
+    monkeypatch.setattr(cell_run.Cell, "_validate", lambda self: (spend(1000), validate(self))[1])
     words = ["technique=full", "experiment=tried", "train_rows=32", "train.batch_size=8", "train.steps=5", "train.validations=2"]
-    result = cell.run(compose([*overrides, *words, "price_per_hour=3600", "currency=EUR"]), splits=("validation",))
+    result = cell_run.run(compose([*overrides, *words, "price_per_hour=3600", "currency=EUR"]), splits=("validation",))
     assert (result.work.steps, result.work.energy_j, result.work.energy_note) == (5, 10.0, None)
     assert result.cost.amount == pytest.approx(result.phases.wall_s) and (result.cost.currency, result.cost.per_hour) == ("EUR", 3600.0)
 
@@ -188,7 +200,7 @@ def test_a_cell_s_energy_leaves_validation_out_and_its_cost_follows_from_the_pri
 def test_a_price_is_never_guessed(words, message):
     with pytest.raises(UserError, match=message):
         read_settings(compose(words))
-    assert cell.price(compose([]), 10) is None
+    assert results.price(compose([]), 10) is None
 
 
 def test_a_result_of_before_these_fields_is_still_read(tmp_path):

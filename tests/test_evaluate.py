@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import write_task
 
-from pipeline import cell, evaluate
-from pipeline.config import compose
-from pipeline.files import read_json, read_jsonl
-from pipeline.results import Result, read, write
+from pipeline import evaluate
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import compose
+from pipeline.core.files import read_json, read_jsonl
+from pipeline.records.results import Result, read, write
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,8 @@ def finished(tiny, tmp_path_factory) -> tuple[list[str], Path]:
             "evaluate.transfer_rows=10",
         ]
     )
-    cell.run(cfg, folder=cell.folder_of(cfg))
-    return given, cell.folder_of(cfg)
+    cell_run.run(cfg, folder=identity.folder_of(cfg))
+    return given, identity.folder_of(cfg)
 
 
 def run(finished: tuple[list[str], Path], tmp_path: Path, *more: str, folder: Path | None = None) -> int:
@@ -132,9 +134,9 @@ def test_a_result_of_an_older_schema(finished, tmp_path, capsys):
 
 def test_the_teacher_has_no_model(finished, tmp_path, capsys):
     cfg = compose([*finished[0], f"paths.results={tmp_path}/results", "technique=teacher", "teacher=lexicon"])
-    cell.run(cfg, folder=cell.folder_of(cfg))
+    cell_run.run(cfg, folder=identity.folder_of(cfg))
     assert "the teacher answers without a model; its rows stand in rationales/" in refused(
-        finished, tmp_path, capsys, folder=cell.folder_of(cfg)
+        finished, tmp_path, capsys, folder=identity.folder_of(cfg)
     )
 
 
@@ -153,7 +155,7 @@ def test_texts_beyond_the_models_context_are_cut_as_the_cell_cut_them(finished, 
     (data / "test.jsonl").write_text("".join(json.dumps({**r, "prompt": "film plot " * 150 + r["prompt"]}) + "\n" for r in rows))
     given = [*finished[0], f"paths.data={tmp_path}/data", f"paths.results={tmp_path}/results", f"paths.work={tmp_path}/work"]
     cfg = compose([*given, "technique=zero_shot", "train.too_long=truncate", "evaluate.transfer_rows=0", "evaluate.latency_rows=1"])
-    result = cell.run(cfg, folder=cell.folder_of(cfg))
+    result = cell_run.run(cfg, folder=identity.folder_of(cfg))
     assert "8 texts of the test rows longer than 256 tokens lost their start" in result.notes
-    assert run((given, finished[1]), tmp_path, folder=cell.folder_of(cfg)) == 0
-    assert written(tmp_path, "test")[0] == [p for p in read_jsonl(cell.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]
+    assert run((given, finished[1]), tmp_path, folder=identity.folder_of(cfg)) == 0
+    assert written(tmp_path, "test")[0] == [p for p in read_jsonl(identity.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]

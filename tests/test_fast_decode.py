@@ -10,10 +10,10 @@ import pytest
 import torch
 from scoring_models import CPU, KINDS, OWNERS, PAD, items_of, of_kind, with_loras, with_prompt
 
-from pipeline.fast import answering, attend, decode
-from pipeline.model import load_model, load_tokenizer
-from pipeline.scoring import generate
-from pipeline.settings import Precision
+from pipeline.core.settings import Precision
+from pipeline.engine import answering, attention, decode
+from pipeline.models.base import load_model, load_tokenizer
+from pipeline.scoring.scorer import generate
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,8 @@ def test_query_heads_of_a_group_attend_as_they_do_over_copies(monkeypatch):
     expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], *copies, mask)[:, :, 0]
     bias = decode.additive(mask, torch.float32)
     for shared in (True, False):
-        monkeypatch.setattr(attend, "shares", lambda *_, shared=shared: shared)
-        torch.testing.assert_close(attend.after(q, k, v, bias), expected)
+        monkeypatch.setattr(attention, "shares", lambda *_, shared=shared: shared)
+        torch.testing.assert_close(attention.after(q, k, v, bias), expected)
 
 
 def test_a_capture_that_fails_midway_costs_no_token(monkeypatch, base, tokenizer):

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from pipeline.fast import bind as binding
-from pipeline.fast import ops, shapes
+from pipeline.engine import bind, layout, ops
+from pipeline.engine import parts as engine_parts
 
 R, T, V = 4, 9, 53
 
@@ -37,7 +37,7 @@ def reference(model, ids, rows, cols, targets, weights):
     """(weighted losses, {name: gradient}) by autograd."""
     import torch.nn.functional as F
 
-    from pipeline.scoring import logits_at
+    from pipeline.scoring.scorer import logits_at
 
     losses = F.cross_entropy(logits_at(model, ids, rows, cols), targets, reduction="none") * weights
     losses.sum().backward()
@@ -64,7 +64,7 @@ def test_lora_gradients_are_autograds(targets):
     ids, rows, cols, targets_, weights, at = batch()
     model = lora(base(), targets=targets)
     expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets_, weights)
-    bound = binding.bind(model, torch.float32)
+    bound = bind.bind(model, torch.float32)
     close(bound.llama.step(ids, at, targets_, weights), expected)
     factor = bound.flat.scale
     for name, (a, b) in bound.pairs.items():
@@ -80,13 +80,13 @@ def test_lora_gradients_are_autograds(targets):
 @pytest.mark.parametrize("held", [True, False])
 def test_columns_left_beside_an_adapter_add_nothing(monkeypatch, held):
     """Room of whole tiles (wide models) for a rank far below it; fresh memory holds NaN, so that a column that nobody clears is seen."""
-    monkeypatch.setattr(shapes, "LONG", 1)
+    monkeypatch.setattr(layout, "LONG", 1)
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **options: empty(self, *size, **options).fill_(float("nan")))
     ids, rows, cols, targets, weights, at = batch()
     model = lora(base(), r=3)
     expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
-    bound = binding.bind(model, torch.float32)
+    bound = bind.bind(model, torch.float32)
     layer = bound.llama.layers[0]
     assert [g.room for g in (layer.qkv, layer.out, layer.gate_up, layer.down)] == [64, 0, 64, 64] and layer.out.under == 64
     if held:
@@ -105,7 +105,7 @@ def test_full_gradients_are_autograds(tied, groups):
     ids, rows, cols, targets, weights, at = batch(1)
     model = base(tied, groups).requires_grad_(True)
     expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
-    bound = binding.bind(model, torch.float32)
+    bound = bind.bind(model, torch.float32)
     close(bound.llama.step(ids, at, targets, weights), expected)
     for name, parameter in model.named_parameters():
         start, size = parameter.data.storage_offset(), parameter.numel()
@@ -119,7 +119,7 @@ def test_prompt_gradients_are_autograds():
     model = get_peft_model(base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
     ids, rows, cols, targets, weights, at = batch(2, virtual=5)
     expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
-    bound = binding.bind(model, torch.float32)
+    bound = bind.bind(model, torch.float32)
     close(bound.llama.step(ids, at, targets, weights), expected)
     (gradient,) = gradients.values()
     close(bound.flat.raw.view(gradient.shape), gradient)
@@ -141,14 +141,14 @@ def test_relatives_of_llama(options):
     model = lora(model)
     ids, rows, cols, targets, weights, at = batch(3)
     expected, _ = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
-    close(binding.bind(model, torch.float32).llama.step(ids, at, targets, weights), expected)
+    close(bind.bind(model, torch.float32).llama.step(ids, at, targets, weights), expected)
 
 
 def test_slots_are_runs_of_their_own():
     """Three adapters of ranks 2, 4 and 4 at once: each loss and gradient as if it were alone; a NaN stays where it is, bit for bit."""
     ranks, plain = (2, 4, 4), base()
     solo = [lora(copy.deepcopy(plain), r=r, alpha=2 * r, seed=k) for k, r in enumerate(ranks)]
-    bound = binding.bind(lora(copy.deepcopy(plain)), torch.float32, slots=3, rank=4)
+    bound = bind.bind(lora(copy.deepcopy(plain)), torch.float32, slots=3, rank=4)
     for k, model in enumerate(solo):
         for name, (a, b) in bound.pairs.items():
             module = model.base_model.model.get_submodule(name)
@@ -209,7 +209,7 @@ def test_gradients_with_dropout_are_autograds_over_the_same_noise(slots):
     ids, rows, cols, targets, weights, at = batch(4)
     p = 0.3
     model = lora(base(), targets="all-linear")
-    bound = binding.bind(copy.deepcopy(model) if slots == 2 else model, torch.float32, slots=slots, rank=4 if slots == 2 else None, dropout=True, seed=5)
+    bound = bind.bind(copy.deepcopy(model) if slots == 2 else model, torch.float32, slots=slots, rank=4 if slots == 2 else None, dropout=True, seed=5)
     bound.flat.dropout.fill_(p)
     if slots == 2:
         for k, seed in enumerate((5, 9)):
@@ -262,7 +262,7 @@ def test_a_weight_of_zero_is_a_zero_whatever_the_logits():
 
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_the_update_is_torchs(accumulate):
-    from pipeline.fast.flat import Flat, Region
+    from pipeline.engine.buffer import Flat, Region
 
     torch.manual_seed(0)
     flat = Flat(2, [Region(5), Region(3, scaled=True, lr_times=2.0)], "cpu", torch.float32, accumulate=accumulate)
@@ -297,8 +297,8 @@ def test_what_it_does_not_know_it_names():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     def reason(model, **options):
-        with pytest.raises(binding.Unsupported) as found:
-            binding.bind(model, torch.float32, **options)
+        with pytest.raises(engine_parts.Unsupported) as found:
+            bind.bind(model, torch.float32, **options)
         return str(found.value)
 
     assert "use_dora" in reason(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", use_dora=True)))

@@ -11,14 +11,14 @@ import pytest
 import torch
 from scoring_models import CPU, KINDS, OWNERS, PAD, by_batches, items_of, of_kind, with_lora, with_loras, with_prompt
 
-from pipeline import scoring
-from pipeline.choices import Reads, joined
-from pipeline.fast import answering, bind, forward, reuse
-from pipeline.fast.capture import Graphs
-from pipeline.fast.parts import Unsupported
-from pipeline.model import load_model, load_tokenizer
-from pipeline.scoring import WHOLE, choice_log_likelihoods, generate
-from pipeline.settings import Precision
+from pipeline.core.settings import Precision
+from pipeline.data.choices import Reads, joined
+from pipeline.engine import answering, bind, passes, reuse
+from pipeline.engine.graphs import Graphs
+from pipeline.engine.parts import Unsupported
+from pipeline.models.base import load_model, load_tokenizer
+from pipeline.scoring import scorer as scoring
+from pipeline.scoring.scorer import WHOLE, choice_log_likelihoods, generate
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def static(monkeypatch):
     """Batches over static shapes on the CPU, as if launching a pass cost much and a capture little."""
     monkeypatch.setattr(answering, "STATIC", ("cpu",))
     monkeypatch.setattr(answering, "FEW", 10**9)
-    monkeypatch.setattr(forward, "pass_tokens", lambda *_: 2000.0)
-    monkeypatch.setattr(forward, "CAPTURE", 1)
+    monkeypatch.setattr(passes, "pass_tokens", lambda *_: 2000.0)
+    monkeypatch.setattr(passes, "CAPTURE", 1)
     made: list[Any] = []
     record = Graphs.capture
 
@@ -94,7 +94,7 @@ def static(monkeypatch):
 
 def test_a_tokens_mask_shows_it_the_trunk_its_ancestors_and_itself():
     (row,) = joined([([5, 6], [[7], [7, 8], [7, 8, 9], [7, 10, 11], [12]])])
-    inputs = forward.Inputs(forward.Shape(2, 6, 8, 12, True), CPU)
+    inputs = passes.Inputs(passes.Shape(2, 6, 8, 12, True), CPU)
     inputs.fill([row], PAD, 3)
     assert inputs.mask is not None
     assert inputs.mask[0, 0].int().tolist()[:5] == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0]]
@@ -216,7 +216,7 @@ def test_rows_within_a_window_may_share_but_not_decode(base):
 def test_a_plan_has_every_row_once_within_its_shape_and_budget(pass_tokens, rows):
     rng = random.Random(rows)
     lengths, extra = [rng.randint(3, 70) for _ in range(rows)], 10
-    batches = forward.plan(lengths, 512, pass_tokens, extra)
+    batches = passes.plan(lengths, 512, pass_tokens, extra)
     assert sorted(i for part, _, _ in batches for i in part) == list(range(rows))
     for part, count, width in batches:
         assert max(lengths[i] for i in part) <= (width or 70) and len(part) <= (count or rows)
@@ -228,7 +228,7 @@ def test_captures_pay_where_the_device_would_wait_for_many_batches():
     lengths = [random.Random(1).randint(24, 96) for _ in range(2000)]
 
     def shapes(pass_tokens: float, rows: int = 2000) -> set[tuple[int, int]]:
-        return {(count, width) for _, count, width in forward.plan(lengths[:rows], 4096, pass_tokens)}
+        return {(count, width) for _, count, width in passes.plan(lengths[:rows], 4096, pass_tokens)}
 
     assert 1 <= len(shapes(11000)) <= 3 and (0, 0) not in shapes(11000), "the 135M shape"
     assert shapes(600) == {(0, 0)}, "the 1B shape keeps the device busy"
@@ -304,8 +304,8 @@ def test_a_capture_that_fails_is_noted_once_and_the_scores_stand(base, static, m
 
 
 def test_a_scorers_notes_reach_its_owner(base, tokenizer, monkeypatch):
-    from pipeline.data import Encoder
-    from pipeline.settings import Task
+    from pipeline.core.settings import Task
+    from pipeline.data.rows import Encoder
 
     def told(*args: Any) -> list[list[float]]:
         args[-2].append("a note")

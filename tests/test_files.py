@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import files
-from pipeline.files import UserError, atomic_folder, atomic_path, folder_bytes, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
+from pipeline.core import files
+from pipeline.core.files import UserError, atomic_folder, atomic_path, folder_bytes, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
 
 
 def names(folder: Path) -> list[str]:

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
-from pipeline import cell as cells
-from pipeline import forecast as entry
-from pipeline.config import ROOT, compose
-from pipeline.files import UserError
+from pipeline import forecast
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.cell.identity import fingerprint
+from pipeline.core.compose import ROOT, compose
+from pipeline.core.files import UserError
 from pipeline.forecasting import cell, speed
 from pipeline.forecasting.plan import Plan
 from pipeline.forecasting.shape import shape_of
@@ -47,7 +49,7 @@ def test_nothing_heavy_is_imported_and_the_entry_prints_bytes_and_a_verdict(over
 def test_the_rows_are_the_cells_own(overrides):
     found = told(overrides, "technique=lora", "train_rows=32", "train.batch_size=8", GPU)
     held = cell.prepare(compose([*overrides, "technique=lora", "train_rows=32", "train.batch_size=8", GPU]), True)
-    result = cells.run(compose([*overrides, "technique=lora", "train_rows=32", "train.batch_size=8"]), splits=("validation",))
+    result = cell_run.run(compose([*overrides, "technique=lora", "train_rows=32", "train.batch_size=8"]), splits=("validation",))
     assert result.work.steps == found.steps and result.work.tokens == round(found.steps * found.step_tokens)
     assert result.size.trainable == found.trainable and held.rows.measured and "training rows of" in found.rows_from
 
@@ -89,12 +91,12 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(big):
 def test_what_is_not_known_is_said(big, more, reason, capsys):
     found = told(big, *more)
     assert found.memory is None and reason in found.reason and warning(found) is None
-    assert entry.main([*big, *more]) == 0 and reason in capsys.readouterr().out
+    assert forecast.main([*big, *more]) == 0 and reason in capsys.readouterr().out
 
 
 def test_bad_input_is_one_sentence(overrides, big, tmp_path, capsys):
-    assert entry.main([*big, "forecast.gpu_memory=16"]) == 2 and "gpu_memory_gb" in capsys.readouterr().err
-    assert entry.main([*overrides, f"paths.models={tmp_path}/none", GPU]) == 2 and "forecast.model_config" in capsys.readouterr().err
+    assert forecast.main([*big, "forecast.gpu_memory=16"]) == 2 and "gpu_memory_gb" in capsys.readouterr().err
+    assert forecast.main([*overrides, f"paths.models={tmp_path}/none", GPU]) == 2 and "forecast.model_config" in capsys.readouterr().err
 
 
 def test_what_will_not_fit_is_told_once_a_technique_and_nothing_is_refused(big, capsys):
@@ -107,21 +109,21 @@ def test_what_will_not_fit_is_told_once_a_technique_and_nothing_is_refused(big, 
 
 
 def test_a_forecast_decides_no_outcome_and_neither_does_checkpointing_that_is_off(overrides):
-    plain = cells.fingerprint(compose([*overrides, "technique=lora"]))
-    assert cells.fingerprint(compose([*overrides, "technique=lora", GPU])) == plain
-    assert "checkpointing" not in cells.decides(compose([*overrides]))["train"]
-    assert cells.fingerprint(compose([*overrides, "technique=lora", "train.checkpointing=true"])) != plain
+    plain = fingerprint(compose([*overrides, "technique=lora"]))
+    assert fingerprint(compose([*overrides, "technique=lora", GPU])) == plain
+    assert "checkpointing" not in identity.decides(compose([*overrides]))["train"]
+    assert fingerprint(compose([*overrides, "technique=lora", "train.checkpointing=true"])) != plain
 
 
 @pytest.mark.parametrize("technique", ["lora", "full"])
 def test_checkpointed_activations_leave_every_loss_as_it_is(overrides, technique):
     common = [f"technique={technique}", "train.steps=4", "train.engine=eager", *(["method.config.lora_dropout=0.3"] if technique == "lora" else [])]
-    plain, again = (cells.run(compose([*overrides, *common, f"train.checkpointing={c}"]), splits=("validation",)) for c in ("false", "true"))
+    plain, again = (cell_run.run(compose([*overrides, *common, f"train.checkpointing={c}"]), splits=("validation",)) for c in ("false", "true"))
     assert [h["loss"] for h in plain.history] == [h["loss"] for h in again.history]
 
 
 def test_the_fast_engine_leaves_checkpointing_to_the_eager_one(overrides):
-    result = cells.run(compose([*overrides, "technique=lora", "train.steps=1", "train.engine=fast", "train.checkpointing=true"]), splits=("validation",))
+    result = cell_run.run(compose([*overrides, "technique=lora", "train.steps=1", "train.engine=fast", "train.checkpointing=true"]), splits=("validation",))
     assert (result.work.engine, result.work.engine_reason) == ("eager", "activations are checkpointed")
 
 
@@ -158,7 +160,7 @@ def test_a_calibration_is_kept_by_machine_versions_and_work(tmp_path):
 def test_a_calibration_tells_a_time_from_then_on(overrides, capsys):
     common = [*overrides, "technique=lora", "train_rows=32", "train.batch_size=8"]
     assert told(common).train_s is None and "calibrate=true" in told(common).time_from
-    assert entry.main([*common, "forecast.calibrate=true"]) == 0 and "training takes about" in capsys.readouterr().out
+    assert forecast.main([*common, "forecast.calibrate=true"]) == 0 and "training takes about" in capsys.readouterr().out
     low, middle, high = told(common).train_s
     assert 0 < low < middle < high
     with pytest.raises(UserError, match="cannot be timed"):

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 
+from pipeline.core.names import build
+from pipeline.core.settings import Precision, Train
 from pipeline.forecasting import run
 from pipeline.forecasting.memory import walk
 from pipeline.forecasting.plan import Constants
 from pipeline.forecasting.shape import shape_of
 from pipeline.forecasting.trained import trained
-from pipeline.names import build
-from pipeline.settings import Precision, Train
 
 BASE = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 320, "vocab_size": 1000,
         "tie_word_embeddings": True, "max_position_embeddings": 512}
@@ -37,10 +37,10 @@ def measured(config, method, precision, labels, checkpointing):
     import torch
 
     from benchmarks.forecast_live import Live
-    from pipeline.data import Encoded
+    from pipeline.data.rows import Encoded
     from pipeline.forecasting.random_model import random_base
     from pipeline.objectives.labels import Labels
-    from pipeline.stepping import Eager
+    from pipeline.training.stepping import Eager
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     method = build(method, "method")

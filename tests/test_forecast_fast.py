@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 from test_forecast_eager import BASE, METHODS
 
+from pipeline.core.names import build
+from pipeline.core.settings import Precision, Train
 from pipeline.forecasting import run
 from pipeline.forecasting.allocator import Allocator
 from pipeline.forecasting.fast import ByHand
@@ -14,8 +16,6 @@ from pipeline.forecasting.memory import load, walk
 from pipeline.forecasting.plan import Constants
 from pipeline.forecasting.shape import shape_of
 from pipeline.forecasting.trained import trained
-from pipeline.names import build
-from pipeline.settings import Precision, Train
 
 ROWS, WIDTH, LABELS = 4, 64, 8
 
@@ -39,7 +39,7 @@ def size(*tensors):
 def bound(method, precision="fp32", accumulate=False):
     import torch
 
-    from pipeline.fast.bind import bind
+    from pipeline.engine.bind import bind
     from pipeline.forecasting.random_model import random_base
 
     base = random_base(BASE, precision, torch.float32, torch.device("cpu"))
@@ -72,7 +72,7 @@ def test_what_is_held_and_kept_by_a_layer_is_as_the_walk_says(imports):
     """Exactly, but for what attention keeps: on a CPU it keeps views, on a GPU its output and a number a row."""
     import torch
 
-    from pipeline.fast.attend import Rows
+    from pipeline.engine.attention import Rows
 
     held, plan = bound("lora"), plan_of("lora")
     memory = Allocator(exact=True)

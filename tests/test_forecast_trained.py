@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import CONF, build, compose, plain
+from pipeline.core.compose import CONF, build, compose, plain
 from pipeline.forecasting.shape import NoForecast, matrix_parts, nf4_parts, read_shape, shape_of, weight_bytes
 from pipeline.forecasting.trained import parameter_sizes, trained
 
@@ -29,7 +29,7 @@ def test_known_models_have_their_known_number_of_parameters(config, parameters):
 
 
 def test_the_tiny_models_parameters_and_bytes_are_the_real_ones(tiny):
-    from pipeline.model import load_stored, parameters
+    from pipeline.models.base import load_stored, parameters
 
     folder = tiny / "models" / "smollm2_135m"
     shape, model = read_shape(folder / "config.json"), load_stored(folder)
@@ -51,8 +51,8 @@ def test_four_bit_bytes_are_those_of_bitsandbytes_tensors(size, double):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_a_quantised_models_bytes_are_the_real_ones(tiny, precision):
-    from pipeline.model import device_of, load_model, memory_bytes
-    from pipeline.settings import Precision
+    from pipeline.core.settings import Precision
+    from pipeline.models.base import device_of, load_model, memory_bytes
 
     folder = tiny / "models" / "smollm2_135m"
     model = load_model(folder, Precision(precision), device_of("cpu"))
@@ -66,9 +66,9 @@ def test_int8_keeps_a_scale_a_row():
 
 @pytest.mark.parametrize("technique", [t if t in FAST else pytest.param(t, marks=pytest.mark.slow) for t in TECHNIQUES])
 def test_a_technique_trains_as_many_numbers_as_the_arithmetic_says(tiny, technique):
-    from pipeline.files import UserError
+    from pipeline.core.files import UserError
     from pipeline.methods.peft_adapter import PeftAdapter
-    from pipeline.model import load_stored, parameters
+    from pipeline.models.base import load_stored, parameters
 
     folder = tiny / "models" / "smollm2_135m"
     shape = read_shape(folder / "config.json")

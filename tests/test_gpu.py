@@ -7,9 +7,12 @@ import sys
 
 import pytest
 
-from pipeline import cell, serve
-from pipeline.config import ROOT, compose
-from pipeline.files import read_jsonl, write_jsonl
+from pipeline import serve
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import ROOT, compose
+from pipeline.core.files import read_jsonl, write_jsonl
+from pipeline.records.finished import name as cell_name
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +23,7 @@ def on_gpu(overrides: list[str], *more: str) -> list[str]:
 
 @pytest.mark.parametrize("technique", ["full", "lora", "qlora", "prompt_tuning", "step_by_step"])
 def test_a_technique_trains_on_the_gpu(overrides, tmp_path, technique):
-    result = cell.run(compose(on_gpu(overrides, f"technique={technique}", "train.steps=12")), folder=tmp_path / "cell")
+    result = cell_run.run(compose(on_gpu(overrides, f"technique={technique}", "train.steps=12")), folder=tmp_path / "cell")
     assert result.status == "ok"
     assert result.precision == ("nf4" if technique == "qlora" else "bf16")
     assert result.memory.kind == "gpu_reserved" and result.memory.peak_bytes >= result.memory.peak_allocated_bytes > 0
@@ -33,7 +36,7 @@ def test_a_real_out_of_memory_is_a_row(overrides, tmp_path):
 
     torch.cuda.set_per_process_memory_fraction(0.0005)
     try:
-        result = cell.run(compose(on_gpu(overrides, "technique=full", "train.batch_size=64", "train.micro_batch_tokens=1000000")), folder=tmp_path / "cell")
+        result = cell_run.run(compose(on_gpu(overrides, "technique=full", "train.batch_size=64", "train.micro_batch_tokens=1000000")), folder=tmp_path / "cell")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert result.status == "oom" and "out of memory" in result.error
@@ -44,7 +47,7 @@ def test_an_untrained_lora_is_the_base_on_the_gpu(overrides, tmp_path):
     write_jsonl(tmp_path / "lambada.jsonl", [{"text": "the cast of the film was fine"}, {"text": "the story with the plot was awful"}])
     probing = ["evaluate.forgetting=true", "evaluate.probe_pairs=20", "evaluate.probe_texts=5", "evaluate.probe_lambada=2",
                f"paths.lambada={tmp_path}/lambada.jsonl"]
-    base, lora = (cell.run(compose(on_gpu(overrides, *words, *probing)), folder=tmp_path / words[0])
+    base, lora = (cell_run.run(compose(on_gpu(overrides, *words, *probing)), folder=tmp_path / words[0])
                   for words in (["technique=zero_shot"], ["technique=lora", "train.steps=0"]))
     assert lora.forgetting == base.forgetting
     for probe in ("perplexity", "pairs", "lambada", "lambada_perplexity"):
@@ -58,11 +61,11 @@ def test_customers_share_a_base_on_the_gpu(overrides, tiny, tmp_path, technique)
     alone = {}
     for seed in (0, 1):
         cfg = compose(on_gpu(overrides, *words, f"seed={seed}"))
-        result = cell.run(cfg, folder=cell.folder_of(cfg))
+        result = cell_run.run(cfg, folder=identity.folder_of(cfg))
         assert result.inference.adapters_mixed is (technique != "prompt_tuning") and list(result.inference.adapters) == ["1", "4"]
         assert result.inference.request_peak_bytes > 0 and (result.inference.merged_request_peak_bytes is None) is (technique == "prompt_tuning")
-        own = read_jsonl(cell.folder_of(cfg) / "predictions.jsonl")
-        alone |= {(cell.name(cfg), p["id"]): p for p in own if p["split"] == "test"}
+        own = read_jsonl(identity.folder_of(cfg) / "predictions.jsonl")
+        alone |= {(cell_name(cfg), p["id"]): p for p in own if p["split"] == "test"}
     names = sorted({name for name, _ in alone})
     write_jsonl(tmp_path / "requests.jsonl", [{"adapter": names[i % 2], "prompt": r["prompt"], "row": r["id"]} for i, r in enumerate(rows)])
     assert serve.main([*on_gpu(overrides), f"requests={tmp_path}/requests.jsonl", f"to={tmp_path}/answers.jsonl"]) == 0
@@ -79,7 +82,7 @@ def test_customers_share_a_base_on_the_gpu(overrides, tiny, tmp_path, technique)
 def test_captured_steps_are_the_eager_ones(overrides, tmp_path, technique, way):
     name, *more = technique.split()
     words = [f"technique={name}", *more, "train.batch_size=8", "train.steps=16", "train.validations=2"]
-    eager, fast = (cell.run(compose(on_gpu(overrides, *words, f"train.engine={engine}")), folder=tmp_path / engine) for engine in ("eager", "auto"))
+    eager, fast = (cell_run.run(compose(on_gpu(overrides, *words, f"train.engine={engine}")), folder=tmp_path / engine) for engine in ("eager", "auto"))
     assert fast.work.streams if way == "streams" else fast.work.engine == way, fast.work
     losses = [[h["loss"] for h in result.history] for result in (eager, fast)]
     tolerance = 0.3 if "dropout" in technique else 0.03  # other noise
@@ -111,8 +114,8 @@ def on_device(tiny, precision: str, lora: bool):
     import torch
     from scoring_models import with_lora
 
-    from pipeline.model import load_model, resolve
-    from pipeline.settings import Precision
+    from pipeline.core.settings import Precision
+    from pipeline.models.base import load_model, resolve
 
     device, (name, _, compute) = torch.device("cuda"), precision.partition("/")
     wanted = Precision(name, compute or "auto")
@@ -123,7 +126,7 @@ def on_device(tiny, precision: str, lora: bool):
 @pytest.fixture
 def captures(monkeypatch):
     """The name of every work that was captured (the work itself would keep its memory)."""
-    from pipeline.fast.capture import Graphs
+    from pipeline.engine.graphs import Graphs
 
     made, record = [], Graphs.capture
 
@@ -141,8 +144,8 @@ def test_captured_scores_are_the_eager_ones(tiny, monkeypatch, captures, precisi
     import torch
     from scoring_models import PAD, items_of
 
-    from pipeline.fast import answering
-    from pipeline.scoring import choice_log_likelihoods
+    from pipeline.engine import answering
+    from pipeline.scoring.scorer import choice_log_likelihoods
 
     model, dtype = on_device(tiny, precision, lora)
     notes: list[str] = []
@@ -163,9 +166,9 @@ def test_captured_decoding_writes_the_eager_texts(tiny, monkeypatch, captures, p
     import torch
     from scoring_models import PAD, items_of
 
-    from pipeline.fast import answering, decode
-    from pipeline.model import load_tokenizer
-    from pipeline.scoring import generate
+    from pipeline.engine import answering, decode
+    from pipeline.models.base import load_tokenizer
+    from pipeline.scoring.scorer import generate
 
     model, dtype = on_device(tiny, precision, lora)
     notes: list[str] = []
@@ -186,7 +189,7 @@ def test_weights_changed_in_place_change_the_next_scores_and_memory_is_given_bac
     import torch
     from scoring_models import PAD, items_of
 
-    from pipeline.scoring import choice_log_likelihoods
+    from pipeline.scoring.scorer import choice_log_likelihoods
 
     (model, dtype), items = on_device(tiny, "bf16", True), items_of(200)
     run = lambda: choice_log_likelihoods(model, items, 256, PAD, torch.device("cuda"), dtype)  # noqa: E731
@@ -208,7 +211,7 @@ def test_a_failed_capture_leaves_the_process_as_it_was():
     """Its stream is not current, random numbers come, memory can be had and given back, and the next capture succeeds."""
     import torch
 
-    from pipeline.fast.capture import Graphs
+    from pipeline.engine.graphs import Graphs
 
     here, graphs = torch.cuda.current_stream(), Graphs(torch.device("cuda"))
     x = torch.ones(8, device="cuda")
@@ -234,7 +237,7 @@ def test_a_failed_capture_leaves_the_process_as_it_was():
 
 @pytest.mark.parametrize("technique", ["prompt_tuning", "prompt_tuning_text", "prefix_tuning", "ipt"])
 def test_answers_over_soft_prompts_are_captured(overrides, tmp_path, technique):
-    result = cell.run(compose(on_gpu(overrides, f"technique={technique}", "train.steps=2")), folder=tmp_path / "cell")
+    result = cell_run.run(compose(on_gpu(overrides, f"technique={technique}", "train.steps=2")), folder=tmp_path / "cell")
     assert not any("capture failed" in note for note in result.notes), result.notes
 
 

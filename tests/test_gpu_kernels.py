@@ -24,26 +24,26 @@ def near(ours, theirs, tolerance: float = 4e-3) -> None:
 def test_thin_products_are_plain_ones_and_repeat_bit_for_bit(n, d, rank, ends):
     import torch
 
-    from pipeline.fast import triton_thin
+    from pipeline.engine import misc
 
     p, x = numbers(n, len(ends) * rank, apart=3), numbers(n, d, apart=8)
     found = [torch.full((rank, d), float("nan"), device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     for out in found:
-        assert triton_thin.thin_(out, p, x, ends)
+        assert misc.thin_(out, p, x, ends)
     spans = enumerate(zip([0, *ends], ends, strict=False))
     near(found[0], torch.cat([p[:, j * rank : (j + 1) * rank].float().t() @ x[:, lo:hi].float() for j, (lo, hi) in spans], 1))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert not triton_thin.counters(x.device).any(), "the counters are zero again"
+    assert not misc.counters(x.device).any(), "the counters are zero again"
 
 
 @pytest.mark.parametrize(("n", "f", "rank"), [(4096, 1536, 16), (5001, 8192, 7)])
 def test_the_activations_way_back_makes_the_adapters_gradients(n, f, rank):
     import torch
 
-    from pipeline.fast import ops, triton_swiglu
+    from pipeline.engine import ops, swiglu
 
     dh, gu, kept, dkept = numbers(n, f), numbers(n, 2 * f, apart=64), numbers(n, 2 * rank, apart=100), numbers(n, rank, apart=50)
-    assert triton_swiglu.suits(gu, rank)
+    assert swiglu.suits(gu, rank)
     outs = []
     for _ in range(2):
         db, da = (torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16) for shape in ((2 * f, rank), (rank, f)))
@@ -59,7 +59,7 @@ def test_the_activations_way_back_makes_the_adapters_gradients(n, f, rank):
 def test_cross_entropy_and_its_gradient(rows, vocabulary):
     import torch
 
-    from pipeline.fast import ops
+    from pipeline.engine import ops
 
     logits, targets = numbers(rows, vocabulary) * 4, torch.arange(rows, device="cuda") * (vocabulary // rows)
     weights = torch.linspace(0, 1, rows, device="cuda")
@@ -76,7 +76,7 @@ def test_cross_entropy_and_its_gradient(rows, vocabulary):
 def test_the_last_columns_are_zeros():
     import torch
 
-    from pipeline.fast import ops
+    from pipeline.engine import ops
 
     x, w = numbers(130, 576), numbers(576)
     y, rstd = ops.rmsnorm(x, w, 1e-5, 24)
@@ -91,7 +91,7 @@ def test_the_last_columns_are_zeros():
 def test_norms_for_answers_are_torchs_bit_for_bit(n, d):
     import torch
 
-    from pipeline.fast import ops, triton_norm
+    from pipeline.engine import norm, ops
 
     x, w = numbers(n, d, apart=32), numbers(d)
     y, rstd = ops.rmsnorm(x, w, 1e-5, 8, exact=True)
@@ -99,7 +99,7 @@ def test_norms_for_answers_are_torchs_bit_for_bit(n, d):
     assert torch.equal(rstd, expected[:, 0]) and torch.equal(y[:, :d], w * (x.float() * expected).bfloat16()) and not y[:, d:].any()
     near(ops.rmsnorm(x, w, 1e-5)[0], y[:, :d])
     if n >= 16 and 128 < d < 8192:
-        assert triton_norm._ORDERS[d, x.device], "this torch sums in another order: answers are right, but slower"
+        assert norm._ORDERS[d, x.device], "this torch sums in another order: answers are right, but slower"
 
 
 def random_model(width):
@@ -119,8 +119,8 @@ def test_answers_are_transformers_bit_for_bit(width):
     """In bf16, rows of one width: norms, rotation, activation and residuals round where the model's own forward pass rounds."""
     import torch
 
-    from pipeline.fast.answering import Forward
-    from pipeline.fast.bind import answering
+    from pipeline.engine.answering import Forward
+    from pipeline.engine.bind import answering
 
     model = random_model(width)
     ids = torch.randint(4096, (200, 48), device="cuda")
@@ -141,8 +141,8 @@ def test_generated_texts_are_transformers_token_for_token(width, precision):
     """Left-padded batches as generate has them, recorded steps, key-value heads that no kernel is given copies of."""
     import torch
 
-    from pipeline.data import by_length
-    from pipeline.scoring import _generate, continuations
+    from pipeline.data.rows import by_length
+    from pipeline.scoring.scorer import _generate, continuations
 
     dtype, device = torch.bfloat16 if precision == "bf16" else torch.float32, torch.device("cuda")
     model = random_model(width).to(dtype)

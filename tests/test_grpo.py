@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline import cell, evaluate, stepping
-from pipeline.config import build, compose
-from pipeline.files import UserError, read_jsonl
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import build, compose
+from pipeline.core.files import UserError, read_jsonl
+from pipeline.core.settings import Task, Train
 from pipeline.objectives.grpo import Grpo, TrlLoop, _together, reward, said
-from pipeline.settings import Task, Train
+from pipeline.serving import scores as evaluate
+from pipeline.training import stepping
 
 CHOICE = Task("t", "choice")
 NUMBER = Task("t", "generate", answer_pattern=r"-?\d[\d,]*(?:\.\d+)?")
@@ -51,7 +54,7 @@ def test_without_trl_and_without_an_adapter_to_hold_against_is_said(monkeypatch)
 def test_a_start_is_asked_for_by_name(overrides):
     cfg = compose([*overrides, *SHORT, "technique=grpo"])
     with pytest.raises(UserError, match="start=full, but .*full-s0-n64 holds no finished cell; run it first: python -m pipeline.train .*technique=full"):
-        cell.run(cfg)
+        cell_run.run(cfg)
 
 
 @pytest.mark.parametrize("name", ["dpo", "orpo", "kto", "logit_distillation", "grpo"])
@@ -72,9 +75,9 @@ def test_the_fast_engine_and_packs_leave_such_objectives_alone(name):
 def test_trl_s_loop_learns_from_rewards_under_our_meter(overrides, tmp_path, name):
     pytest.importorskip("trl")
     start = compose([*overrides, *SHORT, "technique=full", "train.lr=1e-3", "train.epochs=2"])
-    before = cell.run(start, folder=cell.folder_of(start))
+    before = cell_run.run(start, folder=identity.folder_of(start))
     cfg = compose([*overrides, *SHORT, f"technique={name}", "train.lr=5e-3", "train.epochs=4"])
-    found = cell.run(cfg, folder=tmp_path / "cell")
+    found = cell_run.run(cfg, folder=tmp_path / "cell")
     assert found.test.accuracy >= 0.95 and found.test.nll < before.test.nll
     rewards = [p["reward"] for p in found.history]
     assert len(rewards) == found.work.steps == 32 and sum(rewards[-8:]) > sum(rewards[:8]) > 0
@@ -90,7 +93,7 @@ def test_trl_s_loop_learns_from_rewards_under_our_meter(overrides, tmp_path, nam
 def test_a_run_that_diverges_ends_with_a_note(overrides, tmp_path, name):
     pytest.importorskip("trl")
     more = [f"technique={name}", "start=null", "train.lr=1e30", "train.steps=6", "objective.num_generations=4", "train.validations=0"]
-    found = cell.run(compose([*overrides, *SHORT, *more]), folder=tmp_path / "cell")
+    found = cell_run.run(compose([*overrides, *SHORT, *more]), folder=tmp_path / "cell")
     assert found.status == "ok" and found.work.diverged_at and found.work.engine == "trl" and len(found.history) < 6
 
 
@@ -98,10 +101,10 @@ def test_a_run_that_diverges_ends_with_a_note(overrides, tmp_path, name):
 def test_a_divergence_from_the_start_costs_and_leaves_no_second_adapter(overrides, tmp_path):
     pytest.importorskip("trl")
     cfg = compose([*overrides, *SHORT, "technique=grpo", "start=null", "objective.beta=0.1", "train.steps=2", "objective.num_generations=2"])
-    found = cell.run(cfg, folder=tmp_path / "cell")
+    found = cell_run.run(cfg, folder=tmp_path / "cell")
     assert found.work.steps == 2 and not (tmp_path / "cell" / "artefact" / "ref").exists()
     never = compose([*overrides, *SHORT, "technique=grpo", "start=null", "train.steps=2", "objective.num_generations=2", "task.scoring=generate",
                      "+task.answer_pattern=never", "train.validations=0"])
-    assert any("no sampled answer was right" in note for note in cell.run(never).notes)
+    assert any("no sampled answer was right" in note for note in cell_run.run(never).notes)
     with pytest.raises(UserError, match="adalora acts between steps"):
-        cell.run(compose([*overrides, *SHORT, "technique=grpo", "start=null", "method=adalora"]))
+        cell_run.run(compose([*overrides, *SHORT, "technique=grpo", "start=null", "method=adalora"]))

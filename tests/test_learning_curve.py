@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from pipeline.learning_curve import Measured, crossover, fit, fit_power
-from pipeline.learning_curve_noise import common_share, row_covariance, spreads
+from pipeline.stats.learning_curve import crossover, fit, fit_power
+from pipeline.stats.learning_noise import Measured, common_share, row_covariance, spreads
 
 SIZES = (19, 48, 120, 300, 720, 1800)
 MANY = 10**9  # test rows: their draw no longer matters

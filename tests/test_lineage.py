@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import cell, evaluate, packing
-from pipeline.config import compose
-from pipeline.fast.bind import Unsupported
-from pipeline.files import UserError, read_jsonl
-from pipeline.lineage import cell_at, name, needed
+from pipeline.cell import identity, inputs, packing
+from pipeline.cell import run as cell_run
+from pipeline.cell.identity import fingerprint
+from pipeline.core.compose import compose
+from pipeline.core.files import UserError, read_jsonl
+from pipeline.engine.parts import Unsupported
+from pipeline.records import results
+from pipeline.records.finished import cell_at, name, needed
+from pipeline.serving import scores as evaluate
 
 SHORT = ["train.epochs=2", "train.batch_size=8", "train.validations=0", "train_rows=64", "experiment=mine"]
 
 
-def run(overrides: list[str], *more: str) -> cell.Result:
+def run(overrides: list[str], *more: str) -> results.Result:
     cfg = compose([*overrides, *SHORT, *more])
-    return cell.run(cfg, folder=cell.folder_of(cfg))
+    return cell_run.run(cfg, folder=identity.folder_of(cfg))
 
 
 def test_a_word_is_a_technique_or_a_folder(overrides, tmp_path):
@@ -38,16 +42,16 @@ def test_a_cell_begins_at_what_another_one_serves(overrides, tmp_path):
     assert same.test.nll == pytest.approx(lora.test.nll, abs=1e-5) and same.hyperparameters["start"] == "lora"
     assert any("begins at mine/lora-s0-n64, whose" in note for note in same.notes)
     more = compose([*overrides, *SHORT, "technique=lora", "variant=more", f"start={tmp_path}/results/mine/full-s0-n64", "train.lr=1e-2"])
-    found = cell.run(more, folder=cell.folder_of(more))
+    found = cell_run.run(more, folder=identity.folder_of(more))
     assert found.history[0]["loss"] < lora.history[0]["loss"] and found.size.trainable == lora.size.trainable
-    again, score = evaluate.score_artefact(more, cell.folder_of(more) / "artefact", "test")
-    assert [p["prediction"] for p in again] == [p["prediction"] for p in read_jsonl(cell.folder_of(more) / "predictions.jsonl") if p["split"] == "test"]
+    again, score = evaluate.score_artefact(more, identity.folder_of(more) / "artefact", "test")
+    assert [p["prediction"] for p in again] == [p["prediction"] for p in read_jsonl(identity.folder_of(more) / "predictions.jsonl") if p["split"] == "test"]
     assert score.nll == pytest.approx(found.test.nll, abs=1e-5)
-    before = cell.fingerprint(more)
+    before = fingerprint(more)
     (tmp_path / "results/mine/full-s0-n64/result.json").write_text("{}")
-    assert cell.fingerprint(more) != before
+    assert fingerprint(more) != before
     with pytest.raises(Unsupported, match="begins at another cell"):
-        packing.Packing([more], cell.Shared())
+        packing.Packing([more], inputs.Shared())
 
 
 @pytest.mark.parametrize(("technique", "more"), [("few_shot", ["method.k=2"]), ("prompt_tuning", ["train.steps=1"])])
@@ -64,5 +68,5 @@ def test_a_quantised_base_has_no_start(overrides):
 
 def test_without_a_start_the_fingerprint_is_as_it_was(overrides):
     cfg = compose([*overrides, "technique=lora"])
-    assert "start" not in cell.decides(cfg)
-    assert cell.decides(compose([*overrides, "technique=lora", "start=full"]))["start"] == "full"
+    assert "start" not in identity.decides(cfg)
+    assert identity.decides(compose([*overrides, "technique=lora", "start=full"]))["start"] == "full"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.files import UserError
-from pipeline.teachers.cache import Answer, Cache
+from pipeline.core.files import UserError
 from pipeline.teachers.local_writer import LocalWriter
+from pipeline.teachers.writers import Answer, Cache
 
 PROMPTS = [[{"role": "user", "content": t}] for t in ("the film", "a lovely story with the cast and the plot", "poor", "the film of the actor")]
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cell
-from pipeline.config import ROOT, compose
-from pipeline.loop import lr_factor, total_steps
-from pipeline.results import read
-from pipeline.settings import Train
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import ROOT, compose
+from pipeline.core.settings import Train
+from pipeline.records.finished import name as cell_name
+from pipeline.records.results import read
+from pipeline.training.loop import lr_factor, total_steps
 
 DROPOUT = ["technique=lora", "method.config.lora_dropout=0.1", "train.epochs=3", "train.batch_size=8", "train.checkpoint_every_s=0", "train.lr=1e-2"]
 
@@ -30,14 +32,14 @@ def stamps(folder: Path) -> list[int]:
 
 
 def finished(cfg, folder: Path) -> bytes:
-    assert cell.run(cfg, folder=folder).status == "ok"
+    assert cell_run.run(cfg, folder=folder).status == "ok"
     return weights(folder)
 
 
 @pytest.mark.parametrize("stop_at", [13, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 23))])
 def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, stop_at):
     """SIGTERM after some step of 24, with dropout drawing random numbers and validations in between: bitwise equal."""
-    from pipeline.loop import Loop
+    from pipeline.training.loop import Loop
 
     cfg = compose([*overrides, *DROPOUT, "train.validations=3"])
     whole = finished(cfg, tmp_path / "whole")
@@ -50,7 +52,7 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_
 
     monkeypatch.setattr(Loop, "_step", stopping)
     with pytest.raises(KeyboardInterrupt):
-        cell.run(cfg, folder=tmp_path / "parted")
+        cell_run.run(cfg, folder=tmp_path / "parted")
     assert not (tmp_path / "parted" / "result.json").exists()
     monkeypatch.setattr(Loop, "_step", step)
     assert finished(cfg, tmp_path / "parted") == whole
@@ -73,16 +75,16 @@ def test_a_killed_process_goes_on_and_ends_alike(overrides, tmp_path):
         assert process.poll() is None, "the run ended before it could be killed"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert not (Path(cfg.paths.results) / "kill" / cell.name(cfg) / "result.json").exists()
+        assert not (Path(cfg.paths.results) / "kill" / cell_name(cfg) / "result.json").exists()
     subprocess.run(command, cwd=ROOT, check=True)
-    assert weights(Path(cfg.paths.results) / "kill" / cell.name(cfg)) == whole
+    assert weights(Path(cfg.paths.results) / "kill" / cell_name(cfg)) == whole
 
 
 def test_accumulation_does_not_change_the_step(overrides, tmp_path):
     """The same run in one micro-batch a step and in many: equal losses up to the order of fp32 sums."""
     losses = []
     for tokens in (4096, 16):
-        result = cell.run(compose([*overrides, "technique=step_by_step", "train.lr=1e-3", "train.steps=6", f"train.micro_batch_tokens={tokens}"]))
+        result = cell_run.run(compose([*overrides, "technique=step_by_step", "train.lr=1e-3", "train.steps=6", f"train.micro_batch_tokens={tokens}"]))
         losses.append([h["loss"] for h in result.history])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] != losses[1], "micro-batching took no effect"
@@ -97,7 +99,7 @@ def test_schedule_known_answers():
 def test_a_diverged_run_says_so(overrides, tmp_path):
     """Nothing of it can be scored, which is a result: every row wrong, no figure made up, the files written."""
     wild = ["technique=full", "train.lr=1e30", "train.steps=12", "train.max_grad_norm=1e30", "train.warmup_share=0", "train.validations=0"]
-    result = cell.run(compose([*overrides, *wild]), folder=tmp_path / "cell")
+    result = cell_run.run(compose([*overrides, *wild]), folder=tmp_path / "cell")
     assert result.work.diverged_at == result.work.steps < 12
     assert f"training diverged: the loss was not finite at step {result.work.steps} of 12" in result.notes
     assert read(tmp_path / "cell").test.unanswered == 48 and result.test.accuracy == 0 and result.test.nll is None
@@ -123,4 +125,4 @@ def test_few_rows_are_gone_through_until_there_are_enough_steps(rows, steps):
 
 def test_an_unset_floor_of_steps_leaves_the_cells_that_were_run_done():
     plain, floor = compose(["technique=lora"]), compose(["technique=lora", "train.min_steps=60"])
-    assert "min_steps" not in cell.decides(plain)["train"] and cell.decides(floor)["train"]["min_steps"] == 60
+    assert "min_steps" not in identity.decides(plain)["train"] and identity.decides(floor)["train"]["min_steps"] == 60

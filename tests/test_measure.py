@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from pipeline import measure
-from pipeline.config import ROOT
-from pipeline.measure import PHASES, Meter
-from pipeline.results import Phases, read
+from pipeline.core.compose import ROOT
+from pipeline.measure import clock as measure_clock
+from pipeline.measure import energy, machine
+from pipeline.measure import memory as measure_memory
+from pipeline.measure.clock import PHASES, Meter, Phases
+from pipeline.records.results import read
 
 MIB = 2**20
 
@@ -41,7 +43,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     fake = Clock()
-    monkeypatch.setattr(measure, "time", fake)
+    monkeypatch.setattr(measure_clock, "time", fake)
+    monkeypatch.setattr(energy, "time", fake)
     return fake
 
 
@@ -115,16 +118,16 @@ def test_latency_is_the_median_of_single_calls_after_a_warm_up(clock):
         seen.append(item)
         clock.pass_(next(seconds))
 
-    assert measure.latency_s(call, ["a", "b", "c", "d"], "cpu") == 2.5
+    assert measure_clock.latency_s(call, ["a", "b", "c", "d"], "cpu") == 2.5
     assert seen == ["a", "a", "b", "c", "d"]
 
 
 def test_latency_without_items_is_null():
-    assert measure.latency_s(lambda _: None, [], "cpu") is None
+    assert measure_clock.latency_s(lambda _: None, [], "cpu") is None
 
 
 def test_a_stopwatch_gives_laps(clock):
-    watch = measure.Stopwatch()
+    watch = measure_clock.Stopwatch()
     clock.pass_(2)
     assert watch.peek() == 2 and watch.lap() == 2
     clock.pass_(1)
@@ -133,7 +136,7 @@ def test_a_stopwatch_gives_laps(clock):
 
 def test_a_process_knows_when_it_started():
     before = time.time()
-    code = "import time; from pipeline.measure import process_start; print(process_start(), time.time())"
+    code = "import time; from pipeline.measure.clock import process_start; print(process_start(), time.time())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     started, later = map(float, done.stdout.split())
     assert before - 0.02 <= started < later - 0.01, "inside the time that the parent saw, and before the child's first line"
@@ -141,7 +144,7 @@ def test_a_process_knows_when_it_started():
 
 PEAK = """
 import mmap, sys
-from pipeline.measure import PeakMemory
+from pipeline.measure.memory import PeakMemory
 
 def hold(mib):
     held = mmap.mmap(-1, mib << 20)
@@ -182,8 +185,8 @@ def test_peak_memory_agrees_with_an_independent_reading_and_leaves_validation_ou
 
 
 def test_a_peak_that_cannot_be_reset_is_null_not_wrong(monkeypatch):
-    monkeypatch.setattr(measure, "_reset_peak_rss", lambda: False)
-    peak = measure.PeakMemory("cpu")
+    monkeypatch.setattr(measure_memory, "_reset_peak_rss", lambda: False)
+    peak = measure_memory.PeakMemory("cpu")
     peak.start()
     assert peak.stop().peak_bytes is None
 
@@ -198,8 +201,8 @@ def test_the_gpus_peak_is_the_highest_of_the_stretches_between_pauses(monkeypatc
         max_memory_reserved=lambda _: next(reserved), max_memory_allocated=lambda _: next(allocated),
     )
     monkeypatch.setattr(torch, "cuda", fake)
-    monkeypatch.setattr(measure, "_nvml_used", lambda _: 1234)
-    peak = measure.PeakMemory(SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(measure_memory, "_nvml_used", lambda _: 1234)
+    peak = measure_memory.PeakMemory(SimpleNamespace(type="cuda"))
     peak.start()
     peak.pause()
     peak.resume()
@@ -211,17 +214,17 @@ def test_the_gpus_peak_is_the_highest_of_the_stretches_between_pauses(monkeypatc
 
 
 def test_resident_bytes_of_another_process():
-    assert measure.child_rss(os.getpid()) == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
+    assert measure_memory.child_rss(os.getpid()) == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
     with subprocess.Popen(["true"]) as gone:
         gone.wait()
-    assert measure.child_rss(gone.pid) is None
+    assert measure_memory.child_rss(gone.pid) is None
 
 
 def test_hardware_and_provenance_name_the_machine_and_the_code():
-    hardware, about = measure.hardware("cpu"), measure.provenance()
+    hardware, about = machine.hardware("cpu"), machine.provenance()
     assert hardware["device"] == "cpu" and hardware["gpu"] is None
     assert hardware["cpu_count"] == len(os.sched_getaffinity(0)) and hardware["memory_bytes"] == psutil.virtual_memory().total
-    assert hardware == measure.hardware("cpu"), "it is a key: two readings agree"
+    assert hardware == machine.hardware("cpu"), "it is a key: two readings agree"
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert about["git_commit"] == (head or None)
     assert {"torch", "transformers", "peft"} <= set(about["packages"]) and about["started"].endswith("+00:00")
@@ -229,7 +232,7 @@ def test_hardware_and_provenance_name_the_machine_and_the_code():
 
 def test_provenance_outside_a_repository_is_null(monkeypatch):
     monkeypatch.setenv("GIT_DIR", "/nowhere")
-    assert measure.provenance()["git_commit"] is None and measure.provenance()["git_dirty"] is None
+    assert machine.provenance()["git_commit"] is None and machine.provenance()["git_dirty"] is None
 
 
 @pytest.mark.slow

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import cell, evaluate
-from pipeline.config import build, compose
-from pipeline.data import Example
-from pipeline.files import UserError, folder_bytes, read_json, read_jsonl
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import build, compose
+from pipeline.core.files import UserError, folder_bytes, read_json, read_jsonl
+from pipeline.core.settings import Precision
+from pipeline.data.rows import Example
 from pipeline.methods.base import Method
 from pipeline.methods.full import Full
 from pipeline.methods.none import FewShot, Teacher, Untouched
 from pipeline.methods.peft_adapter import PeftAdapter
-from pipeline.model import load_model, parameters
-from pipeline.settings import Precision
+from pipeline.models.base import load_model, parameters
+from pipeline.serving import scores as evaluate
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -155,7 +156,7 @@ def test_what_is_saved_is_what_was_scored(overrides, tmp_path, name):
     """Train a little, save, load onto an untouched base: the same predictions, to the last digit that is written."""
     given = METHODS[name] if name.partition(" ")[2] else [f"technique={name}", *METHODS[name]]
     cfg = compose([*overrides, *given, "train_rows=16", "train.epochs=2", "train.batch_size=8", "train.lr=5e-3"])
-    result = cell.run(cfg, folder=tmp_path / "cell")
+    result = cell_run.run(cfg, folder=tmp_path / "cell")
     assert result.test and result.test.nll and result.size
     held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
     found, score = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
@@ -166,14 +167,14 @@ def test_what_is_saved_is_what_was_scored(overrides, tmp_path, name):
     written = folder_bytes(tmp_path / "cell" / "artefact") - (tmp_path / "cell" / "artefact" / "artefact.json").stat().st_size
     assert result.size.artefact_bytes == written
     if name != "zero_shot":
-        base = cell.run(compose([*overrides, "technique=zero_shot", *[g for g in given if g.startswith("precision")]]), splits=("test",))
+        base = cell_run.run(compose([*overrides, "technique=zero_shot", *[g for g in given if g.startswith("precision")]]), splits=("test",))
         assert base.test and base.test.nll
         assert abs(base.test.nll - result.test.nll) > 1e-4, "the artefact does something"
 
 
 def test_a_merged_artefact_is_a_whole_model_that_needs_no_adapter_library(overrides, tmp_path):
     cfg = compose([*overrides, "technique=qlora", "method.merge=true", "train.steps=2", "train.lr=5e-3"])
-    cell.run(cfg, folder=tmp_path / "cell")
+    cell_run.run(cfg, folder=tmp_path / "cell")
     artefact = tmp_path / "cell" / "artefact"
     assert not (artefact / "adapter_config.json").exists() and "quantization_config" not in read_json(artefact / "config.json")
     assert parameters(Full().load(load_model(artefact_base(cfg), Precision("fp32"), CPU), artefact)[0])[1] == VOCABULARY * HIDDEN + sum(

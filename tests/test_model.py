@@ -13,19 +13,9 @@ import torch
 from conftest import write_model
 
 from pipeline import base_model
-from pipeline.files import UserError, sha256
-from pipeline.model import (
-    device_of,
-    load_model,
-    load_stored,
-    load_tokenizer,
-    manifest,
-    memory_bytes,
-    parameters,
-    quantisation_bytes,
-    resolve,
-)
-from pipeline.settings import Precision
+from pipeline.core.files import UserError, sha256
+from pipeline.core.settings import Precision
+from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, parameters, quantisation_bytes, resolve
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8]])

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from pipeline import base_model, cells, evaluate, export, prepare, serve, train
-from pipeline.config import CONF, ROOT, compose, literal, plain
-from pipeline.files import UserError, read_json, write_json
+from pipeline.core.compose import CONF, ROOT, compose, literal, plain
+from pipeline.core.files import UserError, read_json, write_json
+from pipeline.core.names import TABLE, build, find, name_of, named
 from pipeline.methods.base import Method
-from pipeline.names import TABLE, build, find, name_of, named
 from pipeline.objectives.base import Objective
 
 
@@ -49,7 +49,7 @@ def test_a_dotted_path_of_before_the_table_means_its_class():
     assert build(old, "method").config.r == 2
 
 
-@pytest.mark.parametrize("path", ["os.system", "builtins.exec", "pipeline.files.write_text", "pipeline.methods.none.os", "peft.LoraConfig", "", "x"])
+@pytest.mark.parametrize("path", ["os.system", "builtins.exec", "pipeline.core.files.write_text", "pipeline.methods.none.os", "peft.LoraConfig", "", "x"])
 def test_another_path_is_refused(path):
     with pytest.raises(UserError, match=r"which names no method of this project; write type: with one of untouched"):
         name_of({"_target_": path}, "method")
@@ -127,7 +127,7 @@ def commands(words: list[str], folder: Path, tmp_path: Path) -> dict[str, int]:
 
 TARGETS = [
     {"_target_": "pathlib.Path.write_text", "self": {"_target_": "pathlib.Path", "_args_": ["MARK"]}, "data": "ran"},
-    {"_target_": "pipeline.files.write_text", "path": "MARK", "text": "ran"},
+    {"_target_": "pipeline.core.files.write_text", "path": "MARK", "text": "ran"},
     {"_target_": "joblib.load", "filename": "MARK.pkl"},
     {"_target_": "torch.load", "f": "MARK.pkl", "weights_only": False},
     {"_target_": "transformers.AutoConfig.from_pretrained", "pretrained_model_name_or_path": "MARK", "trust_remote_code": True},

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.data import Encoder, Example, step_batches
-from pipeline.files import UserError
-from pipeline.model import load_model, load_tokenizer
+from pipeline.core.files import UserError
+from pipeline.core.settings import Precision, Task, Train
+from pipeline.data.rows import Encoder, Example, step_batches
+from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.labels import Labels
 from pipeline.objectives.step_by_step import StepByStep
-from pipeline.settings import Precision, Task, Train
 
 CHOICE = Task("t", "choice")
 GENERATE = Task("t", "generate")
@@ -117,7 +117,7 @@ def test_the_loss_on_a_cpu_is_torchs_cross_entropy_there_and_back():
     """Several stretches of rows, a weight of 0 over logits that are no numbers, and an upstream gradient that is not 1."""
     import torch.nn.functional as F
 
-    from pipeline.fast.ops import AT_ONCE, WeightedNll
+    from pipeline.engine.ops import AT_ONCE, WeightedNll
 
     torch.manual_seed(0)
     rows = 2 * AT_ONCE + 3

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import cell
-from pipeline.config import compose
-from pipeline.packing import Packing
-from pipeline.search_space import at
+from pipeline.cell import inputs
+from pipeline.cell import run as cell_run
+from pipeline.cell.packing import Packing
+from pipeline.core.compose import compose
+from pipeline.records.finished import name as cell_name
+from pipeline.search.space import at
 
 SHORT = ["technique=lora", "precision=fp32", "train.batch_size=8", "train_rows=48", "train.epochs=2", "train.validations=2"]
 R, ALPHA, LR = "method.config.r", "method.config.lora_alpha", "train.lr"
@@ -15,7 +17,7 @@ R, ALPHA, LR = "method.config.r", "method.config.lora_alpha", "train.lr"
 
 def pack(cfgs, slots, keep=False, **options):
     """What every config's run left, in their order."""
-    packing = Packing(cfgs, cell.Shared())
+    packing = Packing(cfgs, inputs.Shared())
     jobs = [packing.job(cfg, number) for number, cfg in enumerate(cfgs)]
     found = {}
 
@@ -33,8 +35,8 @@ def alone(cfg, tmp_path, engine="eager"):
     """(result, validation predictions) of the same run as a cell of its own."""
     import json
 
-    result = cell.run(at(cfg, {"train.engine": engine}), splits=("validation",), folder=tmp_path / f"{engine}-{cell.name(cfg)}")
-    lines = (tmp_path / f"{engine}-{cell.name(cfg)}" / "predictions.jsonl").read_text().splitlines()
+    result = cell_run.run(at(cfg, {"train.engine": engine}), splits=("validation",), folder=tmp_path / f"{engine}-{cell_name(cfg)}")
+    lines = (tmp_path / f"{engine}-{cell_name(cfg)}" / "predictions.jsonl").read_text().splitlines()
     return result, [json.loads(line) for line in lines]
 
 
@@ -70,11 +72,11 @@ def test_choices_under_several_adapters_score_as_under_each_alone(overrides, tec
     import torch
     from scoring_models import CPU, items_of
 
-    from pipeline.scoring import choice_log_likelihoods
+    from pipeline.scoring.scorer import choice_log_likelihoods
 
     base = compose([*overrides, *SHORT, f"technique={technique}"])
     cfgs = [at(base, {LR: 1e-2, "seed": seed}) for seed in range(3)]
-    packing = Packing(cfgs, cell.Shared())
+    packing = Packing(cfgs, inputs.Shared())
     opened = packing.open(3, 3)
     opened._fill(lambda _: [packing.job(cfg) for cfg in cfgs])
     opened.bound.flat.master.add_(0.1 * torch.randn(opened.bound.flat.master.shape, generator=torch.Generator().manual_seed(7)))
@@ -150,12 +152,12 @@ def test_who_leaves_and_who_follows_leave_the_neighbours_as_they_are(overrides, 
 
 
 def test_what_cannot_be_packed_is_said(overrides):
-    from pipeline.fast.bind import Unsupported
+    from pipeline.engine.parts import Unsupported
 
     def reason(more, *points):
         base = compose([*overrides, *SHORT, *more])
         with pytest.raises(Unsupported) as found:
-            packing = Packing([at(base, point) for point in points or [{}]], cell.Shared())
+            packing = Packing([at(base, point) for point in points or [{}]], inputs.Shared())
             packing.open(2, 2)
         return str(found.value)
 
@@ -172,9 +174,9 @@ def test_open_shapes_hold_whatever_rows_come():
 
     import torch
 
-    from pipeline.data import Encoded
-    from pipeline.fast.shapes import OpenShapes, labels
-    from pipeline.fast.static import Static
+    from pipeline.data.rows import Encoded
+    from pipeline.engine.layout import OpenShapes, labels
+    from pipeline.engine.steps import Static
 
     draw = random.Random(1)
     rows = []
@@ -197,8 +199,8 @@ def test_open_shapes_hold_whatever_rows_come():
 
 
 def test_a_failed_capture_is_a_reason_and_lack_of_memory_is_not(overrides, monkeypatch):
-    from pipeline.fast.bind import Unsupported
-    from pipeline.fast.stepper import Stepper
+    from pipeline.engine.parts import Unsupported
+    from pipeline.engine.steps import Stepper
 
     def failing(message):
         def warm(self):

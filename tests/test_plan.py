@@ -8,13 +8,12 @@ import pytest
 import yaml
 
 from pipeline import plan as entry
-from pipeline.cell import reads
-from pipeline.cells import grid, grid_overrides
-from pipeline.config import CONF, ROOT, compose
-from pipeline.files import read_json
-from pipeline.lineage import name as cell_name
-from pipeline.names import TABLE
-from pipeline.plan import plan
+from pipeline.cell.grid import grid, grid_overrides
+from pipeline.cell.identity import plan, reads
+from pipeline.core.compose import CONF, ROOT, compose
+from pipeline.core.files import read_json
+from pipeline.core.names import TABLE
+from pipeline.records.finished import name as cell_name
 
 EXPERIMENTS = sorted(p.parent.name for p in ROOT.glob("experiments/*/params.yaml"))
 LORA = ["experiments=quick", "technique=lora", "train_rows=200"]
@@ -118,20 +117,21 @@ def imported(start: str) -> set[str]:
 
 
 UNLISTED = {
-    "pipeline/config.py": "composes what the plan holds",
-    "pipeline/files.py": "words errors, writes bytes as they are",
-    "pipeline/peft_files.py": "what it reads stands in the plan",
-    "pipeline/tuned.py": "what it reads stands in the plan",
-    "pipeline/supervise.py": "starts the cell's process",
-    "pipeline/tracking.py": "mirrors results",
-    "pipeline/runs.py": "mirrors results",
+    "pipeline/core/commands.py": "starts the command",
+    "pipeline/core/compose.py": "composes what the plan holds",
+    "pipeline/core/names.py": "what it names stands in the plan",
+    "pipeline/core/files.py": "words errors, writes bytes as they are",
+    "pipeline/core/peft_files.py": "what it reads stands in the plan",
+    "pipeline/records/tuned.py": "what it reads stands in the plan",
+    "pipeline/records/mlflow.py": "mirrors results",
+    "pipeline/records/runs.py": "mirrors results",
     **{p.relative_to(ROOT).as_posix(): "tells what will not fit" for p in ROOT.glob("pipeline/forecasting/*.py")},
 }
 
 
 def test_a_cell_depends_on_the_code_that_it_runs_file_by_file():
     deps = {d for d in stages("experiments/quick/dvc.yaml")["train"]["deps"] if d.startswith("pipeline/")}
-    read = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("pipeline/metrics/*/*.py")} | {"pipeline/news.txt"}
+    read = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("pipeline/scoring/metrics/*/*.py")} | {"pipeline/scoring/news.txt"}
     assert deps == (imported("pipeline/train.py") | read) - set(UNLISTED)
     assert not any((ROOT / d).is_dir() for d in deps), "a new file in a folder would rerun every cell"
 
@@ -151,11 +151,15 @@ def test_what_reads_another_cell_comes_after_it():
         assert {path.parent.name for path in reads(cfg)} == {cell_name(cfg, first) for first in wanted}, cfg.technique.name
 
 
+OTHERS = ("__init__", "advice", "advice_cost", "advice_text", "evidence", "compare", "drift")
+"""Files of reporting/ that are other commands'."""
+
+
 def test_the_report_depends_on_all_of_its_files():
     deps = {d for d in stages("experiments/quick/dvc.yaml")["report"]["deps"] if d.startswith("pipeline/")}
     own = imported("pipeline/report.py") - imported("pipeline/cells.py")
-    assert {p.relative_to(ROOT).as_posix() for p in ROOT.glob("pipeline/report*.py")} <= own
-    assert deps == own | {"pipeline/templates"}
+    assert {p.relative_to(ROOT).as_posix() for p in ROOT.glob("pipeline/reporting/*.py") if p.stem not in OTHERS} <= own
+    assert deps == own | {"pipeline/records/finished.py", "pipeline/reporting/templates"}
 
 
 @pytest.mark.parametrize("stage", ["prepare", "base_model", "rationales"])
@@ -164,9 +168,9 @@ def test_shared_stages_depend_on_their_own_code(stage):
     deps = set(every["model" if stage == "base_model" else stage]["do"]["deps"])
     assert {d for d in deps if d.startswith("pipeline/") and "$" not in d} <= {
         *imported(f"pipeline/{stage}.py"),
-        "pipeline/model_sources.py",
-        "pipeline/registry.py",
-        "pipeline/sources.py",
+        "pipeline/models/sources.py",
+        "pipeline/data/registry.py",
+        "pipeline/data/sources.py",
     }
     assert f"pipeline/{stage}.py" in deps
 
@@ -193,7 +197,9 @@ def test_rationales_of_a_local_model_depend_on_what_writes_them():
     stage = stages("pipeline/dvc.yaml")["rationales_local"]
     code = {d for d in stage["do"]["deps"] if d.startswith("pipeline/")}
     made = imported("pipeline/teachers/prompted.py") | imported("pipeline/teachers/local_writer.py")
-    assert code == {f for f in made if f.startswith("pipeline/teachers/")} | {"pipeline/demonstrations.py", "pipeline/rationales.py"}
+    assert code == {f for f in made if f.startswith("pipeline/teachers/")} | {
+        "pipeline/teachers/demonstrations.py", "pipeline/teachers/rationales.py", "pipeline/rationales.py",
+    }
     assert set(stage["foreach"]) <= set(options("task"))
     cfg = compose(["teacher=local"])
     assert f"models/{cfg.writer.model}" in stage["do"]["deps"]
@@ -221,8 +227,9 @@ def test_what_an_experiment_reads_has_a_stage(name):
 
 def test_the_stage_of_synthetic_rows_depends_on_its_code_and_serves_the_cells_of_the_experiment():
     stage = stages("pipeline/dvc.yaml")["synthetic"]
-    own = imported("pipeline/synthesize.py") | {"pipeline/teachers/cache.py", "pipeline/teachers/local_writer.py", "pipeline/teachers/writer.py"}
-    assert {d for d in stage["do"]["deps"] if d.startswith("pipeline/")} <= own and {"pipeline/synthesis.py", "pipeline/sieve.py"} <= set(stage["do"]["deps"])
+    own = imported("pipeline/synthesize.py") | {"pipeline/teachers/local_writer.py", "pipeline/teachers/writers.py"}
+    deps = {d for d in stage["do"]["deps"] if d.startswith("pipeline/")}
+    assert deps <= own and {"pipeline/teachers/synthetic/writing.py", "pipeline/teachers/synthetic/sieve.py"} <= deps
     known, line = grid("synthetic"), stage["foreach"]["vader_movies_5-labels"]
     assert line["train_rows"] == min(known["grid"]["train_rows"]) and line["rows"] >= max(known["grid"]["train_rows"])
     assert yaml.safe_load(line["row_seeds"]) == known["grid"]["seeds"]

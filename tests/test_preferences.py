@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import cell, evaluate
-from pipeline.config import build, compose
-from pipeline.data import Encoder
-from pipeline.files import UserError, read_jsonl, write_jsonl
-from pipeline.model import load_model, load_tokenizer
+from pipeline.cell import run as cell_run
+from pipeline.cell.identity import fingerprint
+from pipeline.core.compose import build, compose
+from pipeline.core.files import UserError, read_jsonl, write_jsonl
+from pipeline.core.settings import Precision, Task, Train
+from pipeline.data.rows import Encoder
+from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.base import Beginning
 from pipeline.objectives.preferences import Dpo, Kto, Orpo, log1mexp
-from pipeline.settings import Precision, Task, Train
+from pipeline.serving import scores as evaluate
 
 CPU = torch.device("cpu")
 TASK = Task("t", "choice")
@@ -150,9 +152,9 @@ def test_a_pairs_file_is_drawn_from_as_rows_are(tmp_path, overrides):
     with pytest.raises(UserError, match="has 9 pairs; ask for at most that"):
         objective.rows([], {}, 10, 1)
     cfg = compose([*overrides, "technique=dpo", f"objective.pairs={path}"])
-    before = cell.fingerprint(cfg)
+    before = fingerprint(cfg)
     write_jsonl(path, [{"prompt": "p", "chosen": "a", "rejected": "c"}])
-    assert cell.fingerprint(cfg) != before, "its content decides the outcome"
+    assert fingerprint(cfg) != before, "its content decides the outcome"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_values_out_of_range_are_refused(change):
 def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, tmp_path, name, method):
     rate = {"full": 3e-3, "lora": 1e-2}[method]
     cfg = compose([*overrides, f"technique={name}", f"method={method}", "train.epochs=8", "train.batch_size=8", "train.validations=2", f"train.lr={rate}"])
-    result = cell.run(cfg, folder=tmp_path / "cell")
+    result = cell_run.run(cfg, folder=tmp_path / "cell")
     assert result.test.accuracy >= 0.95 and result.family == "preferences" and result.objective == name
     held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
     assert [p["prediction"] for p in evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0]] == [p["prediction"] for p in held]

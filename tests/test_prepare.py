@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config, prepare, settings, tasks
-from pipeline.files import UserError, read_json, read_jsonl, sha256
-from pipeline.settings import build
-from pipeline.sources import Loaded
+from pipeline import prepare
+from pipeline.core import compose, settings
+from pipeline.core.files import UserError, read_json, read_jsonl, sha256
+from pipeline.core.settings import build
+from pipeline.data import near
+from pipeline.data import recipe as tasks
+from pipeline.data import splits as data_splits
+from pipeline.data.sources import Loaded
 
 SHARED = Path("../shared/data")
-TASKS = sorted(p.stem for p in (config.CONF / "task").glob("*.yaml"))
+TASKS = sorted(p.stem for p in (compose.CONF / "task").glob("*.yaml"))
 REVIEWS = """
     name: reviews
     source: {type: files, files: FOLDER/reviews.csv}
@@ -26,7 +30,7 @@ def make(sets, **keys):
     """`assemble` over rows given as (text, label) pairs by set."""
     base = {"name": "t", "scoring": "choice", "source": {"type": "files"}, "prompt": "{text}", "answer": "{label}"}
     recipe = build(tasks.Recipe, {**base, "choices": ["bad", "good"], **keys}, "task")
-    return prepare.assemble(recipe, Loaded({s: [{"text": t, "label": label} for t, label in rows] for s, rows in sets.items()}, {}))
+    return data_splits.assemble(recipe, Loaded({s: [{"text": t, "label": label} for t, label in rows] for s, rows in sets.items()}, {}))
 
 
 def pairs(prefix, count):
@@ -55,7 +59,7 @@ def test_a_csv_and_eight_lines_of_yaml_make_a_task(tmp_path, capsys):
     overrides = own_task(tmp_path, csv=reviews(100))
     assert prepare.main(overrides) == 0
     folder = tmp_path / "data" / "reviews"
-    splits = {name: read_jsonl(folder / f"{name}.jsonl") for name in prepare.SPLITS}
+    splits = {name: read_jsonl(folder / f"{name}.jsonl") for name in data_splits.SPLITS}
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 56, "validation": 8, "test": 16}  # 20 of 100 have 3 stars
     for rows in splits.values():
         for row in rows:
@@ -103,7 +107,7 @@ def test_a_failure_leaves_the_earlier_data_as_they_were(tmp_path):
     ("3 - 2", "3 + 2", False), ("3-2", "3+2", False), ("2.5", "25", False), ("good", "goods", False), ("a = b", "a < b", False),
 ])
 def test_what_counts_as_the_same_text(one, other, same):
-    assert (prepare.normalised(one) == prepare.normalised(other)) is same
+    assert (near.normalised(one) == near.normalised(other)) is same
 
 
 def test_duplicates_are_dropped_and_counted_and_the_first_stays():
@@ -163,10 +167,10 @@ def test_rows_must_suffice():
 
 def test_balance():
     sets, _ = make({"train": pairs("x", 20), "test": pairs("y", 4)})
-    assert prepare.balance(sets["test"]) == {"bad": 2, "good": 2}
+    assert data_splits.balance(sets["test"]) == {"bad": 2, "good": 2}
     own = [{"answer": "b", "choices": ["a", "b"]}, {"answer": "c", "choices": ["c", "d"]}]
-    assert prepare.balance(own) == {"choice 1": 1, "choice 2": 1}
-    assert prepare.balance([{"answer": a, "choices": None} for a in "xxy"]) == {"distinct answers": 2}
+    assert data_splits.balance(own) == {"choice 1": 1, "choice 2": 1}
+    assert data_splits.balance([{"answer": a, "choices": None} for a in "xxy"]) == {"distinct answers": 2}
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -182,9 +186,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_yaml_reads(task):
-    cfg = config.compose([f"task={task}"])
+    cfg = compose.compose([f"task={task}"])
     recipe = tasks.read(cfg)
-    config.build(cfg.task.source, "task.source")
+    compose.build(cfg.task.source, "task.source")
     assert recipe.name == task and recipe.licence and (recipe.spec is None or recipe.spec.column)
     assert settings.read(cfg).task.scoring == recipe.scoring
 
@@ -243,7 +247,7 @@ def test_the_default_task_from_the_registry(task, tmp_path):
     manifest = read_json(tmp_path / task / "manifest.json")
     assert (manifest["rows"]["validation"], manifest["rows"]["test"]) == (1000, 2000) and manifest["rows"]["train"] >= 7000
     left_out = sum(counts.get("train", 0) for counts in manifest["left_out"].values())
-    assert sum(manifest["rows"][s] for s in prepare.SPLITS) == 10605 - left_out
-    kept = [row for name in prepare.SPLITS for row in read_jsonl(tmp_path / task / f"{name}.jsonl")]
-    assert len({prepare.normalised(row["prompt"]) for row in kept}) == len(kept)
+    assert sum(manifest["rows"][s] for s in data_splits.SPLITS) == 10605 - left_out
+    kept = [row for name in data_splits.SPLITS for row in read_jsonl(tmp_path / task / f"{name}.jsonl")]
+    assert len({near.normalised(row["prompt"]) for row in kept}) == len(kept)
     assert "clichés disappear" in " ".join(row["prompt"] for row in kept)  # the file is UTF-8, whatever its README's encoding

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline import probes
-from pipeline.files import UserError, write_jsonl
-from pipeline.model import load_model, load_tokenizer
-from pipeline.probes import NOUNS, VERBS, Probe, Probing, agreement_pairs, cached, last_words, probe, read_passages
-from pipeline.settings import Evaluate, Precision
+from pipeline.core.files import UserError, write_jsonl
+from pipeline.core.settings import Evaluate, Precision
+from pipeline.models.base import load_model, load_tokenizer
+from pipeline.scoring import probes
+from pipeline.scoring.probes import NOUNS, VERBS, Probe, Probing, agreement_pairs, cached, last_words, probe, read_passages
 
 CPU = torch.device("cpu")
 NUMBER = {noun: number for pair in NOUNS for number, noun in enumerate(pair)}

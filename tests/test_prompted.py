@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import write_model, write_task
 
-from pipeline import cell, rationales, train
-from pipeline.config import build, compose
-from pipeline.data import load_rows
-from pipeline.demonstrations import Demonstrations, Shot, drawn
-from pipeline.files import UserError, read_json, read_jsonl, write_jsonl
-from pipeline.settings import Task, read
+from pipeline import rationales, train
+from pipeline.cell.identity import fingerprint
+from pipeline.core.compose import build, compose
+from pipeline.core.files import UserError, read_json, read_jsonl, write_jsonl
+from pipeline.core.settings import Task, read
+from pipeline.data.rows import load_rows
 from pipeline.teachers.base import Explanation
+from pipeline.teachers.demonstrations import Demonstrations, Shot, drawn
 from pipeline.teachers.prompted import Prompted, agreed, chosen
 
 ROW = {"id": "r", "prompt": "Review: a film\nSentiment:", "answer": "positive", "choices": ["negative", "positive"], "fields": {}}
@@ -185,10 +186,10 @@ def test_what_was_written_decides_a_cell_and_how_it_was_asked_does_not(overrides
     command = stage(overrides, tmp_path, "technique=step_by_step", "train_rows=8")
     path = tmp_path / "rationales" / "vader_movies" / "local" / "rationales.jsonl"
     write_jsonl(path, [{"id": "a"}])
-    before = cell.fingerprint(compose(command))
-    assert cell.fingerprint(compose([*command, "writer.batch_tokens=7", "writer.model=other"])) == before
+    before = fingerprint(compose(command))
+    assert fingerprint(compose([*command, "writer.batch_tokens=7", "writer.model=other"])) == before
     write_jsonl(path, [{"id": "b"}])
-    assert cell.fingerprint(compose(command)) != before
+    assert fingerprint(compose(command)) != before
 
 
 @pytest.mark.slow

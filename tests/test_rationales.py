@@ -4,14 +4,16 @@ import json
 
 import pytest
 
-from pipeline import config, prepare, rationales
-from pipeline.data import load_rationales
-from pipeline.files import UserError, read_json, read_jsonl, sha256
+from pipeline import prepare, rationales
+from pipeline.core import compose
+from pipeline.core.files import UserError, read_json, read_jsonl, sha256
+from pipeline.data.rows import load_rationales
+from pipeline.teachers import rationales as teachers_rationales
 from pipeline.teachers.base import Explanation, Teacher
 from pipeline.teachers.lexicon import Word, scored_words, sentence
 from pipeline.teachers.stored import Stored
 
-TEACHERS = sorted(p.stem for p in (config.CONF / "teacher").glob("*.yaml"))
+TEACHERS = sorted(p.stem for p in (compose.CONF / "teacher").glob("*.yaml"))
 TEXTS = [
     ("a gorgeous, splendid but tepid film", "positive"), ("not a good film", "negative"), ("a horrible mess", "negative"),
     ("it is a film", "positive"),
@@ -22,7 +24,7 @@ FIVE = ("terrible", "bad", "okay", "good", "great")
 def prepared(folder, task="vader_movies", choices=("negative", "positive"), texts=TEXTS, **more):
     """A hand-made data/<task>, and the overrides that find it."""
     (folder / "data" / task).mkdir(parents=True)
-    for split in rationales.SPLITS:
+    for split in teachers_rationales.SPLITS:
         rows = [{"id": f"{split}-{i}", "prompt": text, "answer": answer, "choices": choices and list(choices),
                  "fields": {"text": text, **{k: v[i] for k, v in more.items()}}} for i, (text, answer) in enumerate(texts)]
         (folder / "data" / task / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -34,7 +36,7 @@ def test_the_lexicon_labels_explains_and_is_scored(tmp_path, capsys):
     assert rationales.main([*prepared(tmp_path), "teacher=lexicon", "teacher.batch_size=3"]) == 0
     folder = tmp_path / "rationales" / "vader_movies" / "lexicon"
     rows = read_jsonl(folder / "rationales.jsonl")
-    assert [r["id"] for r in rows] == [f"{s}-{i}" for s in rationales.SPLITS for i in range(4)]
+    assert [r["id"] for r in rows] == [f"{s}-{i}" for s in teachers_rationales.SPLITS for i in range(4)]
     assert rows[0] == {
         "id": "train-0", "split": "train", "answer": "positive", "correct": True,
         "rationale": 'The words "gorgeous" and "splendid" are positive, so the review is positive.',
@@ -47,7 +49,7 @@ def test_the_lexicon_labels_explains_and_is_scored(tmp_path, capsys):
     assert {k: manifest[k] for k in ("teacher", "task", "rows", "without_rationale")} == {
         "teacher": "lexicon", "task": "vader_movies", "rows": 12, "without_rationale": 3,
     }
-    assert manifest["accuracy"] == dict.fromkeys(rationales.SPLITS, 0.75)
+    assert manifest["accuracy"] == dict.fromkeys(teachers_rationales.SPLITS, 0.75)
     assert manifest["data_sha256"] == sha256(tmp_path / "data" / "vader_movies" / "manifest.json")
     assert "accuracy train 0.750" in capsys.readouterr().out
     assert load_rationales(folder)["test-2"]["correct"]
@@ -142,7 +144,7 @@ def test_a_missing_lexicon_package_is_named(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_every_teacher_yaml_builds(name):
-    teacher = config.build(config.compose([f"teacher={name}"]).teacher, "teacher")
+    teacher = compose.build(compose.compose([f"teacher={name}"]).teacher, "teacher")
     assert isinstance(teacher, Teacher) and teacher.name == name
 
 
@@ -155,7 +157,7 @@ def test_explanations_come_in_batches():
             return [Explanation("because", "x")] * len(rows)
 
     rows = [{"id": str(i), "answer": "x", "choices": None, "fields": {}} for i in range(7)]
-    assert len(rationales.explained(Counting("c", batch_size=3), "train", rows)) == 7 and sizes == [3, 3, 1]
+    assert len(teachers_rationales.explained(Counting("c", batch_size=3), "train", rows)) == 7 and sizes == [3, 3, 1]
     with pytest.raises(UserError, match="batch_size"):
         Stored("s", batch_size=-1)
 

@@ -15,10 +15,13 @@ import pytest
 import yaml
 from report_cells import BASE_NOTE, GRID, PROVENANCE, keep, oom, result, resumed, score, write_experiment
 
-from pipeline import cells, report
-from pipeline.report_page import words
-from pipeline.report_table import history_csv
-from pipeline.results import Memory, Result, figures
+from pipeline import report
+from pipeline.cell import grid as cells
+from pipeline.core import files
+from pipeline.measure.memory import Memory
+from pipeline.records.results import Result, figures
+from pipeline.reporting.figures import history_csv
+from pipeline.reporting.page import words
 
 
 @pytest.fixture
@@ -188,7 +191,7 @@ def test_nothing_is_half_written(home: Path, monkeypatch: pytest.MonkeyPatch, ca
     folder = home / "report" / "quick"
     before = {p: p.read_bytes() for p in folder.rglob("*.*")}
     keep(home / "results", result("prompt_tuning", 200, 1))
-    write = report.write_text
+    write = files.write_text
 
     def failing(path: Path, text: str) -> None:
         if path.name == "table.csv":

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from report_cells import GRID, write_experiment
 
-from pipeline import cells, report
+from pipeline import report
+from pipeline.cell import grid
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
@@ -59,7 +60,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     (home / "experiments" / "quick" / "params.yaml").write_text(yaml.safe_dump({"experiment": "quick", "grid": GRID}))
     write_experiment(home / "results")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "ROOT", home)
+        patch.setattr(grid, "ROOT", home)
         assert report.main(["experiments=quick", f"paths.results={home}/results", f"paths.report={home}/report"]) == 0
     return (home / "report" / "quick" / "index.html").read_text()
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from report_cells import keep, result
 
-from pipeline import report_complexity, report_forgetting, report_rows
-from pipeline.report_cells import select
-from pipeline.report_charts import colours
-from pipeline.report_page import page
-from pipeline.report_rows import Row, make_rows
-from pipeline.results import Forgetting, Result
+from pipeline.records.finished import select
+from pipeline.records.results import Forgetting, Result
+from pipeline.reporting import costs, forgetting
+from pipeline.reporting import rows as report_rows
+from pipeline.reporting.charts import colours
+from pipeline.reporting.page import page
+from pipeline.reporting.rows import Row, make_rows
 
 PROBED = "100 news sentences, 500 agreement pairs, 200 LAMBADA passages"
 
@@ -45,7 +46,7 @@ def test_lambada_and_transfer_have_their_changes(tmp_path: Path) -> None:
 
 def test_a_chart_has_the_base_at_zero_and_says_what_was_learned_and_lost(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, probed("zero_shot", 150, 100.0), probed("lora", 200, 112.0, 0.86), probed("qlora", 190, 130.0, 0.86, 0.35))
-    found = report_forgetting.charts(rows, colours(rows))
+    found = forgetting.charts(rows, colours(rows))
     assert [c.title for c in found] == ["Against perplexity", "Against grammar", "Against LAMBADA", "What carries over"]
     assert all(not c.left_out for c in found)
     svg = str(found[0].svg)
@@ -54,21 +55,21 @@ def test_a_chart_has_the_base_at_zero_and_says_what_was_learned_and_lost(tmp_pat
     assert "perplexity of news +30.0%\nagainst the base in 16 bits +62.5%" in svg and svg.count("whisker") == 1
     assert "minimal pairs lost +4.0 points" in str(found[1].svg) and "lambada words lost +5.0 points" in str(found[2].svg)
     assert svg.count('class="point"') == 3
-    assert report_forgetting.probes(rows) == [PROBED]
+    assert forgetting.probes(rows) == [PROBED]
 
 
 def test_without_zero_shot_or_a_probe_there_is_no_chart(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "a", probed("full", 210, 120.0), probed("lora", 200, 112.0))
-    assert report_forgetting.charts(rows, colours(rows)) == []
+    assert forgetting.charts(rows, colours(rows)) == []
     rows = rows_of(tmp_path / "b", probed("zero_shot", 150, 100.0, lambada=None), probed("lora", 200, 112.0, lambada=None))
-    assert "Against LAMBADA" not in [c.title for c in report_forgetting.charts(rows, colours(rows))]
+    assert "Against LAMBADA" not in [c.title for c in forgetting.charts(rows, colours(rows))]
 
 
 def test_what_was_not_measured_or_lies_too_far_is_named(tmp_path: Path) -> None:
     trained = [probed(name, 200 + i, 110.0 + i) for i, name in enumerate(("full", "lora", "prompt_tuning", "bitfit"))]
     bare = dataclasses.replace(result("dora", 205), forgetting=None)
     rows = rows_of(tmp_path, probed("zero_shot", 150, 100.0), *trained, probed("step_by_step", 220, 50_000.0), bare)
-    chart = report_forgetting.charts(rows, colours(rows))[0]
+    chart = forgetting.charts(rows, colours(rows))[0]
     assert [text.partition(" ")[0] for text in chart.left_out] == ["step_by_step", "dora"]
     assert "forgot +49900.0%, learned +28.0" in chart.left_out[0] and "not measured" in chart.left_out[1]
 
@@ -89,7 +90,7 @@ def served(name: str, seed: int = 0, own: float = 2.0, mixed: bool = True) -> Re
 
 def test_a_panel_shows_what_a_technique_costs(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, served("lora", 0, 2.0), served("lora", 1, 4.0), result("full", 190), result("zero_shot", 150), result("teacher", 178))
-    panels = {p.row.technique: p for p in report_complexity.panels(rows)}
+    panels = {p.row.technique: p for p in costs.panels(rows)}
     assert list(panels) == ["lora", "full", "zero_shot"], "the teacher is no way of making the model do the task"
     lora = {g.title: g for g in panels["lora"].figures}
     assert lora["Trainable"].text == "2.44 M" and lora["Trainable"].share == pytest.approx(100 * 2_442_240 / 134_515_008, abs=0.01)
@@ -100,12 +101,12 @@ def test_a_panel_shows_what_a_technique_costs(tmp_path: Path) -> None:
     assert panels["lora"].numbers == ["1", "8", "64"]
     assert panels["lora"].many == {"own adapter": ["100 ms", "3.0 s", "24 s"], "all by one": ["100 ms", "1.0 s", "8.0 s"]}
     assert panels["full"].numbers == [] and "Tuning" not in full, "nobody was tuned: no line of dashes"
-    assert report_complexity.unmeasured(rows)[:2] == ["Hyperparameters tried", "Tuning"]
+    assert costs.unmeasured(rows)[:2] == ["Hyperparameters tried", "Tuning"]
 
 
 def test_a_panel_says_how_adapters_share_the_base(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, served("lora"), served("prompt_tuning", mixed=False), served("few_shot"))
-    how = {p.row.technique: (p.how, list(p.many)) for p in report_complexity.panels(rows)}
+    how = {p.row.technique: (p.how, list(p.many)) for p in costs.panels(rows)}
     assert how["lora"] == ("one batch, every row by its own adapter", ["own adapter", "all by one"])
     assert how["prompt_tuning"][0] == "adapters take turns: PEFT does not mix them"
     assert how["few_shot"] == ("the model is the base itself", ["requests"])

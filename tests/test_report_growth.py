@@ -10,13 +10,14 @@ import yaml
 from report_cells import BASE_NOTE, CURVES, GRID, keep, result, write_sizes
 
 from pipeline import cells, report
-from pipeline.files import UserError
-from pipeline.learning_curve import RowsFor
-from pipeline.report_cells import select
-from pipeline.report_growth import further, growth, remarks, rows_in_words, sentences, table
-from pipeline.report_growth_chart import charts
-from pipeline.report_rows import make_rows
-from pipeline.results import read
+from pipeline.cell import grid as cell_grid
+from pipeline.core.files import UserError
+from pipeline.records.finished import select
+from pipeline.records.results import read
+from pipeline.reporting.growth import further, growth, remarks, rows_in_words, sentences, table
+from pipeline.reporting.growth_chart import charts
+from pipeline.reporting.rows import make_rows
+from pipeline.stats.learning_curve import RowsFor
 
 SIZES = (16, 40, 100, 250)
 THREE = {name: CURVES[name] for name in ("zero_shot", "few_shot", "lora")}
@@ -111,7 +112,7 @@ def test_one_seed_and_a_technique_with_few_sizes_are_said(tmp_path):
 
 
 def test_the_page_has_the_part_where_there_are_three_sizes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    monkeypatch.setattr(cell_grid, "ROOT", tmp_path)
     (tmp_path / "experiments" / "quick").mkdir(parents=True)
     write_sizes(tmp_path / "results", seeds=2, test_rows=120, sizes=SIZES[:3], curves=THREE)
     pages = []
@@ -130,7 +131,7 @@ def test_the_page_has_the_part_where_there_are_three_sizes(tmp_path, monkeypatch
 @pytest.mark.slow
 def test_from_cells_to_curves(overrides, imports, tmp_path, monkeypatch, capsys):
     """The tiny model on the separable task: LoRA learns it with the rows, floor of steps and all, and overtakes the untouched base."""
-    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    monkeypatch.setattr(cell_grid, "ROOT", tmp_path)
     (tmp_path / "experiments" / "data_size_quick").mkdir(parents=True)
     grid = {"techniques": ["zero_shot", "lora"], "seeds": [0, 1], "train_rows": [16, 32, 64]}
     Path(tmp_path / "experiments" / "data_size_quick" / "params.yaml").write_text(yaml.safe_dump({"experiment": "data_size_quick", "grid": grid}))

@@ -11,16 +11,17 @@ import pytest
 import yaml
 from report_cells import BASE_NOTE, PROVENANCE, keep, oom, result, resumed
 
-from pipeline import report_format
-from pipeline.config import ROOT
-from pipeline.exact import holm, sign_flip
-from pipeline.report_cells import select
-from pipeline.report_charts import colours, costs, scatter
-from pipeline.report_rows import Row, make_rows
-from pipeline.report_stats import pareto
-from pipeline.report_svg import Box, place_labels, scale, stacked, text_width
-from pipeline.report_text import opening, warnings
-from pipeline.results import Memory, Result
+from pipeline.core.compose import ROOT
+from pipeline.measure.memory import Memory
+from pipeline.records.finished import select
+from pipeline.records.results import Result
+from pipeline.reporting import words as report_format
+from pipeline.reporting.charts import colours, costs, scatter
+from pipeline.reporting.plot import Box, place_labels, scale, stacked, text_width
+from pipeline.reporting.rows import Row, make_rows
+from pipeline.reporting.text import opening, warnings
+from pipeline.stats.spread import pareto
+from pipeline.stats.tiers import holm, sign_flip
 
 
 def rows_of(*found: Result, root: Path) -> dict[str, Row]:
@@ -192,7 +193,7 @@ def test_a_family_has_a_colour_of_its_own() -> None:
     families = sorted({str(yaml.safe_load(p.read_text())["technique"]["family"]) for p in (ROOT / "conf" / "technique").glob("*.yaml")} - {"teacher"})
     found = colours([SimpleNamespace(family=name, teacher=None) for name in families])  # type: ignore[list-item]
     assert len(set(found.values())) == len(families) >= 9
-    style = (ROOT / "pipeline/templates/report.css").read_text() + (ROOT / "pipeline/templates/panels.css").read_text()
+    style = (ROOT / "pipeline/reporting/templates/report.css").read_text() + (ROOT / "pipeline/reporting/templates/panels.css").read_text()
     for name in found.values():
         assert all(f"{rule}{name}" in style for rule in (".dot.", ".swatch.", ".whisker.", ".spread.", ".meter .")) and style.count(f"--{name}:") == 2
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import results
-from pipeline.files import UserError
-from pipeline.results import Forgetting, Inference, Memory, Phases, Result, Score, Size, Teacher, Work, read, read_all, write
+from pipeline.core.files import UserError
+from pipeline.measure.clock import Phases
+from pipeline.measure.memory import Memory
+from pipeline.records import results
+from pipeline.records.results import Forgetting, Inference, Result, Score, Size, Teacher, Work, read, read_all, write
 
 
 def result(**changes: Any) -> Result:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import scoring
-from pipeline.data import Encoder
-from pipeline.model import load_model, load_tokenizer
-from pipeline.scoring import Scorer, canonical, choice_log_likelihoods, extract, generate, headline, logits_at, score
-from pipeline.settings import Precision, Task
+from pipeline.core.settings import Precision, Task
+from pipeline.data.rows import Encoder
+from pipeline.models.base import load_model, load_tokenizer
+from pipeline.scoring import scorer as scoring
+from pipeline.scoring.answers import canonical, extract, headline, score
+from pipeline.scoring.scorer import Scorer, choice_log_likelihoods, generate, logits_at
 
 CPU = torch.device("cpu")
 PAD = 1

@@ -17,8 +17,9 @@ import pytest
 from chat_server import serving
 
 from pipeline import rationales, train
-from pipeline.config import ROOT
-from pipeline.files import UserError, read_json, read_jsonl, write_json, write_jsonl
+from pipeline.core.compose import ROOT
+from pipeline.core.files import UserError, read_json, read_jsonl, write_json, write_jsonl
+from pipeline.teachers import rationales as teachers_rationales
 from pipeline.teachers.server_writer import ServerWriter
 
 KEY = "sk-verysecret0123456789"
@@ -274,7 +275,7 @@ def test_a_teacher_behind_a_server_from_end_to_end(server, tmp_path, capsys, cap
     caplog.set_level("DEBUG")
     texts = {"a good film": "positive", "a bad film": "negative", "a film": "negative"}
     data = tmp_path / "data" / "vader_movies"
-    for split in rationales.SPLITS:
+    for split in teachers_rationales.SPLITS:
         write_jsonl(data / f"{split}.jsonl", [
             {"id": f"{split}-{i}", "prompt": f"Review: {t} ({split})", "answer": a, "choices": ["negative", "positive"], "fields": {}}
             for i, (t, a) in enumerate(texts.items())])

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import cell, export, serve
-from pipeline.config import build, compose
-from pipeline.files import read_json, read_jsonl, write_jsonl
-from pipeline.loop import Loop
-from pipeline.results import read
-from pipeline.scoring import WHOLE
-from pipeline.serving import Artefact, Base, Door
+from pipeline import export, serve
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import build, compose
+from pipeline.core.files import read_json, read_jsonl, write_jsonl
+from pipeline.records.results import read
+from pipeline.scoring.scorer import WHOLE
+from pipeline.serving.artefact import Artefact, Base, Door
+from pipeline.training.loop import Loop
 
 CELLS = {
     "zero_shot": [], "few_shot": ["method.k=2"], "retrieval": ["method.k=2"], "lora": ["train.lr=1e-2"],
@@ -36,7 +38,7 @@ def home(tiny, tmp_path_factory) -> tuple[list[str], Path]:
     for name, more in CELLS.items():
         training = ["train.steps=6", "train.batch_size=8", "train.validations=0"]
         cfg = compose([*given, f"technique={name.partition('+')[0]}", "train_rows=32", *training, *more])
-        cell.run(cfg, folder=cell.folder_of(cfg))
+        cell_run.run(cfg, folder=identity.folder_of(cfg))
     return given, root / "results" / "scratch"
 
 
@@ -112,7 +114,7 @@ def test_the_base_is_bare_again_when_the_door_closes(home, tiny):
 def test_every_adapter_that_shares_a_base_answers_as_in_its_cell_and_is_taken_off_again(home, tiny, tmp_path, technique):
     more = ["train_rows=32", "train.steps=4", "train.lr=1e-2", "train.validations=0", "evaluate.latency_rows=1", "evaluate.adapters=[1,2]"]
     cfg = compose([*home[0], f"technique={technique}", *more])
-    result = cell.run(cfg, folder=tmp_path / technique)
+    result = cell_run.run(cfg, folder=tmp_path / technique)
     assert list(result.inference.adapters) == ["1", "2"]
     base = Base.of(cfg)
     before = {n: p.clone() for n, p in base.model.state_dict().items()}
@@ -204,7 +206,7 @@ def test_a_model_with_parts_of_its_own_is_refused_and_a_head_of_its_own_is_not(h
     """Added biases have no place in a plain model; an output layer that was tied and is not any more has."""
     for technique in ("bitfit_added", "head_only"):
         cfg = compose([*home[0], f"technique={technique}", "train_rows=32", "train.steps=2", "train.lr=1e-2", "train.validations=0"])
-        cell.run(cfg, folder=cell.folder_of(cfg))
+        cell_run.run(cfg, folder=identity.folder_of(cfg))
     assert exported(home, "bitfit_added", tmp_path / "biases") == 2
     assert "bitfit_added cannot be exported: a plain LlamaForCausalLM has no place for model.layers.0." in capsys.readouterr().err
     assert not (tmp_path / "biases").exists()
@@ -228,7 +230,7 @@ def test_a_folder_that_is_no_export_is_not_overwritten(home, tmp_path, capsys):
 ])
 def test_what_many_adapters_cost(home, tmp_path, technique, mixed):
     more = ["train_rows=32", "train.steps=1", "train.validations=0", "evaluate.latency_rows=3", "evaluate.adapters=[1,4]", "evaluate.test_rows=8"]
-    result = cell.run(compose([*home[0], f"technique={technique}", *more]), folder=tmp_path / technique)
+    result = cell_run.run(compose([*home[0], f"technique={technique}", *more]), folder=tmp_path / technique)
     found = read(tmp_path / technique).inference
     assert found == result.inference and found.request_peak_bytes > 0
     assert found.adapters_mixed is mixed
@@ -245,7 +247,7 @@ def test_copies_of_an_adapter_leave_no_trace(home, tmp_path):
     files = []
     for more in ("evaluate.adapters=[]", "evaluate.adapters=[1,3]"):
         cfg = compose([*home[0], "technique=lora", "train_rows=32", "train.steps=3", "train.validations=0", "evaluate.latency_rows=1", more])
-        cell.run(cfg, folder=tmp_path / more)
+        cell_run.run(cfg, folder=tmp_path / more)
         files.append([(tmp_path / more / p).read_bytes() for p in ("artefact/adapter_model.safetensors", "predictions.jsonl")])
     assert files[0] == files[1]
 
@@ -253,14 +255,14 @@ def test_copies_of_an_adapter_leave_no_trace(home, tmp_path):
 def test_the_optimiser_is_gone_when_the_cell_is_evaluated(home, tmp_path, monkeypatch):
     """Else its state would stand in the memory that inference is said to take."""
     alive = []
-    evaluate = cell.Cell._evaluate
+    evaluate = cell_run.Cell._evaluate
 
     def looking(self):
         alive.append([o for o in gc.get_objects() if isinstance(o, Loop)])
         return evaluate(self)
 
-    monkeypatch.setattr(cell.Cell, "_evaluate", looking)
-    cell.run(compose([*home[0], "technique=full", "train_rows=32", "train.steps=1", "train.validations=0"]), folder=tmp_path / "full")
+    monkeypatch.setattr(cell_run.Cell, "_evaluate", looking)
+    cell_run.run(compose([*home[0], "technique=full", "train_rows=32", "train.steps=1", "train.validations=0"]), folder=tmp_path / "full")
     assert alive == [[]]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.config import compose
-from pipeline.files import UserError
-from pipeline.settings import Evaluate, Precision, Settings, Task, Train, build, read
+from pipeline.core.compose import compose
+from pipeline.core.files import UserError
+from pipeline.core.settings import Evaluate, Precision, Settings, Task, Train, build, read
 
 TRAIN = {"lr": 0.1, "epochs": 1, "batch_size": 4, "micro_batch_tokens": 64}
 

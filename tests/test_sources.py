@@ -1,4 +1,4 @@
-"""Sources of rows: pipeline/sources.py and pipeline/registry.py."""
+"""Sources of rows: pipeline/data/sources.py and pipeline/data/registry.py."""
 
 import io
 import json
@@ -9,9 +9,9 @@ import zipfile
 
 import pytest
 
-from pipeline import registry
-from pipeline.files import UserError, sha256
-from pipeline.sources import Files, Hub, Registry, read_table
+from pipeline.core.files import UserError, sha256
+from pipeline.data import registry
+from pipeline.data.sources import Files, Hub, Registry, read_table
 
 ROWS = [{"text": "a, \"b\"\nc", "label": "007"}, {"text": "é", "label": "NA"}]
 

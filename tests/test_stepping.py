@@ -7,17 +7,17 @@ import signal
 
 import pytest
 
-from pipeline import cell
-from pipeline.config import compose
-from pipeline.data import Encoded
-from pipeline.fast.shapes import Shapes, choose_widths, tokens
-from pipeline.results import read
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import compose
+from pipeline.data.rows import Encoded
+from pipeline.engine.layout import Shapes, choose_widths, tokens
+from pipeline.records.results import read
 
 SHORT = ["train.epochs=1", "train.batch_size=6", "train_rows=32", "train.validations=0", "precision=fp32"]
 
 
 def run(overrides, folder, *more):
-    return cell.run(compose([*overrides, *SHORT, *more]), folder=folder)
+    return cell_run.run(compose([*overrides, *SHORT, *more]), folder=folder)
 
 
 def stepped(result):
@@ -57,7 +57,7 @@ def test_qlora_steps_fast_over_the_same_four_bits(overrides, tmp_path):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, dora):
-    from pipeline.loop import Loop
+    from pipeline.training.loop import Loop
 
     more = ["technique=lora", "train.engine=fast", "train.lr=1e-2", "train.validations=3", f"method.config.use_dora={str(dora).lower()}"]
     whole = run(overrides, tmp_path / "whole", *more)
@@ -110,7 +110,7 @@ def encoded(n: int, labels: int, group: str = "label") -> Encoded:
 def test_every_example_of_a_step_is_in_one_micro_batch_and_weights_sum_to_one():
     import torch
 
-    from pipeline.fast.static import Static
+    from pipeline.engine.steps import Static
 
     step = [[encoded(5, 1), encoded(30, 2), encoded(12, 3)], [encoded(9, 1)]]
     shapes = Shapes([step], 64, 2)

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from pipeline.data import Encoded
-from pipeline.fast.attend import Heads, Rows, Stream
-from pipeline.fast.shapes import Shapes, tokens
-from pipeline.fast.static import Static
-from pipeline.fast.streams import Streams, worth_it
+from pipeline.data.rows import Encoded
+from pipeline.engine.attention import Heads, Rows, Stream
+from pipeline.engine.layout import Shapes, tokens
+from pipeline.engine.steps import Static
+from pipeline.engine.streams import Streams, worth_it
 
 
 def example(rng: random.Random, low: int, high: int) -> Encoded:

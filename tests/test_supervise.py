@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from pipeline import cell, cells, supervise, train
-from pipeline.config import compose
-from pipeline.files import UserError
-from pipeline.measure import child_rss
-from pipeline.results import Result, read
-from pipeline.supervise import Outcome, run_in_child
+from pipeline import train
+from pipeline.cell import child, grid, identity
+from pipeline.cell import run as cell_run
+from pipeline.cell.child import Outcome, run_in_child
+from pipeline.core.compose import compose
+from pipeline.core.files import UserError
+from pipeline.measure import machine
+from pipeline.measure.memory import child_rss
+from pipeline.records.results import Result, read
 
 MIB = 2**20
 
@@ -89,26 +92,26 @@ def test_a_child_within_the_memory_limit_goes_on():
 
 
 def test_signal_9_from_someone_else_is_not_out_of_memory(monkeypatch):
-    monkeypatch.setattr(supervise, "kernel_oom_kills", lambda: 4)
+    monkeypatch.setattr(child, "kernel_oom_kills", lambda: 4)
     assert run_in_child(kill_self(signal.SIGKILL)) == Outcome(137)
     assert run_in_child(kill_self(signal.SIGKILL), resident() + 400 * MIB) == Outcome(137)
 
 
 def test_signal_9_while_the_kernel_counts_an_oom_kill_is_out_of_memory(monkeypatch):
     counts = iter([4, 5])
-    monkeypatch.setattr(supervise, "kernel_oom_kills", lambda: next(counts))
+    monkeypatch.setattr(child, "kernel_oom_kills", lambda: next(counts))
     assert run_in_child(kill_self(signal.SIGKILL)) == Outcome(137, "ended by the kernel for lack of memory (signal 9)")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_another_signal_is_not_out_of_memory_whatever_the_kernel_counts(monkeypatch, number):
     counts = iter([4, 5])
-    monkeypatch.setattr(supervise, "kernel_oom_kills", lambda: next(counts))
+    monkeypatch.setattr(child, "kernel_oom_kills", lambda: next(counts))
     assert run_in_child(kill_self(number)) == Outcome(128 + number)
 
 
 def test_a_kernel_that_does_not_tell_is_no_evidence(monkeypatch):
-    monkeypatch.setattr(supervise, "kernel_oom_kills", lambda: None)
+    monkeypatch.setattr(child, "kernel_oom_kills", lambda: None)
     assert run_in_child(kill_self(signal.SIGKILL)) == Outcome(137)
 
 
@@ -138,16 +141,16 @@ def test_a_cell_beyond_the_memory_limit_is_a_row_keyed_with_the_hardware(overrid
     assert train.main(argv) == 0
     assert "oom" in capfd.readouterr().out
     cfg = compose(argv)
-    folder = cell.folder_of(cfg)
+    folder = identity.folder_of(cfg)
     result = read(folder)
     assert result.status == "oom" and result.error and "memory_limit_gb" in result.error
     assert (result.technique, result.method, result.hyperparameters["r"]) == ("lora", "lora", 8)
     assert result.scores == {} and result.memory is None
     assert sorted(p.name for p in folder.iterdir()) == ["artefact", "history.csv", "predictions.jsonl", "result.json"]
     assert (folder / "predictions.jsonl").read_text() == ""
-    assert cells.is_done(cfg), "on this hardware it is done"
+    assert grid.is_done(cfg), "on this hardware it is done"
     bigger(folder / "result.json")
-    assert not cells.is_done(cfg), "on other hardware it runs again"
+    assert not grid.is_done(cfg), "on other hardware it runs again"
 
 
 def test_the_out_of_memory_row_is_written_in_a_child_so_that_this_process_stays_fit_to_fork(overrides, imports, tmp_path, monkeypatch):
@@ -155,7 +158,7 @@ def test_the_out_of_memory_row_is_written_in_a_child_so_that_this_process_stays_
         (tmp_path / "pid").write_text(str(os.getpid()))
         raise UserError("cannot write result.json")
 
-    monkeypatch.setattr(cell, "write_oom", write_oom)
+    monkeypatch.setattr(cell_run, "write_oom", write_oom)
     assert train.main([*overrides, "technique=lora", "train_rows=16", "memory_limit_gb=0.01"]) == 2, "a row that cannot be written is told"
     assert int((tmp_path / "pid").read_text()) != os.getpid()
 
@@ -169,24 +172,24 @@ def bigger(path: Path) -> None:
 def test_an_out_of_memory_row_is_run_again_under_another_limit(overrides, imports):
     argv = [*overrides, "technique=zero_shot", "train_rows=16"]
     assert train.main([*argv, "memory_limit_gb=0.01"]) == 0
-    assert cells.is_done(compose([*argv, "memory_limit_gb=0.01"]))
+    assert grid.is_done(compose([*argv, "memory_limit_gb=0.01"]))
     for other in ("null", "8"):
-        assert not cells.is_done(compose([*argv, f"memory_limit_gb={other}"]))
+        assert not grid.is_done(compose([*argv, f"memory_limit_gb={other}"]))
 
 
 def test_a_gpu_is_asked_for_its_name_in_a_child(monkeypatch):
     """What runs cells forks them, and CUDA that is in use does not survive a fork."""
-    monkeypatch.setattr(cells, "hardware", lambda device: {"device": device, "pid": os.getpid()})
-    found = cells.hardware_here("cuda")
+    monkeypatch.setattr(machine, "hardware", lambda device: {"device": device, "pid": os.getpid()})
+    found = machine.hardware_here("cuda")
     assert found["device"] == "cuda" and found["pid"] != os.getpid()
-    monkeypatch.setattr(cells, "hardware", lambda device: 1 / 0)
-    assert cells.hardware_here("cuda") == {}
+    monkeypatch.setattr(machine, "hardware", lambda device: 1 / 0)
+    assert machine.hardware_here("cuda") == {}
 
 
 def test_a_finished_cell_does_not_depend_on_hardware_or_limit(overrides, imports):
     argv = [*overrides, "technique=zero_shot", "train_rows=16"]
     assert train.main(argv) == 0
-    folder = cell.folder_of(compose(argv))
+    folder = identity.folder_of(compose(argv))
     bigger(folder / "result.json")
-    assert cells.is_done(compose(argv)) and cells.is_done(compose([*argv, "memory_limit_gb=64"]))
-    assert not cells.is_done(compose([*argv, "seed=1"])) and not cells.is_done(compose([*argv, "evaluate.test_rows=4"]))
+    assert grid.is_done(compose(argv)) and grid.is_done(compose([*argv, "memory_limit_gb=64"]))
+    assert not grid.is_done(compose([*argv, "seed=1"])) and not grid.is_done(compose([*argv, "evaluate.test_rows=4"]))

@@ -16,49 +16,58 @@ from typing import Any
 
 import pytest
 
-from pipeline import cell, cells, search_trials, supervise, sweep
-from pipeline.config import CONF, ROOT, compose
-from pipeline.files import Unsuited, UserError
-from pipeline.results import Memory, Phases, Result, Score, Work, read, write
-from pipeline.search_space import Parameter, Space, at
-from pipeline.sweep_study import open_study
-from pipeline.sweep_study import read as read_space
+from pipeline import sweep
+from pipeline.cell import child, grid, inputs
+from pipeline.cell import run as cell_run
+from pipeline.cell.identity import fingerprint
+from pipeline.core.compose import CONF, ROOT, compose
+from pipeline.core.files import Unsuited, UserError
+from pipeline.measure.clock import Phases
+from pipeline.measure.memory import Memory
+from pipeline.records import results
+from pipeline.records.finished import name as cell_name
+from pipeline.records.results import Result, Score, Work, read, write
+from pipeline.search import trials as search_trials
+from pipeline.search.space import Parameter, Space, at
+from pipeline.search.study import open_study
+from pipeline.search.study import read as read_space
 
 ACCURACY = {1: 0.5, 2: 0.6, 4: 0.8, 8: 0.8, 16: 0.9, 32: 0.7}
 RANKS = list(ACCURACY)
 
 
 def fake_cell(cfg: Any, *, shared: Any = None, splits: Any = None, folder: Any = None, started: Any = None) -> Result:
-    """Stands for pipeline.cell.run: writes down how it was called, and answers from ACCURACY."""
+    """Stands for pipeline.cell.run.run: writes down how it was called, and answers from ACCURACY."""
     r, work = cfg.method.config.r, Path(cfg.paths.work)
     call = {"r": r, "alpha": cfg.method.config.lora_alpha, "lr": cfg.train.lr, "seed": cfg.seed, "train_rows": cfg.train_rows}
     with open(work / "calls.jsonl", "a") as out:
         out.write(json.dumps(call | {"splits": splits, "folder": folder and str(folder), "variant": cfg.variant}) + "\n")
     if (work / "oom").exists() and r == 32:
-        result = cell.Result(**identity(cfg), status="oom", error="too big")
+        result = results.Result(**identity(cfg), status="oom", error="too big")
     else:
         score = Score(40, ACCURACY[r], 0.0, 1.0)
         phases = Phases(2, 0, 0, 0, 1, 0, 0, 1, 0)
         scores = {"validation": score} if splits else {"validation": score, "test": score}
         memory, work_done = Memory("cpu_rss", 1000 * r), Work(tokens_per_s=100.0)
-        result = cell.Result(**identity(cfg), status="ok", scores=scores, phases=phases, memory=memory, work=work_done)
+        result = results.Result(**identity(cfg), status="ok", scores=scores, phases=phases, memory=memory, work=work_done)
     if folder:
         write(folder, result)
     return result
 
 
 def identity(cfg: Any) -> dict[str, Any]:
-    named = {"experiment": cfg.experiment, "cell": cell.name(cfg), "seed": cfg.seed, "train_rows": 64}
+    named = {"experiment": cfg.experiment, "cell": cell_name(cfg), "seed": cfg.seed, "train_rows": 64}
     fixed = {"technique": "lora", "family": "f", "method": "lora", "objective": "labels", "precision": "fp32", "task": "t", "model": "m", "kind": "trained"}
-    return named | fixed | {"provenance": {"fingerprint": cell.fingerprint(cfg)}}
+    return named | fixed | {"provenance": {"fingerprint": fingerprint(cfg)}}
 
 
 def fakes(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
     """Overrides of a fast sweep below `root`, with the cell and what it loads replaced."""
     (root / "work").mkdir()
-    monkeypatch.setattr(cell, "run", fake_cell)
-    monkeypatch.setattr(cells, "preload", lambda missing: cell.Shared())
-    monkeypatch.setattr(supervise, "POLL_S", 0.01)
+    monkeypatch.setattr(cell_run, "run", fake_cell)
+    monkeypatch.setattr(inputs, "preload", lambda missing: inputs.Shared())
+    monkeypatch.setattr(grid, "preload", lambda missing: inputs.Shared())
+    monkeypatch.setattr(child, "POLL_S", 0.01)
     folders = [f"paths.{name}={root}/{name}" for name in ("data", "models", "results", "sweeps", "work")]
     return [*folders, "technique=lora", "tracking=none", "experiment=tried", "train_rows=64"]
 
@@ -144,7 +153,11 @@ def test_killed_at_trial_4_of_6_it_goes_on_and_tries_the_dead_rank_again(words, 
         from pathlib import Path
         sys.path.insert(0, {str(ROOT / "tests")!r})
         import test_sweep
-        from pipeline import cell, cells, search_trials, supervise, sweep
+        from pipeline import sweep
+        from pipeline.cell import inputs
+        from pipeline.cell import run as cell_run
+        from pipeline.search import trials as search_trials
+        from pipeline.cell import child as supervise
 
         def fake(cfg, **more):
             result = test_sweep.fake_cell(cfg, **more)
@@ -154,7 +167,7 @@ def test_killed_at_trial_4_of_6_it_goes_on_and_tries_the_dead_rank_again(words, 
                 signal.pause()
             return result
 
-        cell.run, cells.preload = fake, lambda missing: cell.Shared()
+        cell_run.run, inputs.preload = fake, lambda missing: inputs.Shared()
         sys.exit(sweep.main(sys.argv[2:]))
     """
     command = [sys.executable, "-c", textwrap.dedent(driver), str(tmp_path / "killed"), *words]
@@ -180,7 +193,7 @@ def test_an_interrupted_tpe_search_goes_on_to_n_trials_without_repeating_itself(
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(cell, "run", interrupted)
+    monkeypatch.setattr(cell_run, "run", interrupted)
     assert sweep.main(words) == 130
     assert states(tmp_path) == ["COMPLETE"] * 3 + ["FAIL"]
     assert sweep.main(words) == 0
@@ -216,7 +229,7 @@ def test_what_does_not_suit_the_input_is_the_trials_own_and_other_bad_input_is_n
         return fake_cell(cfg, **more)
 
     words = [*words, "sweep.confirm=false", "sweep.space={method.config.r: {choices: [1, 2, 4]}}", "+sweep.count_errors=true"]
-    monkeypatch.setattr(cell, "run", failing)
+    monkeypatch.setattr(cell_run, "run", failing)
     assert sweep.main(words) == code
     told = capfd.readouterr()
     assert f"error: {error}" in told.err and study(tmp_path).trials[1].state.name == "FAIL"
@@ -231,11 +244,11 @@ def test_a_trial_that_fails_stops_the_sweep_and_is_tried_again(words, tmp_path, 
         return fake_cell(cfg, **more)
 
     words = [*words, "sweep.confirm=false", "sweep.space={method.config.r: {choices: [1, 2, 4]}}"]
-    monkeypatch.setattr(cell, "run", failing)
+    monkeypatch.setattr(cell_run, "run", failing)
     assert sweep.main(words) == 2
     error = capfd.readouterr().err
     assert "the data is broken" in error and "the trial with r=2 lora_alpha=4 ended with code 2" in error
-    monkeypatch.setattr(cell, "run", fake_cell)
+    monkeypatch.setattr(cell_run, "run", fake_cell)
     assert sweep.main(words) == 0
     assert sorted(c["r"] for c in calls(tmp_path)) == [1, 2, 4]
 
@@ -257,12 +270,12 @@ def test_time_is_up(words, tmp_path, capsys):
 
 
 def test_seed_and_rows_come_from_the_grid_unless_given(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "grid", lambda name: {"grid": {"seeds": [3, 4], "train_rows": [48, 64]}})
+    monkeypatch.setattr(grid, "grid", lambda name: {"grid": {"seeds": [3, 4], "train_rows": [48, 64]}})
     cfg = compose(words)
     for given, wanted in ((["experiments"], (3, 48)), (["experiments", "seed"], (0, 48)), (["experiments", "seed", "train_rows"], (0, 64))):
-        found = sweep._of_grid(cfg, given)
+        found = search_trials.of_grid(cfg, given)
         assert (found.seed, found.train_rows) == wanted
-    assert sweep._of_grid(cfg, []) == cfg
+    assert search_trials.of_grid(cfg, []) == cfg
 
 
 def test_another_config_does_not_go_into_the_same_study(finished, words, tmp_path, capsys):
@@ -284,8 +297,8 @@ NOTHING = ["report.target=0.6", "report.train_rows=[64]", "forecast.length=9", "
 
 def as_before(tmp_path: Path, words: list[str]) -> None:
     """Give the study the identity that earlier versions kept: every key of the config, links beside the space, entries as they were written."""
-    from pipeline.config import plain
-    from pipeline.sweep_study import _flat
+    from pipeline.core.compose import plain
+    from pipeline.search.study import _flat
 
     old = {key: v for key, v in _flat(plain(compose(words))).items() if key.partition(".")[0] not in ("sweep", "tracking", "paths", "evaluate")}
     kept = study(tmp_path).user_attrs["identity"]

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import packing, search_trials, sweep
-from pipeline.config import ROOT, compose
-from pipeline.results import read
-from pipeline.search_space import at
-from pipeline.sweep_study import read as read_space
+from pipeline import sweep
+from pipeline.cell import packing
+from pipeline.core.compose import ROOT, compose
+from pipeline.records.results import read
+from pipeline.search import trials as search_trials
+from pipeline.search.space import at
+from pipeline.search.study import read as read_space
 
 RANKS = [1, 2, 4, 8, 16, 32]
 SHORT = ["technique=lora", "precision=fp32", "experiment=tried", "train_rows=32", "train.batch_size=8", "train.epochs=1", "train.lr=0.02",
@@ -67,16 +69,17 @@ def test_killed_at_trial_4_of_6_it_loses_and_doubles_none(words, tmp_path):
         import os, signal, sys
         from pathlib import Path
         sys.path.insert(0, {str(ROOT)!r})
-        from pipeline import search_trials, sweep
+        from pipeline import sweep
+        from pipeline.search import trials
 
-        done = search_trials.PackedTrials._done
+        done = trials.PackedTrials._done
         def dying(self, run):
             done(self, run)
             if self.study.answered == 3 and not Path(sys.argv[1]).exists():
                 Path(sys.argv[1]).touch()
                 os.kill(os.getppid(), signal.SIGKILL)
                 signal.pause()
-        search_trials.PackedTrials._done = dying
+        trials.PackedTrials._done = dying
         sys.exit(sweep.main(sys.argv[2:]))
     """
     command = [sys.executable, "-c", textwrap.dedent(driver), str(tmp_path / "killed"), *words, "sweep.slots=2"]

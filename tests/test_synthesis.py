@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from pipeline.config import CONF
-from pipeline.duplicates import Near, own_nearness, rouge_l
-from pipeline.files import UserError
-from pipeline.settings import Task
-from pipeline.sieve import Sieve, near_texts
-from pipeline.synthesis import Writing, branches, check_words
-from pipeline.synthetic import Synthesis
-from pipeline.taxonomy import Example, Leaf
+from pipeline.core.compose import CONF
+from pipeline.core.files import UserError
+from pipeline.core.settings import Task
+from pipeline.data.near import Near, own_nearness, rouge_l
+from pipeline.teachers.synthetic.rows import Synthesis
+from pipeline.teachers.synthetic.sieve import Sieve, near_texts
+from pipeline.teachers.synthetic.taxonomy import Example, Leaf
+from pipeline.teachers.synthetic.writing import Writing, branches, check_words
 
 # duplicates
 

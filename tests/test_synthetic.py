@@ -12,14 +12,21 @@ from chat_server import serving
 from conftest import BAD, GOOD
 from test_taxonomy import KNOWLEDGE, SKILL, qna
 
-from pipeline import cell, synthesize, synthetic, tasks
-from pipeline.config import compose
-from pipeline.files import UserError, read_json, read_jsonl, sha256, write_json, write_jsonl
-from pipeline.names import TABLE
-from pipeline.report_means import figures_of
-from pipeline.results import Result, Synthetic
-from pipeline.results import read as read_result
-from pipeline.synthetic import count, drawn
+from pipeline import synthesize
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.cell.identity import fingerprint
+from pipeline.core.compose import compose
+from pipeline.core.files import UserError, read_json, read_jsonl, sha256, write_json, write_jsonl
+from pipeline.core.names import TABLE
+from pipeline.data import recipe
+from pipeline.records.finished import name as cell_name
+from pipeline.records.results import Result, Synthetic
+from pipeline.records.results import read as read_result
+from pipeline.reporting.means import figures_of
+from pipeline.teachers.synthetic import rows as synthetic
+from pipeline.teachers.synthetic import sets
+from pipeline.teachers.synthetic.rows import count, drawn
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -90,15 +97,15 @@ def test_a_cell_knows_what_decides_it(made, tiny):
     overrides, folder = made
     plainly = [o for o in overrides if not o.startswith("technique=")]
     without_rows = compose([*plainly, "technique=lora"])
-    assert "synthetic" not in cell.decides(without_rows) and cell.name(without_rows) == "lora-s0-n8" and synthetic.reads(without_rows) == []
+    assert "synthetic" not in identity.decides(without_rows) and cell_name(without_rows) == "lora-s0-n8" and synthetic.reads(without_rows) == []
     cfg = compose(overrides)
-    assert cell.name(cfg) == "lora+labels-s0-n8" and cell.decides(cfg)["synthetic"] == {"name": "labels", "share": 0.5}
+    assert cell_name(cfg) == "lora+labels-s0-n8" and identity.decides(cfg)["synthetic"] == {"name": "labels", "share": 0.5}
     assert synthetic.reads(cfg) == [folder / "rows.jsonl"] and compose([*plainly, "technique=lora+taxonomy"]).variant == "taxonomy"
     write_set(folder, tiny, made_rows("ab"))
-    before = cell.fingerprint(cfg)
-    assert cell.fingerprint(compose([*overrides, "synthetic.words.system=x"])) == before != cell.fingerprint(compose([*overrides, "synthetic.share=0.1"]))
+    before = fingerprint(cfg)
+    assert fingerprint(compose([*overrides, "synthetic.words.system=x"])) == before != fingerprint(compose([*overrides, "synthetic.share=0.1"]))
     write_set(folder, tiny, made_rows("ba"))
-    assert cell.fingerprint(cfg) != before
+    assert fingerprint(cfg) != before
 
 
 @pytest.mark.parametrize(("override", "message"), [
@@ -112,8 +119,8 @@ def test_settings_are_checked(override, message):
 
 
 def test_the_report_counts_synthetic_rows_and_teacher_s_seconds():
-    from pipeline.report_cells import Cell
-    from pipeline.results import Teacher
+    from pipeline.records.finished import Cell
+    from pipeline.records.results import Teacher
 
     base = {"experiment": "e", "cell": "c", "technique": "lora", "family": "f", "method": "lora", "objective": "labels", "precision": "fp32", "task": "t",
             "model": "m", "seed": 0, "train_rows": 64, "status": "ok", "kind": "trained", "validation_rows": 12}
@@ -243,12 +250,12 @@ def test_it_needs_a_set_and_a_writer(stage, capsys):
 def test_a_task_whose_rows_bring_their_own_choices_is_refused():
     cfg = compose(["task=cqa", "synthetic=labels"])
     with pytest.raises(UserError, match="rows of task cqa have choices of their own"):
-        synthesize.form_of(tasks.read(cfg), synthetic.read(cfg))
+        sets.form_of(recipe.read(cfg), synthetic.read(cfg))
     cfg = compose(["task=esnli", "synthetic=labels"])
     with pytest.raises(UserError, match="columns premise, hypothesis; say which of them a question fills"):
-        synthesize.form_of(tasks.read(cfg), synthetic.read(cfg))
+        sets.form_of(recipe.read(cfg), synthetic.read(cfg))
     cfg = compose(["task=esnli", "synthetic=labels", "synthetic.context_column=premise"])
-    assert synthesize.form_of(tasks.read(cfg), synthetic.read(cfg)).question == "hypothesis"
+    assert sets.form_of(recipe.read(cfg), synthetic.read(cfg)).question == "hypothesis"
 
 
 @pytest.mark.slow
@@ -265,9 +272,9 @@ def test_from_a_writer_on_this_machine_to_a_cell(made, tiny, tmp_path, imports):
     assert synthesize.main([*write, *local]) == 0 and sha256(folder / "rows.jsonl") == before
     assert read_json(folder / "manifest.json")["seconds"] == about["seconds"], "what was kept has cost what it cost"
     share = "synthetic.share=0.33"
-    cell.run(compose([*overrides, share, "train.batch_size=4", "train.epochs=1"]), folder=tmp_path / "cell")
+    cell_run.run(compose([*overrides, share, "train.batch_size=4", "train.epochs=1"]), folder=tmp_path / "cell")
     result = read_result(tmp_path / "cell")
     assert result.train_rows == 8 and result.validation_rows == 1 and result.synthetic.rows == 4 and result.work.steps == 3
     assert result.synthetic.seconds == about["sets"]["0"]["seconds"]
-    plain = cell.run(compose([*[o for o in overrides if not o.startswith("technique")], "technique=zero_shot", "synthetic=labels"]), folder=None)
+    plain = cell_run.run(compose([*[o for o in overrides if not o.startswith("technique")], "technique=zero_shot", "synthetic=labels"]), folder=None)
     assert plain.synthetic is None and plain.train_rows == 8

@@ -1,10 +1,10 @@
-"""The task YAML's grammar: pipeline/tasks.py."""
+"""The task YAML's grammar: pipeline/data/recipe.py."""
 
 import pytest
 
-from pipeline import tasks
-from pipeline.files import UserError
-from pipeline.settings import build
+from pipeline.core.files import UserError
+from pipeline.core.settings import build
+from pipeline.data import recipe as tasks
 
 
 def recipe(**keys):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.files import UserError
-from pipeline.taxonomy import Example, passages
-from pipeline.taxonomy import read as read_taxonomy
+from pipeline.core.files import UserError
+from pipeline.teachers.synthetic.taxonomy import Example, passages
+from pipeline.teachers.synthetic.taxonomy import read as read_taxonomy
 
 SKILL = {
     "version": 2, "created_by": "someone", "task_description": "Rhymes.",

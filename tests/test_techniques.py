@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import cell, evaluate
-from pipeline.config import build, compose
-from pipeline.files import UserError, read_jsonl
-from pipeline.model import load_model, load_tokenizer, parameters
-from pipeline.settings import Precision
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import build, compose
+from pipeline.core.files import UserError, read_jsonl
+from pipeline.core.settings import Precision
+from pipeline.models.base import load_model, load_tokenizer, parameters
+from pipeline.serving import scores as evaluate
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -184,7 +185,7 @@ FAST = {"bitfit_added", "multitask_prompt"}
 def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, tmp_path, name):
     settings = ["train.epochs=12", "train.batch_size=8", "train.validations=3", *LEARNT[name]]
     cfg = compose([*overrides, f"technique={name}", *settings])
-    result = cell.run(cfg, folder=tmp_path / "cell")
+    result = cell_run.run(cfg, folder=tmp_path / "cell")
     assert result.test.accuracy >= 0.95, result.history[-3:]
     held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
     found, score = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
@@ -197,7 +198,7 @@ def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, 
 def test_a_head_over_random_features_learns_what_they_show(overrides, tmp_path):
     """A linear probe of a random transformer's last state: far above chance, but 95% is not to be had (0.83 to 0.92 with more rows or width)."""
     cfg = compose([*overrides, "technique=head_only", "train.lr=0.1", "train.epochs=20", "train.batch_size=8", "train.validations=2"])
-    result = cell.run(cfg, folder=tmp_path / "cell")
+    result = cell_run.run(cfg, folder=tmp_path / "cell")
     assert result.test.accuracy_low > 0.5
     found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
     assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
@@ -205,8 +206,8 @@ def test_a_head_over_random_features_learns_what_they_show(overrides, tmp_path):
 
 @pytest.mark.parametrize("name", ["zero_shot_int8", "zero_shot_nf4"])
 def test_a_quantised_base_answers_and_leaves_nothing(overrides, tmp_path, name):
-    result = cell.run(compose([*overrides, f"technique={name}"]), folder=tmp_path / "cell")
-    full = cell.run(compose([*overrides, "technique=zero_shot"]))
+    result = cell_run.run(compose([*overrides, f"technique={name}"]), folder=tmp_path / "cell")
+    full = cell_run.run(compose([*overrides, "technique=zero_shot"]))
     assert result.precision == name.rpartition("_")[2] and result.size.artefact_bytes == 0 and result.size.trainable == 0
     assert result.size.model_bytes < full.size.model_bytes and result.test.nll != full.test.nll
     assert result.test.nll == pytest.approx(full.test.nll, rel=0.2)
@@ -233,7 +234,7 @@ def test_merged_and_attached_agree(load, name):
 @pytest.mark.parametrize("name", ["p_tuning", "adalora"])
 def test_in_bf16_too_the_artefact_answers_to_the_digit(overrides, tmp_path, name):
     cfg = compose([*overrides, f"technique={name}", "precision=bf16", "train.lr=1e-2", "train.steps=6", "train.validations=1"])
-    cell.run(cfg, folder=tmp_path / "cell")
+    cell_run.run(cfg, folder=tmp_path / "cell")
     held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
     for one, other in zip(evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0], held, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-6)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline import cell
-from pipeline.config import build, compose
-from pipeline.files import read_json
-from pipeline.model import load_model
-from pipeline.settings import Precision
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import build, compose
+from pipeline.core.files import read_json
+from pipeline.core.settings import Precision
+from pipeline.models.base import load_model
 
 MODULES = 14  # linear layers of conftest's tiny Llama
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -17,7 +17,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 def test_adalora_ends_at_its_budget_of_ranks(overrides, tmp_path):
     cfg = compose([*overrides, "technique=adalora", "train.lr=3e-2", "train.epochs=6", "train.batch_size=8", "train.validations=0"])
-    cell.run(cfg, folder=tmp_path / "cell")
+    cell_run.run(cfg, folder=tmp_path / "cell")
     ranks = read_json(tmp_path / "cell" / "artefact" / "adapter_config.json")["rank_pattern"]
     counts = [sum(kept) for kept in ranks.values()]
     assert len(counts) == MODULES and sum(counts) == 8 * MODULES and len(set(counts)) > 1
@@ -26,7 +26,7 @@ def test_adalora_ends_at_its_budget_of_ranks(overrides, tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_adalora_of_few_steps_still_comes_to_its_budget(overrides, tmp_path, steps):
-    cell.run(compose([*overrides, "technique=adalora", f"train.steps={steps}", "train.validations=0"]), folder=tmp_path / "cell")
+    cell_run.run(compose([*overrides, "technique=adalora", f"train.steps={steps}", "train.validations=0"]), folder=tmp_path / "cell")
     ranks = read_json(tmp_path / "cell" / "artefact" / "adapter_config.json")["rank_pattern"]
     assert sum(sum(kept) for kept in ranks.values()) <= 8 * MODULES
 
@@ -34,7 +34,7 @@ def test_adalora_of_few_steps_still_comes_to_its_budget(overrides, tmp_path, ste
 @pytest.mark.slow
 def test_adalora_goes_on_from_a_checkpoint(overrides, tmp_path, monkeypatch):
     """Stopped before, at and after the step that fixes the ranks (step 7 of 10)."""
-    from pipeline.loop import Loop
+    from pipeline.training.loop import Loop
 
     step = Loop._step
     for stop_at in (5, 6, 8):
@@ -47,9 +47,9 @@ def test_adalora_goes_on_from_a_checkpoint(overrides, tmp_path, monkeypatch):
 
         monkeypatch.setattr(Loop, "_step", stopping)
         with pytest.raises(KeyboardInterrupt):
-            cell.run(cfg, folder=tmp_path / str(stop_at))
+            cell_run.run(cfg, folder=tmp_path / str(stop_at))
         monkeypatch.setattr(Loop, "_step", step)
-        assert cell.run(cfg, folder=tmp_path / str(stop_at)).work.resumed
+        assert cell_run.run(cfg, folder=tmp_path / str(stop_at)).work.resumed
 
 
 def test_adalora_s_penalty_is_peft_s_and_comes_once_a_step(tiny):

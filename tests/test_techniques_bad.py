@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import build, compose
-from pipeline.files import UserError
-from pipeline.model import load_model
-from pipeline.settings import Precision
+from pipeline.core.compose import build, compose
+from pipeline.core.files import UserError
+from pipeline.core.settings import Precision
+from pipeline.models.base import load_model
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_an_encoder_decoder_is_told_when_the_model_is_fetched(tiny, tmp_path, ca
     from transformers import T5Config, T5ForConditionalGeneration
 
     from pipeline import base_model
-    from pipeline.model import load_tokenizer
+    from pipeline.models.base import load_tokenizer
 
     T5ForConditionalGeneration(T5Config(vocab_size=31, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
     load_tokenizer(tiny / "models" / "smollm2_135m").save_pretrained(tmp_path / "t5")

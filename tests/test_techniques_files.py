@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cell, peft_configs, plan
-from pipeline.config import ROOT, build, compose
-from pipeline.files import UserError, read_json, read_jsonl
+from pipeline import peft_configs
+from pipeline.cell import identity
+from pipeline.cell import run as cell_run
+from pipeline.cell.identity import fingerprint
+from pipeline.core.compose import ROOT, build, compose
+from pipeline.core.files import UserError, read_json, read_jsonl
+from pipeline.core.settings import read
 from pipeline.methods.peft_adapter import AdaLora, LoraPlus, MultitaskPrompt
-from pipeline.settings import read
+from pipeline.records.finished import name as cell_name
 
 DATA = ROOT / "tests" / "data" / "peft"
 LORA = DATA / "lora" / "rank4" / "adapter_config.json"
@@ -33,7 +37,7 @@ def test_the_files_decide_how_the_adapter_learns():
     cfg = door(LORA)
     train = read(cfg).train
     assert (train.lr, train.weight_decay, train.schedule, train.max_grad_norm, train.steps) == (5e-3, 0.0, "cosine", 0.5, 12)
-    assert cfg.precision.name == "auto" and cell.name(cfg) == "peft_config+lora--rank4-s0-nall"
+    assert cfg.precision.name == "auto" and cell_name(cfg) == "peft_config+lora--rank4-s0-nall"
     other = door(DATA / "lora" / "plus" / "adapter_config.json")
     train = read(other).train
     assert (train.lr, train.weight_decay, train.schedule, train.batch_size, other.precision.name) == (1e-3, 0.1, "constant", 16, "fp32")
@@ -52,8 +56,8 @@ def test_an_experiment_s_budget_wins():
 def test_the_door_is_the_technique_with_the_same_settings(overrides, tmp_path):
     same = ["technique=lora", "method.config.r=4", "method.config.lora_alpha=8", "method.config.target_modules=[q_proj,v_proj]", "train.lr=5e-3",
             "train.max_grad_norm=0.5", "train.steps=12"]
-    cell.run(compose([*overrides, *same]), folder=tmp_path / "own")
-    result = cell.run(compose([*overrides, "technique=peft_config", f"technique.path={LORA}"]), folder=tmp_path / "door")
+    cell_run.run(compose([*overrides, *same]), folder=tmp_path / "own")
+    result = cell_run.run(compose([*overrides, "technique=peft_config", f"technique.path={LORA}"]), folder=tmp_path / "door")
     assert read_jsonl(tmp_path / "own" / "predictions.jsonl") == read_jsonl(tmp_path / "door" / "predictions.jsonl")
     assert result.method == "lora" and result.hyperparameters["r"] == 4 and result.work.steps == 12
 
@@ -70,9 +74,9 @@ def test_kinds_that_need_more_than_their_config(tmp_path):
 
 def test_a_changed_file_is_another_cell(tmp_path):
     path = written(tmp_path / "lora" / "x", {"peft_type": "LORA", "r": 4})
-    before = cell.fingerprint(door(path)), plan.plan(door(path))
+    before = fingerprint(door(path)), identity.plan(door(path))
     written(tmp_path / "lora" / "x", {"peft_type": "LORA", "r": 4}, {"eval_steps": 1})
-    after = cell.fingerprint(door(path)), plan.plan(door(path))
+    after = fingerprint(door(path)), identity.plan(door(path))
     assert before[0] != after[0] and before[1] != after[1]
 
 
@@ -135,13 +139,13 @@ def test_a_folder_runs_and_leaves_peft_s_results(overrides, tmp_path, capsys, im
 def test_the_report_shows_them_beside_the_grid(tmp_path):
     from dataclasses import replace
 
-    from pipeline import report_cells
-    from pipeline.results import Result, write
+    from pipeline.records import finished
+    from pipeline.records.results import Result, write
 
     bare = Result("quick", "c", "peft_config", "f", "lora", "labels", "fp32", "t", "m", 0, 32, "ok", "trained")
     for name in ("peft_config+lora--rank4-s0-n32", "lora-s0-n32", "vera+x-s0-n32"):
         write(tmp_path / name, replace(bare, cell=name))
-    found, missing = report_cells.select(tmp_path, {"techniques": ["lora"], "seeds": [0], "train_rows": [32]})
+    found, missing = finished.select(tmp_path, {"techniques": ["lora"], "seeds": [0], "train_rows": [32]})
     assert [c.label for c in found] == ["lora", "peft_config+lora--rank4"] and not missing
 
 

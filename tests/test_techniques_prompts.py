@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import cell, evaluate, report_means
-from pipeline.config import ROOT, build, compose
-from pipeline.data import Example
-from pipeline.files import UserError, read_json, read_jsonl, write_jsonl, write_text
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import ROOT, build, compose
+from pipeline.core.files import UserError, read_json, read_jsonl, write_jsonl, write_text
+from pipeline.core.settings import Precision
+from pipeline.data.rows import Example
 from pipeline.methods.prompt_choice import PromptChoice
 from pipeline.methods.retrieval import Retrieval, by_embedding, embed, passages
-from pipeline.model import load_model, load_tokenizer
-from pipeline.settings import Precision
+from pipeline.models.base import load_model, load_tokenizer
+from pipeline.reporting import means
+from pipeline.serving import scores as evaluate
 
 ROWS = [Example(f"Review: {text}\nSentiment:", answer) for text, answer in (
     ("the plot was awful", "negative"), ("a lovely cast", "positive"), ("the score of the actor", "positive"), ("poor scene", "negative"))]
@@ -66,13 +68,13 @@ def test_an_embedding_is_the_position_weighted_mean_of_the_last_states(base, tin
 @pytest.mark.parametrize("name", ["retrieval", "retrieval_embedding"])
 def test_what_is_retrieved_is_saved_and_answers_alike(overrides, tmp_path, name):
     cfg = compose([*overrides, f"technique={name}", "method.k=3", "train_rows=32"])
-    result = cell.run(cfg, folder=tmp_path / "cell")
+    result = cell_run.run(cfg, folder=tmp_path / "cell")
     kept = read_jsonl(tmp_path / "cell" / "artefact" / "entries.jsonl")
     train = {r["prompt"]: r["answer"] for r in read_jsonl(Path(cfg.paths.data) / "vader_movies" / "train.jsonl")}
     assert len(kept) == 32 == result.train_rows and all(train[e["text"]] == e["answer"] for e in kept)
     found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
     assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    assert result.size.trainable == 0 and report_means._untrained_rows(result) == 32
+    assert result.size.trainable == 0 and means._untrained_rows(result) == 32
 
 
 def test_a_user_s_documents_stand_before_the_prompt(overrides, tmp_path):
@@ -87,7 +89,7 @@ def test_a_user_s_documents_stand_before_the_prompt(overrides, tmp_path):
     state = made.prepare([], 0, None)
     assert [e["text"] for e in state.entries] == ["The film was lovely.", "The plot is a plot.", "The cast and the score."]
     assert made.prompt("which cast?", state) == "The cast and the score.\n\nwhich cast?"
-    cell.run(cfg, folder=tmp_path / "cell", splits=("test",))
+    cell_run.run(cfg, folder=tmp_path / "cell", splits=("test",))
     assert len(read_jsonl(tmp_path / "cell" / "artefact" / "entries.jsonl")) == 3
 
 
@@ -161,11 +163,11 @@ def test_the_prompt_keeps_braces_of_its_own():
 
 def test_the_choice_is_made_on_validation_and_served(overrides, tmp_path):
     cfg = compose([*overrides, "technique=prompt_choice"])
-    result = cell.run(cfg, folder=tmp_path / "cell")
+    result = cell_run.run(cfg, folder=tmp_path / "cell")
     kept = read_json(tmp_path / "cell" / "artefact" / "template.json")
     assert len(kept["tried"]) == len(cfg.method.templates) and kept["answers"] == ["negative", "positive"]
     best = max(kept["tried"], key=lambda t: (t["metric"], -t["nll"]))
     assert kept["template"] == best["template"] and result.scores["validation"].accuracy == best["metric"]
     found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
     assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    assert result.phases.validate_s > 0 and report_means._untrained_rows(result) == result.validation_rows == 12
+    assert result.phases.validate_s > 0 and means._untrained_rows(result) == result.validation_rows == 12

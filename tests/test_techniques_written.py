@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import cell, evaluate
-from pipeline.config import build, compose
-from pipeline.data import Batch, Example
-from pipeline.fast.bind import Unsupported, bind
-from pipeline.files import UserError, read_jsonl
-from pipeline.model import load_model, parameters
-from pipeline.settings import Precision
+from pipeline.cell import run as cell_run
+from pipeline.core.compose import build, compose
+from pipeline.core.files import UserError, read_jsonl
+from pipeline.core.settings import Precision
+from pipeline.data.rows import Batch, Example
+from pipeline.engine.bind import bind
+from pipeline.engine.parts import Unsupported
+from pipeline.models.base import load_model, parameters
+from pipeline.serving import scores as evaluate
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -129,7 +131,7 @@ def test_what_is_saved_gives_the_same_answers(load, tmp_path, name):
 
 
 def test_a_hypercomplex_layer_is_the_sum_of_kronecker_products():
-    from pipeline.layers.adapters import Hypercomplex
+    from pipeline.methods.modules.adapters import Hypercomplex
 
     torch.manual_seed(0)
     layer = Hypercomplex(torch.nn.Parameter(torch.randn(4, 4, 4)), 12, 8, rank=2)
@@ -159,7 +161,7 @@ def test_adamix_draws_in_training_and_serves_the_average(load, tmp_path):
 
 
 def test_the_mean_of_experts_is_their_average_s_adapter():
-    from pipeline.layers.adapters import Experts, dense
+    from pipeline.methods.modules.adapters import Experts, dense
 
     torch.manual_seed(0)
     layers = [dense(3, 2) for _ in range(4)]
@@ -226,7 +228,7 @@ def test_attention_fusion_at_a_high_begin_is_the_base_and_reads_lower_layers_at_
 def test_only_the_answers_rows_change_with_warp(load):
     model = wrapped("warp", load())
     before = logits(model)
-    from pipeline.layers import answers
+    from pipeline.methods.modules import answers
 
     rows = answers.of(model)
     rows.rows.data += 1.0
@@ -246,7 +248,7 @@ def test_ipt_moves_the_prompt_in_its_subspace_alone(load):
 
 
 def test_the_subspace_of_trained_prompts_holds_them():
-    from pipeline.layers.prompts import fitted_basis
+    from pipeline.methods.modules.prompts import fitted_basis
 
     torch.manual_seed(0)
     prompts = [torch.randn(4, 5) for _ in range(4)]
@@ -275,7 +277,7 @@ def test_the_fast_engine_s_autograd_takes_the_eager_engine_s_steps(overrides, na
     losses = []
     for engine in ("eager", "fast"):
         short = ["train.steps=4", "train.batch_size=8", "train.validations=0", f"train.engine={engine}"]
-        losses.append([h["loss"] for h in cell.run(compose([*overrides, f"technique={name}", *short, *more])).history])
+        losses.append([h["loss"] for h in cell_run.run(compose([*overrides, f"technique={name}", *short, *more])).history])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 4
 
 
@@ -315,7 +317,7 @@ def test_a_model_that_a_technique_cannot_apply_to_is_told(load, tmp_path):
     with pytest.raises(UserError, match=r"holds no soft prompt; name finished cells of prompt_tuning"):
         wrapped("ipt", load(), f"method.prompts=[{tmp_path}/a,{tmp_path}/b]", "method.dimensions=1")
     many = [Example("x", " ".join(f"w{i}" for i in range(300)))]
-    from pipeline.layers import answers
+    from pipeline.methods.modules import answers
 
     monkey = type("Tokens", (), {"__call__": lambda self, text, add_special_tokens: {"input_ids": list(range(len(text.split())))}})
     with pytest.MonkeyPatch.context() as patch:
@@ -346,7 +348,7 @@ LEARNT = {
 @pytest.mark.parametrize("name", [n if n == "adapter_parallel" else pytest.param(n, marks=pytest.mark.slow) for n in LEARNT])
 def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, tmp_path, name):
     cfg = compose([*overrides, f"technique={name}", "train.epochs=12", "train.batch_size=8", "train.validations=3", *LEARNT[name]])
-    result = cell.run(cfg, folder=tmp_path / "cell")
+    result = cell_run.run(cfg, folder=tmp_path / "cell")
     assert result.test.accuracy >= 0.95, result.history[-3:]
     held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
     found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
@@ -357,6 +359,6 @@ def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, 
 @pytest.mark.slow
 def test_attention_fusion_learns_what_a_random_transformer_s_layers_show(overrides, tmp_path):
     """A query and two output rows over random features: the loss falls, 95% is not to be had."""
-    base = cell.run(compose([*overrides, "technique=zero_shot"]))
-    result = cell.run(compose([*overrides, "technique=attention_fusion", "train.lr=0.1", "train.epochs=30", "train.batch_size=8", "train.validations=3"]))
+    base = cell_run.run(compose([*overrides, "technique=zero_shot"]))
+    result = cell_run.run(compose([*overrides, "technique=attention_fusion", "train.lr=0.1", "train.epochs=30", "train.batch_size=8", "train.validations=3"]))
     assert result.test.nll < 0.3 * base.test.nll and result.test.accuracy_low > 0.5

@@ -9,8 +9,7 @@ import pytest
 from scipy.stats import norm
 
 from benchmarks.tiers import MIXED, Setting, simulate
-from pipeline.exact import holm, sign_flip
-from pipeline.tiers import FEW, Spreads, Technique, compare, correct, letters, p_values
+from pipeline.stats.tiers import FEW, Spreads, Technique, compare, correct, holm, letters, p_values, sign_flip
 
 
 def runs(*accuracies: float, rows: int = 1000, seed: int = 0) -> dict[int, dict[str, bool]]:

@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 
 from pipeline import tracking
-from pipeline.config import ROOT, compose
-from pipeline.files import write_json, write_jsonl, write_text
-from pipeline.results import Forgetting, Inference, Memory, Phases, Result, Score, Size, Work, write
+from pipeline.core.compose import ROOT, compose
+from pipeline.core.files import write_json, write_jsonl, write_text
+from pipeline.measure.clock import Phases
+from pipeline.measure.memory import Memory
+from pipeline.records import mlflow as records_mlflow
+from pipeline.records.results import Forgetting, Inference, Result, Score, Size, Work, write
 
 PHASES = Phases(wall_s=60, startup_s=5, load_s=5, warmup_s=0, train_s=30, validate_s=5, save_s=1, evaluate_s=13.5, other_s=0.5)
 
@@ -102,7 +105,7 @@ def paths(root: Path, database: str = "mlflow.db") -> list[str]:
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("database") / "empty.db"
-    with tracking._connected(tracking.Tracking(True, f"sqlite:///{path}"), path.parent):
+    with records_mlflow._connected(records_mlflow.Tracking(True, f"sqlite:///{path}"), path.parent):
         return path
 
 
@@ -128,7 +131,7 @@ def runs(root: Path, database: str = "mlflow.db") -> list[Any]:
 def contents(root: Path, database: str) -> dict[str, Any]:
     """All that a database holds of each run, by cell; run ids are replaced by cells."""
     mlflow, found = client(root, database), {}
-    cells = {r.info.run_id: r.data.tags[tracking.CELL] for r in runs(root, database)}
+    cells = {r.info.run_id: r.data.tags[records_mlflow.CELL] for r in runs(root, database)}
     for run in runs(root, database):
         info, data = run.info, run.data
         history = [(m.key, m.value, m.timestamp, m.step) for key in data.metrics for m in mlflow.get_metric_history(info.run_id, key)]
@@ -137,14 +140,14 @@ def contents(root: Path, database: str) -> dict[str, Any]:
             for f in mlflow.list_artifacts(info.run_id)
         }
         inputs = sorted((str(i.dataset.to_dictionary()), i.tags[0].value) for i in run.inputs.dataset_inputs)
-        tags = {k: cells[v] if k == tracking.PARENT else v for k, v in data.tags.items()}
+        tags = {k: cells[v] if k == records_mlflow.PARENT else v for k, v in data.tags.items()}
         about = (mlflow.get_experiment(info.experiment_id).name, info.run_name, info.status, info.start_time, info.end_time)
         found[cells[info.run_id]] = (about, data.params, tags, sorted(history), inputs, files)
     return found
 
 
 def test_a_cell_is_one_run_under_the_fixed_names(root):
-    tracking.log_cell(write_cell(root), config(root))
+    records_mlflow.log_cell(write_cell(root), config(root))
     [run] = runs(root)
     params = run.data.params
     assert {k: params[k] for k in ("technique", "method", "objective", "precision", "model", "task")} == {
@@ -165,18 +168,18 @@ def test_a_cell_is_one_run_under_the_fixed_names(root):
     }  # fmt: skip
     assert (tags["kind"], tags["engine"], tags["engine_reason"], tags["shared_process"]) == ("trained", "eager", "why", "False")
     assert run.data.params["labelled_rows"] == "240"
-    assert tags["hardware"] == "a CPU (2 cores)" and tags[tracking.CELL] == "quick/lora-s0-n200"
+    assert tags["hardware"] == "a CPU (2 cores)" and tags[records_mlflow.CELL] == "quick/lora-s0-n200"
     assert run.info.status == "FINISHED" and run.info.end_time - run.info.start_time == 60_000 and run.info.start_time == 1767323045678
 
 
 def test_what_was_not_measured_is_not_logged(root):
-    tracking.log_cell(write_cell(root), config(root))
+    records_mlflow.log_cell(write_cell(root), config(root))
     [run] = runs(root)
     assert "train/energy_j" not in run.data.metrics and "dropout" not in run.data.params and "error" not in run.data.tags
 
 
 def test_curves_inputs_and_files(root):
-    tracking.log_cell(write_cell(root), config(root))
+    records_mlflow.log_cell(write_cell(root), config(root))
     [run] = runs(root)
     history = client(root).get_metric_history(run.info.run_id, "history/loss")
     assert [(m.step, m.value) for m in history] == [(1, 2.0), (13, 0.5)]
@@ -189,67 +192,67 @@ def test_curves_inputs_and_files(root):
 
 def test_a_cell_logged_again_stays_one_run_and_a_changed_one_is_brought_up_to_date(root):
     folder = write_cell(root)
-    tracking.log_cell(folder, config(root))
+    records_mlflow.log_cell(folder, config(root))
     [before] = runs(root)
-    tracking.log_cell(folder, config(root))
+    records_mlflow.log_cell(folder, config(root))
     [again] = runs(root)
     assert again.info.run_id == before.info.run_id
     write_cell(root, hyperparameters={"r": 4})
-    tracking.log_cell(folder, config(root))
+    records_mlflow.log_cell(folder, config(root))
     [after] = runs(root)
     assert after.data.params["r"] == "4" and "alpha" not in after.data.params
 
 
 def test_a_run_left_half_written_is_made_anew(root):
     folder = write_cell(root)
-    tracking.log_cell(folder, config(root))
+    records_mlflow.log_cell(folder, config(root))
     [half] = runs(root)
-    client(root).delete_tag(half.info.run_id, tracking.DIGEST)
-    tracking.log_cell(folder, config(root))
+    client(root).delete_tag(half.info.run_id, records_mlflow.DIGEST)
+    records_mlflow.log_cell(folder, config(root))
     [whole] = runs(root)
-    assert whole.info.run_id != half.info.run_id and tracking.DIGEST in whole.data.tags
+    assert whole.info.run_id != half.info.run_id and records_mlflow.DIGEST in whole.data.tags
 
 
 def test_out_of_memory_is_a_failed_run(root):
     bare = dict.fromkeys(("phases", "memory", "work", "size", "inference", "forgetting"))
-    tracking.log_cell(write_cell(root, status="oom", error="ended by the kernel", scores={}, history=[], **bare), config(root))
+    records_mlflow.log_cell(write_cell(root, status="oom", error="ended by the kernel", scores={}, history=[], **bare), config(root))
     [run] = runs(root)
     assert run.info.status == "FAILED" and run.data.tags["status"] == "oom" and run.data.tags["error"] == "ended by the kernel"
     assert run.data.metrics == {} and run.info.end_time == run.info.start_time
 
 
 def test_a_sweep_is_a_parent_with_a_child_a_trial(root):
-    tracking.log_sweep(write_sweep(root), config(root))
-    found = {r.data.tags[tracking.CELL]: r for r in runs(root)}
+    records_mlflow.log_sweep(write_sweep(root), config(root))
+    found = {r.data.tags[records_mlflow.CELL]: r for r in runs(root)}
     assert set(found) == {"quick/sweep/lora", "quick/sweep/lora/0", "quick/sweep/lora/1"}
     parent, good, oom = (found[k] for k in sorted(found))
     assert parent.data.metrics == {"best/validation": 0.7} and parent.info.status == "FINISHED"
-    assert {r.data.tags[tracking.PARENT] for r in (good, oom)} == {parent.info.run_id}
+    assert {r.data.tags[records_mlflow.PARENT] for r in (good, oom)} == {parent.info.run_id}
     assert good.data.params["r"] == "1" and good.data.params["alpha"] == "2" and good.data.metrics["validation/accuracy"] == 0.7
     assert oom.info.status == "FAILED" and oom.data.tags["status"] == "oom" and "validation/accuracy" not in oom.data.metrics
 
 
 def test_a_sweep_that_goes_on_keeps_its_children_and_one_started_anew_loses_the_old_ones(root):
     folder = write_sweep(root, finished=False)
-    tracking.log_sweep(folder, config(root))
-    before = {r.data.tags[tracking.CELL]: r for r in runs(root)}
+    records_mlflow.log_sweep(folder, config(root))
+    before = {r.data.tags[records_mlflow.CELL]: r for r in runs(root)}
     assert before["quick/sweep/lora"].info.status == "RUNNING"
     write_sweep(root)
-    tracking.log_sweep(folder, config(root))
-    after = {r.data.tags[tracking.CELL]: r for r in runs(root)}
+    records_mlflow.log_sweep(folder, config(root))
+    after = {r.data.tags[records_mlflow.CELL]: r for r in runs(root)}
     assert after["quick/sweep/lora/0"].info.run_id == before["quick/sweep/lora/0"].info.run_id
-    assert after["quick/sweep/lora/0"].data.tags[tracking.PARENT] == after["quick/sweep/lora"].info.run_id
+    assert after["quick/sweep/lora/0"].data.tags[records_mlflow.PARENT] == after["quick/sweep/lora"].info.run_id
     text = (folder / "trials.csv").read_text().splitlines(keepends=True)
     write_text(folder / "trials.csv", "".join(text[:2]))
-    tracking.log_sweep(folder, config(root))
-    assert {r.data.tags[tracking.CELL] for r in runs(root)} == {"quick/sweep/lora", "quick/sweep/lora/0"}
+    records_mlflow.log_sweep(folder, config(root))
+    assert {r.data.tags[records_mlflow.CELL] for r in runs(root)} == {"quick/sweep/lora", "quick/sweep/lora/0"}
 
 
 def test_backfill_equals_what_was_written_live(root, capsys):
     cells = [{}, {"cell": "full-s0-n200", "technique": "full"}, {"experiment": "other", "status": "oom"}]
     for folder in [write_cell(root, **changes) for changes in cells]:
-        tracking.log_cell(folder, config(root))
-    tracking.log_sweep(write_sweep(root), config(root))
+        records_mlflow.log_cell(folder, config(root))
+    records_mlflow.log_sweep(write_sweep(root), config(root))
     assert tracking.main(["backfill", *paths(root, "again.db")]) == 0
     assert "3 cells and 1 sweeps" in capsys.readouterr().out
     live, again = contents(root, "mlflow.db"), contents(root, "again.db")
@@ -294,15 +297,15 @@ def test_backfill_refuses_in_one_sentence(tmp_path, capsys, more, message):
 
 
 def test_a_server_that_is_down_costs_one_warning(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tracking, "_unreachable", set())
+    monkeypatch.setattr(records_mlflow, "_unreachable", set())
     folder, cfg = write_cell(tmp_path), config(tmp_path, "tracking.uri=http://127.0.0.1:9")
     before, at = dict(os.environ), time.monotonic()
-    tracking.log_cell(folder, cfg)
+    records_mlflow.log_cell(folder, cfg)
     assert time.monotonic() - at < 15
     warning = capsys.readouterr().err
     assert len(warning.splitlines()) == 1 and "no server answers" in warning
     assert "python -m pipeline.tracking backfill experiments=quick" in warning
-    tracking.log_cell(folder, cfg)
+    records_mlflow.log_cell(folder, cfg)
     assert capsys.readouterr().err == ""
     assert dict(os.environ) == before
     assert tracking.main(["backfill", *paths(tmp_path), "tracking.uri=http://127.0.0.1:9"]) == 2
@@ -311,7 +314,7 @@ def test_a_server_that_is_down_costs_one_warning(tmp_path, capsys, monkeypatch):
 
 def test_a_place_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     (tmp_path / "file").touch()
-    tracking.log_cell(write_cell(tmp_path), config(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/file/mlflow.db"))
+    records_mlflow.log_cell(write_cell(tmp_path), config(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/file/mlflow.db"))
     warning = capsys.readouterr().err
     assert "was not written" in warning and len(warning.splitlines()) == 1
 
@@ -324,7 +327,7 @@ def test_an_interrupted_creation_leaves_no_half_database(tmp_path, capsys, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(mlflow, "MlflowClient", half)
-    tracking.log_cell(write_cell(tmp_path), config(tmp_path))
+    records_mlflow.log_cell(write_cell(tmp_path), config(tmp_path))
     assert "No space left" in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if "mlflow.db" in p.name and p.suffix != ".lock"]
 
@@ -333,8 +336,8 @@ def test_off_imports_nothing_of_mlflow(tmp_path):
     write_cell(tmp_path)
     code = f"""
         import sys
-        from pipeline import tracking
-        from pipeline.config import compose
+        from pipeline.records import mlflow as tracking
+        from pipeline.core.compose import compose
         tracking.log_cell("{tmp_path}/results/quick/lora-s0-n200", compose(["tracking=none"]))
         assert "mlflow" not in sys.modules and "torch" not in sys.modules
     """
@@ -343,13 +346,16 @@ def test_off_imports_nothing_of_mlflow(tmp_path):
 
 def test_only_tracking_imports_mlflow():
     importing = [p.name for p in (ROOT / "pipeline").rglob("*.py") if re.search(r"^\s*(import|from) mlflow", p.read_text(), re.M)]
-    assert importing == ["tracking.py"]
+    assert importing == ["mlflow.py"]
 
 
 @pytest.mark.slow
 def test_three_first_users_at_once_make_one_database(tmp_path):
     cells = [write_cell(tmp_path, cell=f"lora-s{seed}-n200", seed=seed) for seed in range(3)]
-    code = "import sys; from pipeline import config, tracking; tracking.log_cell(sys.argv[1], config.compose(sys.argv[2:]))"
+    code = (
+        "import sys; from pipeline.core import compose; from pipeline.records import mlflow as tracking; "
+        "tracking.log_cell(sys.argv[1], compose.compose(sys.argv[2:]))"
+    )
     words = [*paths(tmp_path), "experiments=quick"]
     started = [subprocess.Popen([sys.executable, "-c", code, str(c), *words], cwd=ROOT, stderr=subprocess.PIPE, text=True) for c in cells]
     assert [p.communicate()[1] for p in started] == ["", "", ""]
@@ -358,7 +364,7 @@ def test_three_first_users_at_once_make_one_database(tmp_path):
 
 def test_every_number_of_a_result_reaches_mlflow():
     """A field added to the result's parts must not be forgotten here."""
-    from pipeline.runs import _cell_metrics
+    from pipeline.records.runs import _cell_metrics
 
     full = a_result(inference=Inference(0.1, 0.2, 3, 0.4), work=Work(1, 2, 3.0, 0.4, 0.5, False, 6.0))
     found = _cell_metrics(full)

@@ -15,13 +15,23 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 
-from pipeline import cells, plan, report_tuning, search_trials, tune, tuned
-from pipeline.config import compose, compose_cell
-from pipeline.files import UserError
-from pipeline.results import Score, Work
-from pipeline.search_space import Parameter, Space, at, declared
-from pipeline.sweep_study import Sweep
-from pipeline.tuned import Edge, Tuned, applied, effort, expected_best, spelled_out
+from pipeline import tune
+from pipeline.cell import grid, identity, inputs
+from pipeline.cell import run as cell_run
+from pipeline.cell.grid import compose_cell
+from pipeline.cell.identity import fingerprint
+from pipeline.core import compose as core_compose
+from pipeline.core.compose import compose, spelled_out
+from pipeline.core.files import UserError
+from pipeline.records import tuned
+from pipeline.records.finished import name as cell_name
+from pipeline.records.results import Score, Work
+from pipeline.records.tuned import Edge, Tuned, applied, effort, expected_best
+from pipeline.reporting import tuning as report_tuning
+from pipeline.search import trials as search_trials
+from pipeline.search import tuning as search_tuning
+from pipeline.search.space import Parameter, Space, at, declared
+from pipeline.search.study import Sweep
 
 LR = {"low": 1e-4, "high": 1e-2, "log": True}
 QUICK = ["experiments=quick", "train_rows=160"]
@@ -74,12 +84,12 @@ def test_a_space_written_in_the_config_is_enough_and_stands_over_the_group_s():
 ])
 def test_a_bad_space_is_one_sentence_before_anything_is_searched(entry, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        tune._check(config("lora", search=entry), 12)
+        search_tuning.check(config("lora", search=entry), 12)
 
 
 def test_a_bad_setting_of_the_trials_is_named_as_it_was_given():
     with pytest.raises(UserError, match=r"config key 'tune.slots' is 'many'"):
-        tune._check(config("lora", tune__slots="many"), 12)
+        search_tuning.check(config("lora", tune__slots="many"), 12)
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -114,7 +124,7 @@ def parameter(entry: dict[str, Any]) -> Parameter:
     ({"choices": [False, True]}, True, [True], None),
 ])
 def test_the_edge_of_a_range(given, value, tried, side):
-    assert tune.edge_of(parameter(given), value, tried) == side
+    assert search_tuning.edge_of(parameter(given), value, tried) == side
 
 
 @pytest.mark.parametrize(("given", "limits", "value", "part"), [
@@ -136,7 +146,7 @@ def test_the_edge_of_a_range(given, value, tried, side):
 ])
 def test_what_is_added_at_an_edge(given, limits, value, part):
     before = Space({"key": parameter(given | limits), "other": Parameter(choices=(1, 2, 3))})
-    after, edges = tune.widened(before, {"key": value, "other": 2}, [{"key": value, "other": 2}])
+    after, edges = search_tuning.widened(before, {"key": value, "other": 2}, [{"key": value, "other": 2}])
     assert [e.key for e in edges] == ["key"] and edges[0].widened == part
     assert after.entries == {"key": part or given, "other": {"choices": [1, 2, 3]}}
 
@@ -165,7 +175,7 @@ def test_draws_are_a_function_of_the_seed_and_more_of_them_go_on_with_the_same()
 ])
 def test_the_draws_of_a_seed_stay_those_of_studies_made_before(technique, points):
     cfg = config(technique)
-    found = tune._sweep(cfg, declared(cfg), 4)
+    found = search_tuning._sweep(cfg, declared(cfg), 4)
     assert found.points is not None and [tuple(found.space.complete(p).values()) for p in found.points][: len(points)] == points
 
 
@@ -203,15 +213,16 @@ class Runs:
             self.seen.append({"lr": cfg.train.lr, "r": cfg.method.config.r, "seed": cfg.seed})
             value = accuracy(cfg.train.lr, cfg.method.config.r)
             if value is None:
-                return cells.cell.oom_result(cfg, "too large", {})
+                return cell_run.oom_result(cfg, "too large", {})
             if value == "error":
-                return cells.cell.bare_result(cfg, status="error", error="ended with code 1", precision="fp32")
+                return cell_run.bare_result(cfg, status="error", error="ended with code 1", precision="fp32")
             work = Work(steps=1, diverged_at=1 if value == 0.0 else None)
             scores = {"validation": Score(32, value, value, value, nll=cfg.train.lr)}
-            return cells.cell.bare_result(cfg, status="ok", precision="fp32", scores=scores, work=work)
+            return cell_run.bare_result(cfg, status="ok", precision="fp32", scores=scores, work=work)
 
         monkeypatch.setattr(search_trials, "run_trial", run)
-        monkeypatch.setattr(cells, "preload", lambda chosen: None)
+        monkeypatch.setattr(inputs, "preload", lambda chosen: None)
+        monkeypatch.setattr(grid, "preload", lambda chosen: None)
 
 
 def words_in(tmp_path: Path, overrides: list[str]) -> list[str]:
@@ -268,18 +279,18 @@ def test_without_any_value_it_says_so(tmp_path, overrides, monkeypatch, imports,
 
 def test_equal_figures_are_told_apart_by_the_loss_and_then_the_earlier_wins():
     trials = [{"number": n, "validation": v, "nll": loss} for n, (v, loss) in enumerate([(None, 0.1), (0.5, 0.9), (0.7, None), (0.7, 0.4), (0.7, 0.4)])]
-    assert tune.best_of(trials)["number"] == 3
+    assert search_tuning.best_of(trials)["number"] == 3
     with pytest.raises(UserError, match="none of 1 trials has a value"):
-        tune.best_of(trials[:1])
+        search_tuning.best_of(trials[:1])
 
 
 def test_a_grid_is_tuned_technique_by_technique_at_every_size(monkeypatch):
-    assert tune._each(config("lora", tune__techniques=["lora", "full+tuned"]), ["experiments=standard", "tune.trials=4"]) == [
+    assert search_tuning.each_technique(config("lora", tune__techniques=["lora", "full+tuned"]), ["experiments=standard", "tune.trials=4"]) == [
         ["experiments=standard", "tune.trials=4", f"technique={t}", "seed=0", f"train_rows={n}"] for n in (200, 1000) for t in ("lora", "full")]
 
 
 def test_what_has_nothing_to_search_is_skipped_with_a_sentence(capsys):
-    assert tune.tune(config("zero_shot"), 12, tune.Shared()) is None
+    assert search_tuning.tune(config("zero_shot"), 12, search_tuning.Shared()) is None
     assert "zero_shot, 160 rows: skipped, it trains nothing and names nothing else to search" in capsys.readouterr().out
 
 
@@ -315,7 +326,7 @@ def test_a_technique_with_tuned_after_it_is_the_same_as_tuned_true(tuning):
     assert spelled_out(["technique=lora+tuned", "seed=1"]) == ["technique=lora", "tuned=true", "seed=1"]
     one = compose_cell([*QUICK, f"paths.tuning={tuning}", "technique=lora+tuned"])
     assert one == cell_of(tuning) and one.train.lr == 3e-3 and one.method.config.r == 16
-    assert cells.cell.name(one) == "lora+tuned-s0-n160"
+    assert cell_name(one) == "lora+tuned-s0-n160"
     found = effort(one)
     assert found and (found.searched, found.trials, found.device_s, found.validation) == (1, 2, 33.25, 0.75) and effort(config("lora")) is None
 
@@ -323,7 +334,7 @@ def test_a_technique_with_tuned_after_it_is_the_same_as_tuned_true(tuning):
 def test_an_untuned_cell_stays_as_it_was_and_the_same_settings_by_hand_are_the_same_cell(tuning):
     untuned, by_hand = config("lora"), config("lora", train__lr=3e-3, method__config__r=16)
     assert applied(config("lora"), []) == untuned
-    assert cells.cell.fingerprint(cell_of(tuning)) == cells.cell.fingerprint(by_hand) != cells.cell.fingerprint(untuned)
+    assert fingerprint(cell_of(tuning)) == fingerprint(by_hand) != fingerprint(untuned)
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -339,15 +350,15 @@ def test_a_cell_that_cannot_be_composed_of_it_says_why(tuning, words, message):
 
 def test_the_grid_s_tuned_cells_are_those_that_search(monkeypatch, capsys):
     axes = {"techniques": ["zero_shot", "few_shot", "lora", "lora+tuned"], "seeds": [0], "train_rows": [160]}
-    monkeypatch.setattr(cells, "grid", lambda name: {"grid": axes})
-    found = cells.grid_overrides(["experiments=quick", "tuned=true"])
+    monkeypatch.setattr(grid, "grid", lambda name: {"grid": axes})
+    found = grid.grid_overrides(["experiments=quick", "tuned=true"])
     assert [word.partition("=")[2] for words in found for word in words if word.startswith("technique=")] == ["few_shot", "lora"]
     assert "nothing is searched for zero_shot: the untuned cell stands" in capsys.readouterr().out
 
 
 def test_a_cell_s_plan_changes_with_its_tuned_settings_and_with_nothing_else_of_the_file(tmp_path, tuning):
     def planned() -> dict:
-        return plan.plan(cell_of(tuning))
+        return identity.plan(cell_of(tuning))
 
     before, path = planned(), tmp_path / "quick" / "lora-n160.yaml"
     assert before["config"]["train"]["lr"] == 3e-3
@@ -358,8 +369,8 @@ def test_a_cell_s_plan_changes_with_its_tuned_settings_and_with_nothing_else_of_
 
 
 def test_dvc_s_plan_and_report_depend_on_the_tuned_files_and_a_cell_on_its_plan():
-    stages = yaml.safe_load((cells.ROOT / "experiments/quick/dvc.yaml").read_text())["stages"]
-    assert "tuning" in stages["plan"]["deps"] and "tuning" in stages["report"]["deps"] and (cells.ROOT / "tuning").is_dir()
+    stages = yaml.safe_load((core_compose.ROOT / "experiments/quick/dvc.yaml").read_text())["stages"]
+    assert "tuning" in stages["plan"]["deps"] and "tuning" in stages["report"]["deps"] and (core_compose.ROOT / "tuning").is_dir()
     assert "plans/${experiment}/${item.technique}-s${item.seed}-n${item.rows}.json" in stages["train"]["deps"]
 
 
@@ -376,8 +387,8 @@ def test_a_variant_is_tuned_by_itself(tuning):
 def test_the_report_shows_untuned_beside_tuned():
     from report_cells import result
 
-    from pipeline.report_cells import Cell
-    from pipeline.report_rows import make_rows
+    from pipeline.records.finished import Cell
+    from pipeline.reporting.rows import make_rows
 
     rows = make_rows([Cell(result(name, right=right), Path("none"), name, "160") for name, right in (("lora", 150), ("lora+tuned", 175))])
     again = example(edges=[Edge("train.lr", 3e-3, "high", {"low": 3e-3, "high": 0.1}, True)])
@@ -394,8 +405,8 @@ def test_the_report_shows_untuned_beside_tuned():
 def test_unequal_budgets_and_missing_tuned_cells_are_said():
     from report_cells import result
 
-    from pipeline.report_cells import Cell
-    from pipeline.report_rows import make_rows
+    from pipeline.records.finished import Cell
+    from pipeline.reporting.rows import make_rows
 
     rows = make_rows([Cell(result(name), Path("none"), name, "160") for name in ("lora", "full")])
     tunings = {("lora", "160"): example(), ("full", "160"): example(technique="full", budget=24)}

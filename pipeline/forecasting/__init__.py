@@ -1,1 +1,1 @@
-"""Memory and time of a training before it starts, by arithmetic: cell.py has the function to call, forecast.py above is the entry."""
+"""Memory and time of a cell before it starts, from the model's configuration and the rows' tokens, without torch or a GPU."""

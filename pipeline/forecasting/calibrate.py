@@ -1,6 +1,6 @@
 """One short run that measures this machine's throughput for a cell's technique and shape: `python -m pipeline.forecast forecast.calibrate=true`.
 
-Library. Steps are those of a training (pipeline/stepping.py), on random weights with few layers; speed.py makes a time of them.
+Library. Steps are those of a training (pipeline/training/stepping.py), on random weights with few layers; speed.py makes a time of them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline.config import build
-from pipeline.data import Encoded
-from pipeline.files import UserError
+from pipeline.core.compose import build
+from pipeline.core.files import UserError
+from pipeline.core.settings import Train, read
+from pipeline.data.rows import Encoded
 from pipeline.forecasting.plan import MicroBatch, Plan
 from pipeline.forecasting.random_model import config_of, random_base
 from pipeline.forecasting.speed import Point
-from pipeline.measure import Stopwatch
-from pipeline.settings import Train, read
+from pipeline.measure.clock import Stopwatch
 
 WARM, TIMED, MOST_S = 2, 8, 20.0
 """Steps before and while timing, and seconds after which a size has been timed enough."""
@@ -29,7 +29,7 @@ def calibrate(cfg: DictConfig, plan: Plan) -> list[Point]:
     Raises:
         UserError: the technique cannot be set up on random weights.
     """
-    from pipeline.model import device_of, resolve
+    from pipeline.models.base import device_of, resolve
 
     settings, device = read(cfg), device_of("cuda" if plan.gpu else "cpu")
     _, dtype = resolve(settings.precision, device)
@@ -60,7 +60,7 @@ def _sizes(micro: MicroBatch) -> list[list[Encoded]]:
 def _time(cfg: DictConfig, base: Any, rows: list[Encoded], train: Train, device: Any, dtype: Any) -> list[float]:
     import torch
 
-    from pipeline.stepping import Eager, Fast, choose
+    from pipeline.training.stepping import Eager, Fast, choose
 
     method, objective = build(cfg.method, "method"), build(cfg.objective, "objective")
     tokens = sum(len(e.ids) + 8 for e in rows)

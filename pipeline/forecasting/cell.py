@@ -15,19 +15,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import measure
-from pipeline.config import ROOT, compose, plain
-from pipeline.data import steps_in_epoch
-from pipeline.files import UserError, read_json
+from pipeline.core.compose import ROOT, compose, plain
+from pipeline.core.files import UserError, read_json
+from pipeline.core.settings import Settings, read
+from pipeline.data.rows import steps_in_epoch
 from pipeline.forecasting import memory, run, speed
 from pipeline.forecasting.memory import Memory
 from pipeline.forecasting.plan import Constants, Plan
 from pipeline.forecasting.rows import TrainingRows, training_rows
 from pipeline.forecasting.shape import NoForecast, Shape, read_shape
 from pipeline.forecasting.trained import trained
-from pipeline.loop import total_steps
-from pipeline.results import Result
-from pipeline.settings import Settings, read
+from pipeline.measure import machine
+from pipeline.records.results import Result
+from pipeline.training.loop import total_steps
 
 FITTED = ROOT / "experiments" / "forecast" / "constants.json"
 MOST_BATCH = 16384
@@ -49,7 +49,7 @@ class Card:
     @property
     def device(self) -> str:
         """What computes, by its name."""
-        return self.name if self.gpu else self.cpu or measure.cpu_name()
+        return self.name if self.gpu else self.cpu or machine.cpu_name()
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ def card_at_hand(cfg: DictConfig) -> Card:
     wanted = cfg.forecast.gpu_memory_gb
     if wanted is not None:
         return Card(True, f"a card of {wanted:g} GiB", int(wanted * 2**30), at_hand=False)
-    found = measure.card() if cfg.device != "cpu" else None
+    found = machine.card() if cfg.device != "cpu" else None
     if found is not None:
         return Card(True, *found)
     limit = cfg.memory_limit_gb
-    return Card(False, "this machine" if limit is None else "memory_limit_gb", measure.machine_bytes() if limit is None else int(limit * 2**30))
+    return Card(False, "this machine" if limit is None else "memory_limit_gb", machine.machine_bytes() if limit is None else int(limit * 2**30))
 
 
 @functools.cache
@@ -268,7 +268,7 @@ def calibrate(cfg: DictConfig, card: Card | None = None) -> None:
         return
     path = speed.file_of(cfg.paths.work)
     if card.at_hand and not speed.known(path, card.device, held.plan):
-        speed.keep(path, card.device, held.plan, measured.calibrate(cfg, held.plan), measure.provenance()["started"][:10])
+        speed.keep(path, card.device, held.plan, measured.calibrate(cfg, held.plan), machine.provenance()["started"][:10])
 
 
 def _notes(held: Prepared) -> list[str]:

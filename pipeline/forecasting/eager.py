@@ -18,7 +18,7 @@ from pipeline.forecasting.operations import Back, Operations
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 from pipeline.forecasting.trained import parameter_sizes
 
-AT_ONCE = 16  # pipeline/fast/ops.py
+AT_ONCE = 16  # pipeline/engine/ops.py
 PAGED_FROM = 100_000
 """Numbers of a tensor from which bitsandbytes pages its optimiser state."""
 

@@ -1,6 +1,6 @@
-"""The memory of the fast engine's hand-written step (pipeline/fast), tensor by tensor, through warm-up and capture.
+"""The memory of the fast engine's hand-written step (pipeline/engine), tensor by tensor, through warm-up and capture.
 
-Library of memory.py. It follows flat.py, bind.py, llama.py, group.py and capture.py line by line and uses their names, so that a change
+Library of memory.py. It follows buffer.py, bind.py, llama.py, linear.py and graphs.py line by line and uses their names, so that a change
 there has its place here; tests/test_forecast_fast.py holds it against the tensors that a bound model has.
 """
 
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.fast.shapes import padded
+from pipeline.engine.layout import padded
 from pipeline.forecasting.allocator import Allocator, Tensor
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 
-LOGITS_AT_ONCE = 2**28  # pipeline/fast/llama.py
+LOGITS_AT_ONCE = 2**28  # pipeline/engine/llama.py
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 WIDE = (True, False, True, True)  # whose inputs leave room for x Aᵀ
 QKV, OUT, GATE_UP, DOWN = range(4)

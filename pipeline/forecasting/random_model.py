@@ -73,7 +73,7 @@ def _quantised(module: Any, precision: str, dtype: Any, device: Any) -> Any:
         made.weight = bnb.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=False)
     made = made.to(device)  # quantises
     if hasattr(made, "support_avx512bf16_for_cpu"):
-        made.support_avx512bf16_for_cpu = False  # see pipeline/model.py
+        made.support_avx512bf16_for_cpu = False  # see pipeline/models/base.py
     return made
 
 
@@ -81,8 +81,8 @@ def _mark(model: Any, precision: str, dtype: Any) -> None:
     """What transformers leaves on a quantised model, and PEFT asks for."""
     from transformers.utils.quantization_config import QuantizationMethod
 
-    from pipeline.model import quantisation
-    from pipeline.settings import Precision
+    from pipeline.core.settings import Precision
+    from pipeline.models.base import quantisation
 
     setattr(model, "is_loaded_in_4bit" if precision == "nf4" else "is_loaded_in_8bit", True)
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES

@@ -13,13 +13,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline import synthetic
-from pipeline.config import build
-from pipeline.data import Encoded, Encoder, load_rationales
-from pipeline.files import read_json, read_jsonl
+from pipeline.core.compose import build
+from pipeline.core.files import read_json, read_jsonl
+from pipeline.core.settings import Settings
+from pipeline.data.rows import Encoded, Encoder, load_rationales
 from pipeline.forecasting.shape import NoForecast
 from pipeline.objectives.base import Objective
-from pipeline.settings import Settings
+from pipeline.teachers.synthetic import rows as synthetic
 
 MOST_ROWS = 1024
 """Rows whose tokens are counted; what more rows would add is not worth the wait."""
@@ -39,7 +39,7 @@ class TrainingRows:
 
 
 class Light:
-    """As much of a tokenizer as pipeline.data.Encoder asks for."""
+    """As much of a tokenizer as pipeline.data.rows.Encoder asks for."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -83,7 +83,7 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
     if cfg.forecast.length is not None or not (data / "train.jsonl").exists() or not (model / "tokenizer.json").exists():
         return _as_told(cfg, settings, objective)
     rows = read_jsonl(data / "train.jsonl")
-    random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.load_rows draws them
+    random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.rows.load_rows draws them
     rows = rows[: cfg.train_rows]
     rows += synthetic.further(cfg, rows)[0]
     return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), _source(len(rows), data), True)

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.data import Encoded, by_length, step_rows
+from pipeline.core.settings import Precision, Train
+from pipeline.data.rows import Encoded, by_length, step_rows
 from pipeline.forecasting.plan import MicroBatch, Plan
 from pipeline.forecasting.shape import NoForecast
 from pipeline.forecasting.shape import Shape as Model
 from pipeline.forecasting.trained import Trained
-from pipeline.settings import Precision, Train
 
 if TYPE_CHECKING:
-    from pipeline.fast.shapes import Shape
+    from pipeline.engine.layout import Shape
 
 MOST_STEPS = 200
 """Steps whose rows are looked at."""
@@ -25,14 +25,14 @@ WALKED, MOST_PARTS = 5, 3
 
 
 def precision_of(precision: Precision, gpu: bool) -> tuple[str, int]:
-    """(how the base is held, bytes of a number of the arithmetic), as pipeline.model.resolve has it on a GPU with bf16 or on a CPU."""
+    """(how the base is held, bytes of a number of the arithmetic), as pipeline.models.base.resolve has it on a GPU with bf16 or on a CPU."""
     name = precision.name if precision.name != "auto" else ("bf16" if gpu else "fp32")
     compute = precision.compute if precision.compute != "auto" else ("bf16" if gpu else "fp32")
     return name, 2 if (name if name in ("fp32", "bf16") else compute) == "bf16" else 4
 
 
 def engine_of(train: Train, trained: Trained, model: Model, precision: str, gpu: bool) -> str:
-    """eager, hand or captured: which way pipeline.stepping takes."""
+    """eager, hand or captured: which way pipeline.training.stepping takes."""
     if train.engine == "eager" or not gpu or train.checkpointing or precision == "int8":  # 8-bit products wait for the device: no capture
         return "eager"
     whole = trained.parts == {"embedding", "layers", "norm", "head"} and trained.first == 0 and not trained.own_head
@@ -56,7 +56,7 @@ def plan(model: Model, trained: Trained, train: Train, precision: Precision, exa
         steps, fed = _eager_steps(examples, orders, train.micro_batch_tokens)
         accumulates = False
     else:
-        from pipeline.fast.streams import of_run
+        from pipeline.engine.streams import of_run
 
         packs = engine == "hand" and trained.kind != "soft" and compute == 2
         buckets, streams = of_run(examples, train, orders, total, packs, model.layers, model.parameters)
@@ -89,5 +89,3 @@ def _eager_steps(examples: Sequence[Sequence[Encoded]], orders: Sequence[Sequenc
 def equal_rows(rows: int, fed: int, labels: int) -> list[list[Encoded]]:
     """`rows` rows of `fed` tokens of which the last `labels` predict a labelled one."""
     return [[Encoded(range(fed + 1), fed + 1 - labels)]] * rows  # type: ignore[arg-type]
-
-

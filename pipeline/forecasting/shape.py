@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import UserError, read_json
+from pipeline.core.files import UserError, read_json
 
 FAMILIES = ("llama", "mistral", "qwen2")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import UserError, read_json, write_json
+from pipeline.core.files import UserError, read_json, write_json
 from pipeline.forecasting.plan import Plan
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json
+from pipeline.core.files import read_json
+from pipeline.core.names import class_of, name_of
 from pipeline.forecasting.shape import LINEAR, NoForecast, Shape
-from pipeline.names import class_of, name_of
 
 IA3_TARGETS, IA3_INNER = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
 NOTHING = ("untouched", "few_shot", "teacher", "retrieval", "prompt_choice")

@@ -1,1 +1,4 @@
-"""What is trained: base.py has the interface, every other file one family of methods. They never import each other."""
+"""What of a model is trained, one file a family: each overrides the hooks of `base.Method`.
+
+A config names a class by `_target_`; no other file does. What a method inserts into a model is in modules/.
+"""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipeline.data import Example
-from pipeline.files import UserError
+from pipeline.core.files import UserError
+from pipeline.data.rows import Example
 
 
 @dataclass(frozen=True)

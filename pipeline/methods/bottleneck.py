@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.blocks import BLOCK, PLACES, blocks, sublayer
-from pipeline.files import UserError
+from pipeline.core.files import UserError
 from pipeline.methods.base import Method
+from pipeline.models.blocks import BLOCK, PLACES, blocks, sublayer
 
 WEIGHTS = "adapter.safetensors"
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
@@ -61,7 +61,7 @@ class Bottleneck(Method):
         return shown | ({"scale": self.scale} if self.scale != 1 else {})
 
     def wrap(self, model: Any) -> Any:
-        from pipeline.layers.adapters import Adapter, attach
+        from pipeline.methods.modules.adapters import Adapter, attach
 
         found = [(sublayer(block, place), place == BLOCK) for block in blocks(model) for place in self.places]  # before the first is changed
         halves = self._halves(model.config.hidden_size)
@@ -86,7 +86,7 @@ class Bottleneck(Method):
 
     def _halves(self, d: int) -> Iterator[tuple[Any, Any]]:
         """The way down and the way up of one adapter after another."""
-        from pipeline.layers.adapters import dense
+        from pipeline.methods.modules.adapters import dense
 
         while True:
             yield dense(d, self.width), dense(self.width, d, zero=True)
@@ -94,7 +94,7 @@ class Bottleneck(Method):
 
 def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
     """The adapters' parameters, a shared one once."""
-    from pipeline.layers.adapters import NAME
+    from pipeline.methods.modules.adapters import NAME
 
     return ((name, p) for name, p in model.named_parameters() if NAME in name.split("."))
 
@@ -120,7 +120,7 @@ class Compacter(Bottleneck):
     def _halves(self, d: int) -> Iterator[tuple[Any, Any]]:
         import torch
 
-        from pipeline.layers.adapters import Hypercomplex
+        from pipeline.methods.modules.adapters import Hypercomplex
 
         if d % self.n:
             raise UserError(f"the model's width {d} is no multiple of method.n={self.n}, which Compacter needs; choose another n")
@@ -162,7 +162,7 @@ class AdaMix(Bottleneck):
         return model
 
     def _halves(self, d: int) -> Iterator[tuple[Any, Any]]:
-        from pipeline.layers.adapters import Experts, dense
+        from pipeline.methods.modules.adapters import Experts, dense
 
         while True:
             down = Experts([dense(d, self.width) for _ in range(1 if self.shared == "down" else self.experts)])

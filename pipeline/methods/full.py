@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import UserError
+from pipeline.core.files import UserError
 from pipeline.methods.base import Method
-from pipeline.model import cast
+from pipeline.models.base import cast
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.blocks import blocks, linears, matrix
-from pipeline.data import Example
-from pipeline.files import UserError
+from pipeline.core.files import UserError
+from pipeline.data.rows import Example
 from pipeline.methods.base import Method
+from pipeline.models.blocks import blocks, linears, matrix
 
 WEIGHTS = "low_rank.safetensors"
 
@@ -58,7 +58,7 @@ class LowRank(Method):
 
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> None:
         """Take the base's layers apart in place."""
-        from pipeline.calibration import calibrate, rows
+        from pipeline.models.blocks import calibrate, rows
 
         if self.calibrated:
             calibrate(base, rows(examples, self.calibration_rows, base), lambda x: x.T @ x, self._replace)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import Example
-from pipeline.files import Unsuited, UserError, read_jsonl, write_jsonl
+from pipeline.core.files import Unsuited, UserError, read_jsonl, write_jsonl
+from pipeline.data.rows import Example
 from pipeline.methods.base import Method
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipeline.files import UserError
+from pipeline.core.files import UserError
+from pipeline.core.peft_files import read_adapter, read_training
 from pipeline.methods.base import Method, prompts_on_device
-from pipeline.model import load_stored, load_tokenizer
-from pipeline.peft_files import read_adapter, read_training
+from pipeline.models.base import load_stored, load_tokenizer
 
 SHOWN = {
     "r": "r", "init_r": "init_r", "target_r": "target_r", "lora_alpha": "alpha", "alpha": "alpha", "lora_dropout": "dropout", "oft_block_size": "block_size",

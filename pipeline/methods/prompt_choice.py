@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import Example
-from pipeline.files import UserError, read_json, write_json
+from pipeline.core.files import UserError, read_json, write_json
+from pipeline.data.rows import Example
 from pipeline.methods.base import Method
 
 MOST_ANSWERS = 20

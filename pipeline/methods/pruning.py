@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.blocks import blocks, linears, matrix
-from pipeline.data import Example
-from pipeline.files import UserError
+from pipeline.core.files import UserError
+from pipeline.data.rows import Example
 from pipeline.methods.base import Method
+from pipeline.models.blocks import blocks, linears, matrix
 
 WEIGHTS = "pruned.safetensors"
 VALUES, MASK = "#values", "#mask"
@@ -69,7 +69,7 @@ class Pruning(Method):
 
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> None:
         """Prune the base in place."""
-        from pipeline.calibration import calibrate, rows
+        from pipeline.models.blocks import calibrate, rows
 
         if self.by == "wanda":
             calibrate(base, rows(examples, self.calibration_rows, base), lambda x: x.square().sum(0), self._prune)

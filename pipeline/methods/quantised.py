@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import UserError
+from pipeline.core.files import UserError
+from pipeline.core.settings import Precision
 from pipeline.methods.base import Method
-from pipeline.model import from_quantised, quiet
-from pipeline.settings import Precision
+from pipeline.models.base import from_quantised, quiet
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data import Example
-from pipeline.files import Unsuited, UserError, read_jsonl, write_jsonl
+from pipeline.core.files import Unsuited, UserError, read_jsonl, write_jsonl
+from pipeline.data.rows import Example
 from pipeline.methods.base import Method
-from pipeline.model import load_tokenizer
+from pipeline.models.base import load_tokenizer
 
 if TYPE_CHECKING:
     import torch

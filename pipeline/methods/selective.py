@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.blocks import blocks
-from pipeline.files import UserError
+from pipeline.core.files import UserError
 from pipeline.methods.base import Method
+from pipeline.models.blocks import blocks
 
 PARTS = ("layers", "final_norm", "biases", "head", "embeddings")
 WEIGHTS = "trained.safetensors"

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.blocks import blocks
-from pipeline.data import Example
-from pipeline.files import UserError, read_json, write_json
+from pipeline.core.files import UserError, read_json, write_json
+from pipeline.data.rows import Example
 from pipeline.methods.base import Method
+from pipeline.models.blocks import blocks
 
 WEIGHTS, TOKENS = "side_network.safetensors", "tokens.json"
 
@@ -25,7 +25,7 @@ class SideNetwork(Method):
     trains = True
 
     def wrap(self, model: Any) -> Any:
-        from pipeline.layers import beside
+        from pipeline.methods.modules import beside
 
         beside.attach(model, self._reader(model))
         for parameter in _added(model).values():
@@ -52,7 +52,7 @@ class SideNetwork(Method):
 
 def _added(model: Any) -> dict[str, Any]:
     """The parameters that are not the base's own."""
-    from pipeline.layers import answers, beside
+    from pipeline.methods.modules import answers, beside
 
     return {name: p for name, p in model.named_parameters() if {beside.NAME, answers.NAME} & set(name.split("."))}
 
@@ -78,7 +78,7 @@ class Ladder(SideNetwork):
         return {"reduction": self.reduction}
 
     def _reader(self, model: Any) -> Any:
-        from pipeline.layers.beside import Ladder as Network
+        from pipeline.methods.modules.beside import Ladder as Network
 
         return Network(model.config, self.reduction)
 
@@ -102,24 +102,24 @@ class AttentionFusion(SideNetwork):
         return {"begin": self.begin}
 
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> None:
-        from pipeline.layers import answers
+        from pipeline.methods.modules import answers
 
         answers.add(base, answers.tokens(examples, base, "attention fusion"))
 
     def save(self, model: Any, state: Any, folder: Path) -> None:
-        from pipeline.layers import answers
+        from pipeline.methods.modules import answers
 
         super().save(model, state, folder)
         write_json(folder / TOKENS, answers.of(model).ids.tolist())
 
     def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
-        from pipeline.layers import answers
+        from pipeline.methods.modules import answers
 
         answers.add(base, read_json(folder / TOKENS))
         return super().load(base, folder)
 
     def _reader(self, model: Any) -> Any:
-        from pipeline.layers.beside import Fusion
+        from pipeline.methods.modules.beside import Fusion
 
         return Fusion(_last_norm(model), model.config.hidden_size, len(blocks(model)), self.begin)
 

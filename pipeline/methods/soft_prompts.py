@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import Example
-from pipeline.files import UserError, read_json, write_json
+from pipeline.core.files import UserError, read_json, write_json
+from pipeline.data.rows import Example
 from pipeline.methods.base import Method, prompts_on_device
 
 PROMPT, ROWS, TOKENS = "adapter_model.safetensors", "answers.safetensors", "tokens.json"
@@ -80,7 +80,7 @@ class Ipt(SoftPrompt):
         return super().hyperparameters() | {"dimensions": self.dimensions, "subspace": f"{len(self.prompts)} prompts" if self.prompts else "random"}
 
     def wrap(self, model: Any) -> Any:
-        from pipeline.layers.prompts import IntrinsicPrompt, fitted_basis, random_basis
+        from pipeline.methods.modules.prompts import IntrinsicPrompt, fitted_basis, random_basis
 
         wrapped = super().wrap(model)
         encoder = wrapped.prompt_encoder["default"]
@@ -126,12 +126,12 @@ class Warp(SoftPrompt):
     prepares = True
 
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> None:
-        from pipeline.layers import answers
+        from pipeline.methods.modules import answers
 
         answers.add(base, answers.tokens(examples, base, "WARP"))
 
     def wrap(self, model: Any) -> Any:
-        from pipeline.layers import answers
+        from pipeline.methods.modules import answers
 
         wrapped = super().wrap(model)
         answers.of(model).rows.requires_grad_(True)
@@ -140,7 +140,7 @@ class Warp(SoftPrompt):
     def save(self, model: Any, state: Any, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        from pipeline.layers import answers
+        from pipeline.methods.modules import answers
 
         super().save(model, state, folder)
         rows = answers.of(model)
@@ -150,7 +150,7 @@ class Warp(SoftPrompt):
     def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
         from safetensors.torch import load_file
 
-        from pipeline.layers import answers
+        from pipeline.methods.modules import answers
 
         answers.add(base, read_json(folder / TOKENS)).rows.data = load_file(folder / ROWS, device=str(base.device))["rows"]
         base.requires_grad_(False)

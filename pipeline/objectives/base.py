@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from omegaconf import DictConfig
 
-from pipeline.data import Batch, Encoded, Encoder, Example, step_batches
-from pipeline.reasoning import Reasoning
-from pipeline.results import Teacher
-from pipeline.scoring import logits_at
-from pipeline.settings import Settings, Task, Train
+from pipeline.core.settings import Settings, Task, Train
+from pipeline.data.rows import Batch, Encoded, Encoder, Example, step_batches
+from pipeline.records.results import Teacher
+from pipeline.scoring.answers import Reasoning
+from pipeline.scoring.scorer import logits_at
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ class Objective:
         """Scalar: sum over labelled positions of weight · cross-entropy, in fp32."""
         import torch.nn.functional as F
 
-        from pipeline.fast.ops import WeightedNll
+        from pipeline.engine.ops import WeightedNll
 
         logits = logits_at(model, batch.input_ids, batch.rows, batch.cols)
         if logits.device.type == "cpu":  # fewer passes over the logits

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data import Batch
-from pipeline.files import UserError
+from pipeline.core.files import UserError
+from pipeline.data.rows import Batch
 from pipeline.objectives.base import Objective
-from pipeline.scoring import logits_at
+from pipeline.scoring.scorer import logits_at
 
 if TYPE_CHECKING:
     import torch

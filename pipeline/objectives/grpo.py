@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data import Encoded, Encoder
-from pipeline.files import UserError
-from pipeline.loop import Loop, Trained, lr_factor, validation_steps
+from pipeline.core.files import UserError
+from pipeline.core.settings import Task
+from pipeline.data.rows import Encoded, Encoder
 from pipeline.objectives.base import Beginning, Objective, Prepared
-from pipeline.scoring import canonical, extract
-from pipeline.settings import Task
+from pipeline.scoring.answers import canonical, extract
+from pipeline.training.loop import Loop, Trained, lr_factor, validation_steps
 
 
 @dataclass(frozen=True)

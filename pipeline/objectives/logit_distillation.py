@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.data import Batch, Encoded, Encoder, Example, by_length, collate
-from pipeline.files import UserError, atomic_path, sha256
-from pipeline.lineage import cell_at, needed
-from pipeline.measure import Stopwatch
-from pipeline.model import most_tokens
+from pipeline.core.files import UserError, atomic_path, sha256
+from pipeline.core.settings import Train
+from pipeline.data.rows import Batch, Encoded, Encoder, Example, by_length, collate
+from pipeline.measure.clock import Stopwatch
+from pipeline.models.base import autocast, most_tokens
 from pipeline.objectives.base import Beginning, Objective, Prepared
-from pipeline.results import Teacher
-from pipeline.results import read as read_result
-from pipeline.scoring import Scorer, autocast, logits_at
-from pipeline.serving import Artefact, Base, finished, held
-from pipeline.settings import Train
+from pipeline.records.finished import cell_at, finished, held, needed
+from pipeline.records.results import Teacher
+from pipeline.records.results import read as read_result
+from pipeline.scoring.scorer import Scorer, logits_at
+from pipeline.serving.artefact import Artefact, Base
 
 if TYPE_CHECKING:
     import torch

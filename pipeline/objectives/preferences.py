@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline.data import Batch, Encoded, Example, by_length, collate
-from pipeline.files import UserError, read_jsonl
+from pipeline.core.files import UserError, read_jsonl
+from pipeline.core.settings import Task, Train
+from pipeline.data.rows import Batch, Encoded, Example, by_length, collate
+from pipeline.models.base import autocast
 from pipeline.objectives.base import Beginning, Objective, Prepared
-from pipeline.scoring import autocast, logits_at
-from pipeline.settings import Task, Train
+from pipeline.scoring.scorer import logits_at
 
 if TYPE_CHECKING:
     import torch

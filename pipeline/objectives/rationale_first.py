@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data import Encoded, Example
-from pipeline.files import UserError
+from pipeline.core.files import UserError
+from pipeline.core.settings import Task
+from pipeline.data.rows import Encoded, Example
 from pipeline.objectives.base import Beginning, Objective, Prepared
-from pipeline.reasoning import Reasoning
-from pipeline.settings import Task
+from pipeline.scoring.answers import Reasoning
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data import Example
-from pipeline.files import UserError
+from pipeline.core.files import UserError
+from pipeline.core.settings import Task
+from pipeline.data.rows import Example
 from pipeline.objectives.base import Objective
-from pipeline.settings import Task
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data import Encoded
-from pipeline.files import UserError
+from pipeline.core.files import UserError
+from pipeline.data.rows import Encoded
 from pipeline.objectives.base import Beginning, Objective, Prepared
-from pipeline.scoring import canonical
+from pipeline.scoring.answers import canonical
 
 
 @dataclass(frozen=True)

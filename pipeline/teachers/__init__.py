@@ -1,2 +1,4 @@
-"""Where rationales come from: base.py has the interface, writer.py what asks a language model (its answers in cache.py), every other file one teacher
-or writer. Those never import each other."""
+"""What another model, or a word list, writes about a task's rows: answers with their rationales, and whole synthetic rows.
+
+In go prepared rows, out come rationales/<task>/<teacher>/ and synthetic/<task>/<set>/.
+"""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.files import UserError
-from pipeline.settings import Task
+from pipeline.core.files import UserError
+from pipeline.core.settings import Task
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.files import UserError
+from pipeline.core.files import UserError
 from pipeline.teachers.base import Explanation, Teacher
 
 NAMED = 3

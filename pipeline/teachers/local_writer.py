@@ -1,6 +1,6 @@
 """A writer that is a language model on this machine. conf/writer/local.yaml.
 
-Batches hold prompts of similar length. Greedy texts come from the project's own decoding (pipeline/fast/decode.py), sampled ones from transformers'
+Batches hold prompts of similar length. Greedy texts come from the project's own decoding (pipeline/engine/decode.py), sampled ones from transformers'
 generate with Gumbel noise added to the logits: the likeliest token is then a draw at that temperature (Gumbel, 1954; Maddison et al., 2014). The noise
 is a function of seed and prompt, so neither batches nor an interruption change what is drawn.
 """
@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data import Encoder, by_length, pad
-from pipeline.files import UserError, sha256
-from pipeline.measure import Stopwatch
-from pipeline.model import device_of, load_model, load_tokenizer, manifest, most_tokens, resolve
-from pipeline.scoring import autocast, continuations
-from pipeline.settings import Precision, Task
-from pipeline.teachers.cache import Answer, digest
-from pipeline.teachers.writer import Messages, Writer, as_text
+from pipeline.core.files import UserError, sha256
+from pipeline.core.settings import Precision, Task
+from pipeline.data.rows import Encoder, by_length, pad
+from pipeline.measure.clock import Stopwatch
+from pipeline.models.base import autocast, device_of, load_model, load_tokenizer, manifest, most_tokens, resolve
+from pipeline.scoring.scorer import continuations
+from pipeline.teachers.writers import Answer, Messages, Writer, as_text, digest
 
 if TYPE_CHECKING:
     import torch

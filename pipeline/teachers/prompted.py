@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.demonstrations import Demonstrations, Shot
-from pipeline.files import UserError
-from pipeline.scoring import canonical, extract
-from pipeline.settings import Task
+from pipeline.core.files import UserError
+from pipeline.core.settings import Task
+from pipeline.scoring.answers import canonical, extract
 from pipeline.teachers.base import Explanation, Teacher
-from pipeline.teachers.writer import Messages, Writer
+from pipeline.teachers.demonstrations import Demonstrations, Shot
+from pipeline.teachers.writers import Messages, Writer
 
 
 @dataclass

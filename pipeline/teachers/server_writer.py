@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.api_client import Client, Malformed, Pace, Patience, Stopped, address, key_of
-from pipeline.files import UserError
-from pipeline.measure import Stopwatch
-from pipeline.teachers.cache import Answer
-from pipeline.teachers.writer import Messages, Writer, as_text
+from pipeline.core.files import UserError
+from pipeline.measure.clock import Stopwatch
+from pipeline.teachers.api_client import Client, Malformed, Pace, Patience, Stopped, address, key_of
+from pipeline.teachers.writers import Answer, Messages, Writer, as_text
 
 PATHS = {"chat": "chat/completions", "completions": "completions"}
 CHARACTERS_PER_TOKEN = 4  # of English text, to book a request before its tokens are known
@@ -149,5 +148,3 @@ class ServerWriter(Writer):
 def _count(usage: Any, key: str) -> int | None:
     value = usage.get(key) if isinstance(usage, dict) else None
     return value if type(value) is int else None
-
-

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.files import UserError
-from pipeline.tasks import text_of
+from pipeline.core.files import UserError
+from pipeline.data.recipe import text_of
 from pipeline.teachers.base import Explanation, Teacher
 
 

@@ -1,0 +1,130 @@
+"""A cell, or any work, in a child process of its own: its memory is freed, its death survived, lack of memory recognised."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+from pipeline.cell import identity, inputs
+from pipeline.cell import run as cell_run
+from pipeline.core import settings
+from pipeline.core.files import UserError, check_writable
+from pipeline.measure.memory import child_rss, kernel_oom_kills
+from pipeline.records.finished import name as cell_name
+from pipeline.records.results import Result
+from pipeline.scoring.answers import headline
+
+POLL_S = 0.1
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """code: the child's exit code, 128 + signal if one ended it. out_of_memory: why, if that was the reason."""
+
+    code: int
+    out_of_memory: str | None = None
+
+
+def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None) -> Outcome:
+    """Fork, run `work` in the child and wait for it. SIGTERM and SIGINT are handed on to the child.
+
+    The caller must not have started threads or used a GPU.
+    """
+    kills = kernel_oom_kills()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _become_child(work, parent)
+    return _wait(child, memory_limit_bytes, kills)
+
+
+def _become_child(work: Callable[[], int], parent: int) -> None:
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive a killed parent
+        if os.getppid() != parent:
+            os._exit(1)
+        code = work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(child: int, limit: int | None, kills: int | None) -> Outcome:
+    over = None
+    before = {s: signal.signal(s, lambda number, _: os.kill(child, number)) for s in (signal.SIGTERM, signal.SIGINT)} if _main_thread() else {}
+    try:
+        while True:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                break
+            held = child_rss(child)
+            if limit and held and held > limit and over is None:
+                over = f"ended at {held} resident bytes, above memory_limit_gb"
+                os.kill(child, signal.SIGKILL)
+            threading.Event().wait(POLL_S)
+    finally:
+        for handled, handler in before.items():
+            signal.signal(handled, handler)
+    if os.WIFEXITED(status):
+        return Outcome(os.WEXITSTATUS(status))
+    number = os.WTERMSIG(status)
+    after = kernel_oom_kills()
+    if number == signal.SIGKILL and over is None and kills is not None and after is not None and after > kills:
+        over = "ended by the kernel for lack of memory (signal 9)"
+    return Outcome(128 + number, over)
+
+
+def _main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | None) -> int:
+    """One cell in a child process; 0 once its result is on disk."""
+    settings.read(cfg)  # a misspelt key is told before anything is started
+    folder = identity.folder_of(cfg)
+    check_writable(folder)
+    limit = cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30)
+
+    def work() -> int:
+        result = cell_run.run(cfg, shared=shared, folder=folder, started=started)
+        print(summary(result))
+        return 0
+
+    done = run_in_child(work, limit)
+    if done.out_of_memory:
+        reason = done.out_of_memory
+        done = run_in_child(lambda: print(summary(cell_run.write_oom(cfg, reason))) or 0)  # what it imports stays out of this process
+    if done.code > 128 and done.code != 130:
+        raise UserError(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it goes on from its last checkpoint")
+    return done.code
+
+
+def summary(result: Result) -> str:
+    """One line on a finished cell."""
+    if result.status != "ok" or result.test is None or result.phases is None:
+        return f"{result.cell}: {result.status} ({result.error})"
+    test = result.test
+    return (
+        f"{result.cell}: test {result.metric} {headline(test, result.metric):.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] "
+        f"on {test.rows} rows, train {result.phases.train_s:.1f} s, wall {result.phases.wall_s:.1f} s"
+    )

@@ -1,0 +1,105 @@
+"""An experiment's cells: its grid composed, those that are done told from those that are missing, the missing ones run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig
+
+from pipeline.cell import identity, packing
+from pipeline.cell.child import run_cell
+from pipeline.cell.identity import fingerprint
+from pipeline.cell.inputs import preload
+from pipeline.core.compose import ROOT, SUFFIX, compose
+from pipeline.core.files import UserError
+from pipeline.forecasting.warn import warned
+from pipeline.measure.clock import now
+from pipeline.measure.machine import hardware_here
+from pipeline.records import mlflow as tracking
+from pipeline.records import tuned
+from pipeline.records.finished import name as cell_name
+from pipeline.records.results import read as read_result
+from pipeline.search import space as search_space
+
+
+def compose_cell(overrides: Sequence[str]) -> DictConfig:
+    """The config of a cell: with its tuned settings, if it has tuned=true. Raises UserError as `compose` and `tuned.applied` do."""
+    return tuned.applied(compose(overrides), overrides)
+
+
+def run_missing(overrides: Sequence[str]) -> int:
+    """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result."""
+    return run_cells([compose_cell(o) for o in grid_overrides(overrides)])
+
+
+def run_cells(cells: Sequence[DictConfig]) -> int:
+    """Run those of the cells that have no result. Returns 0 if all have one then."""
+    missing = [c for c in cells if not is_done(c)]
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells are done")
+    if not missing:
+        return 0
+    warned(*missing)
+    shared = preload(missing)
+    code = 0
+    try:
+        packing.train([c for c in missing if c.pack], shared)
+        for number, cfg in enumerate(missing, 1):
+            print(f"[{number}/{len(missing)}] {cell_name(cfg)}", flush=True)
+            code = max(code, run_cell(cfg, shared, now()))
+            if code == 130:
+                break
+    finally:
+        for cfg in missing:
+            if is_done(cfg):
+                tracking.log_cell(identity.folder_of(cfg), cfg)
+    return code
+
+
+def grid(experiment: str) -> dict[str, Any]:
+    """experiments/<name>/params.yaml, with `synthetic` and `after` at the end of grid.techniques. Raises UserError where it is missing or lacks a key."""
+    path = ROOT / "experiments" / experiment / "params.yaml"
+    if not path.exists():
+        raise UserError(f"{path.relative_to(ROOT)} does not exist; choose experiments=<name> of a folder under experiments/")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key in ("techniques", "seeds", "train_rows"):
+        if not (found.get("grid") or {}).get(key):
+            raise UserError(f"{path.relative_to(ROOT)} has no grid.{key}; list at least one")
+    found["grid"]["techniques"] = [*found["grid"]["techniques"], *(found["grid"].get("synthetic") or []), *(found["grid"].get("after") or [])]
+    return found
+
+
+def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every cell; technique, seed and train_rows given by hand narrow the grid."""
+    given = dict(o.split("=", 1) for o in overrides if "=" in o)
+    if "experiments" not in given:
+        raise UserError("pipeline.cells needs an experiment; add experiments=<name>, for example experiments=quick")
+    axes = grid(given["experiments"])["grid"]
+    rest = [o for o in overrides if o.partition("=")[0] not in ("technique", "seed", "train_rows")]
+    values = [[given[key]] if key in given else axes[plural] for key, plural in (("technique", "techniques"), ("seed", "seeds"), ("train_rows", "train_rows"))]
+    if given.get("tuned", "").lower() == "true":
+        values[0] = _searched(dict.fromkeys(t.removesuffix(SUFFIX) for t in values[0]), rest)
+    return [[*rest, f"technique={t}", f"seed={s}", f"train_rows={n}"] for n, t, s in itertools.product(values[2], values[0], values[1])]
+
+
+def _searched(techniques: Iterable[str], rest: Sequence[str]) -> list[str]:
+    """The techniques that have something to search; the others have no tuned cell."""
+    found = {t: bool(search_space.declared(compose([*rest, f"technique={t}"])).searched) for t in techniques}
+    if without := [t for t, searched in found.items() if not searched]:
+        print(f"nothing is searched for {', '.join(without)}: the untuned cell stands")
+    return [t for t, searched in found.items() if searched]
+
+
+def is_done(cfg: DictConfig) -> bool:
+    """Whether the cell has a result of this config, data and model (and, if it ran out of memory, of this hardware and limit)."""
+    path = identity.folder_of(cfg) / "result.json"
+    if not path.exists():
+        return False
+    result = read_result(path)
+    if result.provenance.get("fingerprint") != fingerprint(cfg):
+        return False
+    if result.status == "ok":
+        return True
+    return result.config.get("memory_limit_gb") == cfg.memory_limit_gb and result.hardware == hardware_here(result.hardware.get("device", "cpu"))

@@ -1,0 +1,97 @@
+"""The frame of every command: overrides in, exit code out.
+
+A command is `main = entry(run)`; `python -m pipeline.<command> key=value …` then takes Hydra's overrides and flags
+(`--cfg job`, `--help`, `-m`), and `main(["key=value"])` runs it in this process. Commands that compose no config take words: `words_entry`.
+Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted; other errors show their trace.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.core.compose import CONF, check_places, compose, explain, spelled_out
+from pipeline.core.files import UserError
+
+_overrides: list[str] = []
+
+
+def task_overrides() -> list[str]:
+    """The overrides that the running entry was started with, for composing further cells like it."""
+    return list(_overrides)
+
+
+NOISE = "`is_gradient_checkpointing` is deprecated"
+"""The beginning of a warning that PEFT (0.21), not a user, can mend: it asks transformers 5 by an old name."""
+
+
+def entry(run: Callable[[DictConfig], int | None]) -> Callable[..., int]:
+    """Make `run(cfg)` an entry. The returned `main(argv=None)` gives the exit code."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        global _overrides
+        _overrides = spelled_out(argv or [])
+        warnings.filterwarnings("ignore", NOISE, FutureWarning)
+        try:
+            return (_command_line(run) if argv is None else run(compose(argv))) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (HydraException, OmegaConfBaseException) as error:
+            print(f"error: {explain(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            return 130
+        finally:
+            _overrides = []
+
+    return main
+
+
+def _command_line(run: Callable[[DictConfig], int | None]) -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that `explain` words it
+    code = 0
+    refused: list[UserError] = []
+
+    def task(cfg: DictConfig) -> None:
+        global _overrides
+        nonlocal code
+        _overrides = list(HydraConfig.get().overrides.task)
+        GlobalHydra.instance().clear()  # `run` may compose further cells
+        try:
+            check_places(cfg, _overrides)
+            code = max(code, run(cfg) or 0)
+        except UserError as error:  # not through Hydra, which would print a line of its own
+            refused.append(error)
+
+    GlobalHydra.instance().clear()
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise UserError("--multirun runs cells in one process, whose times would add up; python -m pipeline.cells experiments=<name> runs a grid of cells")
+    sys.argv[1:] = spelled_out(sys.argv[1:])
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    if refused:
+        raise refused[0]
+    return code
+
+
+def words_entry(run: Callable[[list[str]], int]) -> Callable[..., int]:
+    """The `main` of a command that takes plain words: run's exit code; a UserError is one sentence on stderr and exit code 2."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        try:
+            return run(list(sys.argv[1:] if argv is None else argv))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return main

@@ -1,0 +1,126 @@
+"""Composing a cell's config with Hydra, and building what it names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.core import names, peft_files
+from pipeline.core.files import UserError, check_name, closest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONF = ROOT / "conf"
+
+os.environ.setdefault("ALIGNSCOPE_ROOT", str(ROOT))
+OmegaConf.register_new_resolver("peft_file", peft_files.value)
+
+
+def compose(overrides: Sequence[str] = (), hydra_config: bool = False) -> DictConfig:
+    """The config that these overrides compose, interpolations left in place.
+
+    Raises:
+        UserError: an unknown group option, a misspelt key, a broken YAML.
+    """
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose("config", overrides=spelled_out(overrides), return_hydra_config=hydra_config)
+            check_places(cfg, overrides)
+            return cfg
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
+NAMES = ("task.name", "model.name", "teacher.name", "synthetic.name", "technique.name", "experiment", "variant")
+"""Config keys whose values become parts of paths."""
+
+
+def check_places(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise UserError where a name or a path of the config could lead to a folder that is not this run's."""
+    for key in NAMES:
+        value = OmegaConf.select(cfg, key)
+        if key != "variant" or value is not None:
+            check_name(value, f"config key '{key}'")
+    for name, value in cfg.paths.items():
+        if not isinstance(value, str) or not value:
+            raise UserError(f"config key 'paths.{name}' is {value!r}; it takes the path of a folder")
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    own_name = given.get("experiment")
+    if own_name in {path.stem for path in ROOT.glob("experiments/*.yaml")} and own_name != given.get("experiments"):
+        raise UserError(
+            f"experiment={own_name} would write into the results of experiments/{own_name}.yaml with other settings than its own; "
+            f"say experiments={own_name} to compose it, or choose another name"
+        )
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A config as resolved dicts and lists (Hydra's own node left out)."""
+    try:
+        values = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(values, dict)
+    values.pop("hydra", None)
+    return names.named(values)  # type: ignore[arg-type]
+
+
+def literal(value: Any) -> Any:
+    """Plain data to make a config of, in which a text that looks like an interpolation stays that text.
+
+    For what others wrote (a result.json): ${oc.env:…} in it must not read this machine's environment.
+    """
+    if isinstance(value, dict):
+        return {key: literal(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [literal(part) for part in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def build(node: DictConfig, kind: str) -> Any:
+    """The object that a group of a composed config names (pipeline/core/names.py). Raises UserError for an unknown or refused value, naming the group."""
+    try:
+        values = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    return names.build(values, kind)
+
+
+def explain(error: BaseException) -> str:
+    """One sentence for an error of Hydra or OmegaConf."""
+    if isinstance(error.__cause__, UserError):  # raised by a resolver
+        return str(error.__cause__)
+    missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+    if missing:
+        return f"config key {missing[1]!r} is missing; set it"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = [o for o in error.options or [] if o != "dvc"]
+        return f"unknown {group} {option!r}{closest(option, options)}; there are: {', '.join(options)}"
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    key = getattr(cause, "full_key", None)
+    if key and "not in struct" in str(cause):
+        parent = getattr(cause, "parent_node", None)
+        siblings = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
+        return f"unknown config key {key!r}{closest(key.rpartition('.')[2], siblings)}; mend the override, or prefix + to add a key"
+    text = " ".join(str(error).split())
+    return f"the config does not compose: {text}"
+
+
+MARK = "tuned"
+SUFFIX = f"+{MARK}"
+
+
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """Overrides with technique=<name>+tuned as two, and technique=<name>+<set> likewise: with the synthetic rows of that set."""
+    found: list[str] = []
+    for word in words:
+        technique, *marks = word.split("+") if word.startswith("technique=") else [word]
+        found += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
+    return found

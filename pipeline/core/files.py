@@ -1,0 +1,206 @@
+"""Files that are whole or absent: atomic writes, JSON Lines, checksums, and the one error a user sees.
+
+Library. Everything the pipeline writes goes through `atomic_path` or `write_text`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """Bad input. The message is one sentence that names the file, key or row, and the mend."""
+
+
+class Unsuited(UserError):
+    """Settings that this input does not suit (texts longer than they allow, more demonstrations than rows); others might do."""
+
+
+def closest(word: str, options: Iterable[str]) -> str:
+    """The words that follow a mistyped word in a message, naming the option that it is like; none where it is like none."""
+    near = difflib.get_close_matches(word, list(options), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+NAME = re.compile(r"[A-Za-z0-9._+-]+")
+
+
+def check_name(value: Any, key: str) -> str:
+    """The value, which becomes part of a path.
+
+    Args:
+        key: the config key or field that holds it, for the message.
+
+    Raises:
+        UserError: anything but letters, digits and . _ - +, nothing at all, or dots alone: such a name could lead out of its folder.
+    """
+    if not isinstance(value, str) or not NAME.fullmatch(value) or not value.strip("."):
+        raise UserError(f"{key} is {value!r}, which cannot name a folder; use letters, digits and . _ - + (not dots alone)")
+    return value
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write a file at; rename it into place on success.
+
+    On any error the sibling is removed and `path` is as it was. An existing file is replaced, a folder is not.
+
+    Raises:
+        UserError: the place cannot be written (missing rights, a folder in the way, a full disk).
+    """
+    with _written_beside(Path(path)) as beside:
+        yield beside
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, manifest: str, *keys: str) -> Iterator[Path]:
+    """As `atomic_path`, for a folder, which must be made at the path that is yielded.
+
+    Args:
+        manifest: the file that such a folder holds (a pattern), and keys: what it has at the top level, if it is JSON. A folder that stands
+            there is replaced only if it is empty or holds such a file; anything else is somebody else's.
+
+    Raises:
+        UserError: as atomic_path, and for a folder that is not this stage's.
+    """
+    path = Path(path)
+    _check_own(path, manifest, keys)
+    with _written_beside(path) as beside:
+        yield beside
+        _check_own(path, manifest, keys)
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _check_own(path: Path, manifest: str, keys: Sequence[str]) -> None:
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if path.is_symlink() or not any(_has(file, keys) for file in path.glob(manifest)):
+        raise UserError(f"{path} stands there and was not written by this command (no {manifest} of its kind); choose another name, or move that folder away")
+
+
+def _has(file: Path, keys: Sequence[str]) -> bool:
+    try:
+        held = json.loads(file.read_text(encoding="utf-8")) if keys else {}
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and all(key in held for key in keys)
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path) -> Iterator[Path]:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or mend the path, then run again") from error
+    except Exception as error:
+        if isinstance(error, UserError) or not _disk_is_full(path.parent, error):
+            raise
+        raise UserError(f"cannot write {path}: no space left on the disk; free space, then run again") from error
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise UserError if nothing could be written at `path`; makes nothing itself."""
+    there = next(p for p in Path(path).absolute().parents if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"cannot write {path}: {there} is not a folder that may be written to; mend the path")
+
+
+def _disk_is_full(folder: Path, error: Exception) -> bool:
+    # safetensors raises an error of its own and torch.save a RuntimeError that does not tell why
+    return "No space left on device" in str(error) or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all. Raises UserError where the place cannot be written."""
+    with atomic_path(path) as beside, open(beside, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON, indented and with sorted keys off, so that fields keep the order of the dataclass."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Rows of a JSON Lines file; blank lines are passed over.
+
+    Raises:
+        UserError: the file is missing, or a line is not a JSON object (named by file and line number).
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path} line {number} is not JSON ({error.msg}); mend or remove that line") from error
+                if not isinstance(row, dict):
+                    raise UserError(f"{path} line {number} is not a JSON object; write one object of columns a line")
+                rows.append(row)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; run the stage that writes it, or mend the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    return rows
+
+
+def read_json(path: str | Path) -> Any:
+    """One JSON value. Raises UserError if the file is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; run the stage that writes it") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error.msg}, line {error.lineno}); delete it and run its stage again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); delete it and run its stage again") from error
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file, or of a folder's files in name order (names and contents)."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    members = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for member in members:
+        if path.is_dir():
+            digest.update(member.relative_to(path).as_posix().encode() + b"\0")
+        with open(member, "rb") as data:
+            while block := data.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_bytes(path: str | Path) -> int:
+    """Bytes of all files below a folder; 0 where there is none."""
+    return sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())

@@ -1,0 +1,296 @@
+"""A task's YAML, and the rows that it makes of a source's columns.
+
+Library. `python -m pipeline.prepare task=<name>` reads conf/task/<name>.yaml. A task of your own:
+
+    name: reviews                                # the folder under data/
+    source: {type: files, files: my/reviews.csv}
+    prompt: "Review: {text}\\nSentiment:"          # {column}; \\n starts a new line
+    answer: {column: stars, bins: {negative: [1, 2], positive: [4, 5]}}
+    scoring: choice
+
+source    type: files (JSONL, CSV, TSV, Parquet), hub or registry; what it gives no validation or test rows
+          for is drawn from its training rows. Sets of any other name are transfer test sets, listed under `transfer`.
+columns   {new: old} renames a source's columns; a dot reaches into a nested one ({options: choices.text}).
+prompt    a template of columns. A list is joined by commas, a whole float loses its ".0", null is empty.
+answer    a template ("{label}"), or one column made into words:
+            {column: label, labels: {0: negative, 1: positive, 2: null}}   words for values
+            {column: stars, bins: {negative: [null, 2], positive: [4, null]}}   words for numbers; both ends belong to a
+                bin, null is open, the first bin that fits counts
+            {column: key, of: options}   an element of a list column, by its number from 0 or its letter from A
+            {column: total, number: true}   the number as plain text (42, not 42.0)
+          A row whose label is null, or whose number is in no bin, is left out and counted.
+choices   a fixed list of words, or the name of a list column; left out, the words of labels or bins.
+split     {seed: 0, train: null, validation: null, test: null}: rows, or a share below 1 of what they are drawn from;
+          null takes all that there is (drawn: a tenth for validation, a fifth for test).
+leakage   error (the default) or drop: what to do with a text that stands in two splits.
+licence   of the data, as stated there.
+
+The other keys (scoring, metric, format, separator, …) are those of class Task in pipeline/core/settings.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline.core.compose import plain
+from pipeline.core.files import UserError
+from pipeline.core.names import name_of
+from pipeline.core.settings import Task, build
+
+KINDS = ("labels", "bins", "of", "number")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sizes in rows (int) or as shares (float) of the rows that they are drawn from."""
+
+    seed: int = 0
+    train: int | float | None = None
+    validation: int | float | None = None
+    test: int | float | None = None
+
+    def check(self) -> None:
+        for key in ("train", "validation", "test"):
+            size = getattr(self, key)
+            if size is not None and (size <= 0 or size >= 1 and size != int(size)):
+                raise UserError(f"config key 'task.split.{key}' is {size}; give a number of rows, or a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A column and how its value becomes the answer."""
+
+    column: str
+    labels: dict | None = None
+    bins: dict | None = None
+    of: str | None = None
+    number: bool = False
+
+    def check(self) -> None:
+        chosen = [kind for kind in KINDS if getattr(self, kind)]
+        if len(chosen) != 1:
+            raise UserError(f"config key 'task.answer' takes one of {', '.join(KINDS)} beside column, not {' and '.join(chosen) or 'none'}")
+        for word, ends in (self.bins or {}).items():
+            numbers = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(e is None or isinstance(e, (int, float)) for e in ends)
+            if not numbers or None not in ends and ends[0] > ends[1]:
+                raise UserError(f"config key 'task.answer.bins.{word}' is {ends}; give [lowest, highest], null where it is open")
+        _no_booleans("task.answer", (self.labels or {}).values())
+        _no_booleans("task.answer", self.bins or ())
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        named = self.labels.values() if self.labels else self.bins or ()
+        return tuple(dict.fromkeys(text_of(word) for word in named if word is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Task):
+    """All keys of a task's YAML; the opening of this file says what each takes."""
+
+    source: dict
+    prompt: str
+    answer: str | dict
+    columns: dict = field(default_factory=dict)
+    choices: tuple | str | None = None
+    split: dict = field(default_factory=dict)
+    leakage: str = "error"
+    licence: str = "not stated"
+
+    def check(self) -> None:
+        super().check()
+        name_of(self.source, "task.source")
+        if self.leakage not in ("error", "drop"):
+            raise UserError(f"config key 'task.leakage' is {self.leakage!r}; choose error or drop")
+        for key in ("prompt", "answer"):
+            value = getattr(self, key)
+            if isinstance(value, str) and not columns_of(value, f"task.{key}"):
+                raise UserError(f"config key 'task.{key}' is {value!r}; name at least one column in braces, as in {{text}}")
+        _no_booleans("task.choices", self.choices if isinstance(self.choices, tuple) else ())
+        if self.scoring == "choice" and self.choice_list is None and not isinstance(self.choices, str):
+            raise UserError(
+                "config key 'task.choices' is missing; "
+                "list the answers to choose from, or name the column that holds a row's own"
+            )
+
+    @functools.cached_property
+    def spec(self) -> Answer | None:
+        """The answer as a column and its treatment; None where it is a template."""
+        return build(Answer, dict(self.answer), "task.answer") if isinstance(self.answer, dict) else None
+
+    @property
+    def sizes(self) -> Split:
+        return build(Split, dict(self.split), "task.split")
+
+    @functools.cached_property
+    def choice_list(self) -> list[str] | None:
+        """The fixed choices; None where every row brings its own, or answers are generated."""
+        if isinstance(self.choices, tuple):
+            return [text_of(choice) for choice in self.choices]
+        spec = self.spec
+        return list(spec.words) if spec and spec.words and self.scoring == "choice" and self.choices is None else None
+
+
+def read(cfg: DictConfig) -> Recipe:
+    """The checked task of a composed config. Raises UserError naming the key."""
+    recipe: Recipe = build(Recipe, plain(cfg)["task"], "task")
+    recipe.sizes  # noqa: B018  a wrong size must show before anything is fetched
+    return recipe
+
+
+def text_of(value: Any) -> str:
+    """A value as it stands in a prompt or an answer."""
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(text_of, value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def columns_of(template: str, key: str) -> list[str]:
+    """The columns that a template names. Raises UserError for braces that do not pair."""
+    return [name for _, name in _parts(template, key) if name is not None]
+
+
+def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> dict[str, Any] | None:
+    """The task's row of a source's row: id, prompt, answer, choices, fields; None where it has no label.
+
+    Args:
+        where: the row in words, for the messages ("row 3 of train").
+
+    Raises:
+        UserError: a missing column, an unknown label, an empty prompt or answer, an answer that is no choice.
+    """
+    fields = _renamed(recipe, raw, where)
+    answer = _answer(recipe, fields, where)
+    if answer is None:
+        return None
+    prompt = _fill(recipe.prompt, fields, "task.prompt", where)
+    if not any(text_of(_look(fields, name, "task.prompt", where)) for name in columns_of(recipe.prompt, "task.prompt")):
+        raise UserError(f"{where} has no text in the columns of task.prompt; fill or remove that row")
+    if not answer:
+        raise UserError(f"{where} has an empty answer; fill or remove that row, or map its label to null")
+    choices = _choices(recipe, fields, where)
+    if choices is not None and answer not in choices:
+        raise UserError(
+            f"{where} has the answer {answer!r}, which is none of its choices ({', '.join(choices)}); "
+            "mend the row or task.choices"
+        )
+    return {"id": identity, "prompt": prompt, "answer": answer, "choices": choices, "fields": _plain(fields)}
+
+
+def _renamed(recipe: Recipe, raw: dict[str, Any], where: str) -> dict[str, Any]:
+    fields = {name: value for name, value in raw.items() if name not in recipe.columns.values()}
+    return fields | {new: _look(raw, str(old), f"task.columns.{new}", where) for new, old in recipe.columns.items()}
+
+
+def _look(fields: dict[str, Any], path: str, key: str, where: str) -> Any:
+    if path in fields:
+        return fields[path]
+    value: Any = fields
+    for part in path.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise UserError(f"{key} names the column {path!r}, which {where} does not have; there are: {', '.join(map(str, fields))}")
+        value = value[part]
+    return value
+
+
+def _parts(template: str, key: str) -> list[tuple[str, str | None]]:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"config key '{key}' is {template!r} ({error}); write {{{{ and }}}} for braces that are text") from error
+    wrong = next((name for _, name, spec, conversion in parts if spec or conversion or name == ""), None)
+    if wrong is not None:
+        raise UserError(f"config key '{key}' is {template!r}; braces hold the name of a column and nothing else")
+    return [(text, name) for text, name, _, _ in parts]
+
+
+def _fill(template: str, fields: dict[str, Any], key: str, where: str) -> str:
+    parts = _parts(template, key)
+    return "".join(text + ("" if name is None else text_of(_look(fields, name, key, where))) for text, name in parts).strip()
+
+
+def _answer(recipe: Recipe, fields: dict[str, Any], where: str) -> str | None:
+    if isinstance(recipe.answer, str):
+        return _fill(recipe.answer, fields, "task.answer", where)
+    spec = recipe.spec
+    assert spec is not None
+    value = _look(fields, spec.column, "task.answer.column", where)
+    if spec.labels is not None:
+        words = {text_of(k): v for k, v in spec.labels.items()}
+        if text_of(value) not in words:
+            raise UserError(
+                f"{where} has {spec.column}={value!r}, which task.answer.labels does not list; "
+                "add it (null leaves such rows out)"
+            )
+        word = words[text_of(value)]
+        return None if word is None else text_of(word)
+    if spec.of is not None:
+        return _element(_look(fields, spec.of, "task.answer.of", where), value, spec, where)
+    number = _number(value, spec.column, where)
+    if spec.number:
+        return text_of(number)
+    return next((text_of(word) for word, ends in (spec.bins or {}).items() if _inside(number, *ends)), None)
+
+
+def _inside(number: float, low: float | None, high: float | None) -> bool:
+    return (low is None or number >= low) and (high is None or number <= high)
+
+
+def _number(value: Any, column: str, where: str) -> float:
+    try:
+        number = float(str(value).replace(",", ""))
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where} has {column}={value!r}, which is not a number; mend or remove that row")
+    return number
+
+
+def _element(options: Any, value: Any, spec: Answer, where: str) -> str:
+    text = text_of(value)
+    index = int(text) if text.isdecimal() else ord(text.upper()) - ord("A") if len(text) == 1 else -1
+    if not isinstance(options, list) or not 0 <= index < len(options):
+        raise UserError(
+            f"{where} has {spec.column}={value!r}, which is no place (0, 1, … or A, B, …) in the list {spec.of}; "
+            "mend or remove that row"
+        )
+    return text_of(options[index])
+
+
+def _choices(recipe: Recipe, fields: dict[str, Any], where: str) -> list[str] | None:
+    if not isinstance(recipe.choices, str):
+        return recipe.choice_list
+    found = _look(fields, recipe.choices, "task.choices", where)
+    if not isinstance(found, list) or len(found) < 2:
+        raise UserError(f"{where} has {recipe.choices}={found!r}; task.choices needs a column that holds a list of at least two")
+    return _unique(map(text_of, found))
+
+
+def _no_booleans(key: str, words: Iterable[Any]) -> None:
+    if any(isinstance(word, bool) for word in words):
+        raise UserError(f"config key '{key}' holds a word that YAML reads as true or false; put yes, no, on, off, true and false in quotes")
+
+
+def _unique(words: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(words))
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)

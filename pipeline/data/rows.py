@@ -1,0 +1,254 @@
+"""Task rows to token batches. Shapes stand in the docstrings: B rows, T tokens, N labelled positions.
+
+Library. Rows come prepared (data/<task>/*.jsonl); an objective turns a row into examples; `encode` makes tokens of
+them, `step_batches` puts them into padded batches in an order that is a function of the seed alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pipeline.core.files import Unsuited, UserError, read_jsonl
+from pipeline.core.settings import Task, Train
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text to learn from: the loss falls on the answer's tokens alone."""
+
+    prompt: str
+    answer: str
+    group: str = "label"
+    """Losses are averaged over the tokens of a group, then summed over groups by weight."""
+    weight: float = 1.0
+    ends: bool = False
+    """Whether the answer is closed by the end-of-text token (needed where it is generated)."""
+    prefill: str = ""
+    """The answer's beginning that is given, not learnt."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of an example: ids[start:] are the labels."""
+
+    ids: tuple[int, ...]
+    start: int
+    group: str = "label"
+    weight: float = 1.0
+
+
+@dataclass
+class Batch:
+    """A right-padded micro-batch; a causal model needs no attention mask for it.
+
+    input_ids [B, T]; rows, cols, targets, weights [N]: the token `targets[i]` is predicted at
+    (rows[i], cols[i]), and the loss is sum(weights · nll).
+    """
+
+    input_ids: torch.Tensor
+    rows: torch.Tensor
+    cols: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    tokens: int
+    """Real (non-padding) tokens."""
+
+    def to(self, device: Any) -> Self:
+        moved = {k: v.to(device) for k, v in vars(self).items() if k != "tokens"}
+        return type(self)(**moved, tokens=self.tokens)
+
+
+class Encoder:
+    """A tokenizer with a task's format around it.
+
+    Raises (from the methods):
+        UserError: a text is longer than `max_length` and too_long is error.
+    """
+
+    def __init__(self, tokenizer: Any, task: Task, max_length: int, too_long: str) -> None:
+        self.tokenizer, self.task, self.max_length, self.too_long = tokenizer, task, max_length, too_long
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._cut: set[tuple[int, ...]] = set()
+        self._told = 0
+
+    def prompt(self, text: str) -> list[int]:
+        if self.task.format == "chat":
+            messages = [{"role": "user", "content": text}]
+            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text)["input_ids"]
+        if ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1:
+            ids = ids[:-1]  # a tokenizer that closes every text; ours goes on
+        return ids or [self.pad_id]
+
+    def answer(self, text: str, ends: bool = False) -> list[int]:
+        glue = "" if self.task.format == "chat" else self.task.separator
+        ids = self.tokenizer(glue + text, add_special_tokens=False)["input_ids"]
+        return ids + [self.tokenizer.eos_token_id] if ends else ids
+
+    def example(self, example: Example) -> Encoded:
+        answer = self.answer(example.answer, example.ends)
+        prompt = self.prompt(example.prompt)
+        if example.prefill:
+            prompt = prompt + self.answer(example.prefill)
+        prompt = self.fit(prompt, len(answer))
+        return Encoded((*prompt, *answer), len(prompt), example.group, example.weight)
+
+    def fit(self, prompt: list[int], room: int) -> list[int]:
+        """The prompt, its start cut if prompt and `room` further tokens exceed max_length (and too_long allows it)."""
+        excess = len(prompt) + room - self.max_length
+        if excess <= 0:
+            return prompt
+        self._cut.add(tuple(prompt))
+        return prompt[excess:] if excess < len(prompt) else prompt[-1:]
+
+    def check(self, what: str) -> str | None:
+        """A note on how many texts were cut that no check has told of yet, or UserError where that is not allowed."""
+        count, self._told = len(self._cut) - self._told, len(self._cut)
+        if not count:
+            return None
+        if self.too_long == "error":
+            raise Unsuited(
+                f"{count} texts of {what} are longer than {self.max_length} tokens (train.max_length, at most the model's context); "
+                "raise train.max_length if the context allows it, or set train.too_long=truncate"
+            )
+        return f"{count} texts of {what} longer than {self.max_length} tokens lost their start"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one cell, by split; `labelled` ones (train and validation) are what the technique costs in data."""
+
+    train: list[dict]
+    validation: list[dict]
+    test: list[dict]
+    transfer: dict[str, list[dict]]
+    manifest: dict[str, Any]
+    rationales: dict[str, dict]
+    """By row id; empty without a teacher."""
+
+    @property
+    def scored(self) -> dict[str, list[dict]]:
+        """The rows that are answered, by the split's name in a result."""
+        return {"validation": self.validation, "test": self.test, **{f"transfer/{name}": rows for name, rows in self.transfer.items()}}
+
+
+def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, validation_share: float, test_rows: int | None,
+              transfer_rows: int | None) -> Rows:
+    """Read a prepared task. Smaller train_rows are nested in larger ones of the same seed, whose order is drawn with it (docs/data_dependency.md).
+
+    Validation rows are the first of the split's fixed order, the same for every seed: the share of train_rows rounded down, one at least.
+
+    test_rows 0 does not open the test split.
+
+    Raises:
+        UserError: not prepared, or fewer rows than asked for.
+    """
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"{folder} is not prepared; run: python -m pipeline.prepare task={task.name}")
+    train = read_jsonl(folder / "train.jsonl")
+    wanted = len(train) if train_rows is None else train_rows
+    if wanted > len(train):
+        raise UserError(f"train_rows={wanted}, but {folder / 'train.jsonl'} has {len(train)} rows; ask for at most that")
+    random.Random(seed).shuffle(train)
+    validation = read_jsonl(folder / "validation.jsonl")[: max(1, int(wanted * validation_share + 1e-9))]
+    transfer = {}
+    for name in task.transfer if transfer_rows != 0 else ():
+        transfer[name] = read_jsonl(folder / "transfer" / f"{name}.jsonl")[:transfer_rows]
+    return Rows(
+        train[:wanted], validation, [] if test_rows == 0 else read_jsonl(folder / "test.jsonl")[:test_rows], transfer,
+        json.loads((folder / "manifest.json").read_text(encoding="utf-8")), {},
+    )
+
+
+def load_rationales(folder: Path) -> dict[str, dict]:
+    """A teacher's rows by row id. Raises UserError if there is no teacher or its stage has not run."""
+    if folder.name == "none":
+        raise UserError("this technique learns from a teacher, but teacher=none; choose teacher=lexicon, stored, local or server")
+    path = folder / "rationales.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} does not exist; run: python -m pipeline.rationales task={folder.parent.name} teacher={folder.name}")
+    return {row["id"]: row for row in read_jsonl(path)}
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
+    """The order of the rows in an epoch: a function of seed and epoch alone, so a resumed run finds its place."""
+    return list(_epoch_order(rows, seed, epoch))
+
+
+@functools.lru_cache(maxsize=128)  # a shuffle takes longer than a short step, and every step of an epoch asks
+def _epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(rows))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def steps_in_epoch(rows: int, batch_size: int) -> int:
+    return -(-rows // batch_size)
+
+
+def step_rows(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The rows of optimiser step `step` (from 0); an epoch's last step may be smaller."""
+    epoch, index = divmod(step, steps_in_epoch(rows, batch_size))
+    return list(_epoch_order(rows, seed, epoch)[index * batch_size : (index + 1) * batch_size])
+
+
+def step_batches(examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
+    """The micro-batches of one optimiser step, similar lengths together.
+
+    Token weights are set over the whole step (example weight over the step's labelled tokens of that group), so the
+    summed loss does not depend on how the step is split.
+    """
+    counts: dict[str, int] = {}
+    for example in examples:
+        counts[example.group] = counts.get(example.group, 0) + len(example.ids) - example.start
+    for part in by_length([len(e.ids) for e in examples], settings.micro_batch_tokens):
+        yield collate([examples[i] for i in part], counts, pad_id)
+
+
+def by_length(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, each of at most `most_tokens` padded tokens (one row at least)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > most_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> torch.Tensor:
+    """[B, T] token ids, padded on the right (or left)."""
+    import torch
+
+    width = max(map(len, sequences))
+    fill = [[pad_id] * (width - len(s)) for s in sequences]
+    return torch.tensor([[*f, *s] if left else [*s, *f] for s, f in zip(sequences, fill, strict=True)], dtype=torch.long)
+
+
+def collate(examples: Sequence[Encoded], counts: dict[str, int], pad_id: int) -> Batch:
+    """One padded micro-batch; `counts` are the step's labelled tokens by group."""
+    import torch
+
+    # the last token predicts nothing, so it is left out of the input
+    ids = pad([e.ids[:-1] for e in examples], pad_id)
+    rows, cols, targets, weights = [], [], [], []
+    for row, example in enumerate(examples):
+        for at in range(example.start, len(example.ids)):
+            rows.append(row)
+            cols.append(at - 1)
+            targets.append(example.ids[at])
+            weights.append(example.weight / counts[example.group])
+    tokens = sum(len(e.ids) - 1 for e in examples)
+    return Batch(ids, torch.tensor(rows), torch.tensor(cols), torch.tensor(targets), torch.tensor(weights), tokens)

@@ -1,0 +1,95 @@
+"""A model's answers by hand: the forward pass of llama.py over a transformers or PEFT model, for scoring and generation.
+
+Library. `by_hand` binds a model for as long as its answers are wanted; a model that is bound for training answers with what it trains.
+What is not known keeps its own forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.engine.attention import Heads, seen
+from pipeline.engine.bind import answering, bound_to
+from pipeline.engine.llama import Llama
+from pipeline.engine.ops import Tensor
+from pipeline.engine.parts import Unsupported
+
+STATIC = ("cuda",)
+"""Device types on which launching kernels is what a model's own forward pass waits for."""
+FEW = 32
+"""Rows below which binding a model costs more than it brings."""
+LEAST_TABLE = 64
+
+
+class Forward:
+    """Logits at chosen positions, as scoring.logits_at gives them."""
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama = llama
+
+    def table(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [at least `length`, e]; few different ones are ever made."""
+        with torch.inference_mode(False):  # training may read them next
+            return self.llama.angles(max(LEAST_TABLE, 1 << (length - 1).bit_length()))
+
+    def __call__(self, ids: Tensor, rows: Tensor, cols: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                 past_key_values: Any = None, use_cache: bool = False) -> Tensor:
+        """fp32 [N, V] at (rows, cols) [N] of ids [R, T].
+
+        Args:
+            attention_mask: [R, 1, T, P + T], True where a token sees another; None: causal.
+            position_ids: [R, T]; None: 0 to T - 1. past_key_values: a transformers cache of P tokens, added to.
+        """
+        count, width = ids.shape
+        if position_ids is None:
+            cos, sin = (part[:width] for part in self.table(width))
+        else:
+            longest = attention_mask.shape[-1] if attention_mask is not None else width
+            cos, sin = (part[position_ids.reshape(-1)] for part in self.table(longest))
+
+        attends = [Masked(width, attention_mask, past_key_values, layer) for layer in range(len(self.llama.layers))]
+        hidden = self.llama.answer(ids.reshape(-1), cos, sin, attends).view(count, width, -1)
+        return self.llama.logits(hidden[rows, cols])
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Rows of `tokens` tokens for answers alone: causal, or by `mask` [R, 1, T, P + T] (True where a token sees another), after the tokens of `past`
+    (a transformers cache of P tokens, added to)."""
+
+    tokens: int
+    mask: Tensor | None = None
+    past: Any = None
+    layer: int = 0
+
+    def forward(self, heads: Heads, qkv: Tensor, save: bool) -> tuple[Tensor, tuple]:
+        q, k, v = heads.parts(qkv, self.tokens)
+        if self.past is not None:
+            k, v = self.past.update(k, v, self.layer)
+        return heads.mixed(seen(q, k, v, self.mask)), ()
+
+
+@contextmanager
+def by_hand(model: Any, dtype: Any, device: Any, rows: int) -> Iterator[Forward | None]:
+    """The model's forward pass by hand while the context lasts; None where the model is not known, the rows are few or the device gains nothing."""
+    if torch.device(device).type not in STATIC:
+        yield None
+        return
+    if (llama := bound_to(model, dtype)) is not None:
+        yield Forward(llama)
+        return
+    bound = None
+    if rows >= FEW:
+        with torch.inference_mode(False), torch.no_grad(), suppress(Unsupported):
+            bound = answering(model, dtype)
+    try:
+        yield Forward(bound.llama) if bound is not None else None
+    finally:
+        if bound is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                bound.release()

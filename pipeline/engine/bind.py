@@ -1,0 +1,304 @@
+"""From a transformers or PEFT model to the hand-written Llama over the same memory.
+
+Library. Nothing is copied for long: frozen weights are stacked once and the modules' own weights become views of the stack,
+trained ones become views of a Flat's masters. A model that this file does not know raises Unsupported with the reason,
+and the caller takes another way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from pipeline.engine import ops
+from pipeline.engine.buffer import Flat, Region
+from pipeline.engine.layout import padded
+from pipeline.engine.linear import Group, Low
+from pipeline.engine.llama import Llama, Norm
+from pipeline.engine.ops import Tensor
+from pipeline.engine.parts import GROUPS, WIDE, Parts, Unsupported, stack, with_columns
+
+
+@dataclass
+class Bound:
+    """A model bound to the hand-written step."""
+
+    llama: Llama
+    flat: Flat
+    pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """LoRA: module name -> (A [K, r, in], B [K, out, r]) as views of the masters."""
+    moved: list[Any] = field(default_factory=list)
+
+    def serve(self, model: Any) -> None:
+        """Answer for the model, whose own parameters these are, until the release."""
+        _BOUND[model] = self
+
+    def release(self) -> None:
+        """Give every frozen module a weight of its own again, laid out as before."""
+        for model, bound in list(_BOUND.items()):
+            if bound is self:
+                del _BOUND[model]
+        give_back(self.moved)
+
+
+@dataclass
+class Answering:
+    """A model bound for its answers alone."""
+
+    llama: Llama
+    moved: list[Any]
+
+    def release(self) -> None:
+        """As Bound.release."""
+        give_back(self.moved)
+
+
+_BOUND: WeakKeyDictionary[Any, Bound] = WeakKeyDictionary()
+"""Model -> how its training is bound."""
+
+
+def bound_to(model: Any, dtype: Any) -> Llama | None:
+    """What trains this model at present in this arithmetic, to answer with; None: nothing does, or it has soft prompts."""
+    bound = _BOUND.get(model)
+    return bound.llama if bound is not None and bound.llama.prompt is None and bound.llama.embedding.dtype == dtype else None
+
+
+def give_back(modules: list[Any]) -> None:
+    """Let every module own its weight again."""
+    for module in modules:
+        module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
+
+
+def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumulate: bool = False, dropout: bool = False, seed: int = 0) -> Bound:
+    """Bind what `model` trains.
+
+    Args:
+        model: a PEFT model with LoRA or prompt tuning, or a plain model of which every parameter is trained.
+        dtype: of the arithmetic.
+        slots, rank: K runs at once, with room for this rank each (LoRA; the model's own adapter says which modules).
+            With one slot the model's own parameters become the masters; with several the caller fills the slots.
+        dropout: leave way for dropout even if the model's own adapter has none (the caller fills flat.dropout and flat.seed).
+        seed: of the dropout.
+
+    Raises:
+        Unsupported: another architecture, adapter or option.
+    """
+    base, kind = _base(model)
+    _check_trained(model, kind)
+    parts = Parts(base, dtype)
+    if kind == "lora":
+        bound = _lora(parts, dtype, slots, rank, accumulate)
+        p = model.active_peft_config.lora_dropout
+        if p or dropout:
+            _let_drop(bound, p, seed)
+    elif kind == "prompt":
+        bound = _prompt(model, parts, dtype, slots, accumulate)
+    elif not all(p.requires_grad for p in model.parameters()):
+        raise Unsupported("a part of the weights is frozen without an adapter")
+    elif slots != 1:
+        raise Unsupported("full fine-tuning runs are not packed: nothing of the base could be shared")
+    else:
+        bound = _full(parts, dtype, accumulate)
+    return bound
+
+
+def answering(model: Any, dtype: Any) -> Answering:
+    """Bind what `model` answers with: a plain one, or one with LoRA that is active and not merged.
+
+    Raises:
+        Unsupported: as bind, and for soft prompts.
+    """
+    base, kind = _base(model)
+    if kind == "prompt":
+        raise Unsupported("a soft prompt stands before every row")
+    parts = Parts(base, dtype)
+    _adapters(parts)
+    groups = {}
+    try:
+        for layer, index, modules in parts.groups():
+            weight, bias, spans = stack(parts, modules)
+            groups[layer, index] = _adapted(Group(weight, bias), modules, spans, dtype)
+        return Answering(parts.frozen_build(groups, len(parts.layers)), parts.moved)
+    except BaseException:
+        give_back(parts.moved)
+        raise
+
+
+def _adapted(group: Group, modules: list[tuple[str, Any]], spans: list[tuple[int, int]], dtype: Any) -> Group:
+    """The group with the adapters of its modules as they are now, in the arithmetic's dtype."""
+    members = [(m, span) for (_, m), span in zip(modules, spans, strict=True) if hasattr(m, "lora_A")]
+    if any(m.merged or m.disable_adapters or m.active_adapters != ["default"] for m, _ in members):
+        raise Unsupported("its adapters are merged or not active")
+    if len({m.r["default"] for m, _ in members}) > 1:
+        raise Unsupported("LoRA with several ranks has no hand-written step")
+    if members:
+        group.a = torch.cat([m.lora_A["default"].weight.detach().to(dtype) for m, _ in members])[None]
+        group.low = [Low(lo, hi, (m.lora_B["default"].weight.detach() * m.scaling["default"]).to(dtype)[None]) for m, (lo, hi) in members]
+    return group
+
+
+def _base(model: Any) -> tuple[Any, str]:
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
+        return model, "full"
+    kind = config.peft_type.value
+    if kind == "PROMPT_TUNING":
+        return model.base_model, "prompt"
+    if kind != "LORA":
+        raise Unsupported(f"{kind} has no hand-written step")
+    for option in ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "layer_replication",
+                   "fan_in_fan_out", "target_parameters", "use_bdlora", "arrow_config", "use_qalora"):
+        if getattr(config, option, None):
+            raise Unsupported(f"LoRA with {option} has no hand-written step")
+    if config.bias != "none":
+        raise Unsupported("LoRA that trains biases has no hand-written step")
+    return model.base_model.model, "lora"
+
+
+def _check_trained(model: Any, kind: str) -> None:
+    """Raise Unsupported where an adapter's model trains more than the adapter, or other parameters than the hand-written step moves."""
+    if kind == "full":
+        return
+    known = ("prompt_encoder.default.embedding.weight",) if kind == "prompt" else (".lora_A.default.weight", ".lora_B.default.weight")
+    other = next((name for name, p in model.named_parameters() if p.requires_grad and not name.endswith(known)), None)
+    if other is not None:
+        raise Unsupported(f"it trains {other}, which has no hand-written step")
+
+
+def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bool) -> Bound:
+    adapted = _adapters(parts)
+    ranks = {m.r["default"] for m in adapted.values()}
+    scales = {m.scaling["default"] for m in adapted.values()}
+    if len(ranks) != 1 or len(scales) != 1:
+        raise Unsupported("LoRA with several ranks or scales has no hand-written step")
+    wide = rank or ranks.pop()
+    flat = Flat(slots, [Region(sum(wide * m.in_features for m in adapted.values())), Region(sum(wide * m.out_features for m in adapted.values()), True)],
+                next(iter(adapted.values())).weight.device, dtype, accumulate=accumulate)
+    groups, pairs, places = {}, {}, []
+    at_a, at_b = 0, flat.regions[0].size
+    for layer, index, modules in parts.groups():
+        count = sum(name in adapted for name, _ in modules)
+        thin = count * wide if slots == 1 else 0
+        room = padded(thin, modules[0][1].in_features) if GROUPS[index] in WIDE else 0
+        four = any(hasattr(getattr(m, "base_layer", m).weight, "quant_state") for _, m in modules)
+        under = 0 if four else padded(thin, sum(m.out_features for _, m in modules))
+        weight, bias, spans = stack(parts, modules, room, under)
+        group = Group(weight, bias, room=room, under=under)
+        members = [(name, m, span) for (name, m), span in zip(modules, spans, strict=True) if name in adapted]
+        if members:
+            width, size = members[0][1].in_features, wide * members[0][1].in_features
+            columns = []
+            for j, (name, module, (lo, hi)) in enumerate(members):
+                b = slice(at_b, at_b + (hi - lo) * wide)
+                at_b = b.stop
+                views = [held[:, b].view(slots, hi - lo, wide) for held in (flat.compute, flat.raw, flat.master)]
+                a = flat.master[:, at_a + j * size : at_a + (j + 1) * size].view(slots, wide, width)
+                group.low.append(Low(lo, hi, views[0], views[1]))
+                pairs[name] = (a, views[2])
+                columns.append((views[0][0], slice(lo, hi), slice(width + j * wide, width + (j + 1) * wide)))
+                if slots == 1:
+                    _adopt(module.lora_A["default"].weight, a[0])
+                    _adopt(module.lora_B["default"].weight, views[2][0])
+            span = slice(at_a, at_a + len(members) * size)
+            group.a, group.da = (held[:, span].view(slots, len(members) * wide, width) for held in (flat.compute, flat.raw))
+            at_a = span.stop
+            if slots == 1 and all(one.hi == other.lo for one, other in zip(group.low, group.low[1:], strict=False)):
+                group.db = flat.raw[0, b.stop - (group.low[-1].hi - group.low[0].lo) * wide : b.stop].view(-1, wide)
+            if room and hasattr(members[0][1].base_layer.weight, "quant_state"):
+                group.weight = with_columns(weight, columns)
+            elif room:
+                places += [(held, weight()[rows, cols]) for held, rows, cols in columns]
+            if under:
+                places.append((group.a[0], weight()[spans[-1][1] : spans[-1][1] + len(members) * wide, :width]))
+        groups[layer, index] = group
+    flat.places = ops.Places(places)
+    flat.scale.fill_(scales.pop())
+    flat.sync()
+    lowest = min(layer for (layer, _), group in groups.items() if group.trained)
+    return Bound(parts.frozen_build(groups, lowest), flat, pairs, parts.moved)
+
+
+def _adapters(parts: Parts) -> dict[str, Any]:
+    """Name -> module with LoRA."""
+    adapted = {name: module for _, _, modules in parts.groups() for name, module in modules if hasattr(module, "lora_A")}
+    others = [n for n, m in parts.base.named_modules() if hasattr(m, "lora_A") and n not in adapted]
+    if others:
+        raise Unsupported(f"LoRA on {others[0]} has no hand-written step")
+    return adapted
+
+
+def _let_drop(bound: Bound, p: float, seed: int) -> None:
+    """Give every adapted group its noise."""
+    flat = bound.flat
+    flat.dropout.fill_(p)
+    flat.seed.fill_(seed)
+    noise = ops.Noise(flat.dropout, flat.seed, flat.count, torch.zeros((), dtype=torch.long, device=flat.seed.device))
+    bound.llama.noise = noise
+    member = 0
+    for layer in bound.llama.layers:
+        for group in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            for low in group.low:
+                low.member, member = member, member + 1
+            group.noise = noise if group.low else None
+
+
+def _adopt(parameter: Any, view: Tensor) -> None:
+    """Make a parameter a view of the masters, values kept."""
+    view.copy_(parameter.data)
+    parameter.data = view
+
+
+def _prompt(model: Any, parts: Parts, dtype: Any, slots: int, accumulate: bool) -> Bound:
+    embedding = model.prompt_encoder["default"].embedding.weight
+    n, d = embedding.shape
+    flat = Flat(slots, [Region(n * d)], embedding.device, dtype, accumulate=accumulate)
+    if slots == 1:
+        _adopt(embedding, flat.master[0].view(n, d))
+    flat.sync()
+    groups = {}
+    for layer, index, modules in parts.groups():
+        weight, bias, _ = stack(parts, modules)
+        groups[layer, index] = Group(weight, bias)
+    llama = parts.frozen_build(groups, 0)
+    llama.prompt, llama.dprompt = flat.compute.view(slots, n, d), flat.raw.view(slots, n, d)
+    return Bound(llama, flat, moved=parts.moved)
+
+
+def _full(parts: Parts, dtype: Any, accumulate: bool) -> Bound:
+    ordered: list[Any] = [parts.model.embed_tokens.weight]
+    grouped: dict[tuple[int, int], list[Any]] = {}
+    for layer, index, modules in parts.groups():
+        if any(m.bias is not None for _, m in modules):
+            raise Unsupported("full fine-tuning of a model with biases has no hand-written step")
+        grouped[layer, index] = [m.weight for _, m in modules]
+        ordered += grouped[layer, index]
+    norms = [*(m for layer in parts.layers for m in (layer.input_layernorm, layer.post_attention_layernorm)), parts.model.norm]
+    ordered += [m.weight for m in norms] + ([] if parts.tied else [parts.base.lm_head.weight])
+    if {id(p) for p in ordered} != {id(p) for p in parts.base.parameters()} or any(p.dtype != torch.float32 for p in ordered):
+        raise Unsupported("it has parameters that the hand-written step does not know")
+    flat = Flat(1, [Region(sum(p.numel() for p in ordered))], ordered[0].device, dtype, own_copy=True, accumulate=accumulate)
+    spans: dict[int, slice] = {}
+    at = 0
+    for parameter in ordered:
+        spans[id(parameter)] = slice(at, at + parameter.numel())
+        at += parameter.numel()
+        _adopt(parameter, flat.master[0, spans[id(parameter)]].view(parameter.shape))
+    flat.sync()
+
+    def views(parameters: list[Any]) -> tuple[Tensor, Tensor]:
+        span = slice(spans[id(parameters[0])].start, spans[id(parameters[-1])].stop)
+        width = parameters[0].shape[1:]
+        return flat.compute[0, span].view(-1, *width), flat.raw[0, span].view(-1, *width)
+
+    groups = {}
+    for key, parameters in grouped.items():
+        weight, dweight = views(parameters)
+        groups[key] = Group((lambda held: lambda: held)(weight), dweight=dweight)
+    embedding, dembedding = views([ordered[0]])
+    head, dhead = (embedding, None) if parts.tied else views([parts.base.lm_head.weight])
+    llama = parts.build(groups, lambda m: Norm(*views([m.weight])), embedding, head, 0)
+    llama.dembedding, llama.dhead, llama.padding = dembedding, dhead, parts.model.embed_tokens.padding_idx
+    return Bound(llama, flat)

@@ -1,0 +1,270 @@
+"""The step's small operations, forward and backward: RMSNorm, rotary positions, SwiGLU, cross-entropy, AdamW.
+
+Library. On CUDA each is one Triton kernel (misc.py); elsewhere plain torch, which is also the reference the kernels
+are tested against. Shapes: N tokens, d width, f inner width, H query heads, G key-value heads, e head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+AT_ONCE = 16
+"""Rows of logits that plain torch works on at a time, so that a CPU still has them in its cache."""
+
+
+def _kernels(tensor: Tensor) -> Any:
+    """The Triton kernels where the tensor is on a GPU, else None."""
+    if not tensor.is_cuda:
+        return None
+    from pipeline.engine import misc
+
+    return misc
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | None = None, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """(weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019), whose rows may lie apart; the last
+    `room` columns are zeros. out: a tensor to write into. exact: the mean is torch's own reduction, so that every bit is that of transformers' module."""
+    y = x.new_empty(len(x), x.shape[1] + room) if out is None else out
+    if x.is_cuda:
+        from pipeline.engine import norm
+
+        return y, norm.rmsnorm(x, weight, eps, y, exact)
+    rstd = torch.rsqrt(x.float().square().mean(-1) + eps)
+    y[:, : x.shape[1]] = weight * (x.float() * rstd[:, None]).to(x.dtype)
+    y[:, x.shape[1] :] = 0.0
+    return y, rstd
+
+
+def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, room: int = 0) -> Tensor:
+    """Gradient [N, d + room] for the norm's input, from its output y [N, d] (x / rms(x) is y / weight, so that x need not be kept), plus `dres`
+    (what flows past the norm). Rows of dy, y and dres may lie apart; the last `room` columns are zeros. Writes the weight's gradient into
+    `dweight` [d] if given."""
+    dx = y.new_empty(len(y), weight.shape[0] + room)
+    if y.is_cuda:
+        from pipeline.engine import norm
+
+        return norm.rmsnorm_backward(dy, y, weight, rstd, dres, dweight, dx)
+    w = weight.float()
+    normed = torch.where(w != 0, y.float() / w, 0.0)
+    if dweight is not None:
+        dweight.copy_((dy.float() * normed).sum(0))
+    scaled = dy.float() * w
+    found = rstd[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    dx[:, : len(w)] = found + dres.float() if dres is not None else found
+    dx[:, len(w) :] = 0.0
+    return dx
+
+
+def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+    """Rotary positions (Su et al., 2021) on the first `heads` heads of qkv [N, heads + G, e], in place; cos, sin [T, e], N a multiple of T."""
+    if kernels := _kernels(qkv):
+        return kernels.rotate_(qkv, cos, sin, heads)
+    part = qkv[:, :heads]
+    c, s = (v.repeat(qkv.shape[0] // v.shape[0], 1)[:, None] for v in (cos, sin))
+    low, high = part.chunk(2, -1)
+    part.copy_(part * c + torch.cat((-high, low), -1) * s)
+    return None
+
+
+def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, room: int = 0) -> Tensor:
+    """Gradients dq [R, H, T, e], dk, dv [R, G, T, e] through the rotation, as one [R·T, (H + 2G)·e + room]; the last `room` columns are zeros."""
+    out = dq.new_empty(dq.shape[0] * dq.shape[2], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[3] + room)
+    if kernels := _kernels(dq):
+        return kernels.unrotate(dq, dk, dv, cos, sin, out)
+    turned = torch.cat((dq, dk), 1)
+    low, high = (turned * sin).chunk(2, -1)
+    turned = turned * cos + torch.cat((high, -low), -1)
+    flat = torch.cat((turned, dv), 1).transpose(1, 2).reshape(len(out), -1)
+    out[:, : flat.shape[1]] = flat
+    out[:, flat.shape[1] :] = 0.0
+    return out
+
+
+def swiglu(gu: Tensor, room: int = 0) -> Tensor:
+    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are zeros."""
+    f = gu.shape[1] // 2
+    h = gu.new_empty(len(gu), f + room)
+    if gu.is_cuda:
+        from pipeline.engine import swiglu as triton_swiglu
+
+        triton_swiglu.swiglu(gu, h)
+    else:
+        h[:, :f] = F.silu(gu[:, :f]) * gu[:, f:]
+        h[:, f:] = 0.0
+    return h
+
+
+def swiglu_backward_thin_(dh: Tensor, gu: Tensor, kept: Tensor, dkept: Tensor, db: Tensor, da: Tensor) -> Tensor:
+    """d gu, as `swiglu_backward_` makes it of dh [N, f] and gu [N, 2f] (overwritten), with the gradients of the two adapters that read off it:
+    of the gate's and the up map's B into db [2f, r], from kept [N, 2r] (their x Aᵀ), and of the down map's A into da [r, f], from dkept [N, r].
+    Rows of all but db and da may lie apart. On a GPU in one pass: h is never written, d gu not read again."""
+    if gu.is_cuda:
+        from pipeline.engine import swiglu as triton_swiglu
+
+        if triton_swiglu.suits(gu, len(da)):
+            return triton_swiglu.backward_thin_(dh, gu, kept, dkept, db, da)
+    f = dh.shape[1]
+    h, dgu = swiglu_backward_(dh, gu)
+    thin_(db.t(), kept, dgu, [f, 2 * f])
+    thin_(da, dkept, h, [f])
+    return dgu
+
+
+def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, d gu) from dh [N, f] and gu [N, 2f] (rows may lie apart); both inputs are overwritten."""
+    if gu.is_cuda:
+        from pipeline.engine import swiglu as triton_swiglu
+
+        return triton_swiglu.swiglu_backward_(dh, gu)
+    gate, up = (v.float() for v in gu.chunk(2, -1))
+    sigmoid = torch.sigmoid(gate)
+    silu, d = gate * sigmoid, dh.float()
+    h = silu * up
+    gu.copy_(torch.cat((d * up * (sigmoid + silu * (1 - sigmoid)), d * silu), -1))
+    return dh.copy_(h), gu
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """weights · nll [N] fp32 of logits [N, V]; the logits are overwritten by the gradient of the sum.
+
+    A weight of 0 gives a loss and a gradient of exactly 0, whatever the logits are.
+    """
+    if logits.is_cuda:
+        from pipeline.engine import misc
+
+        return misc.cross_entropy_(logits, targets, weights)
+    loss = torch.empty(len(logits), device=logits.device)
+    for first in range(0, len(logits), AT_ONCE):
+        rows = slice(first, first + AT_ONCE)
+        logs, target, weight = torch.log_softmax(logits[rows].float(), -1), targets[rows, None], weights[rows, None]
+        loss[rows] = -(weight * logs.gather(1, target))[:, 0]
+        grad = logs.exp_()
+        logits[rows] = grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0)).mul_(weight)
+    if not (counted := weights != 0).all():
+        loss[~counted], logits[~counted] = 0.0, 0.0
+    return loss
+
+
+class WeightedNll(torch.autograd.Function):
+    """Σ weights · nll, scalar fp32, of logits [N, V], targets, weights [N]: `cross_entropy_` for autograd. To be gone back once; the logits are used up."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        ctx.gradient = logits.detach()
+        return cross_entropy_(ctx.gradient, targets, weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None  # or it would stay until all of the way back is done
+        return gradient.mul_(upstream), None, None
+
+
+def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, rate: Tensor, shrink: Tensor, root: Tensor, factor: Tensor,
+           scale: Tensor | None, betas: tuple[float, float], eps: float) -> None:
+    """AdamW (Loshchilov & Hutter, 2019) on p, g, m, v [K, P], in place; `copy` receives p (· scale).
+
+    Args:
+        rate, shrink, root, factor: [K] fp32: lr / (1 - beta1^t), 1 - lr · weight decay, sqrt(1 - beta2^t), and what g is multiplied by.
+    """
+    if kernels := _kernels(p):
+        return kernels.adamw_(p, g, m, v, copy, rate, shrink, root, factor, scale, betas, eps)
+    g = g.float() * factor[:, None]
+    p.mul_(shrink[:, None])
+    m.lerp_(g, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    p.sub_(rate[:, None] * m / (v.sqrt() / root[:, None] + eps))
+    if copy is not None:
+        copy.copy_(p if scale is None else p * scale[:, None])
+    return None
+
+
+@dataclass
+class Noise:
+    """What decides the dropout of K slots, all on the device: p [K] fp32, seed [K] int64, step [K] (a slot's own count), first [] int64
+    (the row of the step that a micro-batch begins with). Whether a number falls out is a hash of its seed, step, member of the model, row,
+    token and column alone: a run's noise does not depend on its neighbours, on padding or on how a step is split."""
+
+    p: Tensor
+    seed: Tensor
+    step: Tensor
+    first: Tensor
+    tokens: int = 0
+    """Tokens a row (of the batch at hand)."""
+    on: bool = True
+    """False while a model only answers."""
+    stream: tuple[Tensor, Tensor] | None = None
+    """(row, token) [K·R·T] where rows stand one after another; None: rows of `tokens` tokens."""
+
+    def keys(self, rows: int, member: int) -> Tensor:
+        """[rows] int64 below 2^32: the hash of everything but the column, for rows = K·R·T."""
+        at = torch.arange(rows, device=self.p.device).view(len(self.p), -1)
+        row, token = (part.view(at.shape) for part in self.stream) if self.stream else ((at - at[:, :1]) // self.tokens, at % self.tokens)
+        row = row + self.first
+        start = mix(mix(self.seed + GOLDEN) ^ (self.step.long() * GOLDEN & MASK)) ^ (member * GOLDEN & MASK)
+        return mix(mix(start)[:, None] ^ (row * 65536 + token & MASK)).reshape(-1)
+
+
+GOLDEN, MASK = 0x9E3779B1, 0xFFFFFFFF
+
+
+def mix(h: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser (Appleby, 2011), in int64."""
+    h = h & MASK
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & MASK
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & MASK
+    return h ^ (h >> 16)
+
+
+def drop(x: Tensor, noise: Noise, member: int) -> Tensor:
+    """x [N, d] with each number dropped with its slot's p, else divided by 1 - p; the same noise at every call with the same arguments."""
+    keys = noise.keys(len(x), member)
+    if kernels := _kernels(x):
+        return kernels.drop(x, keys, noise.p)
+    column = torch.arange(x.shape[1], device=x.device) * GOLDEN & MASK
+    p = noise.p.repeat_interleave(len(x) // len(noise.p))[:, None]
+    stays = mix(keys[:, None] ^ column) >= (p.double() * 2**32)
+    return torch.where(stays, x / (1 - p), 0.0).to(x.dtype)
+
+
+def thin_(out: Tensor, p: Tensor, x: Tensor, ends: list[int]) -> None:
+    """pᵀ x into out [r, D], for members of r columns of p [N, m·r] each: columns of x [N, D] up to ends[0] with the first, up to ends[1] with the
+    second, and so on. Adapters' gradients: long, and few numbers wide."""
+    rank = len(out)
+    if x.is_cuda:
+        from pipeline.engine.misc import thin_
+
+        if thin_(out, p, x, ends):
+            return
+    for j, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False)):
+        torch.mm(p[:, j * rank : (j + 1) * rank].t(), x[:, lo:hi], out=out[:, lo:hi])
+
+
+class Places:
+    """Copies that are repeated: every first tensor [m, r], contiguous, into the second, whose rows may lie apart. One launch on CUDA."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.pairs = pairs
+        self._kernels = _kernels(pairs[0][0]) if pairs else None
+        self._table = self._kernels.place_table(pairs) if self._kernels else None
+
+    def copy(self) -> None:
+        if self._kernels:
+            self._kernels.place_(self._table, max(s.numel() for s, _ in self.pairs), self.pairs[0][0].dtype)
+        else:
+            for source, target in self.pairs:
+                target.copy_(source)
+
+
+def dequantise_nf4_(out: Tensor, packed: Tensor, state: Any) -> None:
+    """4-bit weights (bitsandbytes' packing and QuantState) into out [rows, columns], whose rows may lie apart."""
+    kernels = _kernels(packed)
+    if kernels and kernels.dequantise_nf4_(out, packed, state):
+        return
+    from bitsandbytes.functional import dequantize_4bit
+
+    out.copy_(dequantize_4bit(packed, state))

@@ -1,0 +1,158 @@
+"""The modules of a transformers model that the hand-written step knows, and their frozen weights stacked.
+
+Library of bind.py. A model that is not known raises Unsupported with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from pipeline.engine import ops
+from pipeline.engine.attention import Heads
+from pipeline.engine.linear import Group
+from pipeline.engine.llama import Layer, Llama, Norm
+from pipeline.engine.ops import Tensor
+
+FAMILIES = ("llama", "mistral", "qwen2")
+GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)), ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
+WIDE = (GROUPS[0], GROUPS[2], GROUPS[3])  # what they read is made by our own kernels, which leave room beside it for x Aᵀ
+
+
+KNOWN = ("torch", "transformers", "peft", "bitsandbytes")
+"""Whose modules and hooks a model may hold."""
+
+
+class Unsupported(Exception):
+    """The reason why a model or technique cannot go this way, one clause."""
+
+
+class Parts:
+    """The modules of a supported base, checked."""
+
+    def __init__(self, base: Any, dtype: Any) -> None:
+        config = base.config
+        if config.model_type not in FAMILIES:
+            raise Unsupported(f"the architecture {config.model_type} has no hand-written step")
+        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            raise Unsupported("sliding-window attention has no hand-written step")
+        if getattr(config, "hidden_act", "silu") != "silu" or getattr(config, "mlp_bias", False) or getattr(config, "attention_dropout", 0.0):
+            raise Unsupported("its activation, biases or dropout have no hand-written step")
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+            raise Unsupported("its rotary positions depend on the length")
+        if changed := next((name for name, module in base.named_modules() if _changed(module)), None):
+            raise Unsupported(f"its module {changed or 'at the top'} does more than its class says")
+        self.base, self.config, self.dtype = base, config, dtype
+        self.model, self.layers = base.model, list(base.model.layers)
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.tied = base.lm_head.weight is self.model.embed_tokens.weight
+        self.moved: list[Any] = []
+        """Frozen linear modules whose weights are views of a stack now."""
+        self._angles: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def groups(self) -> Iterator[tuple[int, int, list[tuple[str, Any]]]]:
+        """(layer, group, [(name, module)]) of every stack of linear maps."""
+        for at, layer in enumerate(self.layers):
+            for index, (owner, names) in enumerate(GROUPS):
+                modules = [(f"model.layers.{at}.{owner}.{n}", getattr(getattr(layer, owner), n)) for n in names]
+                odd = next((m for _, m in modules if not hasattr(m, "in_features")), None)
+                if odd is not None:
+                    raise Unsupported(f"a linear layer of it is a {type(odd).__name__}")
+                yield at, index, modules
+
+    def angles(self, t: int) -> tuple[Tensor, Tensor]:
+        if t not in self._angles:
+            weight = self.model.embed_tokens.weight
+            probe = torch.empty(0, device=weight.device, dtype=self.dtype)
+            cos, sin = self.model.rotary_emb(probe, torch.arange(t, device=weight.device)[None])
+            self._angles[t] = (cos[0].to(self.dtype).contiguous(), sin[0].to(self.dtype).contiguous())
+        return self._angles[t]
+
+    def frozen(self, weight: Any) -> Tensor:
+        """A frozen weight in the arithmetic's dtype."""
+        if weight.dtype != self.dtype:
+            raise Unsupported(f"the base is held in {str(weight.dtype).removeprefix('torch.')}, the arithmetic is {str(self.dtype).removeprefix('torch.')}")
+        return weight.detach()
+
+    def build(self, groups: dict[tuple[int, int], Group], norms: Callable[[Any], Norm], embedding: Tensor, head: Tensor, lowest: int) -> Llama:
+        config = self.config
+        layers = []
+        for at, layer in enumerate(self.layers):
+            qkv, out, gate_up, down = (groups[at, index] for index in range(4))
+            layers.append(Layer(
+                norms(layer.input_layernorm), qkv, out, norms(layer.post_attention_layernorm), gate_up, down,
+                Heads(config.num_attention_heads, config.num_key_value_heads, self.width), config.rms_norm_eps,
+            ))
+        return Llama(embedding, layers, norms(self.model.norm), head, self.angles, config.intermediate_size, lowest)
+
+    def frozen_build(self, groups: dict[tuple[int, int], Group], lowest: int) -> Llama:
+        embedding = self.frozen(self.model.embed_tokens.weight)
+        return self.build(groups, lambda m: Norm(self.frozen(m.weight)), embedding, self.frozen(self.base.lm_head.weight), lowest)
+
+
+def _changed(module: Any) -> bool:
+    """Whether somebody has hooked into the module or replaced it, so that its class does not tell what it does."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    makers = [getattr(getattr(hook, "func", hook), "__module__", "") for hook in hooks] + [type(module).__module__]
+    return "forward" in vars(module) or any(maker.split(".")[0] not in KNOWN for maker in makers)
+
+
+def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0, under: int = 0) -> tuple[Callable[[], Tensor], Tensor | None, list[tuple[int, int]]]:
+    """(weight [out + under, in + room], bias, the members' output spans) of a group of frozen linear modules; the last rows and columns are zeros to
+    write to. Weights in 4 bits have no rows under them."""
+    linear = [getattr(m, "base_layer", m) for _, m in modules]
+    ends = [0]
+    for module in linear:
+        ends.append(ends[-1] + module.out_features)
+    spans = list(zip(ends, ends[1:], strict=False))
+    biases = [m.bias for m in linear]
+    bias = None
+    if any(b is not None for b in biases):
+        if not all(b is not None for b in biases) or len(modules) == 1:
+            raise Unsupported("its linear layers have biases where the hand-written step has none")
+        bias = torch.cat([parts.frozen(b) for b in biases])
+    if all(hasattr(m.weight, "quant_state") for m in linear):
+        if any(m.weight.quant_state.dtype != parts.dtype for m in linear):
+            raise Unsupported("its 4-bit weights come back in another dtype than the arithmetic's")
+        return _dequantised([m.weight for m in linear], spans, room), bias, spans
+    if any(type(m.weight) is not torch.nn.Parameter for m in linear):
+        raise Unsupported(f"weights of type {type(linear[0].weight).__name__} have no hand-written step")
+    weights = [parts.frozen(m.weight) for m in linear]
+    if len(weights) == 1 and not room and not under:
+        return lambda: weights[0], bias, spans
+    width = weights[0].shape[1]
+    stacked = weights[0].new_zeros(ends[-1] + under, width + room)
+    for module, weight, (lo, hi) in zip(linear, weights, spans, strict=True):
+        stacked[lo:hi, :width] = weight
+        module.weight.data = stacked[lo:hi, :width]
+    parts.moved += linear
+    return lambda: stacked, bias, spans
+
+
+def _dequantised(weights: list[Any], spans: list[tuple[int, int]], room: int) -> Callable[[], Tensor]:
+    """A function that gives 4-bit weights in the arithmetic's dtype, stacked; the result lives as long as the caller holds it."""
+
+    def weight() -> Tensor:
+        width = weights[0].quant_state.shape[1]
+        out = torch.empty(spans[-1][1], width + room, device=weights[0].device, dtype=weights[0].quant_state.dtype)
+        if room:
+            out[:, width:].zero_()
+        for w, (lo, hi) in zip(weights, spans, strict=True):
+            ops.dequantise_nf4_(out[lo:hi, :width], w.data, w.quant_state)
+        return out
+
+    return weight
+
+
+def with_columns(weight: Callable[[], Tensor], pairs: list[tuple[Tensor, slice, slice]]) -> Callable[[], Tensor]:
+    """`weight` with tensors written into [rows, columns] of what it gives."""
+
+    def written() -> Tensor:
+        out = weight()
+        for held, rows, columns in pairs:
+            out[rows, columns] = held
+        return out
+
+    return written

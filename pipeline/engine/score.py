@@ -1,0 +1,62 @@
+"""Several adapters at once for the scorer of choices: every row is fed under each of them in one pass over the base.
+
+Library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.engine import ops
+from pipeline.engine.layout import GRAIN
+from pipeline.engine.linear import Group
+from pipeline.engine.llama import LOGITS_AT_ONCE, Llama
+from pipeline.engine.passes import Inputs, Reader
+
+
+def reader(llama: Llama, slots: Sequence[int], total: int, batch_tokens: int, pad_id: int) -> Reader:
+    """What scores choices under the adapters of `slots`, of `total` that the model holds. batch_tokens: most tokens of a pass, all slots together."""
+    model, count = _of(llama, slice(None) if len(slots) == total else list(slots)), len(slots)
+    return Reader(model, max(1, batch_tokens // count), pad_id, model.embedding.device, read=functools.partial(_under_each, count), grain=GRAIN)
+
+
+def _under_each(count: int, model: Llama, inputs: Inputs) -> torch.Tensor:
+    """log p of the inputs' targets under each of `count` adapters [K, reads]."""
+    rows, width = inputs.shape.rows, inputs.shape.width + model.virtual
+    at, each = inputs.rows * width + inputs.cols + model.virtual, torch.arange(count, device=inputs.rows.device)[:, None]
+    hidden, _ = model.hidden(inputs.ids.repeat(count, 1), False)
+    return _log_probabilities(model, hidden[(each * (rows * width) + at).view(-1)], each * len(at) + inputs.inverse, inputs.targets)
+
+
+def _log_probabilities(model: Llama, hidden: torch.Tensor, at: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p of targets [N] read off hidden [M, d] at [K, N]: [K, N] fp32. The logits exist a chunk at a time."""
+    normed, _ = ops.rmsnorm(hidden, model.norm.weight, model.layers[0].eps, exact=True)
+    chunk = max(1, LOGITS_AT_ONCE // (2 * model.head.shape[0]))  # in fp32
+    flat, wanted = at.reshape(-1), targets.repeat(len(at))
+    order = torch.argsort(flat, stable=True)
+    picked = torch.empty(len(flat), device=hidden.device)
+    ends = torch.searchsorted(flat[order], torch.arange(0, len(normed) + chunk, chunk, device=flat.device)).tolist()
+    for number, (lo, hi) in enumerate(zip(ends, ends[1:], strict=False)):
+        logs = torch.log_softmax((normed[number * chunk : (number + 1) * chunk] @ model.head.t()).float(), -1)
+        some = order[lo:hi]
+        picked[some] = logs[flat[some] - number * chunk, wanted[some]]
+    return picked.view(at.shape)
+
+
+def _of(llama: Llama, slots: list[int] | slice) -> Llama:
+    """The model with these adapters alone, and without their dropout."""
+
+    def group(held: Group) -> Group:
+        if held.a is None:
+            return held
+        return dataclasses.replace(held, a=held.a[slots], da=None, noise=None, low=[dataclasses.replace(low, b=low.b[slots]) for low in held.low])
+
+    layers = [
+        dataclasses.replace(x, qkv=group(x.qkv), out=group(x.out), gate_up=group(x.gate_up), down=group(x.down)) for x in llama.layers
+    ]
+    prompt = llama.prompt[slots] if llama.prompt is not None else None
+    return dataclasses.replace(llama, layers=layers, prompt=prompt, noise=None)

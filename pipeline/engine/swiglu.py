@@ -1,0 +1,118 @@
+"""SwiGLU for CUDA, in Triton, there and back; with the adapters that read off it, what is in registers is used for them too (ops.py has the formulas).
+
+Library. Reading the feed-forward layer's inside again, once an adapter, costs more than the adapters' arithmetic. Sums go in a fixed order: the
+same numbers at every call.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from pipeline.engine.misc import COUNTERS, blocked, clear, counters, last_of, summed
+
+Tensor = torch.Tensor
+
+ROWS, MOST_RANK = 4096, 32
+"""Rows below which one pass leaves most of the device idle, and the rank above which the sums no longer fit beside what is worked on."""
+
+
+def suits(gu: Tensor, rank: int) -> bool:
+    """Whether the kernels of this file take it; else the caller goes the long way."""
+    return gu.dtype != torch.float32 and rank <= MOST_RANK and len(gu) >= ROWS and gu.stride(1) == 1 and gu.shape[1] <= 128 * COUNTERS
+
+
+@triton.jit
+def _swiglu(gu, h, f, room, gu_stride, stride, BLOCK: tl.constexpr, ROOM: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = col < f
+    gate = tl.load(gu + row * gu_stride + col, live, 0.0).to(tl.float32)
+    up = tl.load(gu + row * gu_stride + f + col, live, 0.0).to(tl.float32)
+    silu = tl.div_rn(gate, 1.0 + libdevice.exp(-gate)).to(h.dtype.element_ty).to(tl.float32)  # bit for bit what torch's silu gives
+    tl.store(h + row * stride + col, silu * up, live)
+    if tl.program_id(1) == 0:
+        clear(h + row * stride + f, room, ROOM)
+
+
+def swiglu(gu: Tensor, h: Tensor) -> None:
+    n, f = gu.shape[0], gu.shape[1] // 2
+    block, room = min(2048, triton.next_power_of_2(f)), h.shape[1] - f
+    _swiglu[(n, triton.cdiv(f, block))](gu, h, f, room, gu.stride(0), h.stride(0), BLOCK=block, ROOM=blocked(room), num_warps=4)
+
+
+@triton.jit
+def _swiglu_backward(dh, gu, f, stride, gu_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = col < f
+    gate_at, up_at, h_at = gu + row * gu_stride + col, gu + row * gu_stride + f + col, dh + row * stride + col
+    gate, up = tl.load(gate_at, live, 0.0).to(tl.float32), tl.load(up_at, live, 0.0).to(tl.float32)
+    d = tl.load(h_at, live, 0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(gate_at, d * up * (sigmoid + silu * (1 - sigmoid)), live)
+    tl.store(up_at, d * silu, live)
+    tl.store(h_at, silu.to(dh.dtype.element_ty).to(tl.float32) * up, live)
+
+
+def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
+    n, f = dh.shape
+    block = min(2048, triton.next_power_of_2(f))
+    _swiglu_backward[(n, triton.cdiv(f, block))](dh, gu, f, dh.stride(0), gu.stride(0), BLOCK=block, num_warps=4)
+    return dh, gu
+
+
+@triton.jit
+def _backward(dh, gu, kept, dkept, partial, db, da, counter, n, f, rank, rows, parts, dh_stride, gu_stride, kept_stride, dkept_stride, R: tl.constexpr,
+              BN: tl.constexpr, BC: tl.constexpr):
+    col = tl.program_id(0) * BC + tl.arange(0, BC)
+    part = tl.program_id(1)
+    at = tl.arange(0, R)
+    of_gate, of_up, of_down = tl.zeros((R, BC), tl.float32), tl.zeros((R, BC), tl.float32), tl.zeros((R, BC), tl.float32)
+    for start in range(part * rows, min(n, (part + 1) * rows), BN):
+        row = (start + tl.arange(0, BN)).to(tl.int64)
+        live = (row < n)[:, None] & (col < f)[None, :]
+        thin = (row < n)[None, :] & (at < rank)[:, None]
+        place = gu + row[:, None] * gu_stride + col[None, :]
+        gate, up = tl.load(place, live, 0.0).to(tl.float32), tl.load(place + f, live, 0.0).to(tl.float32)
+        d = tl.load(dh + row[:, None] * dh_stride + col[None, :], live, 0.0).to(tl.float32)
+        first = kept + row[None, :] * kept_stride + at[:, None]
+        kept_gate, kept_up = tl.load(first, thin, 0.0), tl.load(first + rank, thin, 0.0)
+        dkept_down = tl.load(dkept + row[None, :] * dkept_stride + at[:, None], thin, 0.0)
+        kind = gu.dtype.element_ty
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        d_gate, d_up = (d * up * (sigmoid + silu * (1 - sigmoid))).to(kind), (d * silu).to(kind)
+        tl.store(place, d_gate, live)
+        tl.store(place + f, d_up, live)
+        of_gate = tl.dot(kept_gate, d_gate, of_gate)
+        of_up = tl.dot(kept_up, d_up, of_up)
+        of_down = tl.dot(dkept_down, (silu.to(kind).to(tl.float32) * up).to(kind), of_down)
+    mine = (at < rank)[:, None] & (col < f)[None, :]
+    each = rank * f
+    found = partial + at[:, None] * f + col[None, :]
+    to = found + part * 3 * each
+    tl.store(to, of_gate, mine)
+    tl.store(to + each, of_up, mine)
+    tl.store(to + 2 * each, of_down, mine)
+    if last_of(counter + tl.program_id(0), parts):
+        turned = db + col[None, :] * rank + at[:, None]
+        tl.store(turned, summed(found, 3 * each, parts, mine), mine)
+        tl.store(turned + f * rank, summed(found + each, 3 * each, parts, mine), mine)
+        tl.store(da + at[:, None] * f + col[None, :], summed(found + 2 * each, 3 * each, parts, mine), mine)
+
+
+def backward_thin_(dh: Tensor, gu: Tensor, kept: Tensor, dkept: Tensor, db: Tensor, da: Tensor) -> Tensor:
+    (n, f), rank = dh.shape, len(da)
+    columns, high = triton.cdiv(f, 64), max(16, triton.next_power_of_2(rank))
+    parts = max(1, min(16, triton.cdiv(1056, columns)))
+    rows = triton.cdiv(triton.cdiv(n, parts), 32) * 32
+    partial = torch.empty(parts, 3, rank, f, device=gu.device)
+    _backward[(columns, parts)](
+        dh, gu, kept, dkept, partial, db, da, counters(gu.device), n, f, rank, rows, parts, dh.stride(0), gu.stride(0), kept.stride(0), dkept.stride(0),
+        R=high, BN=16, BC=64, num_warps=4,
+    )
+    return gu

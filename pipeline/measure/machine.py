@@ -1,0 +1,139 @@
+"""Where a number was measured: `hardware`, and `provenance` with package versions, commit and command."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "evaluate", "numpy")
+
+
+def nvml(device: Any) -> Any:
+    """(pynvml, handle) or None where there is no driver to ask."""
+    try:
+        import pynvml
+        import torch
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except Exception:  # no driver, no library, a virtual device: the figure is then null
+        return None
+
+
+def card() -> tuple[str, int] | None:
+    """(name, bytes) of the first GPU that this process may use, asked of the driver without torch; None where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if visible.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(visible)
+        name = pynvml.nvmlDeviceGetName(handle)
+        return name.decode() if isinstance(name, bytes) else name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except Exception:  # no driver or no library
+        return None
+
+
+def machine_bytes() -> int:
+    """Memory of the machine, or of this process's control group where that is less."""
+    import psutil
+
+    whole = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        whole = min(whole, int((group / "memory.max").read_text()))
+    return whole
+
+
+def hardware(device: Any) -> dict[str, Any]:
+    """What the cell ran on; also the key under which an out-of-memory result stays valid."""
+    import psutil
+
+    gpu = memory = None
+    if getattr(device, "type", device) == "cuda":
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        gpu, memory = properties.name, properties.total_memory
+    return {
+        "device": getattr(device, "type", device),
+        "gpu": gpu,
+        "gpu_memory_bytes": memory,
+        "cpu": cpu_name(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def provenance() -> dict[str, Any]:
+    """Package versions, code version, start time and command of this process."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "packages": versions,
+        "python": platform.python_version(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": (lambda out: None if out is None else bool(out))(_git("status", "--porcelain", "--untracked-files=no")),
+        "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
+    }
+
+
+def _module() -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).name
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def hardware_here(device: str) -> dict[str, Any]:
+    """measure.hardware, asked in a child where it is a GPU's: a process that has used one cannot fork cells that use it."""
+    if device == "cpu":
+        return hardware(device)
+    from multiprocessing import get_context
+
+    fork = get_context("fork")
+    theirs, ours = fork.Pipe()
+    child = fork.Process(target=_tell_hardware, args=(ours, device))
+    child.start()
+    ours.close()
+    try:
+        return theirs.recv()
+    except EOFError:
+        return {}
+    finally:
+        child.join()
+
+
+def _tell_hardware(to: Any, device: str) -> None:
+    with contextlib.suppress(Exception):  # no such device here
+        to.send(hardware(device))

@@ -1,0 +1,204 @@
+"""The base model and its tokenizer, from a folder under models/ and in a precision.
+
+Library. `python -m pipeline.base_model model=<name>` puts the folder there. Weights are safetensors; pickle weights
+and a model's own code are refused unless its config says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.files import UserError, read_json
+from pipeline.core.settings import Precision
+
+if TYPE_CHECKING:
+    pass
+
+
+def device_of(name: str) -> Any:
+    """torch.device for auto, cpu or cuda. Raises UserError where cuda is asked for and absent."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch finds no GPU here; set device=auto or device=cpu, or install a CUDA build of torch and its driver")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve(precision: Precision, device: Any) -> tuple[str, Any]:
+    """(precision name, dtype of the arithmetic): auto is bf16 on a GPU that has it, fp32 elsewhere."""
+    import torch
+
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    name = precision.name if precision.name != "auto" else ("bf16" if fast else "fp32")
+    compute = precision.compute if precision.compute != "auto" else ("bf16" if fast else "fp32")
+    compute = name if name in ("fp32", "bf16") else compute
+    return name, torch.bfloat16 if compute == "bf16" else torch.float32
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model folder. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    manifest(folder)
+    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} holds no tokenizer (tokenizer.json); put the model's tokenizer files beside its weights")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """A prepared model's manifest. Raises UserError if the model stage has not run."""
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"{folder} is not there; run: python -m pipeline.base_model model={folder.name}")
+    return read_json(folder / "manifest.json")
+
+
+def load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The base model as it lies on disk, on the CPU: what cells of one process share before they fork.
+
+    Args:
+        trust_remote_code: whether Python code that lies in the folder may run; this run's config says so (model.trust_remote_code).
+
+    Raises:
+        UserError: no such folder, or a model with code of its own that is not trusted.
+    """
+    manifest(folder)
+    return _pretrained(folder, trust_remote_code, dtype="auto")
+
+
+def _pretrained(folder: Path, trust_remote_code: bool, **how: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa", **how
+            )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(f"{folder} comes with Python code of its own; read that code, then set model.trust_remote_code=true") from error
+
+
+def load_model(folder: Path, precision: Precision, device: Any, stored: Any = None, trust_remote_code: bool = False) -> Any:
+    """The base model on `device`, in eval mode, all parameters frozen.
+
+    Args:
+        stored: `load_stored(folder)`, if it was read already; it is changed in place.
+        trust_remote_code: as for `load_stored`.
+
+    Raises:
+        UserError: as `load_stored`.
+    """
+    name, dtype = resolve(precision, device)
+    if name in ("nf4", "int8"):
+        manifest(folder)
+        model = from_quantised(folder, precision, dtype, device, trust_remote_code)
+    else:
+        model = stored if stored is not None else load_stored(folder, trust_remote_code)
+        cast(model, dtype).to(device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def cast(model: Any, dtype: Any) -> Any:
+    """The model with its parameters in `dtype`; buffers (rotary frequencies) stay in fp32, as `model.to(dtype)` would not leave them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def from_quantised(folder: Path, precision: Precision | None, dtype: Any, device: Any, trust_remote_code: bool = False) -> Any:
+    """A model folder rounded to precision's int8 or nf4 while it is read, frozen. precision: None where the folder holds rounded weights."""
+    how = {} if precision is None else {"quantization_config": quantisation(precision.name, precision, dtype)}
+    model = _pretrained(folder, trust_remote_code, dtype=dtype, device_map={"": str(device)}, **how)
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights at the first evaluation on a CPU with AVX512-BF16; from then on they are
+        # computed in bf16, pass no gradient to what lies below, and dequantise to noise
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (mypy takes a module's attribute for a tensor)
+    return model.requires_grad_(False).eval()
+
+
+def quantisation(name: str, precision: Precision, dtype: Any) -> Any:
+    """transformers' config of int8 or nf4."""
+    from transformers import BitsAndBytesConfig
+
+    if name == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a layer: "inputs will be cast"
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=precision.double_quantisation, bnb_4bit_compute_dtype=dtype
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Without transformers' loading bars and hints; errors still raise."""
+    from transformers.utils import logging as hints
+
+    before = hints.get_verbosity()
+    hints.set_verbosity_error()
+    hints.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hints.set_verbosity(before)
+
+
+def most_tokens(model: Any, wanted: int) -> int:
+    """`wanted`, or the model's context where that is less."""
+    return min(wanted, getattr(model.config, "max_position_embeddings", None) or wanted)
+
+
+def memory_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers, quantisation constants included."""
+    constants = quantisation_bytes(model)
+    held = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
+    scales = sum(_bytes(p.SCB) for p in model.parameters() if getattr(p, "SCB", None) is not None)  # int8: one a row
+    return held + scales + constants["constants"] + constants["tables"]
+
+
+def parameters(model: Any) -> tuple[int, int]:
+    """(trainable, total) parameters; a 4-bit weight counts each of its values, tied weights count once."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def quantisation_bytes(model: Any) -> dict[str, int]:
+    """Bytes beside the 4-bit values of a bitsandbytes model.
+
+    constants: block scales (fp32, one per 64 values; with double quantisation 8 bits each plus one fp32 per 256 of
+    them and one offset a tensor; Dettmers et al., 2023, section 3). tables: the code books, a fixed cost a tensor.
+    values: how many quantised values the model holds.
+    """
+    found = {"constants": 0, "tables": 0, "values": 0}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is None:
+            continue
+        found["values"] += state.shape.numel()
+        found["constants"] += _bytes(state.absmax)
+        found["tables"] += _bytes(state.code)
+        if state.nested:
+            found["constants"] += _bytes(state.state2.absmax) + _bytes(state.offset)
+            found["tables"] += _bytes(state.state2.code)
+    return found
+
+
+def _bytes(tensor: Any) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def autocast(device: Any, dtype: Any, cache: bool = True) -> Any:
+    """The arithmetic's dtype: a torch.autocast context for bf16, nothing for fp32. cache: False inside a CUDA graph's capture."""
+    import torch
+
+    return torch.autocast(device.type, dtype, cache_enabled=cache) if dtype == torch.bfloat16 else contextlib.nullcontext()

@@ -1,0 +1,133 @@
+"""Taking a decoder apart: its blocks, their linear layers, and what goes through those on calibration rows."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.files import UserError
+from pipeline.data.rows import Example
+from pipeline.models.base import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+PLACES = {"attention": re.compile(r"attn|attention"), "feed_forward": re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe")}
+"""What a block's own children are called in the architectures of transformers."""
+BLOCK = "block"
+
+
+def blocks(model: Any) -> Any:
+    """The decoder's blocks. Raises UserError where there is no such list."""
+    import torch
+
+    wanted = getattr(model.config, "num_hidden_layers", None)
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == wanted:
+            return module
+    raise UserError(f"{type(model).__name__} has no list of {wanted} layers to choose from; use technique=full or an adapter")
+
+
+def linears(block: Any) -> Iterator[tuple[str, Any]]:
+    """(name, module) of a block's linear layers: torch's, and GPT-2's Conv1D, whose weight is transposed."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in block.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            yield name, module
+
+
+def matrix(module: Any) -> Any:
+    """A linear layer's weight as a view [d_out, d_in]."""
+    import torch
+
+    return module.weight.data if isinstance(module, torch.nn.Linear) else module.weight.data.T
+
+
+def sublayer(block: Any, place: str) -> Any:
+    """A block's attention or feed_forward module, or the block. Raises UserError where the block has no one module for it."""
+    if place == BLOCK:
+        return block
+    found = [module for name, module in block.named_children() if PLACES[place].search(name.lower()) and any(True for _ in linears(module))]
+    if len(found) == 1:
+        return found[0]
+    there = ", ".join(name for name, _ in block.named_children())
+    what = f"{type(block).__name__} has {'no' if not found else 'more than one'} module that is its {place} (it has {there})"
+    raise UserError(f"{what}; choose other method.places, or an adapter of single layers such as technique=lora")
+
+
+MOST_TOKENS = 2048
+
+
+def rows(examples: Sequence[Example], count: int, base: Any) -> list[list[int]]:
+    """Token ids of the first `count` training rows, prompt and answer. Raises UserError where there are none."""
+    if not examples:
+        raise UserError("calibration needs training rows; raise train_rows")
+    tokenizer = load_tokenizer(Path(base.config._name_or_path))
+    most = min(MOST_TOKENS, getattr(base.config, "max_position_embeddings", None) or MOST_TOKENS)
+    return [tokenizer(f"{e.prompt} {e.answer}")["input_ids"][-most:] for e in examples[:count]]
+
+
+def calibrate(model: Any, ids: Sequence[Sequence[int]], measure: Callable[[torch.Tensor], torch.Tensor], change: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Change every block by what its linear layers are fed.
+
+    Args:
+        measure: the inputs of one layer on one row, fp32 [T, d_in] -> what is summed over the rows.
+        change: (block, sums by the layer's name in it); a layer that no row came to has none.
+    """
+    import torch
+
+    with torch.no_grad():
+        fed = [_through(model, row) for row in ids]
+        hidden = [states for states, _ in fed]
+        for number, block in enumerate(blocks(model)):
+            run = functools.partial(_states, block, [given[number] for _, given in fed], hidden)
+            change(block, _measured(block, run, measure))
+            hidden = run()
+
+
+def _through(model: Any, row: Sequence[int]) -> tuple[Any, list[tuple[tuple, dict]]]:
+    """(the first block's input, what every block is given besides it) of one row."""
+    import torch
+
+    given: list[tuple[tuple, dict]] = []
+    first: list[Any] = []
+
+    def note(_: Any, args: tuple, kwargs: dict) -> None:
+        further = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        first.append(args[0] if args else kwargs["hidden_states"])
+        given.append((args[1:], further))
+
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks(model)]
+    try:
+        model.base_model(input_ids=torch.tensor([list(row)], device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return first[0], given
+
+
+def _states(block: Any, given: Sequence[tuple[tuple, dict]], hidden: Sequence[Any]) -> list[Any]:
+    """What the block gives for every row."""
+    outputs = [block(states, *args, **kwargs) for states, (args, kwargs) in zip(hidden, given, strict=True)]
+    return [output[0] if isinstance(output, tuple) else output for output in outputs]
+
+
+def _measured(block: Any, run: Callable[[], Any], measure: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    sums: dict[str, Any] = {}
+
+    def add(_: Any, args: tuple, name: str) -> None:
+        found = measure(args[0].reshape(-1, args[0].shape[-1]).float())
+        sums[name] = sums[name] + found if name in sums else found
+
+    hooks = [module.register_forward_pre_hook(functools.partial(add, name=name)) for name, module in linears(block)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums

@@ -1,0 +1,123 @@
+"""Finished cells: their names, where they lie, and those of an experiment selected."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.core.compose import literal
+from pipeline.core.files import UserError, read_jsonl
+from pipeline.records import results
+from pipeline.records.results import ENGINES, Result
+from pipeline.records.results import read as read_result
+
+FROM_FILES = "peft_config"  # python -m pipeline.peft_configs adds such cells to any experiment
+NAME = re.compile(r"(?P<technique>[^+]+?)(\+(?P<variant>.+))?-s(?P<seed>\d+)-n(?P<rows>\d+|all)")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A result, its folder, and the row it belongs to."""
+
+    result: Result
+    folder: Path
+    label: str
+    """Technique, with its variant: lora+best."""
+    rows: str
+    """The grid's number of training rows: "200" or "all"."""
+
+    @property
+    def untrained(self) -> bool:
+        return self.result.kind != "trained"
+
+    @property
+    def timing(self) -> str:
+        """Why its training times are not those of a run by itself; empty if they are."""
+        if self.result.packed:
+            return "packed"
+        return "resumed" if self.result.work and self.result.work.resumed else ""
+
+    @property
+    def engine(self) -> str:
+        """What did the training steps, in words; empty where the eager engine did as it was asked to."""
+        work = self.result.work
+        if work is None or work.engine is None or (work.engine not in ("captured", "handwritten") and not work.engine_reason):
+            return ""
+        reason = f", because {work.engine_reason}" if work.engine_reason else ""
+        graphs = ", captured in CUDA graphs" if work.engine != "eager" and self.result.hardware.get("device") == "cuda" else ""
+        return f"{ENGINES[work.engine]}{reason}{graphs}"
+
+    def right(self) -> dict[str, bool]:
+        """{row id: answered right} of the test split; empty without predictions."""
+        path = self.folder / "predictions.jsonl"
+        return {r["id"]: bool(r["correct"]) for r in read_jsonl(path) if r["split"] == "test"} if path.exists() else {}
+
+
+def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:
+    """The cells below results/<experiment>/ that the grid holds, and the names of those that have no result.
+
+    Cells that were taken out of the grid stay on disk unread. A variant (a sweep's confirm cell) comes with its technique.
+
+    Raises:
+        UserError: a result of the grid is broken or of another schema; none is there.
+    """
+    wanted = [
+        f"{technique}-s{seed}-n{'all' if rows is None else rows}"
+        for rows, technique, seed in itertools.product(grid["train_rows"], grid["techniques"], grid["seeds"])
+    ]
+    found: dict[str, Cell] = {}
+    for path in sorted(root.rglob("result.json")):
+        name = path.parent.name
+        parts = NAME.fullmatch(name)
+        if parts and (name in wanted or (parts["variant"] and parts["technique"] in (*grid["techniques"], FROM_FILES))):
+            label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
+            found[name] = Cell(results.read(path), path.parent, label, parts["rows"])
+    if not found:
+        raise UserError(f"{root} holds none of the grid's {len(wanted)} cells; run: python -m pipeline.cells experiments={root.name}")
+    return list(found.values()), [name for name in wanted if name not in found]
+
+
+def name(cfg: DictConfig, technique: str | None = None) -> str:
+    """The cell's name under results/<experiment>/. technique: another one's cell of the same seed and train_rows."""
+    variant = f"+{cfg.variant}" if cfg.variant and technique is None else ""
+    rows = "all" if cfg.train_rows is None else cfg.train_rows
+    return f"{technique or cfg.technique.name}{variant}-s{cfg.seed}-n{rows}"
+
+
+def cell_at(word: str, cfg: DictConfig) -> Path:
+    """The folder of the cell that `word` means for this one; it need not be there."""
+    sibling = Path(cfg.paths.results) / cfg.experiment / name(cfg, word)
+    return sibling if "/" not in word and not (Path(word) / "result.json").exists() else Path(word)
+
+
+def needed(word: str, cfg: DictConfig, key: str) -> Path:
+    """The same folder, which is there. key: the config's, for the message. Raises UserError where it is not, or is this very cell."""
+    folder = cell_at(word, cfg)
+    if folder.resolve() == (Path(cfg.paths.results) / cfg.experiment / name(cfg)).resolve():
+        raise UserError(f"{key}={word} is this very cell; name another one")
+    if not (folder / "result.json").exists():
+        command = f"experiments={cfg.experiment} technique={word} seed={cfg.seed} train_rows={'null' if cfg.train_rows is None else cfg.train_rows}"
+        first = "run that cell first, or name another one" if "/" in word else f"run it first: python -m pipeline.train {command}"
+        raise UserError(f"{key}={word}, but {folder} holds no finished cell; {first}")
+    return folder
+
+
+def finished(folder: str | Path) -> Result:
+    """The result of a cell that has an artefact. Raises UserError where it has none."""
+    result = read_result(folder)
+    if result.status != "ok":
+        raise UserError(f"{folder} has status {result.status} and no artefact; choose a cell that finished")
+    return result
+
+
+def held(result: Result, cfg: DictConfig) -> DictConfig:
+    """A finished cell's config with this command's paths, device and evaluate settings, and keys that are newer than the cell."""
+    newer = {str(key): value for key, value in cfg.items()}
+    own = literal(result.config)
+    own["model"] = {**own["model"], "trust_remote_code": cfg.model.trust_remote_code}  # who wrote the result does not decide that
+    return OmegaConf.create({**newer, **own, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})

@@ -1,0 +1,252 @@
+"""MLflow as a mirror of the result files: one run a cell, one nested run a trial. The only file that imports mlflow.
+
+Training never depends on it: `log_cell` warns in one sentence if the database or server cannot be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline.core.compose import plain
+from pipeline.core.files import UserError, atomic_path
+from pipeline.core.settings import build
+from pipeline.records.runs import Dataset, Run, cell_run, sweep_runs
+
+CELL, DIGEST, PARENT = "alignscope.cell", "alignscope.digest", "mlflow.parentRunId"
+SQLITE = "sqlite:///"
+BATCH = 100  # params or tags that MLflow takes in one call; metrics: 1,000
+LOCK_S = 60
+ENVIRONMENT = {  # what the user has set stays
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+LOUD = ("alembic", "mlflow", "urllib3")
+
+_unreachable: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """The config group tracking."""
+
+    enabled: bool
+    uri: str = ""
+    artifacts: str | None = None
+    """Folder of the runs' files where `uri` is a local database; a server has its own place."""
+
+    def check(self) -> None:
+        if self.enabled and not self.uri:
+            raise UserError("tracking.uri is empty; set it (sqlite:///mlflow.db or a server's address), or tracking=none")
+
+
+def log_cell(folder: str | Path, cfg: DictConfig) -> None:
+    """Mirror a finished cell from its folder: its one run is made, or made anew if the files changed. Never raises."""
+    _attempt(cfg, lambda mirror: mirror.cell(Path(folder)))
+
+
+def log_sweep(folder: str | Path, cfg: DictConfig) -> None:
+    """Mirror a sweep from its folder: a parent run, and a nested run each finished trial. Never raises."""
+    _attempt(cfg, lambda mirror: mirror.sweep(Path(folder)))
+
+
+def _attempt(cfg: DictConfig, work: Callable[[Mirror], object]) -> None:
+    uri = "MLflow"
+    try:
+        settings = _settings(cfg)
+        uri = settings.uri
+        if not settings.enabled or uri in _unreachable:
+            return
+        with _connected(settings, Path(cfg.paths.work)) as mirror:
+            work(mirror)
+    except Exception as error:  # noqa: BLE001  (a mirror that fails must not fail the training)
+        if uri.startswith("http") or isinstance(error, ImportError):
+            _unreachable.add(uri)  # do not wait again, nor warn again, for every further cell
+        command = f"python -m pipeline.tracking backfill experiments={cfg.experiment}"
+        print(f"warning: {uri} was not written ({_reason(error)}); results are complete, once it answers run `{command}`", file=sys.stderr)
+
+
+def _settings(cfg: DictConfig) -> Tracking:
+    found = build(Tracking, plain(cfg)["tracking"], "tracking")
+    assert isinstance(found, Tracking)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "Max retries exceeded" in text or "refused" in text:
+        return "no server answers there"
+    return text[:200]
+
+
+@contextlib.contextmanager
+def _connected(settings: Tracking, work: Path) -> Iterator[Mirror]:
+    """A mirror that nobody else on this machine writes meanwhile; the environment and log levels are put back afterwards."""
+    from filelock import FileLock
+
+    local = Path(settings.uri.removeprefix(SQLITE)).absolute() if settings.uri.startswith(SQLITE) else None
+    lock = local.with_name(f"{local.name}.lock") if local else work / "tracking.lock"
+    added = {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
+    levels = {name: logging.getLogger(name).level for name in LOUD}
+    os.environ.update(added)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=LOCK_S):
+            import mlflow
+
+            for name in LOUD:
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+            if local:
+                _create_database(local)
+            client = mlflow.MlflowClient(tracking_uri=f"{SQLITE}{local}" if local else settings.uri)
+            yield Mirror(client, settings.artifacts if local else None)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for key in added:
+            os.environ.pop(key, None)
+
+
+def _create_database(path: Path) -> None:
+    """Made under another name and renamed: no other process, nor a kill half-way, leaves or meets half a schema."""
+    if path.exists():
+        return
+    import mlflow
+
+    with atomic_path(path) as beside:
+        mlflow.MlflowClient(tracking_uri=f"{SQLITE}{beside}").search_experiments()
+
+
+class Mirror:
+    """Writes runs through an MLflow client. `counts` says how many runs were written and how many were up to date."""
+
+    def __init__(self, client: Any, artifacts: str | None) -> None:
+        self.client, self.artifacts = client, artifacts
+        self.counts: Counter[str] = Counter()
+
+    def cell(self, folder: Path) -> None:
+        self.put(cell_run(folder))
+
+    def sweep(self, folder: Path) -> None:
+        """Parent and children; children that the sweep no longer has (it was started anew) are deleted."""
+        parent, children = sweep_runs(folder)
+        parent_id = self.put(parent)
+        found: dict[str, list[Any]] = {child.cell: [] for child in children}
+        for run in self._find(parent.experiment, f"tags.`{CELL}` LIKE '{parent.cell}/%'"):
+            cell = run.data.tags[CELL]
+            if cell in found:
+                found[cell].append(run)
+            elif cell.startswith(f"{parent.cell}/"):  # LIKE takes _ for any character
+                self.client.delete_run(run.info.run_id)
+        for child in children:
+            self.put(child, parent_id, found[child.cell])
+
+    def put(self, run: Run, parent_id: str | None = None, found: list[Any] | None = None) -> str:
+        """Find or create the one run of `run.cell` and bring it up to date. Returns its id."""
+        found = self._find(run.experiment, f"tags.`{CELL}` = '{run.cell}'") if found is None else found
+        digest = run.digest()
+        if len(found) == 1 and found[0].data.tags.get(DIGEST) == digest:
+            self.counts["up to date"] += 1
+            run_id = str(found[0].info.run_id)
+            if parent_id and found[0].data.tags.get(PARENT) != parent_id:
+                self.client.set_tag(run_id, PARENT, parent_id)
+            return run_id
+        for old in found:  # a run's params cannot be changed, so a changed cell gets a new run
+            self.client.delete_run(old.info.run_id)
+        tags = {CELL: run.cell} | ({PARENT: parent_id} if parent_id else {})
+        run_id = str(self.client.create_run(self._experiment(run.experiment), run.start_ms, tags, run.name).info.run_id)
+        self._fill(run_id, run)
+        self.client.set_tag(run_id, DIGEST, digest)  # last: a run without it was not finished
+        self.counts["written"] += 1
+        return run_id
+
+    def _find(self, experiment: str, condition: str) -> list[Any]:
+        return list(self.client.search_runs([self._experiment(experiment)], condition, max_results=50_000))
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            place = (Path(self.artifacts) / name).absolute().as_uri() if self.artifacts else None
+            return str(self.client.create_experiment(name, place))
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def _fill(self, run_id: str, run: Run) -> None:
+        from mlflow import entities
+
+        metrics = [entities.Metric(m.key, m.value, m.timestamp_ms, m.step) for m in run.metrics]
+        params = [entities.Param(k, v) for k, v in run.params.items()]
+        tags = [entities.RunTag(k, v) for k, v in run.tags.items()]
+        for at in range(0, max(len(metrics), len(params), len(tags)), BATCH):
+            part = slice(at, at + BATCH)
+            self.client.log_batch(run_id, metrics=metrics[part], params=params[part], tags=tags[part])
+        if run.datasets:
+            self.client.log_inputs(run_id, [_input(d) for d in run.datasets])
+        if run.config:
+            self.client.log_dict(run_id, run.config, "config.yaml")
+        for path in run.files:
+            self.client.log_artifact(run_id, str(path))
+        if run.end_ms is not None:
+            self.client.set_terminated(run_id, run.status, run.end_ms)
+
+
+def _input(dataset: Dataset) -> Any:
+    from mlflow.entities import Dataset as Entity
+    from mlflow.entities import DatasetInput, InputTag
+
+    about = {"uri": dataset.uri, "sha256": dataset.sha256}
+    entity = Entity(
+        name=dataset.name,
+        digest=dataset.sha256[:36],  # the longest that MLflow takes
+        source_type="local",
+        source=json.dumps(about),
+        profile=json.dumps({"rows": dataset.rows, "sha256": dataset.sha256}),
+    )
+    return DatasetInput(entity, [InputTag("mlflow.data.context", dataset.context)])
+
+
+def backfill(cfg: DictConfig, everything: bool) -> int:
+    """Mirror all results and sweeps on disk (of one experiment, or of every one). Returns 2 if a file was unreadable.
+
+    Raises:
+        UserError: tracking is off, nothing is on disk, or the database or server cannot be written.
+    """
+    settings = _settings(cfg)
+    if not settings.enabled:
+        raise UserError("tracking is off, so there is nothing to fill; leave out tracking=none")
+    roots = [Path(root) if everything else Path(root) / cfg.experiment for root in (cfg.paths.results, cfg.paths.sweeps)]
+    cells = [p.parent for p in sorted(roots[0].rglob("result.json"))]
+    sweeps = [p.parent for p in sorted(roots[1].rglob("sweep.json"))]
+    if not cells and not sweeps:
+        raise UserError(f"there is no result below {roots[0]} and no sweep below {roots[1]}; run cells first, or mend experiments=")
+    counts: Counter[str] = Counter()
+    unreadable = []
+    for folder, method in [(f, Mirror.cell) for f in cells] + [(f, Mirror.sweep) for f in sweeps]:
+        try:
+            with _connected(settings, Path(cfg.paths.work)) as mirror:
+                method(mirror, folder)
+                counts += mirror.counts
+        except UserError as error:
+            unreadable.append(error)
+        except Exception as error:
+            raise UserError(
+                f"{settings.uri} cannot be written ({_reason(error)}); start it or mend tracking.uri, then run again"
+            ) from error
+    done = ", ".join(f"{counts[what]} {what}" for what in ("written", "up to date"))
+    print(f"{len(cells)} cells and {len(sweeps)} sweeps in {settings.uri}; runs: {done}")
+    for each in unreadable:
+        print(f"error: {each}", file=sys.stderr)
+    return 2 if unreadable else 0

@@ -1,0 +1,241 @@
+"""What MLflow is told of a cell or a sweep: params, metrics, tags and files, all taken from the result files.
+
+Library; knows MLflow's vocabulary but not MLflow. DESIGN section 4 fixes the names. Everything here is a function of
+files, so a mirror made after the fact equals the one made live.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import read_json, sha256
+from pipeline.records import results
+from pipeline.records.results import Result
+
+LONGEST = 5000  # characters of a param or tag; MLflow refuses more than 6,000
+SCORES = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "rouge_l", "nll")
+SHORT = {"lora_alpha": "alpha"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One point: value at `step`, stamped in Unix milliseconds."""
+
+    key: str
+    value: float
+    timestamp_ms: int
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set input. `sha256` is of the task's manifest.json, which lists the digest of every file."""
+
+    name: str
+    context: str
+    """training or testing"""
+    sha256: str
+    uri: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One MLflow run, keyed by `cell` ("<experiment>/<cell>")."""
+
+    cell: str
+    experiment: str
+    name: str
+    start_ms: int
+    end_ms: int | None
+    status: str
+    """FINISHED, FAILED, or RUNNING (a sweep that is not through)."""
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: list[Metric] = field(default_factory=list)
+    datasets: list[Dataset] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    """Kept as config.yaml."""
+
+    def digest(self) -> str:
+        """Hex sha256 of everything the run is to hold: equal means up to date."""
+        content = dataclasses.asdict(self) | {"files": {p.name: sha256(p) for p in self.files}}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def cell_run(folder: str | Path) -> Run:
+    """The run of one finished cell, from results/<experiment>/<cell>/.
+
+    Raises:
+        UserError: result.json is missing, broken or of another schema.
+    """
+    folder = Path(folder)
+    result = results.read(folder)
+    start = _milliseconds(result.provenance.get("started"))
+    end = start + round(1000 * result.phases.wall_s) if result.phases else start
+    return Run(
+        cell=f"{result.experiment}/{result.cell}",
+        experiment=result.experiment,
+        name=result.cell,
+        start_ms=start,
+        end_ms=end,
+        status="FINISHED" if result.status == "ok" else "FAILED",
+        params=_cell_params(result),
+        tags=_cell_tags(result),
+        metrics=[Metric(key, float(value), end) for key, value in _cell_metrics(result).items()] + _curves(result, start, end),
+        datasets=_datasets(result),
+        files=[p for p in (folder / "result.json", folder / "predictions.jsonl") if p.exists()],
+        config=result.config,
+    )
+
+
+def _cell_params(result: Result) -> dict[str, str]:
+    own = ("technique", "method", "objective", "precision", "train_rows", "labelled_rows", "seed", "model", "task")
+    return _texts({SHORT.get(k, k): v for k, v in result.hyperparameters.items()} | {k: getattr(result, k) for k in own})
+
+
+def _cell_tags(result: Result) -> dict[str, str]:
+    return _texts(
+        {k: getattr(result, k) for k in ("experiment", "technique", "family", "kind", "seed", "status", "packed", "shared_process", "error")}
+        | {k: result.provenance.get(k) for k in ("git_commit", "git_dirty")}
+        | {
+            "hardware": hardware_name(result.hardware),
+            "memory_kind": result.memory.kind if result.memory else None,
+            **{k: getattr(result.work, k) if result.work else None for k in ("resumed", "engine", "engine_reason")},
+            "mlflow.source.git.commit": result.provenance.get("git_commit"),
+            "mlflow.note.content": "\n\n".join(result.notes) or None,
+        }
+    )
+
+
+def hardware_name(hardware: dict[str, Any]) -> str | None:
+    """The GPU's name, else the CPU's with its number of cores."""
+    if hardware.get("gpu"):
+        return str(hardware["gpu"])
+    return f"{hardware['cpu']} ({hardware.get('cpu_count')} cores)" if hardware.get("cpu") else None
+
+
+def _cell_metrics(result: Result) -> dict[str, float]:
+    found: dict[str, Any] = {}
+    for split, score in result.scores.items():
+        found |= {f"{split}/{name}": getattr(score, name) for name in SCORES}
+    found |= {f"phases/{k}": v for k, v in _fields(result.phases).items()}
+    found |= {f"forgetting/{k}": v for k, v in _fields(result.forgetting).items()}
+    found |= {f"size/{k}": v for k, v in _fields(result.size).items()}
+    found |= {f"inference/{k}": v for k, v in _fields(result.inference).items()}
+    found |= {f"inference/adapters/{n}": v for n, v in ((result.inference and result.inference.adapters) or {}).items()}
+    found |= {f"teacher/{k}": v for k, v in _fields(result.teacher).items()}
+    found |= {f"synthetic/{k}": v for k, v in _fields(result.synthetic).items()}
+    found |= {f"train/{k}": v for k, v in _fields(result.work).items()}
+    found |= {f"train/{k}": v for k, v in _fields(result.memory).items()}
+    found["train/time_s"] = result.phases.train_s if result.phases else None
+    return {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    return dataclasses.asdict(part) if part is not None else {}
+
+
+def _curves(result: Result, start: int, end: int) -> list[Metric]:
+    """history/<name> by training step; a point's time is its share of the run, which any mirror can recompute."""
+    last = max((p["step"] for p in result.history), default=0) or 1
+    return [
+        Metric(f"history/{key}", float(value), start + round((end - start) * point["step"] / last), int(point["step"]))
+        for point in result.history
+        for key, value in point.items()
+        if key != "step" and value is not None
+    ]
+
+
+def _datasets(result: Result) -> list[Dataset]:
+    digest = result.provenance.get("data_sha256")
+    splits = [("train", "training", result.train_rows)] + ([("test", "testing", result.test.rows)] if result.test else [])
+    return [
+        Dataset(f"{result.task}-{split}", context, digest, f"data/{result.task}/{split}.jsonl", rows)
+        for split, context, rows in splits
+        if digest
+    ]
+
+
+def sweep_runs(folder: str | Path) -> tuple[Run, list[Run]]:
+    """The parent run of a sweep and one child a finished trial, from sweep.json, trials.csv and best.json.
+
+    Raises:
+        UserError: sweep.json is missing or not JSON.
+    """
+    folder = Path(folder)
+    sweep = read_json(folder / "sweep.json")
+    best_path = folder / "best.json"
+    best = read_json(best_path) if best_path.exists() else None
+    start = _milliseconds(sweep["provenance"]["started"])
+    end = max(start, _milliseconds(best["finished"])) if best else None
+    params = _texts({k: sweep[k] for k in ("technique", "task", "model", "seed", "train_rows", "sampler")})
+    tags = _texts({k: sweep[k] for k in ("experiment", "technique", "seed")} | {"git_commit": sweep["provenance"].get("git_commit")})
+    key = f"{sweep['experiment']}/sweep/{folder.name}"
+    parent = Run(
+        cell=key,
+        experiment=sweep["experiment"],
+        name=f"{folder.name} sweep",
+        start_ms=start,
+        end_ms=end,
+        status="FINISHED" if best else "RUNNING",
+        params=params | _texts({"space": json.dumps(sweep["space"]), "objectives": ", ".join(sweep["objectives"])}),
+        tags=tags | {"status": "ok" if best else "running"},
+        metrics=[Metric(f"best/{k}", float(v), end or 0) for k, v in best["values"].items()] if best else [],
+        files=[folder / "sweep.json", best_path] if best else [],
+    )
+    return parent, [_trial_run(row, sweep, key, params, tags) for row in _rows(folder / "trials.csv")]
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _trial_run(row: dict[str, str], sweep: dict[str, Any], key: str, params: dict[str, str], tags: dict[str, str]) -> Run:
+    start = _milliseconds(row["started"])
+    end = start + round(1000 * float(row["seconds"] or 0))
+    named = {
+        f"validation/{sweep['metric']}": row.get("validation"),
+        "train/peak_bytes": row["peak_bytes"],
+        "train/time_s": row["train_s"],
+        "train/tokens_per_s": row["tokens_per_s"],
+    }
+    return Run(
+        cell=f"{key}/{row['number']}",
+        experiment=sweep["experiment"],
+        name=f"{key.rpartition('/')[2]} trial {row['number']}",
+        start_ms=start,
+        end_ms=end,
+        status="FINISHED" if row["status"] in ("ok", "pruned") else "FAILED",
+        params=params | _texts({_short(k): row[k] or None for k in sweep["settings"]}),
+        tags=tags | _texts({"status": row["status"], "memory_kind": row["memory_kind"] or None, "packed": row.get("packed") or None}),
+        metrics=[Metric(k, float(v), end) for k, v in named.items() if v],
+    )
+
+
+def _short(key: str) -> str:
+    name = key.rpartition(".")[2]
+    return SHORT.get(name, name)
+
+
+def _milliseconds(moment: str | None) -> int:
+    """ISO time -> Unix milliseconds; without an offset it is UTC."""
+    if not moment:
+        return 0
+    at = datetime.fromisoformat(moment)
+    return round(1000 * (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    return {k: str(v)[:LONGEST] for k, v in values.items() if v is not None}

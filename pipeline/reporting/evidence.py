@@ -1,0 +1,204 @@
+"""What finished cells say about a technique: seen, expected, and how much other tasks tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.records import results
+from pipeline.records.finished import NAME, Cell
+from pipeline.records.results import Result
+from pipeline.stats import learning_curve
+
+NEAR = 1.25
+"""Sizes that differ by no more than this factor count as the same."""
+UNKNOWN_SPREAD = 0.03
+"""Taken for the spread over seeds where no technique has two: the largest that is usual (DESIGN's 0.5 to 3 points)."""
+LEFT_OUT = ("best",)
+"""Variants that are no technique of their own: a sweep's confirm cell."""
+NOT_SETTINGS = ("start",)
+"""Hyperparameters that name a cell of the same seed."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One cell as evidence."""
+
+    technique: str
+    """With the settings in which it differs from other cells of the technique on the model: "lora [epochs=3.0 r=8]"."""
+    task: str
+    model: str
+    rows: int
+    seed: int
+    accuracy: float
+    test_rows: int
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A figure with its 95% interval; low and high are None where nothing is known of its spread."""
+
+    value: float
+    low: float | None
+    high: float | None
+    basis: str
+
+
+def gather(roots: Iterable[Path]) -> list[Seen]:
+    """Every finished cell below the folders that answered test rows; cells of one technique with other settings are told apart by their names."""
+    found = []
+    for path in (p for root in roots for p in sorted(root.rglob("result.json"))):
+        parts = NAME.fullmatch(path.parent.name)
+        if not parts or parts["variant"] in LEFT_OUT:
+            continue
+        result = results.read(path)
+        label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
+        if result.status == "ok" and result.test and result.metric == "accuracy" and result.kind != "teacher":
+            cell = Cell(result, path.parent, label, parts["rows"])
+            found.append(Seen(label, result.task, result.model, result.train_rows, result.seed, result.test.accuracy, result.test.rows, cell))
+    return _once(_told_apart(found))
+
+
+def out_of_memory(roots: Iterable[Path]) -> list[Result]:
+    """Cells below the folders that ended out of memory."""
+    return [r for root in roots for r in results.read_all(root) if r.status == "oom"]
+
+
+def _told_apart(seen: Sequence[Seen]) -> list[Seen]:
+    """Techniques that ran with several settings on a model, under a name for each: their mean would be of no technique at all."""
+    groups: dict[tuple[str, str], list[Seen]] = defaultdict(list)
+    for one in seen:
+        groups[one.technique, one.model].append(one)
+    found = []
+    for (name, _), cells in groups.items():
+        every = [_settings(s) for s in cells]
+        keys = sorted({k for s in every for k in s if any(s.get(k) != other.get(k) for other in every)})
+        for one, settings in zip(cells, every, strict=True):
+            told = " ".join(f"{k}={settings[k]}" for k in keys if settings.get(k) is not None)
+            found.append(dataclasses.replace(one, technique=f"{name} [{told or 'defaults'}]") if keys else one)
+    return found
+
+
+def _settings(one: Seen) -> dict[str, Any]:
+    result = one.cell.result
+    found = {k: v for k, v in result.hyperparameters.items() if k not in NOT_SETTINGS}
+    return found | ({"synthetic_share": result.synthetic.share} if result.synthetic else {})
+
+
+def _once(seen: Sequence[Seen]) -> list[Seen]:
+    """Of cells that are the same run but for the experiment's name, the one with the most test rows (a GPU's first): a run again is not a new run."""
+    best: dict[tuple[Any, ...], Seen] = {}
+    for one in sorted(seen, key=lambda s: (-s.test_rows, not s.cell.result.hardware.get("gpu"))):
+        best.setdefault((one.technique, one.task, one.model, one.rows, one.seed), one)
+    return [one for one in seen if best[one.technique, one.task, one.model, one.rows, one.seed] is one]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviation of a run's accuracy over seeds, and its degrees of freedom (0: assumed)."""
+
+    sd: float
+    df: int
+
+    @property
+    def t(self) -> float:
+        """Half a 95% interval in standard deviations."""
+        if not self.df:
+            return 1.959964
+        from scipy.stats import t
+
+        return float(t.ppf(0.975, self.df))
+
+
+def pooled_spread(seen: Sequence[Seen]) -> Spread:
+    """Within tasks, techniques and sizes with several seeds; what is not random (all seeds alike) tells nothing of those that are."""
+    groups: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    for one in seen:
+        groups[one.task, one.technique, one.rows].append(one.accuracy)
+    squares, df = 0.0, 0
+    for values in groups.values():
+        mean = math.fsum(values) / len(values)
+        if len(values) > 1 and any(v != values[0] for v in values):
+            squares += math.fsum((v - mean) ** 2 for v in values)
+            df += len(values) - 1
+    return Spread(math.sqrt(squares / df), df) if df else Spread(UNKNOWN_SPREAD, 0)
+
+
+def takes_no_rows(one: Seen) -> bool:
+    """Whether the technique is the same whatever the number of training rows."""
+    return not one.cell.result.takes_rows
+
+
+def said_sizes(sizes: Sequence[int]) -> str:
+    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+
+
+def expected_accuracy(cells: Sequence[Seen], rows: int, spread: Spread, curve: learning_curve.Curve | None) -> Expected | None:
+    """What a new run with `rows` training rows is expected to score; None where the sizes measured say nothing of it."""
+    if all(takes_no_rows(s) for s in cells):
+        return _mean(cells, spread, "takes no training rows")
+    at = [s for s in cells if s.rows == rows]
+    if not at and curve is not None and curve.sizes[0] <= rows <= curve.sizes[-1] and curve.fits:
+        on = curve.at(rows)
+        half = math.hypot((on.high - on.low) / 2, spread.t * spread.sd)
+        return Expected(on.value, *bounded(on.value, half), f"learning curve through {len(curve.sizes)} sizes, {said_sizes(curve.sizes)} rows")
+    at = at or [s for s in cells if max(s.rows, rows) <= NEAR * min(s.rows, rows)]
+    if at:
+        nearest = min({s.rows for s in at}, key=lambda n: abs(math.log(n / rows)))
+        return _mean([s for s in at if s.rows == nearest], spread, f"measured at {nearest:,} rows")
+    sizes = sorted({s.rows for s in cells})
+    below, above = max((n for n in sizes if n < rows), default=None), min((n for n in sizes if n > rows), default=None)
+    if below is None or above is None:
+        return None
+    low, high = (_mean([s for s in cells if s.rows == n], spread, "") for n in (below, above))
+    share = math.log(rows / below) / math.log(above / below)
+    value = low.value + share * (high.value - low.value)
+    assert low.low is not None and high.low is not None and low.high is not None and high.high is not None
+    return Expected(value, min(low.low, high.low), max(low.high, high.high), f"between {below:,} and {above:,} rows, even in the logarithm")
+
+
+def _mean(cells: Sequence[Seen], spread: Spread, basis: str) -> Expected:
+    value = math.fsum(s.accuracy for s in cells) / len(cells)
+    same = len(cells) > 1 and all(s.accuracy == cells[0].accuracy for s in cells)
+    sd = 0.0 if same or cells[0].cell.result.kind == "base" else spread.sd
+    rows = value * (1 - value) / cells[0].test_rows
+    half = spread.t * math.sqrt(sd**2 * (1 + 1 / len(cells)) + rows)
+    seeds = f"{len(cells)} run{'s' if len(cells) > 1 else ''}"
+    return Expected(value, *bounded(value, half), f"{basis}, {seeds}")
+
+
+def bounded(value: float, half: float) -> tuple[float, float]:
+    """value ± half, within 0 and 1."""
+    return max(0.0, value - half), min(1.0, value + half)
+
+
+def other_task(told: Mapping[str, float], spread: Spread) -> Expected:
+    """A new task's accuracy from those expected on others; without an interval from one alone."""
+    count, mean = len(told), math.fsum(told.values()) / len(told)
+    if count == 1:
+        return Expected(mean, None, None, f"that of {next(iter(told))}; one task does not tell how far another lies from it")
+    half = _t(count - 1) * math.sqrt(_variance(list(told.values())) * (1 + 1 / count) + spread.sd**2)
+    return Expected(mean, *bounded(mean, half), f"from {count} other tasks, with the spread between tasks")
+
+
+def paired_apart(best: Mapping[str, float], one: Mapping[str, float]) -> bool:
+    """Whether the tasks that both were measured on tell them apart: a paired t test at 5%. One task tells nothing."""
+    gaps = [best[task] - one[task] for task in best if task in one]
+    return len(gaps) > 1 and abs(math.fsum(gaps) / len(gaps)) > _t(len(gaps) - 1) * math.sqrt(_variance(gaps) / len(gaps))
+
+
+def _variance(values: list[float]) -> float:
+    mean = math.fsum(values) / len(values)
+    return math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+
+
+def _t(df: int) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, df))

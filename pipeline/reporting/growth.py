@@ -1,0 +1,211 @@
+"""Data dependency: every technique's learning curve, the rows that an accuracy takes, and where one technique overtakes another.
+
+Library of `python -m pipeline.report`; growth_chart.py draws it. A part of the report where some technique has three sizes or more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pipeline.core.files import UserError
+from pipeline.records.finished import Cell
+from pipeline.reporting import words as f
+from pipeline.reporting.figures import metric_name
+from pipeline.reporting.rows import Row, zero_shot
+from pipeline.stats.learning_curve import Crossover, Curve, Estimate, RowsFor, crossover, fit
+from pipeline.stats.learning_noise import Measured
+
+
+@dataclass(frozen=True)
+class Line:
+    """One technique: its curve, and its cells by labelled rows."""
+
+    curve: Curve
+    family: str
+    kind: str
+    cells: dict[int, list[Measured]]
+    first: Estimate
+    last: Estimate
+    needed: RowsFor
+
+    @property
+    def name(self) -> str:
+        """The technique."""
+        return self.curve.technique
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The learning curves of an experiment, those that end highest first."""
+
+    lines: list[Line]
+    smallest: int
+    largest: int
+    metric: str
+    target: float
+    about_target: str
+    crossovers: list[Crossover]
+    without: list[str]
+    """Techniques that have too few sizes for a curve."""
+
+
+def growth(rows: Sequence[Row], target: float | None = None) -> Growth | None:
+    """The curves of an experiment; None where no technique that takes rows has three sizes.
+
+    Args:
+        target: the accuracy whose rows are told; None: half of the way from zero-shot to the end of the best curve.
+
+    Raises:
+        UserError: a target that is no fraction.
+    """
+    if target is not None and not 0 < target < 1:
+        raise UserError(f"report.target is {target:g}; it is an accuracy between 0 and 1, such as 0.6")
+    shown = [r for r in rows if not r.teacher and r.test is not None]
+    constant = {r.technique for r in shown if _constant(r.cells[0])}
+    measured = [m for row in shown for cell in row.cells if (m := _measured(cell))]
+    curves = fit(measured, constant)
+    if not any(c.kind == "power" for c in curves.values()):
+        return None
+    smallest, largest = _range(curves.values())
+    rows_of = {r.technique: r for r in shown}
+    untouched = zero_shot([r for r in shown if r.technique in curves])
+    base = untouched.technique if untouched else None
+    best = max(curves.values(), key=lambda c: c.value(largest))
+    start = curves[base].value(smallest) if base else min(c.value(smallest) for c in curves.values())
+    chosen = target if target is not None else (start + best.value(largest)) / 2
+    lines = [_line(c, rows_of[c.technique], measured, chosen, smallest, largest) for c in curves.values()]
+    lines.sort(key=lambda one: -one.last.value)
+    return Growth(
+        lines, smallest, largest, metric_name(rows), chosen, "" if target is not None else _halfway(base, start, best, largest),
+        [crossover(a.curve, b.curve) for a, b in itertools.combinations(lines, 2)],
+        [t for t in rows_of if t not in curves],
+    )
+
+
+def _constant(cell: Cell) -> bool:
+    """Whether the technique takes no more rows than it has at every size: nothing, or a number of demonstrations."""
+    return not cell.result.takes_rows
+
+
+def _measured(cell: Cell) -> Measured | None:
+    result = cell.result
+    if result.test is None:
+        return None
+    right = cell.right() if result.metric == "accuracy" else None
+    value = getattr(result.test, result.metric)
+    return Measured(cell.label, result.train_rows + result.validation_rows, result.seed, value, result.test.rows, right or None)
+
+
+def _range(curves: Iterable[Curve]) -> tuple[int, int]:
+    sizes = [n for c in curves if c.kind == "power" for n in c.sizes]
+    return min(sizes), max(sizes)
+
+
+def _line(curve: Curve, row: Row, measured: Sequence[Measured], target: float, smallest: int, largest: int) -> Line:
+    cells: dict[int, list[Measured]] = {}
+    for one in measured:
+        if one.technique == curve.technique:
+            cells.setdefault(one.rows, []).append(one)
+    low, high = (smallest, largest) if curve.kind == "constant" else (curve.sizes[0], curve.sizes[-1])
+    return Line(curve, row.family, row.kind, dict(sorted(cells.items())), curve.at(low), curve.at(high), curve.rows_for(target))
+
+
+def _halfway(base: str | None, start: float, best: Curve, largest: int) -> str:
+    where = f"`{base}` ({f.percent(start)}%)" if base else f"the lowest curve's start ({f.percent(start)}%)"
+    return f"half of the way from {where} to where `{best.technique}` ends ({f.percent(best.value(largest))}%)"
+
+
+def rows_in_words(needed: RowsFor, constant: bool = False) -> str:
+    """Rows for an accuracy with their interval: 140 [90–230]; 1,500 [1,100 to over 1,800]; at most 19; not reached."""
+    if needed.low is None:
+        return "not reached"
+    if constant:
+        return "at any size" if needed.high is not None else "cannot be told"
+    if needed.high == needed.smallest:
+        return f"at most {needed.smallest:,}"
+    under = needed.low == needed.smallest
+    low = f"{'under ' if under else ''}{needed.low:,.0f}"
+    interval = f"[{low} to over {needed.largest:,}]" if needed.high is None else f"[{low} to {needed.high:,.0f}]" if under else f"[{low}–{needed.high:,.0f}]"
+    return f"{'not reached' if needed.rows is None else f'{needed.rows:,.0f}'} {interval}"
+
+
+def sentences(grown: Growth) -> list[str]:
+    """The crossovers in words: those that the data can tell, who is ahead throughout, what they cannot tell."""
+    texts = [
+        f"`{name}` overtakes {_joined([f'`{c.behind}` at n = {c.rows:,.0f} [{c.low:,.0f}–{c.high:,.0f}]' for c in group])} labelled rows."
+        for name, group in _by_ahead(grown, "crosses")
+    ]
+    texts += [
+        f"`{name}` is ahead of {_joined([f'`{c.behind}`' for c in group])} at every size from {group[0].smallest:,} to {group[0].largest:,} rows."
+        for name, group in _by_ahead(grown, "ahead")
+    ]
+    texts += [
+        f"`{name}` is ahead of {_joined([f'`{c.behind}` from {c.high:,.0f}' for c in group])} rows on; with fewer the data cannot tell."
+        for name, group in _by_ahead(grown, "ahead_from")
+    ]
+    untold = [c for c in grown.crossovers if c.verdict == "unclear"]
+    texts += [
+        f"`{c.behind}` is ahead of `{c.ahead}` up to {c.behind_until:,.0f} rows; which is ahead at {c.largest:,}, the data cannot tell."
+        for c in untold if c.behind_until
+    ]
+    if pairs := [f"`{c.ahead}` and `{c.behind}`" for c in untold if not c.behind_until]:
+        texts.append(f"Which of two is ahead at {untold[0].largest:,} rows, the data cannot tell for {'; '.join(pairs)}.")
+    return texts
+
+
+def _by_ahead(grown: Growth, verdict: str) -> list[tuple[str, list[Crossover]]]:
+    """Crossovers of one verdict by the technique that is ahead, in the order of their rows."""
+    found: dict[str, list[Crossover]] = {}
+    for c in sorted((c for c in grown.crossovers if c.verdict == verdict), key=lambda c: c.rows or c.high or 0):
+        found.setdefault(c.ahead, []).append(c)
+    return list(found.items())
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def remarks(grown: Growth) -> list[str]:
+    """What a reader of the curves should know, as far as it holds here."""
+    power = [one for one in grown.lines if one.curve.kind == "power"]
+    poor = [one.name for one in power if not one.curve.fits]
+    lone = [one.name for one in grown.lines if one.curve.seeds == 1 and one.kind != "base"]
+    return [text for text in (
+        "Curves are a − b · n^(−c), fitted to the sizes measured and drawn no further; what takes no rows to train is a line. Bands and brackets "
+        "hold the truth 95 times in 100, each for itself.",
+        f"The points of {_listed(poor)} do not lie on such a curve (lack of fit, p < 0.01): trust the points more than the line." if poor else "",
+        f"One seed of {_listed(lone)}: the bands leave the spread of training out, and are too narrow." if lone else "",
+        f"{grown.metric} has no answers to compare row by row: the sampling of test rows is counted as for a share, apart for every technique."
+        if grown.metric != "accuracy" else "",
+        f"Too few sizes for a curve: {_listed(grown.without)}." if grown.without else "",
+    ) if text]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return _joined([f"`{name}`" for name in names])
+
+
+def table(grown: Growth) -> tuple[list[str], list[list[str]]]:
+    """(heads, lines): the rows for the target, and the accuracy at both ends of a curve, with their intervals."""
+    heads = ["Technique", f"Rows for {f.percent(grown.target)}%", f"At {grown.smallest:,} rows, %", f"At {grown.largest:,} rows, %"]
+    return heads, [
+        [one.name, rows_in_words(one.needed, one.curve.kind == "constant"), _bounded(one, one.first, grown.smallest), _bounded(one, one.last, grown.largest)]
+        for one in grown.lines
+    ]
+
+
+def _bounded(one: Line, estimate: Estimate, rows: int) -> str:
+    """The estimate at an end of the technique's own sizes; said where that is not the experiment's."""
+    text = f"{f.percent(estimate.value)} [{f.percent(estimate.low)}–{f.percent(estimate.high)}]"
+    return text if one.curve.kind == "constant" or rows in one.curve.sizes else f"{text} at {min(one.curve.sizes, key=lambda n: abs(n - rows)):,}"
+
+
+def further(grown: Growth | None) -> list[str]:
+    """What table.md says of it: what crosses where, and the rows for the target."""
+    if grown is None:
+        return []
+    why = f" ({grown.about_target})" if grown.about_target else ""
+    needed = [f"`{one.name}` {rows_in_words(one.needed, one.curve.kind == 'constant')}" for one in grown.lines]
+    return [*sentences(grown), f"Labelled rows for {f.percent(grown.target)}%{why}: {'; '.join(needed)}."]

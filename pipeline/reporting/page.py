@@ -1,0 +1,218 @@
+"""index.html: one self-contained page from the template, with nothing to fetch.
+
+Library of `python -m pipeline.report`. Texts that come from results are escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup, escape
+
+from pipeline.measure.clock import Phases
+from pipeline.records.finished import Cell
+from pipeline.records.results import Result, Work
+from pipeline.reporting import costs as report_complexity
+from pipeline.reporting import forecast, forgetting, tuning
+from pipeline.reporting import words as f
+from pipeline.reporting.charts import by_rows, colours, costs, forest, scatter
+from pipeline.reporting.curves import panels
+from pipeline.reporting.figures import RESUMED, SHARED, Column, columns, metric_name, remarks, timing_notes
+from pipeline.reporting.growth import Growth, sentences
+from pipeline.reporting.growth import remarks as growth_remarks
+from pipeline.reporting.growth import table as growth_table
+from pipeline.reporting.growth_chart import charts
+from pipeline.reporting.rows import Row, by_group
+from pipeline.reporting.text import opening, provenance, rows_in_words, warnings
+
+TEMPLATES = Path(__file__).with_name("templates")
+UNBROKEN = re.compile(r"\b[np] [=<] |\d [A-Za-z]{1,3}\b|\d–\d")
+PHASES = {
+    "startup": "start-up", "load": "load", "warmup": "warm-up", "train": "train", "validate": "validate", "save": "save",
+    "evaluate": "evaluate", "other": "other",
+}
+
+
+def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Growth | None = None, tunings: tuning.Tunings | None = None) -> str:
+    """The HTML page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )
+    environment.filters |= {"words": words, "hyperparameter": f.hyperparameter, "anchor": f.anchor}
+    return environment.get_template("report.html").render(
+        **_content(experiment, rows, missing, sentences(grown) if grown else ()), **_growth(rows, grown),
+        **tuning.part(rows, tunings or {}, colours(rows)),
+    )
+
+
+def _growth(rows: Sequence[Row], grown: Growth | None) -> dict[str, Any]:
+    """The part on data dependency; without learning curves the lines over the training rows stand in."""
+    colour = colours(rows)
+    if grown is None:
+        return {"growth": None, "by_rows": by_rows(rows, colour)}
+    heads, lines = growth_table(grown)
+    of = [colour[one.family] for one in grown.lines]
+    return {"growth": grown, "growth_charts": charts(grown, colour), "growth_heads": heads, "growth_lines": list(zip(of, lines, strict=True)),
+            "crossovers": sentences(grown), "growth_remarks": growth_remarks(grown), "by_rows": None}
+
+
+def words(text: str) -> Markup:
+    """A sentence as HTML: escaped, what stands in backticks bold, numbers kept on one line with what belongs to them."""
+    joined = str.maketrans({" ": "\N{NO-BREAK SPACE}", "–": "\N{WORD JOINER}–\N{WORD JOINER}"})
+    parts = UNBROKEN.sub(lambda found: found[0].translate(joined), str(text)).split("`")
+    return Markup("").join(Markup("<b>{}</b>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts))
+
+
+def _content(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Sequence[str]) -> dict[str, Any]:
+    colour, cells = colours(rows), [c for r in rows for c in r.cells]
+    first = cells[0].result
+    heading = {"experiment": experiment, "task": first.task, "model": first.model, "metric": metric_name(rows)}
+    words = {"opening": opening(rows, grown), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
+    assets = {"css": _asset("report.css") + _asset("panels.css"), "js": _asset("report.js")}
+    return {**heading, **words, **assets, **_table(rows), **_charts(rows, colour), **_cells(rows), **forecast.part(rows)}
+
+
+def _table(rows: Sequence[Row]) -> dict[str, Any]:
+    shown, unmeasured = columns(rows)
+    return {"rows": rows, "columns": shown, "groups": _groups(shown), "unmeasured": [c.title for c in unmeasured]}
+
+
+def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
+    groups = by_group(rows)
+    largest, first = next(iter(groups.items()))
+    costly = [(rows_in_words(name), [c for cost in costs(group) if (c := scatter(group, cost, colour))]) for name, group in groups.items()]
+    return {
+        "colour": colour,
+        "families": {r.family: colour[r.family] for r in sorted(rows, key=lambda r: colour[r.family]) if not r.teacher},
+        "forest": forest(first, colour) if any(r.test is not None for r in first) else None,
+        "forest_rows": rows_in_words(largest) if len(groups) > 1 else "",
+        "charts": [(name, charts) for name, charts in costly if charts],
+        "curves": panels(rows, colour),
+        "forgetting": [(rows_in_words(name), found) for name, group in groups.items() if (found := forgetting.charts(group, colour))],
+        "probed": forgetting.probes(rows),
+        "complexity": report_complexity.panels(first), "complexity_missing": report_complexity.unmeasured(first),
+    }
+
+
+def _cells(rows: Sequence[Row]) -> dict[str, Any]:
+    names, details = {f.anchor(r.name) for r in rows}, []
+    for row in rows:
+        alias = f.anchor(row.technique)  # where a learning curve's point leads
+        details.append((row, [_detail(c, row.own_notes) for c in row.cells], "" if alias in names else alias))
+        names.add(alias)
+    return {"phase_names": PHASES, "timelines": _timelines(rows), "timing_notes": timing_notes(rows), "details": details}
+
+
+def _groups(shown: Sequence[Column]) -> list[tuple[str, int]]:
+    """(name, number of columns) of every run of columns of one group."""
+    return [(name, len(list(members))) for name, members in itertools.groupby(shown, key=lambda c: c.group)]
+
+
+def _asset(name: str) -> Markup:
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def _timelines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every row's phases (means over its seeds) as parts of a bar; the longest is the full width."""
+    known = [(row, _mean_phases(timed)) for row in rows if (timed := [c for c in row.cells if c.result.phases and c.timing == row.timing])]
+    longest = max((phases.wall_s for _, phases in known), default=0.0)
+    return [
+        {"name": row.name, "bar": bar(phases, longest), "wall": f"{f.seconds(phases.wall_s)} s",
+         "mark": (RESUMED if row.timing else "") + (SHARED if row.shared_process else "")}
+        for row, phases in known if longest
+    ]
+
+
+def _mean_phases(cells: Sequence[Cell]) -> Phases:
+    each = [dataclasses.asdict(c.result.phases) for c in cells if c.result.phases]
+    return Phases(**{key: sum(e[key] for e in each) / len(each) for key in each[0]})
+
+
+def bar(phases: Phases, longest: float) -> list[tuple[str, float, str]]:
+    """(phase, width in percent of the longest cell, seconds in words) of the phases that took any time."""
+    parts = [(name, getattr(phases, f"{name}_s")) for name in PHASES]
+    return [(name, round(100 * seconds / longest, 3), f.duration(seconds)) for name, seconds in parts if seconds > 0]
+
+
+def _detail(cell: Cell, own_notes: Sequence[str]) -> dict[str, Any]:
+    """One cell's facts for its fold-out; what is true of every cell is said elsewhere."""
+    result = cell.result
+    facts = {**_quality(result), **_resources(result), "Teacher": _teacher(result), "Timing": cell.timing, "Engine": _engine(cell)}
+    facts |= {"Notes": "; ".join(n for n in result.notes if n in own_notes), "Error": result.error}
+    return {
+        "result": result, "facts": {k: v for k, v in facts.items() if v}, "phases": _phases(result.phases),
+        "config": yaml.safe_dump(result.config, sort_keys=True, allow_unicode=True) if result.config else "",
+        "bar": bar(result.phases, result.phases.wall_s) if result.phases and result.phases.wall_s else [],
+    }
+
+
+def _quality(result: Result) -> dict[str, str | None]:
+    test, sets = result.test, [split for split in result.scores if split.startswith("transfer/")]
+    return {
+        "Transfer, %": ", ".join(f"{split.partition('/')[2]} {_score(result, split)}" for split in sets),
+        "Log-loss of the right answer": f"{test.nll:.3f} nats a row" if test and test.nll is not None else None,
+        "Test rows without an answer": str(test.unanswered) if test and test.unanswered else None,
+    }
+
+
+def _resources(result: Result) -> dict[str, str | None]:
+    size, work, memory, inference = result.size, result.work, result.memory, result.inference
+    return {
+        "Energy": _energy(work),
+        "Cost": f"{result.cost.amount:.4g} {result.cost.currency} ({result.cost.per_hour:g} an hour)" if result.cost else None,
+        "Tuned": _tuning(result),
+        "Steps": f"{work.steps:,}" if work and work.steps else None,
+        "Padding share": f"{100 * work.padding_share:.0f}%" if work and work.padding_share is not None else None,
+        "Memory before the first step": f.size(memory.baseline_bytes) if memory and memory.baseline_bytes is not None else None,
+        "Allocated peak": f.size(memory.peak_allocated_bytes) if memory and memory.peak_allocated_bytes is not None else None,
+        "Device's own view": f.size(memory.device_used_bytes) if memory and memory.device_used_bytes is not None else None,
+        "Base in memory": f.size(size.model_bytes) if size and size.model_bytes is not None else None,
+        "Model as served, in memory": f.size(size.served_bytes) if size and size.served_bytes is not None else None,
+        "Test rows a second": f"{inference.rows_per_s:,.1f}" if inference and inference.rows_per_s is not None else None,
+    }
+
+
+def _energy(work: Work | None) -> str | None:
+    if work is None or not work.steps:
+        return None
+    parts = [f"{joules:,.1f} J{where}" for joules, where in ((work.energy_j, ""), (work.host_energy_j, " (CPU)")) if joules is not None]
+    return "; ".join([*parts, *([work.energy_note] if work.energy_note else [])]) or None
+
+
+def _tuning(result: Result) -> str | None:
+    found = result.tuning
+    if found is None:
+        return None
+    return f"{found.searched} hyperparameters, {found.trials} trials with seed {found.seed}, {f.duration(found.device_s)}; {found.file}"
+
+
+def _engine(cell: Cell) -> str:
+    work = cell.result.work
+    if not cell.engine or work is None or not work.widths:
+        return cell.engine
+    return f"{cell.engine}; {'rows packed into streams of tokens' if work.streams else 'widths'} {', '.join(map(str, work.widths))}"
+
+
+def _score(result: Result, split: str) -> str:
+    return f.percent(getattr(result.scores[split], result.metric))
+
+
+def _teacher(result: Result) -> str:
+    teacher = result.teacher
+    if teacher is None:
+        return ""
+    right = f", {f.percent(teacher.accuracy)}% right" if teacher.accuracy is not None else ""
+    return f"{teacher.name}: {teacher.rows:,} rationales of training rows{right}"
+
+
+def _phases(phases: Phases | None) -> list[tuple[str, str]]:
+    values = dataclasses.asdict(phases) if phases else {}
+    return [(PHASES[name], f.duration(values[f"{name}_s"])) for name in PHASES if values.get(f"{name}_s")]

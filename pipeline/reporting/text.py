@@ -1,0 +1,243 @@
+"""The words of the report, made from its numbers: what came out, what is missing, what is not comparable, where it ran.
+
+Library of `python -m pipeline.report`. A technique's name stands in backticks; the HTML page sets it in bold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.records.finished import Cell
+from pipeline.records.runs import hardware_name
+from pipeline.reporting import words as f
+from pipeline.reporting.figures import METRICS, interval
+from pipeline.reporting.rows import Row, by_group, common_notes, zero_shot
+from pipeline.stats.tiers import FEW
+
+CURVES = 2  # sentences about learning curves in the opening
+MANY = 8  # names that are all said; of more, the first three
+CLOSE = 0.02  # of many that cannot be told apart from the best, costs are those of the ones that are so near to it
+
+
+def opening(rows: Sequence[Row], grown: Sequence[str] = ()) -> list[str]:
+    """What came out, in sentences: the best technique, which cannot be told apart from it, and what they cost.
+
+    With several numbers of training rows the largest comes first and in full, the others in a sentence each, or what learning curves say of them.
+
+    Args:
+        grown: sentences about learning curves; the first few are taken.
+    """
+    compared = [r for r in rows if r.test is not None and not r.teacher]
+    groups = by_group(compared)
+    if not groups:
+        return ["No technique of this experiment has a test result yet."]
+    (name, ranked), *others = groups.items()
+    where = f"With {rows_in_words(name)}, " if len(groups) > 1 else ""
+    sentences = [_headline(ranked), where + _best(ranked), _apart(ranked), _gain(ranked), _costs(ranked)]
+    sentences += list(grown[:CURVES]) if grown else [f"With {rows_in_words(name)}, {_best(ranked)} {_apart(ranked)}" for name, ranked in others]
+    return [text.strip() for text in (*sentences, _teacher(rows)) if text]
+
+
+def _headline(ranked: list[Row]) -> str:
+    """Which techniques share the first place, and what the leanest of them saves; empty where that is not known."""
+    best = ranked[0]
+    near = [r for r in ranked if r.standing == "near"]
+    if not best.standing or not any(r.standing for r in ranked[1:]):
+        return ""
+    rows = f" with {best.labelled_rows:,} labelled rows" if best.labelled_rows else ""
+    place = f"On `{best.results[0].task}`{rows}, "
+    if not near:
+        return f"{place}`{best.technique}` is ahead of all others by more than chance."
+    whole = [best, *near]
+    who = _listed(whole) if len(whole) <= MANY else f"{len(whole)} of {len(ranked)} techniques"
+    return f"{place}{who} cannot be told apart{_saving(_close(whole))}."
+
+
+def _close(rows: list[Row]) -> list[Row]:
+    """All rows, or of many those near to the first."""
+    return rows if len(rows) <= MANY else [r for r in rows if (rows[0].test or 0.0) - (r.test or 0.0) < CLOSE + 1e-9]
+
+
+def _saving(rows: list[Row]) -> str:
+    known = sorted((r for r in _one_kind([r for r in rows if r.trainable]) if r.peak_bytes), key=lambda r: r.peak_bytes or 0.0)
+    if len(known) < 2:
+        return ""
+    share = (known[0].peak_bytes or 0.0) / (known[-1].peak_bytes or 1.0)
+    return f"; `{known[0].technique}` needs {share:.2g} of the memory of `{known[-1].technique}`" if share <= 0.9 else ""
+
+
+def rows_in_words(group: str) -> str:
+    """A group's number of training rows."""
+    return "all training rows" if group == "all" else f"{int(group):,} training rows"
+
+
+def _best(ranked: list[Row]) -> str:
+    best = ranked[0]
+    about = [f"mean of {best.seeds} seeds"] if best.seeds > 1 else []
+    about += [f"95% interval {interval(best)}"] if interval(best) else []
+    bounds = f" ({', '.join(about)})" if about else ""
+    among = f"the highest of {len(ranked)} techniques" if len(ranked) > 1 else "the only result so far"
+    if best.metric == "accuracy":
+        return f"`{best.technique}` answers {f.percent(best.test)}% of the {best.test_rows:,} test rows right{bounds}, {among}."
+    return f"`{best.technique}` reaches a test {METRICS.get(best.metric, best.metric)} of {f.percent(best.test)}%{bounds}, {among}."
+
+
+def _apart(ranked: list[Row]) -> str:
+    if len(ranked) == 1:
+        return ""
+    if not ranked[0].standing:
+        why = "The answers to single rows are not kept" if ranked[0].metric == "accuracy" else "This metric is no share of the rows"
+        return f"{why}, so nothing is said here about which differences are more than chance."
+    near = [r for r in ranked if r.standing == "near"]
+    seeds = "" if ranked[0].covers_seeds else " (over the test rows; one seed says nothing of how much the figures move from seed to seed)"
+    if not near:
+        return f"All others are below it by more than chance{seeds}." if all(r.standing for r in ranked) else ""
+    if len(near) <= MANY:
+        return f"{_listed(near)} cannot be told apart from it{seeds}."
+    last, single = near[-1], sum(r.seeds == 1 and r.kind != "base" for r in near)
+    why = f"; {single} of these ran with one seed" if single and ranked[0].covers_seeds else ""
+    pairs = len(ranked) * (len(ranked) - 1) // 2
+    why += f". Of the differences that the tiers show among {pairs:,} pairs, at most 5% should be chance" if len(ranked) > FEW else ""
+    first = ", ".join(f"`{r.technique}`" for r in near[:3])
+    return f"{first} and {len(near) - 3} others, down to `{last.technique}` at {f.percent(last.test)}%, cannot be told apart from it{seeds}{why}."
+
+
+def _gain(ranked: list[Row]) -> str:
+    best, base = ranked[0], zero_shot(ranked)
+    if base is None:
+        return ""
+    if best is base:
+        return "Nothing that was tried beats the untouched base." if len(ranked) > 1 else ""
+    text = f"`{base.technique}`, the untouched base, is at {f.percent(base.test)}%"
+    if best.against_zero_shot is None or best.against_zero_shot_p is None:
+        return text + "."
+    doubt = "" if best.against_zero_shot_p < 0.05 else ", which may well be chance"
+    way = "above" if best.against_zero_shot >= 0 else "below"
+    gap = f.percent(abs(best.against_zero_shot))
+    return f"{text}; on the same rows `{best.technique}` is {gap} points {way} it ({f.p_value(best.against_zero_shot_p)}{doubt})."
+
+
+def _costs(ranked: list[Row]) -> str:
+    """Among the trained techniques that hold up with the best, the cheapest by time, memory and trained parameters."""
+    near = [r for r in ranked if r.standing in ("best", "near")]
+    good = [r for r in _close(near) if r.trainable]
+    pool = good if len(good) > 1 else [r for r in ranked if r.trainable]
+    claims = [
+        _cheapest([r for r in pool if not r.timing and not r.begins], lambda r: r.train_s, f.duration, "trains fastest"),
+        _cheapest(_one_kind(pool), lambda r: r.peak_bytes, f.size, "needs the least memory"),
+        _cheapest(pool, lambda r: r.trainable, f.count, "trains the fewest parameters"),
+    ]
+    by_name: dict[str, list[str]] = {}
+    for name, claim in filter(None, claims):
+        by_name.setdefault(name, []).append(claim)
+    if not by_name:
+        return ""
+    held = "that hold up with the best, itself included" if len(near) <= MANY else f"within {f.percent(CLOSE)} points of the best, itself included"
+    whom = f"Of the trained techniques {held}" if pool is good else "Of the trained techniques"
+    return f"{whom}, " + "; ".join(f"`{name}` {_and(said)}" for name, said in by_name.items()) + "."
+
+
+def _one_kind(rows: list[Row]) -> list[Row]:
+    kinds = {r.memory_kind for r in rows if r.peak_bytes is not None}
+    return [r for r in rows if r.timing != "packed"] if len(kinds) == 1 else []
+
+
+def _cheapest(rows: list[Row], cost: Callable[[Row], float | None], show: Callable[[float], str], claim: str) -> tuple[str, str] | None:
+    """(name, claim with the figures of the cheapest and the dearest); None where they do not differ."""
+    known = sorted(((value, r.technique) for r in rows if (value := cost(r))), key=lambda pair: pair[0])
+    if len(known) < 2 or show(known[0][0]) == show(known[-1][0]):
+        return None
+    (low, cheap), (high, dear) = known[0], known[-1]
+    return cheap, f"{claim} ({show(low)}; `{dear}`: {show(high)}, {f.times(high / low)} times as much)"
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _teacher(rows: Sequence[Row]) -> str:
+    row = next((r for r in rows if r.teacher and r.test is not None), None)
+    if row is None:
+        return ""
+    made = next((r.teacher for r in row.results if r.teacher), None)
+    who = f"The teacher `{made.name}`" if made else "The teacher"
+    return f"{who}, whose rationales the distilled techniques learn from, is right on {f.percent(row.test)}% itself."
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    return _and([f"`{r.technique}`" for r in rows])
+
+
+def _few(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names) if len(names) <= most else f"{len(names)} cells, {', '.join(names[:most])}, …"
+
+
+def warnings(rows: Sequence[Row], missing: Sequence[str]) -> list[str]:
+    """What a reader must know before comparing: cells not run, out of memory, and conditions that differ between cells."""
+    found = [f"not run: {_few(missing)}"] if missing else []
+    lost = [c.result for r in rows for c in r.cells if c.result.status == "oom"]
+    if lost:
+        where = ", ".join(sorted({hardware_name(r.hardware) or "unknown hardware" for r in lost}))
+        found.append(f"out of memory on {where}: {', '.join(r.cell for r in lost)}")
+    cells = [c for r in rows for c in r.cells if c.result.status == "ok"]
+    for what, values in _conditions(cells).items():
+        if len(values) > 1:
+            found.append(f"the cells differ in {what} ({'; '.join(values)}), so compare them with care")
+    return found
+
+
+def _conditions(cells: Sequence[Cell]) -> dict[str, list[str]]:
+    """What should be the same for all cells, each with the values met."""
+    results = [c.result for c in cells]
+    asked = [r for r in results if r.method != "teacher"]
+    return {
+        "hardware": _values(_hardware(r.hardware) for r in asked),
+        "base model": _values(_short(r.provenance.get("model_sha256")) for r in asked),
+        "data": _values(_short(r.provenance.get("data_sha256")) for r in results),
+        "number of test rows": _values(r.test.rows if r.test else None for r in results),
+        "kind of memory counter": _values(r.memory.kind if r.memory else None for r in asked),
+    }
+
+
+def _values(values: Any) -> list[str]:
+    return sorted({str(v) for v in values if v is not None})
+
+
+def _short(digest: str | None) -> str | None:
+    return digest and f"sha256 {digest[:12]}…"
+
+
+def _hardware(hardware: dict[str, Any]) -> str | None:
+    name = hardware_name(hardware)
+    memory = hardware.get("gpu_memory_bytes") or hardware.get("memory_bytes")
+    return f"{name}, {f.size(memory)}" if name and memory else name
+
+
+def provenance(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
+    """Where the numbers come from: (what, the values met)."""
+    results = [c.result for c in cells]
+    sources = [r.provenance for r in results]
+    times = sorted(str(p["started"])[:16].replace("T", " ") for p in sources if p.get("started"))
+    commits = _values(_commit(p) for p in sources)
+    packages = _values(f"{name} {version}" for p in sources for name, version in (p.get("packages") or {}).items())
+    listed: list[tuple[str, list[str]]] = [
+        ("Task", _values(r.task for r in results)),
+        ("Data (sha256 of its manifest)", _values(p.get("data_sha256") for p in sources)),
+        ("Base model", _values(r.model for r in results)),
+        ("Base model (sha256)", _values(p.get("model_sha256") for p in sources)),
+        ("Notes on every cell", common_notes(cells)),
+        ("Hardware", _values(_hardware(r.hardware) for r in results)),
+        ("Platform", _values(r.hardware.get("platform") for r in results)),
+        ("Packages", [", ".join(packages)] if packages else []),
+        ("Python", _values(p.get("python") for p in sources)),
+        ("Code (git commit)", commits),
+        ("Run (UTC)", [times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"] if times else []),
+        ("Forgetting probes", _values(r.forgetting.probes for r in results if r.forgetting)),
+    ]
+    return [(what, values) for what, values in listed if values]
+
+
+def _commit(source: dict[str, Any]) -> str | None:
+    commit = source.get("git_commit")
+    return commit and commit[:12] + (" with uncommitted changes" if source.get("git_dirty") else "")

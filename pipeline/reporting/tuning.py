@@ -1,0 +1,163 @@
+"""Tuning: untuned beside tuned figures, what the search took, and the expected best validation metric after k random trials.
+
+Library of `python -m pipeline.report`; pipeline/records/tuned.py reads the files that `python -m pipeline.tune` wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline.core.compose import SUFFIX
+from pipeline.records.tuned import Edge, Tuned, expected_best
+from pipeline.reporting import words as f
+from pipeline.reporting.plot import LINE, Box, Scale, scale, shorten, stacked, tag, text_width
+from pipeline.reporting.rows import Row
+from pipeline.reporting.text import rows_in_words
+
+WIDE, NARROW = (760, 340), (380, 320)
+DASHES = (None, "7 4", "2 4", "9 3 2 3")
+HEADS = ("Technique", "Untuned test, %", "Tuned test, %", "Best validation, %", "Searched", "Trials", "Time")
+Tunings = Mapping[tuple[str, str], Tuned]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A technique at one number of training rows: its tuning, and its rows of the comparison, untuned and tuned."""
+
+    tuned: Tuned
+    group: str
+    """The number of training rows, as the grid says it."""
+    before: Row | None
+    after: Row | None
+
+    @property
+    def family(self) -> str:
+        row = self.before or self.after
+        assert row is not None
+        return row.family
+
+
+def part(rows: Sequence[Row], tunings: Tunings, colour: Mapping[str, str]) -> dict[str, Any]:
+    """What the template shows: tuning (heads, lines, charts, remarks), None where nothing of the report was tuned."""
+    found = _lines(rows, tunings)
+    if not found:
+        return {"tuning": None}
+    several = len({line.group for line in found}) > 1
+    table = [(colour[line.family], _cells(line, several)) for line in found]
+    return {"tuning": {"heads": HEADS, "lines": table, "charts": _charts(found, colour), "remarks": remarks(found)}}
+
+
+def further(rows: Sequence[Row], tunings: Tunings) -> list[str]:
+    """What table.md says of it, a sentence a technique."""
+    return [
+        f"`{line.tuned.technique}` tuned ({len(line.tuned.trials)} trials, {f.duration(line.tuned.device_s)}): {f.percent(line.after.test)}% "
+        f"against {f.percent(line.before.test)}% untuned."
+        for line in _lines(rows, tunings) if line.before and line.after
+    ]
+
+
+def _lines(rows: Sequence[Row], tunings: Tunings) -> list[Line]:
+    by_name = {(r.technique, r.group): r for r in rows}
+    found = [Line(t, group, by_name.get((name, group)), by_name.get((_after(name), group))) for (name, group), t in tunings.items()]
+    return sorted((line for line in found if line.before or line.after), key=lambda line: (line.group, -line.tuned.validation, line.tuned.technique))
+
+
+def _after(technique: str) -> str:
+    return f"{technique}-tuned" if "+" in technique else f"{technique}{SUFFIX}"
+
+
+def _cells(line: Line, several: bool) -> list[tuple[str, str]]:
+    """(text, small text below it) of each column."""
+    tuned = line.tuned
+    tests = [row.test if row else None for row in (line.before, line.after)]
+    gain = f"{f.points(tests[1] - tests[0])} points" if tests[0] is not None and tests[1] is not None else ""
+    chosen = ", ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in tuned.settings.items())
+    lost = f"{tuned.failed} without a value" if tuned.failed else "" if len(tuned.trials) == tuned.budget else f"of {tuned.budget}: all there are"
+    return [
+        (tuned.technique, rows_in_words(line.group) if several else ""), (f.percent(tests[0]), ""), (f.percent(tests[1]), gain),
+        (f.percent(tuned.validation), "; ".join(map(_at_edge, tuned.edges))), (str(len(tuned.searched)), chosen),
+        (str(len(tuned.trials)), lost), (f.duration(tuned.device_s), "packed" if tuned.packed else ""),
+    ]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else f.hyperparameter(value)
+
+
+def _at_edge(edge: Edge) -> str:
+    name = edge.key.rpartition(".")[2]
+    return f"{name} at its {edge.side} edge" + (", widened: again" if edge.still else ", widened" if edge.widened else "")
+
+
+def remarks(lines: Sequence[Line]) -> list[str]:
+    """What a reader of these figures should know, as far as it holds here."""
+    budgets = sorted({line.tuned.budget for line in lines})
+    unequal = f"Budgets differ ({', '.join(map(str, budgets))} trials): these techniques were not tuned alike." if len(budgets) > 1 else ""
+    missing = [line.tuned.technique for line in lines if not line.after]
+    still = [line.tuned.technique for line in lines if any(e.still or not e.widened for e in line.tuned.edges)]
+    return [text for text in (
+        "Every technique may have the same number of random trials; those that ran out of memory, diverged or ended with an error are among them. Trials see "
+        "training and validation rows of one seed; the best setting is used for all seeds. The best validation figure is the highest of many and "
+        "flatters: compare by the test columns.",
+        unequal,
+        f"The best value of {_named(still)} lies at the edge of what was searched: a better one may lie beyond." if still else "",
+        f"No tuned cell of {_named(missing)} has run: python -m pipeline.cells experiments={lines[0].tuned.experiment} tuned=true" if missing else "",
+    ) if text]
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(names))
+
+
+def _charts(lines: Sequence[Line], colour: Mapping[str, str]) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    """(number of training rows in words, [(CSS class, drawing)]), one for every number of rows that has a curve."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        if len(line.tuned.values) > 1:
+            groups.setdefault(line.group, []).append(line)
+    several = len(groups) > 1
+    return [(rows_in_words(group) if several else "", [("wide", _chart(part, colour, *WIDE)), ("narrow", _chart(part, colour, *NARROW))])
+            for group, part in groups.items()]
+
+
+def _chart(lines: Sequence[Line], colour: Mapping[str, str], width: int, height: int) -> Markup:
+    curves = {line.tuned.technique: expected_best(line.tuned.values) for line in lines}
+    margin = min(0.29 * width, 14 + max(text_width(name) for name in curves))
+    frame = Box(40, 14, width - margin - 8, height - 48)
+    x = Scale(1, max(len(c) for c in curves.values()), frame.left + 10, frame.right)
+    y = scale([v for c in curves.values() for v in c], frame.bottom, frame.top)
+    parts = _axes(x, y, frame, lines[0].tuned.metric)
+    levels = stacked([y(c[-1]) for c in curves.values()], LINE + 1)
+    seen: dict[str, int] = {}
+    for line, level in zip(lines, levels, strict=True):
+        dashes = DASHES[seen.setdefault(line.family, 0) % len(DASHES)]
+        seen[line.family] += 1
+        parts += _curve(line.tuned.technique, curves[line.tuned.technique], x, y, colour[line.family], dashes)
+        parts.append(tag("text", shorten(line.tuned.technique, margin - 14), class_="label", x=frame.right + 12, y=level + 4))
+    about = f"Expected best validation {lines[0].tuned.metric} after k random trials, a curve for each of {len(lines)} techniques"
+    return tag("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=about)
+
+
+def _axes(x: Scale, y: Scale, frame: Box, metric: str) -> list[Markup]:
+    parts = [tag("text", f"Random trials (expected best validation {metric}, %)", class_="title", x=(frame.left + frame.right) / 2, y=frame.bottom + 37,
+                 text_anchor="middle")]
+    for at in y.ticks(5):
+        parts.append(tag("line", class_="grid", x1=frame.left, x2=frame.right, y1=y(at), y2=y(at)))
+        parts.append(tag("text", f"{100 * at:g}", class_="tick", x=frame.left - 7, y=y(at) + 4, text_anchor="end"))
+    parts.append(tag("line", class_="axis", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom))
+    whole = [at for at in dict.fromkeys([1, *(round(at) for at in x.ticks(6))]) if x.low <= at <= x.high]
+    return parts + [tag("text", str(at), class_="tick", x=x(at), y=frame.bottom + 17, text_anchor="middle") for at in whole]
+
+
+def _curve(name: str, values: Sequence[float], x: Scale, y: Scale, colour: str, dashes: str | None) -> list[Markup]:
+    at = [(x(k), y(v)) for k, v in enumerate(values, 1)]
+    parts = [tag("path", class_=f"line {colour}", d="M" + " L".join(f"{px:.1f},{py:.1f}" for px, py in at), stroke_dasharray=dashes)]
+    for k, ((px, py), value) in enumerate(zip(at, values, strict=True), 1):
+        title = tag("title", f"{name}\n{k} trial{'s' * (k > 1)}: {f.percent(value)}% expected")
+        hit = tag("circle", class_="hit", cx=px, cy=py, r=9)
+        parts.append(tag("g", title, hit, tag("circle", class_=f"dot {colour}", cx=px, cy=py, r=2.5), class_="point", tabindex=0))
+    return parts

@@ -1,0 +1,128 @@
+"""What an answer says and what answers are worth: read out of a text, compared, counted into a `Score`."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import UserError
+from pipeline.core.settings import Task
+from pipeline.records.results import Score
+
+
+def extract(output: str, pattern: str | None) -> str | None:
+    """The answer in generated text: the pattern's last match (its first group that took part, if any), else the first line; None if empty."""
+    if pattern is None:
+        return output.strip().splitlines()[0].strip() if output.strip() else None
+    matches = list(re.finditer(pattern, output))
+    if not matches:
+        return None
+    last = matches[-1]
+    return next((g for g in last.groups() if g is not None), last.group(0)).strip()
+
+
+def canonical(answer: str) -> str:
+    """The form in which generated answers are compared: case, outer punctuation and the spelling of a number set aside."""
+    text = " ".join(answer.casefold().split()).lstrip(" ,;:!\"'").rstrip(" .,;:!\"'")
+    try:
+        return f"{float(text.replace(',', '')):.10g}"
+    except ValueError:
+        return text
+
+
+def chosen(rows: Sequence[dict], scores: Sequence[Sequence[float]], task: Task) -> list[dict]:
+    """One prediction a row from its choices' log-likelihoods: {id, answer, prediction, correct, scores}."""
+    found = []
+    for row, values in zip(rows, scores, strict=True):
+        if not all(map(math.isfinite, values)):  # a model whose training diverged answers nothing
+            found.append({"id": row["id"], "answer": row["answer"], "prediction": None, "correct": False, "scores": {}})
+            continue
+        lengths = [len(c) if task.length_normalised else 1 for c in row["choices"]]
+        best = max(range(len(values)), key=lambda i: values[i] / lengths[i])  # noqa: B023 (used at once)
+        prediction = row["choices"][best]
+        found.append({
+            "id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": prediction == row["answer"],
+            "scores": {c: round(v, 6) for c, v in zip(row["choices"], values, strict=True)},
+        })
+    return found
+
+
+def score(predictions: Sequence[dict], task: Task) -> Score:
+    """The metrics of a split's predictions. A row without an answer counts as wrong.
+
+    The interval is Wilson's (1927) at 95%.
+    """
+    from scipy.stats import binomtest
+
+    hits, rows = sum(p["correct"] for p in predictions), len(predictions)
+    interval = binomtest(hits, rows).proportion_ci(method="wilson")
+    accuracy = _metric("accuracy").compute(predictions=[int(p["correct"]) for p in predictions], references=[1] * rows)["accuracy"]
+    return Score(
+        rows=rows, accuracy=float(accuracy), accuracy_low=float(interval.low), accuracy_high=float(interval.high),
+        macro_f1=_macro_f1(predictions, task), rouge_l=_rouge(predictions) if task.metric == "rouge_l" else None,
+        nll=_nll(predictions), unanswered=sum(p["prediction"] is None for p in predictions),
+    )
+
+
+def _macro_f1(predictions: Sequence[dict], task: Task) -> float | None:
+    """Over a task's fixed labels; None where the choices differ by row or the answer is free text."""
+    labels = {tuple(sorted(p["scores"])) for p in predictions if "scores" in p}
+    if task.scoring != "choice" or len(labels) != 1 or not all(labels):
+        return None
+    names = next(iter(labels))
+    code = {name: i for i, name in enumerate(names)}
+    references = [code[p["answer"]] for p in predictions]
+    given = [code[p["prediction"]] for p in predictions]
+    return float(_metric("macro_f1").compute(predictions=given, references=references, labels=len(names))["macro_f1"])
+
+
+def _rouge(predictions: Sequence[dict]) -> float:
+    outputs = [p.get("output", p["prediction"]) for p in predictions]
+    return float(_metric("rouge_l").compute(predictions=outputs, references=[p["answer"] for p in predictions])["rouge_l"])
+
+
+def _nll(predictions: Sequence[dict]) -> float | None:
+    values = [-p["scores"][p["answer"]] for p in predictions if p.get("scores") and p["answer"] in p["scores"]]
+    return sum(values) / len(values) if len(values) == len(predictions) else None
+
+
+@functools.cache
+def _metric(name: str) -> Any:
+    """A metric module of `evaluate` that lies in this project; loading one by name would fetch code from a hub."""
+    import evaluate
+
+    return evaluate.load(str(Path(__file__).parent / "metrics" / name))
+
+
+def preload(task: Task) -> None:
+    """Import what scoring needs, so that it is booked to start-up and not to the first evaluation."""
+    for name in ("accuracy", "macro_f1", *(["rouge_l"] if task.metric == "rouge_l" else [])):
+        _metric(name)
+    import scipy.stats  # noqa: F401
+
+
+def headline(found: Score, metric: str) -> float:
+    """The task's metric. NaN-free: a metric the split cannot have falls back to accuracy."""
+    value = getattr(found, metric)
+    return float(found.accuracy if value is None else value)
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """max_new_tokens: the longest reasoning; cue: the words between it and the answer."""
+
+    max_new_tokens: int
+    cue: str
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"objective.max_new_tokens is {self.max_new_tokens}; the reasoning needs at least 1 token")
+
+    def prefill(self, text: str) -> str:
+        """What stands between prompt and answer once the reasoning is known."""
+        return f"{text.strip()}{self.cue}".strip()

@@ -1,0 +1,204 @@
+"""Answering rows with a model: log-likelihoods of choices, or generated text."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.settings import Task
+from pipeline.data.choices import Items
+from pipeline.data.rows import Encoder, by_length, pad
+from pipeline.models.base import autocast
+from pipeline.scoring.answers import Reasoning, canonical, chosen, extract
+
+if TYPE_CHECKING:
+    import torch
+
+WHOLE: Sequence[str] = ()
+"""As owners: the model as it stands answers all rows, fed as those of several adapters are, so that what the two take compares."""
+
+
+def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, **further: Any) -> torch.Tensor:
+    """Logits at chosen positions alone, fp32 [N, V]; the [B, T, V] ones are never made.
+
+    The output layer is given the selected hidden states only. Virtual tokens that an adapter puts before the input
+    shift the columns. input_ids [B, T] right-padded; rows, cols [N]; further: the model's other inputs (a mask, a cache).
+    """
+    width = input_ids.shape[1]
+
+    def select(_: Any, args: tuple) -> tuple:
+        hidden = args[0]
+        return (hidden[rows, cols + hidden.shape[1] - width],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        return model(**{"input_ids": input_ids, "use_cache": False} | further).logits.float()
+    finally:
+        hook.remove()
+
+
+def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: int, device: Any, dtype: Any,
+                           notes: list[str] | None = None, owners: Sequence[str] | None = None) -> list[list[float]]:
+    """Sum of token log-probabilities of every choice after its prompt, nats.
+
+    What a row's choices, or all rows, have in common is fed once where that saves enough and the model allows it.
+
+    Args:
+        notes: takes the reason where a pass could not be captured.
+        owners: by row, PEFT's name of the adapter that answers it (or WHOLE): rows share nothing then, and go through the model's own forward pass.
+            None: the model as it stands answers all.
+    """
+    import torch
+
+    from pipeline.engine.answering import by_hand
+    from pipeline.engine.passes import Reader, log_probabilities_apiece
+    from pipeline.engine.reuse import sharing_refused
+
+    own = functools.partial(logits_at, model)
+    with torch.inference_mode(), autocast(device, dtype):
+        if owners is not None:
+            return Reader(own, batch_tokens, pad_id, device, read=log_probabilities_apiece, owners=owners).scores(items)[0]
+        with by_hand(model, dtype, device, len(items)) as written, contextlib.closing(Reader(
+            written or own, batch_tokens, pad_id, device, model=model, fresh=lambda: autocast(device, dtype, cache=False), notes=notes,
+        )) as reader:
+            return reader.scores(items, lambda groups: sharing_refused(model, dtype, items, groups, reader.sums))[0]
+
+
+def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int,
+             device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None) -> list[str]:
+    """Greedy continuations as text, prompts of similar length together. notes, owners: as `continuations` has them."""
+    texts = [""] * len(prompts)
+    for part, tokens in continuations(model, prompts, max_new_tokens, batch_tokens, tokenizer.eos_token_id, pad_id, device, dtype, notes, owners):
+        for index, text in zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            texts[index] = text
+    return texts
+
+
+def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, end: int | None, pad_id: int,
+                  device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Greedy continuations batch by batch as they come: (indices of prompts, what follows them [rows, new], padded from the end token on).
+
+    What runs between two of them runs in inference mode.
+
+    Args:
+        notes: takes the reason where a pass could not be captured.
+        owners: by prompt, PEFT's name of the adapter that answers it (or WHOLE): by the model's own generate then.
+            None: the model as it stands answers all.
+    """
+    import torch
+
+    from pipeline.engine.answering import by_hand
+    from pipeline.engine.decode import Cached, Decoder, Written, greedy, unsuited
+
+    refused = owners is not None or unsuited(model, max(map(len, prompts)) + max_new_tokens)
+    parts = list(_generation_batches(model, [len(p) for p in prompts], max_new_tokens, batch_tokens))
+    with torch.inference_mode(), autocast(device, dtype), by_hand(model, dtype, device, 0 if refused else len(prompts)) as written:
+
+        def make(rows: int, width: int) -> Decoder:
+            shape = (rows, width, max_new_tokens, end, pad_id, device)
+            return Written(written, *shape) if written else Cached(functools.partial(logits_at, model), model.config, *shape)
+
+        if refused:
+            yield from _generate(model, prompts, parts, max_new_tokens, end, pad_id, device, owners or ())
+        else:
+            yield from greedy(make, lambda: autocast(device, dtype, cache=False), prompts, parts, max_new_tokens, device, [] if notes is None else notes)
+
+
+def _generate(model: Any, prompts: Sequence[list[int]], parts: Sequence[list[int]], max_new_tokens: int, end: int | None, pad_id: int, device: Any,
+              owners: Sequence[str] = ()) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """By the model's own generate, part by part: (indices of prompts, what follows them [rows, new])."""
+    import torch
+
+    for part in parts:
+        ids = pad([prompts[i] for i in part], pad_id, left=True).to(device)
+        lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
+        named = {"adapter_names": [owners[i] for i in part]} if owners else {}
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id, eos_token_id=end, use_cache=True, **named,
+        )
+        yield part, out[:, ids.shape[1] :]
+
+
+def _generation_batches(model: Any, lengths: list[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
+    virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    for part in by_length([n + max_new_tokens for n in lengths], batch_tokens):
+        if virtual:  # PEFT puts virtual tokens before the padding and drops the position ids that would account for it
+            yield from (list(same) for _, same in itertools.groupby(part, key=lengths.__getitem__))
+        else:
+            yield part
+
+
+class Scorer:
+    """Answers rows with a model and scores them.
+
+    Args:
+        prompt: what the technique makes of a row's prompt (demonstrations, a predict prefix).
+        notes: takes what a reader of the result should know of how the answers came about.
+        reasoning: how the model reasons before it answers; None: it answers at once.
+    """
+
+    def __init__(self, model: Any, encoder: Encoder, task: Task, prompt: Callable[[str], str], batch_tokens: int, device: Any, dtype: Any,
+                 notes: list[str] | None = None, reasoning: Reasoning | None = None) -> None:
+        self.model, self.encoder, self.task, self.prompt, self.reasoning = model, encoder, task, prompt, reasoning
+        self.batch_tokens, self.device, self.dtype = batch_tokens, device, dtype
+        self.notes = [] if notes is None else notes
+
+    def items(self, rows: Sequence[dict]) -> list[tuple[list[int], list[list[int]]]]:
+        """(prompt ids, [choice ids, …]) a row, the prompt cut so that its answer, and reasoning still to come, fit; no choices where it is generated."""
+        found = []
+        later = self.reasoning.max_new_tokens + len(self.encoder.answer(self.reasoning.cue)) if self.reasoning else 0
+        for row in rows:
+            choices = [self.encoder.answer(c) for c in row["choices"]] if self.task.scoring == "choice" else []
+            room = max(map(len, choices)) if choices else self.task.max_new_tokens
+            given = self.encoder.answer(row["reasoned"]) if self.reasoning and "reasoned" in row else []
+            found.append((self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])) + given, room + (0 if given else later)), choices))
+        return found
+
+    def check(self, splits: dict[str, list[dict]]) -> list[str]:
+        """Notes on texts that will be cut. Raises UserError where that is not allowed, before any work is done."""
+        notes = []
+        for split, rows in splits.items():
+            self.items(rows)
+            notes.append(self.encoder.check(f"the {split} rows"))
+        return [note for note in notes if note]
+
+    def predict(self, rows: Sequence[dict]) -> list[dict]:
+        """One prediction a row: {id, answer, prediction, correct, scores | output}, and its reasoning if it reasons."""
+        if not rows:
+            return []
+        self.model.eval()
+        if self.reasoning:
+            thought = [{**row, "reasoned": text} for row, text in zip(rows, self._reason(rows), strict=True)]
+            found = self._choose(thought) if self.task.scoring == "choice" else self._generate(thought)
+            return [{**one, "reasoning": row["reasoned"]} for one, row in zip(found, thought, strict=True)]
+        return self._choose(rows) if self.task.scoring == "choice" else self._generate(rows)
+
+    def _reason(self, rows: Sequence[dict]) -> list[str]:
+        assert self.reasoning
+        texts = self.texts(self.items(rows), room=self.reasoning.max_new_tokens)
+        return [self.reasoning.prefill(text) for text in texts]
+
+    def log_likelihoods(self, items: Items, owners: Sequence[str] | None = None) -> list[list[float]]:
+        """Of every choice of the items, nats. owners: as choice_log_likelihoods has them."""
+        return choice_log_likelihoods(self.model, items, self.batch_tokens, self.encoder.pad_id, self.device, self.dtype, self.notes, owners)
+
+    def texts(self, items: Items, owners: Sequence[str] | None = None, room: int | None = None) -> list[str]:
+        """What follows the items' prompts. owners: as `generate` has them; room: most new tokens (None: an answer's)."""
+        new, encoder = self.task.max_new_tokens if room is None else room, self.encoder
+        prompts = [prompt for prompt, _ in items]
+        return generate(self.model, prompts, new, self.batch_tokens, encoder.tokenizer, encoder.pad_id, self.device, self.dtype, self.notes, owners)
+
+    def _choose(self, rows: Sequence[dict]) -> list[dict]:
+        return chosen(rows, self.log_likelihoods(self.items(rows)), self.task)
+
+    def _generate(self, rows: Sequence[dict]) -> list[dict]:
+        found = []
+        for row, output in zip(rows, self.texts(self.items(rows)), strict=True):
+            prediction = extract(output, self.task.answer_pattern)
+            correct = prediction is not None and canonical(prediction) == canonical(row["answer"])
+            found.append({"id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": correct, "output": output})
+        return found

@@ -1,0 +1,269 @@
+"""What is searched: one definition of a searched parameter, for `python -m pipeline.sweep` and `python -m pipeline.tune` alike.
+
+Library. `sweep.space` (conf/sweep/*.yaml) and `search` (conf/search/*.yaml, which a technique chooses or writes itself) give a config key of the cell
+one of these entries:
+
+    {choices: [1, 2, 4]}                       one of these values
+    {low: 1.0e-4, high: 1.0e-2, log: true}     a range, of whole numbers if both ends are whole; `step` draws every so many only, and not with log
+    {factor: 10}                               a range from a tenth of the cell's own value to ten times it; gives way to choices or ends beside it
+    {times: 2, of: method.config.r}            linked, not searched: always that multiple of another entry
+    least, most                                how far pipeline.tune may widen the choices or the range beside them
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from pipeline.core.compose import plain
+from pipeline.core.files import UserError
+from pipeline.core.names import class_of
+from pipeline.core.settings import build
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+FORMS = "{choices: [...]}, {low: ..., high: ...}, {factor: ...} or {times: ..., of: ...}"
+LIMITS = ("least", "most")
+
+Point = dict[str, Any]
+"""Config key -> value."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a config key of the cell may be; the fields are an entry's."""
+
+    choices: tuple[Any, ...] | None = None
+    low: int | float | None = None
+    high: int | float | None = None
+    step: int | float | None = None
+    log: bool = False
+    factor: int | float | None = None
+    """Replaced by low and high when the entry is read."""
+    times: int | float | None = None
+    of: str | None = None
+    least: int | float | None = None
+    most: int | float | None = None
+
+    def check(self) -> None:
+        """Checked with its key's name by `parse`."""
+
+    @property
+    def linked(self) -> bool:
+        return self.times is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether its values are whole numbers, truth values included."""
+        return all(isinstance(value, int) for value in self.extremes)
+
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """The choices, or the ends of the range."""
+        return self.choices if self.choices is not None else (self.low, self.high)
+
+    @property
+    def size(self) -> float:
+        """How many values there are; infinite for a continuum."""
+        if self.choices is not None:
+            return len(self.choices)
+        assert self.low is not None and self.high is not None
+        step = self.step or (1 if self.whole else None)
+        return int((self.high - self.low) / step + 1e-9) + 1 if step else math.inf
+
+    @property
+    def distribution(self) -> BaseDistribution:
+        """What Optuna draws it from."""
+        from optuna import distributions
+
+        if self.choices is not None:
+            return distributions.CategoricalDistribution(self.choices)
+        assert self.low is not None and self.high is not None
+        if self.whole:
+            return distributions.IntDistribution(int(self.low), int(self.high), self.log, int(self.step or 1))
+        return distributions.FloatDistribution(self.low, self.high, self.log, self.step)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """As YAML says it, without what is at its default and without the limits of widening."""
+        found = {name: value for name, value in asdict(self).items() if value is not None and value is not False and name not in LIMITS}
+        return found | ({"choices": list(self.choices)} if self.choices is not None else {})
+
+
+@dataclass(frozen=True)
+class Space:
+    """The parameters of a search by config key."""
+
+    parameters: dict[str, Parameter]
+
+    @property
+    def searched(self) -> dict[str, Parameter]:
+        return {key: p for key, p in self.parameters.items() if not p.linked}
+
+    @property
+    def keys(self) -> list[str]:
+        """Config keys that a trial sets: those searched, then those linked."""
+        return [*self.searched, *(key for key, p in self.parameters.items() if p.linked)]
+
+    @property
+    def size(self) -> float:
+        """How many points there are."""
+        return math.prod(p.size for p in self.searched.values())
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return {key: p.distribution for key, p in self.searched.items()}
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        return {key: p.entry for key, p in self.parameters.items()}
+
+    def grid(self) -> Iterator[Point]:
+        """Every point of the choices, in their order."""
+        return (dict(zip(self.searched, values, strict=True)) for values in itertools.product(*(p.choices or () for p in self.searched.values())))
+
+    def draw(self, seed: int) -> Iterator[Point]:
+        """Random points without end, the same for the same seed. The same point may come again."""
+        import optuna
+
+        level = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        optuna.logging.set_verbosity(level)
+        while True:
+            yield self.point(study.ask(self.distributions).params)
+
+    def point(self, values: Mapping[str, Any]) -> Point:
+        """The searched values in the order of the space."""
+        return {key: values[key] for key in self.searched}
+
+    def complete(self, point: Mapping[str, Any]) -> Point:
+        """The point and the settings linked to it."""
+        linked = {key: p for key, p in self.parameters.items() if p.linked and p.of in point}
+        return {**point, **{key: p.times * point[p.of] for key, p in linked.items()}}  # type: ignore[index]
+
+    def order(self, point: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Sorts points: by the place of their choices, or by value."""
+        return tuple(p.choices.index(point[key]) if p.choices else point[key] for key, p in self.searched.items())
+
+    def covers(self) -> list[Point]:
+        """Settings that between them take every extreme: one parameter at a time, with what is linked to it."""
+        return [self.complete({key: value}) for key, p in self.searched.items() for value in p.extremes]
+
+
+def declared(cfg: DictConfig) -> Space:
+    """What a technique declares to be searched (the config's `search`). A method that trains nothing has no `train.` key to search.
+
+    Raises:
+        UserError: an entry of another form, or of a key that the cell does not have.
+    """
+    entries = plain(cfg).get("search") or {}
+    if isinstance(entries, dict) and not trains(cfg):
+        entries = {key: entry for key, entry in entries.items() if not key.startswith("train.")}
+    try:
+        return parse(entries, "search", cfg)
+    except UserError as error:
+        raise UserError(f"technique {cfg.technique.name}: {error}") from error
+
+
+def trains(cfg: DictConfig) -> bool:
+    """Whether the technique has anything to train, told without importing what it trains with."""
+    return bool(class_of(plain(cfg)["method"], "method").trains)
+
+
+def parse(entries: Any, name: str, cfg: DictConfig) -> Space:
+    """The checked space of entries by config key. name: where they stand in the config, for the messages.
+
+    Raises:
+        UserError: an entry of another form, or of a key that the cell does not have.
+    """
+    if not isinstance(entries, dict):
+        raise UserError(f"{name} is {entries!r}; write a config key with {FORMS}")
+    space = Space({key: _parameter(entry, name, key, cfg) for key, entry in entries.items()})
+    for key, p in space.parameters.items():
+        if p.linked and p.of not in space.searched:
+            raise UserError(f"{name} {key!r} follows {p.of!r}, which {name} does not search; it has {', '.join(space.searched)}")
+        _check_exists(cfg, key, name)
+    return space
+
+
+def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
+    where = f"{name} {key!r}"
+    if not isinstance(entry, dict) or not entry:
+        raise UserError(f"{where} is {entry!r}; write {FORMS}")
+    found: Parameter = build(Parameter, dict(entry), f"{name}.{key}")
+    forms = [form for form, given in (("choices", found.choices), ("low and high", found.low), ("times", found.times)) if given is not None]
+    if len(forms) > 1:
+        raise UserError(f"{where} has {' and '.join(forms)}; keep one of them")
+    if found.factor is not None:
+        found = replace(found, factor=None) if forms else _around(where, found, OmegaConf.select(cfg, key))
+    if found.linked:
+        if set(found.entry) != {"times", "of"}:
+            raise UserError(f"{where} is {entry!r}; write {{times: <number>, of: <a key that is searched>}}")
+        return found
+    _check_values(where, entry, found)
+    if key.rpartition(".")[2] == "r":
+        _check_ranks(where, found)
+    return found
+
+
+def _around(where: str, found: Parameter, value: Any) -> Parameter:
+    """The range around the cell's own value."""
+    factor = found.factor
+    if not is_number(value) or factor is None or factor <= 1 or value <= 0:
+        raise UserError(f"{where} has factor {factor!r} of {value!r}; write a factor above 1 of a number above 0, or low and high")
+    return replace(found, factor=None, low=float(f"{value / factor:.6g}"), high=float(f"{value * factor:.6g}"), log=True)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, which a truth value is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_values(where: str, entry: Any, found: Parameter) -> None:
+    if found.choices is not None:
+        if not found.choices or len(set(found.choices)) != len(found.choices):
+            raise UserError(f"{where} has choices {list(found.choices)}; list each value once, and at least one")
+        if set(found.entry) != {"choices"}:
+            raise UserError(f"{where} is {entry!r}; keep its choices alone, or low and high")
+    elif found.low is None or found.high is None or found.low > found.high or (found.log and found.low <= 0):
+        raise UserError(f"{where} is {entry!r}; write choices, or low and high with low <= high (above 0 for log)")
+    if found.step is not None and (found.step <= 0 or found.log):
+        raise UserError(f"{where} has step {found.step}; a step is above 0, and does not go with log")
+
+
+def _check_ranks(where: str, found: Parameter) -> None:
+    for number in found.extremes:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise UserError(f"{where} contains {number!r}; a rank is a whole number of at least 1")
+
+
+def _check_exists(cfg: DictConfig, key: str, name: str) -> None:
+    parent_key, _, last = key.rpartition(".")
+    parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
+    known = list(parent) if isinstance(parent, DictConfig) else []
+    if last not in known:
+        there = f"; {parent_key} has {', '.join(map(str, known))}" if known else ""
+        raise UserError(f"{name} names {key!r}, which a cell of technique {cfg.technique.name!r} does not have{there}; choose another technique or key")
+    if not OmegaConf.is_missing(parent, last) and isinstance(parent[last], DictConfig | ListConfig):
+        raise UserError(f"{name} names {key!r}, which is a group of keys; name one of them")
+
+
+def at(cfg: DictConfig, settings: Mapping[str, Any], new_keys: bool = False) -> DictConfig:
+    """A copy of the cell's config with these settings. new_keys: also those that it does not have."""
+    cell = copy.deepcopy(cfg)
+    for key, value in settings.items():
+        OmegaConf.update(cell, key, value, merge=False, force_add=new_keys)
+    return cell
+
+
+def overrides(settings: Mapping[str, Any]) -> list[str]:
+    """The settings as Hydra overrides."""
+    return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]

@@ -1,0 +1,314 @@
+"""One study searched on validation rows: trials one after another, then the best as a cell of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from pipeline.cell import child, identity, inputs
+from pipeline.cell import grid as cell_grid
+from pipeline.cell import run as cell_run
+from pipeline.cell.child import run_in_child
+from pipeline.cell.packing import attempt, signals
+from pipeline.core.files import Unsuited, UserError
+from pipeline.measure.clock import Phases, Stopwatch, now
+from pipeline.measure.machine import hardware, provenance
+from pipeline.records import results
+from pipeline.records.results import Result, Work
+from pipeline.search.space import Point, at
+from pipeline.search.study import Study, Sweep, open_study, short
+
+if TYPE_CHECKING:
+    import optuna
+
+    from pipeline.training.pack import Job, Running
+
+UNSUITED = 73  # exit code of a trial whose settings the input does not suit
+NOT_ITS_OWN = (2, 128 + 9, 128 + 15)  # exit codes of bad input, and of a process that was ended from outside
+LOCK_S = 5  # a sweep killed a moment ago may still hold its lock through a child that is ending
+NO_GPU = "there is no GPU here, where packing would pay"
+TPE_AT_ONCE = 10
+"""Of a search that learns, no more than this: TPE draws its first ten at random anyway, and the others should know of some answers."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the sweep's folder. Whoever holds it knows that a trial still marked as running is dead."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=LOCK_S)
+    except Timeout as error:
+        raise UserError(f"another sweep is at work in {folder}; wait for it, or end it") from error
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; free space or mend paths.sweeps, then run again") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass
+class Trials:
+    """The trials of a study while they are searched, in this process."""
+
+    study: Study
+    cfg: DictConfig
+    left_s: float | None
+    """No trial is started later than this from now."""
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    lap: Stopwatch = field(default_factory=Stopwatch)
+    """Since a trial ended last."""
+
+    def wanted(self, running: int = 0) -> bool:
+        """Whether one more is to be started beside those that run."""
+        in_time = self.left_s is None or self.watch.peek() < self.left_s
+        return in_time and self.study.answered + running < self.study.sweep.target
+
+    def ended(self, trial: optuna.Trial, chosen: Point, result: Result, pruned: bool = False) -> None:
+        """Keep and show what became of a trial."""
+        self.study.tell(trial, result, self.lap.lap(), pruned)
+        self.study.write_trials()
+        print(f"trial {self.study.answered} of {self.study.sweep.target}: {short(chosen)}: {_outcome(result, pruned)}", flush=True)
+
+
+def search(study: Study, cfg: DictConfig, load: Callable[[], inputs.Shared]) -> None:
+    """Run trials until `sweep.target` have an answer or the time is up. load: reads what the trials share, when the first one starts.
+
+    Raises:
+        UserError: a trial ended with an error (shown above it); started again, the search tries it once more.
+    """
+    sweep = study.sweep
+    study.revive()
+    study.write_trials()
+    print(f"{study.answered} of {sweep.target} trials are done")
+    trials, load = Trials(study, cfg, sweep.timeout_s), functools.cache(load)
+    if study.answered < sweep.target:
+        reason = refusal(sweep, cfg)
+        if reason is None:
+            reason = _packed(trials, load())
+            study.revive()
+        if reason:
+            _not_packed(sweep, reason)
+    _one_by_one(trials, load)
+
+
+def refusal(sweep: Sweep, cfg: DictConfig) -> str | None:
+    """Why the sweep is not packed, as far as that can be told without a GPU being touched."""
+    import torch
+
+    if sweep.executor == "sequential":
+        return "sweep.executor asks for it"
+    if "peak_memory" in sweep.objectives:
+        return "the memory of a packed trial is not a single run's"
+    if sweep.executor == "auto" and (cfg.device == "cpu" or torch.version.cuda is None):
+        return NO_GPU
+    return None
+
+
+def _not_packed(sweep: Sweep, reason: str) -> None:
+    if sweep.pruner:
+        raise UserError(f"sweep.pruner needs packed trials, but {reason}; set sweep.pruner=null")
+    if sweep.executor != "sequential":
+        print(f"one trial after another, because {reason}", flush=True)
+
+
+def _outcome(result: Result, pruned: bool) -> str:
+    if result.status == "error":
+        return f"{result.error}; it counts as a trial without a value"
+    if result.status != "ok":
+        return f"out of memory ({result.error})"
+    value = f"validation {result.metric} {getattr(result.scores['validation'], result.metric):.3f}"
+    train_s = result.phases.train_s if result.phases and result.phases.train_s else 0
+    if result.packed:
+        return f"{value}, " + (f"pruned at step {result.work.steps if result.work else 0}" if pruned else f"{train_s:.1f} s of the pack's steps")
+    peak = result.memory.peak_bytes if result.memory else None
+    return f"{value}{f', peak {peak / 2**30:.2f} GiB' if peak else ''}, train {train_s:.1f} s"
+
+
+# one after another
+
+
+def _one_by_one(trials: Trials, load: Callable[[], inputs.Shared]) -> None:
+    study = trials.study
+    while trials.wanted():
+        shared = load()
+        trials.lap.lap()  # reading is no trial's time
+        trial, chosen = study.ask()
+        try:
+            result = run_trial(at(trials.cfg, chosen), shared, study.folder / ".trial", short(chosen), study.sweep.count_errors)
+            trials.ended(trial, chosen, result)
+        except BaseException:
+            study.fail(trial.number)
+            study.write_trials()
+            raise
+
+
+def run_trial(cfg: DictConfig, shared: inputs.Shared, scratch: Path, label: str, count_errors: bool = False) -> Result:
+    """One trial in a child process: its memory is its own, and running out of it is a result. `scratch` is emptied.
+
+    Args:
+        count_errors: an error of its own is a result, too, and so are settings that the input does not suit.
+
+    Raises:
+        UserError: it ended otherwise: bad input and a full disk are no trial's own.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+
+    def work() -> int:
+        try:
+            results.write(scratch, cell_run.run(cfg, shared=shared, splits=("validation",), folder=None, started=now()))
+        except Unsuited as error:
+            print(f"error: {error}", file=sys.stderr)
+            return UNSUITED
+        return 0
+
+    try:
+        done = run_in_child(work, cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30))
+        if done.out_of_memory:
+            return cell_run.oom_result(cfg, done.out_of_memory, hardware("cpu"))
+        if done.code == 130:
+            raise KeyboardInterrupt
+        if done.code and count_errors and done.code not in NOT_ITS_OWN:
+            why = "its settings do not suit the input" if done.code == UNSUITED else f"ended with code {done.code}"
+            return cell_run.bare_result(cfg, status="error", error=why, hardware=hardware("cpu"), precision=cfg.precision.name)
+        if done.code:
+            raise UserError(f"the trial with {label} ended with code {done.code} (see above); mend the cause and run again")
+        return results.read(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+# packed
+
+
+def _packed(trials: Trials, shared: inputs.Shared) -> str | None:
+    """Packs of trials while more are wanted. Returns why trials are left for single runs, if they are.
+
+    Raises:
+        UserError: a trial ended with an error; or sweep.executor=packed, but the technique cannot be packed.
+    """
+    study, cfg, sweep = trials.study, trials.cfg, trials.study.sweep
+    slots = sweep.slots
+    while trials.wanted():
+        study.revive()
+        left_s = None if trials.left_s is None else trials.left_s - trials.watch.peek()
+
+        def work(tell: Callable[[int], None], slots: int | None = slots, left_s: float | None = left_s) -> None:
+            PackedTrials(open_study(study.folder, cfg, sweep), cfg, left_s).run(shared, slots, tell)
+
+        ended = attempt(work, shared, study.folder / ".pack.json", cfg.memory_limit_gb)
+        if ended.refused and sweep.executor == "packed":
+            raise UserError(f"sweep.executor=packed, but {ended.refused}; choose auto or sequential")
+        if ended.refused:
+            return ended.refused
+        if ended.out_of_memory:
+            slots = ended.fewer()
+            if slots is None:
+                return "not even one trial fits beside what a pack needs"
+            print(f"{ended.slots} trials at once ran out of memory; going on with {slots}", flush=True)
+    return None
+
+
+@dataclass
+class PackedTrials(Trials):
+    """The trials of one pack, in its process."""
+
+    running: dict[int, Any] = field(default_factory=dict)
+    """Trials that are being tried, by number."""
+    slots: int = 1
+
+    def run(self, shared: inputs.Shared, slots: int | None, tell: Callable[[int], None]) -> None:
+        from pipeline.cell.packing import Packing
+        from pipeline.engine.parts import Unsupported
+
+        sweep = self.study.sweep
+        packing = Packing([at(self.cfg, settings) for settings in sweep.space.covers()], shared)
+        if sweep.executor == "auto" and packing.device.type != "cuda":
+            raise Unsupported(NO_GPU)
+        left = sweep.target - self.study.answered
+        at_once = min(left, TPE_AT_ONCE) if sweep.sampler == "tpe" else left
+        self.packing, self.about = packing, provenance()
+        self.slots = min(slots, left) if slots else packing.slots(at_once)
+        tell(self.slots)
+        pack = packing.open(self.slots, left, self._prune)
+        print(f"{self.slots} trials at once", flush=True)
+        try:
+            with signals(pack):
+                pack.run(self._take, self._done)
+        finally:
+            for running in self.running:
+                self.study.fail(running)
+            self.study.write_trials()
+            pack.close()
+
+    def _take(self, free: int) -> list[Job]:
+        jobs: list[Job] = []
+        while len(jobs) < free and self.wanted(len(self.running)):
+            trial, chosen = self.study.ask()
+            self.running[trial.number] = trial
+            jobs.append(self.packing.job(at(self.cfg, chosen), (trial, chosen)))
+        return jobs
+
+    def _prune(self, run: Running) -> bool:
+        if self.study.sweep.pruner is None:
+            return False
+        trial = run.job.name.tag[0]
+        trial.report(run.history[-1]["validation_metric"], run.step)
+        return bool(trial.should_prune())
+
+    def _done(self, run: Running) -> None:
+        trial, chosen = run.job.name.tag
+        self.ended(trial, chosen, self._result(run), run.pruned)
+        del self.running[trial.number]
+
+    def _result(self, run: Running) -> Result:
+        member = run.job.name
+        seen = run.tokens + run.padding
+        work = Work(steps=run.step, tokens=run.tokens, padding_share=run.padding / seen if seen else None, engine="handwritten",
+                    diverged_at=run.diverged_at)
+        phases = Phases(run.seconds, 0, 0, 0, run.seconds, 0, 0, 0, 0)
+        return cell_run.bare_result(
+            member.cfg, status="ok", precision=self.packing.precision, scores={"validation": run.found[0]}, phases=phases, work=work, history=run.history,
+            notes=run.notes, packed=True, slots=self.slots, hardware=hardware(self.packing.device), provenance=self.about,
+        )
+
+
+def study_name(cfg: DictConfig) -> str:
+    return f"{cfg.technique.name}+{cfg.variant}" if cfg.variant else str(cfg.technique.name)
+
+
+def of_grid(cfg: DictConfig, given: Sequence[str]) -> DictConfig:
+    """The cell's config with the first seed and train_rows of the experiment's grid, unless they were given."""
+    if "experiments" not in given:
+        return cfg
+    grid = cell_grid.grid(cfg.experiment)["grid"]
+    wanted = {"seed": grid["seeds"][0], "train_rows": grid["train_rows"][0]}
+    return at(cfg, {key: value for key, value in wanted.items() if key not in given})
+
+
+def confirm(cfg: DictConfig, best: dict[str, Any], confirmed: list[DictConfig]) -> int:
+    """Run the best setting, or each point of the front, as a cell of the experiment; test rows are scored here only."""
+    code, shared = 0, None
+    for choice in best["front"] or [best]:
+        variant = f"{cfg.variant}-{choice['variant']}" if cfg.variant else choice["variant"]
+        chosen = at(cfg, {**choice["settings"], "variant": variant})
+        if not cell_grid.is_done(chosen):
+            shared = shared or inputs.preload([chosen])
+            code = max(code, child.run_cell(chosen, shared, now()))
+        if code == 130:
+            break
+        if cell_grid.is_done(chosen):
+            print(f"confirmed in {identity.folder_of(chosen)}")
+            confirmed.append(chosen)
+    return code

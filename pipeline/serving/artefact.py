@@ -1,0 +1,228 @@
+"""Artefacts of finished cells, ready to answer: alone on their base, or many over one base, chosen row by row.
+
+Library of `python -m pipeline.evaluate`, `pipeline.serve` and `pipeline.export`. LoRA adapters, and techniques that change the
+request alone (zero-shot, few-shot, retrieval), share a batch; other adapters are put on the base in turn.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline.core.compose import build
+from pipeline.core.files import UserError
+from pipeline.core.settings import Settings, read
+from pipeline.data.choices import Items
+from pipeline.data.rows import Encoder
+from pipeline.methods.base import Method
+from pipeline.models.base import cast, device_of, load_model, load_tokenizer, most_tokens, resolve
+from pipeline.objectives.base import Objective
+from pipeline.records.finished import finished, held
+from pipeline.records.results import Result
+from pipeline.scoring import answers
+from pipeline.scoring import scorer as scoring_scorer
+
+NO_ADAPTER = "__base__"  # PEFT's name for a row that the base answers by itself
+
+
+@dataclass(frozen=True)
+class Base:
+    """An untouched base model on its device. dtype: of its arithmetic."""
+
+    model: Any
+    tokenizer: Any
+    device: Any
+    dtype: Any
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> Base:
+        """The base of a cell's config, or what the cell began at. Raises UserError where its folder is not there."""
+        device, folder = device_of(cfg.device), Path(cfg.paths.models) / cfg.model.name
+        settings = read(cfg)
+        dtype = resolve(settings.precision, device)[1]
+        trusted = settings.model.trust_remote_code
+        model = started(cfg, dtype)[0] if cfg.start else load_model(folder, settings.precision, device, trust_remote_code=trusted)
+        return cls(model, load_tokenizer(folder), device, dtype)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a cell left to serve, not loaded yet."""
+
+    name: str
+    folder: Path
+    cfg: DictConfig
+    settings: Settings
+    method: Method
+    objective: Objective
+
+    @classmethod
+    def at(cls, name: str, folder: Path, cfg: DictConfig) -> Artefact:
+        """Raises UserError: no artefact there, or a technique whose answers come without a model."""
+        method = build(cfg.method, "method")
+        if not (folder / "artefact.json").exists():
+            raise UserError(f"{folder} holds no artefact; run the cell again, or dvc checkout it")
+        if method.answers_without_model:
+            raise UserError(f"the {method.name} answers without a model; its rows stand in rationales/")
+        return cls(name, folder, cfg, read(cfg), method, build(cfg.objective, "objective"))
+
+    def load(self, base: Base) -> tuple[Any, Any]:
+        """(model, state) on the base, which may be changed in place. Raises UserError where the files are damaged."""
+        return self.guarded(lambda: self.method.load(base.model, self.folder))
+
+    def guarded(self, load: Callable[[], Any]) -> Any:
+        """What `load` gives. Raises UserError where the files are damaged."""
+        from safetensors import SafetensorError
+
+        try:
+            return load()
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise UserError(f"{self.folder} cannot be loaded ({' '.join(str(error).split())}); run the cell again, or dvc checkout it") from error
+
+    def scorer(self, base: Base, model: Any, state: Any) -> scoring_scorer.Scorer:
+        """What answers this artefact's rows with `model`."""
+        train = self.settings.train
+        encoder = Encoder(base.tokenizer, self.settings.task, most_tokens(base.model, train.max_length), train.too_long)
+        return scoring_scorer.Scorer(model, encoder, self.settings.task, lambda p: self.method.prompt(self.objective.prompt(p), state),
+                              self.settings.evaluate.batch_tokens, base.device, base.dtype, reasoning=self.objective.reasoning)
+
+
+def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
+    """The model that `start` names, as a frozen plain model of the base's architecture in `dtype`, and the result of that cell.
+
+    Its adapter is folded in, so any method can go on from it; an artefact trained upon it needs that cell's artefact to be served.
+
+    Raises:
+        UserError: no such finished cell, of another base model, or one whose artefact is not a change of the base's weights.
+    """
+    from pipeline.records.finished import needed
+
+    folder = needed(cfg.start, cfg, "start")
+    result = finished(folder)
+    if result.model != cfg.model.name:
+        raise UserError(f"start={cfg.start} is a cell of the model {result.model}, this one is of {cfg.model.name}; choose model={result.model}")
+    artefact = Artefact.at(result.technique, folder / "artefact", held(result, cfg))
+    base = Base.of(artefact.cfg)
+    own, where = set(base.model.state_dict()), base.model.config._name_or_path
+    model, state = artefact.load(base)
+    if hasattr(model, "peft_config") and artefact.method.merges:
+        model = artefact.method.merged(model)
+    if state is not None or hasattr(model, "peft_config") or set(model.state_dict()) != own and not hasattr(base.model, "quantization_method"):
+        what = f"start={cfg.start} is a cell of {result.technique}, which leaves no weights of the base's own shape"
+        raise UserError(f"{what}; choose a cell that does (full, lora, …)")
+    model.config._name_or_path = where
+    return cast(model, dtype).requires_grad_(False).eval(), result
+
+
+def check_sharing(artefacts: Sequence[Artefact]) -> None:
+    """Raises UserError naming an artefact that cannot share a base with others."""
+    for artefact in artefacts:
+        if artefact.method.sharing == "no":
+            what = f"{artefact.name} cannot share a base: {artefact.method.name} is a model of its own"
+            raise UserError(f"{what}; pipeline.evaluate scores it alone, pipeline.export writes it as a model of its own")
+
+
+class Door:
+    """Many artefacts over one base: requests {adapter, prompt, choices} in, answers out.
+
+    Args:
+        artefacts: those that `check_sharing` lets through.
+
+    Raises (from `answer`):
+        UserError: an artefact that cannot be loaded.
+    """
+
+    def __init__(self, base: Base, artefacts: Sequence[Artefact]) -> None:
+        self.base, self.artefacts = base, {a.name: a for a in artefacts}
+        self.told: list[str] = []
+
+    def answer(self, requests: Sequence[dict]) -> list[dict]:
+        """One answer a request, in their order: {answer, scores} or {answer, output}."""
+        found: list[dict] = [{} for _ in requests]
+        by_name: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_name.setdefault(request["adapter"], []).append(index)
+        together = [n for n in by_name if self.artefacts[n].method.sharing == "together" and not self.artefacts[n].objective.reasoning]
+        self._put(found, requests, sorted(i for n in together for i in by_name[n]), functools.partial(self._mixed, together))
+        for name in by_name:
+            if name not in together:
+                self._put(found, requests, by_name[name], functools.partial(self._alone, name))
+        return found
+
+    def _put(self, found: list[dict], requests: Sequence[dict], indices: list[int], answer: Callable[[list[dict]], list[dict]]) -> None:
+        rows = [{"choices": None, **requests[i], "id": i, "answer": ""} for i in indices]
+        for prediction in answer(rows) if rows else ():
+            kept = {k: prediction[k] for k in ("scores", "output") if k in prediction}
+            found[prediction["id"]] = {"answer": prediction["prediction"], **kept}
+
+    def _alone(self, name: str, rows: list[dict]) -> list[dict]:
+        artefact = self.artefacts[name]
+        why = "it reasons first" if artefact.objective.reasoning else f"{artefact.method.name} cannot share a batch"
+        self.told.append(f"{len(rows)} by {name} alone ({why})")
+        model, state = artefact.load(self.base)
+        try:
+            return artefact.scorer(self.base, model, state).predict(rows)
+        finally:
+            detach(model, self.base)
+
+    def _mixed(self, names: Sequence[str], rows: list[dict]) -> list[dict]:
+        """Rows of several artefacts in one batch, choices and generated answers apart."""
+        loaded = [n for n in names if self.artefacts[n].method.peft]
+        labels = {n: f"a{i}" for i, n in enumerate(loaded)}
+        scorers = {n: self.artefacts[n].scorer(self.base, self.base.model, self._state(n)) for n in names}
+        items = [scorers[row["adapter"]].items([row])[0] for row in rows]  # before any adapter is there: retrieval embeds with the base
+        kinds: dict[tuple[str, int], list[int]] = {}
+        for index, row in enumerate(rows):
+            task = scorers[row["adapter"]].task
+            kinds.setdefault((task.scoring, task.max_new_tokens if task.scoring == "generate" else 0), []).append(index)
+        model = self._attached(labels)
+        for scorer in scorers.values():
+            scorer.model = model
+        try:
+            return [p for part in kinds.values() for p in self._batch(part, rows, items, scorers, labels)]
+        finally:
+            detach(model, self.base)
+
+    def _batch(self, part: list[int], rows: list[dict], items: Items, scorers: dict[str, scoring_scorer.Scorer], labels: dict[str, str]) -> list[dict]:
+        mine, asked = [rows[i] for i in part], [items[i] for i in part]
+        scorer = scorers[mine[0]["adapter"]]
+        owners = [labels.get(row["adapter"], NO_ADAPTER) for row in mine] if labels else scoring_scorer.WHOLE
+        count = len({row["adapter"] for row in mine})
+        self.told.append(f"{len(mine)} in one batch of {count} artefact{'s' * (count > 1)}")
+        if scorer.task.scoring == "choice":
+            sums = scorer.log_likelihoods(asked, owners)
+            return [p for row, values in zip(mine, sums, strict=True) for p in answers.chosen([row], [values], scorers[row["adapter"]].task)]
+        return [{"id": row["id"], "prediction": answers.extract(text, scorers[row["adapter"]].task.answer_pattern), "output": text}
+                for row, text in zip(mine, scorer.texts(asked, owners), strict=True)]
+
+    def _state(self, name: str) -> Any:
+        artefact = self.artefacts[name]
+        return None if artefact.method.peft else artefact.load(self.base)[1]
+
+    def _attached(self, labels: dict[str, str]) -> Any:
+        from peft import PeftModel
+
+        model = self.base.model
+        for name, label in labels.items():
+            artefact = self.artefacts[name]
+            first = model is self.base.model
+            attach = functools.partial(PeftModel.from_pretrained, model) if first else model.load_adapter
+            made = artefact.guarded(functools.partial(attach, artefact.folder, adapter_name=label))
+            model = made if first else model
+        return model.eval()
+
+
+def detach(model: Any, base: Base) -> None:
+    """Leave the base as it was before an adapter of PEFT was put on it."""
+    if not hasattr(model, "peft_config") or model is base.model:
+        return
+    if not model.active_peft_config.is_prompt_learning:
+        model.unload()
+    if hasattr(base.model, "peft_config"):
+        del base.model.peft_config
+    base.model.eval()

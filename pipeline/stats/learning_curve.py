@@ -1,0 +1,314 @@
+"""Learning curves: a technique's accuracy against labelled rows, and what the measured sizes can and cannot tell.
+
+Library. `fit` takes cells' results and gives a curve a technique; a curve tells its accuracy at any number of rows (`at`) and the rows that an
+accuracy takes (`rows_for`), two curves where one overtakes the other (`crossover`), all with 95% intervals. docs/data_dependency.md says
+how often these hold the truth.
+
+A curve is acc(n) = a - b · n^(-c) (a power law that saturates, e.g. Hestness et al., 2017), a <= 1, b >= 0, 0.1 <= c <= 2; a technique
+that takes no more rows than it has at the smallest size is a constant. Weighted least squares over the sizes' means, weights from the
+spread over seeds; intervals from a parametric bootstrap: errors drawn as learning_noise.py tells are added to the fitted
+curve, and it is fitted again. Where the means lie farther from the curve than their spread lets them, the seeds' errors are drawn larger by that
+ratio (Birge's): a power law is never quite right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.stats.learning_noise import Key, Measured, Spread, errors, spreads
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Crossover", "Curve", "Estimate", "Measured", "RowsFor", "crossover", "fit"]
+
+SMALLEST, LARGEST, SHAPES = 0.1, 2.0, 40
+"""Range of the exponent c and how many values of it are tried first, evenly in its logarithm."""
+FEWEST_SIZES = 3
+TAIL = 2.5
+"""Percent on either side of an interval."""
+MISFIT = 0.01
+"""Below this p-value of the lack-of-fit test a curve is said not to fit."""
+STEPS = 240
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An accuracy with its 95% interval, fractions; `extrapolated`: outside the sizes measured."""
+
+    value: float
+    low: float
+    high: float
+    extrapolated: bool
+
+
+@dataclass(frozen=True)
+class RowsFor:
+    """Labelled rows that an accuracy takes, with a 95% interval, told within the sizes measured.
+
+    A number equal to `smallest` stands for that many or fewer; None for not reached at `largest`.
+    """
+
+    target: float
+    rows: float | None
+    low: float | None
+    high: float | None
+    smallest: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A technique's fitted learning curve."""
+
+    technique: str
+    kind: str
+    """power, or constant."""
+    a: float
+    b: float
+    c: float
+    sizes: tuple[int, ...]
+    """Labelled rows of the cells that it was fitted to."""
+    seeds: int
+    """Most seeds at a size; with one, the intervals leave the spread of training out (unless it is constant over sizes measured)."""
+    misfit_p: float | None
+    """p-value of the lack-of-fit test of the sizes' means against the spread over seeds; None where there is no such spread."""
+    spread: Spread
+    draws: Any = dataclasses.field(repr=False, compare=False)
+    """[draws, 3]: a, b · smallest^(-c) and c of every bootstrap draw; draw i has the same test rows in all curves of one fit."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the sizes' means lie on the curve as well as their spread lets them."""
+        return self.misfit_p is None or self.misfit_p >= MISFIT
+
+    def value(self, rows: float) -> float:
+        """The fitted accuracy."""
+        return min(1.0, max(0.0, self.a - self.b * rows**-self.c))
+
+    def at(self, rows: float) -> Estimate:
+        """The technique's expected accuracy at a number of labelled rows."""
+        import numpy as np
+
+        low, high = np.percentile(self.drawn([rows])[:, 0], [TAIL, 100 - TAIL])
+        outside = self.kind == "power" and not self.sizes[0] <= rows <= self.sizes[-1]
+        return Estimate(self.value(rows), float(low), float(high), outside)
+
+    def rows_for(self, target: float) -> RowsFor:
+        """The labelled rows at which the curve reaches an accuracy."""
+        import numpy as np
+
+        grid = _grid(self.sizes[0], self.sizes[-1])
+        found = np.array([_last_crossing(grid, self._values(grid)[None] - target)[0], *_last_crossing(grid, self.drawn(grid) - target)])
+        ends = [None if np.isinf(v) else float(v) for v in (found[0], *_quantiles(found[1:]))]
+        return RowsFor(target, ends[0], ends[1], ends[2], self.sizes[0], self.sizes[-1])
+
+    def drawn(self, rows: Sequence[float] | np.ndarray) -> np.ndarray:
+        """[draws, len(rows)] accuracies of the bootstrap draws."""
+        import numpy as np
+
+        a, drop, c = self.draws.T[:, :, None]
+        return np.clip(a - drop * (np.asarray(rows, dtype=float) / self.sizes[0]) ** -c, 0, 1)
+
+    def _values(self, rows: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        return np.array([self.value(n) for n in rows])
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Where one technique overtakes another, told within the sizes that both were measured at."""
+
+    ahead: str
+    """The technique whose curve is the higher one at `largest`."""
+    behind: str
+    verdict: str
+    """crosses: it overtakes at `rows`; ahead: it is ahead at every size; ahead_from: it is ahead from `high` rows on, below that the data cannot
+    tell; unclear: the data cannot tell which is ahead at `largest`."""
+    rows: float | None
+    """From here to `largest` it is ahead; None unless it crosses."""
+    low: float | None
+    high: float | None
+    """The 95% interval of `rows`, in an unclear case None; `smallest` stands for that many or fewer."""
+    behind_until: float | None
+    """Up to here the other one is ahead with as much certainty; None: nowhere."""
+    smallest: int
+    largest: int
+
+
+def fit(measured: Sequence[Measured], constant: Collection[str] = (), draws: int = 2000, seed: int = 0) -> dict[str, Curve]:
+    """The curve of every technique with at least three sizes, and of every one in `constant`, whatever its sizes.
+
+    Args:
+        constant: techniques that use no more rows than they have at the smallest size (zero-shot, few-shot).
+        draws: bootstrap draws; the same `seed` gives the same curves.
+    """
+    cells: dict[Key, list[Measured]] = {}
+    for one in sorted(measured, key=lambda m: (m.technique, m.rows, m.seed)):
+        cells.setdefault((one.technique, one.rows), []).append(one)
+    sizes: dict[str, tuple[int, ...]] = {}
+    for technique, rows in cells:
+        sizes[technique] = (*sizes.get(technique, ()), rows)
+    sizes = {t: found for t, found in sizes.items() if t in constant or len(found) >= FEWEST_SIZES}
+    cells = {key: group for key, group in cells.items() if key[0] in sizes}
+    spread = spreads(cells)
+    fits = {t: _Fit(cells, t, sizes[t], spread[t], t in constant) for t in sizes}
+    drawn = errors(cells, spread, {t: f.inflation for t, f in fits.items()}, draws, seed) if cells else None
+    keys = list(cells)
+    return {t: f.curve(drawn[:, [keys.index((t, n)) for n in f.sizes]]) for t, f in fits.items() if drawn is not None}
+
+
+class _Fit:
+    """One technique's means, weights and fitted curve."""
+
+    def __init__(self, cells: Mapping[Key, Sequence[Measured]], technique: str, sizes: tuple[int, ...], spread: Spread, constant: bool) -> None:
+        import numpy as np
+
+        groups = [cells[technique, n] for n in sizes]
+        self.technique, self.sizes, self.spread, self.constant = technique, sizes, spread, constant
+        self.seeds = max(map(len, groups))
+        self.means = np.array([sum(c.accuracy for c in g) / len(g) for g in groups])
+        sd = np.array([spread.sd(n) or 1.0 for n in sizes])
+        self.weights = np.array([len(g) for g in groups]) / sd**2
+        self.found = self._fitted(self.means[None])[0]
+        self.misfit_p, self.inflation = self._misfit()
+
+    def _fitted(self, means: np.ndarray) -> np.ndarray:
+        return fit_constant(means, self.weights) if self.constant else fit_power(self.sizes, means, self.weights)
+
+    def _values(self) -> np.ndarray:
+        import numpy as np
+
+        a, drop, c = self.found
+        return a - drop * (np.array(self.sizes) / self.sizes[0]) ** -c
+
+    def _misfit(self) -> tuple[float | None, float]:
+        free = len(self.sizes) - (1 if self.constant else 3)
+        if not self.spread.sigma() or free < 1:
+            return None, 1.0
+        from scipy.special import fdtrc
+
+        ratio = float((self.weights * (self.means - self._values()) ** 2).sum()) / free
+        return float(fdtrc(free, self.spread.df, ratio)), max(1.0, ratio) ** 0.5
+
+    def curve(self, errors: np.ndarray) -> Curve:
+        a, drop, c = map(float, self.found)
+        draws = self._fitted(self._values() + errors)
+        return Curve(self.technique, "constant" if self.constant else "power", a, drop * self.sizes[0] ** c, c, self.sizes, self.seeds,
+                     self.misfit_p, self.spread, draws)
+
+
+def fit_constant(means: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[B, K] means to [B, 3] curves that do not depend on the rows."""
+    import numpy as np
+
+    return np.stack([means @ weights / weights.sum(), np.zeros(len(means)), np.ones(len(means))], 1)
+
+
+def fit_power(sizes: Sequence[int], means: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[B, K] means at K sizes to [B, 3]: a, b · sizes[0]^(-c), c of the least weighted squares.
+
+    For a given c the curve is linear in a and b, and with two bounds the best pair is in closed form. Values of c are tried over their
+    range, then the lowest point of the parabola through the best and its neighbours.
+    """
+    import numpy as np
+
+    n, w = np.asarray(sizes, dtype=float) / sizes[0], weights / weights.sum()
+    logs = np.linspace(np.log(SMALLEST), np.log(LARGEST), SHAPES)
+    missed = np.stack([_pair(np.array([np.exp(v)]), n, means, w)[2] for v in logs], 1)
+    at, rows = np.clip(missed.argmin(1), 1, SHAPES - 2), np.arange(len(means))
+    left, middle, right = (missed[rows, at + k] for k in (-1, 0, 1))
+    bend = left - 2 * middle + right
+    turn = np.clip(np.where(bend > 0, (left - right) / np.where(bend > 0, 2 * bend, 1), np.where(left < right, -1, 1)), -1, 1)
+    c = np.exp(logs[at] + turn * (logs[1] - logs[0]))
+    a, drop, least = _pair(c, n, means, w)
+    tried = np.exp(logs[missed.argmin(1)])
+    worse = least > missed.min(1)
+    if worse.any():
+        a[worse], drop[worse], _ = _pair(tried[worse], n, means[worse], w)
+        c = np.where(worse, tried, c)
+    return np.stack([a, drop, c], 1)
+
+
+def _pair(c: np.ndarray, n: np.ndarray, means: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The best a and drop, 0 <= drop and a <= 1, for exponents c [B] or [1], and the weighted squares that they leave."""
+    import numpy as np
+
+    x = n ** -c[:, None]
+    mean = (x @ w)[:, None]
+    drop = np.maximum(0.0, -(means * (w * (x - mean))).sum(1) / ((x - mean) ** 2 @ w))
+    a = means @ w + drop * mean[:, 0]
+    drop = np.where(a > 1, np.maximum(0.0, ((1 - means) * (w * x)).sum(1) / (x**2 @ w)), drop)
+    a = np.minimum(a, 1.0)
+    return a, drop, (means - a[:, None] + drop[:, None] * x) ** 2 @ w
+
+
+def crossover(one: Curve, other: Curve) -> Crossover:
+    """Where one of two curves of the same fit overtakes the other for good, within the sizes that both were measured at."""
+    import numpy as np
+
+    ranged = [c for c in (one, other) if c.kind == "power"] or [one, other]
+    smallest, largest = max(c.sizes[0] for c in ranged), min(c.sizes[-1] for c in ranged)
+    ahead, behind = (one, other) if one.value(largest) >= other.value(largest) else (other, one)
+    grid = _grid(smallest, largest)
+    gaps = ahead.drawn(grid) - behind.drawn(grid)
+    low, high = _quantiles(_last_crossing(grid, gaps))
+    until, _ = _quantiles(_first_crossing(grid, gaps))
+    point = float(_last_crossing(grid, (ahead._values(grid) - behind._values(grid))[None])[0])
+    verdict = "unclear" if np.isinf(high) else "crosses" if low > smallest else "ahead_from" if high > smallest else "ahead"
+    told = verdict != "unclear"
+    return Crossover(
+        ahead.technique, behind.technique, verdict, min(max(point, low), high) if verdict == "crosses" else None, low if told else None,
+        high if told else None, until if until > smallest else None, smallest, largest,
+    )
+
+
+def _grid(smallest: float, largest: float) -> np.ndarray:
+    import numpy as np
+
+    return np.geomspace(smallest, largest, STEPS) if largest > smallest else np.array([float(smallest)])
+
+
+def _last_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """[B]: from where to the grid's end each row of gaps [B, G] stays at or above 0; its start if everywhere, infinite if not at its end."""
+    import numpy as np
+
+    under = gaps < 0
+    last = len(grid) - 1 - np.argmax(under[:, ::-1], 1)
+    found = np.where(under.any(1), np.inf, grid[0])
+    inside = under.any(1) & (last < len(grid) - 1)
+    return _between(grid, gaps, last, inside, found)
+
+
+def _first_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """[B]: up to where from the grid's start each row of gaps stays below 0; its start if nowhere, its end if everywhere."""
+    import numpy as np
+
+    over = gaps >= 0
+    first = np.argmax(over, 1)
+    found = np.where(over.any(1), grid[0], grid[-1])
+    return _between(grid, gaps, np.maximum(first - 1, 0), over.any(1) & (first > 0), found)
+
+
+def _between(grid: np.ndarray, gaps: np.ndarray, index: np.ndarray, inside: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """`found`, where `inside` with the zero between grid[index] and the next point, in the logarithm of the rows."""
+    import numpy as np
+
+    rows, at = np.nonzero(inside)[0], index[inside]
+    before, after = gaps[rows, at], gaps[rows, at + 1]
+    share = before / np.where(before == after, 1, before - after)
+    found = found.copy()
+    found[rows] = grid[at] * (grid[at + 1] / grid[at]) ** share
+    return found
+
+
+def _quantiles(values: np.ndarray) -> tuple[float, float]:
+    """The 95% interval's ends; an end among infinite values is infinite."""
+    import numpy as np
+
+    low, high = np.percentile(values, [TAIL, 100 - TAIL], method="closest_observation")
+    return float(low), float(high)

@@ -1,0 +1,318 @@
+"""Which techniques the data can tell apart: differences over seeds and test rows, corrected for being many, and letters.
+
+Library of `python -m pipeline.report` and `python -m pipeline.compare`; docs/statistics.md says why this test, and `python -m benchmarks.tiers`
+measures what it promises.
+
+Model: the answer of technique t, seed s to row i has a random effect of the row, which is shared by all techniques (so they are compared paired),
+of the row under this technique, and of the seed under this technique. The difference of two techniques' means over seeds is normal with variance
+
+    Var_i(d_i) / n  +  sigma_a² / S_a  +  sigma_b² / S_b
+
+where d_i is the difference on row i (means over seeds), n the rows, and sigma_t² the variance of the seeds' effect. A few seeds tell
+little of sigma_t, so it is not put in as if it were known: the p-value is averaged over the sigmas that the seeds of all techniques
+allow (a hierarchical model: sigma_t is log-normal around a spread that all techniques share, with a heterogeneity of its own; TILT and
+HETEROGENEITIES are their priors). Averaging over what is not known is Behrens' and Fisher's answer to unequal variances; sharing it over
+techniques is Smyth's (2004). All pairs are corrected: comparisons with a best that the same data chose, corrected for those alone, find too
+much. Up to FEW techniques hardly any experiment tells a single pair apart falsely (Holm 1979); beyond, pairs are so many that nothing would be
+told at all, and what is kept small is the share of false ones among the differences that are told (Benjamini and Hochberg 1995).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SIGNIFICANT = 0.05
+FEW = 10
+"""Techniques up to which at most one experiment in twenty tells any false difference; beyond, at most one in twenty of the differences told is false."""
+SPREADS = (0.0015, 0.1, 20)
+"""The shared spreads over seeds that are tried: lowest, highest (fractions), how many, evenly in the logarithm."""
+TILT = 0.5
+"""Before anything is seen a spread counts as its TILT-th power: flat in the logarithm (0) separates the same technique in up to 7%, flat (1) tells little."""
+HETEROGENEITIES = (0.0, 0.35, 0.7, 1.05, 1.4, 1.8)
+"""Standard deviations of a technique's log spread around the shared one that are tried."""
+MOST = 0.15
+"""No technique's spread over seeds is taken to be wider (a fraction)."""
+NODES = 9  # of the quadrature over a technique's own log spread
+NEGLIGIBLE = 1e-10  # of the largest weight of a mixture: what is lighter is left out, together less than 1e-6
+
+Runs = Mapping[int, Mapping[str, bool]]
+"""{seed: {row id: answered right}} of one technique."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One technique's accuracy beyond another's, fractions."""
+
+    difference: float
+    low: float
+    high: float
+    """95% interval, for this pair alone."""
+    p: float
+    """Two-sided, for this pair alone."""
+    corrected: float
+    """Corrected for all pairs (`correct`)."""
+
+    @property
+    def told(self) -> bool:
+        """Whether the data tell the two apart."""
+        return self.corrected < SIGNIFICANT
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Techniques compared on the rows that all of them answered."""
+
+    means: dict[str, float]
+    """Accuracy over seeds and rows, the best first."""
+    pairs: dict[tuple[str, str], Difference]
+    """By (technique, other), the better one first."""
+    letters: dict[str, str]
+    """Techniques that share a letter cannot be told apart; a is the best one's (Piepho 2004)."""
+    rows: int
+    covers_seeds: bool
+    """False: no technique here has several seeds, so nothing is known of their spread and the test is over rows alone."""
+
+    @property
+    def best(self) -> str:
+        return next(iter(self.means))
+
+    def between(self, one: str, other: str) -> Difference:
+        """`one` beyond `other`."""
+        if (one, other) in self.pairs:
+            return self.pairs[one, other]
+        found = self.pairs[other, one]
+        return Difference(-found.difference, -found.high, -found.low, found.p, found.corrected)
+
+
+def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Comparison | None:
+    """Compare techniques; those without answers are left out. None where none is left or no row was answered by all.
+
+    Args:
+        fixed: techniques with nothing random in them, for which one run says all. Several runs with the same answers are taken as that, too.
+    """
+    import numpy as np
+
+    runs = {name: [by_row for by_row in seeds.values() if by_row] for name, seeds in answers.items()}
+    runs = {name: found for name, found in runs.items() if found}
+    common = sorted(set.intersection(*(set(by_row) for found in runs.values() for by_row in found))) if runs else []
+    if not common:
+        return None
+    right = {name: np.array([[by_row[i] for i in common] for by_row in found], dtype=float) for name, found in runs.items()}
+    order = sorted(right, key=lambda name: (-right[name].mean(), name))
+    ranked = [Technique.of(right[name], name in fixed) for name in order]
+    spreads = Spreads.of(ranked)
+    found = {(order[a], order[b]): _Pair.of(ranked, spreads, a, b) for a, b in itertools.combinations(range(len(order)), 2)}
+    raw = [pair.p for pair in found.values()]
+    told = {
+        names: Difference(pair.point, pair.point - pair.half, pair.point + pair.half, p, corrected)
+        for (names, pair), p, corrected in zip(found.items(), raw, correct(raw, len(order)), strict=True)
+    }
+    apart = [pair for pair, one in told.items() if one.told]
+    return Comparison({name: float(right[name].mean()) for name in order}, told, letters(order, apart), len(common), spreads.known)
+
+
+@dataclass(frozen=True)
+class Technique:
+    """Answers [S, n]; seeds: S, or 0 where nothing is random; variance: of the seeds' means, 0 with less than two; flips: what of it comes
+    from single rows that are answered now so, now so (it is in the rows' variance already)."""
+
+    right: np.ndarray
+    seeds: int
+    variance: float
+    flips: float
+
+    @classmethod
+    def of(cls, right: np.ndarray, fixed: bool = False) -> Technique:
+        """From answers [S, n] of 0 and 1; fixed: there is nothing random in it."""
+        if fixed or (len(right) > 1 and (right == right[0]).all()):
+            return cls(right[:1], 0, 0.0, 0.0)
+        if len(right) == 1:
+            return cls(right, 1, 0.0, 0.0)
+        centred = right - right.mean(1, keepdims=True)
+        return cls(right, len(right), float(right.mean(1).var(ddof=1)), float(centred.var(0, ddof=1).mean()) / right.shape[1])
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """What the seeds of all techniques tell of each one's spread: a mixture over shared spread x heterogeneity x own deviation.
+
+    variances [G, H, Z]; shared [G, H]: weights of the first two; own [T, G, H, Z]: of the third given them. known: whether any technique
+    has several seeds.
+    """
+
+    variances: Any
+    shared: Any
+    own: Any
+    known: bool
+
+    @classmethod
+    def of(cls, ranked: Sequence[Technique]) -> Spreads:
+        """From every technique's seeds."""
+        return cls.from_variances([t.variance for t in ranked], [max(0, t.seeds - 1) for t in ranked], [t.flips for t in ranked])
+
+    @classmethod
+    def from_variances(cls, sample: Sequence[float], freedom: Sequence[int], flips: Sequence[float]) -> Spreads:
+        """From the sample variances of the seeds' means, their degrees of freedom (0: one seed) and the part that single rows' flips have in them."""
+        import numpy as np
+
+        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+        tried = np.minimum(np.geomspace(*SPREADS)[:, None, None] * np.exp(np.array(HETEROGENEITIES)[None, :, None] * nodes), MOST)
+        df, v, beside = (np.array(values, dtype=float)[:, None, None, None] for values in (freedom, sample, flips))
+        expected = tried**2 + beside
+        fits = -0.5 * df * (np.log(expected) + v / expected) + np.log(weights / weights.sum())
+        top = fits.max(-1, keepdims=True)
+        evidence = top[..., 0] + np.log(np.exp(fits - top).sum(-1))
+        together = evidence.sum(0) + TILT * np.log(np.geomspace(*SPREADS))[:, None]
+        shared = np.exp(together - together.max())
+        return cls(tried**2, shared / shared.sum(), np.exp(fits - evidence[..., None]), bool(sum(freedom)))
+
+    def mixture(self, a: int, b: int, seeds_a: int, seeds_b: int) -> tuple[np.ndarray, np.ndarray]:
+        """(variances that the seeds add to the difference of techniques a and b, their weights), flat. seeds: 0 for one without any."""
+        import numpy as np
+
+        def part(own: np.ndarray, seeds: int, axis: int) -> np.ndarray:
+            return np.expand_dims(own / seeds if seeds else np.zeros_like(own), axis)
+
+        added = part(self.variances, seeds_a, 3) + part(self.variances, seeds_b, 2)
+        weights = self.shared[..., None, None] * self.own[a][..., :, None] * self.own[b][..., None, :]
+        return added.reshape(-1), weights.reshape(-1)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Technique number a against number b: the point difference, and what its distance from 0 is measured with (None: rows alone)."""
+
+    by_row: np.ndarray
+    weight: int
+    """by_row times this are whole numbers."""
+    spread: np.ndarray | None
+    weights: np.ndarray | None
+
+    @classmethod
+    def of(cls, ranked: Sequence[Technique], spreads: Spreads, a: int, b: int) -> _Pair:
+        import numpy as np
+
+        one, other = ranked[a].right, ranked[b].right
+        by_row = one.mean(0) - other.mean(0)
+        if not spreads.known:
+            return cls(by_row, len(one) * len(other), None, None)
+        added, weights = spreads.mixture(a, b, ranked[a].seeds, ranked[b].seeds)
+        heavy = weights > NEGLIGIBLE * weights.max()
+        return cls(by_row, len(one) * len(other), np.sqrt(_mean_variance(by_row) + added[heavy]), weights[heavy] / weights[heavy].sum())
+
+    @property
+    def point(self) -> float:
+        return float(self.by_row.mean())
+
+    @property
+    def p(self) -> float:
+        if self.spread is None or self.weights is None:
+            return sign_flip([round(self.weight * float(d)) for d in self.by_row])
+        return chance(abs(self.point), self.spread, self.weights)
+
+    @property
+    def half(self) -> float:
+        """Half the 95% interval's width."""
+        spread, weights = self.spread, self.weights
+        if spread is None or weights is None:
+            return 1.959964 * math.sqrt(_mean_variance(self.by_row))
+        from scipy.optimize import brentq
+
+        def beyond(distance: float) -> float:
+            return chance(distance, spread, weights) - SIGNIFICANT
+
+        return 1.0 if beyond(1.0) > 0 else float(brentq(beyond, 0.0, 1.0, xtol=1e-9))
+
+
+def _mean_variance(by_row: np.ndarray) -> float:
+    return float(by_row.var(ddof=1)) / len(by_row) if len(by_row) > 1 else 0.0
+
+
+def differences(ranked: Sequence[Technique], pairs: Sequence[tuple[int, int]]) -> list[tuple[float, float, float]]:
+    """(the first beyond the second, half the 95% interval's width, two-sided p) of chosen pairs of techniques on the same rows, corrected for
+    nothing. The seeds of all techniques tell of the spreads."""
+    spreads = Spreads.of(ranked)
+    found = [_Pair.of(ranked, spreads, a, b) for a, b in pairs]
+    return [(pair.point, pair.half, pair.p) for pair in found]
+
+
+def p_values(ranked: Sequence[Technique]) -> list[tuple[int, int, float]]:
+    """(technique number, other, two-sided p) of every pair, corrected for nothing."""
+    spreads = Spreads.of(ranked)
+    return [(a, b, _Pair.of(ranked, spreads, a, b).p) for a, b in itertools.combinations(range(len(ranked)), 2)]
+
+
+def correct(raw: Sequence[float], techniques: int) -> list[float]:
+    """The p-values of all pairs of so many techniques, corrected: Holm (1979) up to FEW, Benjamini and Hochberg (1995) beyond."""
+    if techniques <= FEW:
+        return holm(raw)
+    from scipy.stats import false_discovery_control
+
+    return [float(p) for p in false_discovery_control(raw, method="bh")]
+
+
+def chance(distance: float, spread: np.ndarray, weights: np.ndarray) -> float:
+    """How probable a normal as far from 0 as this is, two-sided, over standard deviations `spread` [M] with `weights` [M]."""
+    from scipy.special import ndtr
+
+    live = spread > 0
+    return min(1.0, float((weights[live] * 2 * ndtr(-distance / spread[live])).sum() + weights[~live].sum() * float(distance == 0)))
+
+
+def letters(order: Sequence[str], apart: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Compact letters (Piepho 2004, insert and absorb): two share one exactly if they are not in `apart`. order: the best first."""
+    groups = [set(order)]
+    for one, other in apart:
+        split = []
+        for group in groups:
+            split += [group - {one}, group - {other}] if {one, other} <= group else [group]
+        groups = [g for i, g in enumerate(split) if not any(g < h or (g == h and i > j) for j, h in enumerate(split))]
+    groups.sort(key=lambda g: sorted(map(order.index, g)))
+    return {name: "".join(_letter(i) for i, group in enumerate(groups) if name in group) for name in order}
+
+
+def _letter(index: int) -> str:
+    return chr(ord("a") + index % 26) + "'" * (index // 26)
+
+
+def sign_flip(differences: Sequence[int]) -> float:
+    """Chance that a sum as far from 0 arises if every difference had a random sign (Fisher's randomisation test, two-sided).
+
+    Differences of -1, 0 and 1 make it McNemar's exact test (McNemar 1947). Exact up to rounding (1e-12).
+    """
+    chances = {0: 1.0}
+    for size, count in Counter(abs(d) for d in differences if d).items():
+        parts = {size * (2 * heads - count): p for heads, p in _tosses(count)}
+        sums: dict[int, float] = defaultdict(float)
+        for total, chance in chances.items():
+            for part, p in parts.items():
+                sums[total + part] += chance * p
+        chances = sums
+    far = abs(sum(differences))
+    return min(1.0, math.fsum(p for total, p in chances.items() if abs(total) >= far))
+
+
+def _tosses(count: int) -> list[tuple[int, float]]:
+    """(heads, chance) of a fair coin's tosses, chances below 1e-16 left out."""
+    every = math.lgamma(count + 1) - count * math.log(2)
+    found = [(k, math.exp(every - math.lgamma(k + 1) - math.lgamma(count - k + 1))) for k in range(count + 1)]
+    return [(k, p) for k, p in found if p > 1e-16]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for being many (Holm 1979), in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected

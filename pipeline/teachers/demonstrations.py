@@ -1,0 +1,107 @@
+"""Demonstrations of reasoning for a prompt: from a config, a user's file, or the training rows that have a rationale.
+
+Library. pipeline/teachers/prompted.py shows them to a model before the row that it is to explain.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline.core.files import UserError, read_jsonl
+from pipeline.data.recipe import text_of
+from pipeline.scoring.answers import canonical
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A worked example. choices: None where answers are generated."""
+
+    prompt: str
+    choices: tuple[str, ...] | None
+    rationale: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """k worked examples: those written in the config, else lines of a file, else training rows with a rationale of their own.
+
+    Args:
+        k: how many; 0: none. Written ones are all shown.
+        seed: of the draw from file or rows; as many of each answer as k allows.
+        written: [{prompt, rationale, answer}, …].
+        file: JSON Lines with prompt, rationale and answer, or with id and rationale (a rationales.jsonl) of training rows.
+        rationale_column, answer_column: of the rows' source; only rows whose answer there is right are drawn.
+    """
+
+    k: int = 4
+    seed: int = 0
+    written: list[dict[str, str]] = field(default_factory=list)
+    file: str | None = None
+    rationale_column: str = "teacher_rationale"
+    answer_column: str = "teacher_answer"
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise UserError(f"config key 'teacher.demonstrations.k' is {self.k}; it must be at least 0")
+
+    def shots(self, task: str, train: Sequence[dict]) -> list[Shot]:
+        """Raises UserError where there are fewer than k, naming the ways to give some."""
+        if self.written:
+            return [_shot(line, f"teacher.demonstrations.written number {n}", {}, train) for n, line in enumerate(self.written, 1)]
+        if not self.k:
+            return []
+        found, where = (self._of_file(train), self.file) if self.file else (self._of_rows(train), f"the training rows of {task}")
+        if len(found) < self.k:
+            raise UserError(
+                f"{where} has {len(found)} demonstrations, teacher.demonstrations.k asks for {self.k}; name a file of them in "
+                "teacher.demonstrations.file, write some in teacher.demonstrations.written, or set teacher.demonstrations.k=0"
+            )
+        return drawn(found, self.k, self.seed)
+
+    def _of_file(self, train: Sequence[dict]) -> list[Shot]:
+        by_id = {row["id"]: row for row in train}
+        found = []
+        for n, line in enumerate(read_jsonl(str(self.file)), 1):
+            told = "prompt" in line or line.get("id") in by_id and line.get("rationale") and line.get("correct", True)
+            if told:  # of a teacher's file, the right training rows with a rationale
+                found.append(_shot(line, f"line {n} of {self.file}", by_id, train))
+        return found
+
+    def _of_rows(self, train: Sequence[dict]) -> list[Shot]:
+        found = []
+        for row in train:
+            rationale, answer = (text_of(row["fields"].get(column)) for column in (self.rationale_column, self.answer_column))
+            if rationale and canonical(answer) == canonical(row["answer"]):
+                found.append(Shot(row["prompt"], _choices(row), rationale, row["answer"]))
+        return found
+
+
+def drawn(shots: Sequence[Shot], k: int, seed: int) -> list[Shot]:
+    """k of them in random order, answers in turn as long as each has some left."""
+    rng = random.Random(seed)
+    by_answer: dict[str, list[Shot]] = {}
+    for shot in rng.sample(list(shots), len(shots)):
+        by_answer.setdefault(shot.answer, []).append(shot)
+    groups = list(by_answer.values())
+    rounds = [group[i] for i in range(max(map(len, groups))) for group in groups if i < len(group)]
+    return rng.sample(rounds[:k], k)
+
+
+def _choices(row: dict) -> tuple[str, ...] | None:
+    return tuple(row["choices"]) if row["choices"] else None
+
+
+def _shot(line: dict, where: str, by_id: dict[str, dict], train: Sequence[dict]) -> Shot:
+    """A line as a demonstration; one with an id takes prompt, choices and answer from that row."""
+    row = by_id.get(line.get("id", ""))
+    if row is not None and "prompt" not in line:
+        line = {**line, "prompt": row["prompt"], "answer": row["answer"]}
+    missing = [key for key in ("prompt", "rationale", "answer") if not text_of(line.get(key))]
+    if missing:
+        raise UserError(f"{where} has no {missing[0]}; a demonstration has prompt, rationale and answer")
+    fixed = {_choices(one) for one in train}
+    choices = _choices(row) if row is not None else fixed.pop() if len(fixed) == 1 else None
+    return Shot(text_of(line["prompt"]), choices, text_of(line["rationale"]), text_of(line["answer"]))

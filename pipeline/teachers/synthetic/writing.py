@@ -1,0 +1,212 @@
+"""New rows from seed examples, as LAB makes them (Sudalairaj et al., 2024): a question in the manner of a leaf's examples, then its answer, then a rating.
+
+Library of synthesize.py. Where a task has fixed choices the answer comes first and a text is written for it, so that no label is rarer than
+another (Self-Instruct's output-first way, Wang et al., 2023). Requests are chat turns: drawn examples, then the same request once more.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline.core.files import UserError
+from pipeline.data.near import own_nearness
+from pipeline.scoring.answers import canonical
+from pipeline.teachers.synthetic.rows import Synthesis
+from pipeline.teachers.synthetic.sieve import JUDGE, Sieve
+from pipeline.teachers.synthetic.taxonomy import Example, Leaf
+from pipeline.teachers.writers import Messages, Writer
+
+WORDS = ("system", "by_answer", "question", "in_context", "context", "answer", "judge")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What one kind of rows is written from: a leaf's examples, of one answer where the task has fixed choices."""
+
+    leaf: Leaf
+    answer: str | None
+    examples: tuple[Example, ...]
+
+    @property
+    def contexts(self) -> list[str]:
+        """What can be asked about: documents' passages, else the examples' own."""
+        return list(self.leaf.documents or dict.fromkeys(e.context for e in self.examples if e.context))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row on its way."""
+
+    branch: Branch
+    shots: tuple[Example, ...]
+    context: str = ""
+    question: str = ""
+    answer: str = ""
+
+    @property
+    def shown(self) -> list[str]:
+        """Ids of the labelled rows that the writer saw."""
+        return [shot.row for shot in self.shots if shot.row is not None]
+
+
+def branches(leaves: Sequence[Leaf], choices: Sequence[str] | None) -> list[Branch]:
+    """The leaves, parted by answer where the task has fixed choices. Raises UserError for an answer that is none of them."""
+    if choices is None:
+        return [Branch(leaf, None, leaf.examples) for leaf in leaves]
+    spelling = {canonical(choice): choice for choice in choices}
+    found = []
+    for leaf in leaves:
+        wrong = next((e for e in leaf.examples if canonical(e.answer) not in spelling), None)
+        if wrong is not None:
+            told = f"leaf {leaf.path} has the answer {wrong.answer!r}, none of the task's choices ({', '.join(choices)})"
+            raise UserError(f"{told}; mend it or choose another task")
+        for key, choice in spelling.items():
+            examples = tuple(replace(e, answer=choice) for e in leaf.examples if canonical(e.answer) == key)
+            found += [Branch(leaf, choice, examples)] if examples else []
+    return found
+
+
+@dataclass
+class Writing:
+    """One set of rows being written. tag: of the set, part of every draw."""
+
+    writer: Writer
+    settings: Synthesis
+    sieve: Sieve
+    tag: str
+    asked: int = 0
+    kept: list[Draft] = field(default_factory=list)
+    nearness: dict[str, float] = field(default_factory=dict)
+    """By leaf, as `_near` found it."""
+
+    def run(self, parts: Sequence[Branch]) -> list[Draft]:
+        """Write in rounds, each asking for what is still missing, until there are `rows` or the attempts are spent. The same texts, the same rows."""
+        goals = [self.settings.rows // len(parts) + (i < self.settings.rows % len(parts)) for i in range(len(parts))]
+        most = [round(goal * self.settings.attempts) for goal in goals]
+        asked, kept, number = [0] * len(parts), [0] * len(parts), 0
+        while True:
+            counts = [0 if kept[i] >= goal else min(most[i] - asked[i], _request(goal, kept[i], asked[i])) for i, goal in enumerate(goals)]
+            if not any(counts):
+                return self.kept
+            rng = random.Random(f"{self.settings.seed}/{self.tag}/{number}")
+            drafts = [self._draft(part, rng) for part, count in zip(parts, counts, strict=True) for _ in range(count)]
+            for draft in self._written(drafts, number):
+                i = next(i for i, part in enumerate(parts) if part is draft.branch)
+                if kept[i] < goals[i]:
+                    self.kept.append(draft)
+                    kept[i] += 1
+            asked = [a + count for a, count in zip(asked, counts, strict=True)]
+            self.asked, number = sum(asked), number + 1
+
+    def _draft(self, branch: Branch, rng: random.Random) -> Draft:
+        shots = tuple(rng.sample(branch.examples, min(self.settings.shots, len(branch.examples))))
+        return Draft(branch, shots, rng.choice(branch.contexts) if branch.contexts else "")
+
+    def _written(self, drafts: list[Draft], number: int) -> list[Draft]:
+        """One round, step by step; each step asks for what the one before left."""
+        drafts = self._contexts(drafts, number)
+        texts = self._ask([self._question(d) for d in drafts], number)
+        found = []
+        for draft, text in zip(drafts, texts, strict=True):
+            about = draft.context if draft.branch.leaf.kind == "skill" else ""
+            question = self.sieve.question(text, [e.question for e in draft.branch.examples], about, self._near(draft.branch.leaf))
+            found += [replace(draft, question=question)] if question is not None else []
+        return self._judged(self._answered(found, number), number)
+
+    def _near(self, leaf: Leaf) -> float:
+        """From which ROUGE-L on a text is one that is there already: above what the leaf's own examples have among each other, where they follow a pattern."""
+        if leaf.path not in self.nearness:
+            usual = own_nearness([f"{e.context if leaf.kind == 'skill' else ''} {e.question}" for e in leaf.examples])
+            self.nearness[leaf.path] = min(1.0, max(self.settings.near, usual + 1e-6))
+        return self.nearness[leaf.path]
+
+    def _contexts(self, drafts: list[Draft], number: int) -> list[Draft]:
+        """New contexts for a skill that needs one, as LAB's grounded skills have; knowledge is asked about what its documents say."""
+        asked = [i for i, d in enumerate(drafts) if d.context and d.branch.leaf.kind == "skill" and not d.branch.leaf.documents]
+        texts = self._ask([self._turns(drafts[i], [(self._say("context"), s.context) for s in drafts[i].shots if s.context], self._say("context"))
+                           for i in asked], number)
+        found: dict[int, Draft | None] = dict(enumerate(drafts))
+        for i, text in zip(asked, texts, strict=True):
+            context = self.sieve.text(text, [e.context for e in drafts[i].branch.examples if e.context])
+            found[i] = replace(drafts[i], context=context) if context is not None else None
+        return [draft for draft in found.values() if draft is not None]
+
+    def _answered(self, drafts: list[Draft], number: int) -> list[Draft]:
+        if drafts and drafts[0].branch.answer is not None:
+            return [replace(d, answer=d.branch.answer or "") for d in drafts]
+        found = []
+        for draft, text in zip(drafts, self._ask([self._reply(d) for d in drafts], number), strict=True):
+            answer = self.sieve.answer(text, [e.answer for e in draft.branch.examples])
+            found += [replace(draft, answer=answer)] if answer is not None else []
+        return found
+
+    def _judged(self, drafts: list[Draft], number: int) -> list[Draft]:
+        if not self.settings.judge:
+            return drafts
+        requests: list[Messages] = []
+        for d in drafts:
+            words = self._say("judge", question=_whole(d.context, d.question), answer=d.answer)
+            requests.append([{"role": "user", "content": words}])
+        return [d for d, text in zip(drafts, self._ask(requests, number), strict=True) if self.sieve.rated(text)]
+
+    def _question(self, draft: Draft) -> Messages:
+        def asked(context: str) -> str:
+            words = self._say("by_answer", answer=draft.branch.answer) if draft.branch.answer is not None else self._say("question")
+            return self._say("in_context", context=context, request=words) if context else words
+
+        return self._turns(draft, [(asked(s.context), s.question) for s in draft.shots], asked(draft.context))
+
+    def _reply(self, draft: Draft) -> Messages:
+        def asked(context: str, question: str) -> str:
+            return self._say("answer", question=_whole(context, question))
+
+        turns = [(asked(s.context, s.question), s.answer) for s in draft.shots]
+        return self._turns(draft, turns, asked(draft.context, draft.question), system=False)
+
+    def _turns(self, draft: Draft, shots: Sequence[tuple[str, str]], last: str, system: bool = True) -> Messages:
+        words = self._say("system", description=draft.branch.leaf.description) if system else ""
+        turns = [{"role": "system", "content": words}] if words else []
+        for asked, said in shots:
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        return [*turns, {"role": "user", "content": last}]
+
+    def _say(self, key: str, **values: Any) -> str:
+        return str((self.settings.words or {})[key]).format(**values).strip()
+
+    def _ask(self, prompts: Sequence[Messages], number: int) -> list[str]:
+        return self.writer.write(prompts, seed=self.settings.seed + number) if prompts else []
+
+    def account(self) -> dict[str, Any]:
+        """How the set came about: rows, texts asked for, and those dropped by reason."""
+        reasons = self.sieve.dropped if self.settings.judge else {k: v for k, v in self.sieve.dropped.items() if k != JUDGE}
+        raised = {path: round(near, 3) for path, near in self.nearness.items() if near > self.settings.near}
+        return {"rows": len(self.kept), "asked": self.asked, "dropped": dict(sorted(reasons.items()))} | ({"near_raised": raised} if raised else {})
+
+
+def _request(goal: int, kept: int, asked: int) -> int:
+    """Texts to ask for: what is missing, and as much more as fell through so far (a quarter is taken to come through where less did)."""
+    through = max(kept / asked, 0.25) if asked else 1.0
+    return math.ceil((goal - kept) / through)
+
+
+def _whole(context: str, question: str) -> str:
+    return f"{context}\n\n{question}" if context else question
+
+
+def check_words(settings: Synthesis) -> None:
+    """Raise UserError where synthetic.words lacks a request or names something that the request does not have."""
+    known = {"system": ("description",), "by_answer": ("answer",), "in_context": ("context", "request"), "answer": ("question",),
+             "judge": ("question", "answer")}
+    words = settings.words or {}
+    for key in (*WORDS, *words):
+        if key not in WORDS or not isinstance(words.get(key), str):
+            raise UserError(f"config key 'synthetic.words.{key}' is {words.get(key)!r}; synthetic.words holds a text for each of {', '.join(WORDS)}")
+        try:
+            words[key].format(**dict.fromkeys(known.get(key, ()), ""))
+        except (KeyError, IndexError, ValueError) as error:
+            may = ", ".join(f"{{{name}}}" for name in known.get(key, ())) or "no braces"
+            raise UserError(f"config key 'synthetic.words.{key}' is {words[key]!r}; it takes {may}") from error

@@ -1,0 +1,276 @@
+"""The one training loop. It names no technique: a method says what is trained, an objective what is minimised.
+
+Library. Data order, dropout and schedule are functions of the seed and the step, and a checkpoint holds parameters,
+optimiser state, random generators and the best weights so far, so a run that was killed and started again ends with
+the weights of one that was not (bitwise on the CPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import atomic_path
+from pipeline.core.settings import Train
+from pipeline.data.rows import Encoded, steps_in_epoch
+from pipeline.measure.clock import Meter, Stopwatch
+from pipeline.measure.energy import Energy
+from pipeline.measure.memory import Memory, PeakMemory
+from pipeline.methods.base import Method
+from pipeline.objectives.base import Objective
+from pipeline.records.results import Work
+from pipeline.training.stepping import Eager, Fast, Stepping, choose
+
+LOSS_EVERY = 10  # steps between readings of the loss on a GPU, where each reading waits for the device
+
+
+@dataclass
+class State:
+    """What a checkpoint holds besides parameters, optimiser and generators."""
+
+    step: int = 0
+    tokens: int = 0
+    padding: int = 0
+    train_s: float = 0.0
+    energy_j: float | None = None
+    host_energy_j: float | None = None
+    resumed: bool = False
+    best: tuple[float, float] | None = None
+    """(metric, -nll) of the best validation so far; compared in this order."""
+    best_weights: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop hands back; the model holds the selected weights."""
+
+    work: Work
+    memory: Memory
+    history: list[dict[str, float]]
+    notes: list[str]
+
+
+def total_steps(settings: Train, rows: int) -> int:
+    """Optimiser steps of a run: `steps`, or as many as the epochs take, at least `min_steps` (none if there are 0 epochs)."""
+    if settings.steps is not None:
+        return settings.steps
+    found = math.ceil(settings.epochs * steps_in_epoch(rows, settings.batch_size))
+    return max(found, settings.min_steps or 0) if found else 0
+
+
+def lr_factor(step: int, total: int, schedule: str, warmup_share: float) -> float:
+    """The learning rate's factor at optimiser step `step` (from 0): linear warm-up, then cosine or linear to 0, or constant."""
+    warmup = round(total * warmup_share)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    left = (total - step) / max(1, total - warmup)
+    return left if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
+
+
+def validation_steps(total: int, validations: int) -> set[int]:
+    """After which optimiser steps (counted from 1) validation runs: evenly spread, the last after the last step."""
+    return {math.ceil(total * (i + 1) / validations) for i in range(validations)} if total else set()
+
+
+class Loop:
+    """Trains `model` on `examples` (one list of encoded examples a row).
+
+    Args:
+        validate: gives (metric, nll) of the model as it stands; runs outside training's time and memory.
+        checkpoint: where to keep the state to resume from; None: nowhere.
+    """
+
+    def __init__(self, model: Any, method: Method, objective: Objective, examples: Sequence[Sequence[Encoded]], settings: Train, seed: int,
+                 validate: Callable[[], tuple[float, float]], checkpoint: Path | None, meter: Meter, device: Any, dtype: Any, pad_id: int) -> None:
+        self.model, self.method, self.objective, self.examples, self.settings = model, method, objective, examples, settings
+        self.seed, self.validate, self.checkpoint, self.meter = seed, validate, checkpoint, meter
+        self.device, self.dtype, self.pad_id = device, dtype, pad_id
+        self.total = total_steps(settings, len(examples))
+        self.notes: list[str] = []
+        self.diverged_at: int | None = None
+        self.state = State()
+        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.stepping: Stepping
+        self.memory, self.energy = PeakMemory(device), Energy(device)
+        self._stop = False
+        self._pending: list[tuple[int, Any]] = []
+
+    def run(self) -> Trained:
+        """Train from the checkpoint, or from the start, to the end. Raises KeyboardInterrupt after SIGTERM or SIGINT."""
+        import torch
+
+        torch.manual_seed(self.seed)
+        self.memory.start()
+        self._prepare()
+        self._resume()
+        marks = validation_steps(self.total, self.settings.validations)
+        saved = Stopwatch()
+        first = self.state.step
+        times: list[float] = []
+        with self._signals(), self._bar() as bar, self.meter.phase("train"):
+            self.energy.start()
+            lap = Stopwatch(self.device)
+            for step in range(first, self.total):
+                self._step(step)
+                self.state.step = step + 1
+                times.append(lap.lap(wait=self.device.type != "cuda"))
+                if self.device.type != "cuda" or self.state.step % LOSS_EVERY == 0:
+                    self._read_losses(bar)
+                    if not math.isfinite(self.state.history[-1]["loss"]):
+                        self.state.history = [h for h in self.state.history if math.isfinite(h["loss"])]
+                        self._mark_diverged("the loss", self.state.step)
+                        break
+                if self.state.step in marks:
+                    self._validate(bar)
+                if self._stop or saved.peek() >= self.settings.checkpoint_every_s:
+                    self._save()
+                    saved.lap()
+                if self._stop:
+                    raise KeyboardInterrupt
+                bar.update()
+                self.energy.tick()
+                lap.lap(wait=False)
+            self._read_losses(bar)
+            self.energy.stop()
+        memory = self.memory.stop()
+        self.stepping.close()
+        self._select()
+        return Trained(self._work(times), memory, self.state.history, self.notes)
+
+    def _prepare(self) -> None:
+        """The way to step; what it does once is booked as warm-up."""
+        common = (self.model, self.method, self.objective, self.examples, self.settings, self.seed, self.device, self.dtype, self.pad_id)
+        with self.meter.phase("warmup"):
+            self.stepping = choose(self.settings.engine, lambda: Eager(*common), lambda: Fast(*common, self.total), self.device)
+        self.notes += self.stepping.notes
+
+    def _step(self, step: int) -> None:
+        loss, tokens, padding = self.stepping.step(step, lr_factor(step, self.total, self.settings.schedule, self.settings.warmup_share))
+        self.state.tokens += tokens
+        self.state.padding += padding
+        self._pending.append((step + 1, loss))
+
+    def _mark_diverged(self, what: str, step: int) -> None:
+        """Mark the run as ended by `what` not being finite at a step."""
+        self.diverged_at = step
+        self.notes.append(f"training diverged: {what} was not finite at step {step} of {self.total}")
+
+    def _read_losses(self, bar: Any) -> None:
+        for step, loss in self._pending:
+            factor = lr_factor(step - 1, self.total, self.settings.schedule, self.settings.warmup_share)
+            self.state.history.append({"step": step, "loss": float(loss), "lr": self.settings.lr * factor})
+        self._pending.clear()
+        if self.state.history:
+            seconds = self.state.train_s + self.meter.seconds("train")
+            bar.set_postfix(loss=f"{self.state.history[-1]['loss']:.3f}", tokens_per_s=f"{self.state.tokens / max(seconds, 1e-9):.0f}", refresh=False)
+
+    def _validate(self, bar: Any) -> None:
+        """Score validation and keep the weights if they are the best so far (ties: the lower nll)."""
+        self._read_losses(bar)
+        self.memory.pause()
+        self.energy.pause()
+        with self.meter.phase("validate"):
+            metric, nll = self.validate()
+            self.state.history[-1].update({"validation_metric": metric, "validation_nll": nll})
+            if self.state.best is None or (metric, -nll) > self.state.best:
+                self.state.best = (metric, -nll)
+                self.state.best_weights = self._weights() if self.state.step < self.total else {}
+        self.memory.resume()
+        self.energy.resume()
+
+    def _weights(self) -> dict[str, Any]:
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.trainable.items()}
+
+    def _select(self) -> None:
+        """Put the best validated weights back; without validation the last ones stand."""
+        self._put(self.state.best_weights)
+
+    def _put(self, weights: dict[str, Any]) -> None:
+        import torch
+
+        with torch.no_grad():
+            for name, value in weights.items():
+                self.trainable[name].copy_(value)
+
+    def _work(self, times: list[float]) -> Work:
+        seconds = self.meter.seconds("train")
+        seen = self.state.tokens + self.state.padding
+        times = sorted(times)
+        return Work(
+            steps=self.state.step, tokens=self.state.tokens, tokens_per_s=self.state.tokens / seconds if seconds and self.state.tokens else None,
+            padding_share=self.state.padding / seen if seen else None, step_s_median=times[len(times) // 2] if times and self.device.type != "cuda" else None,
+            resumed=self.state.resumed, energy_note=self.energy.note, diverged_at=self.diverged_at, **{**self._engine(), **self.energy.joules()},
+        )
+
+    def _engine(self) -> dict[str, Any]:
+        """The fields of Work that say how steps were made."""
+        return {"engine": self.stepping.engine, "engine_reason": self.stepping.reason, "widths": self.stepping.widths, "streams": self.stepping.streams}
+
+    def _save(self) -> None:
+        """Write a checkpoint whole or not at all; booked as `save`, out of the training memory."""
+        import torch
+
+        if not self.checkpoint:
+            return
+        self.memory.pause()
+        self.energy.pause()
+        with self.meter.phase("save"):
+            state = {**vars(self.state), **self.energy.joules(), "train_s": self.meter.seconds("train"), "best_weights": self.state.best_weights}
+            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
+            with atomic_path(self.checkpoint) as beside:
+                torch.save({"state": state, "weights": self._weights(), "optimizer": self.stepping.state_dict(), "rng": rng}, beside)
+        self.memory.resume()
+        self.energy.resume()
+
+    def _resume(self) -> None:
+        import torch
+
+        if not self.checkpoint or not self.checkpoint.exists():
+            return
+        with self.meter.phase("load"):
+            held = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            self._put(held["weights"])
+            self.stepping.load_state_dict(held["optimizer"])
+            torch.set_rng_state(held["rng"]["cpu"])
+            if held["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(held["rng"]["cuda"], self.device)
+            self.state = State(**{**held["state"], "resumed": True})
+        self.meter.add("train", self.state.train_s)
+        self.energy.add(self.state.energy_j, self.state.host_energy_j)
+        self.notes.append(f"resumed at step {self.state.step} of {self.total}")
+        print(f"resuming at step {self.state.step} of {self.total}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the step at hand, with a checkpoint written."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(*_: Any) -> None:
+            self._stop = True
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _bar(self) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self.total, initial=self.state.step, unit="step", disable=not self.settings.progress, leave=False,
+            mininterval=0.5 if sys.stderr.isatty() else 20, desc="train",
+        )
