@@ -20,6 +20,7 @@ repro: $(VENV) ## bring the experiment that params.yaml names up to date, print 
 
 adopt: $(VENV) ## take the results of `python -m pipeline.cells` into DVC as they are
 	@$(BIN)/dvc repro --quiet experiments/$(EXPERIMENT)/dvc.yaml:plan
+	@$(BIN)/python -m pipeline.plan experiments=$(EXPERIMENT) adopt=true
 	@$(BIN)/dvc commit --force --quiet experiments/$(EXPERIMENT)/dvc.yaml:train
 	@if $(BIN)/dvc stage list --name-only experiments/$(EXPERIMENT)/dvc.yaml | grep -q train_after; then \
 	  $(BIN)/dvc commit --force --quiet experiments/$(EXPERIMENT)/dvc.yaml:train_after; fi

@@ -1,9 +1,12 @@
-"""What decides the outcome of every cell of an experiment: its composed config, and the code of its method and objective.
+"""Write down which cell is which, for DVC: what decides every cell's outcome, and digests of the code that runs.
 
-    python -m pipeline.plan experiments=quick
+    python -m pipeline.plan experiments=quick               plans/quick/<cell>.json, a cell each, and plans/quick/code.json
+    python -m pipeline.plan                                 plans/code/<command>.json, for the stages that experiments share
+    python -m pipeline.plan experiments=quick adopt=true    refuses results that are not of today's config, data, model and code
 
-Writes plans/<experiment>/<cell>.json. In experiments/<name>/dvc.yaml a cell depends on its own plan, so that a changed value
-under conf/ (not a comment) or a changed method reruns the cells that are composed of it, and no others.
+A cell depends on its own plan and on code.json (pipeline/cell/identity.py says what stands in them): a changed value under conf/ or a changed
+method reruns the cells that are made of it, a changed operation in what all cells run reruns all of them, and a comment reruns nothing.
+`git diff --no-index` of two code.json names the file.
 """
 
 from __future__ import annotations
@@ -11,44 +14,52 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig
 
-from pipeline.cell.grid import compose_cell, grid, grid_overrides
-from pipeline.cell.identity import plan
+from pipeline.cell import identity
+from pipeline.cell.grid import check_params, compose_cell, grid_overrides
+from pipeline.core import names
 from pipeline.core.commands import entry, task_overrides
-from pipeline.core.files import UserError, atomic_folder, write_json
+from pipeline.core.compose import CONF, ROOT
+from pipeline.core.files import atomic_folder, write_json
 from pipeline.records.finished import name as cell_name
-from pipeline.teachers.synthetic import rows as synthetic
+
+STAGES = {"prepare": ("task.source",), "base_model": ("model.source",), "synthesize": ("writer",), "report": ()}
+"""Commands of shared stages -> the kinds of classes that they make."""
 
 
 def run(cfg: DictConfig) -> int:
-    """Plan the cells of the grid."""
+    """Plan the cells of the grid, or the commands that experiments share."""
+    if not any(word.startswith("experiments=") for word in task_overrides()):
+        return plan_commands(Path(cfg.paths.plans) / "code")
     cells = [compose_cell(overrides) for overrides in grid_overrides(task_overrides())]
-    check(cfg.experiment, cells)
+    check_params(cfg.experiment, cells)
+    if cfg.adopt:
+        identity.check_adoptable(cells)
     folder = Path(cfg.paths.plans) / cfg.experiment
     with atomic_folder(folder, "*.json", "config", "code") as beside:
         for one in cells:
-            write_json(beside / f"{cell_name(one)}.json", plan(one))
+            write_json(beside / f"{cell_name(one)}.json", identity.plan(one))
+        write_json(beside / "code.json", identity.common_code())
     print(f"{folder}: {len(cells)} cells")
     return 0
 
 
-def check(experiment: str, cells: list[DictConfig]) -> None:
-    """Raise UserError where params.yaml, from which DVC knows what a cell reads, names another task, model or teacher."""
-    known = grid(experiment)
-    for key in ("task", "model", "teacher"):
-        composed = {c[key].name for c in cells}
-        if composed != {known.get(key)}:
-            raise UserError(
-                f"experiments/{experiment}/params.yaml has {key}: {known.get(key)}, but its cells compose {', '.join(sorted(composed))}; "
-                f"make experiments/{experiment}.yaml and params.yaml agree"
-            )
-    mixed = {c.synthetic.name for c in cells if synthetic.wanted(c)}
-    if not mixed <= {known.get("synthetic")}:
-        raise UserError(
-            f"experiments/{experiment}/params.yaml has synthetic: {known.get('synthetic')}, but its cells train on {', '.join(sorted(mixed))}; "
-            "name that set there, one an experiment"
-        )
+def plan_commands(folder: Path) -> int:
+    """Write what each command's code is; of rationales one a teacher of conf/teacher/."""
+    wanted = {stage: [(kind, name) for kind in kinds for name in names.TABLE[kind]] for stage, kinds in STAGES.items()}
+    for path in sorted(CONF.glob("teacher/*.yaml")):
+        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+        writers = [("writer", name) for name in names.TABLE["writer"]] if held["type"] == "prompted" else []
+        wanted[f"rationales-{path.stem}"] = [("teacher", held["type"]), *writers]
+    with atomic_folder(folder, "prepare.json") as beside:
+        for name, classes in wanted.items():
+            modules = [f"pipeline.{name.partition('-')[0]}", *(names.TABLE[kind][one].rpartition(".")[0] for kind, one in classes)]
+            templates = (ROOT / "pipeline/reporting/templates").iterdir() if name == "report" else ()
+            write_json(beside / f"{name}.json", identity.digests([*(p for module in modules for p in identity.closure(module)), *templates]))
+    print(f"{folder}: {len(wanted)} commands")
+    return 0
 
 
 main = entry(run)

@@ -56,7 +56,7 @@ class Clone:
         self.root, self.ran = root, root / ".work/ran.txt"
         listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
         for name in filter(None, listed.stdout.split("\0")):
-            wanted = name.startswith(("conf/", "pipeline/", "tuning/", ".dvc/")) or name in ("dvc.yaml", ".dvcignore", ".gitignore")
+            wanted = name.startswith(("conf/", "pipeline/", "tuning/", ".dvc/", "experiments/shared/")) or name in ("dvc.yaml", ".dvcignore", ".gitignore")
             if wanted and not name.endswith("dvc.lock") and (ROOT / name).exists():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, root / name)
@@ -169,8 +169,19 @@ def test_a_change_reaches_the_cells_that_are_made_of_it_and_no_others(clone):
     assert clone.repro() == []
     clone.edit("conf/method/lora.yaml", "r: 8", "r: 4")
     assert clone.repro() == ["train lora-s0-n200"]
-    clone.edit("pipeline/methods/none.py", "from __future__", "# changed\nfrom __future__")
+    for path in ("pipeline/methods/none.py", "pipeline/engine/ops.py", "pipeline/cell/run.py"):
+        clone.edit(path, "from __future__", "# a comment\nfrom __future__")
+        text = (clone.root / path).read_text()
+        (clone.root / path).write_text(text.replace('"""', '"""More words. ', 1))
+    assert clone.repro() == [], "a comment and a docstring are no code"
+    clone.edit("pipeline/methods/none.py", "from __future__ import annotations\n", "from __future__ import annotations\n\nCHANGED = 1\n")
     assert clone.repro() == ["train zero_shot-s0-n200"]
+    before = (clone.root / "plans/a/code.json").read_text()
+    clone.edit("pipeline/engine/ops.py", "from __future__ import annotations\n", "from __future__ import annotations\n\nCHANGED = 1\n")
+    assert sorted(clone.repro()) == ["report a", "train lora-s0-n200", "train zero_shot-s0-n200"]
+    after = (clone.root / "plans/a/code.json").read_text()
+    changed = [a.split('"')[1] for a, b in zip(after.splitlines(), before.splitlines(), strict=True) if a != b]
+    assert changed == ["pipeline/engine/ops.py"], "code.json says why"
     clone.edit("conf/evaluate/default.yaml", "batch_tokens: 4096", "batch_tokens: 2048")
     assert sorted(clone.repro()) == ["train lora-s0-n200", "train zero_shot-s0-n200"]
     clone.edit("conf/tracking/mlflow.yaml", "artifacts: mlartifacts", "artifacts: elsewhere")
@@ -221,7 +232,7 @@ def test_metrics_and_plots_are_those_of_the_chosen_experiment(clone):
 @pytest.mark.slow
 def test_results_made_without_dvc_are_adopted(clone):
     made = clone.root / "results/a"
-    clone.repro(f"pipeline/dvc.yaml:rationales@{RATIONALES}", f"pipeline/dvc.yaml:model@{KNOWN['model']}")
+    clone.repro(f"experiments/shared/dvc.yaml:rationales@{RATIONALES}", f"experiments/shared/dvc.yaml:model@{KNOWN['model']}")
     for technique in ("zero_shot", "lora"):
         words = [f"technique={technique}", "experiments=a", "seed=0", "train_rows=200"]
         subprocess.run([clone.root / ".bin/python", "-m", "pipeline.train", *words], cwd=clone.root, check=True)

@@ -19,7 +19,6 @@ import pytest
 from pipeline import sweep
 from pipeline.cell import child, grid, inputs
 from pipeline.cell import run as cell_run
-from pipeline.cell.identity import fingerprint
 from pipeline.core.compose import CONF, ROOT, compose
 from pipeline.core.files import Unsuited, UserError
 from pipeline.measure.clock import Phases
@@ -58,7 +57,7 @@ def fake_cell(cfg: Any, *, shared: Any = None, splits: Any = None, folder: Any =
 def identity(cfg: Any) -> dict[str, Any]:
     named = {"experiment": cfg.experiment, "cell": cell_name(cfg), "seed": cfg.seed, "train_rows": 64}
     fixed = {"technique": "lora", "family": "f", "method": "lora", "objective": "labels", "precision": "fp32", "task": "t", "model": "m", "kind": "trained"}
-    return named | fixed | {"provenance": {"fingerprint": fingerprint(cfg)}}
+    return named | fixed | {"provenance": identity.provenance(cfg)}
 
 
 def fakes(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:

@@ -103,6 +103,8 @@ def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | Non
     settings.read(cfg)  # a misspelt key is told before anything is started
     folder = identity.folder_of(cfg)
     check_writable(folder)
+    identity.check_free(cfg)
+    identity.code(cfg)  # read once, before the fork: of the code as it runs
     limit = cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30)
 
     def work() -> int:

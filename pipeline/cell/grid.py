@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 
 from pipeline.cell import identity, packing
 from pipeline.cell.child import run_cell
-from pipeline.cell.identity import fingerprint
 from pipeline.cell.inputs import preload
 from pipeline.core.compose import ROOT, SUFFIX, compose
 from pipeline.core.files import UserError
@@ -21,8 +20,9 @@ from pipeline.measure.machine import hardware_here
 from pipeline.records import mlflow as tracking
 from pipeline.records import tuned
 from pipeline.records.finished import name as cell_name
-from pipeline.records.results import read as read_result
+from pipeline.records.results import Result
 from pipeline.search import space as search_space
+from pipeline.teachers.synthetic import rows as synthetic
 
 
 def compose_cell(overrides: Sequence[str]) -> DictConfig:
@@ -36,8 +36,12 @@ def run_missing(overrides: Sequence[str]) -> int:
 
 
 def run_cells(cells: Sequence[DictConfig]) -> int:
-    """Run those of the cells that have no result. Returns 0 if all have one then."""
-    missing = [c for c in cells if not is_done(c)]
+    """Run those of the cells that have no result. Returns 0 if all have one then.
+
+    Raises:
+        UserError: another cell stands where one would be written, and overwrite=true was not said.
+    """
+    missing = to_run(cells)
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done")
     if not missing:
         return 0
@@ -92,14 +96,50 @@ def _searched(techniques: Iterable[str], rest: Sequence[str]) -> list[str]:
     return [t for t, searched in found.items() if searched]
 
 
+def check_params(experiment: str, cells: Sequence[DictConfig]) -> None:
+    """Raise UserError where params.yaml, from which DVC knows what a cell reads, names another task, model or teacher."""
+    known = grid(experiment)
+    for key in ("task", "model", "teacher"):
+        composed = {c[key].name for c in cells}
+        if composed != {known.get(key)}:
+            raise UserError(
+                f"experiments/{experiment}/params.yaml has {key}: {known.get(key)}, but its cells compose {', '.join(sorted(composed))}; "
+                f"make experiments/{experiment}.yaml and params.yaml agree"
+            )
+    mixed = {c.synthetic.name for c in cells if synthetic.wanted(c)}
+    if not mixed <= {known.get("synthetic")}:
+        raise UserError(
+            f"experiments/{experiment}/params.yaml has synthetic: {known.get('synthetic')}, but its cells train on {', '.join(sorted(mixed))}; "
+            "name that set there, one an experiment"
+        )
+
+
+def to_run(cells: Sequence[DictConfig]) -> list[DictConfig]:
+    """Those without a result; those whose code alone is older are named, and among them unless stale=keep."""
+    found, older = [], {}
+    for cfg in cells:
+        identity.check_free(cfg)
+        there = identity.standing(cfg)
+        if there is None or there[1].other or not counts_here(there[0], cfg):
+            found.append(cfg)
+        elif there[1].code:
+            older[cell_name(cfg)] = there[1]
+            found += [cfg] if cfg.stale == "run" else []
+    if older:
+        files = sorted({file for difference in older.values() for file in difference.code})
+        kept = "they are kept (stale=keep)" if cells[0].stale == "keep" else "they run again (stale=keep keeps them)"
+        print(f"{len(older)} of {len(cells)} cells are of older code ({identity.few(files)}): {identity.few(list(older))}; {kept}")
+    return found
+
+
 def is_done(cfg: DictConfig) -> bool:
-    """Whether the cell has a result of this config, data and model (and, if it ran out of memory, of this hardware and limit)."""
-    path = identity.folder_of(cfg) / "result.json"
-    if not path.exists():
-        return False
-    result = read_result(path)
-    if result.provenance.get("fingerprint") != fingerprint(cfg):
-        return False
+    """Whether the cell has a result of this config, data, model and code (and, if it ran out of memory, of this hardware and limit)."""
+    there = identity.standing(cfg)
+    return there is not None and not there[1] and counts_here(there[0], cfg)
+
+
+def counts_here(result: Result, cfg: DictConfig) -> bool:
+    """Whether a result says what this machine would: one that ran out of memory, of its own hardware and limit alone."""
     if result.status == "ok":
         return True
     return result.config.get("memory_limit_gb") == cfg.memory_limit_gb and result.hardware == hardware_here(result.hardware.get("device", "cpu"))

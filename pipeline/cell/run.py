@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline.cell.identity import checkpoint_of, fingerprint, folder_of, packed_of
+from pipeline.cell import identity
+from pipeline.cell.identity import checkpoint_of, folder_of, packed_of
 from pipeline.cell.inputs import Shared
 from pipeline.core.compose import build, plain
 from pipeline.core.files import UserError, atomic_folder, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
@@ -72,7 +73,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
 def oom_result(cfg: DictConfig, error: str, hardware: dict[str, Any]) -> Result:
     """The row of a cell that ran out of memory."""
     return bare_result(cfg, status="oom", error=error, hardware=hardware, precision=cfg.precision.name,
-                       provenance={**machine.provenance(), "fingerprint": fingerprint(cfg)})
+                       provenance={**machine.provenance(), **identity.provenance(cfg)})
 
 
 def bare_result(cfg: DictConfig, **measured: Any) -> Result:
@@ -423,7 +424,7 @@ class Cell:
         model = Path(self.cfg.paths.models) / self.cfg.model.name
         data = Path(self.cfg.paths.data) / self.cfg.task.name
         return {
-            **self.provenance, "fingerprint": fingerprint(self.cfg), "data_sha256": sha256(data / "manifest.json"),
+            **self.provenance, **identity.provenance(self.cfg), "data_sha256": sha256(data / "manifest.json"),
             "model_sha256": None if self.method.answers_without_model else manifest(model)["sha256"],
         }
 

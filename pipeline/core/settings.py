@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from omegaconf import DictConfig
@@ -115,6 +115,8 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
+    ONLY_WITH: ClassVar[dict[str, tuple[str, ...]]] = {"forgetting": ("probe_pairs", "probe_texts", "probe_lambada"), "latency_rows": ("adapters",)}
+    """Settings that mean nothing without another one."""
     batch_tokens: int
     """Most tokens (padding included) in one scoring batch."""
     test_rows: int | None = None
@@ -191,6 +193,16 @@ class Technique:
         """Any name will do."""
 
 
+DECIDING: dict[str, Any] = {
+    **dict.fromkeys(("task", "model", "teacher", "synthetic", "method", "objective", "precision", "train", "evaluate", "technique")),
+    **dict.fromkeys(("seed", "train_rows", "start")),
+    "device": "auto",
+}
+"""Keys of a config that decide a cell's outcome (pipeline/cell/identity.py), those at the top with their default; everything else says how and where."""
+NOT_DECIDING = {"train": ("progress", "checkpoint_every_s")}
+"""Keys within these groups that do not."""
+
+
 @dataclass(frozen=True)
 class Settings:
     task: Task
@@ -206,6 +218,7 @@ def read(cfg: DictConfig) -> Settings:
     raw = plain(cfg)
     _known_keys(raw)
     for key, hint, least in (("seed", int, 0), ("train_rows", int | None, 1), ("memory_limit_gb", float | None, 0), ("pack", bool, 0),
+                             ("overwrite", bool, 0), ("adopt", bool, 0),
                              ("tuned", bool, 0), ("price_per_hour", float | None, 0), ("currency", str | None, None)):
         value = _coerce(raw[key], hint, key)
         if value is not None and least is not None:
@@ -213,6 +226,7 @@ def read(cfg: DictConfig) -> Settings:
     if (raw["price_per_hour"] is None) != (raw["currency"] is None):
         raise UserError("price_per_hour and currency go together; set both, for example price_per_hour=2.5 currency=EUR, or neither")
     _one_of("device", raw["device"], ("auto", "cpu", "cuda"))
+    _one_of("stale", raw["stale"], ("run", "keep"))
     own = {f.name for f in dataclasses.fields(Task)}
     raw["task"] = {k: v for k, v in raw["task"].items() if k in own}
     values = {f.name: build(typing.get_type_hints(Settings)[f.name], raw[f.name], f.name) for f in dataclasses.fields(Settings)}

@@ -96,10 +96,16 @@ def provenance() -> dict[str, Any]:
         "packages": versions,
         "python": platform.python_version(),
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": (lambda out: None if out is None else bool(out))(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": _dirty(),
         "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
     }
+
+
+def _dirty() -> bool | None:
+    """Whether tracked files differ from the commit; dvc.lock files record results and are no part of what made them."""
+    out = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*dvc.lock")
+    return None if out is None else bool(out)
 
 
 def _module() -> str:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -84,8 +85,12 @@ def read(cfg: DictConfig) -> Synthesis:
 
 def wanted(cfg: DictConfig) -> bool:
     """Whether a cell of this config trains on synthetic rows."""
-    one = cfg.get("synthetic")
-    return bool(one and one.name != "none" and one.share)
+    return is_wanted(cfg.get("synthetic"))
+
+
+def is_wanted(group: Any) -> bool:
+    """The same of the config group alone."""
+    return bool(group and group["name"] != "none" and group["share"])
 
 
 def folder_of(cfg: DictConfig) -> Path:
