@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.core.files import UserError, write_jsonl
-from pipeline.core.settings import Evaluate, Precision
+from pipeline.core.settings import Evaluate, Model, Precision
 from pipeline.models.base import load_model, load_tokenizer
 from pipeline.scoring import probes
 from pipeline.scoring.probes import NOUNS, VERBS, Probe, Probing, agreement_pairs, cached, last_words, probe, read_passages
@@ -184,7 +184,7 @@ def test_a_model_that_says_the_words_has_all_of_them(model, english):
 def test_without_the_file_lambada_is_null_and_a_note_says_so(english, model, tmp_path):
     from omegaconf import OmegaConf
 
-    settings = SimpleNamespace(evaluate=Evaluate(512, probe_texts=2, probe_pairs=2, probe_lambada=2), precision=Precision("fp32"))
+    settings = SimpleNamespace(evaluate=Evaluate(512, probe_texts=2, probe_pairs=2, probe_lambada=2), precision=Precision("fp32"), model=Model("m"))
     cfg = OmegaConf.create({"paths": {"lambada": f"{tmp_path}/none.jsonl", "models": str(english.parent), "work": str(tmp_path)},
                             "model": {"name": english.name}})
     probing = Probing(cfg, settings, load_tokenizer(english), model)

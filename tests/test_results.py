@@ -120,8 +120,8 @@ def test_a_cell_that_has_not_run_is_named(tmp_path):
 
 def test_all_results_below_a_folder_come_in_path_order(tmp_path):
     for name in ("b", "a/x"):
-        write(tmp_path / name, result(cell=name))
-    assert [r.cell for r in read_all(tmp_path)] == ["a/x", "b"]
+        write(tmp_path / name, result(cell=name[-1]))
+    assert [r.cell for r in read_all(tmp_path)] == ["x", "b"]
     assert read_all(tmp_path / "none") == []
 
 

@@ -18,8 +18,9 @@ import pytest
 
 from pipeline import sweep
 from pipeline.cell import child, grid, inputs
+from pipeline.cell import identity as cell_identity
 from pipeline.cell import run as cell_run
-from pipeline.core.compose import CONF, ROOT, compose
+from pipeline.core.compose import CONF, ROOT, compose, plain
 from pipeline.core.files import Unsuited, UserError
 from pipeline.measure.clock import Phases
 from pipeline.measure.memory import Memory
@@ -57,7 +58,7 @@ def fake_cell(cfg: Any, *, shared: Any = None, splits: Any = None, folder: Any =
 def identity(cfg: Any) -> dict[str, Any]:
     named = {"experiment": cfg.experiment, "cell": cell_name(cfg), "seed": cfg.seed, "train_rows": 64}
     fixed = {"technique": "lora", "family": "f", "method": "lora", "objective": "labels", "precision": "fp32", "task": "t", "model": "m", "kind": "trained"}
-    return named | fixed | {"provenance": identity.provenance(cfg)}
+    return named | fixed | {"config": plain(cfg), "provenance": cell_identity.provenance(cfg)}
 
 
 def fakes(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
@@ -154,7 +155,8 @@ def test_killed_at_trial_4_of_6_it_goes_on_and_tries_the_dead_rank_again(words, 
         import test_sweep
         from pipeline import sweep
         from pipeline.cell import inputs
-        from pipeline.cell import run as cell_run
+        from pipeline.cell import identity as cell_identity
+from pipeline.cell import run as cell_run
         from pipeline.search import trials as search_trials
         from pipeline.cell import child as supervise
 

@@ -19,7 +19,6 @@ from pipeline.data.rows import Example
 from pipeline.methods.prompt_choice import PromptChoice
 from pipeline.methods.retrieval import Retrieval, by_embedding, embed, passages
 from pipeline.models.base import load_model, load_tokenizer
-from pipeline.reporting import means
 from pipeline.serving import scores as evaluate
 
 ROWS = [Example(f"Review: {text}\nSentiment:", answer) for text, answer in (
@@ -74,7 +73,7 @@ def test_what_is_retrieved_is_saved_and_answers_alike(overrides, tmp_path, name)
     assert len(kept) == 32 == result.train_rows and all(train[e["text"]] == e["answer"] for e in kept)
     found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
     assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    assert result.size.trainable == 0 and means._untrained_rows(result) == 32
+    assert result.size.trainable == 0 and result.labelled_rows == 32
 
 
 def test_a_user_s_documents_stand_before_the_prompt(overrides, tmp_path):
@@ -170,4 +169,4 @@ def test_the_choice_is_made_on_validation_and_served(overrides, tmp_path):
     assert kept["template"] == best["template"] and result.scores["validation"].accuracy == best["metric"]
     found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
     assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    assert result.phases.validate_s > 0 and means._untrained_rows(result) == result.validation_rows == 12
+    assert result.phases.validate_s > 0 and result.labelled_rows == result.validation_rows == 12
