@@ -8,17 +8,23 @@ VENV := .venv/requirements.lock
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
+# dvc.lock says what this clone made, and DVC refuses one that git ignores: the empty ones that are tracked are changed without git asking.
+# To keep yours in git: git update-index --no-skip-worktree <them>, then git add.
+OWN_LOCKS := git ls-files -z -- '*dvc.lock' | xargs -0 -r git update-index --skip-worktree
+
 .PHONY: help repro adopt sweep ui test test-slow test-gpu lint lock
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 repro: $(VENV) ## bring the experiment that params.yaml names up to date, print its table
+	@$(OWN_LOCKS)
 	@$(BIN)/dvc repro
 	@cat report/$(EXPERIMENT)/table.md
 	@echo "report: report/$(EXPERIMENT)/index.html"
 
 adopt: $(VENV) ## take the results of `python -m pipeline.cells` into DVC as they are
+	@$(OWN_LOCKS)
 	@$(BIN)/dvc repro --quiet experiments/$(EXPERIMENT)/dvc.yaml:plan
 	@$(BIN)/python -m pipeline.plan experiments=$(EXPERIMENT) adopt=true
 	@$(BIN)/dvc commit --force --quiet experiments/$(EXPERIMENT)/dvc.yaml:train
