@@ -76,7 +76,8 @@ def test_customers_share_a_base_on_the_gpu(overrides, tiny, tmp_path, technique)
 @pytest.mark.parametrize(("technique", "way"), [
     ("full", "handwritten"), ("lora", "handwritten"), ("qlora", "handwritten"), ("step_by_step", "handwritten"),
     ("prompt_tuning precision=fp32", "handwritten"),  # in bf16 the first steps' signs are rounding's
-    ("lora train.packing=always", "streams"), ("full train.packing=always", "streams"), ("qlora train.packing=always train.micro_batch_tokens=256", "streams"),
+    ("lora train.padding_free=always", "streams"), ("full train.padding_free=always", "streams"),
+    ("qlora train.padding_free=always train.micro_batch_tokens=256", "streams"),
     ("lora method.config.use_dora=true", "captured"), ("lora method.config.lora_dropout=0.1", "handwritten"),
 ])
 def test_captured_steps_are_the_eager_ones(overrides, tmp_path, technique, way):

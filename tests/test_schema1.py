@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from pipeline.cell import run as cell_run
+from pipeline.core import settings
 from pipeline.core.compose import CONF, build, compose
 from pipeline.records import results
-from pipeline.records.finished import select
+from pipeline.records.finished import held, select
 from pipeline.reporting.markdown import markdown
 from pipeline.reporting.page import page
 from pipeline.reporting.rows import make_rows
@@ -120,6 +121,14 @@ def test_a_note_is_no_fact():
     assert told.work and numbers(told)["diverged"] is True
     free = dataclasses.replace(told, work=dataclasses.replace(told.work, diverged_at=None, engine="eager", engine_reason=None))
     assert free.notes and numbers(free)["diverged"] is False
+
+
+def test_an_old_config_has_todays_keys(tmp_path):
+    """What serves, evaluates or forecasts a finished cell composes its config again, and a key by its old name would be refused."""
+    raw = json.loads((OLD / "lora-s0-n32" / "result.json").read_text())["config"]["train"]
+    result = read(tmp_path, config={"train": {**raw, "packing": "never"}})
+    assert result.config["train"]["padding_free"] == "never" and "packing" not in result.config["train"]
+    assert settings.read(held(results.read(OLD / "lora-s0-n32"), compose())).train.padding_free == "auto"
 
 
 def test_an_old_result_that_is_written_again_stays_the_same(tmp_path):

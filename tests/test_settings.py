@@ -38,10 +38,16 @@ def test_the_default_cell_reads_with_the_yamls_values():
     ("evaluate.test_row=3", r"unknown config key 'evaluate\.test_row', did you mean 'test_rows'\?"),
     ("precision.double_quantization=true", r"unknown config key 'precision\.double_quantization', did you mean 'double_quantisation'\?"),
     ("technique.kind=x", r"unknown config key 'technique\.kind'; technique takes name, family"),
+    ("train.packing=auto", r"config key 'train\.packing' is called 'train\.padding_free' now; write that instead$"),
 ])
 def test_an_added_key_that_no_setting_knows(composed, override, sentence):
     with pytest.raises(UserError, match=sentence):
         read(changed(composed, override))
+
+
+def test_an_override_by_a_key_s_old_name_is_refused():
+    with pytest.raises(UserError, match=r"^config key 'train\.packing' is called 'train\.padding_free' now; write that instead$"):
+        compose(["technique=lora", "train.packing=always"])
 
 
 @pytest.mark.parametrize(("override", "sentence"), [

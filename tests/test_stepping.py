@@ -33,10 +33,10 @@ def stepped(result):
     pytest.param("full", ["train.lr=1e-3"], "handwritten", marks=pytest.mark.slow),
     ("prompt_tuning", ["train.lr=1e-2"], "handwritten"),
     pytest.param("step_by_step", ["train.lr=1e-3"], "handwritten", marks=pytest.mark.slow),
-    pytest.param("lora", ["train.lr=1e-2", "train.packing=always"], "streams", marks=pytest.mark.slow),
-    ("lora", ["train.lr=1e-2", "train.packing=always", "train.micro_batch_tokens=40", "train.weight_decay=0.1"], "streams"),
-    pytest.param("full", ["train.lr=1e-3", "train.packing=always"], "streams", marks=pytest.mark.slow),
-    ("prompt_tuning", ["train.lr=1e-2", "train.packing=always"], "widths"),
+    pytest.param("lora", ["train.lr=1e-2", "train.padding_free=always"], "streams", marks=pytest.mark.slow),
+    ("lora", ["train.lr=1e-2", "train.padding_free=always", "train.micro_batch_tokens=40", "train.weight_decay=0.1"], "streams"),
+    pytest.param("full", ["train.lr=1e-3", "train.padding_free=always"], "streams", marks=pytest.mark.slow),
+    ("prompt_tuning", ["train.lr=1e-2", "train.padding_free=always"], "widths"),
 ])
 def test_fast_steps_are_the_eager_ones(overrides, tmp_path, technique, more, way):
     eager = run(overrides, tmp_path / "eager", f"technique={technique}", *more, "train.engine=eager")
@@ -82,7 +82,7 @@ def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides,
 def test_dropout_of_a_fast_run_does_not_depend_on_how_steps_are_split(overrides, tmp_path):
     more = ["technique=lora", "train.engine=fast", "train.lr=1e-2", "method.config.lora_dropout=0.3"]
     whole, split = (run(overrides, tmp_path / str(n), *more, f"train.micro_batch_tokens={n}") for n in (2048, 40))
-    packed = run(overrides, tmp_path / "packed", *more, "train.packing=always", "train.micro_batch_tokens=70")
+    packed = run(overrides, tmp_path / "packed", *more, "train.padding_free=always", "train.micro_batch_tokens=70")
     assert whole.work.engine == "handwritten" and packed.work.streams
     for other in (split, packed):
         assert [h["loss"] for h in other.history] == pytest.approx([h["loss"] for h in whole.history], rel=1e-4)

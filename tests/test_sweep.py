@@ -297,7 +297,7 @@ NOTHING = ["report.target=0.6", "report.train_rows=[64]", "forecast.length=9", "
 
 
 def as_before(tmp_path: Path, words: list[str]) -> None:
-    """Give the study the identity that earlier versions kept: every key of the config, links beside the space, entries as they were written."""
+    """Give the study the identity that earlier versions kept: every key of the config by its old name, links beside the space, entries as they were written."""
     from pipeline.core.compose import plain
     from pipeline.search.study import _flat
 
@@ -306,6 +306,7 @@ def as_before(tmp_path: Path, words: list[str]) -> None:
     old = {key: v for key, v in old.items() if key not in ("method.config.r", "method.config.lora_alpha")}
     old |= {key: v for key, v in kept.items() if key.startswith("sweep.")}
     old |= {"the data (sha256)": None, "the model (sha256)": None, "evaluate.validation_share": kept["evaluate.validation_share"]}
+    old["train.packing"] = old.pop("train.padding_free")
     old["sweep.space"] = {"method.config.r": {"choices": RANKS, "log": False, "step": None}}
     study(tmp_path).set_user_attr("identity", old | {"sweep.link": {"method.config.lora_alpha": {"times": 2, "of": "method.config.r"}}})
 

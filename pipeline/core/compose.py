@@ -83,6 +83,25 @@ def literal(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
+RENAMED = {"train.packing": "train.padding_free"}
+"""Config keys that earlier versions wrote, and what they are called now."""
+
+
+def renamed_key(key: str) -> str:
+    """The sentence that refuses a key of RENAMED."""
+    return f"config key {key!r} is called {RENAMED[key]!r} now; write that instead"
+
+
+def with_todays_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored config (of a result.json) with the keys of RENAMED under their names of today."""
+    for old, new in RENAMED.items():
+        group, _, key = old.rpartition(".")
+        values = config.get(group) if isinstance(config, dict) else None
+        if isinstance(values, dict) and key in values:
+            config = {**config, group: {new.rpartition(".")[2] if k == key else k: v for k, v in values.items()}}
+    return config
+
+
 def build(node: DictConfig, kind: str) -> Any:
     """The object that a group of a composed config names (pipeline/core/names.py). Raises UserError for an unknown or refused value, naming the group."""
     try:
@@ -106,6 +125,8 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     key = getattr(cause, "full_key", None)
     if key and "not in struct" in str(cause):
+        if key in RENAMED:
+            return renamed_key(key)
         parent = getattr(cause, "parent_node", None)
         siblings = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
         return f"unknown config key {key!r}{closest(key.rpartition('.')[2], siblings)}; mend the override, or prefix + to add a key"

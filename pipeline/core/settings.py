@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import yaml
 from omegaconf import DictConfig
 
-from pipeline.core.compose import CONF, plain
+from pipeline.core.compose import CONF, RENAMED, plain, renamed_key
 from pipeline.core.files import UserError, closest
 
 
@@ -69,7 +69,7 @@ class Train:
     """Fewest optimiser steps: few rows are gone through more often than `epochs` says, until there are as many; null: as `epochs` says."""
     engine: str = "auto"
     """auto (fast on a GPU where technique and model allow it, eager elsewhere), fast (static shapes, CUDA graphs, hand-written steps) or eager."""
-    packing: str = "auto"
+    padding_free: str = "auto"
     """The fast engine's rows, one after another without padding and with attention within a row: auto (on a GPU in 16 bits, where that is less work
     than rows of equal width), always (where the step is hand-written) or never."""
     optimizer: str = "adamw"
@@ -107,7 +107,7 @@ class Train:
             if not getattr(self, key) > 0:
                 raise UserError(f"config key 'train.{key}' is {getattr(self, key)}; it must be above 0")
         _one_of("train.engine", self.engine, ("auto", "fast", "eager"))
-        _one_of("train.packing", self.packing, ("auto", "always", "never"))
+        _one_of("train.padding_free", self.padding_free, ("auto", "always", "never"))
         _one_of("train.optimizer", self.optimizer, ("adamw", "paged_adamw"))
         _one_of("train.schedule", self.schedule, ("cosine", "linear", "constant"))
         _one_of("train.too_long", self.too_long, ("error", "truncate"))
@@ -247,6 +247,8 @@ def build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     """A settings dataclass from plain values; `prefix` is the config group, for the messages."""
     hints = typing.get_type_hints(cls)
     for key in values:
+        if f"{prefix}.{key}" in RENAMED:
+            raise UserError(renamed_key(f"{prefix}.{key}"))
         if key not in hints:
             raise UserError(f"unknown config key '{prefix}.{key}'{closest(key, hints)}; {prefix} takes {', '.join(hints)}")
     for field in dataclasses.fields(cls):

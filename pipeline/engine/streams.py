@@ -85,10 +85,10 @@ def of_run(examples: Sequence[Sequence[Encoded]], settings: Train, orders: Seque
     """
     most = max(1, min(MOST_WIDTHS, total // STEPS_A_WIDTH))
     buckets = Shapes(solo_steps(examples, orders), settings.micro_batch_tokens, most)
-    if settings.packing == "never" or not packs:
+    if settings.padding_free == "never" or not packs:
         return buckets, None
     streams = Streams(solo_steps(examples, orders), settings.micro_batch_tokens, most)
-    return buckets, streams if settings.packing == "always" or worth_it(streams, buckets, least_tokens(layers, parameters)) else None
+    return buckets, streams if settings.padding_free == "always" or worth_it(streams, buckets, least_tokens(layers, parameters)) else None
 
 
 def least_tokens(layers: int, parameters: int) -> float:

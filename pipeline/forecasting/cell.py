@@ -211,7 +211,7 @@ def largest_batch(held: Prepared, card: Card) -> int:
 
     @functools.cache
     def peak(rows: int) -> tuple[Plan, Memory]:
-        settings = dataclasses.replace(held.settings.train, batch_size=rows, micro_batch_tokens=(fed + 8) * rows, packing="never")
+        settings = dataclasses.replace(held.settings.train, batch_size=rows, micro_batch_tokens=(fed + 8) * rows, padding_free="never")
         asked = run.plan(plan.shape, plan.trained, settings, held.settings.precision, run.equal_rows(rows, fed, labels), 0, 2, plan.gpu)
         asked = dataclasses.replace(asked, steps=asked.steps[:1], warm=True)
         return asked, memory.forecast(asked, constants())

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline.core.compose import with_todays_keys
 from pipeline.core.files import UserError, check_name, read_json, write_json
 from pipeline.measure.clock import Phases
 from pipeline.measure.memory import Memory
@@ -281,6 +282,7 @@ def read(path: str | Path) -> Result:
     if found not in (SCHEMA, BEFORE):
         raise UserError(f"{path} was written by schema {found}, this version reads schemas {BEFORE} and {SCHEMA}; delete the cell's folder and run it again")
     result: Result = _build(Result, _from_schema_1(raw) if found == BEFORE else raw, path)
+    result = dataclasses.replace(result, config=with_todays_keys(result.config))
     for field_name in NAMES:
         check_name(getattr(result, field_name), f"{path}: {field_name}")
     return result

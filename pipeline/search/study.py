@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cell import identity
-from pipeline.core.compose import plain
+from pipeline.core.compose import RENAMED, plain
 from pipeline.core.files import UserError, sha256, write_json, write_text
 from pipeline.core.settings import build
 from pipeline.measure.machine import provenance
@@ -215,10 +215,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _unified(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A study's identity as today's are: earlier ones had links beside the space, and entries as they were written."""
+    """A study's identity as today's are: earlier ones had links beside the space, entries as they were written, and keys by their old names."""
     entries = found["sweep.space"] | found.get("sweep.link", {})
     bare = {key: {name: v for name, v in entry.items() if v is not None and v is not False} for key, entry in entries.items()}
-    return {**{key: value for key, value in found.items() if key != "sweep.link"}, "sweep.space": bare}
+    return {**{RENAMED.get(key, key): value for key, value in found.items() if key != "sweep.link"}, "sweep.space": bare}
 
 
 def _decides(cfg: DictConfig, key: str, value: Any) -> bool:

@@ -167,7 +167,7 @@ class Fast:
         settings = self.settings
         soft = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
         has_kernel = device.type == "cuda" and dtype == torch.bfloat16
-        packs = not soft and (has_kernel or (settings.packing == "always" and device.type != "cuda"))
+        packs = not soft and (has_kernel or (settings.padding_free == "always" and device.type != "cuda"))
         orders = [step_rows(len(self.examples), settings.batch_size, self.seed, step) for step in range(total)]
         layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
         return of_run(self.examples, settings, orders, total, packs, layers, parameters(model)[1])
