@@ -66,7 +66,7 @@ def open_stepper(workload: Workload, model: Any, steps: Sequence[list[Encoded]],
     from pipeline.engine.steps import ByHand, Stepper
 
     program = ByHand(bind(model, workload.torch_dtype()))
-    program.flat.weight_decay.zero_()
+    program.buffer.weight_decay.zero_()
     return Stepper(program, Shapes([[step] for step in steps], workload.batch * (workload.length + 8), 1), 0, device)
 
 
@@ -146,11 +146,11 @@ def packed_sweep(workload: Workload, trials: Sequence[Trial], validation: Sequen
     from benchmarks.speed_sweep import Found
     from pipeline.engine.layout import OpenShapes
     from pipeline.methods.peft_adapter import PeftAdapter
+    from pipeline.training.adapter_init import AdapterInitializer
     from pipeline.training.pack import Job, Pack, Running, Scored
-    from pipeline.training.starts import Starts
 
     base = base_model(workload, device).requires_grad_(False)
-    starts, sizes = Starts(base), [trial.workload(workload) for trial in trials]
+    initializer, sizes = AdapterInitializer(base), [trial.workload(workload) for trial in trials]
     methods = [PeftAdapter(adapter_config(size)) for size in sizes]
     steps = [[examples(size, ids) for ids in size.batches(size.total)] for size in sizes]
     rows = [(ids[:1], [ids[1:]]) for batch in validation for ids in batch.tolist()]
@@ -166,19 +166,19 @@ def packed_sweep(workload: Workload, trials: Sequence[Trial], validation: Sequen
         return Train(lr=size.lr, epochs=1, batch_size=size.batch, micro_batch_tokens=tokens, warmup_share=0.0, validations=0, progress=False)
 
     jobs = [
-        Job(trial.number, steps[k].__getitem__, functools.partial(starts.make, methods[k], sizes[k].seed), sizes[k].total, settings(sizes[k]))
+        Job(trial.number, steps[k].__getitem__, functools.partial(initializer.make, methods[k], sizes[k].seed), sizes[k].total, settings(sizes[k]))
         for k, trial in enumerate(trials)
     ]
     ended: list[Running] = []
-    with starts.template(methods[0], starts.names(methods[0]), rank) as template:
+    with initializer.template(methods[0], initializer.names(methods[0]), rank) as template:
         pack = Pack(template, len(trials), rank, shapes, 0, device, workload.torch_dtype(), score)
     pack.warm()
     pack.run(lambda count: [jobs.pop(0) for _ in range(min(count, len(jobs)))], ended.append)
     pack.close()
-    del base, starts, template, pack
+    del base, initializer, template, pack
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return [Found(run.job.name, [h["loss"] for h in run.history], run.found) for run in sorted(ended, key=lambda run: run.job.name)]
+    return [Found(run.job.name, [h["loss"] for h in run.history], run.scores) for run in sorted(ended, key=lambda run: run.job.name)]
 
 
 def choose(model: Any, items: Sequence[tuple[list[int], list[list[int]]]], batch_tokens: int, pad_id: int, device: Any, dtype: Any) -> list[list[float]]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rationales(root / "rationales" / "vader_movies" / "lexicon", root / "data" / "vader_movies")
     write_model(root / "models" / "smollm2_135m")
     return root
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> Any:
+    """The tiny model in fp32."""
+    import torch
+
+    from pipeline.core.settings import Precision
+    from pipeline.models.base import load_model
+
+    return load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Any:
+    from pipeline.models.base import load_tokenizer
+
+    return load_tokenizer(tiny / "models" / "smollm2_135m")
 
 
 @pytest.fixture

@@ -10,20 +10,8 @@ import pytest
 import torch
 from scoring_models import CPU, KINDS, OWNERS, PAD, items_of, of_kind, with_loras, with_prompt
 
-from pipeline.core.settings import Precision
 from pipeline.engine import answering, attention, decode
-from pipeline.models.base import load_model, load_tokenizer
 from pipeline.scoring.scorer import generate
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    return load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    return load_tokenizer(tiny / "models" / "smollm2_135m")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -64,7 +52,7 @@ def test_prompts_by_adapters_of_their_own_are_continued_as_by_each_alone(base, t
     assert [found[i] for i in mine] == [plain[i] for i in mine] and found != plain
 
 
-def test_ended_rows_go_on_with_padding_and_the_batch_stops_soon_after(base):
+def test_ended_rows_get_padding_and_the_batch_stops_soon_after(base):
     forwards = []
 
     def counting(ids: torch.Tensor, *_: Any, **inputs: Any) -> torch.Tensor:
@@ -102,8 +90,8 @@ def test_query_heads_of_a_group_attend_as_they_do_over_copies(monkeypatch):
     expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], *copies, mask)[:, :, 0]
     bias = decode.additive(mask, torch.float32)
     for shared in (True, False):
-        monkeypatch.setattr(attention, "shares", lambda *_, shared=shared: shared)
-        torch.testing.assert_close(attention.after(q, k, v, bias), expected)
+        monkeypatch.setattr(attention, "has_grouped_kernel", lambda *_, shared=shared: shared)
+        torch.testing.assert_close(attention.single_query_attention(q, k, v, bias), expected)
 
 
 def test_a_capture_that_fails_midway_costs_no_token(monkeypatch, base, tokenizer):

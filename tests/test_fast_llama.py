@@ -66,19 +66,19 @@ def test_lora_gradients_are_autograds(targets):
     expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets_, weights)
     bound = bind.bind(model, torch.float32)
     close(bound.llama.step(ids, at, targets_, weights), expected)
-    factor = bound.flat.scale
+    factor = bound.buffer.scale
     for name, (a, b) in bound.pairs.items():
         for view, key in ((a, "lora_A"), (b, "lora_B")):
-            assert view.untyped_storage().data_ptr() == bound.flat.master.untyped_storage().data_ptr()
+            assert view.untyped_storage().data_ptr() == bound.buffer.master.untyped_storage().data_ptr()
             start, size = view.storage_offset(), view[0].numel()
-            ours = bound.flat.raw[0, start : start + size].view(view.shape[1:]) * (factor if key == "lora_B" else 1)
+            ours = bound.buffer.raw[0, start : start + size].view(view.shape[1:]) * (factor if key == "lora_B" else 1)
             close(ours, gradients[f"base_model.model.{name}.{key}.default.weight"])
     lowest = min(int(n.split(".")[2]) for n in bound.pairs)
     assert bound.llama.lowest == lowest
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_columns_left_beside_an_adapter_add_nothing(monkeypatch, held):
+@pytest.mark.parametrize("reserved", [True, False])
+def test_columns_left_beside_an_adapter_add_nothing(monkeypatch, reserved):
     """Room of whole tiles (wide models) for a rank far below it; fresh memory holds NaN, so that a column that nobody clears is seen."""
     monkeypatch.setattr(layout, "LONG", 1)
     empty = torch.Tensor.new_empty
@@ -89,15 +89,15 @@ def test_columns_left_beside_an_adapter_add_nothing(monkeypatch, held):
     bound = bind.bind(model, torch.float32)
     layer = bound.llama.layers[0]
     assert [g.room for g in (layer.qkv, layer.out, layer.gate_up, layer.down)] == [64, 0, 64, 64] and layer.out.under == 64
-    if held:
-        bound.llama.hold(R * T)
+    if reserved:
+        bound.llama.reserve(R * T)
     other = batch(7)
-    bound.llama.step(other[0], other[5], other[3], other[4])  # leaves its numbers in what is held
+    bound.llama.step(other[0], other[5], other[3], other[4])  # leaves its numbers in reserved memory
     close(bound.llama.step(ids, at, targets, weights), expected)
     for name, views in bound.pairs.items():
-        for view, key, factor in zip(views, ("lora_A", "lora_B"), (1.0, float(bound.flat.scale)), strict=True):
+        for view, key, factor in zip(views, ("lora_A", "lora_B"), (1.0, float(bound.buffer.scale)), strict=True):
             start, size = view.storage_offset(), view[0].numel()
-            close(factor * bound.flat.raw[0, start : start + size].view(view.shape[1:]), gradients[f"base_model.model.{name}.{key}.default.weight"])
+            close(factor * bound.buffer.raw[0, start : start + size].view(view.shape[1:]), gradients[f"base_model.model.{name}.{key}.default.weight"])
 
 
 @pytest.mark.parametrize(("tied", "groups"), [(True, 2), (False, 4)])
@@ -109,7 +109,7 @@ def test_full_gradients_are_autograds(tied, groups):
     close(bound.llama.step(ids, at, targets, weights), expected)
     for name, parameter in model.named_parameters():
         start, size = parameter.data.storage_offset(), parameter.numel()
-        close(bound.flat.raw[0, start : start + size].view(parameter.shape), gradients[name])
+        close(bound.buffer.raw[0, start : start + size].view(parameter.shape), gradients[name])
 
 
 def test_prompt_gradients_are_autograds():
@@ -122,7 +122,7 @@ def test_prompt_gradients_are_autograds():
     bound = bind.bind(model, torch.float32)
     close(bound.llama.step(ids, at, targets, weights), expected)
     (gradient,) = gradients.values()
-    close(bound.flat.raw.view(gradient.shape), gradient)
+    close(bound.buffer.raw.view(gradient.shape), gradient)
 
 
 @pytest.mark.parametrize("options", [{"model_type": "qwen2"}, {"rope": "llama3"}])
@@ -154,19 +154,19 @@ def test_slots_are_runs_of_their_own():
             module = model.base_model.model.get_submodule(name)
             a[k, : ranks[k]].copy_(module.lora_A["default"].weight.data)
             b[k, :, : ranks[k]].copy_(module.lora_B["default"].weight.data)
-    bound.flat.scale.fill_(2.0)
-    bound.flat.sync()
+    bound.buffer.scale.fill_(2.0)
+    bound.buffer.sync()
     parts = [batch(k) for k in range(3)]
     ids, targets, weights = (torch.cat([p[i] for p in parts]) for i in (0, 3, 4))
     at = torch.cat([p[5] + k * R * T for k, p in enumerate(parts)])
     loss = bound.llama.step(ids, at, targets, weights).view(3, -1)
-    raw = bound.flat.raw.clone()
+    raw = bound.buffer.raw.clone()
     for k, model in enumerate(solo):
         expected, gradients = reference(model, *parts[k][:5])
         close(loss[k], expected)
         for name, (a, b) in bound.pairs.items():
             start = a.storage_offset() + k * a.stride(0)
-            assert a.stride(0) == bound.flat.size
+            assert a.stride(0) == bound.buffer.size
             grad = raw.view(-1)[start : start + a[0].numel()].view(a.shape[1:])
             close(grad[: ranks[k]], gradients[f"base_model.model.{name}.lora_A.default.weight"])
             assert not grad[ranks[k] :].any(), "the padding of a smaller rank stays zero"
@@ -174,9 +174,9 @@ def test_slots_are_runs_of_their_own():
             grad = 2.0 * raw.view(-1)[start : start + b[0].numel()].view(b.shape[1:])
             close(grad[:, : ranks[k]], gradients[f"base_model.model.{name}.lora_B.default.weight"])
             assert not grad[:, ranks[k] :].any()
-    bound.flat.compute[1].fill_(float("nan"))
+    bound.buffer.compute[1].fill_(float("nan"))
     again = bound.llama.step(ids, at, targets, weights).view(3, -1)
-    assert again[1].isnan().all() and torch.equal(again[[0, 2]], loss[[0, 2]]) and torch.equal(bound.flat.raw[[0, 2]], raw[[0, 2]])
+    assert again[1].isnan().all() and torch.equal(again[[0, 2]], loss[[0, 2]]) and torch.equal(bound.buffer.raw[[0, 2]], raw[[0, 2]])
 
 
 def noise(p, seed, tokens=T, step=0.0, first=0):
@@ -210,16 +210,16 @@ def test_gradients_with_dropout_are_autograds_over_the_same_noise(slots):
     p = 0.3
     model = lora(base(), targets="all-linear")
     bound = bind.bind(copy.deepcopy(model) if slots == 2 else model, torch.float32, slots=slots, rank=4 if slots == 2 else None, dropout=True, seed=5)
-    bound.flat.dropout.fill_(p)
+    bound.buffer.dropout.fill_(p)
     if slots == 2:
         for k, seed in enumerate((5, 9)):
-            bound.flat.seed[k] = seed
+            bound.buffer.seed[k] = seed
             for name, (a, b) in bound.pairs.items():
                 module = model.base_model.model.get_submodule(name)
                 a[k].copy_(module.lora_A["default"].weight.data)
                 b[k].copy_(module.lora_B["default"].weight.data)
-        bound.flat.scale.fill_(2.0)
-        bound.flat.sync()
+        bound.buffer.scale.fill_(2.0)
+        bound.buffer.sync()
     peer = copy.deepcopy(model)
 
     class Same(torch.nn.Module):
@@ -240,7 +240,7 @@ def test_gradients_with_dropout_are_autograds_over_the_same_noise(slots):
     for name, (a, b) in bound.pairs.items():
         for view, key, factor in ((a, "lora_A", 1.0), (b, "lora_B", 2.0)):
             start, size = view.storage_offset(), view[0].numel()
-            close(factor * bound.flat.raw[0, start : start + size].view(view.shape[1:]), gradients[f"base_model.model.{name}.{key}.default.weight"])
+            close(factor * bound.buffer.raw[0, start : start + size].view(view.shape[1:]), gradients[f"base_model.model.{name}.{key}.default.weight"])
 
 
 def test_cross_entropy_is_torchs_in_every_stretch_of_rows():
@@ -262,16 +262,16 @@ def test_a_weight_of_zero_is_a_zero_whatever_the_logits():
 
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_the_update_is_torchs(accumulate):
-    from pipeline.engine.buffer import Flat, Region
+    from pipeline.engine.buffer import ParameterBuffer, Region
 
     torch.manual_seed(0)
-    flat = Flat(2, [Region(5), Region(3, scaled=True, lr_times=2.0)], "cpu", torch.float32, accumulate=accumulate)
-    flat.master.normal_()
-    flat.scale.copy_(torch.tensor([2.0, 0.5]))
-    flat.weight_decay.copy_(torch.tensor([0.0, 0.1]))
-    flat.max_norm.copy_(torch.tensor([1e9, 0.3]))
-    flat.sync()
-    peers = [[torch.nn.Parameter(flat.master[k, lo:hi].clone()) for lo, hi in ((0, 5), (5, 8))] for k in (0, 1)]
+    buffer = ParameterBuffer(2, [Region(5), Region(3, scaled=True, lr_times=2.0)], "cpu", torch.float32, accumulate=accumulate)
+    buffer.master.normal_()
+    buffer.scale.copy_(torch.tensor([2.0, 0.5]))
+    buffer.weight_decay.copy_(torch.tensor([0.0, 0.1]))
+    buffer.max_norm.copy_(torch.tensor([1e9, 0.3]))
+    buffer.sync()
+    peers = [[torch.nn.Parameter(buffer.master[k, lo:hi].clone()) for lo, hi in ((0, 5), (5, 8))] for k in (0, 1)]
     optimizers = [
         torch.optim.AdamW([{"params": [a], "lr": 0.01}, {"params": [b], "lr": 0.02}], weight_decay=w)
         for (a, b), w in zip(peers, (0.0, 0.1), strict=True)
@@ -279,17 +279,17 @@ def test_the_update_is_torchs(accumulate):
     for _ in range(4):
         parts = [torch.randn(2, 8) for _ in range(2 if accumulate else 1)]
         for part in parts:
-            flat.raw.copy_(part)
-            flat.keep()
-        flat.lr.fill_(0.01)
-        flat.update()
+            buffer.raw.copy_(part)
+            buffer.accumulate()
+        buffer.lr.fill_(0.01)
+        buffer.update()
         for k, (a, b) in enumerate(peers):
             total = sum(p[k] for p in parts)
-            a.grad, b.grad = total[:5].clone(), total[5:] * flat.scale[k]
-            torch.nn.utils.clip_grad_norm_([a, b], float(flat.max_norm[k]))
+            a.grad, b.grad = total[:5].clone(), total[5:] * buffer.scale[k]
+            torch.nn.utils.clip_grad_norm_([a, b], float(buffer.max_norm[k]))
             optimizers[k].step()
-            close(flat.master[k], torch.cat([a, b]).detach(), 1e-6)
-            close(flat.compute[k, 5:], b.detach() * flat.scale[k], 1e-6)
+            close(buffer.master[k], torch.cat([a, b]).detach(), 1e-6)
+            close(buffer.compute[k, 5:], b.detach() * buffer.scale[k], 1e-6)
 
 
 def test_what_it_does_not_know_it_names():
@@ -297,9 +297,9 @@ def test_what_it_does_not_know_it_names():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     def reason(model, **options):
-        with pytest.raises(engine_parts.Unsupported) as found:
+        with pytest.raises(engine_parts.Unsupported) as caught:
             bind.bind(model, torch.float32, **options)
-        return str(found.value)
+        return str(caught.value)
 
     assert "use_dora" in reason(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", use_dora=True)))
     assert "PREFIX_TUNING" in reason(get_peft_model(base(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)))

@@ -11,24 +11,12 @@ import pytest
 import torch
 from scoring_models import CPU, KINDS, OWNERS, PAD, by_batches, items_of, of_kind, with_lora, with_loras, with_prompt
 
-from pipeline.core.settings import Precision
 from pipeline.data.choices import Reads, joined
 from pipeline.engine import answering, bind, passes, reuse
 from pipeline.engine.graphs import Graphs
 from pipeline.engine.parts import Unsupported
-from pipeline.models.base import load_model, load_tokenizer
 from pipeline.scoring import scorer as scoring
 from pipeline.scoring.scorer import WHOLE, choice_log_likelihoods, generate
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    return load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    return load_tokenizer(tiny / "models" / "smollm2_135m")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -216,7 +204,7 @@ def test_rows_within_a_window_may_share_but_not_decode(base):
 def test_a_plan_has_every_row_once_within_its_shape_and_budget(pass_tokens, rows):
     rng = random.Random(rows)
     lengths, extra = [rng.randint(3, 70) for _ in range(rows)], 10
-    batches = passes.plan(lengths, 512, pass_tokens, extra)
+    batches = passes.choose_batches(lengths, 512, pass_tokens, extra)
     assert sorted(i for part, _, _ in batches for i in part) == list(range(rows))
     for part, count, width in batches:
         assert max(lengths[i] for i in part) <= (width or 70) and len(part) <= (count or rows)
@@ -228,7 +216,7 @@ def test_captures_pay_where_the_device_would_wait_for_many_batches():
     lengths = [random.Random(1).randint(24, 96) for _ in range(2000)]
 
     def shapes(pass_tokens: float, rows: int = 2000) -> set[tuple[int, int]]:
-        return {(count, width) for _, count, width in passes.plan(lengths[:rows], 4096, pass_tokens)}
+        return {(count, width) for _, count, width in passes.choose_batches(lengths[:rows], 4096, pass_tokens)}
 
     assert 1 <= len(shapes(11000)) <= 3 and (0, 0) not in shapes(11000), "the 135M shape"
     assert shapes(600) == {(0, 0)}, "the 1B shape keeps the device busy"
@@ -252,7 +240,7 @@ def test_the_hand_written_forward_gives_the_same_scores_and_leaves_the_model_as_
     before = {name: (p.data_ptr(), p.stride(), p.clone()) for name, p in model.named_parameters()}
     known = type(model).__name__ != "GPT2LMHeadModel" and not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     plain, whole = [], scoring.logits_at
-    monkeypatch.setattr(scoring, "logits_at", lambda *args, **further: plain.append(1) or whole(*args, **further))
+    monkeypatch.setattr(scoring, "logits_at", lambda *args, **extra: plain.append(1) or whole(*args, **extra))
     same(scores(model, items, batch_tokens), naive(model, items))
     assert bool(plain) is not known, "transformers' own forward runs for what is not known, and only there"
     for name, parameter in model.named_parameters():
@@ -274,8 +262,8 @@ def test_a_model_in_training_answers_with_what_it_trains(base, monkeypatch):
     model, items = with_lora(base), items_of(3)
     bound = bind.bind(model, torch.float32, dropout=True)
     bound.serve(model)
-    bound.flat.master.mul_(1.5)
-    bound.flat.sync()
+    bound.buffer.master.mul_(1.5)
+    bound.buffer.sync()
     with answering.by_hand(model, torch.float32, CPU, 1) as written:
         assert written is not None and written.llama is bound.llama
         same(scores(model, items), naive(model, items))
@@ -307,11 +295,11 @@ def test_a_scorers_notes_reach_its_owner(base, tokenizer, monkeypatch):
     from pipeline.core.settings import Task
     from pipeline.data.rows import Encoder
 
-    def told(*args: Any) -> list[list[float]]:
+    def noting(*args: Any) -> list[list[float]]:
         args[-2].append("a note")
         return [[-1.0, -2.0]]
 
-    monkeypatch.setattr(scoring, "choice_log_likelihoods", told)
+    monkeypatch.setattr(scoring, "choice_log_likelihoods", noting)
     task, notes = Task("t", "choice"), ["first"]
     scorer = scoring.Scorer(base, Encoder(tokenizer, task, 64, "truncate"), task, lambda p: p, 512, CPU, torch.float32, notes)
     scorer.predict([{"id": "0", "prompt": "the", "answer": "no", "choices": ["no", "yes"]}])

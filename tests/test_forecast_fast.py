@@ -59,8 +59,8 @@ def test_what_is_bound_stands_as_the_walk_says(imports, method, accumulate):
     plan = dataclasses.replace(plan_of(method), accumulates=accumulate)
     memory = Allocator(exact=True)
     made, parameters = hand(plan, memory)
-    flat, llama = held.flat, held.llama
-    buffers = [flat.master, *flat.moments, flat.compute, flat.raw, *([flat.sum] if flat.sum is not None else [])]
+    buffer, llama = held.buffer, held.llama
+    buffers = [buffer.master, *buffer.moments, buffer.compute, buffer.raw, *([buffer.sum] if buffer.sum is not None else [])]
     assert all(b.numel() == plan.trained.count for b in buffers)
     weights = [g.weight() for layer in llama.layers for g in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     norms = [n.weight for layer in llama.layers for n in (layer.norm1, layer.norm2)] + [llama.norm.weight, llama.embedding]
@@ -80,8 +80,8 @@ def test_what_is_held_and_kept_by_a_layer_is_as_the_walk_says(imports):
     n, layer = ROWS * WIDTH, held.llama.layers[1]
     before = memory.allocated
     made.hold(n)
-    held.llama.hold(n)
-    assert memory.allocated - before == size(*(t for one in held.llama.layers for t in one.held))
+    held.llama.reserve(n)
+    assert memory.allocated - before == size(*(t for one in held.llama.layers for t in one.reserved))
     made.n, made.width = n, WIDTH
     made.attend = lambda tokens: [made.new(tokens * plan.shape.heads * plan.shape.head, 4)]
     before = memory.allocated
@@ -89,7 +89,7 @@ def test_what_is_held_and_kept_by_a_layer_is_as_the_walk_says(imports):
     cos, sin = held.llama.angles(WIDTH)
     with torch.no_grad():
         _, saved = layer.forward(torch.randn(n, plan.shape.width), cos, sin, Rows(WIDTH), True)
-    own = {t.untyped_storage().data_ptr() for t in layer.held}
+    own = {t.untyped_storage().data_ptr() for t in layer.reserved}
     found = [t for item in saved for t in (item if isinstance(item, tuple) else (item,)) if t is not None and t.untyped_storage().data_ptr() not in own]
     assert memory.allocated - before == size(*found)
     del kept, parameters

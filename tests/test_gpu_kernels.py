@@ -37,21 +37,21 @@ def test_thin_products_are_plain_ones_and_repeat_bit_for_bit(n, d, rank, ends):
 
 
 @pytest.mark.parametrize(("n", "f", "rank"), [(4096, 1536, 16), (5001, 8192, 7)])
-def test_the_activations_way_back_makes_the_adapters_gradients(n, f, rank):
+def test_the_activations_backward_makes_the_adapters_gradients(n, f, rank):
     import torch
 
     from pipeline.engine import ops, swiglu
 
-    dh, gu, kept, dkept = numbers(n, f), numbers(n, 2 * f, apart=64), numbers(n, 2 * rank, apart=100), numbers(n, rank, apart=50)
+    dh, gu, xa, dxa = numbers(n, f), numbers(n, 2 * f, apart=64), numbers(n, 2 * rank, apart=100), numbers(n, rank, apart=50)
     assert swiglu.suits(gu, rank)
     outs = []
     for _ in range(2):
         db, da = (torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16) for shape in ((2 * f, rank), (rank, f)))
-        outs.append((ops.swiglu_backward_thin_(dh.clone(), gu.clone(), kept, dkept, db, da), db, da))
+        outs.append((ops.swiglu_backward_thin_(dh.clone(), gu.clone(), xa, dxa, db, da), db, da))
     h, dgu = ops.swiglu_backward_(dh.clone(), gu.clone())
     near(outs[0][0], dgu, 1e-3)
-    near(outs[0][1], torch.cat([dgu[:, :f].float().t() @ kept[:, :rank].float(), dgu[:, f:].float().t() @ kept[:, rank:].float()]))
-    near(outs[0][2], dkept.float().t() @ h.float())
+    near(outs[0][1], torch.cat([dgu[:, :f].float().t() @ xa[:, :rank].float(), dgu[:, f:].float().t() @ xa[:, rank:].float()]))
+    near(outs[0][2], dxa.float().t() @ h.float())
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True)), "the same bits at every call"
 
 

@@ -72,8 +72,8 @@ ABSENT = {
                  "probe_lambada": 0, "latency_rows": 16, "adapters": ()},
     "Precision": {"compute": "auto", "double_quantisation": True},
     "Technique": {"path": None},
-    "Train": {"steps": None, "min_steps": None, "engine": "auto", "optimizer": "adamw", "schedule": "cosine", "warmup_share": 0.1, "weight_decay": 0.0,
-              "max_grad_norm": 1.0, "validations": 1, "max_length": 512, "too_long": "error", "checkpointing": False,
+    "Train": {"steps": None, "min_steps": None, "engine": "auto", "padding_free": "auto", "optimizer": "adamw", "schedule": "cosine", "warmup_share": 0.1,
+              "weight_decay": 0.0, "max_grad_norm": 1.0, "validations": 1, "max_length": 512, "too_long": "error", "checkpointing": False,
               "checkpoint_every_s": 120.0, "progress": True},
 }
 
@@ -84,7 +84,7 @@ def test_what_the_absence_of_a_key_means_never_changes(kind):
     found = {}
     for field in dataclasses.fields(kind):
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        if default is not dataclasses.MISSING and field.name not in ("padding_free", "packing"):
+        if default is not dataclasses.MISSING:
             found[field.name] = default
     assert found == ABSENT[kind.__name__]
 

@@ -1,4 +1,4 @@
-"""Packed runs against runs of their own, on the CPU: the same losses, weights and answers; no slot reaches another."""
+"""Packed runs against single runs, on the CPU: the same losses, weights and answers; no slot reaches another."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def pack(cfgs, slots, keep=False, **options):
     """What every config's run left, in their order."""
     packing = Packing(cfgs, inputs.Shared())
     jobs = [packing.job(cfg, number) for number, cfg in enumerate(cfgs)]
-    found = {}
+    ended = {}
 
     def take(free):
         taken, jobs[:] = jobs[:free], jobs[free:]
         return taken
 
     opened = packing.open(slots, len(cfgs), keep=keep, **options)
-    opened.run(take, lambda run: found.__setitem__(run.job.name.tag, run))
+    opened.run(take, lambda run: ended.__setitem__(run.job.name.tag, run))
     opened.close()
-    return [found[number] for number in range(len(cfgs))]
+    return [ended[number] for number in range(len(cfgs))]
 
 
 def alone(cfg, tmp_path, engine="eager"):
@@ -43,7 +43,7 @@ def alone(cfg, tmp_path, engine="eager"):
 def same(run, solo, predictions):
     assert [h["loss"] for h in run.history[:20]] == pytest.approx([h["loss"] for h in solo.history[:20]], rel=1e-4)
     assert [h["lr"] for h in run.history] == [h["lr"] for h in solo.history]
-    score, mine = run.found
+    score, mine = run.scores
     agreed = sum(a["prediction"] == b["prediction"] and a["id"] == b["id"] for a, b in zip(mine, predictions, strict=True))
     assert agreed >= 0.995 * len(predictions)
     assert score.nll == pytest.approx(solo.scores["validation"].nll, rel=1e-3)
@@ -79,19 +79,19 @@ def test_choices_under_several_adapters_score_as_under_each_alone(overrides, tec
     packing = Packing(cfgs, inputs.Shared())
     opened = packing.open(3, 3)
     opened._fill(lambda _: [packing.job(cfg) for cfg in cfgs])
-    opened.bound.flat.master.add_(0.1 * torch.randn(opened.bound.flat.master.shape, generator=torch.Generator().manual_seed(7)))
-    opened.bound.flat.sync()
+    opened.bound.buffer.master.add_(0.1 * torch.randn(opened.bound.buffer.master.shape, generator=torch.Generator().manual_seed(7)))
+    opened.bound.buffer.sync()
     running, items = list(opened.active.values()), items_of(12)
-    weights = [opened.adapters.take(run.slot, run.start.weights) for run in running]
-    found = {(chosen, tokens): opened.choice_log_likelihoods([running[i] for i in chosen], items, tokens)
+    weights = [opened.adapters.take(run.slot, run.init.weights) for run in running]
+    scores = {(chosen, tokens): opened.choice_log_likelihoods([running[i] for i in chosen], items, tokens)
              for chosen in ((0, 1, 2), (2, 0), (1,)) for tokens in (1, 300, 9999)}
     opened.close()
     expected = []
-    for run, own in zip(running, weights, strict=True):
-        with packing.starts.wrapped(run.job.name.method, own) as model:
+    for run, adapter in zip(running, weights, strict=True):
+        with packing.initializer.wrapped(run.job.name.method, adapter) as model:
             expected.append(choice_log_likelihoods(model, items, 512, packing.encoder.pad_id, CPU, torch.float32))
     assert expected[0][0] != pytest.approx(expected[1][0], abs=1e-2)
-    for (chosen, _), mine in found.items():
+    for (chosen, _), mine in scores.items():
         for i, values in zip(chosen, mine, strict=True):
             for one, other in zip(values, expected[i], strict=True):
                 assert one == pytest.approx(other, abs=1e-4)
@@ -112,7 +112,7 @@ def test_kinds_of_runs(overrides, tmp_path, more, points):
     for cfg, run in zip(cfgs, pack(cfgs, 2), strict=True):
         solo, predictions = alone(cfg, tmp_path)
         if base.task.scoring == "generate":
-            assert [p["output"] for p in run.found[1]] == [p["output"] for p in predictions]
+            assert [p["output"] for p in run.scores[1]] == [p["output"] for p in predictions]
             continue
         same(run, solo, predictions)
 
@@ -156,10 +156,10 @@ def test_what_cannot_be_packed_is_said(overrides):
 
     def reason(more, *points):
         base = compose([*overrides, *SHORT, *more])
-        with pytest.raises(Unsupported) as found:
+        with pytest.raises(Unsupported) as caught:
             packing = Packing([at(base, point) for point in points or [{}]], inputs.Shared())
             packing.open(2, 2)
-        return str(found.value)
+        return str(caught.value)
 
     assert "use_dora" in reason(["method.config.use_dora=true"])
     assert "differ in train.optimizer" in reason([], {"train.optimizer": "adamw"}, {"train.optimizer": "paged_adamw"})

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.core.settings import Precision, Task
 from pipeline.data.rows import Encoder
-from pipeline.models.base import load_model, load_tokenizer
+from pipeline.models.base import load_model
 from pipeline.scoring import scorer as scoring
 from pipeline.scoring.answers import canonical, extract, headline, score
 from pipeline.scoring.scorer import Scorer, choice_log_likelihoods, generate, logits_at
@@ -32,16 +32,6 @@ def adapted(base: Any) -> Any:
 def model(request, tiny):
     base = load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
     return base if request.param == "base" else adapted(base)
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    return load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    return load_tokenizer(tiny / "models" / "smollm2_135m")
 
 
 def random_items(rows: int) -> list[tuple[list[int], list[list[int]]]]:

@@ -26,11 +26,11 @@ def steps(count: int = 30, rows: int = 6, low: int = 4, high: int = 50) -> list[
 
 @pytest.mark.parametrize("most_tokens", [60, 100000])
 def test_every_row_stands_once_in_a_stream_and_all_that_is_left_is_cut_into_rows_of_its_own(most_tokens):
-    held = steps()
-    streams = Streams(held, most_tokens, 3)
+    batches = steps()
+    streams = Streams(batches, most_tokens, 3)
     assert len(streams.all()) <= 3 and streams.accumulates == (most_tokens == 60)
     inputs = {shape.width: Static(shape, 1, 0, 1, "cpu") for shape in streams.all()}
-    for step in held:
+    for step in batches:
         seen, weights = [], 0.0
         for micro in streams.micro_batches(step):
             static, (examples, _) = inputs[micro.shape.width], micro.parts[0]
@@ -53,25 +53,25 @@ def test_every_row_stands_once_in_a_stream_and_all_that_is_left_is_cut_into_rows
         assert sorted(map(str, seen)) == sorted(map(str, step[0])) and weights == pytest.approx(1.0)
 
 
-def test_a_token_attends_within_its_row_there_and_back():
+def test_a_token_attends_within_its_row_forward_and_backward():
     torch.manual_seed(0)
     heads, lengths = Heads(4, 2, 8), [5, 1, 9, 0, 3]
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     stream = Stream(ends, torch.zeros(18), torch.zeros(18), 9)
-    qkv, dmixed = torch.randn(18, 64), torch.randn(18, 32)
-    mixed, saved = stream.forward(heads, qkv, True)
-    assert torch.equal(stream.again(heads, saved), mixed)
-    back = stream.backward(heads, saved, dmixed)
+    qkv, dmerged = torch.randn(18, 64), torch.randn(18, 32)
+    merged, saved = stream.forward(heads, qkv, True)
+    assert torch.equal(stream.output(heads, saved), merged)
+    back = stream.backward(heads, saved, dmerged)
     for begin, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
         if begin == end:
             continue
-        alone, kept = Rows(end - begin).forward(heads, qkv[begin:end], True)
-        assert torch.allclose(mixed[begin:end], alone, atol=1e-6)
-        for part, whole in zip(Rows(end - begin).backward(heads, kept, dmixed[begin:end]), back, strict=True):
+        alone, its = Rows(end - begin).forward(heads, qkv[begin:end], True)
+        assert torch.allclose(merged[begin:end], alone, atol=1e-6)
+        for part, whole in zip(Rows(end - begin).backward(heads, its, dmerged[begin:end]), back, strict=True):
             assert torch.allclose(whole[:, :, begin:end], part, atol=1e-6)
 
 
 @pytest.mark.parametrize(("low", "least", "worth"), [(4, 0, True), (4, 100_000, False), (50, 0, False)])
 def test_streams_are_worth_it_where_lengths_differ_and_the_device_is_busy(low, least, worth):
-    held = steps(low=low)
-    assert worth_it(Streams(held, 4096, 3), Shapes(held, 4096, 3), least) is worth
+    batches = steps(low=low)
+    assert worth_it(Streams(batches, 4096, 3), Shapes(batches, 4096, 3), least) is worth

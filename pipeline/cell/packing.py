@@ -94,17 +94,18 @@ class Packing:
         answers.preload(self.settings.task)
 
     @functools.cached_property
-    def starts(self) -> Any:
-        from pipeline.training.starts import Starts
+    def initializer(self) -> Any:
+        from pipeline.training.adapter_init import AdapterInitializer
 
         folder = Path(self.cfg.paths.models) / self.cfg.model.name
-        return Starts(load_model(folder, self.settings.precision, self.device, self.shared.stored.get(folder), self.settings.model.trust_remote_code))
+        settings, stored = self.settings, self.shared.stored.get(folder)
+        return AdapterInitializer(load_model(folder, settings.precision, self.device, stored, settings.model.trust_remote_code))
 
     @functools.cached_property
     def encoder(self) -> Encoder:
         train, folder = self.settings.train, Path(self.cfg.paths.models) / self.cfg.model.name
         tokenizer = self.shared.tokenizers.get(folder) or load_tokenizer(folder)
-        return Encoder(tokenizer, self.settings.task, most_tokens(self.starts.base, train.max_length), train.too_long)
+        return Encoder(tokenizer, self.settings.task, most_tokens(self.initializer.base, train.max_length), train.too_long)
 
     @functools.cached_property
     def rationales(self) -> dict[str, dict]:
@@ -132,7 +133,7 @@ class Packing:
         def step(number: int) -> list[Encoded]:
             return [e for r in step_rows(len(examples), train.batch_size, cfg.seed, number) for e in examples[r]]
 
-        return Job(Member(cfg, settings, method, rows, tag), step, lambda: self.starts.make(method, cfg.seed), total, train)
+        return Job(Member(cfg, settings, method, rows, tag), step, lambda: self.initializer.make(method, cfg.seed), total, train)
 
     def slots(self, left: int) -> int:
         """How many runs at once, of `left`: what the free memory holds, and no more than as many rounds need."""
@@ -191,7 +192,7 @@ class Packing:
             return [answers.chosen(rows[:count], mine[:count], task) for count, mine in zip(counts, values, strict=True)]
         found = []
         for run in running:
-            with self.starts.wrapped(run.job.name.method, pack.adapters.take(run.slot, run.start.weights)) as model:
+            with self.initializer.wrapped(run.job.name.method, pack.adapters.take(run.slot, run.init.weights)) as model:
                 found.append(self._scorer(model).predict(run.job.name.rows.validation))
         return found
 
@@ -217,9 +218,9 @@ class Packing:
 
     def _template(self) -> Any:
         kinds = {str(getattr(m.config, "target_modules", None)): m for m in self.methods}  # type: ignore[attr-defined]
-        names = set().union(*(self.starts.names(m) for m in kinds.values()))
+        names = set().union(*(self.initializer.names(m) for m in kinds.values()))
         dropout = max(getattr(m.config, "lora_dropout", 0.0) for m in self.methods)  # type: ignore[attr-defined]
-        return self.starts.template(self.methods[0], names, self._rank(), dropout)
+        return self.initializer.template(self.methods[0], names, self._rank(), dropout)
 
 
 def _differ(covers: Sequence[DictConfig]) -> str | None:

@@ -1,7 +1,7 @@
 """A model's answers by hand: the forward pass of llama.py over a transformers or PEFT model, for scoring and generation.
 
-Library. `by_hand` binds a model for as long as its answers are wanted; a model that is bound for training answers with what it trains.
-What is not known keeps its own forward pass.
+Library. `by_hand` binds a model for as long as answers are needed; a model that is bound for training answers with the weights in training.
+A model that bind.py does not know runs its own forward pass.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.attention import Heads, seen
+from pipeline.engine.attention import Heads, masked_attention
 from pipeline.engine.bind import answering, bound_to
 from pipeline.engine.llama import Llama
 from pipeline.engine.ops import Tensor
 from pipeline.engine.parts import Unsupported
 
 STATIC = ("cuda",)
-"""Device types on which launching kernels is what a model's own forward pass waits for."""
+"""Device types on which a model's own forward pass waits for kernel launches."""
 FEW = 32
-"""Rows below which binding a model costs more than it brings."""
+"""Rows below which binding a model costs more time than it saves."""
 LEAST_TABLE = 64
+"""Fewest positions of a table of cos and sin."""
 
 
 class Forward:
-    """Logits at chosen positions, as scoring.logits_at gives them."""
+    """Logits at chosen positions, with the signature of scorer.logits_at."""
 
     def __init__(self, llama: Llama) -> None:
         self.llama = llama
 
     def table(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [at least `length`, e]; few different ones are ever made."""
-        with torch.inference_mode(False):  # training may read them next
+        """cos, sin [at least `length`, e]; lengths are rounded up to powers of two, so that few tables are made."""
+        with torch.inference_mode(False):  # training may read the same tables
             return self.llama.angles(max(LEAST_TABLE, 1 << (length - 1).bit_length()))
 
     def __call__(self, ids: Tensor, rows: Tensor, cols: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
@@ -42,8 +43,8 @@ class Forward:
         """fp32 [N, V] at (rows, cols) [N] of ids [R, T].
 
         Args:
-            attention_mask: [R, 1, T, P + T], True where a token sees another; None: causal.
-            position_ids: [R, T]; None: 0 to T - 1. past_key_values: a transformers cache of P tokens, added to.
+            attention_mask: [R, 1, T, P + T], True where a token attends to another; None: causal.
+            position_ids: [R, T]; None: 0 to T - 1. past_key_values: a transformers cache of P tokens, which T are appended to.
         """
         count, width = ids.shape
         if position_ids is None:
@@ -51,16 +52,15 @@ class Forward:
         else:
             longest = attention_mask.shape[-1] if attention_mask is not None else width
             cos, sin = (part[position_ids.reshape(-1)] for part in self.table(longest))
-
-        attends = [Masked(width, attention_mask, past_key_values, layer) for layer in range(len(self.llama.layers))]
+        attends = [MaskedAttention(width, attention_mask, past_key_values, layer) for layer in range(len(self.llama.layers))]
         hidden = self.llama.answer(ids.reshape(-1), cos, sin, attends).view(count, width, -1)
         return self.llama.logits(hidden[rows, cols])
 
 
 @dataclass(frozen=True)
-class Masked:
-    """Rows of `tokens` tokens for answers alone: causal, or by `mask` [R, 1, T, P + T] (True where a token sees another), after the tokens of `past`
-    (a transformers cache of P tokens, added to)."""
+class MaskedAttention:
+    """Attention of rows of T = `tokens` tokens, without backward: causal, or by `mask` [R, 1, T, P + T] (True where a token attends to another), after
+    the tokens of `past` (a transformers cache of P tokens, which these are appended to)."""
 
     tokens: int
     mask: Tensor | None = None
@@ -68,15 +68,15 @@ class Masked:
     layer: int = 0
 
     def forward(self, heads: Heads, qkv: Tensor, save: bool) -> tuple[Tensor, tuple]:
-        q, k, v = heads.parts(qkv, self.tokens)
+        q, k, v = heads.split(qkv, self.tokens)
         if self.past is not None:
             k, v = self.past.update(k, v, self.layer)
-        return heads.mixed(seen(q, k, v, self.mask)), ()
+        return heads.merge(masked_attention(q, k, v, self.mask)), ()
 
 
 @contextmanager
 def by_hand(model: Any, dtype: Any, device: Any, rows: int) -> Iterator[Forward | None]:
-    """The model's forward pass by hand while the context lasts; None where the model is not known, the rows are few or the device gains nothing."""
+    """The model's hand-written forward pass inside the context; None where bind.py does not know the model, rows are few or the device gains nothing."""
     if torch.device(device).type not in STATIC:
         yield None
         return

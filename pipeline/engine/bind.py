@@ -1,8 +1,8 @@
 """From a transformers or PEFT model to the hand-written Llama over the same memory.
 
-Library. Nothing is copied for long: frozen weights are stacked once and the modules' own weights become views of the stack,
-trained ones become views of a Flat's masters. A model that this file does not know raises Unsupported with the reason,
-and the caller takes another way.
+Library. No second copy of the weights stays: frozen weights are stacked once and the modules' weights become views of the stack,
+trained ones become views of a ParameterBuffer's masters. A model that this file does not know raises Unsupported with the reason,
+and the caller trains by autograd.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from pipeline.engine import ops
-from pipeline.engine.buffer import Flat, Region
+from pipeline.engine.buffer import ParameterBuffer, Region
 from pipeline.engine.layout import padded
-from pipeline.engine.linear import Group, Low
+from pipeline.engine.linear import Linears, LoraPair
 from pipeline.engine.llama import Llama, Norm
 from pipeline.engine.ops import Tensor
 from pipeline.engine.parts import GROUPS, WIDE, Parts, Unsupported, stack, with_columns
@@ -27,47 +27,48 @@ class Bound:
     """A model bound to the hand-written step."""
 
     llama: Llama
-    flat: Flat
+    buffer: ParameterBuffer
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """LoRA: module name -> (A [K, r, in], B [K, out, r]) as views of the masters."""
     moved: list[Any] = field(default_factory=list)
+    """Frozen modules whose weights are views of a stack."""
 
     def serve(self, model: Any) -> None:
-        """Answer for the model, whose own parameters these are, until the release."""
+        """Let `bound_to` find this for the model, whose parameters these are, until `release`."""
         _BOUND[model] = self
 
     def release(self) -> None:
-        """Give every frozen module a weight of its own again, laid out as before."""
+        """Give every frozen module memory of its own for its weight again, laid out as before."""
         for model, bound in list(_BOUND.items()):
             if bound is self:
                 del _BOUND[model]
-        give_back(self.moved)
+        restore_weights(self.moved)
 
 
 @dataclass
 class Answering:
-    """A model bound for its answers alone."""
+    """A model bound for answers alone."""
 
     llama: Llama
     moved: list[Any]
 
     def release(self) -> None:
         """As Bound.release."""
-        give_back(self.moved)
+        restore_weights(self.moved)
 
 
 _BOUND: WeakKeyDictionary[Any, Bound] = WeakKeyDictionary()
-"""Model -> how its training is bound."""
+"""Model -> what trains it."""
 
 
 def bound_to(model: Any, dtype: Any) -> Llama | None:
-    """What trains this model at present in this arithmetic, to answer with; None: nothing does, or it has soft prompts."""
+    """The Llama that trains this model at present in this dtype, to answer with; None: there is none, or it has soft prompts."""
     bound = _BOUND.get(model)
     return bound.llama if bound is not None and bound.llama.prompt is None and bound.llama.embedding.dtype == dtype else None
 
 
-def give_back(modules: list[Any]) -> None:
-    """Let every module own its weight again."""
+def restore_weights(modules: list[Any]) -> None:
+    """Copy every module's weight out of the stack."""
     for module in modules:
         module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
 
@@ -78,9 +79,10 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
     Args:
         model: a PEFT model with LoRA or prompt tuning, or a plain model of which every parameter is trained.
         dtype: of the arithmetic.
-        slots, rank: K runs at once, with room for this rank each (LoRA; the model's own adapter says which modules).
-            With one slot the model's own parameters become the masters; with several the caller fills the slots.
-        dropout: leave way for dropout even if the model's own adapter has none (the caller fills flat.dropout and flat.seed).
+        slots, rank: K runs at once, of at most this rank each (LoRA; the model's adapter says which modules).
+            With one slot the model's parameters become the masters; with several the caller fills the slots.
+        accumulate: several micro-batches a step.
+        dropout: make room for dropout even if the model's adapter has none (the caller fills buffer.dropout and buffer.seed).
         seed: of the dropout.
 
     Raises:
@@ -93,7 +95,7 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
         bound = _lora(parts, dtype, slots, rank, accumulate)
         p = model.active_peft_config.lora_dropout
         if p or dropout:
-            _let_drop(bound, p, seed)
+            _set_dropout(bound, p, seed)
     elif kind == "prompt":
         bound = _prompt(model, parts, dtype, slots, accumulate)
     elif not all(p.requires_grad for p in model.parameters()):
@@ -106,7 +108,7 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
 
 
 def answering(model: Any, dtype: Any) -> Answering:
-    """Bind what `model` answers with: a plain one, or one with LoRA that is active and not merged.
+    """Bind `model` for answers: a plain one, or one with LoRA that is active and not merged.
 
     Raises:
         Unsupported: as bind, and for soft prompts.
@@ -120,24 +122,24 @@ def answering(model: Any, dtype: Any) -> Answering:
     try:
         for layer, index, modules in parts.groups():
             weight, bias, spans = stack(parts, modules)
-            groups[layer, index] = _adapted(Group(weight, bias), modules, spans, dtype)
+            groups[layer, index] = _adapted(Linears(weight, bias), modules, spans, dtype)
         return Answering(parts.frozen_build(groups, len(parts.layers)), parts.moved)
     except BaseException:
-        give_back(parts.moved)
+        restore_weights(parts.moved)
         raise
 
 
-def _adapted(group: Group, modules: list[tuple[str, Any]], spans: list[tuple[int, int]], dtype: Any) -> Group:
-    """The group with the adapters of its modules as they are now, in the arithmetic's dtype."""
+def _adapted(linears: Linears, modules: list[tuple[str, Any]], spans: list[tuple[int, int]], dtype: Any) -> Linears:
+    """`linears` with a copy of its modules' adapters as they are now, in the arithmetic's dtype."""
     members = [(m, span) for (_, m), span in zip(modules, spans, strict=True) if hasattr(m, "lora_A")]
     if any(m.merged or m.disable_adapters or m.active_adapters != ["default"] for m, _ in members):
         raise Unsupported("its adapters are merged or not active")
     if len({m.r["default"] for m, _ in members}) > 1:
         raise Unsupported("LoRA with several ranks has no hand-written step")
     if members:
-        group.a = torch.cat([m.lora_A["default"].weight.detach().to(dtype) for m, _ in members])[None]
-        group.low = [Low(lo, hi, (m.lora_B["default"].weight.detach() * m.scaling["default"]).to(dtype)[None]) for m, (lo, hi) in members]
-    return group
+        linears.a = torch.cat([m.lora_A["default"].weight.detach().to(dtype) for m, _ in members])[None]
+        linears.pairs = [LoraPair(lo, hi, (m.lora_B["default"].weight.detach() * m.scaling["default"]).to(dtype)[None]) for m, (lo, hi) in members]
+    return linears
 
 
 def _base(model: Any) -> tuple[Any, str]:
@@ -159,7 +161,7 @@ def _base(model: Any) -> tuple[Any, str]:
 
 
 def _check_trained(model: Any, kind: str) -> None:
-    """Raise Unsupported where an adapter's model trains more than the adapter, or other parameters than the hand-written step moves."""
+    """Raise Unsupported where an adapter's model trains other parameters than the hand-written step knows."""
     if kind == "full":
         return
     known = ("prompt_encoder.default.embedding.weight",) if kind == "prompt" else (".lora_A.default.weight", ".lora_B.default.weight")
@@ -175,10 +177,10 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
     if len(ranks) != 1 or len(scales) != 1:
         raise Unsupported("LoRA with several ranks or scales has no hand-written step")
     wide = rank or ranks.pop()
-    flat = Flat(slots, [Region(sum(wide * m.in_features for m in adapted.values())), Region(sum(wide * m.out_features for m in adapted.values()), True)],
-                next(iter(adapted.values())).weight.device, dtype, accumulate=accumulate)
-    groups, pairs, places = {}, {}, []
-    at_a, at_b = 0, flat.regions[0].size
+    regions = [Region(sum(wide * m.in_features for m in adapted.values())), Region(sum(wide * m.out_features for m in adapted.values()), scaled=True)]
+    buffer = ParameterBuffer(slots, regions, next(iter(adapted.values())).weight.device, dtype, accumulate=accumulate)
+    groups, pairs, copies = {}, {}, []
+    at_a, at_b = 0, buffer.regions[0].size
     for layer, index, modules in parts.groups():
         count = sum(name in adapted for name, _ in modules)
         thin = count * wide if slots == 1 else 0
@@ -186,7 +188,7 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
         four = any(hasattr(getattr(m, "base_layer", m).weight, "quant_state") for _, m in modules)
         under = 0 if four else padded(thin, sum(m.out_features for _, m in modules))
         weight, bias, spans = stack(parts, modules, room, under)
-        group = Group(weight, bias, room=room, under=under)
+        linears = Linears(weight, bias, room=room, under=under)
         members = [(name, m, span) for (name, m), span in zip(modules, spans, strict=True) if name in adapted]
         if members:
             width, size = members[0][1].in_features, wide * members[0][1].in_features
@@ -194,35 +196,35 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
             for j, (name, module, (lo, hi)) in enumerate(members):
                 b = slice(at_b, at_b + (hi - lo) * wide)
                 at_b = b.stop
-                views = [held[:, b].view(slots, hi - lo, wide) for held in (flat.compute, flat.raw, flat.master)]
-                a = flat.master[:, at_a + j * size : at_a + (j + 1) * size].view(slots, wide, width)
-                group.low.append(Low(lo, hi, views[0], views[1]))
+                views = [numbers[:, b].view(slots, hi - lo, wide) for numbers in (buffer.compute, buffer.raw, buffer.master)]
+                a = buffer.master[:, at_a + j * size : at_a + (j + 1) * size].view(slots, wide, width)
+                linears.pairs.append(LoraPair(lo, hi, views[0], views[1]))
                 pairs[name] = (a, views[2])
-                columns.append((views[0][0], slice(lo, hi), slice(width + j * wide, width + (j + 1) * wide)))
+                columns.append((views[0][0], slice(lo, hi), slice(width + j * wide, width + (j + 1) * wide)))  # where B stands in W
                 if slots == 1:
                     _adopt(module.lora_A["default"].weight, a[0])
                     _adopt(module.lora_B["default"].weight, views[2][0])
             span = slice(at_a, at_a + len(members) * size)
-            group.a, group.da = (held[:, span].view(slots, len(members) * wide, width) for held in (flat.compute, flat.raw))
+            linears.a, linears.da = (part[:, span].view(slots, len(members) * wide, width) for part in (buffer.compute, buffer.raw))
             at_a = span.stop
-            if slots == 1 and all(one.hi == other.lo for one, other in zip(group.low, group.low[1:], strict=False)):
-                group.db = flat.raw[0, b.stop - (group.low[-1].hi - group.low[0].lo) * wide : b.stop].view(-1, wide)
+            if slots == 1 and all(one.hi == other.lo for one, other in zip(linears.pairs, linears.pairs[1:], strict=False)):
+                linears.db = buffer.raw[0, b.stop - (linears.pairs[-1].hi - linears.pairs[0].lo) * wide : b.stop].view(-1, wide)
             if room and hasattr(members[0][1].base_layer.weight, "quant_state"):
-                group.weight = with_columns(weight, columns)
+                linears.weight = with_columns(weight, columns)
             elif room:
-                places += [(held, weight()[rows, cols]) for held, rows, cols in columns]
+                copies += [(b_of, weight()[rows, cols]) for b_of, rows, cols in columns]
             if under:
-                places.append((group.a[0], weight()[spans[-1][1] : spans[-1][1] + len(members) * wide, :width]))
-        groups[layer, index] = group
-    flat.places = ops.Places(places)
-    flat.scale.fill_(scales.pop())
-    flat.sync()
-    lowest = min(layer for (layer, _), group in groups.items() if group.trained)
-    return Bound(parts.frozen_build(groups, lowest), flat, pairs, parts.moved)
+                copies.append((linears.a[0], weight()[spans[-1][1] : spans[-1][1] + len(members) * wide, :width]))
+        groups[layer, index] = linears
+    buffer.scatter = ops.Scatter(copies)
+    buffer.scale.fill_(scales.pop())
+    buffer.sync()
+    lowest = min(layer for (layer, _), linears in groups.items() if linears.trained)
+    return Bound(parts.frozen_build(groups, lowest), buffer, pairs, parts.moved)
 
 
 def _adapters(parts: Parts) -> dict[str, Any]:
-    """Name -> module with LoRA."""
+    """Name -> module with LoRA. Raises Unsupported for LoRA on any other module."""
     adapted = {name: module for _, _, modules in parts.groups() for name, module in modules if hasattr(module, "lora_A")}
     others = [n for n, m in parts.base.named_modules() if hasattr(m, "lora_A") and n not in adapted]
     if others:
@@ -230,23 +232,23 @@ def _adapters(parts: Parts) -> dict[str, Any]:
     return adapted
 
 
-def _let_drop(bound: Bound, p: float, seed: int) -> None:
-    """Give every adapted group its noise."""
-    flat = bound.flat
-    flat.dropout.fill_(p)
-    flat.seed.fill_(seed)
-    noise = ops.Noise(flat.dropout, flat.seed, flat.count, torch.zeros((), dtype=torch.long, device=flat.seed.device))
+def _set_dropout(bound: Bound, p: float, seed: int) -> None:
+    """Give all adapters dropout p, members numbered in the model's order."""
+    buffer = bound.buffer
+    buffer.dropout.fill_(p)
+    buffer.seed.fill_(seed)
+    noise = ops.Noise(buffer.dropout, buffer.seed, buffer.count, torch.zeros((), dtype=torch.long, device=buffer.seed.device))
     bound.llama.noise = noise
     member = 0
     for layer in bound.llama.layers:
-        for group in (layer.qkv, layer.out, layer.gate_up, layer.down):
-            for low in group.low:
-                low.member, member = member, member + 1
-            group.noise = noise if group.low else None
+        for linears in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            for pair in linears.pairs:
+                pair.member, member = member, member + 1
+            linears.noise = noise if linears.pairs else None
 
 
 def _adopt(parameter: Any, view: Tensor) -> None:
-    """Make a parameter a view of the masters, values kept."""
+    """Make a parameter this view of the masters, with its values copied."""
     view.copy_(parameter.data)
     parameter.data = view
 
@@ -254,17 +256,17 @@ def _adopt(parameter: Any, view: Tensor) -> None:
 def _prompt(model: Any, parts: Parts, dtype: Any, slots: int, accumulate: bool) -> Bound:
     embedding = model.prompt_encoder["default"].embedding.weight
     n, d = embedding.shape
-    flat = Flat(slots, [Region(n * d)], embedding.device, dtype, accumulate=accumulate)
+    buffer = ParameterBuffer(slots, [Region(n * d)], embedding.device, dtype, accumulate=accumulate)
     if slots == 1:
-        _adopt(embedding, flat.master[0].view(n, d))
-    flat.sync()
+        _adopt(embedding, buffer.master[0].view(n, d))
+    buffer.sync()
     groups = {}
     for layer, index, modules in parts.groups():
         weight, bias, _ = stack(parts, modules)
-        groups[layer, index] = Group(weight, bias)
+        groups[layer, index] = Linears(weight, bias)
     llama = parts.frozen_build(groups, 0)
-    llama.prompt, llama.dprompt = flat.compute.view(slots, n, d), flat.raw.view(slots, n, d)
-    return Bound(llama, flat, moved=parts.moved)
+    llama.prompt, llama.dprompt = buffer.compute.view(slots, n, d), buffer.raw.view(slots, n, d)
+    return Bound(llama, buffer, moved=parts.moved)
 
 
 def _full(parts: Parts, dtype: Any, accumulate: bool) -> Bound:
@@ -279,26 +281,26 @@ def _full(parts: Parts, dtype: Any, accumulate: bool) -> Bound:
     ordered += [m.weight for m in norms] + ([] if parts.tied else [parts.base.lm_head.weight])
     if {id(p) for p in ordered} != {id(p) for p in parts.base.parameters()} or any(p.dtype != torch.float32 for p in ordered):
         raise Unsupported("it has parameters that the hand-written step does not know")
-    flat = Flat(1, [Region(sum(p.numel() for p in ordered))], ordered[0].device, dtype, own_copy=True, accumulate=accumulate)
+    buffer = ParameterBuffer(1, [Region(sum(p.numel() for p in ordered))], ordered[0].device, dtype, compute_copy=True, accumulate=accumulate)
     spans: dict[int, slice] = {}
     at = 0
     for parameter in ordered:
         spans[id(parameter)] = slice(at, at + parameter.numel())
         at += parameter.numel()
-        _adopt(parameter, flat.master[0, spans[id(parameter)]].view(parameter.shape))
-    flat.sync()
+        _adopt(parameter, buffer.master[0, spans[id(parameter)]].view(parameter.shape))
+    buffer.sync()
 
     def views(parameters: list[Any]) -> tuple[Tensor, Tensor]:
         span = slice(spans[id(parameters[0])].start, spans[id(parameters[-1])].stop)
         width = parameters[0].shape[1:]
-        return flat.compute[0, span].view(-1, *width), flat.raw[0, span].view(-1, *width)
+        return buffer.compute[0, span].view(-1, *width), buffer.raw[0, span].view(-1, *width)
 
     groups = {}
     for key, parameters in grouped.items():
         weight, dweight = views(parameters)
-        groups[key] = Group((lambda held: lambda: held)(weight), dweight=dweight)
+        groups[key] = Linears((lambda stacked: lambda: stacked)(weight), dweight=dweight)
     embedding, dembedding = views([ordered[0]])
     head, dhead = (embedding, None) if parts.tied else views([parts.base.lm_head.weight])
     llama = parts.build(groups, lambda m: Norm(*views([m.weight])), embedding, head, 0)
     llama.dembedding, llama.dhead, llama.padding = dembedding, dhead, parts.model.embed_tokens.padding_idx
-    return Bound(llama, flat)
+    return Bound(llama, buffer)

@@ -1,6 +1,6 @@
-"""Greedy decoding over tensors that stay: every step works on the same ones, so that on a GPU one captured step serves all steps of a batch.
+"""Greedy decoding over static tensors: every step works on the same ones, so that on a GPU one captured step is replayed for all steps of a batch.
 
-Library. A row that has ended goes on with padding; whether all have ended is asked every few steps.
+Library. A row that has ended gets padding; whether all have ended is asked every few steps.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from transformers import GenerationConfig, StaticCache
 from pipeline.data.rows import pad
 from pipeline.engine import answering
 from pipeline.engine.answering import Forward
-from pipeline.engine.attention import Attends, Heads, after, seen
+from pipeline.engine.attention import AttentionForward, Heads, masked_attention, single_query_attention
 from pipeline.engine.graphs import Graphs
 from pipeline.engine.passes import capture
 from pipeline.engine.reuse import refusal
 
 ASK_EVERY = 8  # steps between asking the device whether all rows have ended
-PAYS = 6  # times that work is done for which recording it pays
-ALIGNED = 8  # numbers of at least 16 bits in the 16 bytes that attention's kernels want a bias's rows to begin at
+PAYS = 6  # times that work is done from which capturing it pays
+ALIGNED = 8  # 16-bit numbers in 16 bytes: attention's kernels take a bias whose rows begin at multiples of that
 HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
     "max_length", "max_new_tokens", "use_cache", "transformers_version", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
     "return_dict_in_generate", "cache_implementation", "disable_compile",
 }
-"""What may stand in a model's generation config without changing what greedy decoding gives."""
+"""Keys of a model's generation config that do not change what greedy decoding gives."""
 
 
 def unsuited(model: Any, longest: int) -> str | None:
-    """Why the model's own generate is needed; None: it is not."""
-    own = getattr(model, "generation_config", None) or GenerationConfig()
+    """Why the model's own generate is needed; None: it is not. longest: tokens of the longest prompt and its continuation."""
+    config = getattr(model, "generation_config", None) or GenerationConfig()
     plain = GenerationConfig().to_dict()
-    changed = {key for key, value in own.to_dict().items() if value != plain.get(key) and not key.startswith("_") and value is not None} - HARMLESS
+    changed = {key for key, value in config.to_dict().items() if value != plain.get(key) and not key.startswith("_") and value is not None} - HARMLESS
     if changed:
         return f"its generation config sets {', '.join(sorted(changed))}"
     return refusal(model, longest, slides=False)
 
 
 class Decoder:
-    """A batch of a fixed shape, and its greedy continuations: what every way to feed a model shares. Prompts are padded on the left, as generate has them.
+    """A batch of a fixed shape and its greedy continuations, for any way to run the model. Prompts are padded on the left, as generate pads them.
 
     Args:
-        rows, width: of the prompts; new: tokens that follow at most.
+        rows, width: of the prompts; new: most tokens of a continuation.
         end: the token that ends a text, or None.
     """
 
@@ -57,7 +57,7 @@ class Decoder:
         self.end, self.padding = torch.tensor(-1 if end is None else end, **whole), torch.tensor(pad_id, **whole)
         self.ids, self.positions = torch.zeros(rows, width, **whole), torch.zeros(rows, width, **whole)
         self.mask = torch.zeros(rows, 1, width, width + new, dtype=torch.bool, device=device)
-        self.seen = torch.zeros(rows, 1, 1, width + new, dtype=torch.bool, device=device)
+        self.visible = torch.zeros(rows, 1, 1, width + new, dtype=torch.bool, device=device)
         self.at, self.slot = torch.zeros(rows, **whole), torch.zeros(1, **whole)
         self.token, self.done = torch.zeros(rows, 1, **whole), torch.zeros(rows, 1, dtype=torch.bool, device=device)
         self.out = torch.zeros(rows, new, **whole)
@@ -69,9 +69,9 @@ class Decoder:
         self.at.copy_(torch.tensor([len(prompt) for prompt in prompts]))
         starts, columns = self.width - self.at[:, None], torch.arange(self.width + self.new, device=self.device)
         real, among = (columns >= starts) & (columns < self.width), columns[: self.width, None]
-        # a padding token sees itself alone, because attention over nothing is not a number
+        # a padding token attends to itself alone, because attention over nothing is not a number
         self.mask.copy_(((real[:, None] & (columns <= among)) | (columns == among))[:, None])
-        self.seen.copy_(real[:, None, None])
+        self.visible.copy_(real[:, None, None])
         self.positions.copy_((columns[: self.width] - starts).clamp(min=0))
         self.slot.zero_()
         self.done.fill_(False)
@@ -83,7 +83,7 @@ class Decoder:
 
     def step(self) -> None:
         """Feed the last token, at position `at` of its row, and choose the next."""
-        self.seen.index_fill_(3, self.column, True)
+        self.visible.index_fill_(3, self.column, True)
         logits = self.next()
         self.at.add_(1)
         self.choose(logits)
@@ -102,14 +102,14 @@ class Decoder:
         raise NotImplementedError
 
     def choose(self, logits: torch.Tensor) -> None:
-        """Take the most likely tokens; logits [R, V]."""
+        """Take the most likely tokens by logits [R, V]."""
         self.token.copy_(torch.where(self.done, self.padding, logits.argmax(-1, keepdim=True)))
         self.done.logical_or_(self.token == self.end)
         self.out.index_copy_(1, self.slot, self.token)
         self.slot.add_(1)
 
     def run(self, prefill: Callable[[], None], step: Callable[[], None]) -> torch.Tensor:
-        """What follows each row [R, new], padded from where it has ended, by these ways to do the work once `fill` was called."""
+        """Continuations [R, new] of the prompts that `fill` put in, padded from where they ended. prefill, step: this decoder's, or their replays."""
         prefill()
         for count in range(1, self.new):
             if count % ASK_EVERY == 0 and bool(self.done.all()):
@@ -122,7 +122,7 @@ class Cached(Decoder):
     """Over transformers' static cache.
 
     Args:
-        forward: (ids [R, T], rows [R], cols [R], further inputs of the model) -> logits [R, V] fp32.
+        forward: (ids [R, T], rows [R], cols [R], extra inputs of the model) -> logits [R, V] fp32.
     """
 
     def __init__(self, forward: Callable[..., torch.Tensor], config: Any, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any) -> None:
@@ -139,98 +139,98 @@ class Cached(Decoder):
         return self.forward(self.ids, self.every, self.last, attention_mask=self.mask, position_ids=self.positions, **self._past)
 
     def next(self) -> torch.Tensor:
-        return self.forward(self.token, self.every, self.only, attention_mask=self.seen, position_ids=self.at[:, None], **self._past)
+        return self.forward(self.token, self.every, self.only, attention_mask=self.visible, position_ids=self.at[:, None], **self._past)
 
     @property
     def _past(self) -> dict[str, Any]:
         return {"past_key_values": self.cache, "use_cache": True}
 
 
-class Written(Decoder):
-    """Over the hand-written layers, and keys and values [R, 2G, L, e] of its own."""
+class Handwritten(Decoder):
+    """Over the hand-written layers; keys and values [R, 2G, L, e] by layer, L = width + new."""
 
     def __init__(self, forward: Forward, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any) -> None:
         super().__init__(rows, width, new, end, pad_id, device)
         self.llama = forward.llama
         self.cos, self.sin = forward.table(width + new)
-        self.held = [self.llama.embedding.new_zeros(rows, 2 * one.heads.groups, width + new, one.heads.width) for one in self.llama.layers]
+        self.caches = [self.llama.embedding.new_zeros(rows, 2 * one.heads.groups, width + new, one.heads.width) for one in self.llama.layers]
 
     def first(self) -> torch.Tensor:
         bias = additive(self.mask[..., : self.width], self.llama.embedding.dtype)
-        return self._logits(self.ids, self.positions.view(-1), [Among(held, bias) for held in self.held])
+        return self._logits(self.ids, self.positions.view(-1), [PromptAttention(cache, bias) for cache in self.caches])
 
     def next(self) -> torch.Tensor:
-        bias, column = additive(self.seen, self.llama.embedding.dtype), self.column
-        return self._logits(self.token, self.at, [After(held, bias, column) for held in self.held])
+        bias, column = additive(self.visible, self.llama.embedding.dtype), self.column
+        return self._logits(self.token, self.at, [NextTokenAttention(cache, bias, column) for cache in self.caches])
 
-    def _logits(self, ids: torch.Tensor, positions: torch.Tensor, attends: Sequence[Attends]) -> torch.Tensor:
+    def _logits(self, ids: torch.Tensor, positions: torch.Tensor, attends: Sequence[AttentionForward]) -> torch.Tensor:
         hidden = self.llama.answer(ids.view(-1), self.cos[positions], self.sin[positions], attends)
         return self.llama.logits(hidden.view(*ids.shape, -1)[:, -1])
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where the mask [R, 1, T, S] is True, else -inf; as attention's kernels add it, with rows that begin at multiples of 16 bytes."""
+    """0 where the mask [R, 1, T, S] is True, else -inf: a bias for attention's kernels, with rows that begin at multiples of 16 bytes."""
     columns = mask.shape[-1]
-    held = torch.full((*mask.shape[:-1], columns + -columns % ALIGNED), -math.inf, dtype=dtype, device=mask.device)
-    return held[..., :columns].masked_fill_(mask, 0.0)
+    bias = torch.full((*mask.shape[:-1], columns + -columns % ALIGNED), -math.inf, dtype=dtype, device=mask.device)
+    return bias[..., :columns].masked_fill_(mask, 0.0)
 
 
 @dataclass(frozen=True)
-class Among:
-    """Prompts [R, W] attend among themselves, by the bias [R, 1, W, W]; their keys and values are kept in `held` [R, 2G, L, e]."""
+class PromptAttention:
+    """Of prompts [R, W] among themselves, by the bias [R, 1, W, W]; their keys and values go into `cache` [R, 2G, L, e]."""
 
-    held: torch.Tensor
+    cache: torch.Tensor
     bias: torch.Tensor
 
     def forward(self, heads: Heads, qkv: torch.Tensor, save: bool) -> tuple[torch.Tensor, tuple]:
         width = self.bias.shape[-1]
-        q, k, v = heads.parts(qkv, width)
-        self.held[:, :, :width] = torch.cat((k, v), 1)
-        return heads.mixed(seen(q, k, v, self.bias)), ()
+        q, k, v = heads.split(qkv, width)
+        self.cache[:, :, :width] = torch.cat((k, v), 1)
+        return heads.merge(masked_attention(q, k, v, self.bias)), ()
 
 
 @dataclass(frozen=True)
-class After:
-    """One token a row, at `column` [1], attends to what is kept up to there, by the bias [R, 1, 1, L]."""
+class NextTokenAttention:
+    """Of one token a row, at `column` [1], to the cached tokens up to it, by the bias [R, 1, 1, L]; its key and value go into `cache` [R, 2G, L, e]."""
 
-    held: torch.Tensor
+    cache: torch.Tensor
     bias: torch.Tensor
     column: torch.Tensor
 
     def forward(self, heads: Heads, qkv: torch.Tensor, save: bool) -> tuple[torch.Tensor, tuple]:
         groups = heads.groups
         q, kv = qkv.view(len(qkv), -1, heads.width).split((heads.queries, 2 * groups), 1)
-        self.held.index_copy_(2, self.column, kv[:, :, None])
-        k, v = self.held.split(groups, 1)
-        return after(q, k, v, self.bias).reshape(len(q), -1), ()
+        self.cache.index_copy_(2, self.column, kv[:, :, None])
+        k, v = self.cache.split(groups, 1)
+        return single_query_attention(q, k, v, self.bias).reshape(len(q), -1), ()
 
 
 class NotCaptured(Exception):
-    """Work that was to be recorded could not be; what it has done to the decoder is not known."""
+    """Work could not be captured; the decoder's tensors are undefined."""
 
 
 @dataclass
 class Replayed:
-    """Work over static tensors that is recorded when it is done for the first time, and then replayed.
+    """Work over static tensors that is captured at its first call, and then replayed.
 
     Args:
-        fresh: a context in which no cast of a weight is kept from before: what a capture runs in.
+        fresh: a context without cached casts of weights, in which a capture runs.
     """
 
     work: Callable[[], None]
     graphs: Graphs
     fresh: Callable[[], Any]
     notes: list[str]
-    again: Callable[[], None] | None = None
+    replay: Callable[[], None] | None = None
 
     def __call__(self) -> None:
-        if self.again is None:
-            self.again = capture(self.graphs, self._inside, self.notes, "generation")
-            if self.again is None:
+        if self.replay is None:
+            self.replay = capture(self.graphs, self._inside, self.notes, "generation")
+            if self.replay is None:
                 raise NotCaptured
             if self.graphs.captures:
-                return  # the run that warms up before a recording was the first
-        self.again()
+                return  # the warm-up before the capture did the work of this call
+        self.replay()
 
     def _inside(self) -> None:
         with self.fresh():
@@ -243,7 +243,7 @@ def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompt
 
     Args:
         make: (rows, width) -> a decoder of this shape.
-        fresh: as Replayed has it.
+        fresh: as in Replayed.
         parts: indices of prompts by batch: the batches in which generate would be called, because in 16 bits a text may depend on its batch, on the
             padding and on how many rows are multiplied at once.
         notes: takes the reason where a capture failed.
@@ -252,25 +252,25 @@ def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompt
     uses = Counter(shape for _, shape in batches)
     static, graphs = torch.device(device).type in answering.STATIC, Graphs(device)
 
-    def ways(decoder: Decoder, times: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    def work_of(decoder: Decoder, times: int) -> tuple[Callable[[], None], Callable[[], None]]:
         work = ((decoder.prefill, times), (decoder.step, times * (new - 1)))
         prefill, step = (Replayed(part, graphs, fresh, notes) if static and count >= PAYS else part for part, count in work)
         return prefill, step
 
-    held: dict[tuple[int, int], tuple[Decoder, Callable[[], None], Callable[[], None]]] = {}
+    current: dict[tuple[int, int], tuple[Decoder, Callable[[], None], Callable[[], None]]] = {}
 
     def texts(mine: Sequence[list[int]], shape: tuple[int, int]) -> torch.Tensor:
-        if shape not in held:  # batches of a shape come one after another
-            held.clear()
+        if shape not in current:  # batches of a shape come one after another
+            current.clear()
             graphs.close()
             made = make(*shape)
-            held[shape] = (made, *ways(made, uses[shape]))
-        decoder, prefill, step = held[shape]
+            current[shape] = (made, *work_of(made, uses[shape]))
+        decoder, prefill, step = current[shape]
         decoder.fill(mine)
         try:
             return decoder.run(prefill, step)
         except NotCaptured:
-            held[shape] = (decoder, decoder.prefill, decoder.step)
+            current[shape] = (decoder, decoder.prefill, decoder.step)
             decoder.fill(mine)
             return decoder.run(decoder.prefill, decoder.step)
 

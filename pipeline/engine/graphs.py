@@ -1,6 +1,6 @@
 """CUDA graphs of work over static tensors, one memory pool for all of a run's.
 
-Library. Elsewhere than on CUDA the work is simply called again at every replay, so the same code path runs and is tested on a CPU.
+Library. Without CUDA the work is called again at every replay, so that the same code path runs, and is tested, on a CPU.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 class Graphs:
     """Captures work and replays it.
 
-    Captured work reads and writes tensors that exist before it; what it makes lives in the pool, which the graphs share,
-    because no two of them run at once and none reads what another left there.
+    Captured work reads and writes tensors that exist before it; what it allocates lives in the pool, which the graphs share,
+    because no two of them run at once and none reads what another has left there.
     """
 
     def __init__(self, device: Any) -> None:
@@ -25,8 +25,8 @@ class Graphs:
         self._graphs: list[Any] = []
 
     def capture(self, work: Callable[[], Any]) -> Callable[[], None]:
-        """A function that repeats `work`. On CUDA `work` runs once here to warm up and is recorded: its effects on static tensors
-        happened once when this returns, and the caller undoes them.
+        """A function that repeats `work`. On CUDA `work` runs once here to warm up, and is then captured: its effects on static tensors
+        have happened once when this returns, and the caller undoes them.
 
         Raises:
             RuntimeError: the work cannot be captured (it waits for the device, for instance), or is out of memory.
@@ -34,7 +34,7 @@ class Graphs:
         if not self.captures:
             return lambda: _call(work)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream current
+        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its stream current
             try:
                 self._record(graph, work)
             except BaseException:
@@ -52,7 +52,7 @@ class Graphs:
             work()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what the warm-up took is not needed beside the pool
+        torch.cuda.empty_cache()  # the warm-up's memory is not needed beside the pool's
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
@@ -69,8 +69,8 @@ _STREAMS: dict[tuple[str, int], Any] = {}
 
 
 def stream(use: str) -> Any:
-    """The process's CUDA stream for one use on the current device; a new one a use would leave memory behind, because products keep a workspace for
-    every stream that they ever ran on."""
+    """The process's CUDA stream for this use on the current device, the same at every call: products keep a workspace for every stream that they ever
+    ran on."""
     key = use, torch.cuda.current_device()
     if key not in _STREAMS:
         _STREAMS[key] = torch.cuda.Stream()
@@ -82,8 +82,8 @@ def _call(work: Callable[[], Any]) -> None:
 
 
 def _end_capture(pool: Any) -> None:
-    """Undo what a failed capture leaves: an allocator that serves its pool and keeps all memory meanwhile (the pool is of no more use), and a generator
-    that takes itself to be captured, until another capture, which succeeds, ends."""
+    """Undo what a failed capture leaves: an allocator that still allocates from the pool and frees nothing (the pool is lost), and a random generator
+    that takes itself to be captured, until a capture that succeeds."""
     with suppress(RuntimeError):  # the capture had not begun
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
     with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):

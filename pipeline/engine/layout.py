@@ -1,8 +1,8 @@
 """Batches of few static shapes: what a CUDA graph needs, and what keeps padding small.
 
-Library; without torch, because a forecast asks it before anything heavy is read (steps.py has the tensors). The steps of a run
-are known before it starts (data.step_rows is a function of seed and step), so the widths that a run uses are chosen from all its
-steps, and so is how many labels a batch of each width can hold.
+Library; without torch, because a forecast needs it before anything heavy is imported (steps.py has the tensors). The steps of a run
+are known before it starts (data.rows.step_rows is a function of seed and step), so the widths that a run uses, and the labels of a
+batch of each width, are chosen from all its steps.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pipeline.data.rows import Encoded
 
 GRAIN = 8  # widths are multiples of this
-TILE, LONG = 64, 2048  # of a product's inner length: what a kernel takes at a time, and from where on less than a tile costs more than padding to it
-STEPS_A_WIDTH = 24  # a further width (a further capture) pays if that many steps can use it
+TILE, LONG = 64, 2048  # of a product's inner length: a kernel's tile, and the length from which a part of a tile costs more than padding to all of it
+STEPS_A_WIDTH = 24  # one more width (one more capture) pays if that many steps can use it
 MOST_WIDTHS = 6
-SAMPLED = 256  # steps that are drawn to choose widths where the steps to come are not known
+SAMPLED = 256  # steps that are drawn to choose widths where the steps are not known
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one slot's part of a batch: rows [rows, width], labels [labels]; dense: every position is one, in order.
+    """Of one slot's part of a batch: ids [rows, width], labels [labels]; dense: every position is labelled.
 
-    longest: tokens of its longest row, where rows stand one after another in [width] tokens; 0: each has a width of its own.
+    longest: of a stream, most tokens of a row; its ids are [width], rows one after another. 0: rows of equal width.
     """
 
     rows: int
@@ -35,23 +35,23 @@ class Shape:
     longest: int = 0
 
     @property
-    def cells(self) -> int:
-        """Tokens, padding counted."""
+    def tokens(self) -> int:
+        """Tokens, padding included."""
         return self.width if self.longest else self.rows * self.width
 
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch: its shape, and the examples of every slot with the slot's labelled tokens a group (over the whole step)."""
+    """A micro-batch: its shape, and by slot its examples and {group: labelled tokens of the slot's whole step}."""
 
     shape: Shape
     parts: list[tuple[list[Encoded], dict[str, int]]]
     first: int = 0
-    """How many of a slot's rows the step's micro-batches before it took."""
+    """Rows of a slot in the step's earlier micro-batches."""
 
 
 def length(example: Encoded) -> int:
-    """Tokens that are fed: the last one predicts nothing."""
+    """Tokens that the model gets: the last one predicts nothing."""
     return len(example.ids) - 1
 
 
@@ -59,8 +59,13 @@ def labels(example: Encoded) -> int:
     return len(example.ids) - example.start
 
 
+def rounded(tokens: int) -> int:
+    """The width of a row of so many tokens."""
+    return -(-tokens // GRAIN) * GRAIN
+
+
 def padded(columns: int, inner: int) -> int:
-    """Columns to leave beside `inner` others for `columns` of adapters: whole tiles of a product's inner length where that is little beside it."""
+    """Columns for adapters beside a product's `inner` others: `columns`, rounded up to whole tiles where those are small against `inner`."""
     grain = TILE if inner >= LONG else GRAIN
     return -(-columns // grain) * grain
 
@@ -75,12 +80,12 @@ def choose_widths(needed: dict[int, int], most: int) -> list[int]:
     best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [])}
     for end in range(1, len(widths) + 1):
         for used in range(1, most + 1):
-            found = [
+            options = [
                 (cost + widths[end - 1] * sum(needed[w] for w in widths[start:end]), [*chosen, widths[end - 1]])
                 for start in range(end) for cost, chosen in [best.get((start, used - 1), (float("inf"), []))] if cost < float("inf")
             ]
-            if found:
-                best[end, used] = min(found)
+            if options:
+                best[end, used] = min(options)
     return min(best[len(widths), used] for used in range(1, most + 1) if (len(widths), used) in best)[1]
 
 
@@ -88,8 +93,8 @@ class Shapes:
     """The static shapes of a run and the micro-batches of each step.
 
     Args:
-        steps: every step as its slots' examples, to be read once; a slot may have none.
-        most_tokens: most tokens of a micro-batch, all slots together (one row a slot at least).
+        steps: every step as its slots' examples; iterated once; a slot may have none.
+        most_tokens: of a micro-batch, all slots together (one row a slot at least).
         most_widths: how many widths to choose.
     """
 
@@ -97,21 +102,23 @@ class Shapes:
         self.most_tokens = most_tokens
         needed: dict[int, int] = {}
         self.examples = 1
-        held = []
+        filled = []
         for step in steps:
-            found = sorted((length(e) for part in step for e in part), reverse=True)
+            longest = max((length(e) for part in step for e in part), default=0)
             self.slots = len(step)
             self.examples = max(self.examples, *(len(part) for part in step))
-            if found:
-                width = -(-found[0] // GRAIN) * GRAIN
+            if any(step):
+                width = rounded(longest)
                 needed[width] = needed.get(width, 0) + 1
-                held.append(step)
+                filled.append(step)
         self.widths = choose_widths(coarser(needed), most_widths)
         self.capacity: dict[int, int] = {}
+        """Width -> labels of a slot in a micro-batch."""
         self.fed: dict[int, int] = {}
+        """Width -> micro-batches of all steps."""
         dense = dict.fromkeys(self.widths, True)
         self.accumulates = False
-        for step in held:
+        for step in filled:
             cut = list(self._cut(step))
             self.accumulates |= len(cut) > 1
             for width, parts in cut:
@@ -127,7 +134,7 @@ class Shapes:
         return max(1, min(self.examples, self.most_tokens // (width * self.slots)))
 
     def all(self) -> list[Shape]:
-        """Every shape that can come, the largest first."""
+        """Every shape, the largest first."""
         return [self.shape(width) for width in sorted(self.capacity, reverse=True)]
 
     def shape(self, width: int) -> Shape:
@@ -137,18 +144,18 @@ class Shapes:
         """The micro-batches of one step; their weighted losses sum to the step's loss."""
         counts = []
         for part in step:
-            found: dict[str, int] = {}
+            by_group: dict[str, int] = {}
             for example in part:
-                found[example.group] = found.get(example.group, 0) + labels(example)
-            counts.append(found)
+                by_group[example.group] = by_group.get(example.group, 0) + labels(example)
+            counts.append(by_group)
         first = 0
         for width, parts in self._cut(step):
             yield Micro(self.shape(width), list(zip(parts, counts, strict=True)), first)
             first += max(map(len, parts))
 
     def cost(self, least: float) -> float:
-        """Tokens that all steps feed, padding counted, where a micro-batch takes the device as long as `least` tokens do at least."""
-        return sum(count * max(self.slots * self.shape(width).cells, least) for width, count in self.fed.items())
+        """Tokens of all steps, padding included, where a micro-batch of fewer than `least` tokens counts as `least` (they take as long)."""
+        return sum(count * max(self.slots * self.shape(width).tokens, least) for width, count in self.fed.items())
 
     def _cut(self, step: Sequence[Sequence[Encoded]]) -> Iterator[tuple[int, list[list[Encoded]]]]:
         """(width, every slot's examples) of each micro-batch, the longest rows first."""
@@ -162,13 +169,13 @@ class Shapes:
 
 
 class OpenShapes(Shapes):
-    """Shapes for steps that are not known yet: runs come and go, and each draws its rows in an order of its own.
+    """Shapes for steps that are not known yet, because runs come and go and each draws its rows in its own order.
 
-    The widest holds any row, and a width's labels are enough for whichever rows it can hold.
+    The widest fits any row, and a width has labels for whichever rows it fits.
 
     Args:
         examples: of every row that a step may draw, one list a row.
-        slots, rows: runs at once, and the most rows of one's step.
+        slots, rows: runs at once, and the most rows of a run's step.
         most_tokens, most_widths: as in Shapes.
     """
 
@@ -180,19 +187,19 @@ class OpenShapes(Shapes):
         draw = random.Random(0)
         needed: dict[int, int] = {}
         for longest in [max(lengths), *(max(draw.choices(lengths, k=slots * rows)) for _ in range(SAMPLED))]:
-            width = -(-longest // GRAIN) * GRAIN
+            width = rounded(longest)
             needed[width] = needed.get(width, 0) + 1
         self.widths = choose_widths(coarser(needed), most_widths)
         self.accumulates = any(self.rows(width) < self.examples for width in self.widths)
         self.capacity, self.dense = {}, {}
         for width in self.widths:
-            held = sorted((labels(e) for e in every if length(e) <= width), reverse=True)
-            self.capacity[width] = sum(held[: self.rows(width)])
-            self.dense[width] = all(length(e) == width == labels(e) for e in every if length(e) <= width) and len(held) >= self.rows(width)
+            fitting = [e for e in every if length(e) <= width]
+            self.capacity[width] = sum(sorted(map(labels, fitting), reverse=True)[: self.rows(width)])
+            self.dense[width] = all(length(e) == width == labels(e) for e in fitting) and len(fitting) >= self.rows(width)
 
 
 def coarser(needed: dict[int, int]) -> dict[int, int]:
-    """At most 64 widths, each joined to the next one up."""
+    """At most 64 widths, neighbours joined into the widest of them; needed: width -> how many batches need it."""
     widths = sorted(needed)
     if len(widths) <= 64:
         return needed
@@ -204,7 +211,7 @@ def coarser(needed: dict[int, int]) -> dict[int, int]:
 def tokens(micro: Micro) -> tuple[int, int]:
     """(real tokens, padding) of a micro-batch, all slots together."""
     real = sum(length(e) for examples, _ in micro.parts for e in examples)
-    return real, len(micro.parts) * micro.shape.cells - real
+    return real, len(micro.parts) * micro.shape.tokens - real
 
 
 def solo_steps(examples: Sequence[Sequence[Encoded]], order: Iterable[Sequence[int]]) -> Iterator[list[list[Encoded]]]:

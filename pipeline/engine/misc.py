@@ -1,4 +1,7 @@
-"""Triton kernels of one pass each: rotation, dropout, AdamW, scattering, NF4, cross-entropy, and products with a thin matrix."""
+"""Triton kernels of one pass each: rotation, dropout, AdamW, scatter, NF4, cross-entropy, and products with a thin matrix.
+
+Library of ops.py, which has shapes and formulas. Arithmetic is fp32; results are rounded to the dtype of the tensor that they are written to.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ def width(n: int) -> tuple[int, int]:
 
 @triton.jit
 def clear(to, room, ROOM: tl.constexpr):
-    """Zeros into the `room` numbers at `to`."""
+    """Write zeros to the `room` numbers at `to`."""
     if ROOM:
         beyond = tl.arange(0, ROOM)
         tl.store(to + beyond, 0.0, beyond < room)
 
 
 def blocked(room: int) -> int:
-    """The block that `clear` needs for so much room."""
+    """The block (ROOM) in which `clear` writes `room` numbers."""
     return triton.next_power_of_2(room) if room else 0
 
 
@@ -41,12 +44,13 @@ def _rotate(qkv, cos, sin, t, stride, half, heads, BLOCK: tl.constexpr):
     low, high = tl.load(base, live, 0.0).to(tl.float32), tl.load(base + half, live, 0.0).to(tl.float32)
     c_low, c_high = tl.load(cos + angle, live, 0.0).to(tl.float32), tl.load(cos + angle + half, live, 0.0).to(tl.float32)
     s_low, s_high = tl.load(sin + angle, live, 0.0).to(tl.float32), tl.load(sin + angle + half, live, 0.0).to(tl.float32)
-    kind = qkv.dtype.element_ty  # each product rounded, as the model's own forward pass has it
+    kind = qkv.dtype.element_ty  # each product rounded, as in transformers' forward pass
     tl.store(base, (low * c_low).to(kind).to(tl.float32) - (high * s_low).to(kind).to(tl.float32), live)
     tl.store(base + half, (high * c_high).to(kind).to(tl.float32) + (low * s_high).to(kind).to(tl.float32), live)
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+    """As ops.rotate_: qkv [N, heads + G, e] in place; cos, sin [T, e] with N a multiple of T."""
     n, _, e = qkv.shape
     block, warps = width(heads * e // 2)
     # without fusion: a product and the sum after it would become one operation in 16 bits, which does not round between them
@@ -82,6 +86,7 @@ def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, room, stride, q
 
 
 def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """As ops.unrotate, into out [R·T, (H + 2G)·e + room]."""
     rows, heads, t, e = dq.shape
     groups = dk.shape[1]
     dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
@@ -110,6 +115,7 @@ def _drop(x, keys, p, out, d, stride, rows, BLOCK: tl.constexpr):
 
 
 def drop(x: Tensor, keys: Tensor, p: Tensor) -> Tensor:
+    """As ops.drop: x [N, d], keys [N] int64 (ops.Noise.keys), p [K] fp32."""
     n, d = x.shape
     out = torch.empty(n, d, device=x.device, dtype=x.dtype)
     block = min(1024, triton.next_power_of_2(d))
@@ -141,17 +147,18 @@ def _adamw(p, g, m, v, copy, rate, shrink, root, factor, scale, size, p0, g0, m0
 
 def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, rate: Tensor, shrink: Tensor, root: Tensor, factor: Tensor,
            scale: Tensor | None, betas: tuple[float, float], eps: float) -> None:
+    """As ops.adamw_: p, g, m, v, copy [K, P], slot by slot."""
     slots, size = p.shape
-    held: Any = copy if copy is not None else p
+    target: Any = copy if copy is not None else p
     block = 1024
     _adamw[(triton.cdiv(size, block), slots)](
-        p, g, m, v, held, rate, shrink, root, factor, scale if scale is not None else factor, size, p.stride(0), g.stride(0), m.stride(0), held.stride(0),
+        p, g, m, v, target, rate, shrink, root, factor, scale if scale is not None else factor, size, p.stride(0), g.stride(0), m.stride(0), target.stride(0),
         *(1 - b for b in betas), eps, HAS_COPY=copy is not None, HAS_SCALE=scale is not None, BLOCK=block, num_warps=4,
     )
 
 
 @triton.jit
-def _place(table, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+def _scatter(table, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     entry = table + tl.program_id(0) * 5
     source, target = tl.load(entry).to(tl.pointer_type(DTYPE)), tl.load(entry + 1).to(tl.pointer_type(DTYPE))
     rows, width, stride = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
@@ -160,16 +167,17 @@ def _place(table, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     tl.store(target + (at // width) * stride + at % width, tl.load(source + at, live), live)
 
 
-def place_table(pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Addresses of (contiguous [m, r], target [m, r] with rows apart) pairs, on their device; the tensors must outlive it."""
+def scatter_table(pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """[pairs, 5] int64 on the device: the addresses of source and target, m, r, and the target's row stride, of (contiguous [m, r], target [m, r]) pairs.
+    The tensors must outlive it."""
     rows = [[s.data_ptr(), t.data_ptr(), *s.shape, t.stride(0)] for s, t in pieces]
     return torch.tensor(rows, dtype=torch.long, device=pieces[0][0].device)
 
 
-def place_(table: Tensor, most: int, dtype: torch.dtype) -> None:
-    """Copy all pairs of a `place_table` in one launch; `most`: numbers in the largest."""
+def scatter_(table: Tensor, most: int, dtype: torch.dtype) -> None:
+    """Copy all pairs of a `scatter_table`, of this dtype, in one launch; `most`: numbers of the largest."""
     kinds = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float16: tl.float16}
-    _place[(len(table), triton.cdiv(most, 1024))](table, BLOCK=1024, DTYPE=kinds[dtype])
+    _scatter[(len(table), triton.cdiv(most, 1024))](table, BLOCK=1024, DTYPE=kinds[dtype])
 
 
 @triton.jit
@@ -189,7 +197,7 @@ def _nf4(packed, absmax, code, absmax2, code2, offset, out, columns, stride, siz
 
 
 def dequantise_nf4_(out: Tensor, packed: Tensor, state: Any) -> bool:
-    """False where the state is laid out in a way this kernel does not know (the caller then asks bitsandbytes)."""
+    """As ops.dequantise_nf4_; False, with nothing written, where this kernel does not know the state's layout (bitsandbytes' function does it then)."""
     if state.quant_type not in ("nf4", "fp4") or out.stride(-1) != 1 or state.shape[1] % 2:
         return False
     nested, size = state.nested, packed.numel()
@@ -236,6 +244,7 @@ def _cross_entropy(logits, targets, weights, loss, vocabulary: tl.constexpr, EAC
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """As ops.cross_entropy_: logits [N, V] are read twice, for the normaliser (online softmax: Milakov & Gimelshein, 2018) and for the gradient."""
     n, vocabulary = logits.shape
     loss = torch.empty(n, device=logits.device)
     block = min(8192, triton.next_power_of_2(vocabulary))
@@ -249,7 +258,7 @@ _COUNTERS: dict[torch.device, Tensor] = {}
 
 
 def counters(device: torch.device) -> Tensor:
-    """[COUNTERS] int32, zeros between any two launches: how many programs have ended, by column block. Made when first asked for, which is in the
+    """[COUNTERS] int32, zeros between any two launches: by block of columns, how many programs have ended. Made at the first call, which is in the
     run that comes before a capture."""
     if device not in _COUNTERS:
         _COUNTERS[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
@@ -258,8 +267,8 @@ def counters(device: torch.device) -> Tensor:
 
 @triton.jit
 def last_of(counter, programs):
-    """Whether this program is the last of `programs` to come here; then the counter is zero again, and what the others have written can be read (past
-    the first cache)."""
+    """Whether this program is the last of `programs` to get here; if so, the counter is zero again, and what the others have written can be read (past
+    the L1 cache)."""
     tl.debug_barrier()
     before = tl.atomic_add(counter, 1, sem="acq_rel")
     if before == programs - 1:
@@ -269,7 +278,7 @@ def last_of(counter, programs):
 
 @triton.jit
 def summed(partial, step, parts, live):
-    """Sum over `parts` tiles that are `step` numbers apart."""
+    """The sum of `parts` fp32 tiles that are `step` numbers apart, in their order."""
     total = tl.load(partial, live, 0.0, cache_modifier=".cg")
     for first in range(1, parts, 4):
         for i in tl.static_range(4):  # loads that do not wait for one another
@@ -299,7 +308,7 @@ def _thin(p, x, partial, out, counter, n, d, rank, rows, parts, p_stride, x_stri
 
 
 def thin_(out: Tensor, p: Tensor, x: Tensor, ends: list[int]) -> bool:
-    """False where cuBLAS is to do it: in fp32, for wide adapters and for members that do not end with a block."""
+    """As ops.thin_; False, with nothing written, where cuBLAS is to do it: in fp32, for wide adapters, for members that do not end with a block."""
     (rank, d), n = out.shape, len(x)
     block = 128 if d >= 4096 else 64
     columns = triton.cdiv(d, block)

@@ -1,6 +1,6 @@
-"""RMSNorm for CUDA, in Triton, there and back; for answers with every bit of what torch's own operations give (ops.py has the formulas).
+"""RMSNorm for CUDA, in Triton, forward and backward; for answers (`exact`) with every bit of what torch's own operations give.
 
-Library. One program handles one row of tokens.
+Library of ops.py, which has shapes and formulas. One program handles one token, [d] numbers; all arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ def _rmsnorm_exact(x, w, y, r, d, factor, room, x_stride, stride, eps, STEPS: tl
     even, odd = tl.split(tl.reshape(total, (32, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
-    found = first + second + third + fourth
-    for half in tl.static_range(5):  # a half and the other
-        low, high = tl.split(tl.trans(tl.reshape(found, (2, 16 >> half))))
-        found = low + high
+    squares = first + second + third + fourth
+    for half in tl.static_range(5):  # one half plus the other
+        low, high = tl.split(tl.trans(tl.reshape(squares, (2, 16 >> half))))
+        squares = low + high
     col = tl.arange(0, BLOCK)
     v = tl.load(x + row * x_stride + col, col < d, 0.0).to(tl.float32)
-    _normed(v, tl.sum(found, 0) * factor, w, y, r, row, col, d, room, stride, eps, ROOM)
+    _normed(v, tl.sum(squares, 0) * factor, w, y, r, row, col, d, room, stride, eps, ROOM)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool) -> Tensor:
+    """weight · x / rms(x) of x [N, d] into y [N, d + room], zeros into the last columns; returns 1 / rms(x) [N] fp32."""
     (n, d), room = x.shape, y.shape[1] - x.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
     block, warps = width(d)
@@ -61,13 +62,13 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool) -> Te
     elif n >= 16 and 128 < d < 8192 and d % 4 == 0 and _torchs_order(d, x.device):
         _exact(x, weight, eps, y, rstd)
     else:
-        _long_way(x, weight, eps, y, rstd)
+        _by_torch(x, weight, eps, y, rstd)
     return rstd
 
 
 def _exact(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor) -> None:
-    """The mean in the order of torch's reduction of rows that lie side by side (ATen/native/cuda/Reduce.cuh: from 16 rows and 129 numbers on, up to
-    8,191, a warp a row and four numbers a load). Without fusion, because torch rounds the squares."""
+    """The mean in the order of torch's reduction of contiguous rows (ATen/native/cuda/Reduce.cuh: from 16 rows and 129 numbers on, up to 8,191, a warp a
+    row and four numbers a load). Without fusion, because torch rounds the squares."""
     (n, d), room = x.shape, y.shape[1] - x.shape[1]
     block, _ = width(d)
     _rmsnorm_exact[(n,)](
@@ -76,8 +77,8 @@ def _exact(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor) -> No
     )
 
 
-def _long_way(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor) -> None:
-    """As transformers' module has it, operation by operation."""
+def _by_torch(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor) -> None:
+    """Operation by operation, as transformers' module."""
     y[:, x.shape[1] :] = 0.0
     wide = x.float()
     torch.rsqrt(wide.pow(2).mean(-1) + eps, out=rstd)
@@ -88,15 +89,15 @@ _ORDERS: dict[tuple[int, torch.device], bool] = {}
 
 
 def _torchs_order(d: int, device: torch.device) -> bool:
-    """Whether `_exact` and this torch find the same bits in rows of d numbers: looked at once, in the run that comes before a capture."""
+    """Whether `_exact` gives this torch's bits for rows of d numbers: tried once, in the run that comes before a capture."""
     if (d, device) not in _ORDERS:
         x = torch.arange(64 * d, device=device).sin().view(64, d).bfloat16()
-        found = []
-        for way in (_exact, _long_way):
+        results = []
+        for way in (_exact, _by_torch):
             y, rstd = torch.empty_like(x), torch.empty(64, device=device)
             way(x, x[0], 1e-5, y, rstd)
-            found.append((y, rstd))
-        _ORDERS[d, device] = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+            results.append((y, rstd))
+        _ORDERS[d, device] = all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     return _ORDERS[d, device]
 
 
@@ -128,15 +129,16 @@ def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, room, dy_stride, y_stride
 
 
 def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, dx: Tensor) -> Tensor:
+    """As ops.rmsnorm_backward, into dx [N, d + room]; the weight's gradient is summed over at most 264 programs' rows, then over programs."""
     n, d, room = y.shape[0], weight.shape[0], dx.shape[1] - weight.shape[0]
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    held = dres if dres is not None else y
+    res = dres if dres is not None else y
     rows = 1 if dweight is None else max(1, -(-n // 264))
     programs = -(-n // rows)
     partial = torch.empty(programs, d, device=y.device) if dweight is not None else y
     block, warps = width(d)
     _rmsnorm_backward[(programs,)](
-        dy, y, weight, rstd, held, dx, partial, n, d, room, dy.stride(0), y.stride(0), held.stride(0), dx.stride(0), ROWS=rows,
+        dy, y, weight, rstd, res, dx, partial, n, d, room, dy.stride(0), y.stride(0), res.stride(0), dx.stride(0), ROWS=rows,
         HAS_RES=dres is not None, HAS_DW=dweight is not None, BLOCK=block, ROOM=blocked(room), num_warps=warps,
     )
     if dweight is not None:

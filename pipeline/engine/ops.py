@@ -27,8 +27,11 @@ def _kernels(tensor: Tensor) -> Any:
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | None = None, exact: bool = False) -> tuple[Tensor, Tensor]:
-    """(weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d] (Zhang & Sennrich, 2019), whose rows may lie apart; the last
-    `room` columns are zeros. out: a tensor to write into. exact: the mean is torch's own reduction, so that every bit is that of transformers' module."""
+    """RMSNorm (Zhang & Sennrich, 2019): (weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d], whose rows may lie apart.
+
+    The last `room` columns are zeros. out: a tensor to write into. exact: the mean is summed in the order of torch's reduction, so that every bit
+    is that of transformers' module.
+    """
     y = x.new_empty(len(x), x.shape[1] + room) if out is None else out
     if x.is_cuda:
         from pipeline.engine import norm
@@ -41,9 +44,11 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | 
 
 
 def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, room: int = 0) -> Tensor:
-    """Gradient [N, d + room] for the norm's input, from its output y [N, d] (x / rms(x) is y / weight, so that x need not be kept), plus `dres`
-    (what flows past the norm). Rows of dy, y and dres may lie apart; the last `room` columns are zeros. Writes the weight's gradient into
-    `dweight` [d] if given."""
+    """Gradient [N, d + room] of RMSNorm's input from dy and its output y [N, d] (x / rms(x) is y / weight, so that x need not be saved).
+
+    dres [N, d]: the residual's gradient, added; None: there is none. dweight [d]: takes the weight's gradient; None: the weight is frozen.
+    Rows of dy, y and dres may lie apart; the last `room` columns are zeros.
+    """
     dx = y.new_empty(len(y), weight.shape[0] + room)
     if y.is_cuda:
         from pipeline.engine import norm
@@ -54,8 +59,8 @@ def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: 
     if dweight is not None:
         dweight.copy_((dy.float() * normed).sum(0))
     scaled = dy.float() * w
-    found = rstd[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    dx[:, : len(w)] = found + dres.float() if dres is not None else found
+    dnormed = rstd[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    dx[:, : len(w)] = dnormed + dres.float() if dres is not None else dnormed
     dx[:, len(w) :] = 0.0
     return dx
 
@@ -99,24 +104,26 @@ def swiglu(gu: Tensor, room: int = 0) -> Tensor:
     return h
 
 
-def swiglu_backward_thin_(dh: Tensor, gu: Tensor, kept: Tensor, dkept: Tensor, db: Tensor, da: Tensor) -> Tensor:
-    """d gu, as `swiglu_backward_` makes it of dh [N, f] and gu [N, 2f] (overwritten), with the gradients of the two adapters that read off it:
-    of the gate's and the up map's B into db [2f, r], from kept [N, 2r] (their x Aᵀ), and of the down map's A into da [r, f], from dkept [N, r].
-    Rows of all but db and da may lie apart. On a GPU in one pass: h is never written, d gu not read again."""
+def swiglu_backward_thin_(dh: Tensor, gu: Tensor, xa: Tensor, dxa: Tensor, db: Tensor, da: Tensor) -> Tensor:
+    """d gu [N, 2f], as `swiglu_backward_` makes it of dh [N, f] and gu [N, 2f] (overwritten), and the LoRA gradients that need d gu or h.
+
+    xa [N, 2r]: x Aᵀ of the gate and up maps; the gradient of their B goes into db [2f, r]. dxa [N, r]: the gradient of the down map's x Aᵀ; that of
+    its A goes into da [r, f]. Rows of all but db and da may lie apart. On a GPU in one pass: h is never written, d gu not read again.
+    """
     if gu.is_cuda:
         from pipeline.engine import swiglu as triton_swiglu
 
         if triton_swiglu.suits(gu, len(da)):
-            return triton_swiglu.backward_thin_(dh, gu, kept, dkept, db, da)
+            return triton_swiglu.backward_thin_(dh, gu, xa, dxa, db, da)
     f = dh.shape[1]
     h, dgu = swiglu_backward_(dh, gu)
-    thin_(db.t(), kept, dgu, [f, 2 * f])
-    thin_(da, dkept, h, [f])
+    thin_(db.t(), xa, dgu, [f, 2 * f])
+    thin_(da, dxa, h, [f])
     return dgu
 
 
 def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
-    """(h, d gu) from dh [N, f] and gu [N, 2f] (rows may lie apart); both inputs are overwritten."""
+    """SwiGLU backward: (its output h [N, f], d gu [N, 2f]) from dh [N, f] and gu [N, 2f], whose rows may lie apart; both inputs are overwritten."""
     if gu.is_cuda:
         from pipeline.engine import swiglu as triton_swiglu
 
@@ -130,9 +137,9 @@ def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """weights · nll [N] fp32 of logits [N, V]; the logits are overwritten by the gradient of the sum.
+    """weights · -log softmax(logits)[targets], [N] fp32, of logits [N, V], targets [N] int64, weights [N] fp32.
 
-    A weight of 0 gives a loss and a gradient of exactly 0, whatever the logits are.
+    The logits are overwritten by the gradient of the sum. A weight of 0 gives a loss and a gradient of exactly 0, whatever the logits are.
     """
     if logits.is_cuda:
         from pipeline.engine import misc
@@ -151,7 +158,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 
 class WeightedNll(torch.autograd.Function):
-    """Σ weights · nll, scalar fp32, of logits [N, V], targets, weights [N]: `cross_entropy_` for autograd. To be gone back once; the logits are used up."""
+    """Σ weights · nll, scalar fp32, of logits [N, V], targets, weights [N]: `cross_entropy_` for autograd. For one backward; the logits are overwritten."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -160,16 +167,18 @@ class WeightedNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None  # or it would stay until all of the way back is done
+        gradient, ctx.gradient = ctx.gradient, None  # or it would stay until backward has ended
         return gradient.mul_(upstream), None, None
 
 
 def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, rate: Tensor, shrink: Tensor, root: Tensor, factor: Tensor,
            scale: Tensor | None, betas: tuple[float, float], eps: float) -> None:
-    """AdamW (Loshchilov & Hutter, 2019) on p, g, m, v [K, P], in place; `copy` receives p (· scale).
+    """AdamW (Loshchilov & Hutter, 2019) on parameters p, gradients g, moments m, v [K, P], fp32 but g, in place.
 
     Args:
+        copy: [K, P], takes p (· scale) in its dtype; None: no copy.
         rate, shrink, root, factor: [K] fp32: lr / (1 - beta1^t), 1 - lr · weight decay, sqrt(1 - beta2^t), and what g is multiplied by.
+        scale: [K] fp32, LoRA's alpha / r; None: 1.
     """
     if kernels := _kernels(p):
         return kernels.adamw_(p, g, m, v, copy, rate, shrink, root, factor, scale, betas, eps)
@@ -185,23 +194,26 @@ def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, rate
 
 @dataclass
 class Noise:
-    """What decides the dropout of K slots, all on the device: p [K] fp32, seed [K] int64, step [K] (a slot's own count), first [] int64
-    (the row of the step that a micro-batch begins with). Whether a number falls out is a hash of its seed, step, member of the model, row,
-    token and column alone: a run's noise does not depend on its neighbours, on padding or on how a step is split."""
+    """The dropout of K slots (Srivastava et al., 2014), all on the device.
+
+    p [K] fp32; seed [K] int64; step [K]: steps that the slot has taken; first [] int64: the row of the step that the micro-batch begins with.
+    Whether a number is dropped is a hash of its seed, step, member of the model, row, token and column alone: a run's dropout does not depend on its
+    neighbours, on padding or on how a step is split.
+    """
 
     p: Tensor
     seed: Tensor
     step: Tensor
     first: Tensor
     tokens: int = 0
-    """Tokens a row (of the batch at hand)."""
+    """Tokens of a row of the current batch."""
     on: bool = True
     """False while a model only answers."""
     stream: tuple[Tensor, Tensor] | None = None
     """(row, token) [K·R·T] where rows stand one after another; None: rows of `tokens` tokens."""
 
     def keys(self, rows: int, member: int) -> Tensor:
-        """[rows] int64 below 2^32: the hash of everything but the column, for rows = K·R·T."""
+        """The hash of everything but the column, [rows] int64 below 2^32, for rows = K·R·T."""
         at = torch.arange(rows, device=self.p.device).view(len(self.p), -1)
         row, token = (part.view(at.shape) for part in self.stream) if self.stream else ((at - at[:, :1]) // self.tokens, at % self.tokens)
         row = row + self.first
@@ -221,7 +233,7 @@ def mix(h: Tensor) -> Tensor:
 
 
 def drop(x: Tensor, noise: Noise, member: int) -> Tensor:
-    """x [N, d] with each number dropped with its slot's p, else divided by 1 - p; the same noise at every call with the same arguments."""
+    """x [N, d] with each number zeroed with its slot's probability p, else divided by 1 - p; the same numbers at every call with the same arguments."""
     keys = noise.keys(len(x), member)
     if kernels := _kernels(x):
         return kernels.drop(x, keys, noise.p)
@@ -232,8 +244,8 @@ def drop(x: Tensor, noise: Noise, member: int) -> Tensor:
 
 
 def thin_(out: Tensor, p: Tensor, x: Tensor, ends: list[int]) -> None:
-    """pᵀ x into out [r, D], for members of r columns of p [N, m·r] each: columns of x [N, D] up to ends[0] with the first, up to ends[1] with the
-    second, and so on. Adapters' gradients: long, and few numbers wide."""
+    """out [r, D] = pᵀ x by member, for LoRA's gradients: columns of x [N, D] up to ends[0] with the first r columns of p [N, m·r], up to ends[1] with the
+    next r, and so on. N is large and r small, so that on CUDA a kernel of its own is faster."""
     rank = len(out)
     if x.is_cuda:
         from pipeline.engine.misc import thin_
@@ -244,24 +256,27 @@ def thin_(out: Tensor, p: Tensor, x: Tensor, ends: list[int]) -> None:
         torch.mm(p[:, j * rank : (j + 1) * rank].t(), x[:, lo:hi], out=out[:, lo:hi])
 
 
-class Places:
-    """Copies that are repeated: every first tensor [m, r], contiguous, into the second, whose rows may lie apart. One launch on CUDA."""
+class Scatter:
+    """Repeats copies at once, in one launch on CUDA: every first tensor [m, r], contiguous, into the second, whose rows may lie apart.
+
+    For LoRA's A and B, which stand a second time beside and under the frozen weights (linear.py).
+    """
 
     def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.pairs = pairs
         self._kernels = _kernels(pairs[0][0]) if pairs else None
-        self._table = self._kernels.place_table(pairs) if self._kernels else None
+        self._table = self._kernels.scatter_table(pairs) if self._kernels else None
 
     def copy(self) -> None:
         if self._kernels:
-            self._kernels.place_(self._table, max(s.numel() for s, _ in self.pairs), self.pairs[0][0].dtype)
+            self._kernels.scatter_(self._table, max(s.numel() for s, _ in self.pairs), self.pairs[0][0].dtype)
         else:
             for source, target in self.pairs:
                 target.copy_(source)
 
 
 def dequantise_nf4_(out: Tensor, packed: Tensor, state: Any) -> None:
-    """4-bit weights (bitsandbytes' packing and QuantState) into out [rows, columns], whose rows may lie apart."""
+    """4-bit weights (NF4: Dettmers et al., 2023; bitsandbytes' layout and QuantState) into out [rows, columns], whose rows may lie apart."""
     kernels = _kernels(packed)
     if kernels and kernels.dequantise_nf4_(out, packed, state):
         return

@@ -12,21 +12,20 @@ import torch
 
 from pipeline.engine import ops
 from pipeline.engine.attention import Heads
-from pipeline.engine.linear import Group
+from pipeline.engine.linear import Linears
 from pipeline.engine.llama import Layer, Llama, Norm
 from pipeline.engine.ops import Tensor
 
 FAMILIES = ("llama", "mistral", "qwen2")
 GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)), ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
-WIDE = (GROUPS[0], GROUPS[2], GROUPS[3])  # what they read is made by our own kernels, which leave room beside it for x Aᵀ
-
-
+"""Linear maps of a decoder layer that read the same input, by the module that owns them."""
+WIDE = (GROUPS[0], GROUPS[2], GROUPS[3])  # their input is written by our own kernels, which leave room beside it for x Aᵀ
 KNOWN = ("torch", "transformers", "peft", "bitsandbytes")
-"""Whose modules and hooks a model may hold."""
+"""Packages whose modules and hooks a model may have."""
 
 
 class Unsupported(Exception):
-    """The reason why a model or technique cannot go this way, one clause."""
+    """The reason why a model or technique is not supported here, one clause."""
 
 
 class Parts:
@@ -49,11 +48,11 @@ class Parts:
         self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.tied = base.lm_head.weight is self.model.embed_tokens.weight
         self.moved: list[Any] = []
-        """Frozen linear modules whose weights are views of a stack now."""
+        """Frozen linear modules whose weights are now views of a stack."""
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
 
     def groups(self) -> Iterator[tuple[int, int, list[tuple[str, Any]]]]:
-        """(layer, group, [(name, module)]) of every stack of linear maps."""
+        """(layer, index in GROUPS, [(name, module)]) of every stack of linear maps."""
         for at, layer in enumerate(self.layers):
             for index, (owner, names) in enumerate(GROUPS):
                 modules = [(f"model.layers.{at}.{owner}.{n}", getattr(getattr(layer, owner), n)) for n in names]
@@ -63,6 +62,7 @@ class Parts:
                 yield at, index, modules
 
     def angles(self, t: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [t, e] of positions 0 to t - 1 in the arithmetic's dtype, made once for each t."""
         if t not in self._angles:
             weight = self.model.embed_tokens.weight
             probe = torch.empty(0, device=weight.device, dtype=self.dtype)
@@ -71,12 +71,13 @@ class Parts:
         return self._angles[t]
 
     def frozen(self, weight: Any) -> Tensor:
-        """A frozen weight in the arithmetic's dtype."""
+        """A frozen weight, which has the arithmetic's dtype."""
         if weight.dtype != self.dtype:
             raise Unsupported(f"the base is held in {str(weight.dtype).removeprefix('torch.')}, the arithmetic is {str(self.dtype).removeprefix('torch.')}")
         return weight.detach()
 
-    def build(self, groups: dict[tuple[int, int], Group], norms: Callable[[Any], Norm], embedding: Tensor, head: Tensor, lowest: int) -> Llama:
+    def build(self, groups: dict[tuple[int, int], Linears], norms: Callable[[Any], Norm], embedding: Tensor, head: Tensor, lowest: int) -> Llama:
+        """The Llama of these stacks by (layer, index in GROUPS). norms: from a norm's module; lowest: as in Llama."""
         config = self.config
         layers = []
         for at, layer in enumerate(self.layers):
@@ -87,21 +88,24 @@ class Parts:
             ))
         return Llama(embedding, layers, norms(self.model.norm), head, self.angles, config.intermediate_size, lowest)
 
-    def frozen_build(self, groups: dict[tuple[int, int], Group], lowest: int) -> Llama:
+    def frozen_build(self, groups: dict[tuple[int, int], Linears], lowest: int) -> Llama:
+        """As `build`, with norms, embedding and head frozen."""
         embedding = self.frozen(self.model.embed_tokens.weight)
         return self.build(groups, lambda m: Norm(self.frozen(m.weight)), embedding, self.frozen(self.base.lm_head.weight), lowest)
 
 
 def _changed(module: Any) -> bool:
-    """Whether somebody has hooked into the module or replaced it, so that its class does not tell what it does."""
+    """Whether a hook or a replaced forward makes the module do something else than its class."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     makers = [getattr(getattr(hook, "func", hook), "__module__", "") for hook in hooks] + [type(module).__module__]
     return "forward" in vars(module) or any(maker.split(".")[0] not in KNOWN for maker in makers)
 
 
 def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0, under: int = 0) -> tuple[Callable[[], Tensor], Tensor | None, list[tuple[int, int]]]:
-    """(weight [out + under, in + room], bias, the members' output spans) of a group of frozen linear modules; the last rows and columns are zeros to
-    write to. Weights in 4 bits have no rows under them."""
+    """(weight [out + under, in + room], bias [out], (lo, hi) of each module's rows) of frozen linear modules, stacked.
+
+    The last rows and columns are zeros to write adapters to (Linears.room, under); weights in 4 bits have no such rows.
+    """
     linear = [getattr(m, "base_layer", m) for _, m in modules]
     ends = [0]
     for module in linear:
@@ -132,7 +136,7 @@ def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0, under: in
 
 
 def _dequantised(weights: list[Any], spans: list[tuple[int, int]], room: int) -> Callable[[], Tensor]:
-    """A function that gives 4-bit weights in the arithmetic's dtype, stacked; the result lives as long as the caller holds it."""
+    """A function that gives 4-bit weights in the arithmetic's dtype, stacked, in new memory at every call."""
 
     def weight() -> Tensor:
         width = weights[0].quant_state.shape[1]
@@ -147,12 +151,12 @@ def _dequantised(weights: list[Any], spans: list[tuple[int, int]], room: int) ->
 
 
 def with_columns(weight: Callable[[], Tensor], pairs: list[tuple[Tensor, slice, slice]]) -> Callable[[], Tensor]:
-    """`weight` with tensors written into [rows, columns] of what it gives."""
+    """`weight` with each tensor of `pairs` written into [rows, columns] of its result."""
 
     def written() -> Tensor:
         out = weight()
-        for held, rows, columns in pairs:
-            out[rows, columns] = held
+        for part, rows, columns in pairs:
+            out[rows, columns] = part
         return out
 
     return written

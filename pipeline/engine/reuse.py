@@ -1,7 +1,6 @@
-"""What a model allows beyond the plain forward pass: masks and positions of one's own, keys and values kept from before.
+"""Whether a model takes masks, positions and cached keys and values, and the cache of a prefix that many rows share.
 
-Library. `refusal` reads a model's configuration, `sharing_refused` also compares scores once; `keep` holds the keys and values of
-tokens that many rows follow.
+Library. `refusal` looks at a model's configuration, `sharing_refused` also compares scores once; `prefix_cache` makes the cache.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 def refusal(model: Any, longest: int, slides: bool = True) -> str | None:
-    """Why the model cannot be given a mask, positions and a cache; None: nothing speaks against it.
+    """Why the model takes no mask, positions and cache; None: no reason is known.
 
     Args:
         longest: tokens of the longest row.
-        slides: whether a window of attention is no matter as long as every row fits in.
+        slides: whether a sliding window of attention is allowed as long as every row fits into it.
     """
     adapter = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "is_adaption_prompt", False):
@@ -54,17 +53,17 @@ def _inner(model: Any) -> Any:
 
 
 _KNOWN: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
-"""Model -> why sharing changes what it computes; None: it does not."""
+"""Model -> why sharing tokens changes its scores; None: it does not."""
 
 
 def sharing_refused(model: Any, dtype: Any, items: Items, groups: Sequence[Group], sums: Callable[[Sequence[Group], int], list[list[float]]]) -> str | None:
-    """Why the rows of a model's scoring may not share tokens; None: they may.
+    """Why rows may not share tokens when this model scores them; None: they may.
 
-    What the configuration does not tell, the scores do: of two rows with and without sharing, once for every model.
+    Beyond the configuration, the scores of two rows with and without sharing are compared, once for every model.
 
     Args:
         groups: the rows as they would share.
-        sums: (rows, number of places) -> scores, by adapter; the model answers with one.
+        sums: ChoiceScorer.sums of the model.
     """
     reason = refusal(model, max(len(prompt) + sum(map(len, choices)) for prompt, choices in items))
     if reason or model in _KNOWN:
@@ -73,23 +72,23 @@ def sharing_refused(model: Any, dtype: Any, items: Items, groups: Sequence[Group
     few = [items[i] for i in sorted({row.item for row in largest.rows}, key=lambda i: len(items[i][0]))[:2]]
     reads = Reads.of(few)
     (expected,) = sums(reads.apart(), len(reads.places))
-    if not all(map(math.isfinite, expected)):  # a model that diverged shows nothing
+    if not all(map(math.isfinite, expected)):  # of a diverged model nothing can be compared
         return "its scores are not finite"
     try:
-        (found,) = sums(arrange(reads, few, least=0), len(reads.places))
+        (scores,) = sums(arrange(reads, few, least=0), len(reads.places))
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         if "out of memory" in str(error):
             raise
         _KNOWN[model] = f"it fails ({' '.join(str(error).split())[:120]})"
         return _KNOWN[model]
     limits = [TOLERANCE[dtype] * max(1, len(choice)) for _, choices in few for choice in choices]
-    close = all(abs(a - b) <= limit for a, b, limit in zip(expected, found, limits, strict=True))
+    close = all(abs(a - b) <= limit for a, b, limit in zip(expected, scores, limits, strict=True))
     _KNOWN[model] = None if close else "its scores change"
     return _KNOWN[model]
 
 
-class _Kept(DynamicLayer):
-    """One layer's keys and values [1, heads, P, d], put before those of every row and not kept longer."""
+class _PrefixLayer(DynamicLayer):
+    """One layer's keys and values [1, heads, P, e], which precede those of every row; a row's own are not stored."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.keys is not None and self.values is not None
@@ -97,18 +96,18 @@ class _Kept(DynamicLayer):
         return torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], 2), torch.cat([self.values.expand(rows, -1, -1, -1), value_states], 2)
 
 
-def keep(forward: Callable[..., Any], prefix: list[int], device: Any) -> DynamicCache:
-    """The cache to feed rows with that follow `prefix`; it can be fed any number of times.
+def prefix_cache(forward: Callable[..., Any], prefix: list[int], device: Any) -> DynamicCache:
+    """The cache of `prefix` (P tokens), for any number of batches of rows that follow it.
 
     Args:
-        forward: (ids [1, P], rows [1], cols [1], further inputs of the model) -> anything.
+        forward: (ids [1, P], rows [1], cols [1], extra inputs of the model) -> anything.
     """
     cache = DynamicCache()
     ids = torch.tensor([prefix], device=device)
     forward(ids, torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), len(prefix) - 1, device=device), past_key_values=cache, use_cache=True)
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
-        layers[index] = kept = _Kept()
-        kept.lazy_initialization(layer.keys, layer.values)
-        kept.keys, kept.values = layer.keys, layer.values
+        layers[index] = prefixed = _PrefixLayer()
+        prefixed.lazy_initialization(layer.keys, layer.values)
+        prefixed.keys, prefixed.values = layer.keys, layer.values
     return cache

@@ -1,6 +1,6 @@
-"""Several adapters at once for the scorer of choices: every row is fed under each of them in one pass over the base.
+"""Scores of choices under several adapters at once: every row is fed under each of them in one pass over the base.
 
-Library.
+Library of pipeline/training/pack.py.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 
 from pipeline.engine import ops
 from pipeline.engine.layout import GRAIN
-from pipeline.engine.linear import Group
+from pipeline.engine.linear import Linears
 from pipeline.engine.llama import LOGITS_AT_ONCE, Llama
-from pipeline.engine.passes import Inputs, Reader
+from pipeline.engine.passes import ChoiceScorer, Inputs
 
 
-def reader(llama: Llama, slots: Sequence[int], total: int, batch_tokens: int, pad_id: int) -> Reader:
-    """What scores choices under the adapters of `slots`, of `total` that the model holds. batch_tokens: most tokens of a pass, all slots together."""
+def choice_scorer(llama: Llama, slots: Sequence[int], total: int, batch_tokens: int, pad_id: int) -> ChoiceScorer:
+    """A scorer under the adapters of `slots`, of the model's `total`. batch_tokens: most tokens of a pass, all slots together."""
     model, count = _of(llama, slice(None) if len(slots) == total else list(slots)), len(slots)
-    return Reader(model, max(1, batch_tokens // count), pad_id, model.embedding.device, read=functools.partial(_under_each, count), grain=GRAIN)
+    return ChoiceScorer(model, max(1, batch_tokens // count), pad_id, model.embedding.device, log_p=functools.partial(_under_each, count), grain=GRAIN)
 
 
 def _under_each(count: int, model: Llama, inputs: Inputs) -> torch.Tensor:
@@ -33,7 +33,7 @@ def _under_each(count: int, model: Llama, inputs: Inputs) -> torch.Tensor:
 
 
 def _log_probabilities(model: Llama, hidden: torch.Tensor, at: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log p of targets [N] read off hidden [M, d] at [K, N]: [K, N] fp32. The logits exist a chunk at a time."""
+    """log p of targets [N] from hidden [M, d] at the rows `at` [K, N]: [K, N] fp32. The logits exist a chunk at a time."""
     normed, _ = ops.rmsnorm(hidden, model.norm.weight, model.layers[0].eps, exact=True)
     chunk = max(1, LOGITS_AT_ONCE // (2 * model.head.shape[0]))  # in fp32
     flat, wanted = at.reshape(-1), targets.repeat(len(at))
@@ -50,13 +50,14 @@ def _log_probabilities(model: Llama, hidden: torch.Tensor, at: torch.Tensor, tar
 def _of(llama: Llama, slots: list[int] | slice) -> Llama:
     """The model with these adapters alone, and without their dropout."""
 
-    def group(held: Group) -> Group:
-        if held.a is None:
-            return held
-        return dataclasses.replace(held, a=held.a[slots], da=None, noise=None, low=[dataclasses.replace(low, b=low.b[slots]) for low in held.low])
+    def chosen(linears: Linears) -> Linears:
+        if linears.a is None:
+            return linears
+        pairs = [dataclasses.replace(pair, b=pair.b[slots]) for pair in linears.pairs]
+        return dataclasses.replace(linears, a=linears.a[slots], da=None, noise=None, pairs=pairs)
 
     layers = [
-        dataclasses.replace(x, qkv=group(x.qkv), out=group(x.out), gate_up=group(x.gate_up), down=group(x.down)) for x in llama.layers
+        dataclasses.replace(x, qkv=chosen(x.qkv), out=chosen(x.out), gate_up=chosen(x.gate_up), down=chosen(x.down)) for x in llama.layers
     ]
     prompt = llama.prompt[slots] if llama.prompt is not None else None
     return dataclasses.replace(llama, layers=layers, prompt=prompt, noise=None)

@@ -1,4 +1,4 @@
-"""A training step captured once and replayed: its fixed buffers, the two programs (by hand, by autograd), and the stepper that runs them."""
+"""A training step captured once and replayed: its static inputs, the two programs (hand-written, autograd), and the stepper that runs them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from pipeline.data.rows import Batch, Encoded
 from pipeline.engine.attention import Heads, Stream, attention
 from pipeline.engine.bind import Bound
-from pipeline.engine.buffer import Flat, Region
+from pipeline.engine.buffer import ParameterBuffer, Region
 from pipeline.engine.graphs import Graphs, stream
 from pipeline.engine.layout import Micro, Shape, Shapes, labels, length, tokens
 from pipeline.engine.parts import Unsupported
@@ -22,35 +22,35 @@ from pipeline.measure.clock import device_seconds
 class Static:
     """One shape's input tensors on the device, filled from pinned memory.
 
-    ids [K·rows, width] (a stream's: [K, width]); at, targets [K·labels]; weights [K·labels] fp32. at counts positions in the flattened
-    [K·rows, virtual + width]. Places without a label point at their slot's first position with weight 0. stream: None, or where its rows are.
+    ids [K·rows, width] int64 (a stream's: [K, width]); at, targets [K·labels] int64; weights [K·labels] fp32. at: labelled positions in the flattened
+    [K·rows, virtual + width]; where there are fewer labels, the rest is the slot's first position with weight 0. stream: where a stream's rows are.
     """
 
     def __init__(self, shape: Shape, slots: int, virtual: int, pad_id: int, device: Any) -> None:
         self.shape, self.slots, self.virtual, self.pad_id, self.device = shape, slots, virtual, pad_id, device
-        cells, marks = slots * shape.cells, slots * shape.labels
-        self._whole = torch.zeros(cells + 2 * marks, dtype=torch.long, device=device)
+        size, marks = slots * shape.tokens, slots * shape.labels
+        self._whole = torch.zeros(size + 2 * marks, dtype=torch.long, device=device)
         self.weights = torch.zeros(marks, device=device)
-        self.ids = self._whole[:cells].view(-1, shape.width)
-        self.at, self.targets = self._whole[cells : cells + marks], self._whole[cells + marks :]
+        self.ids = self._whole[:size].view(-1, shape.width)
+        self.at, self.targets = self._whole[size : size + marks], self._whole[size + marks :]
         self.stream: Stream | None = None
         if shape.longest:
             ends = torch.zeros(slots * self._sequences + 1, dtype=torch.int32, device=device)
-            self.stream = Stream(ends, torch.zeros_like(self._whole[:cells]), torch.zeros_like(self._whole[:cells]), shape.longest)
+            self.stream = Stream(ends, torch.zeros_like(self._whole[:size]), torch.zeros_like(self._whole[:size]), shape.longest)
 
     @property
     def _sequences(self) -> int:
-        """A stream's rows a slot: those of the step, and what the rest is cut into, because no row may be longer than the longest."""
+        """Rows of a slot's stream: those of the step, and those that its padding is cut into, because no row may be longer than the longest."""
         return self.shape.rows + -(-self.shape.width // self.shape.longest)
 
     def fill(self, micro: Micro) -> None:
         """Copy a micro-batch in; returns before the copy has happened."""
-        shape, marks, cells = self.shape, self.slots * self.shape.labels, self.shape.cells
-        ids = np.full(self.slots * cells, self.pad_id, dtype=np.int64)
+        shape, marks, size = self.shape, self.slots * self.shape.labels, self.shape.tokens
+        ids = np.full(self.slots * size, self.pad_id, dtype=np.int64)
         at, targets = np.zeros(marks, dtype=np.int64), np.zeros(marks, dtype=np.int64)
         weights = np.zeros(marks, dtype=np.float32)
         for slot, (examples, counts) in enumerate(micro.parts):
-            mark, begin = slot * shape.labels, slot * cells
+            mark, begin = slot * shape.labels, slot * size
             at[mark : mark + shape.labels] = begin + slot * shape.rows * self.virtual
             for row, example in enumerate(examples, slot * shape.rows):
                 ids[begin : begin + length(example)] = example.ids[:-1]
@@ -66,17 +66,17 @@ class Static:
             self._fill_stream(self.stream, [[length(e) for e in examples] for examples, _ in micro.parts])
 
     def _fill_stream(self, stream: Stream, lengths: list[list[int]]) -> None:
-        sizes = []
-        for own in lengths:
-            left = self.shape.width - sum(own)
-            own = [*own, *([stream.longest] * (left // stream.longest)), left % stream.longest]
-            sizes.append(own + [0] * (self._sequences - len(own)))
-        every = np.array(sizes)
-        numbers, flat = np.tile(np.arange(every.shape[1]), len(sizes)), every.reshape(-1)
-        ends = np.concatenate(([0], np.cumsum(flat)))
+        """lengths: of each slot's rows."""
+        padded = []
+        for rows in lengths:
+            left = self.shape.width - sum(rows)
+            rows = [*rows, *([stream.longest] * (left // stream.longest)), left % stream.longest]
+            padded.append(rows + [0] * (self._sequences - len(rows)))
+        numbers, sizes = np.tile(np.arange(self._sequences), len(padded)), np.array(padded).reshape(-1)
+        ends = np.concatenate(([0], np.cumsum(sizes)))
         self._copy(stream.ends, ends.astype(np.int32))
-        self._copy(stream.position, np.arange(ends[-1]) - np.repeat(ends[:-1], flat))
-        self._copy(stream.row, np.repeat(numbers, flat))
+        self._copy(stream.position, np.arange(ends[-1]) - np.repeat(ends[:-1], sizes))
+        self._copy(stream.row, np.repeat(numbers, sizes))
 
     @staticmethod
     def _copy(to: torch.Tensor, values: np.ndarray) -> None:
@@ -84,49 +84,49 @@ class Static:
         to.copy_(host.pin_memory() if to.is_cuda else host, non_blocking=True)
 
 
-BESIDE = 2**22
-"""Numbers of a [tokens, d] tensor up to which weight gradients are made on a stream beside: small products leave a GPU room, large ones none
+SIDE_STREAM_MOST = 2**22
+"""Numbers of a [tokens, d] tensor up to which weight gradients are made on a side stream: small products leave a GPU's units idle, large ones do not
 (`python -m benchmarks.kernels` at 135m, 16 x 64 and at 1b, 8 x 1024)."""
 
 
 class ByHand:
-    """A bound Llama."""
+    """The hand-written step of a bound Llama."""
 
     def __init__(self, bound: Bound) -> None:
         self.bound = bound
-        self.llama, self.flat, self.virtual = bound.llama, bound.flat, bound.llama.virtual
+        self.llama, self.buffer, self.virtual = bound.llama, bound.buffer, bound.llama.virtual
 
-    def prepare(self, rows: int, width: int, packed: bool) -> None:
-        """Set memory aside for the largest micro-batch, [rows, width] tokens, and choose its attention kernel by trying those there are (that of rows
-        one after another is flash attention)."""
-        self.llama.hold(rows * width)
-        small = rows * width * self.llama.embedding.shape[1] <= BESIDE
-        self.llama.beside = stream("beside") if self.llama.embedding.is_cuda and small else None
-        if not packed:
+    def set_up(self, rows: int, width: int, streams: bool) -> None:
+        """Reserve memory for the largest micro-batch, [rows, width] tokens, and choose its attention kernel by timing (not for
+        `streams`, which have flash attention alone)."""
+        self.llama.reserve(rows * width)
+        small = rows * width * self.llama.embedding.shape[1] <= SIDE_STREAM_MOST
+        self.llama.side_stream = stream("side") if self.llama.embedding.is_cuda and small else None
+        if not streams:
             self.llama.backends = fastest_attention(rows, self.llama.layers[0].heads, width, self.llama.embedding)
 
     def begin(self, micro: Micro) -> None:
-        """Called before a micro-batch is run or replayed."""
+        """To be called before a micro-batch is run or replayed."""
         if self.llama.noise is not None:
             self.llama.noise.first.fill_(micro.first)
 
     def run(self, static: Static) -> torch.Tensor:
         loss = self.llama.step(static.ids, static.at, static.targets, static.weights, static.shape.dense and not self.virtual, static.stream)
-        self.flat.keep()
+        self.buffer.accumulate()
         return loss
 
     def release(self) -> None:
-        """The model's modules own their weights again, and what was set aside is free."""
+        """Give the modules their weights back (Bound.release), and free what was reserved."""
         for layer in self.llama.layers:
-            layer.held = None
+            layer.reserved = None
         self.bound.release()
 
 
 class ByAutograd:
-    """Any model whose loss torch can differentiate; its parameters and gradients become views of the Flat.
+    """The step of any model that torch can differentiate; its parameters and gradients become views of the ParameterBuffer.
 
     Args:
-        groups: of the optimiser; each holds params and lr, nothing else.
+        groups: of the optimiser; each has params and lr, nothing else.
 
     Raises:
         Unsupported: parameters that are not fp32, or groups with options of their own.
@@ -145,39 +145,39 @@ class ByAutograd:
         if any(p.dtype != torch.float32 for p in self.parameters):
             raise Unsupported("it trains parameters that are not fp32")
         regions = [Region(sum(p.numel() for p in group["params"]), lr_times=group["lr"] / lr) for group in groups]
-        self.flat = Flat(1, regions, device, torch.float32, own_copy=False)
+        self.buffer = ParameterBuffer(1, regions, device, torch.float32, compute_copy=False)
         at = 0
         for parameter in self.parameters:
-            views = [held[0, at : at + parameter.numel()].view(parameter.shape) for held in (self.flat.master, self.flat.raw)]
+            views = [numbers[0, at : at + parameter.numel()].view(parameter.shape) for numbers in (self.buffer.master, self.buffer.raw)]
             views[0].copy_(parameter.data)
             parameter.data, parameter.grad = views
             at += parameter.numel()
 
-    def prepare(self, rows: int, width: int, packed: bool) -> None:
+    def set_up(self, rows: int, width: int, streams: bool) -> None:
+        """Nothing is reserved."""
         self.model.train()
 
     def begin(self, micro: Micro) -> None:
         """Nothing to do."""
 
     def run(self, static: Static) -> torch.Tensor:
-        places = static.at
-        width = static.shape.width
-        batch = Batch(static.ids, places // width, places % width, static.targets, static.weights, 0)
+        at, width = static.at, static.shape.width
+        batch = Batch(static.ids, at // width, at % width, static.targets, static.weights, 0)
         with self.autocast():
             loss = self.objective.loss(self.model, batch)
         loss.backward()
         return loss.detach()[None]
 
     def release(self) -> None:
-        """Let go of the gradients; the parameters keep their values."""
+        """Drop the gradients; the parameters keep their values."""
         for parameter in self.parameters:
             parameter.grad = None
 
 
 def fastest_attention(rows: int, heads: Heads, width: int, like: torch.Tensor) -> list[Any] | None:
-    """The attention backend, as a list of one, whose forward and backward take least at this shape on a GPU; None elsewhere (torch chooses).
+    """The attention backend, as a list of one, whose forward and backward are fastest at [rows, width] tokens on a GPU; None elsewhere (torch chooses).
 
-    like: a tensor of the device and dtype. The choice is by measurement, so two machines may choose differently; all compute the same sums.
+    like: a tensor of the device and dtype. The choice is measured, so that two machines may choose differently; all backends compute the same sums.
     """
     if not like.is_cuda:
         return None
@@ -189,9 +189,9 @@ def fastest_attention(rows: int, heads: Heads, width: int, like: torch.Tensor) -
     )
     seconds = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        graphs = Graphs(like.device)  # a replay takes what the kernels take; a call would take what launching takes
+        graphs = Graphs(like.device)  # a replay takes the kernels' time, a call that of launching them
         try:
-            seconds[backend] = device_seconds(graphs.capture(functools.partial(_attend_and_back, q, k, v, backend)), like.device)
+            seconds[backend] = device_seconds(graphs.capture(functools.partial(_forward_backward_of, q, k, v, backend)), like.device)
         except RuntimeError as error:
             if "out of memory" in str(error):
                 raise
@@ -200,7 +200,7 @@ def fastest_attention(rows: int, heads: Heads, width: int, like: torch.Tensor) -
     return [min(seconds, key=seconds.__getitem__)] if seconds else None
 
 
-def _attend_and_back(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: Any) -> None:
+def _forward_backward_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: Any) -> None:
     output = attention(q, k, v, [backend])
     torch.autograd.grad(output, (q, k, v), output.detach())
 
@@ -215,8 +215,8 @@ class Stepper:
     """
 
     def __init__(self, program: ByHand | ByAutograd, shapes: Shapes, pad_id: int, device: Any) -> None:
-        self.program, self.shapes, self.flat = program, shapes, program.flat
-        self.slots = self.flat.slots
+        self.program, self.shapes, self.buffer = program, shapes, program.buffer
+        self.slots = self.buffer.slots
         self.loss_sum, self.loss = torch.zeros(self.slots, device=device), torch.zeros(self.slots, device=device)
         self.graphs = Graphs(device)
         self.inputs = {s.width: Static(s, self.slots, program.virtual, pad_id, device) for s in shapes.all()}
@@ -224,20 +224,20 @@ class Stepper:
         self._update: Callable[[], None] | None = None
 
     def warm(self) -> None:
-        """Capture everything. The slots' values are as before; moments and step counts start at zero."""
-        largest = max(self.inputs.values(), key=lambda s: s.shape.cells)
-        self.program.prepare(len(largest.ids), largest.shape.width + largest.virtual, largest.stream is not None)
+        """Capture all shapes' forward and backward, and the update. Parameters are unchanged; moments and step counts are zero."""
+        largest = max(self.inputs.values(), key=lambda s: s.shape.tokens)
+        self.program.set_up(len(largest.ids), largest.shape.width + largest.virtual, largest.stream is not None)
         for width, static in self.inputs.items():
             self._replay[width] = self.graphs.capture(functools.partial(self._forward_backward, static))
-        self.flat.lr.zero_()
+        self.buffer.lr.zero_()
         self._clear_gradients()
         self._update = self.graphs.capture(self._finish)
-        for held in (*self.flat.moments, self.flat.count, self.loss_sum, self.loss):
-            held.zero_()
+        for tensor in (*self.buffer.moments, self.buffer.count, self.loss_sum, self.loss):
+            tensor.zero_()
         self._clear_gradients()
 
     def step(self, examples: Sequence[Sequence[Encoded]], lr: Sequence[float]) -> tuple[torch.Tensor, int, int]:
-        """(loss [K] on the device, real tokens, padding) of one optimiser step over every slot's examples, at the slots' learning rates."""
+        """One optimiser step: (loss [K] fp32 on the device, real tokens, padding), of each slot's examples at each slot's learning rate."""
         assert self._update is not None, "warm first"
         real = padding = 0
         for micro in self.shapes.micro_batches(examples):
@@ -247,7 +247,7 @@ class Stepper:
             counted = tokens(micro)
             real, padding = real + counted[0], padding + counted[1]
         rates = torch.tensor(lr, dtype=torch.float32)
-        self.flat.lr.copy_(rates.pin_memory() if self.flat.lr.is_cuda else rates, non_blocking=True)
+        self.buffer.lr.copy_(rates.pin_memory() if self.buffer.lr.is_cuda else rates, non_blocking=True)
         self._update()
         return self.loss.clone(), real, padding
 
@@ -262,11 +262,11 @@ class Stepper:
         self.loss_sum.add_(loss.view(self.slots, -1).sum(1))
 
     def _finish(self) -> None:
-        self.flat.update()
+        self.buffer.update()
         self.loss.copy_(self.loss_sum)
         self.loss_sum.zero_()
 
     def _clear_gradients(self) -> None:
-        self.flat.raw.zero_()
-        if self.flat.sum is not None:
-            self.flat.sum.zero_()
+        self.buffer.raw.zero_()
+        if self.buffer.sum is not None:
+            self.buffer.sum.zero_()

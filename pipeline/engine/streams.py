@@ -1,6 +1,6 @@
-"""A step's rows one after another in one stream of tokens: no padding but at its end, and attention that stays within a row.
+"""Padding-free steps (`train.padding_free`): a step's rows one after another in one stream of tokens, padded at its end alone; attention within a row.
 
-Library of stepping.py. Sizes take the place of widths: a run's streams have few different lengths, so that each has its CUDA graph.
+Library of stepping.py. Sizes take the place of widths: a run's streams have few different lengths, each with its CUDA graph.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pipeline.core.settings import Train
 from pipeline.data.rows import Encoded
-from pipeline.engine.layout import GRAIN, MOST_WIDTHS, STEPS_A_WIDTH, Shape, Shapes, choose_widths, coarser, labels, length, solo_steps
+from pipeline.engine.layout import MOST_WIDTHS, STEPS_A_WIDTH, Shape, Shapes, choose_widths, coarser, labels, length, rounded, solo_steps
 
 SIZE = 32
 """Sizes of streams are multiples of this."""
 WORTH = 0.9
-"""A stream is taken where it costs at most this share of what rows of equal width cost: its attention kernel is no faster than theirs."""
+"""Streams are used where they cost at most this share of what rows of equal width cost: their attention kernel is no faster than the others."""
 LAYER_S, RATE = 2e-4, 2e14
-"""Seconds that a layer's kernels take there and back however few the tokens are, and FLOP/s of the device, to tell when tokens matter."""
+"""Seconds that a layer's kernels take, forward and backward, however few tokens there are, and FLOP/s of the device: from where on tokens matter."""
 
 
 class Streams(Shapes):
@@ -37,7 +37,7 @@ class Streams(Shapes):
         for part in parts:
             needed[_size(part)] = needed.get(_size(part), 0) + 1
         self.widths = choose_widths(coarser(needed), most_sizes)
-        self.longest = max(-(-length(e) // GRAIN) * GRAIN for part in parts for e in part)
+        self.longest = max(rounded(length(e)) for part in parts for e in part)
         self.most_rows: dict[int, int] = {}
         self.capacity, self.fed = {}, {}
         for part in parts:
@@ -75,24 +75,24 @@ def _size(part: list[Encoded]) -> int:
     return -(-sum(map(length, part)) // SIZE) * SIZE
 
 
-def of_run(examples: Sequence[Sequence[Encoded]], settings: Train, orders: Sequence[Sequence[int]], total: int, packs: bool, layers: int,
+def shapes_of_run(examples: Sequence[Sequence[Encoded]], settings: Train, orders: Sequence[Sequence[int]], total: int, streamable: bool, layers: int,
            parameters: int) -> tuple[Shapes, Streams | None]:
-    """The shapes of a single run's rows at equal width, and of its streams where those are to be taken.
+    """The shapes of a single run's rows at equal width, and of its streams where those are to be used instead.
 
     Args:
         orders: the rows of each step; total: how many steps there are.
-        packs: whether there is a way to attend within rows of a stream. layers, parameters: of the model.
+        streamable: whether attention within the rows of a stream is available. layers, parameters: of the model.
     """
     most = max(1, min(MOST_WIDTHS, total // STEPS_A_WIDTH))
     buckets = Shapes(solo_steps(examples, orders), settings.micro_batch_tokens, most)
-    if settings.padding_free == "never" or not packs:
+    if settings.padding_free == "never" or not streamable:
         return buckets, None
     streams = Streams(solo_steps(examples, orders), settings.micro_batch_tokens, most)
     return buckets, streams if settings.padding_free == "always" or worth_it(streams, buckets, least_tokens(layers, parameters)) else None
 
 
 def least_tokens(layers: int, parameters: int) -> float:
-    """Tokens below which a micro-batch's time does not fall with them, an estimate."""
+    """An estimate of the tokens below which a micro-batch takes no less time."""
     return layers * LAYER_S * RATE / (4 * parameters)
 
 

@@ -1,7 +1,7 @@
-"""SwiGLU for CUDA, in Triton, there and back; with the adapters that read off it, what is in registers is used for them too (ops.py has the formulas).
+"""SwiGLU for CUDA, in Triton, forward and backward; backward can make the LoRA gradients that need its numbers while they are in registers.
 
-Library. Reading the feed-forward layer's inside again, once an adapter, costs more than the adapters' arithmetic. Sums go in a fixed order: the
-same numbers at every call.
+Library of ops.py, which has shapes and formulas. Reading the feed-forward layer's inside [N, 2f] again, once an adapter, costs more than the adapters'
+arithmetic. Sums are made in a fixed order: the same bits at every call.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pipeline.engine.misc import COUNTERS, blocked, clear, counters, last_of, su
 Tensor = torch.Tensor
 
 ROWS, MOST_RANK = 4096, 32
-"""Rows below which one pass leaves most of the device idle, and the rank above which the sums no longer fit beside what is worked on."""
+"""Tokens below which one pass leaves most of the device idle, and the rank above which the sums do not fit into registers."""
 
 
 def suits(gu: Tensor, rank: int) -> bool:
-    """Whether the kernels of this file take it; else the caller goes the long way."""
+    """Whether `backward_thin_` takes gu [N, 2f] with this rank; else the caller makes the gradients one by one."""
     return gu.dtype != torch.float32 and rank <= MOST_RANK and len(gu) >= ROWS and gu.stride(1) == 1 and gu.shape[1] <= 128 * COUNTERS
 
 
@@ -38,6 +38,7 @@ def _swiglu(gu, h, f, room, gu_stride, stride, BLOCK: tl.constexpr, ROOM: tl.con
 
 
 def swiglu(gu: Tensor, h: Tensor) -> None:
+    """silu(gate) · up of gu [N, 2f] into h [N, f + room], zeros into the last columns."""
     n, f = gu.shape[0], gu.shape[1] // 2
     block, room = min(2048, triton.next_power_of_2(f)), h.shape[1] - f
     _swiglu[(n, triton.cdiv(f, block))](gu, h, f, room, gu.stride(0), h.stride(0), BLOCK=block, ROOM=blocked(room), num_warps=4)
@@ -59,6 +60,7 @@ def _swiglu_backward(dh, gu, f, stride, gu_stride, BLOCK: tl.constexpr):
 
 
 def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
+    """As ops.swiglu_backward_: h [N, f] takes the place of dh, d gu [N, 2f] that of gu."""
     n, f = dh.shape
     block = min(2048, triton.next_power_of_2(f))
     _swiglu_backward[(n, triton.cdiv(f, block))](dh, gu, f, dh.stride(0), gu.stride(0), BLOCK=block, num_warps=4)
@@ -66,7 +68,7 @@ def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _backward(dh, gu, kept, dkept, partial, db, da, counter, n, f, rank, rows, parts, dh_stride, gu_stride, kept_stride, dkept_stride, R: tl.constexpr,
+def _backward(dh, gu, xa, dxa, partial, db, da, counter, n, f, rank, rows, parts, dh_stride, gu_stride, xa_stride, dxa_stride, R: tl.constexpr,
               BN: tl.constexpr, BC: tl.constexpr):
     col = tl.program_id(0) * BC + tl.arange(0, BC)
     part = tl.program_id(1)
@@ -79,40 +81,41 @@ def _backward(dh, gu, kept, dkept, partial, db, da, counter, n, f, rank, rows, p
         place = gu + row[:, None] * gu_stride + col[None, :]
         gate, up = tl.load(place, live, 0.0).to(tl.float32), tl.load(place + f, live, 0.0).to(tl.float32)
         d = tl.load(dh + row[:, None] * dh_stride + col[None, :], live, 0.0).to(tl.float32)
-        first = kept + row[None, :] * kept_stride + at[:, None]
-        kept_gate, kept_up = tl.load(first, thin, 0.0), tl.load(first + rank, thin, 0.0)
-        dkept_down = tl.load(dkept + row[None, :] * dkept_stride + at[:, None], thin, 0.0)
+        first = xa + row[None, :] * xa_stride + at[:, None]
+        xa_gate, xa_up = tl.load(first, thin, 0.0), tl.load(first + rank, thin, 0.0)
+        dxa_down = tl.load(dxa + row[None, :] * dxa_stride + at[:, None], thin, 0.0)
         kind = gu.dtype.element_ty
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         d_gate, d_up = (d * up * (sigmoid + silu * (1 - sigmoid))).to(kind), (d * silu).to(kind)
         tl.store(place, d_gate, live)
         tl.store(place + f, d_up, live)
-        of_gate = tl.dot(kept_gate, d_gate, of_gate)
-        of_up = tl.dot(kept_up, d_up, of_up)
-        of_down = tl.dot(dkept_down, (silu.to(kind).to(tl.float32) * up).to(kind), of_down)
+        of_gate = tl.dot(xa_gate, d_gate, of_gate)
+        of_up = tl.dot(xa_up, d_up, of_up)
+        of_down = tl.dot(dxa_down, (silu.to(kind).to(tl.float32) * up).to(kind), of_down)
     mine = (at < rank)[:, None] & (col < f)[None, :]
     each = rank * f
-    found = partial + at[:, None] * f + col[None, :]
-    to = found + part * 3 * each
+    sums = partial + at[:, None] * f + col[None, :]
+    to = sums + part * 3 * each
     tl.store(to, of_gate, mine)
     tl.store(to + each, of_up, mine)
     tl.store(to + 2 * each, of_down, mine)
     if last_of(counter + tl.program_id(0), parts):
         turned = db + col[None, :] * rank + at[:, None]
-        tl.store(turned, summed(found, 3 * each, parts, mine), mine)
-        tl.store(turned + f * rank, summed(found + each, 3 * each, parts, mine), mine)
-        tl.store(da + at[:, None] * f + col[None, :], summed(found + 2 * each, 3 * each, parts, mine), mine)
+        tl.store(turned, summed(sums, 3 * each, parts, mine), mine)
+        tl.store(turned + f * rank, summed(sums + each, 3 * each, parts, mine), mine)
+        tl.store(da + at[:, None] * f + col[None, :], summed(sums + 2 * each, 3 * each, parts, mine), mine)
 
 
-def backward_thin_(dh: Tensor, gu: Tensor, kept: Tensor, dkept: Tensor, db: Tensor, da: Tensor) -> Tensor:
+def backward_thin_(dh: Tensor, gu: Tensor, xa: Tensor, dxa: Tensor, db: Tensor, da: Tensor) -> Tensor:
+    """As ops.swiglu_backward_thin_; partial sums of rows are fp32, added up by the last program of each block of columns."""
     (n, f), rank = dh.shape, len(da)
     columns, high = triton.cdiv(f, 64), max(16, triton.next_power_of_2(rank))
     parts = max(1, min(16, triton.cdiv(1056, columns)))
     rows = triton.cdiv(triton.cdiv(n, parts), 32) * 32
     partial = torch.empty(parts, 3, rank, f, device=gu.device)
     _backward[(columns, parts)](
-        dh, gu, kept, dkept, partial, db, da, counters(gu.device), n, f, rank, rows, parts, dh.stride(0), gu.stride(0), kept.stride(0), dkept.stride(0),
+        dh, gu, xa, dxa, partial, db, da, counters(gu.device), n, f, rank, rows, parts, dh.stride(0), gu.stride(0), xa.stride(0), dxa.stride(0),
         R=high, BN=16, BC=64, num_warps=4,
     )
     return gu

@@ -56,13 +56,13 @@ def plan(model: Model, trained: Trained, train: Train, precision: Precision, exa
         steps, fed = _eager_steps(examples, orders, train.micro_batch_tokens)
         accumulates = False
     else:
-        from pipeline.engine.streams import of_run
+        from pipeline.engine.streams import shapes_of_run
 
-        packs = engine == "hand" and trained.kind != "soft" and compute == 2
-        buckets, streams = of_run(examples, train, orders, total, packs, model.layers, model.parameters)
+        streamable = engine == "hand" and trained.kind != "soft" and compute == 2
+        buckets, streams = shapes_of_run(examples, train, orders, total, streamable, model.layers, model.parameters)
         chosen = streams or buckets
         steps, accumulates = [[_micro(shape) for shape in chosen.all()]], chosen.accumulates
-        fed = [(chosen.shape(width).cells, count) for width, count in chosen.fed.items()]
+        fed = [(chosen.shape(width).tokens, count) for width, count in chosen.fed.items()]
     paged = train.optimizer == "paged_adamw" and gpu and engine == "eager"
     return Plan(model, trained, held, compute, steps, engine, gpu, precision.double_quantisation, train.checkpointing, paged, accumulates,
                 fed=fed, looked=len(orders))

@@ -54,14 +54,14 @@ def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: 
     import torch
 
     from pipeline.engine.answering import by_hand
-    from pipeline.engine.passes import Reader, log_probabilities_apiece
+    from pipeline.engine.passes import ChoiceScorer, log_probabilities_apiece
     from pipeline.engine.reuse import sharing_refused
 
     own = functools.partial(logits_at, model)
     with torch.inference_mode(), autocast(device, dtype):
         if owners is not None:
-            return Reader(own, batch_tokens, pad_id, device, read=log_probabilities_apiece, owners=owners).scores(items)[0]
-        with by_hand(model, dtype, device, len(items)) as written, contextlib.closing(Reader(
+            return ChoiceScorer(own, batch_tokens, pad_id, device, log_p=log_probabilities_apiece, owners=owners).scores(items)[0]
+        with by_hand(model, dtype, device, len(items)) as written, contextlib.closing(ChoiceScorer(
             written or own, batch_tokens, pad_id, device, model=model, fresh=lambda: autocast(device, dtype, cache=False), notes=notes,
         )) as reader:
             return reader.scores(items, lambda groups: sharing_refused(model, dtype, items, groups, reader.sums))[0]
@@ -91,7 +91,7 @@ def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
     import torch
 
     from pipeline.engine.answering import by_hand
-    from pipeline.engine.decode import Cached, Decoder, Written, greedy, unsuited
+    from pipeline.engine.decode import Cached, Decoder, Handwritten, greedy, unsuited
 
     refused = owners is not None or unsuited(model, max(map(len, prompts)) + max_new_tokens)
     parts = list(_generation_batches(model, [len(p) for p in prompts], max_new_tokens, batch_tokens))
@@ -99,7 +99,7 @@ def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
 
         def make(rows: int, width: int) -> Decoder:
             shape = (rows, width, max_new_tokens, end, pad_id, device)
-            return Written(written, *shape) if written else Cached(functools.partial(logits_at, model), model.config, *shape)
+            return Handwritten(written, *shape) if written else Cached(functools.partial(logits_at, model), model.config, *shape)
 
         if refused:
             yield from _generate(model, prompts, parts, max_new_tokens, end, pad_id, device, owners or ())

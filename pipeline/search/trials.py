@@ -279,7 +279,7 @@ class PackedTrials(Trials):
                     diverged_at=run.diverged_at)
         phases = Phases(run.seconds, 0, 0, 0, run.seconds, 0, 0, 0, 0)
         return cell_run.bare_result(
-            member.cfg, status="ok", precision=self.packing.precision, scores={"validation": run.found[0]}, phases=phases, work=work, history=run.history,
+            member.cfg, status="ok", precision=self.packing.precision, scores={"validation": run.scores[0]}, phases=phases, work=work, history=run.history,
             notes=run.notes, packed=True, slots=self.slots, hardware=hardware(self.packing.device), provenance=self.about,
         )
 

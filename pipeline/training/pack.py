@@ -1,7 +1,7 @@
-"""Several runs at once over one frozen base: each has a slot of its own, and one that ends leaves it to the next.
+"""Several runs at once over one frozen base, each in a slot; one that ends leaves its slot to the next.
 
-Library of pipeline/search/trials.py and of packed cells. The shapes hold any row of the data, so nothing is captured anew when runs
-come and go. A run's rows, learning rate, clipping and adapter are its own; what another slot holds does not reach it.
+Library of pipeline/search/trials.py and of packed cells. The shapes fit any row of the data, so nothing is captured again when runs
+come and go. Every run has its own rows, learning rate, clipping and adapter; no number of another slot affects it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pipeline.data.choices import Items
 from pipeline.data.rows import Encoded
 from pipeline.engine.bind import Bound, bind
 from pipeline.engine.layout import OpenShapes, length
-from pipeline.engine.score import reader
+from pipeline.engine.score import choice_scorer
 from pipeline.engine.steps import ByHand, Stepper
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.memory import PeakMemory
+from pipeline.training.adapter_init import AdapterInit, Slots, Weights
 from pipeline.training.loop import LOSS_EVERY, lr_factor, validation_steps
-from pipeline.training.starts import Slots, Start, Weights
 
 THREADS = 8  # that draw adapters
 
@@ -33,24 +33,24 @@ THREADS = 8  # that draw adapters
 class Job:
     """One run for a slot.
 
-    name: the caller's; step: the examples of optimiser step n (from 0); start: gives the adapter; total: steps; settings: learning rate, schedule,
-    weight decay, clipping and validations are the run's own.
+    name: for the caller; step: the examples of optimiser step n (from 0); init: makes the initial adapter; total: steps; settings: learning rate,
+    schedule, weight decay, clipping and validations of this run.
     """
 
     name: Any
     step: Callable[[int], Sequence[Encoded]]
-    start: Callable[[], Start]
+    init: Callable[[], AdapterInit]
     total: int
     settings: Train
 
 
 @dataclass(eq=False)
 class Running:
-    """A run in its slot, and what is left of it."""
+    """A run in its slot, and its results so far."""
 
     job: Job
     slot: int
-    start: Start
+    init: AdapterInit
     step: int = 0
     tokens: int = 0
     padding: float = 0.0
@@ -60,8 +60,8 @@ class Running:
     history: list[dict[str, float]] = field(default_factory=list)
     best: tuple[float, float] | None = None
     """(metric, -nll) of the best validation so far."""
-    found: Any = None
-    """What `score` gave there."""
+    scores: Any = None
+    """What `score` returned there."""
     weights: Weights = field(default_factory=dict)
     """Those of the best validation (if `keep`)."""
     notes: list[str] = field(default_factory=list)
@@ -83,22 +83,22 @@ class Running:
 
 @dataclass(frozen=True)
 class Scored:
-    """Of a validation: the metric and nll that choose among weights, and what the caller keeps of it."""
+    """A validation: the metric and nll that choose among weights, and scores for the caller."""
 
     metric: float
     nll: float
-    found: Any = None
+    scores: Any = None
 
 
 class Pack:
     """K runs at once.
 
     Args:
-        template: a PEFT model with room for every run (starts.Starts.template); its base stays bound until `close`.
+        template: a PEFT model that fits every run (AdapterInitializer.template); its base stays bound until `close`.
         slots, rank: K, and the highest rank.
-        score: validates the runs that it is given, in one go.
-        prune: told of every validation; True ends the run there.
-        keep: whether a run's best weights are wanted.
+        score: validates several runs at once.
+        prune: called after every validation of a run; True ends the run there.
+        keep: whether to keep a run's best weights.
 
     Raises:
         Unsupported: the model or adapter has no hand-written step. RuntimeError: out of memory, or it cannot be captured.
@@ -113,17 +113,17 @@ class Pack:
         self.active: dict[int, Running] = {}
         self.steps = 0
         self.stopped = False
-        """Set (by a signal, say) to end `run` after the step at hand with KeyboardInterrupt."""
+        """Set (by a signal handler) to end `run` after the current step with KeyboardInterrupt."""
         self._pending: list[tuple[torch.Tensor, list[tuple[Running, int]]]] = []
         for slot in range(slots):
-            self.bound.flat.clear(slot)
+            self.bound.buffer.clear(slot)
 
     def warm(self) -> None:
         """Capture the steps."""
         self.stepper.warm()
 
     def run(self, take: Callable[[int], list[Job]], done: Callable[[Running], None]) -> None:
-        """Run jobs until none is left. take(n): at most n further jobs, for the slots that are free; done: told of each that ended."""
+        """Run jobs until none is left. take(n): at most n more jobs, for the free slots; done: called with each run that ended."""
         watch = Stopwatch(self.device)
         while True:
             self._fill(take)
@@ -133,7 +133,7 @@ class Pack:
             self._step()
             running = list(self.active.values())
             if self.device.type != "cuda" or self.steps % LOSS_EVERY == 0 or any(self._due(r) or r.ended for r in running):
-                self._read()
+                self._record_losses()
             seconds = watch.lap(wait=False)
             for each in running:
                 each.seconds += seconds / len(running)
@@ -147,9 +147,9 @@ class Pack:
                 done(each)
 
     def choice_log_likelihoods(self, running: Sequence[Running], items: Items, batch_tokens: int) -> list[list[list[float]]]:
-        """By run: what pipeline.scoring.scorer.choice_log_likelihoods gives for it. batch_tokens: most tokens of a pass, all runs together."""
+        """By run: as pipeline.scoring.scorer.choice_log_likelihoods. batch_tokens: most tokens of a pass, all runs together."""
         with torch.no_grad():
-            return reader(self.bound.llama, [r.slot for r in running], self.slots, batch_tokens, self.pad_id).scores(items)
+            return choice_scorer(self.bound.llama, [r.slot for r in running], self.slots, batch_tokens, self.pad_id).scores(items)
 
     def close(self) -> None:
         """Free the graphs and give the base its weights back."""
@@ -160,12 +160,12 @@ class Pack:
         free = [slot for slot in range(self.slots) if slot not in self.active]
         jobs = take(len(free)) if free else []
         with ThreadPoolExecutor(min(THREADS, max(1, len(jobs)))) as pool:
-            starts = list(pool.map(lambda job: job.start(), jobs))
-        flat = self.bound.flat
-        for slot, job, start in zip(free, jobs, starts, strict=False):
-            self.adapters.put(slot, start)
-            flat.weight_decay[slot], flat.max_norm[slot] = job.settings.weight_decay, job.settings.max_grad_norm
-            self.active[slot] = Running(job, slot, start)
+            inits = list(pool.map(lambda job: job.init(), jobs))
+        buffer = self.bound.buffer
+        for slot, job, init in zip(free, jobs, inits, strict=False):
+            self.adapters.put(slot, init)
+            buffer.weight_decay[slot], buffer.max_norm[slot] = job.settings.weight_decay, job.settings.max_grad_norm
+            self.active[slot] = Running(job, slot, init)
 
     def _step(self) -> None:
         parts: list[Sequence[Encoded]] = [()] * self.slots
@@ -181,8 +181,8 @@ class Pack:
             run.padding += padding / len(self.active)
         self._pending.append((loss, [(run, run.step) for run in self.active.values()]))
 
-    def _read(self) -> None:
-        """Losses to the runs' histories; one that is not finite ends its run, as it ends a run of its own."""
+    def _record_losses(self) -> None:
+        """Add the losses to the runs' histories; one that is not finite ends its run, as in a single run."""
         losses = torch.stack([loss for loss, _ in self._pending]).tolist()
         for values, (_, runs) in zip(losses, self._pending, strict=True):
             for run, step in runs:
@@ -203,32 +203,32 @@ class Pack:
         for run, scored in zip(due, self.score(self, due) if due else [], strict=True):
             run.history[-1].update({"validation_metric": scored.metric, "validation_nll": scored.nll})
             if run.best is None or (scored.metric, -scored.nll) > run.best:
-                run.best, run.found = (scored.metric, -scored.nll), scored.found
-                run.weights = self.adapters.take(run.slot, run.start.weights) if self.keep else {}
+                run.best, run.scores = (scored.metric, -scored.nll), scored.scores
+                run.weights = self.adapters.take(run.slot, run.init.weights) if self.keep else {}
             run.pruned = run.step < run.job.total and self.prune(run)
 
     def _score(self, ended: list[Running]) -> None:
-        """Runs that were never validated stand with their last weights."""
+        """Score runs that were never validated with their last weights."""
         for run, scored in zip(ended, self.score(self, ended) if ended else [], strict=True):
-            run.found = scored.found
-            run.weights = self.adapters.take(run.slot, run.start.weights) if self.keep else {}
+            run.scores = scored.scores
+            run.weights = self.adapters.take(run.slot, run.init.weights) if self.keep else {}
 
     def _end(self, run: Running) -> None:
-        self.bound.flat.clear(run.slot)
+        self.bound.buffer.clear(run.slot)
         del self.active[run.slot]
 
 
 def slot_bytes(template: Any, rank: int, shapes: OpenShapes, pad_id: int, device: Any, dtype: Any) -> int:
-    """Bytes that one slot takes: its numbers, and its part of a step over the widest shape (`shapes`: of two slots)."""
+    """Bytes that one slot takes: its parameters and optimiser state, and its part of a step over the widest shape (`shapes`: of two slots)."""
     program = ByHand(bind(template, dtype, slots=shapes.slots, rank=rank, accumulate=shapes.accumulates))
-    flat, memory = program.flat, PeakMemory(device)
+    buffer, memory = program.buffer, PeakMemory(device)
     memory.start()
     stepper = Stepper(program, shapes, pad_id, device)
     widest = stepper.inputs[max(stepper.inputs)]
-    program.prepare(shapes.slots * widest.shape.rows, widest.shape.width + program.virtual, False)
+    program.set_up(shapes.slots * widest.shape.rows, widest.shape.width + program.virtual, False)
     program.run(widest)
     step = memory.stop()
     stepper.close()
     program.release()
-    numbers = sum(x.numel() * x.element_size() for x in (flat.master, *flat.moments, flat.compute, flat.raw, flat.sum) if x is not None)
+    numbers = sum(x.numel() * x.element_size() for x in (buffer.master, *buffer.moments, buffer.compute, buffer.raw, buffer.sum) if x is not None)
     return (numbers + max(0, (step.peak_bytes or 0) - (step.baseline_bytes or 0))) // shapes.slots

@@ -148,8 +148,8 @@ class Fast:
         except Unsupported as reason:
             program, shapes = ByAutograd(model, objective, groups, settings.lr, device, dtype), buckets
             self.engine, self.reason = "captured", str(reason)
-        program.flat.weight_decay.fill_(settings.weight_decay)
-        program.flat.max_norm.fill_(settings.max_grad_norm)
+        program.buffer.weight_decay.fill_(settings.weight_decay)
+        program.buffer.max_norm.fill_(settings.max_grad_norm)
         self.stepper = Stepper(program, shapes, pad_id, device)
         self.program = program
         self.widths: list[int] | None = sorted(self.stepper.inputs)
@@ -161,16 +161,16 @@ class Fast:
         """Rows of equal width, and streams where they are wanted."""
         import torch
 
-        from pipeline.engine.streams import of_run
+        from pipeline.engine.streams import shapes_of_run
         from pipeline.models.base import parameters
 
         settings = self.settings
         soft = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
         has_kernel = device.type == "cuda" and dtype == torch.bfloat16
-        packs = not soft and (has_kernel or (settings.padding_free == "always" and device.type != "cuda"))
+        streamable = not soft and (has_kernel or (settings.padding_free == "always" and device.type != "cuda"))
         orders = [step_rows(len(self.examples), settings.batch_size, self.seed, step) for step in range(total)]
         layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-        return of_run(self.examples, settings, orders, total, packs, layers, parameters(model)[1])
+        return shapes_of_run(self.examples, settings, orders, total, streamable, layers, parameters(model)[1])
 
     def warm(self) -> None:
         self.stepper.warm()
@@ -181,10 +181,10 @@ class Fast:
         return loss[0], tokens, padding
 
     def state_dict(self) -> dict[str, Any]:
-        return self.stepper.flat.state_dict()
+        return self.stepper.buffer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stepper.flat.load_state_dict(state)
+        self.stepper.buffer.load_state_dict(state)
 
     def close(self) -> None:
         self.stepper.close()
