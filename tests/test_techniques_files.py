@@ -14,7 +14,9 @@ from pipeline.cell.identity import fingerprint
 from pipeline.core.compose import ROOT, build, compose
 from pipeline.core.files import UserError, read_json, read_jsonl
 from pipeline.core.settings import read
-from pipeline.methods.peft_adapter import AdaLora, LoraPlus, MultitaskPrompt
+from pipeline.methods.peft_adalora import AdaLora
+from pipeline.methods.peft_lora import LoraPlus
+from pipeline.methods.peft_prompts import MultitaskPrompt
 from pipeline.records.finished import name as cell_name
 
 DATA = ROOT / "tests" / "data" / "peft"

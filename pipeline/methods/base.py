@@ -134,10 +134,3 @@ class Method:
         """How its artefacts are served over one base: together (rows of one batch by different artefacts), in_turn (one after another),
         or no (they change the base's own weights)."""
         return "no"
-
-
-def prompts_on_device(model: Any) -> Any:
-    """The model, whose soft tokens' numbers PEFT holds on the CPU and copies at every call; from the CPU that cannot be captured in a CUDA graph."""
-    for name, numbers in model.prompt_tokens.items() if model.active_peft_config.is_prompt_learning else ():
-        model.prompt_tokens[name] = numbers.to(model.device)
-    return model

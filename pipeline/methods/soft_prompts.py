@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.data.rows import Example
-from pipeline.methods.base import Method, prompts_on_device
+from pipeline.methods.base import Method
+from pipeline.methods.peft_adapter import prompts_on_device
 
 PROMPT, ROWS, TOKENS = "adapter_model.safetensors", "answers.safetensors", "tokens.json"
 

@@ -1,0 +1,102 @@
+"""Trained prompts of PEFT that need more than their config: prefix tuning, multitask prompts, P-tuning.
+
+conf/method/prefix_tuning.yaml, multitask_prompt.yaml, p_tuning.yaml. Soft prompts that PEFT does not have are in soft_prompts.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import UserError
+from pipeline.methods.peft_adapter import PeftAdapter
+from pipeline.models.base import load_tokenizer
+
+
+@dataclass(frozen=True)
+class PrefixTuning(PeftAdapter):
+    """Trained keys and values before every layer's own (Li & Liang, 2021), begun at those that the base computes for a text.
+
+    PEFT draws them from a normal distribution of deviation 1, which is far from what a layer makes: the base's answers are lost, and a few hundred
+    rows do not bring them back. The paper begins at words' activations where rows are few (its section on initialisation).
+    """
+
+    text: str | None = None
+    """The base first answers as if this text, repeated and cut to num_virtual_tokens tokens, stood before every prompt. null: PEFT's random beginning."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text is not None and not self.text.strip():
+            raise UserError("method.text is empty; give words to begin at, or null for a random beginning")
+        if self.text is not None and self.config.prefix_projection:
+            raise UserError("method.text cannot be met through a projection; set method.config.prefix_projection=false, or method.text=null")
+
+    def wrap(self, model: Any) -> Any:
+        wrapped = super().wrap(model)
+        if self.text is not None:
+            from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+
+            ids = repeated_tokens(self.text, load_tokenizer(Path(model.config._name_or_path)), self.config.num_virtual_tokens)
+            past = _keys_and_values(model, ids)
+            initialize_kv_prefix_from_past_key_values(wrapped, past_key_values=past)
+        return wrapped
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {**super().hyperparameters(), "init": "random" if self.text is None else "text"}
+
+
+def repeated_tokens(text: str, tokenizer: Any, tokens: int) -> list[int]:
+    """`tokens` token ids: the text's, again and again until there are enough. Raises UserError where the tokenizer finds none in it."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("method.text has no tokens; give other words")
+    return (ids * -(-tokens // len(ids)))[:tokens]
+
+
+def _keys_and_values(model: Any, ids: list[int]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+
+
+@dataclass(frozen=True)
+class MultitaskPrompt(PeftAdapter):
+    """Multitask prompt tuning (Wang et al., 2023): a shared prompt times a task's rank-r factor. A cell has one task, number 0."""
+
+    own_load = True
+
+    def wrap(self, model: Any) -> Any:
+        return _of_task_0(super().wrap(model))
+
+    def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
+        model, state = super().load(base, folder)
+        return _of_task_0(model), state
+
+
+def _of_task_0(model: Any) -> Any:
+    """PEFT wants task_ids in every forward; where none are given, all rows are of task 0."""
+    import torch
+
+    def fill(_: Any, args: tuple) -> tuple:
+        indices, task_ids = args
+        return indices, task_ids if task_ids is not None else torch.zeros(len(indices), dtype=torch.long, device=indices.device)
+
+    for encoder in model.prompt_encoder.values():
+        encoder.register_forward_pre_hook(fill)
+    return model
+
+
+@dataclass(frozen=True)
+class PTuning(PeftAdapter):
+    """P-tuning (Liu et al., 2021): a small network makes the soft prompt; what it made last is served and stored."""
+
+    changes_when_served = True
+
+    def served(self, model: Any, dtype: Any) -> Any:
+        encoder = model.prompt_encoder["default"]
+        made = model.get_prompt_embedding_to_save("default").float()
+        encoder.embedding.weight.data = made.to(encoder.embedding.weight.device)
+        encoder.forward = encoder.embedding.forward
+        return model
