@@ -29,7 +29,7 @@ def method(name: str, *overrides: str) -> Any:
         ("olora", "int8", "init_lora_weights=olora takes the base's weights apart"),
         ("loha", "nf4", "PEFT's LOHA has no layer for nf4 weights"),
         ("lokr", "int8", "PEFT's LOKR has no layer for int8 weights"),
-        ("loftq", "fp32", "LoftQ begins at what NF4 quantisation lost, but the base is fp32; choose precision=nf4"),
+        ("loftq", "fp32", "LoftQ starts from what NF4 quantisation lost, but the base is fp32; choose precision=nf4"),
         ("top_layers", "nf4", "top_layers cannot train nf4 weights; choose precision=auto"),
         ("from_scratch", "int8", "full fine-tuning cannot train int8 weights"),
     ],

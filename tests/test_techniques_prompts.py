@@ -101,8 +101,8 @@ def test_long_documents_are_cut_into_passages(tmp_path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: None, "holds no .txt, .md or .jsonl file; mend the path"),
-        (lambda p: p.mkdir(), "holds no .txt, .md or .jsonl file; mend the path"),
+        (lambda p: None, "holds no .txt, .md or .jsonl file; fix the path"),
+        (lambda p: p.mkdir(), "holds no .txt, .md or .jsonl file; fix the path"),
         (lambda p: p.write_text(""), "is neither .txt, .md nor .jsonl; convert it"),
     ],
 )

@@ -239,10 +239,10 @@ def test_only_the_answers_rows_change_with_warp(load):
 def test_ipt_moves_the_prompt_in_its_subspace_alone(load):
     model = wrapped("ipt", load(), "method.dimensions=3")
     encoder = model.prompt_encoder["default"]
-    before = encoder.made().clone()
+    before = encoder.prompt().clone()
     encoder.z.data = torch.tensor([1.0, -2.0, 0.5])
-    assert torch.allclose(encoder.made() - before, torch.einsum("n,nkd->kd", encoder.z, encoder.basis), atol=1e-6)
-    moved = encoder.made().detach()
+    assert torch.allclose(encoder.prompt() - before, torch.einsum("n,nkd->kd", encoder.z, encoder.basis), atol=1e-6)
+    moved = encoder.prompt().detach()
     served = method("ipt", "method.dimensions=3").served(model, torch.float32)
     assert torch.equal(served.prompt_encoder["default"].embedding.weight, moved)
 
@@ -286,7 +286,7 @@ def test_the_fast_engine_s_autograd_takes_the_eager_engine_s_steps(overrides, na
     ("adapter_houlsby", "method.width=0", "method.width is 0; it must be a whole number"),
     ("adapter_houlsby", "method.activation=swish", "method.activation is 'swish'; choose one of relu"),
     ("compacter", "method.width=6", "method.width=6 is no multiple of method.n=4"),
-    ("adamix", "method.experts=1", "a mixture has at least 2"),
+    ("adamix", "method.experts=1", "method.experts is 1; it must be a whole number of at least 2"),
     ("adamix", "method.shared=both", "method.shared is 'both'; choose down, up or null"),
     ("adamix", "objective.consistency_weight=-1", None),
     ("ladder", "method.reduction=1", "method.reduction is 1; it must be a whole number of at least 2"),

@@ -8,13 +8,16 @@ export read the declarations alone, never which hooks are overridden (tests/test
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.core.files import UserError
 from pipeline.data.rows import Example
+
+QUANTISED = ("nf4", "int8")
+"""Precisions whose base weights are rounded."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Method:
         return None
 
     def choose(self, state: Any, validate: Callable[[Any], tuple[float, float]]) -> Any:
-        """The state to go on with; `validate(state)` gives (metric, nll) on validation rows, which a choice among states may use."""
+        """The state to keep; `validate(state)` gives (metric, nll) on validation rows, which a choice among states may use."""
         return state
 
     def prompt(self, prompt: str, state: Any) -> str:
@@ -134,3 +137,26 @@ class Method:
         """How its artefacts are served over one base: together (rows of one batch by different artefacts), in_turn (one after another),
         or no (they change the base's own weights)."""
         return "no"
+
+
+def check_counts(method: Method, *fields: str, least: int = 1) -> None:
+    """Raise UserError where one of these fields of a method is no whole number of at least `least`."""
+    for field in fields:
+        if type(value := getattr(method, field)) is not int or value < least:
+            raise UserError(f"method.{field} is {value}; it must be a whole number of at least {least}")
+
+
+def save_weights(parameters: Iterable[tuple[str, Any]], path: Path) -> None:
+    """Write named parameters as safetensors."""
+    from safetensors.torch import save_file
+
+    save_file({name: p.detach().contiguous() for name, p in parameters}, path)
+
+
+def load_weights(parameters: Iterable[tuple[str, Any]], path: Path, device: Any) -> None:
+    """Give named parameters the values and dtypes that `save_weights` wrote."""
+    from safetensors.torch import load_file
+
+    weights = load_file(path, device=str(device))
+    for name, parameter in parameters:
+        parameter.data = weights[name]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import UserError
-from pipeline.methods.base import Method
+from pipeline.methods.base import Method, check_counts, load_weights, save_weights
 from pipeline.models.blocks import BLOCK, PLACES, blocks, sublayer
 
 WEIGHTS = "adapter.safetensors"
@@ -25,7 +25,7 @@ class Bottleneck(Method):
 
     serial: x is the sublayer's own output h (Houlsby et al., 2019: after attention and feed-forward; Pfeiffer et al., 2021: after the whole
     block, whose output a decoder, unlike their encoder, does not normalise: it is divided by its root mean square here). parallel: x is the
-    sublayer's input (He et al., 2022). `up` begins at zero, so the first answers are the base's. Adapter
+    sublayer's input (He et al., 2022). `up` starts at zero, so the first answers are the base's. Adapter
     weights are fp32 in every precision. Nothing merges: there is a nonlinearity in between.
 
     Raises:
@@ -47,8 +47,7 @@ class Bottleneck(Method):
     def __post_init__(self) -> None:
         if not self.places or set(self.places) - {*PLACES, BLOCK}:
             raise UserError(f"method.places is {list(self.places)}; name one or more of {', '.join(PLACES)}, {BLOCK}")
-        if type(self.width) is not int or self.width < 1:
-            raise UserError(f"method.width is {self.width}; it must be a whole number of at least 1")
+        check_counts(self, "width")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"method.activation is {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}")
 
@@ -63,29 +62,22 @@ class Bottleneck(Method):
     def wrap(self, model: Any) -> Any:
         from pipeline.methods.modules.adapters import Adapter, attach
 
-        found = [(sublayer(block, place), place == BLOCK) for block in blocks(model) for place in self.places]  # before the first is changed
+        places = [(sublayer(block, place), place == BLOCK) for block in blocks(model) for place in self.places]  # before the first is changed
         halves = self._halves(model.config.hidden_size)
-        for module, normalised in found:
+        for module, normalised in places:
             attach(module, Adapter(*next(halves), self.activation, self.scale, normalised), self.parallel)
         return model
 
     def save(self, model: Any, state: Any, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file({name: p.detach().contiguous() for name, p in _parameters(model)}, folder / WEIGHTS)
+        save_weights(_parameters(model), folder / WEIGHTS)
 
     def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
-        from safetensors.torch import load_file
-
         model = self.served(self.wrap(base), base.dtype)
-        held = load_file(folder / WEIGHTS, device=str(base.device))
-        for name, parameter in _parameters(model):
-            parameter.data = held[name]
-            parameter.requires_grad_(False)
-        return model.eval(), None
+        load_weights(_parameters(model), folder / WEIGHTS, base.device)
+        return model.requires_grad_(False).eval(), None
 
     def _halves(self, d: int) -> Iterator[tuple[Any, Any]]:
-        """The way down and the way up of one adapter after another."""
+        """Endlessly the two layers of an adapter: from width d down to `width`, and up again."""
         from pipeline.methods.modules.adapters import dense
 
         while True:
@@ -109,8 +101,7 @@ class Compacter(Bottleneck):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.n) is not int or self.n < 1 or type(self.rank) is not int or self.rank < 1:
-            raise UserError(f"method.n is {self.n} and method.rank is {self.rank}; both are whole numbers of at least 1")
+        check_counts(self, "n", "rank")
         if self.width % self.n:
             raise UserError(f"method.width={self.width} is no multiple of method.n={self.n}; change one of them")
 
@@ -131,7 +122,7 @@ class Compacter(Bottleneck):
 
 @dataclass(frozen=True)
 class AdaMix(Bottleneck):
-    """M adapters in the place of one (Wang et al., 2022): training draws a way down and a way up for every forward pass, evaluation and the artefact
+    """M adapters in the place of one (Wang et al., 2022): training draws a down and an up layer for every forward pass, evaluation and the artefact
     have the averages of both, so what is served costs what one adapter costs. objective=consistency is the paper's loss."""
 
     changes_when_served = True
@@ -142,8 +133,7 @@ class AdaMix(Bottleneck):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.experts) is not int or self.experts < 2:
-            raise UserError(f"method.experts is {self.experts}; a mixture has at least 2 (technique=adapter_pfeiffer has 1)")
+        check_counts(self, "experts", least=2)
         if self.shared not in (None, "down", "up"):
             raise UserError(f"method.shared is {self.shared!r}; choose down, up or null")
 

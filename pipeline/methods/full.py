@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import UserError
-from pipeline.methods.base import Method
+from pipeline.methods.base import QUANTISED, Method
 from pipeline.models.base import cast
 
 
 @dataclass(frozen=True)
 class Full(Method):
-    """All weights, held in fp32 while training; the arithmetic runs in the cell's compute dtype (autocast).
+    """All weights, in fp32 while training; the arithmetic runs in the cell's compute dtype (autocast).
 
     What is saved and evaluated has the base's dtype again.
     """
@@ -22,14 +22,14 @@ class Full(Method):
     changes_when_served = True
 
     from_scratch: bool = False
-    """Begin with fresh weights, drawn with the cell's seed as the architecture draws them: what the pretraining is worth."""
+    """Start from fresh weights, drawn with the cell's seed as the architecture draws them: what the pretraining is worth."""
 
     @property
     def name(self) -> str:
         return "from_scratch" if self.from_scratch else "full"
 
     def check(self, precision: str) -> None:
-        if precision in ("nf4", "int8"):
+        if precision in QUANTISED:
             raise UserError(f"full fine-tuning cannot train {precision} weights; choose precision=auto, fp32 or bf16, or technique=qlora")
 
     def wrap(self, model: Any) -> Any:

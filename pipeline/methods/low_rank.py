@@ -5,14 +5,14 @@ start=<cell> takes what another cell left.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.data.rows import Example
-from pipeline.methods.base import Method
+from pipeline.methods.base import QUANTISED, Method, check_counts, save_weights
 from pipeline.models.blocks import blocks, linears, matrix
 
 WEIGHTS = "low_rank.safetensors"
@@ -39,15 +39,14 @@ class LowRank(Method):
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise UserError(f"method.share is {self.share}; it is above 0 and below 1")
-        if type(self.calibration_rows) is not int or self.calibration_rows < 1:
-            raise UserError(f"method.calibration_rows is {self.calibration_rows}; it must be a whole number of at least 1")
+        check_counts(self, "calibration_rows")
 
     @property
     def name(self) -> str:
         return "low_rank_calibrated" if self.calibrated else "low_rank"
 
     def check(self, precision: str) -> None:
-        if precision in ("nf4", "int8"):
+        if precision in QUANTISED:
             raise UserError(f"{self.name} takes weights apart, and {precision} ones are rounded; choose precision=auto, fp32 or bf16")
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -79,24 +78,19 @@ class LowRank(Method):
         return [f"every linear layer of the blocks keeps {self.share:.0%} of its numbers, as two thin layers; embeddings and output layer are whole"]
 
     def save(self, model: Any, state: Any, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / WEIGHTS)
+        save_weights(model.named_parameters(), folder / WEIGHTS)
 
     def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
         from safetensors.torch import load_file
 
-        for block, name, module in list(_layers(base)):
-            rank, (d_out, d_in) = self._rank(module), matrix(module).shape
-            _put(block, name, module, module.weight.new_empty(d_out, rank), module.weight.new_empty(rank, d_in))
-        held = load_file(folder / WEIGHTS, device=str(base.device))
+        for block in blocks(base):
+            for name, module in list(linears(block)):
+                rank, (d_out, d_in) = self._rank(module), matrix(module).shape
+                _put(block, name, module, module.weight.new_empty(d_out, rank), module.weight.new_empty(rank, d_in))
+        weights = load_file(folder / WEIGHTS, device=str(base.device))
         for name, parameter in base.named_parameters():
-            parameter.data.copy_(held[name])
+            parameter.data.copy_(weights[name])
         return base.eval(), None
-
-
-def _layers(model: Any) -> Iterator[tuple[Any, str, Any]]:
-    return ((block, name, module) for block in blocks(model) for name, module in linears(block))
 
 
 def factors(weight: Any, rank: int, product: Any = None) -> tuple[Any, Any]:
@@ -115,8 +109,8 @@ def factors(weight: Any, rank: int, product: Any = None) -> tuple[Any, Any]:
     lower = torch.linalg.cholesky(product.double() + ridge * torch.eye(len(product), device=product.device))
     left, values, right = torch.linalg.svd(weight.double() @ lower, full_matrices=False)
     root = values[:rank].sqrt()
-    back = torch.linalg.solve_triangular(lower, root[:, None] * right[:rank], upper=False, left=False)
-    return (left[:, :rank] * root).float(), back.float()
+    thin = torch.linalg.solve_triangular(lower, root[:, None] * right[:rank], upper=False, left=False)
+    return (left[:, :rank] * root).float(), thin.float()
 
 
 def _put(block: Any, name: str, module: Any, left: Any, right: Any) -> None:

@@ -12,10 +12,10 @@ from pipeline.methods.peft_adapter import PeftAdapter
 
 @dataclass(frozen=True)
 class AdaLora(PeftAdapter):
-    """AdaLoRA (Zhang et al., 2023): ranks are taken from the layers that need them least while training goes on.
+    """AdaLoRA (Zhang et al., 2023): training takes ranks away from the layers that need them least.
 
     The plan over the steps and the orthogonality penalty are here, because PEFT adds the latter only where labels go
-    into the model's forward. A run that resumes measures the importance of ranks anew.
+    into the model's forward. A resumed run measures the importance of ranks anew.
     """
 
     plans_training = True
@@ -24,15 +24,15 @@ class AdaLora(PeftAdapter):
     own_load = True
 
     start_share: float | None = None
-    """Share of the steps before ranks are taken; null: the config's own tinit, tfinal and total_step stand."""
+    """Share of the steps before ranks are taken; null: the config's tinit, tfinal and total_step."""
     end_share: float | None = None
     """Share of the steps after ranks are fixed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.config.target_r >= self.config.init_r:
-            begins = self.config.init_r
-            raise UserError(f"method.config.target_r is {self.config.target_r}; AdaLoRA brings ranks down to it from init_r={begins}, so it is less")
+            what = f"AdaLoRA brings ranks down to it from init_r={self.config.init_r}, so it is less"
+            raise UserError(f"method.config.target_r is {self.config.target_r}; {what}")
         if (self.start_share or 0) + (self.end_share or 0) >= 1:
             raise UserError("method.start_share and method.end_share leave no steps to take ranks in; together they are below 1")
 
@@ -86,9 +86,9 @@ class AdaLora(PeftAdapter):
         config = model.peft_config["default"]
         if config.rank_pattern is not None:
             ranks = config.rank_pattern = _ranks(model)
-            kept = get_peft_model_state_dict(model)
+            weights = get_peft_model_state_dict(model)
             model.base_model.resize_modules_by_rank_pattern(ranks, "default")
-            _put_fp32(model, kept)
+            _put_fp32(model, weights)
         return super().served(model, dtype)
 
     def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
@@ -101,7 +101,7 @@ class AdaLora(PeftAdapter):
 
 
 def _put_fp32(model: Any, weights: dict[str, Any]) -> None:
-    """Put AdaLoRA's weights in place once more: cutting ranks, in PEFT, rounds them to the base's dtype."""
+    """Set AdaLoRA's weights again in fp32: PEFT rounds them to the base's dtype when it cuts ranks."""
     for name, parameter in model.named_parameters():
         if name.removesuffix(".default") in weights:
             parameter.data = weights[name.removesuffix(".default")].to(parameter.device).float()

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.core.files import UserError
-from pipeline.methods.base import Method
+from pipeline.methods.base import QUANTISED, Method
 
 SHOWN = {
     "r": "r", "init_r": "init_r", "target_r": "target_r", "lora_alpha": "alpha", "alpha": "alpha", "lora_dropout": "dropout", "oft_block_size": "block_size",
     "num_virtual_tokens": "virtual_tokens", "init_lora_weights": "init", "prompt_tuning_init": "init", "use_rslora": "use_rslora", "use_dora": "use_dora",
 }
 """Keys of PEFT's configs and what the table calls them; a flag that is off, and an initialisation that is the default, are left out."""
-QUANTISED = ("nf4", "int8")
 NEEDS_FLOATS = ("pissa", "olora", "corda", "eva", "loftq")
-"""Initialisations of LoRA that take the base's weights apart, and write the rest back."""
+"""Initialisations of LoRA that decompose the base's weights and write the remainder back."""
 UNMERGED = ("ADAPTION_PROMPT", "BEFT", "LILY", "POLY", "SHADOW", "XLORA")
 """Adapters that PEFT cannot fold into a base's weights (BEFT: into one without biases)."""
 BASE = "base"
@@ -39,7 +38,7 @@ class PeftAdapter(Method):
     trains = True
     peft = True
     own_load: ClassVar[bool] = False
-    """`load` does more than PEFT's own loading, so its artefacts share no batch with others."""
+    """`load` does more than PEFT's loading, so its artefacts share no batch with others."""
 
     config: Any
     """A peft.PeftConfig, from the YAML's `type`."""
@@ -84,8 +83,8 @@ class PeftAdapter(Method):
             return
         start = getattr(self.config, "init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(NEEDS_FLOATS):
-            mend = "technique=loftq does it beside an nf4 base" if start == "loftq" else "choose precision=auto, fp32 or bf16"
-            raise UserError(f"init_lora_weights={start} takes the base's weights apart, and {precision} ones are rounded already; {mend}")
+            fix = "technique=loftq does it beside an nf4 base" if start == "loftq" else "choose precision=auto, fp32 or bf16"
+            raise UserError(f"init_lora_weights={start} takes the base's weights apart, and {precision} ones are rounded already; {fix}")
         if not (self.soft_prompt or self.name == "ln_tuning" or _has_quantised_layers(self.name)):
             kind = self.config.peft_type.value
             raise UserError(f"PEFT's {kind} has no layer for {precision} weights; choose precision=auto, fp32 or bf16, or another adapter")
@@ -104,15 +103,15 @@ class PeftAdapter(Method):
             raise UserError(f"this adapter does not fit the model: {' '.join(str(error).split())}") from error
 
     def hyperparameters(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for key, shown in SHOWN.items():
             value = getattr(self.config, key, None)
             value = getattr(value, "value", value)
             if value is not None and type(value) is not bool or value is True and key.startswith("use_"):
-                found[shown] = value
-        if "init_r" in found or not found.get("r", 1):  # AdaLoRA does not read r, OFT has a block size in its place
-            del found["r"]
-        return {**found, "merge": True} if self.merge else found
+                values[shown] = value
+        if "init_r" in values or not values.get("r", 1):  # AdaLoRA does not read r, OFT has a block size in its place
+            del values["r"]
+        return {**values, "merge": True} if self.merge else values
 
     def served(self, model: Any, dtype: Any) -> Any:
         return self.merged(model) if self.merge else model
@@ -132,7 +131,7 @@ class PeftAdapter(Method):
         return prompts_on_device(PeftModel.from_pretrained(base, folder)).eval(), None
 
     def merged(self, model: Any) -> Any:
-        """Attached adapter -> plain model. A quantised base is dequantised first, so the product is not rounded again."""
+        """The adapter's plain model. A quantised base is dequantised first, so the sum is not rounded again."""
         from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
         if not getattr(model.get_base_model(), "quantization_method", None):
@@ -158,5 +157,5 @@ def _has_quantised_layers(tuner: str) -> bool:
 
     if importlib.util.find_spec(f"peft.tuners.{tuner}") is None:
         return False
-    own, layers = (importlib.util.find_spec(f"peft.tuners.{tuner}.{part}") for part in ("bnb", "layer"))
-    return own is not None or (layers is not None and "quantization_backend" in Path(str(layers.origin)).read_text(encoding="utf-8"))
+    bnb, layers = (importlib.util.find_spec(f"peft.tuners.{tuner}.{part}") for part in ("bnb", "layer"))
+    return bnb is not None or (layers is not None and "quantization_backend" in Path(str(layers.origin)).read_text(encoding="utf-8"))

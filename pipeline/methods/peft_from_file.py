@@ -15,7 +15,7 @@ def from_file(path: str, sha256: str | None = None) -> PeftAdapter:
     """The method of an adapter_config.json, unmodified; training_params.json beside it may ask for LoRA+.
 
     Args:
-        sha256: of both files; not read here, so that a change of them changes the cell's config.
+        sha256: of both files; not used here; a change of the files thereby changes the cell's config.
     """
     config, training = read_adapter(path), read_training(path)
     kind = KINDS.get(config.peft_type.value, PeftAdapter)

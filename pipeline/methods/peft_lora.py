@@ -1,4 +1,4 @@
-"""LoRA with a second learning rate (LoRA+), and LoRA that begins at what quantisation lost (LoftQ). conf/method/lora_plus.yaml, loftq.yaml."""
+"""LoRA with a second learning rate (LoRA+), and LoRA that starts from what quantisation lost (LoftQ). conf/method/lora_plus.yaml, loftq.yaml."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class LoraPlus(PeftAdapter):
         from peft.optimizers import create_loraplus_optimizer
         from torch.optim import SGD
 
-        # any optimiser class will do: its groups are what is wanted
-        made = create_loraplus_optimizer(model, SGD, lr=lr, loraplus_lr_ratio=self.lr_ratio)
-        return [{"params": group["params"], "lr": group["lr"]} for group in made.param_groups if group["params"]]
+        # any optimiser class will do: only its groups are used
+        optimizer = create_loraplus_optimizer(model, SGD, lr=lr, loraplus_lr_ratio=self.lr_ratio)
+        return [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups if group["params"]]
 
     def hyperparameters(self) -> dict[str, Any]:
         return {**super().hyperparameters(), "lr_ratio": self.lr_ratio}
@@ -39,14 +39,14 @@ class LoraPlus(PeftAdapter):
 
 @dataclass(frozen=True)
 class LoftQ(PeftAdapter):
-    """LoRA over an NF4 base, begun at the best rank-r part of what quantisation lost (Li et al., 2023, one round).
+    """LoRA over an NF4 base, initialised with the best rank-r part of what quantisation lost (Li et al., 2023, one round).
 
-    PEFT's replace_lora_weights_loftq does the same on a GPU alone, and leaves alpha / r out of account.
+    PEFT's replace_lora_weights_loftq does the same on a GPU only, and ignores alpha / r.
     """
 
     def check(self, precision: str) -> None:
         if precision != "nf4":
-            raise UserError(f"LoftQ begins at what NF4 quantisation lost, but the base is {precision}; choose precision=nf4")
+            raise UserError(f"LoftQ starts from what NF4 quantisation lost, but the base is {precision}; choose precision=nf4")
 
     def wrap(self, model: Any) -> Any:
         import torch
@@ -59,8 +59,8 @@ class LoftQ(PeftAdapter):
             if not isinstance(module, LoraLayer):
                 continue
             rank, scale = module.r["default"], module.scaling["default"]
-            held = dequantize_module_weight(module.base_layer).float()
-            left, values, right = torch.linalg.svd(full.get_submodule(name).weight.to(held.device).float() - held, full_matrices=False)
+            rounded = dequantize_module_weight(module.base_layer).float()
+            left, values, right = torch.linalg.svd(full.get_submodule(name).weight.to(rounded.device).float() - rounded, full_matrices=False)
             root = (values[:rank] / scale).sqrt()
             module.lora_A["default"].weight.data = (root[:, None] * right[:rank]).contiguous()
             module.lora_B["default"].weight.data = (left[:, :rank] * root).contiguous()

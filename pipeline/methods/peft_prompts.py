@@ -16,21 +16,21 @@ from pipeline.models.base import load_tokenizer
 
 @dataclass(frozen=True)
 class PrefixTuning(PeftAdapter):
-    """Trained keys and values before every layer's own (Li & Liang, 2021), begun at those that the base computes for a text.
+    """Trained keys and values before every layer's own (Li & Liang, 2021), initialised with those that the base computes for a text.
 
-    PEFT draws them from a normal distribution of deviation 1, which is far from what a layer makes: the base's answers are lost, and a few hundred
-    rows do not bring them back. The paper begins at words' activations where rows are few (its section on initialisation).
+    PEFT draws them from a normal distribution of deviation 1, which is far from what a layer computes: the base's answers are lost, and a few
+    hundred rows do not recover them. The paper initialises with words' activations where rows are few (its section on initialisation).
     """
 
     text: str | None = None
-    """The base first answers as if this text, repeated and cut to num_virtual_tokens tokens, stood before every prompt. null: PEFT's random beginning."""
+    """The base first answers as if this text, repeated and cut to num_virtual_tokens tokens, came before every prompt. null: PEFT's random initialisation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.text is not None and not self.text.strip():
-            raise UserError("method.text is empty; give words to begin at, or null for a random beginning")
+            raise UserError("method.text is empty; give words to start from, or null for a random initialisation")
         if self.text is not None and self.config.prefix_projection:
-            raise UserError("method.text cannot be met through a projection; set method.config.prefix_projection=false, or method.text=null")
+            raise UserError("method.text cannot be reached through a projection; set method.config.prefix_projection=false, or method.text=null")
 
     def wrap(self, model: Any) -> Any:
         wrapped = super().wrap(model)
@@ -47,7 +47,7 @@ class PrefixTuning(PeftAdapter):
 
 
 def repeated_tokens(text: str, tokenizer: Any, tokens: int) -> list[int]:
-    """`tokens` token ids: the text's, again and again until there are enough. Raises UserError where the tokenizer finds none in it."""
+    """The text's token ids, repeated and cut to `tokens` of them. Raises UserError for a text without tokens."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("method.text has no tokens; give other words")
@@ -90,13 +90,13 @@ def _of_task_0(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class PTuning(PeftAdapter):
-    """P-tuning (Liu et al., 2021): a small network makes the soft prompt; what it made last is served and stored."""
+    """P-tuning (Liu et al., 2021): a small network computes the soft prompt; its last output is served and stored."""
 
     changes_when_served = True
 
     def served(self, model: Any, dtype: Any) -> Any:
         encoder = model.prompt_encoder["default"]
-        made = model.get_prompt_embedding_to_save("default").float()
-        encoder.embedding.weight.data = made.to(encoder.embedding.weight.device)
+        prompt = model.get_prompt_embedding_to_save("default").float()
+        encoder.embedding.weight.data = prompt.to(encoder.embedding.weight.device)
         encoder.forward = encoder.embedding.forward
         return model

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.data.rows import Example
-from pipeline.methods.base import Method
+from pipeline.methods.base import QUANTISED, Method, check_counts
 from pipeline.models.blocks import blocks, linears, matrix
 
 WEIGHTS = "pruned.safetensors"
@@ -25,8 +25,8 @@ GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 class Pruning(Method):
     """Zeros in the linear layers of the blocks; embeddings, output layer and norms stay.
 
-    magnitude: the smallest |W| of a matrix go (Han et al., 2015, without their retraining). wanda: the smallest |W_ij| · ‖x_j‖₂ of every
-    output row go, x_j the layer's j-th input over the calibration rows (Sun et al., 2023), block after block.
+    magnitude: the smallest |W| of a matrix become zero (Han et al., 2015, without their retraining). wanda: the smallest |W_ij| · ‖x_j‖₂ of every
+    output row do, x_j the layer's j-th input over the calibration rows (Sun et al., 2023), block after block.
 
     Raises:
         UserError: a value out of range, or weights that are quantised.
@@ -36,9 +36,9 @@ class Pruning(Method):
 
     by: str
     sparsity: float
-    """Share of the weights that go."""
+    """Share of the weights that become zero."""
     pattern: str | None = None
-    """null, or so many of so many neighbours in a row that go: 2:4 or 4:8, which some GPUs multiply faster (torch's to_sparse_semi_structured)."""
+    """null, or how many of how many neighbours in a row become zero: 2:4 or 4:8, which some GPUs multiply faster (torch's to_sparse_semi_structured)."""
     calibration_rows: int = 128
     """Of the training rows; wanda alone reads them."""
 
@@ -49,15 +49,14 @@ class Pruning(Method):
             raise UserError(f"method.sparsity is {self.sparsity}; it is a share, above 0 and below 1")
         if self.pattern is not None and (self.pattern not in GROUPS or self.sparsity != 0.5):
             raise UserError(f"method.pattern is {self.pattern!r} at method.sparsity={self.sparsity}; choose null, or 2:4 or 4:8 at a sparsity of 0.5")
-        if type(self.calibration_rows) is not int or self.calibration_rows < 1:
-            raise UserError(f"method.calibration_rows is {self.calibration_rows}; it must be a whole number of at least 1")
+        check_counts(self, "calibration_rows")
 
     @property
     def name(self) -> str:
         return "wanda" if self.by == "wanda" else "magnitude_pruning"
 
     def check(self, precision: str) -> None:
-        if precision in ("nf4", "int8"):
+        if precision in QUANTISED:
             raise UserError(f"{self.name} compares weights, and {precision} ones are rounded; choose precision=auto, fp32 or bf16")
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -87,11 +86,11 @@ class Pruning(Method):
         """Where the lowest scores are, bool as scores [d_out, d_in]: of groups of neighbours, of every row (wanda) or of the whole matrix."""
         import torch
 
-        goes, of = GROUPS[self.pattern] if self.pattern else (0, 0)
-        if of and scores.shape[1] % of:
+        fewest, group = GROUPS[self.pattern] if self.pattern else (0, 0)
+        if group and scores.shape[1] % group:
             raise UserError(f"a layer has {scores.shape[1]} inputs, which method.pattern={self.pattern} does not divide; set method.pattern=null")
-        parts = scores.reshape(-1, of) if of else scores if self.by == "wanda" else scores.reshape(1, -1)
-        lowest = parts.topk(goes or int(parts.shape[1] * self.sparsity), largest=False).indices
+        parts = scores.reshape(-1, group) if group else scores if self.by == "wanda" else scores.reshape(1, -1)
+        lowest = parts.topk(fewest or int(parts.shape[1] * self.sparsity), largest=False).indices
         return torch.zeros_like(parts, dtype=torch.bool).scatter_(1, lowest, True).view(scores.shape)
 
     def notes(self, model: Any) -> list[str]:
@@ -103,25 +102,25 @@ class Pruning(Method):
         from safetensors.torch import save_file
 
         pruned = {id(module.weight) for block in blocks(model) for _, module in linears(block)}
-        held: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
         for name, parameter in model.named_parameters():
             value = parameter.detach()
             if id(parameter) in pruned:
-                held |= {name + MASK: packed(value != 0), name + VALUES: value[value != 0]}
+                tensors |= {name + MASK: packed(value != 0), name + VALUES: value[value != 0]}
             else:
-                held[name] = value.contiguous()
-        save_file(held, folder / WEIGHTS)
+                tensors[name] = value.contiguous()
+        save_file(tensors, folder / WEIGHTS)
 
     def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
         from safetensors.torch import load_file
 
-        held = load_file(folder / WEIGHTS, device=str(base.device))
+        tensors = load_file(folder / WEIGHTS, device=str(base.device))
         for name, parameter in base.named_parameters():
-            if name in held:
-                parameter.data.copy_(held[name])
+            if name in tensors:
+                parameter.data.copy_(tensors[name])
             else:
-                there = unpacked(held[name + MASK], parameter.numel()).view(parameter.shape)
-                parameter.data.zero_()[there] = held[name + VALUES].to(parameter.dtype)
+                kept = unpacked(tensors[name + MASK], parameter.numel()).view(parameter.shape)
+                parameter.data.zero_()[kept] = tensors[name + VALUES].to(parameter.dtype)
         return base.eval(), None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import Precision
-from pipeline.methods.base import Method
+from pipeline.methods.base import QUANTISED, Method
 from pipeline.models.base import from_quantised, quiet
 
 
@@ -30,7 +30,7 @@ class Quantised(Method):
     """nf4: the block scales in 8 bits too."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("int8", "nf4"):
+        if self.kind not in QUANTISED:
             raise UserError(f"method.kind is {self.kind!r}; choose int8 or nf4")
 
     @property
@@ -38,7 +38,7 @@ class Quantised(Method):
         return f"quantised_{self.kind}"
 
     def check(self, precision: str) -> None:
-        if precision in ("nf4", "int8"):
+        if precision in QUANTISED:
             raise UserError(f"{self.name} rounds plain weights, and the base is {precision} already; choose precision=auto, fp32 or bf16")
 
     def hyperparameters(self) -> dict[str, Any]:

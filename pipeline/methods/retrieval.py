@@ -1,4 +1,4 @@
-"""Retrieval-augmented prompts: before every prompt stand the labelled rows, or a user's passages, that are nearest to it.
+"""Retrieval-augmented prompts: the labelled rows, or a user's passages, that are nearest to a prompt come before it.
 
 conf/method/retrieval.yaml, retrieval_embedding.yaml, retrieval_documents.yaml.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.files import Unsuited, UserError, read_jsonl, write_jsonl
 from pipeline.data.rows import Example
-from pipeline.methods.base import Method
+from pipeline.methods.base import Method, check_counts
 from pipeline.models.base import load_tokenizer
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Index:
 
 @dataclass(frozen=True)
 class Retrieval(Method):
-    """k nearest entries before the prompt, the nearest last (Liu et al., 2022: what stands next to the question counts most).
+    """k nearest entries before the prompt, the nearest last (Liu et al., 2022: what is next to the question counts most).
 
     Raises:
         UserError: an unknown `by`, k < 1 or above the number of entries, documents that cannot be read.
@@ -58,9 +58,7 @@ class Retrieval(Method):
     def __post_init__(self) -> None:
         if self.by not in ("bm25", "embedding"):
             raise UserError(f"method.by is {self.by!r}; choose bm25 or embedding")
-        for key in ("k", "passage_words"):
-            if type(getattr(self, key)) is not int or getattr(self, key) < 1:
-                raise UserError(f"method.{key} is {getattr(self, key)}; it must be a whole number of at least 1")
+        check_counts(self, "k", "passage_words")
 
     @property
     def name(self) -> str:
@@ -76,13 +74,13 @@ class Retrieval(Method):
         else:
             entries = [{"text": p} for p in passages(Path(self.documents), self.column, self.passage_words)]
         if self.k > len(entries):
-            there = f"{len(entries)} {'training rows' if self.documents is None else f'passages in {self.documents}'}"
-            raise Unsuited(f"method.k={self.k}, but there are {there}; lower k or add some")
+            what = "training rows" if self.documents is None else f"passages in {self.documents}"
+            raise Unsuited(f"method.k={self.k}, but there are {len(entries)} {what}; lower k or add some")
         return self._index(entries, base)
 
     def prompt(self, prompt: str, state: Index) -> str:
-        found = [state.entries[i] for i in reversed(state.nearest(prompt, self.k))]
-        texts = [e["text"] + (self.answer_separator + e["answer"] if "answer" in e else "") for e in found]
+        entries = [state.entries[i] for i in reversed(state.nearest(prompt, self.k))]
+        texts = [e["text"] + (self.answer_separator + e["answer"] if "answer" in e else "") for e in entries]
         return self.separator.join([*texts, prompt])
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -112,7 +110,7 @@ def by_bm25(texts: Sequence[str]) -> Callable[[str, int], list[int]]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s starts JAX where it is installed, which would take three quarters of a GPU's memory
     import bm25s
 
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index it builds
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index that it builds
 
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(texts), stopwords=None, show_progress=False), show_progress=False)
@@ -144,19 +142,19 @@ def embed(text: str, base: Any, tokenizer: Any) -> torch.Tensor:
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=getattr(base.config, "max_position_embeddings", None))["input_ids"]
     with torch.inference_mode():
         hidden = base.base_model(input_ids=ids.to(base.device), use_cache=False).last_hidden_state[0].float()
-    places = torch.arange(1, len(hidden) + 1, device=hidden.device, dtype=hidden.dtype)
-    return torch.nn.functional.normalize(places @ hidden, dim=0)
+    positions = torch.arange(1, len(hidden) + 1, device=hidden.device, dtype=hidden.dtype)
+    return torch.nn.functional.normalize(positions @ hidden, dim=0)
 
 
 def passages(path: Path, column: str, words: int) -> list[str]:
     """The passages of a file or a folder of files, in name order. Raises UserError where there is nothing to read."""
     files = sorted(p for p in path.rglob("*") if p.suffix in (*TEXT_FILES, ".jsonl")) if path.is_dir() else [path]
     if not path.exists() or not files:
-        raise UserError(f"method.documents={path} holds no .txt, .md or .jsonl file; mend the path")
-    found = [p for file in files for text in _texts(file, column) for p in _cut(text, words)]
-    if not found:
+        raise UserError(f"method.documents={path} holds no .txt, .md or .jsonl file; fix the path")
+    cut = [p for file in files for text in _texts(file, column) for p in _cut(text, words)]
+    if not cut:
         raise UserError(f"method.documents={path} holds no text; add some")
-    return found
+    return cut
 
 
 def _texts(file: Path, column: str) -> list[str]:
@@ -175,5 +173,5 @@ def _texts(file: Path, column: str) -> list[str]:
 
 
 def _cut(text: str, words: int) -> list[str]:
-    there = text.split()
-    return [" ".join(there[i : i + words]) for i in range(0, len(there), words)]
+    every = text.split()
+    return [" ".join(every[i : i + words]) for i in range(0, len(every), words)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import UserError
-from pipeline.methods.base import Method
+from pipeline.methods.base import QUANTISED, Method, check_counts, load_weights, save_weights
 from pipeline.models.blocks import blocks
 
 PARTS = ("layers", "final_norm", "biases", "head", "embeddings")
@@ -35,7 +35,7 @@ class Selective(Method):
     parts: list[str]
     """Of layers (the blocks whole), final_norm, biases (of the blocks), head (the output layer), embeddings."""
     top_layers: int | None = None
-    """Only the last so many blocks count; null: all."""
+    """How many of the last blocks count; null: all."""
     add_biases: bool = False
     """Give every linear layer of the blocks that has no bias one of zeros first; needs biases among the parts."""
     label: str = "selective"
@@ -45,8 +45,8 @@ class Selective(Method):
         unknown = [p for p in self.parts if p not in PARTS]
         if unknown or not self.parts:
             raise UserError(f"method.parts is {list(self.parts)}; name one or more of {', '.join(PARTS)}")
-        if self.top_layers is not None and (type(self.top_layers) is not int or self.top_layers < 1):
-            raise UserError(f"method.top_layers is {self.top_layers}; it must be a whole number of at least 1, or null for all layers")
+        if self.top_layers is not None:
+            check_counts(self, "top_layers")
         if self.add_biases and "biases" not in self.parts:
             raise UserError("method.add_biases=true adds biases that nothing would train; put biases into method.parts")
 
@@ -55,18 +55,16 @@ class Selective(Method):
         return self.label
 
     def check(self, precision: str) -> None:
-        if precision in ("nf4", "int8") and "layers" in self.parts:
+        if precision in QUANTISED and "layers" in self.parts:
             raise UserError(f"{self.label} cannot train {precision} weights; choose precision=auto, fp32 or bf16, or an adapter such as technique=qlora")
 
     def hyperparameters(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"parts": ", ".join(self.parts)}
-        found |= {"top_layers": self.top_layers} if self.top_layers else {}
-        return found | ({"add_biases": True} if self.add_biases else {})
+        shown = {"parts": ", ".join(self.parts)} | ({"top_layers": self.top_layers} if self.top_layers else {})
+        return shown | ({"add_biases": True} if self.add_biases else {})
 
     def wrap(self, model: Any) -> Any:
         self._reshape(model)
-        trained = dict(self._parameters(model))
-        for parameter in trained.values():
+        for _, parameter in list(self._parameters(model)):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return model
@@ -78,21 +76,15 @@ class Selective(Method):
         return model
 
     def save(self, model: Any, state: Any, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file({name: p.detach().contiguous() for name, p in self._parameters(model)}, folder / WEIGHTS)
+        save_weights(self._parameters(model), folder / WEIGHTS)
 
     def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
-        from safetensors.torch import load_file
-
         self._reshape(base)
-        held = load_file(folder / WEIGHTS, device=str(base.device))
-        for name, parameter in self._parameters(base):
-            parameter.data = held[name]
+        load_weights(self._parameters(base), folder / WEIGHTS, base.device)
         return base.eval(), None
 
     def _reshape(self, model: Any) -> None:
-        """Add what the parts need besides the base's own weights: an output layer of its own, biases."""
+        """Add what the parts need besides the base's own weights: an untied output layer, biases."""
         import torch
 
         if "head" in self.parts and "embeddings" not in self.parts:
@@ -112,12 +104,12 @@ class Selective(Method):
 
     def _parameters(self, model: Any) -> Iterator[tuple[str, Any]]:
         """(name, parameter) of the chosen parts, each once."""
-        chosen: dict[int, str] = {}
+        chosen: set[int] = set()
         for part in self.parts:
-            found = list(self._of_part(model, part))
-            if not found:
+            parameters = {id(p) for p in self._of_part(model, part)}
+            if not parameters:
                 raise UserError(_missing(part, type(model).__name__))
-            chosen |= {id(p): part for p in found}
+            chosen |= parameters
         for name, parameter in model.named_parameters():
             if id(parameter) in chosen:
                 yield name, parameter
@@ -136,7 +128,7 @@ class Selective(Method):
 
 
 def _untie(model: Any) -> None:
-    """A tied output layer is the embedding matrix: give it a copy of its own, so that the embeddings stay as they are."""
+    """A tied output layer is the embedding matrix: give it a copy, so that the embeddings stay as they are."""
     import torch
 
     head = model.get_output_embeddings()

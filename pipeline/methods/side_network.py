@@ -1,4 +1,4 @@
-"""Networks beside a frozen base, which read its states layer by layer and change its last ones: nothing goes back through the base.
+"""Networks beside a frozen base, which read its hidden states layer by layer and change the last ones: no gradient goes through the base.
 
 conf/method/ladder.yaml, attention_fusion.yaml. Written here because PEFT has neither.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.data.rows import Example
-from pipeline.methods.base import Method
+from pipeline.methods.base import Method, check_counts, load_weights, save_weights
 from pipeline.models.blocks import blocks
 
 WEIGHTS, TOKENS = "side_network.safetensors", "tokens.json"
@@ -20,49 +20,44 @@ WEIGHTS, TOKENS = "side_network.safetensors", "tokens.json"
 
 @dataclass(frozen=True)
 class SideNetwork(Method):
-    """What both have in common. Nothing merges: the base has no place for what stands beside it."""
+    """What both have in common. Nothing merges: the network is no part of the base's architecture."""
 
     trains = True
 
     def wrap(self, model: Any) -> Any:
-        from pipeline.methods.modules import beside
+        from pipeline.methods.modules import side_networks
 
-        beside.attach(model, self._reader(model))
-        for parameter in _added(model).values():
+        side_networks.attach(model, self._network(model))
+        for _, parameter in _added(model):
             parameter.requires_grad_(True)
         return model
 
     def save(self, model: Any, state: Any, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file({name: p.detach().contiguous() for name, p in _added(model).items()}, folder / WEIGHTS)
+        save_weights(_added(model), folder / WEIGHTS)
 
     def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
-        from safetensors.torch import load_file
-
         model = self.wrap(base)
-        held = load_file(folder / WEIGHTS, device=str(base.device))
-        for name, parameter in _added(model).items():
-            parameter.data = held[name]
+        load_weights(_added(model), folder / WEIGHTS, base.device)
         return model.requires_grad_(False).eval(), None
 
-    def _reader(self, model: Any) -> Any:
+    def _network(self, model: Any) -> Any:
+        """The side_networks.StateReader for this base."""
         raise NotImplementedError
 
 
-def _added(model: Any) -> dict[str, Any]:
-    """The parameters that are not the base's own."""
-    from pipeline.methods.modules import answers, beside
+def _added(model: Any) -> list[tuple[str, Any]]:
+    """Name and value of the parameters that the method added to the base."""
+    from pipeline.methods.modules import answers, side_networks
 
-    return {name: p for name, p in model.named_parameters() if {beside.NAME, answers.NAME} & set(name.split("."))}
+    return [(name, p) for name, p in model.named_parameters() if {side_networks.NAME, answers.NAME} & set(name.split("."))]
 
 
 @dataclass(frozen=True)
 class Ladder(SideNetwork):
     """Ladder side-tuning (Sung et al., 2022): a decoder of the base's own architecture, `reduction` times narrower, reads every block of the base.
 
-    The paper's gates; not its start at pruned weights of the base (the side network begins at random), nor its dropped layers. As in quantised
-    side tuning (Zhang et al., 2024) the base's own last states stay in the sum, so the first answers are the base's.
+    The paper's gates; not its initialisation from pruned weights of the base (the side network's is random), nor its dropped layers. As in quantised
+    side tuning (Zhang et al., 2024) the base's last states stay in the sum, so the first answers are the base's.
 
     Raises:
         UserError: a width that `reduction` does not divide into heads.
@@ -71,16 +66,15 @@ class Ladder(SideNetwork):
     reduction: int
 
     def __post_init__(self) -> None:
-        if type(self.reduction) is not int or self.reduction < 2:
-            raise UserError(f"method.reduction is {self.reduction}; it must be a whole number of at least 2")
+        check_counts(self, "reduction", least=2)
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"reduction": self.reduction}
 
-    def _reader(self, model: Any) -> Any:
-        from pipeline.methods.modules.beside import Ladder as Network
+    def _network(self, model: Any) -> Any:
+        from pipeline.methods.modules.side_networks import LadderNetwork
 
-        return Network(model.config, self.reduction)
+        return LadderNetwork(model.config, self.reduction)
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ class AttentionFusion(SideNetwork):
     prepares = True
 
     begin: float
-    """How far the last layer's score lies above the others' at the start, where the answers are nearly the base's."""
+    """How far the last layer's score lies above the others' at the first step, where the answers are nearly the base's."""
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"begin": self.begin}
@@ -118,17 +112,17 @@ class AttentionFusion(SideNetwork):
         answers.add(base, read_json(folder / TOKENS))
         return super().load(base, folder)
 
-    def _reader(self, model: Any) -> Any:
-        from pipeline.methods.modules.beside import Fusion
+    def _network(self, model: Any) -> Any:
+        from pipeline.methods.modules.side_networks import FusionNetwork
 
-        return Fusion(_last_norm(model), model.config.hidden_size, len(blocks(model)), self.begin)
+        return FusionNetwork(_last_norm(model), model.config.hidden_size, len(blocks(model)), self.begin)
 
 
 def _last_norm(model: Any) -> Any:
     """The norm between the last block and the output layer. Raises UserError where there is none."""
     inside = {id(m) for block in blocks(model) for m in block.modules()}
-    found = [m for m in model.base_model.modules() if "norm" in type(m).__name__.lower() and id(m) not in inside]
-    if not found:
+    norms = [m for m in model.base_model.modules() if "norm" in type(m).__name__.lower() and id(m) not in inside]
+    if not norms:
         kind = type(model).__name__
         raise UserError(f"{kind} has no norm behind its last block, through which attention fusion reads the other layers; use technique=ladder")
-    return found[-1]
+    return norms[-1]

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.data.rows import Example
-from pipeline.methods.base import Method
+from pipeline.methods.base import Method, check_counts
 from pipeline.methods.peft_adapter import prompts_on_device
 
 PROMPT, ROWS, TOKENS = "adapter_model.safetensors", "answers.safetensors", "tokens.json"
@@ -20,7 +20,7 @@ PROMPT, ROWS, TOKENS = "adapter_model.safetensors", "answers.safetensors", "toke
 
 @dataclass(frozen=True)
 class SoftPrompt(Method):
-    """k trained vectors before the input, begun at words of the vocabulary."""
+    """k trained vectors before the input, initialised with embeddings of the vocabulary."""
 
     trains = True
     soft_prompt = True
@@ -28,8 +28,7 @@ class SoftPrompt(Method):
     virtual_tokens: int
 
     def __post_init__(self) -> None:
-        if type(self.virtual_tokens) is not int or self.virtual_tokens < 1:
-            raise UserError(f"method.virtual_tokens is {self.virtual_tokens}; it must be a whole number of at least 1")
+        check_counts(self, "virtual_tokens")
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"virtual_tokens": self.virtual_tokens}
@@ -51,7 +50,7 @@ class SoftPrompt(Method):
 
 @dataclass(frozen=True)
 class Ipt(SoftPrompt):
-    """Intrinsic prompt tuning (Qin et al., 2021): of a soft prompt, its place in a small subspace alone is trained.
+    """Intrinsic prompt tuning (Qin et al., 2021): only the coordinates of a soft prompt in a small subspace are trained.
 
     The paper finds the subspace with an autoencoder over the trained prompts of a hundred tasks. Here it is spanned by the principal axes of
     the prompts of earlier prompt_tuning cells (`prompts`), or by random directions, where there are none (the paper's comparison). The artefact is the
@@ -71,8 +70,7 @@ class Ipt(SoftPrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.dimensions) is not int or self.dimensions < 1:
-            raise UserError(f"method.dimensions is {self.dimensions}; it must be a whole number of at least 1")
+        check_counts(self, "dimensions")
         if self.prompts is not None and len(self.prompts) <= self.dimensions:
             most = len(self.prompts) - 1
             raise UserError(f"{most + 1} prompts span at most {most} dimensions, and method.dimensions is {self.dimensions}; lower it")
@@ -85,18 +83,18 @@ class Ipt(SoftPrompt):
 
         wrapped = super().wrap(model)
         encoder = wrapped.prompt_encoder["default"]
-        begin = encoder.embedding.weight
+        start = encoder.embedding.weight
         if self.prompts:
-            mean, basis = fitted_basis(self.dimensions, [_prompt(Path(p), begin) for p in self.prompts])
-            begin.data = mean
+            mean, basis = fitted_basis(self.dimensions, [_prompt(Path(p), start) for p in self.prompts])
+            start.data = mean
         else:
-            basis = random_basis(self.dimensions, begin.data)
+            basis = random_basis(self.dimensions, start.data)
         wrapped.prompt_encoder["default"] = IntrinsicPrompt(encoder, basis)
         return wrapped
 
     def served(self, model: Any, dtype: Any) -> Any:
         encoder = model.prompt_encoder["default"]
-        encoder.embedding.weight.data = encoder.made().detach()
+        encoder.embedding.weight.data = encoder.prompt().detach()
         model.prompt_encoder["default"] = encoder.encoder
         return model
 
@@ -106,11 +104,11 @@ def _prompt(folder: Path, like: Any) -> Any:
     from safetensors.torch import load_file
 
     path = folder / "artefact" / PROMPT
-    held = load_file(path, device=str(like.device)).get("prompt_embeddings") if path.exists() else None
-    if held is None or held.shape != like.shape:
-        what = "no soft prompt" if held is None else f"a soft prompt of {tuple(held.shape)} numbers, not {tuple(like.shape)}"
+    prompt = load_file(path, device=str(like.device)).get("prompt_embeddings") if path.exists() else None
+    if prompt is None or prompt.shape != like.shape:
+        what = "no soft prompt" if prompt is None else f"a soft prompt of {tuple(prompt.shape)} numbers, not {tuple(like.shape)}"
         raise UserError(f"{folder} of method.prompts holds {what}; name finished cells of prompt_tuning of this model and these virtual tokens")
-    return held
+    return prompt
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class Warp(SoftPrompt):
     """WARP (Hambardzumyan et al., 2021): a soft prompt, and a trained vector for each label in the place of its output embedding.
 
     The paper reads a masked language model at a [MASK]; a decoder is read where its answer begins, and a label's vectors are changes of the
-    output layer's rows for its tokens, which begin at zero.
+    output layer's rows for its tokens, which start at zero.
 
     Raises:
         UserError: answers that are no small set of labels.

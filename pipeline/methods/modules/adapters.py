@@ -5,6 +5,7 @@ Library of pipeline/methods/bottleneck.py. Shapes: [..., d] in and out, k the bo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Adapter(nn.Module):
-    """scale · (up · f(down · x + b) + b'); `up` begins at zero, so an adapted model begins at its base.
+    """scale · (up · f(down · x + b) + b'); `up` starts at zero, so an adapted model starts as its base.
 
     Args:
         normalised: divide x by its root mean square first.
@@ -30,19 +31,19 @@ class Adapter(nn.Module):
         self.down, self.up, self.activation, self.scale, self.normalised = down, up, ACTIVATIONS[activation], scale, normalised
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        held = x.to(self.down.bias.dtype)  # type: ignore[arg-type]
+        h = x.to(self.down.bias.dtype)  # type: ignore[arg-type]
         if self.normalised:
-            held = nn.functional.rms_norm(held, held.shape[-1:])
-        return self.scale * self.up(self.activation(self.down(held))).to(x.dtype)
+            h = nn.functional.rms_norm(h, h.shape[-1:])
+        return self.scale * self.up(self.activation(self.down(h))).to(x.dtype)
 
 
 def dense(width_in: int, width_out: int, zero: bool = False) -> nn.Linear:
     """A linear layer with a bias of zeros. zero: its weight too."""
-    made = nn.Linear(width_in, width_out)
-    nn.init.zeros_(made.bias)
+    layer = nn.Linear(width_in, width_out)
+    nn.init.zeros_(layer.bias)
     if zero:
-        nn.init.zeros_(made.weight)
-    return made
+        nn.init.zeros_(layer.weight)
+    return layer
 
 
 class Hypercomplex(nn.Module):
@@ -50,7 +51,7 @@ class Hypercomplex(nn.Module):
 
     Args:
         rule: A [n, n, n], shared by all layers of the model.
-        zero: whether W begins at zero (s does).
+        zero: whether W starts at zero (s does).
 
     s [n, d_out/n, r], t [n, r, d_in/n]; with r = 1 that is d_in + d_out numbers, whatever n is.
     """
@@ -85,38 +86,32 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.merged()
+        weight, bias = self.average()
         if self.training and len(self.weight) > 1:
             drawn = torch.randint(len(self.weight), (1,), device=x.device)
             weight, bias = self.weight.index_select(0, drawn)[0], self.bias.index_select(0, drawn)[0]
         return nn.functional.linear(x, weight, bias)
 
-    def merged(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def average(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of the average layer."""
         return self.weight.mean(0), self.bias.mean(0)
 
     def collapsed(self) -> nn.Linear:
-        """The average layer."""
-        made = nn.Linear(self.weight.shape[2], self.weight.shape[1], device=self.weight.device)
-        made.weight.data, made.bias.data = (value.detach() for value in self.merged())
-        return made
+        """The average as a plain layer."""
+        layer = nn.Linear(self.weight.shape[2], self.weight.shape[1], device=self.weight.device)
+        layer.weight.data, layer.bias.data = (value.detach() for value in self.average())
+        return layer
 
 
 def attach(module: Any, adapter: Adapter, parallel: bool) -> None:
     """Put an adapter behind a module's output (serial) or beside the module, from its input to its output (parallel)."""
     module.add_module(NAME, adapter.to(next(module.parameters()).device))
-    module.register_forward_hook(_beside if parallel else _behind, with_kwargs=True)
+    module.register_forward_hook(functools.partial(_add, parallel), with_kwargs=True)
 
 
-def _behind(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-    first = output[0] if isinstance(output, tuple) else output
-    return _with(output, first + getattr(module, NAME)(first))
-
-
-def _beside(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-    first = output[0] if isinstance(output, tuple) else output
-    return _with(output, first + getattr(module, NAME)(args[0] if args else kwargs["hidden_states"]))
-
-
-def _with(output: Any, first: torch.Tensor) -> Any:
-    return (first, *output[1:]) if isinstance(output, tuple) else first
+def _add(parallel: bool, module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+    """As a forward hook: the module's output with the adapter's added to it."""
+    h = output[0] if isinstance(output, tuple) else output
+    x = (args[0] if args else kwargs["hidden_states"]) if parallel else h
+    h = h + getattr(module, NAME)(x)
+    return (h, *output[1:]) if isinstance(output, tuple) else h

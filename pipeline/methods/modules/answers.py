@@ -1,11 +1,11 @@
-"""Trained changes of the output layer for the tokens that answers are made of: a verbaliser that is learnt.
+"""Trained changes of the output layer for the tokens that answers are made of: a learnt verbaliser.
 
 Library of pipeline/methods/soft_prompts.py and side_network.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from pipeline.models.base import load_tokenizer
 NAME = "answers"
 """What the rows are called inside the output layer."""
 MOST = 256
+"""Tokens of a small set of labels."""
 
 
 class AnswerRows(nn.Module):
-    """Changes of the output layer's rows for the tokens `ids` [C], beginning at zero: a logit is raised by state · row."""
+    """Changes of the output layer's rows for the tokens `ids` [C], starting at zero: a logit is raised by state · row."""
 
     ids: torch.Tensor
 
@@ -33,17 +34,17 @@ class AnswerRows(nn.Module):
 
     def forward(self, module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
         """As a forward hook of the output layer."""
-        more = args[0].to(self.rows.dtype) @ self.rows.T
-        return output.index_add(-1, self.ids, more.to(output.dtype))
+        logits = args[0].to(self.rows.dtype) @ self.rows.T
+        return output.index_add(-1, self.ids, logits.to(output.dtype))
 
 
 def add(model: Any, ids: Sequence[int]) -> AnswerRows:
     """Put AnswerRows at the model's output layer."""
     head = model.get_output_embeddings()
-    made = AnswerRows(ids, head.weight.shape[1]).to(head.weight.device)
-    head.add_module(NAME, made)
-    head.register_forward_hook(made)
-    return made
+    rows = AnswerRows(ids, head.weight.shape[1]).to(head.weight.device)
+    head.add_module(NAME, rows)
+    head.register_forward_hook(rows)
+    return rows
 
 
 def of(model: Any) -> AnswerRows:
@@ -54,13 +55,8 @@ def of(model: Any) -> AnswerRows:
 def tokens(examples: Sequence[Example], base: Any, what: str) -> list[int]:
     """The tokens of all answers, with and without a space before them, ascending. Raises UserError where answers are no small set of labels."""
     tokenizer = load_tokenizer(Path(base.config._name_or_path))
-    found = sorted(set(_ids(tokenizer, {e.answer for e in examples})))
-    if len(found) > MOST:
-        raise UserError(f"{what} learns a vector for each token of the labels, and the training rows' answers have {len(found)}; choose a task with few labels")
-    return found
-
-
-def _ids(tokenizer: Any, answers: set[str]) -> Iterator[int]:
-    for answer in answers:
-        for text in (answer, " " + answer):
-            yield from tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = [space + answer for answer in {e.answer for e in examples} for space in ("", " ")]
+    ids = sorted({i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]})
+    if len(ids) > MOST:
+        raise UserError(f"{what} learns a vector for each token of the labels, and the training rows' answers have {len(ids)}; choose a task with few labels")
+    return ids

@@ -1,4 +1,4 @@
-"""A soft prompt that few numbers decide. Library of pipeline/methods/soft_prompts.py."""
+"""A soft prompt in a subspace of few dimensions. Library of pipeline/methods/soft_prompts.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class IntrinsicPrompt(nn.Module):
-    """The prompt begin [k, d] + Σ z_i · basis_i, of which z [n] alone is trained; in the place of PEFT's PromptEmbedding.
+    """The prompt start [k, d] + Σ z_i · basis_i, of which z [n] alone is trained; in the place of PEFT's PromptEmbedding.
 
     Args:
         basis: [n, k, d].
@@ -25,20 +25,20 @@ class IntrinsicPrompt(nn.Module):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """What PEFT reads of a prompt outside training: the encoder's own, as it began."""
+        """What PEFT reads of a prompt outside training: the encoder's own, as it started."""
         return self.encoder.embedding  # type: ignore[return-value]
 
-    def made(self) -> torch.Tensor:
+    def prompt(self) -> torch.Tensor:
         """[k, d], fp32."""
         return self.embedding.weight.float() + torch.tensordot(self.z, self.basis, 1)
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        return nn.functional.embedding(indices, self.made())
+        return nn.functional.embedding(indices, self.prompt())
 
 
-def random_basis(n: int, begin: torch.Tensor) -> torch.Tensor:
-    """[n, k, d] of normal numbers as large as those of `begin` [k, d], over √n."""
-    return torch.randn(n, *begin.shape, device=begin.device) * begin.float().square().mean().sqrt() / n**0.5
+def random_basis(n: int, start: torch.Tensor) -> torch.Tensor:
+    """[n, k, d] of normal numbers as large as those of `start` [k, d], over √n."""
+    return torch.randn(n, *start.shape, device=start.device) * start.float().square().mean().sqrt() / n**0.5
 
 
 def fitted_basis(n: int, prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

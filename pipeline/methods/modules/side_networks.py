@@ -1,6 +1,6 @@
-"""Networks that read a frozen model's states layer by layer and change what comes out at its end: ladder side-tuning, attention fusion.
+"""Networks that read a frozen model's hidden states layer by layer and change the last ones: ladder side-tuning, attention fusion.
 
-Library of pipeline/methods/side_network.py. Shapes: B rows, T tokens, d the model's width, w the side network's.
+Library of pipeline/methods/side_network.py. Shapes: B rows, T tokens, d the model's width, w the side network's. A state is a hidden state.
 """
 
 from __future__ import annotations
@@ -21,55 +21,55 @@ NAME = "beside"
 TEMPERATURE = 0.1  # of the ladder's gates (Sung et al., 2022, section 3.3)
 
 
-class Reader(nn.Module):
-    """Holds the states of a pass, without a gradient: the first block's input and every block's output, each [B, T, d]."""
+class StateReader(nn.Module):
+    """Collects the states of a forward pass, detached: the first block's input and every block's output, each [B, T, d]. `kwargs`: the model's."""
 
     def __init__(self) -> None:
         super().__init__()
         self.states: list[torch.Tensor] = []
-        self.given: dict[str, Any] = {}
+        self.kwargs: dict[str, Any] = {}
 
-    def begin(self, module: Any, args: tuple, kwargs: dict) -> None:
-        self.states, self.given = [], kwargs
+    def start(self, module: Any, args: tuple, kwargs: dict) -> None:
+        self.states, self.kwargs = [], kwargs
 
-    def first(self, module: Any, args: tuple, kwargs: dict) -> None:
+    def read_input(self, module: Any, args: tuple, kwargs: dict) -> None:
         self.states.append((args[0] if args else kwargs["hidden_states"]).detach())
 
-    def later(self, module: Any, args: tuple, output: Any) -> None:
+    def read_output(self, module: Any, args: tuple, output: Any) -> None:
         self.states.append((output[0] if isinstance(output, tuple) else output).detach())
 
-    def end(self, module: Any, args: tuple, output: Any) -> Any:
-        output.last_hidden_state = self.changed(output.last_hidden_state.detach())
-        self.states, self.given = [], {}
+    def finish(self, module: Any, args: tuple, output: Any) -> Any:
+        output.last_hidden_state = self.change(output.last_hidden_state.detach())
+        self.states, self.kwargs = [], {}
         return output
 
-    def changed(self, last: torch.Tensor) -> torch.Tensor:
-        """What the output layer reads in the place of `last`, the frozen model's own normalised last states."""
+    def change(self, last: torch.Tensor) -> torch.Tensor:
+        """What the output layer reads in the place of `last`, the frozen model's normalised last states [B, T, d]."""
         raise NotImplementedError
 
 
-def attach(model: Any, reader: Reader) -> None:
+def attach(model: Any, network: StateReader) -> None:
     """Let a network read the model's blocks and change its last states.
 
-    Nothing of the frozen model has a gradient or is kept for one. The model is marked as one with a state of its own, so that answers do not
-    share a beginning, which the reader would not see.
+    The frozen model has no gradients and keeps no activations for any. It is marked as stateful, so that answers are not scored over a shared
+    prefix's cache, whose states the network would not see.
     """
     inner, layers = model.base_model, blocks(model)
-    inner.add_module(NAME, reader.to(model.device))
-    inner.register_forward_pre_hook(reader.begin, with_kwargs=True)
-    layers[0].register_forward_pre_hook(reader.first, with_kwargs=True)
+    inner.add_module(NAME, network.to(model.device))
+    inner.register_forward_pre_hook(network.start, with_kwargs=True)
+    layers[0].register_forward_pre_hook(network.read_input, with_kwargs=True)
     for layer in layers:
-        layer.register_forward_hook(reader.later)
-    inner.register_forward_hook(reader.end)
+        layer.register_forward_hook(network.read_output)
+    inner.register_forward_hook(network.finish)
     model._is_stateful = True
 
 
-class Ladder(Reader):
-    """A decoder of the base's own architecture, `reduction` times narrower, whose layer i goes on from
-    μ_i · down_i(state_i) + (1 - μ_i) · its last state, μ_i = sigmoid(α_i / 0.1), α_i beginning at 0.
+class LadderNetwork(StateReader):
+    """A decoder of the base's own architecture, `reduction` times narrower, whose layer i takes
+    μ_i · down_i(state_i) + (1 - μ_i) · the layer before's output, μ_i = sigmoid(α_i / 0.1), α_i starting at 0.
 
     States are divided by their root mean square first, since later layers of a decoder have states a hundred times as large as early ones.
-    What comes out is led up to the base's width and added to the base's own last states; `up` begins at zero.
+    The output is projected up to the base's width and added to the base's last states; `up` starts at zero.
     """
 
     def __init__(self, config: Any, reduction: int) -> None:
@@ -89,23 +89,25 @@ class Ladder(Reader):
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda m, args, kwargs, i=number: self._mixed(i, args, kwargs), with_kwargs=True)
 
-    def changed(self, last: torch.Tensor) -> torch.Tensor:
+    def change(self, last: torch.Tensor) -> torch.Tensor:
         from transformers import DynamicCache
 
-        past = self.given.get("past_key_values")
+        past = self.kwargs.get("past_key_values")
         if past is not None and past not in self._pasts:
             self._pasts[past] = DynamicCache()
-        taken = {key: self.given[key] for key in ("attention_mask", "position_ids", "cache_position") if self.given.get(key) is not None}
-        own = self.network(inputs_embeds=self._led(0), past_key_values=self._pasts[past] if past is not None else None, use_cache=past is not None, **taken)
-        return last + self.up(own.last_hidden_state).to(last.dtype)
+        shared = {key: self.kwargs[key] for key in ("attention_mask", "position_ids", "cache_position") if self.kwargs.get(key) is not None}
+        cache = None if past is None else self._pasts[past]
+        out = self.network(inputs_embeds=self._projected(0), past_key_values=cache, use_cache=past is not None, **shared)
+        return last + self.up(out.last_hidden_state).to(last.dtype)
 
-    def _led(self, number: int) -> torch.Tensor:
+    def _projected(self, number: int) -> torch.Tensor:
+        """down(normalised state), [B, T, w]."""
         state = self.states[number].float()
         return self.down[number](nn.functional.rms_norm(state, state.shape[-1:]))
 
     def _mixed(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         share = torch.sigmoid(self.gates[number] / TEMPERATURE)
-        state = share * self._led(number + 1) + (1 - share) * (args[0] if args else kwargs.pop("hidden_states"))
+        state = share * self._projected(number + 1) + (1 - share) * (args[0] if args else kwargs.pop("hidden_states"))
         return (state, *args[1:]), kwargs
 
 
@@ -127,20 +129,20 @@ def narrowed(config: Any, reduction: int) -> Any:
     return small
 
 
-class Fusion(Reader):
+class FusionNetwork(StateReader):
     """Attention of one trained query over the layers: Σ_l a_l · v_l, a = softmax over l of (q · v_l / √d + b_l), v_l the state after layer l as the
-    output layer would read it (normalised by the base's last norm); v of the last layer is the base's own (Cao et al., 2022).
+    output layer would read it (normalised by the base's last norm) (Cao et al., 2022).
 
-    begin: the last layer's b at the start; the others' are 0.
+    begin: the last layer's initial b; the others' are 0.
     """
 
     def __init__(self, norm: Any, d: int, layers: int, begin: float) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(d))
         self.bias = nn.Parameter(torch.tensor([0.0] * (layers - 1) + [begin]))
-        self._norm = [norm]  # in a list: it is the base's own, not a part of this module
+        self._norm = [norm]  # in a list: it belongs to the base and is no submodule of this one
 
-    def changed(self, last: torch.Tensor) -> torch.Tensor:
+    def change(self, last: torch.Tensor) -> torch.Tensor:
         values = torch.stack([*(self._norm[0](state) for state in self.states[1:-1]), last], -2).float()  # [B, T, L, d]
         weights = torch.softmax(values @ self.query / math.sqrt(values.shape[-1]) + self.bias, -1)
         return (weights[..., None, :] @ values)[..., 0, :].to(last.dtype)
