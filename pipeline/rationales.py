@@ -22,7 +22,7 @@ from pipeline.core.files import UserError, atomic_folder, sha256, write_json, wr
 from pipeline.data import recipe
 from pipeline.measure.clock import now
 from pipeline.teachers.base import Teacher
-from pipeline.teachers.rationales import SPLITS, explained, summary, told, wanted
+from pipeline.teachers.rationales import SPLITS, explained, in_words, summary, wanted
 
 
 def run(cfg: DictConfig) -> int:
@@ -37,13 +37,13 @@ def run(cfg: DictConfig) -> int:
     teacher.begin(recipe.read(cfg), splits["train"])
     rows = [row for name in SPLITS for row in explained(teacher, name, splits[name])]
     seconds = round(now() - begin, 3) if teacher.works_here else None
-    about = {"seconds": seconds, "data_sha256": sha256(data / "manifest.json"), **teacher.account()}
+    about = {"seconds": seconds, "data_sha256": sha256(data / "manifest.json"), **teacher.report()}
     manifest = {"teacher": teacher.name, "task": cfg.task.name, **summary(rows), **about}
     folder = Path(cfg.paths.rationales) / cfg.task.name / teacher.name
     with atomic_folder(folder, "manifest.json", "teacher", "task") as beside:
         write_jsonl(beside / "rationales.jsonl", rows)
         write_json(beside / "manifest.json", manifest)
-    print(f"{folder / 'rationales.jsonl'}: {'; '.join(filter(None, (told(manifest), teacher.told())))}")
+    print(f"{folder / 'rationales.jsonl'}: {'; '.join(filter(None, (in_words(manifest), teacher.in_words())))}")
     return 0
 
 

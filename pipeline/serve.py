@@ -21,7 +21,7 @@ from pipeline.core.commands import entry
 from pipeline.core.files import UserError, write_jsonl
 from pipeline.measure.clock import Stopwatch
 from pipeline.records.finished import finished, held
-from pipeline.serving.artefact import Artefact, Base, Door, check_sharing
+from pipeline.serving.artefact import Artefact, Base, Multiplexer, check_sharing
 from pipeline.serving.requests import check_one_base, folder_of, read_requests, with_choices
 
 
@@ -37,9 +37,9 @@ def run(cfg: DictConfig) -> int:
     check_sharing(list(artefacts.values()))
     rows = [with_choices(number, row, artefacts[row["adapter"]]) for number, row in enumerate(requests, 1)]
     base = Base.of(next(iter(artefacts.values())).cfg)
-    door, watch = Door(base, list(artefacts.values())), Stopwatch(base.device)
-    answers = [{**request, **answer} for request, answer in zip(requests, door.answer(rows), strict=True)]
-    print(f"{len(answers)} requests over one {next(iter(found.values())).model} in {watch.lap():.2f} s: {'; '.join(door.told)}", file=sys.stderr)
+    multiplexer, watch = Multiplexer(base, list(artefacts.values())), Stopwatch(base.device)
+    answers = [{**request, **answer} for request, answer in zip(requests, multiplexer.answer(rows), strict=True)]
+    print(f"{len(answers)} requests over one {next(iter(found.values())).model} in {watch.lap():.2f} s: {'; '.join(multiplexer.report)}", file=sys.stderr)
     if cfg.to:
         write_jsonl(cfg.to, answers)
     else:

@@ -15,7 +15,7 @@ def test_the_pace_spreads_requests_and_tokens():
     assert [round(pace.turn(50)) for _ in range(3)] == [0, 5, 10]
     pace.settle(-50)
     assert round(pace.turn(0)) == 10, "a request that took less than was booked lets the next begin sooner"
-    pace.hold(30)
+    pace.delay(30)
     assert round(pace.turn(0)) == 30
     assert Pace(None, None).turn(1000) == 0
 

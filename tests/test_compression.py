@@ -261,5 +261,5 @@ def test_what_was_learnt_outlives_compression(overrides):
     assert both.test.accuracy >= 0.95
     lora = run(overrides, "technique=lora", "start=wanda", "variant=pruned", "train.lr=1e-2") if run(overrides, "technique=wanda") else None
     assert lora and lora.test.accuracy >= 0.95
-    with pytest.raises(UserError, match="start=full_low_rank is a cell of full_low_rank, which leaves no weights of the base's own shape"):
+    with pytest.raises(UserError, match="start=full_low_rank is a cell of full_low_rank, which leaves no weights of the base's architecture"):
         run(overrides, "technique=lora", "start=full_low_rank")

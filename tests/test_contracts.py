@@ -139,7 +139,7 @@ def test_a_function_that_makes_a_method_declares_what_the_method_does():
     assert class_of({"type": "from_file"}, "method") is PeftAdapter
 
 
-@pytest.mark.parametrize(("technique", "reason"), [("ipt", "its soft prompt stands before"), ("few_shot", "stands in the request"), ("adalora", "None")])
+@pytest.mark.parametrize(("technique", "reason"), [("ipt", "its soft prompt comes before"), ("few_shot", "is in the request"), ("adalora", "None")])
 def test_export_refuses_by_what_is_declared(overrides, tmp_path, technique, reason):
     (tmp_path / "artefact.json").touch()
     assert reason in str(export.refusal(Artefact.at("one", tmp_path, compose([*overrides, f"technique={technique}"]))))

@@ -18,14 +18,14 @@ from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import Precision, Task, Train, read
 from pipeline.data.rows import Encoder, Example
 from pipeline.models.base import load_model, load_tokenizer
-from pipeline.objectives.base import Beginning
+from pipeline.objectives.base import TrainingContext
 from pipeline.objectives.logit_distillation import LogitDistillation, divergence
 from pipeline.objectives.rationale_first import RationaleFirst
 from pipeline.objectives.task_distillation import TaskDistillation
 from pipeline.records import results
 from pipeline.scoring.scorer import Scorer
 from pipeline.serving import scores as evaluate
-from pipeline.serving.artefact import Artefact, Base, Door
+from pipeline.serving.artefact import Artefact, Base, Multiplexer
 
 CPU = torch.device("cpu")
 CHOICE, GENERATE = Task("t", "choice"), Task("t", "generate")
@@ -80,15 +80,15 @@ def test_the_divergence_is_the_formula_s_and_0_for_equal_models(direction):
     assert float(divergence(teacher, teacher, 2.0, direction)) == 0.0
 
 
-def beginning(overrides: list[str], tiny: Path, *more: str) -> Beginning:
+def training_context(overrides: list[str], tiny: Path, *more: str) -> TrainingContext:
     cfg = compose([*overrides, *SHORT, "technique=logit_distillation", *more])
     model = load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
     encoder = Encoder(load_tokenizer(tiny / "models" / "smollm2_135m"), CHOICE, 64, "error")
     rows = [dict(ROW, id=str(i), prompt=f"Review: {'film ' * i}\nSentiment:") for i in range(1, 5)]
-    return Beginning(cfg, read(cfg), model, encoder, rows, CPU, torch.float32)
+    return TrainingContext(cfg, read(cfg), model, encoder, rows, CPU, torch.float32)
 
 
-def taught(objective: LogitDistillation, at: Beginning) -> list:
+def taught(objective: LogitDistillation, at: TrainingContext) -> list:
     examples = [[at.encoder.example(e) for e in objective.examples(row, CHOICE, None)] for row in at.rows]
     return [e for row in objective.prepared(examples, at).examples for e in row]
 
@@ -96,7 +96,7 @@ def taught(objective: LogitDistillation, at: Beginning) -> list:
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_model_that_teaches_itself_leaves_the_labels_alone(overrides, tiny, direction):
     """The divergence of equal models is 0, so the loss is label_weight · cross-entropy; the base as its own teacher, by its name under models/."""
-    at, objective = beginning(overrides, tiny), LogitDistillation("smollm2_135m", 0.3, 2.0, direction)
+    at, objective = training_context(overrides, tiny), LogitDistillation("smollm2_135m", 0.3, 2.0, direction)
     flat = taught(objective, at)
     losses = {}
     for tokens in (4096, 24):
@@ -109,7 +109,7 @@ def test_a_model_that_teaches_itself_leaves_the_labels_alone(overrides, tiny, di
 
 
 def test_a_teacher_is_asked_once(overrides, tiny, monkeypatch):
-    at, objective = beginning(overrides, tiny), LogitDistillation("smollm2_135m", 0.3, 2.0)
+    at, objective = training_context(overrides, tiny), LogitDistillation("smollm2_135m", 0.3, 2.0)
     first = taught(objective, at)
     (kept,) = (Path(at.cfg.paths.work) / "teachers").iterdir()
     monkeypatch.setattr("pipeline.objectives.logit_distillation._ask", None)
@@ -126,7 +126,7 @@ def test_a_teacher_of_another_vocabulary_or_none_at_all_is_refused(overrides, ti
     models = tmp_path / "models"
     shutil.copytree(tiny / "models", models)
     write_model(models / "larger", seed=3, hidden=96)
-    at = beginning(overrides, tiny, f"paths.models={models}")
+    at = training_context(overrides, tiny, f"paths.models={models}")
     larger = taught(LogitDistillation("larger", 0.0, 1.0), at)
     assert larger[0].hidden.shape == (1, 96) and larger[0].head.logits(larger[0].hidden).shape == (1, 31)
     file = models / "larger" / "tokenizer.json"
@@ -209,9 +209,9 @@ def test_rationale_first_learns_and_pays_for_its_reasoning(overrides):
     answers_alike(overrides, *more)
     cfg = compose([*overrides, *SHORT, *more])
     artefact = Artefact.at("one", identity.folder_of(cfg) / "artefact", cfg)
-    door = Door(Base.of(cfg), [artefact])
-    (said,) = door.answer([{"adapter": "one", "prompt": ROW["prompt"], "choices": ROW["choices"]}])
-    assert said["answer"] in ROW["choices"] and door.told == ["1 by one alone (it reasons first)"]
+    multiplexer = Multiplexer(Base.of(cfg), [artefact])
+    (said,) = multiplexer.answer([{"adapter": "one", "prompt": ROW["prompt"], "choices": ROW["choices"]}])
+    assert said["answer"] in ROW["choices"] and multiplexer.report == ["1 by one alone (it reasons first)"]
 
 
 def test_no_rationale_to_learn_from_is_said_and_long_ones_are_counted(overrides):

@@ -110,7 +110,7 @@ def test_a_cell_that_ran_out_of_memory(finished, tmp_path, capsys):
 
 def test_a_cell_whose_artefact_is_gone(finished, tmp_path, capsys):
     write(tmp_path / "cell", read(finished[1]))
-    assert "artefact holds no artefact; run the cell again, or dvc checkout it" in refused(
+    assert "artefact has no artefact; run the cell again, or dvc checkout it" in refused(
         finished, tmp_path, capsys, folder=tmp_path / "cell"
     )
 
@@ -135,7 +135,7 @@ def test_a_result_of_an_older_schema(finished, tmp_path, capsys):
 def test_the_teacher_has_no_model(finished, tmp_path, capsys):
     cfg = compose([*finished[0], f"paths.results={tmp_path}/results", "technique=teacher", "teacher=lexicon"])
     cell_run.run(cfg, folder=identity.folder_of(cfg))
-    assert "the teacher answers without a model; its rows stand in rationales/" in refused(
+    assert "the teacher answers without a model; its rows are in rationales/" in refused(
         finished, tmp_path, capsys, folder=identity.folder_of(cfg)
     )
 

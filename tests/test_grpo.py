@@ -13,7 +13,7 @@ from pipeline.cell import run as cell_run
 from pipeline.core.compose import build, compose
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import Task, Train
-from pipeline.objectives.grpo import Grpo, TrlLoop, _together, reward, said
+from pipeline.objectives.grpo import Grpo, TrlLoop, _together, answer_in, reward
 from pipeline.serving import scores as evaluate
 from pipeline.training import stepping
 
@@ -24,8 +24,8 @@ SHORT = ["experiment=mine", "train_rows=64", "train.batch_size=8", "train.valida
 
 
 def test_an_answer_is_the_choice_that_a_text_begins_with_or_what_the_task_extracts():
-    assert [said(t, ROW, CHOICE) for t in (" bad", "Bad luck, he said", "goodbye", "so bad", "")] == ["bad", "bad luck", "good", None, None]
-    assert said("It is 3 or 4,000.", {}, NUMBER) == "4,000"
+    assert [answer_in(t, ROW, CHOICE) for t in (" bad", "Bad luck, he said", "goodbye", "so bad", "")] == ["bad", "bad luck", "good", None, None]
+    assert answer_in("It is 3 or 4,000.", {}, NUMBER) == "4,000"
     texts = [" bad film", "bad luck", [{"role": "assistant", "content": "BAD"}], "nothing"]
     assert reward(texts, [ROW] * 4, CHOICE) == [1.0, 0.0, 1.0, 0.0]
     assert reward(["= 4,000.0", "none"], [{"answer": "4000"}] * 2, NUMBER) == [1.0, 0.0]

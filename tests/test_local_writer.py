@@ -10,7 +10,7 @@ import torch
 
 from pipeline.core.files import UserError
 from pipeline.teachers.local_writer import LocalWriter
-from pipeline.teachers.writers import Answer, Cache
+from pipeline.teachers.writers import Cache, Completion
 
 PROMPTS = [[{"role": "user", "content": t}] for t in ("the film", "a lovely story with the cast and the plot", "poor", "the film of the actor")]
 
@@ -62,7 +62,7 @@ def test_turns_without_a_template_are_joined_and_a_text_ends_where_the_next_woul
     assert writer.rendered(turns) == "<user>s\n\nu"
     writer._tokenizer.chat_template = None
     words = writer._tokenizer("film ] plot", add_special_tokens=False)["input_ids"]
-    assert replace(writer, separator="]")._answer(words, 3, 0.5) == Answer("film", 0.5, 3, 3, False)
+    assert replace(writer, separator="]")._answer(words, 3, 0.5) == Completion("film", 0.5, 3, 3, False)
     assert writer._answer([*words, 1, 1, 1], 3, 0.5).completion_tokens == 4
 
 
@@ -92,11 +92,11 @@ def test_answers_stay_whatever_happens_after_them(tiny, tmp_path):
 def test_a_cache_passes_over_what_it_cannot_read(tmp_path):
     path = tmp_path / "deep" / "c.jsonl"
     with Cache.open(path) as cache:
-        cache.add("a", Answer("ä\n\u2028", 1.0))
+        cache.add("a", Completion("ä\n\u2028", 1.0))
     path.write_bytes(path.read_bytes() + b'[1]\n{"key": "x"}\n\n{"key": "b", "text": "cut')
     with Cache.open(path) as cache:
-        assert cache["a"] == Answer("ä\n\u2028", 1.0) and "b" not in cache and "x" not in cache
-        cache.add("b", Answer("whole", 1.0))
+        assert cache["a"] == Completion("ä\n\u2028", 1.0) and "b" not in cache and "x" not in cache
+        cache.add("b", Completion("whole", 1.0))
     with Cache.open(path) as cache:
         assert cache["b"].text == "whole"
     (tmp_path / "file").write_text("")

@@ -15,7 +15,7 @@ from pipeline.core.settings import Precision
 from pipeline.data.rows import Example
 from pipeline.methods.base import Method
 from pipeline.methods.full import Full
-from pipeline.methods.none import FewShot, Teacher, Untouched
+from pipeline.methods.none import FewShot, TeacherAnswers, Untouched
 from pipeline.methods.peft_adapter import PeftAdapter
 from pipeline.models.base import load_model, parameters
 from pipeline.serving import scores as evaluate
@@ -229,7 +229,7 @@ def test_what_is_shown_of_a_method():
         and FewShot(3).hyperparameters() == {"k": 3}
         and Full().hyperparameters() == {}
     )
-    names = [m.name for m in (lora(), soft_prompt(), Full(), FewShot(1), Untouched(), Teacher())]
+    names = [m.name for m in (lora(), soft_prompt(), Full(), FewShot(1), Untouched(), TeacherAnswers())]
     assert names == ["lora", "prompt_tuning", "full", "few_shot", "none", "teacher"]
 
 
@@ -276,11 +276,11 @@ def test_the_prompt_of_few_shot():
 
 def test_the_teacher_answers_from_its_rows():
     rationales: dict[str, dict] = {"1": {"answer": "yes"}, "2": {"answer": None}}
-    assert Teacher().answers([{"id": "1"}, {"id": "2"}], rationales) == ["yes", ""]
+    assert TeacherAnswers().answers([{"id": "1"}, {"id": "2"}], rationales) == ["yes", ""]
     with pytest.raises(
         UserError, match=r"the teacher has no row for '3'; run python -m pipeline\.rationales for all rows"
     ):
-        Teacher().answers([{"id": "3"}], rationales)
+        TeacherAnswers().answers([{"id": "3"}], rationales)
 
 
 def test_the_defaults_train_nothing():

@@ -16,7 +16,7 @@ from pipeline.core.files import UserError, read_jsonl, write_jsonl
 from pipeline.core.settings import Precision, Task, Train
 from pipeline.data.rows import Encoder
 from pipeline.models.base import load_model, load_tokenizer
-from pipeline.objectives.base import Beginning
+from pipeline.objectives.base import TrainingContext
 from pipeline.objectives.preferences import Dpo, Kto, Orpo, log1mexp
 from pipeline.serving import scores as evaluate
 
@@ -45,7 +45,7 @@ def a_model(tiny: Any, noise: float = 0.0) -> Any:
 def prepared(objective: Any, model: Any, encoder: Encoder) -> list:
     examples = [[encoder.example(e) for e in objective.examples(row, TASK, None)] for row in ROWS]
     settings: Any = SimpleNamespace(evaluate=SimpleNamespace(batch_tokens=64))
-    return [e for row in objective.prepared(examples, Beginning(None, settings, model, encoder, ROWS, CPU, torch.float32)).examples for e in row]  # type: ignore[arg-type]
+    return [e for row in objective.prepared(examples, TrainingContext(None, settings, model, encoder, ROWS, CPU, torch.float32)).examples for e in row]  # type: ignore[arg-type]
 
 
 def log_p(model: Any, example: Any) -> tuple[float, int]:
@@ -138,7 +138,7 @@ def test_a_bad_line_of_a_pairs_file_is_named(tmp_path, line, says):
     write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}, line])
     with pytest.raises(UserError, match=says):
         Dpo(pairs=str(tmp_path / "pairs.jsonl")).rows([], {}, None, 0)
-    with pytest.raises(UserError, match="objective.pairs=nowhere is not there"):
+    with pytest.raises(UserError, match="objective.pairs=nowhere does not exist"):
         Dpo(pairs="nowhere").rows([], {}, None, 0)
 
 

@@ -19,8 +19,8 @@ from pipeline.core.files import UserError, read_json, read_jsonl, write_jsonl
 from pipeline.core.settings import Task, read
 from pipeline.data.rows import load_rows
 from pipeline.teachers.base import Explanation
-from pipeline.teachers.demonstrations import Demonstrations, Shot, drawn
-from pipeline.teachers.prompted import Prompted, agreed, chosen
+from pipeline.teachers.demonstrations import Demonstrations, Shot, draw
+from pipeline.teachers.prompted import Prompted, majority, match_choice
 
 ROW = {"id": "r", "prompt": "Review: a film\nSentiment:", "answer": "positive", "choices": ["negative", "positive"], "fields": {}}
 TRAIN = [
@@ -71,8 +71,8 @@ def test_training_rows_with_a_right_stored_rationale_are_drawn_each_answer_in_tu
 
 def test_draws_are_even():
     shots = [Shot(str(i), None, "r", "a" if i < 8 else "b") for i in range(10)]
-    assert Counter(s.answer for s in drawn(shots, 4, 0)) == {"a": 2, "b": 2}
-    assert Counter(s.answer for s in drawn(shots, 7, 0)) == {"a": 5, "b": 2}
+    assert Counter(s.answer for s in draw(shots, 4, 0)) == {"a": 2, "b": 2}
+    assert Counter(s.answer for s in draw(shots, 7, 0)) == {"a": 5, "b": 2}
 
 
 def test_a_file_of_demonstrations_or_of_another_teacher_s_rows(tmp_path):
@@ -125,9 +125,9 @@ def test_generated_answers_by_the_task_s_own_pattern(text, answer):
 
 def test_the_choice_that_is_said():
     choices = ["a park", "park", "car park"]
-    assert chosen("Park.", choices) == "park" and chosen("park near me", choices) == "park" and chosen("a park, I think", choices) == "a park"
-    assert chosen("the car or the road", choices) is None and chosen("the best is sparkling", choices) is None
-    assert chosen("it is great", ["good", "great"]) == "great" and chosen("it is good or great", ["good", "great"]) is None
+    assert match_choice("Park.", choices) == "park" and match_choice("park near me", choices) == "park" and match_choice("a park, I think", choices) == "a park"
+    assert match_choice("the car or the road", choices) is None and match_choice("the best is sparkling", choices) is None
+    assert match_choice("it is great", ["good", "great"]) == "great" and match_choice("it is good or great", ["good", "great"]) is None
 
 
 def test_self_consistency():
@@ -136,7 +136,7 @@ def test_self_consistency():
     made = teacher("teacher.demonstrations.k=0", "teacher.samples=4", "teacher.seed=4", "writer.temperature=0.7", writer=writer)
     assert made.explain([ROW, ROW]) == [Explanation("B.", "positive")] * 2 and writer.seeds == [4, 5, 6, 7]
     tie = [Explanation("x", None), Explanation("y", "b"), Explanation("z", "a")]
-    assert agreed(tie) == tie[1] and agreed([tie[0]]) == tie[0]
+    assert majority(tie) == tie[1] and majority([tie[0]]) == tie[0]
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -16,7 +16,7 @@ from pipeline.core.compose import build, compose
 from pipeline.core.files import read_json, read_jsonl, write_jsonl
 from pipeline.records.results import read
 from pipeline.scoring.scorer import WHOLE
-from pipeline.serving.artefact import Artefact, Base, Door
+from pipeline.serving.artefact import Artefact, Base, Multiplexer
 from pipeline.training.loop import Loop
 
 CELLS = {
@@ -85,11 +85,11 @@ def test_one_row_of_a_mixed_batch_does_not_reach_another(home, tiny):
     cfg = compose(home[0])
     base = Base.of(cfg)
     artefacts = [Artefact.at(n, home[1] / named(n) / "artefact", compose([*home[0], "technique=lora", *CELLS[n]])) for n in ("lora", "lora+wide")]
-    door = Door(base, artefacts)
+    multiplexer = Multiplexer(base, artefacts)
     scorer = artefacts[0].scorer(base, base.model, None)
     items = scorer.items(test_rows(home, tiny)[:4])
     bare = scorer.log_likelihoods(items, WHOLE)
-    scorer.model = door._attached({"lora": "a", "lora+wide": "b"})
+    scorer.model = multiplexer._attached({"lora": "a", "lora+wide": "b"})
     mixed = scorer.log_likelihoods(items, ["a", "b", "__base__", "a"])
     other = scorer.log_likelihoods(items, ["b", "b", "__base__", "a"])
     assert mixed[1:] == other[1:] and mixed[0] != other[0]
@@ -97,12 +97,12 @@ def test_one_row_of_a_mixed_batch_does_not_reach_another(home, tiny):
 
 
 @pytest.mark.slow
-def test_the_base_is_bare_again_when_the_door_closes(home, tiny):
+def test_the_base_is_bare_again_when_the_multiplexer_closes(home, tiny):
     cfg = compose(home[0])
     base = Base.of(cfg)
     before = {n: p.clone() for n, p in base.model.state_dict().items()}
     artefacts = [Artefact.at(named(n), home[1] / named(n) / "artefact", compose([*home[0], f"technique={n}"])) for n in ("lora", "ia3", "prompt_tuning")]
-    Door(base, artefacts).answer([{"adapter": a.name, "prompt": "Review: fine\nSentiment:", "choices": ["negative", "positive"]} for a in artefacts])
+    Multiplexer(base, artefacts).answer([{"adapter": a.name, "prompt": "Review: fine\nSentiment:", "choices": ["negative", "positive"]} for a in artefacts])
     after = base.model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
 
@@ -119,7 +119,7 @@ def test_every_adapter_that_shares_a_base_answers_as_in_its_cell_and_is_taken_of
     base = Base.of(cfg)
     before = {n: p.clone() for n, p in base.model.state_dict().items()}
     rows = test_rows(home, tiny)[:6]
-    answers = Door(base, [Artefact.at("it", tmp_path / technique / "artefact", cfg)]).answer([{**row, "adapter": "it"} for row in rows])
+    answers = Multiplexer(base, [Artefact.at("it", tmp_path / technique / "artefact", cfg)]).answer([{**row, "adapter": "it"} for row in rows])
     alone = {p["id"]: p for p in read_jsonl(tmp_path / technique / "predictions.jsonl") if p["split"] == "test"}
     for row, answer in zip(rows, answers, strict=True):
         assert answer["scores"] == pytest.approx(alone[row["id"]]["scores"], abs=2e-5)
@@ -136,9 +136,9 @@ def test_generated_answers_of_a_mixed_batch(home, tiny, tmp_path):
                  for n in ("lora", "lora+wide", "zero_shot")]
     base = Base.of(artefacts[0].cfg)
     rows = test_rows(home, tiny)[:9]
-    together = Door(base, artefacts).answer([{**r, "adapter": artefacts[i % 3].name} for i, r in enumerate(rows)])
+    together = Multiplexer(base, artefacts).answer([{**r, "adapter": artefacts[i % 3].name} for i, r in enumerate(rows)])
     for i, answer in enumerate(together):
-        assert Door(base, artefacts).answer([{**rows[i], "adapter": artefacts[i % 3].name}]) == [answer]
+        assert Multiplexer(base, artefacts).answer([{**rows[i], "adapter": artefacts[i % 3].name}]) == [answer]
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_an_exported_model_answers_as_the_artefact(home, tiny, tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("prompt_tuning", "prompt_tuning cannot be exported: its soft prompt stands before every request"),
-        ("few_shot", "few_shot cannot be exported: what it does stands in the request"),
+        ("prompt_tuning", "prompt_tuning cannot be exported: its soft prompt comes before every request"),
+        ("few_shot", "few_shot cannot be exported: what it does is in the request"),
         ("zero_shot", "zero_shot cannot be exported: it is the untouched base"),
     ],
 )

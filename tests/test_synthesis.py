@@ -1,4 +1,4 @@
-"""Rows from seed examples: near duplicates, what the sieve holds back, and what a writer that says what it is told is asked for."""
+"""Rows from seed examples: near duplicates, what the filter drops, and what a writer that says what it is told is asked for."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pipeline.core.compose import CONF
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.data.near import Near, own_nearness, rouge_l
+from pipeline.teachers.synthetic.filter import Filter, near_texts
 from pipeline.teachers.synthetic.rows import Synthesis
-from pipeline.teachers.synthetic.sieve import Sieve, near_texts
-from pipeline.teachers.synthetic.taxonomy import Example, Leaf
+from pipeline.teachers.synthetic.taxonomy import Leaf, SeedExample
 from pipeline.teachers.synthetic.writing import Writing, branches, check_words
 
 # duplicates
@@ -31,13 +31,13 @@ def test_near_finds_what_scoring_every_pair_finds():
     assert held.holds(texts[0].upper() + "!") and not held.holds("z") and not Near(0.7).near("z")
 
 
-# the sieve
+# the filter
 
 LIKE = ["A fine film.", "A poor plot, all in all."]
 
 
-def sieve(task=None, held=(), labelled=(), template="Review: {text}\nSentiment:", **settings) -> Sieve:
-    return Sieve(Synthesis("s", **settings), task or Task("t", "choice"), template, near_texts(held, 0.7), near_texts(labelled, 0.7))
+def filtering(task=None, held=(), labelled=(), template="Review: {text}\nSentiment:", **settings) -> Filter:
+    return Filter(Synthesis("s", **settings), task or Task("t", "choice"), template, near_texts(held, 0.7), near_texts(labelled, 0.7))
 
 
 @pytest.mark.parametrize(("raw", "found"), [
@@ -53,13 +53,13 @@ def sieve(task=None, held=(), labelled=(), template="Review: {text}\nSentiment:"
     ("This one has many more words than twice those of the longest example there is.", "length"),
 ])
 def test_the_form_of_a_text(raw, found):
-    one = sieve()
+    one = filtering()
     said = one.question(raw, LIKE)
     assert (said or next(iter(one.dropped))) == found
 
 
 def test_only_new_texts_pass():
-    one = sieve(held=["the plot of the film was quite a mess"], labelled=["a cast that is lovely to see"])
+    one = filtering(held=["the plot of the film was quite a mess"], labelled=["a cast that is lovely to see"])
     like = ["a b c d e f g h"]
     for raw, reason in [("The plot of a film was quite a mess", "leaked"), ("A cast that is lovely, to see!", "duplicate"),
                         ("a cast that was lovely to see", "near_duplicate"), ("quite another story of the score", None),
@@ -71,9 +71,9 @@ def test_only_new_texts_pass():
 
 
 def test_answers_and_ratings():
-    one = sieve(Task("t", "generate", answer_pattern=r"-?\d+"), template="{q}")
+    one = filtering(Task("t", "generate", answer_pattern=r"-?\d+"), template="{q}")
     assert one.answer("It is 3 and 4, so 7.", ["3"]) == "7" and one.answer("none", ["3"]) is None
-    free = sieve(Task("t", "generate"), template="{q}")
+    free = filtering(Task("t", "generate"), template="{q}")
     assert free.answer('"Bird."\nmore', ["Word."]) == "Bird." and free.answer("so " * 30, ["Word."]) is None and free.answer(" ", ["a\nb"]) is None
     assert free.answer("one\ntwo", ["a\nb"]) == "one\ntwo"
     assert [free.rated(said) for said in ("3", "Score: 2", "1", "fine", "")] == [True, True, False, False, False]
@@ -108,11 +108,11 @@ def random_text(prompt, index: int, seed: int) -> str:
 
 def writing(say, rows=12, task=None, template="Review: {text}\nSentiment:", **settings) -> Writing:
     settings = {"rows": rows, "words": words_of_conf(), "seeds": "task", **settings}
-    return Writing(Said(say), Synthesis("s", **settings), sieve(task, template=template, **settings), "0")
+    return Writing(Said(say), Synthesis("s", **settings), filtering(task, template=template, **settings), "0")
 
 
 LABELLED = Leaf("task/t", "skill", "They are reviews.", tuple(
-    Example(f"this is example {name} number {i}.", name, row=f"{name}-{i}") for name in ("negative", "positive") for i in range(4)))
+    SeedExample(f"this is example {name} number {i}.", name, row=f"{name}-{i}") for name in ("negative", "positive") for i in range(4)))
 
 
 def test_with_fixed_choices_a_text_is_written_for_every_answer():
@@ -124,7 +124,7 @@ def test_with_fixed_choices_a_text_is_written_for_every_answer():
     assert [m["role"] for m in prompt] == ["system", *["user", "assistant"] * 3, "user"] and "They are reviews." in prompt[0]["content"]
     assert prompt[1]["content"] == prompt[-1]["content"] == "Write an example with the label: negative"
     assert prompt[2]["content"].startswith("this is example negative")
-    assert one.account() == {"rows": 12, "asked": 12, "dropped": {}, "near_raised": {"task/t": 0.833}}
+    assert one.report() == {"rows": 12, "asked": 12, "dropped": {}, "near_raised": {"task/t": 0.833}}
     again = writing(random_text)
     assert [d.question for d in again.run(branches([LABELLED], ["negative", "positive"]))] == [d.question for d in done], "the same texts, the same rows"
 
@@ -132,14 +132,14 @@ def test_with_fixed_choices_a_text_is_written_for_every_answer():
 def test_what_falls_through_is_asked_for_again_until_the_attempts_are_spent():
     one = writing(lambda p, i, seed: random_text(p, i, seed) if i % 2 else "Nothing")
     assert len(one.run(branches([LABELLED], ["negative", "positive"]))) == 12
-    assert one.asked > 12 and one.sieve.dropped["unfinished"] >= 6 and len(one.writer.rounds) > 1
+    assert one.asked > 12 and one.filter.dropped["unfinished"] >= 6 and len(one.writer.rounds) > 1
     never = writing(lambda p, i, seed: "the very same text it is.", attempts=2.5)
     assert len(never.run(branches([LABELLED], ["negative", "positive"]))) == 1
-    assert never.asked == 30 and never.sieve.dropped == {"duplicate": 29}
+    assert never.asked == 30 and never.filter.dropped == {"duplicate": 29}
 
 
 def test_free_answers_are_asked_for_and_rated():
-    leaf = Leaf("skills/rhymes", "skill", "Rhymes.", tuple(Example(f"What rhymes with word {i}?", f"Bird {i}.") for i in range(5)))
+    leaf = Leaf("skills/rhymes", "skill", "Rhymes.", tuple(SeedExample(f"What rhymes with word {i}?", f"Bird {i}.") for i in range(5)))
     seen = []
 
     def say(prompt, index, seed):
@@ -151,7 +151,7 @@ def test_free_answers_are_asked_for_and_rated():
 
     one = writing(say, rows=4, task=Task("t", "generate"), template="{q}", judge=True, attempts=1)
     done = one.run(branches([leaf], None))
-    assert [(d.answer, d.branch.answer) for d in done] == [(f"Bird number {i}.", None) for i in (0, 2, 3)] and one.account()["dropped"] == {"judge": 1}
+    assert [(d.answer, d.branch.answer) for d in done] == [(f"Bird number {i}.", None) for i in (0, 2, 3)] and one.report()["dropped"] == {"judge": 1}
     question, reply = one.writer.prompts[0], one.writer.prompts[4]
     assert question[0]["content"].count("Rhymes.") == 1 and question[1]["content"] == "Write an example of a question." and "?" in question[2]["content"]
     assert [m["role"] for m in reply] == [*["user", "assistant"] * 3, "user"] and reply[-1]["content"] == done[0].question and "Bird" in reply[1]["content"]
@@ -159,7 +159,7 @@ def test_free_answers_are_asked_for_and_rated():
 
 
 def test_a_skill_with_contexts_gets_new_ones_and_knowledge_is_asked_about_its_documents():
-    examples = tuple(Example(f"Is part {i} right?", "Yes.", f"The text of part {i}.") for i in range(5))
+    examples = tuple(SeedExample(f"Is part {i} right?", "Yes.", f"The text of part {i}.") for i in range(5))
     say = lambda p, i, seed: random_text(p, i, seed)  # noqa: E731
     for kind, documents in (("skill", ()), ("knowledge", ("A passage.", "Another passage."))):
         one = writing(say, rows=3, task=Task("t", "generate"), template="{q}")
@@ -174,17 +174,17 @@ def test_a_skill_with_contexts_gets_new_ones_and_knowledge_is_asked_about_its_do
 
 def test_examples_of_one_pattern_raise_what_counts_as_near():
     assert own_nearness([]) == own_nearness(["a"]) == 0 and own_nearness(["a b", "a c", "d"]) == 0.5
-    leaf = Leaf("r", "skill", "", tuple(Example(f"what are five words that rhyme with w{i}?", "x.") for i in range(4)))
+    leaf = Leaf("r", "skill", "", tuple(SeedExample(f"what are five words that rhyme with w{i}?", "x.") for i in range(4)))
     one = writing(lambda p, i, seed: f"what are five words that rhyme with v{i}?" if p[-1]["content"].endswith("question.") else "Answer.", rows=3,
                   task=Task("t", "generate"), template="{q}", attempts=1)
-    assert len(one.run(branches([leaf], None))) == 3 and one.account()["near_raised"] == {"r": 0.875}
-    one.sieve.held_out.add("what are five words that rhyme with test?")
-    assert one.sieve.question("what are five words that rhyme with rest?", ["a b c d e f g h?"], near=0.9) is None
-    assert one.sieve.dropped == {"leaked": 1}, "held-out rows keep the settings' threshold"
+    assert len(one.run(branches([leaf], None))) == 3 and one.report()["near_raised"] == {"r": 0.875}
+    one.filter.held_out.add("what are five words that rhyme with test?")
+    assert one.filter.question("what are five words that rhyme with rest?", ["a b c d e f g h?"], near=0.9) is None
+    assert one.filter.dropped == {"leaked": 1}, "held-out rows keep the settings' threshold"
 
 
 def test_an_answer_that_is_no_choice_and_words_that_do_not_fit():
-    leaf = Leaf("a/b", "skill", "d", (Example("q", "Positive"), Example("r", "maybe")))
+    leaf = Leaf("a/b", "skill", "d", (SeedExample("q", "Positive"), SeedExample("r", "maybe")))
     with pytest.raises(UserError, match="leaf a/b has the answer 'maybe', none of the task's choices"):
         branches([leaf], ["negative", "positive"])
     assert branches([replace(leaf, examples=leaf.examples[:1])], ["negative", "positive"])[0].examples[0].answer == "positive"

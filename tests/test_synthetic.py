@@ -26,7 +26,7 @@ from pipeline.records.results import read as read_result
 from pipeline.reporting.means import figures_of
 from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.teachers.synthetic import sets
-from pipeline.teachers.synthetic.rows import count, drawn
+from pipeline.teachers.synthetic.rows import count, draw
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -49,10 +49,10 @@ def test_the_share_is_of_the_training_rows():
 
 def test_rows_are_drawn_with_the_seed_answers_in_turn():
     rows = made_rows("aaaaaaaabb")
-    found = drawn(rows, 4, 0)
-    assert Counter(r["answer"] for r in found) == {"a": 2, "b": 2} and drawn(rows, 7, 0)[:4] == found
-    assert len({tuple(r["id"] for r in drawn(rows, 4, seed)) for seed in range(6)}) > 1
-    assert sorted(r["id"] for r in drawn(rows, 10, 3)) == sorted(r["id"] for r in rows)
+    found = draw(rows, 4, 0)
+    assert Counter(r["answer"] for r in found) == {"a": 2, "b": 2} and draw(rows, 7, 0)[:4] == found
+    assert len({tuple(r["id"] for r in draw(rows, 4, seed)) for seed in range(6)}) > 1
+    assert sorted(r["id"] for r in draw(rows, 10, 3)) == sorted(r["id"] for r in rows)
 
 
 @pytest.fixture
@@ -73,15 +73,15 @@ def write_set(folder: Path, tiny: Path, rows: list[dict], **more) -> None:
 def test_what_a_cell_takes_and_what_it_refuses(made, tiny):
     overrides, folder = made
     cfg, labelled = compose(overrides), [{"id": f"train-{i}"} for i in range(8)]
-    assert synthetic.further(compose([*overrides, "synthetic.share=0"]), labelled) == synthetic.further(compose(overrides[:-2]), labelled) == ([], None)
+    assert synthetic.extra(compose([*overrides, "synthetic.share=0"]), labelled) == synthetic.extra(compose(overrides[:-2]), labelled) == ([], None)
 
     def refused(message: str, rows: list[dict] = labelled, *more: str) -> None:
         with pytest.raises(UserError, match=message):
-            synthetic.further(compose([*overrides, *more]), rows)
+            synthetic.extra(compose([*overrides, *more]), rows)
 
     refused("rows.jsonl does not exist; run: python -m pipeline.synthesize task=vader_movies synthetic=labels")
     write_set(folder, tiny, made_rows("abababab"))
-    found, told = synthetic.further(cfg, labelled)
+    found, told = synthetic.extra(cfg, labelled)
     assert len(found) == 8 and told == Synthetic("labels", 8, 0.5, "local:x", 2.5)
     refused("share=0.6 of 8 labelled rows asks for 12 synthetic ones, but .* has 8; .* set synthetic.share=0.5 at most", labelled, "synthetic.share=0.6")
     refused("written from labelled rows that this cell does not have \\(first: train-0\\); .* train_rows=3", labelled[1:4])
@@ -89,7 +89,7 @@ def test_what_a_cell_takes_and_what_it_refuses(made, tiny):
     write_set(folder, tiny, made_rows("ab"), data_sha256="other")
     refused("was written for other data")
     write_set(folder, tiny, made_rows("abababab", set="all", seeds=[]), sets={"all": {"rows": 8, "seconds": None, "examples_beside": 5}})
-    found, told = synthetic.further(compose([*overrides, "seed=4"]), labelled)
+    found, told = synthetic.extra(compose([*overrides, "seed=4"]), labelled)
     assert len(found) == 8 and told.examples == 5 and told.seconds is None, "a taxonomy's rows are there for every seed"
 
 

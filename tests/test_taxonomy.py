@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.core.files import UserError
-from pipeline.teachers.synthetic.taxonomy import Example, passages
+from pipeline.teachers.synthetic.taxonomy import SeedExample, passages
 from pipeline.teachers.synthetic.taxonomy import read as read_taxonomy
 
 SKILL = {
@@ -37,11 +37,11 @@ def test_a_tree_of_leaves_is_read(tmp_path):
     qna(tmp_path, {k: v for k, v in grounded.items() if k != "version"}, "own/place")
     rhymes, stars, own = read_taxonomy(tmp_path)
     assert (rhymes.path, rhymes.kind, rhymes.description) == ("compositional_skills/writing/rhymes", "skill", "Rhymes.")
-    assert rhymes.examples[0] == Example("What rhymes with word 0?", "Bird 0.") and len(rhymes.examples) == 5
+    assert rhymes.examples[0] == SeedExample("What rhymes with word 0?", "Bird 0.") and len(rhymes.examples) == 5
     assert (stars.path, stars.kind, stars.description) == ("knowledge/science/stars", "knowledge", "Astronomy: Stars.")
-    assert stars.examples[4] == Example("Q11?", "A11.", "Star 1 is far.") and len(stars.examples) == 15
+    assert stars.examples[4] == SeedExample("Q11?", "A11.", "Star 1 is far.") and len(stars.examples) == 15
     assert stars.documents == () and stars.documents_at == "https://example.org/stars.git at abc"
-    assert (own.path, own.kind, own.examples) == ("own/place", "skill", (Example("q", "a", "c"),))
+    assert (own.path, own.kind, own.examples) == ("own/place", "skill", (SeedExample("q", "a", "c"),))
     assert read_taxonomy(tmp_path / "knowledge/science/stars/qna.yaml") == [stars]
 
 
@@ -66,7 +66,7 @@ def seeds(*examples) -> dict:
 
 @pytest.mark.parametrize(("content", "message"), [
     ("- a\n- b\n", "is a list at its top; write keys there"),
-    ("a: [1\n", "is not YAML \\(line 2: .*mend it"),
+    ("a: [1\n", "is not YAML \\(line 2: .*fix it"),
     ({**SKILL, "version": 4}, "version: 4; set version to 1, 2 or 3"),
     (without(SKILL, "task_description"), "has no task_description; skill of version 2 needs it"),
     (without(SKILL, "created_by"), "has no created_by"),
@@ -79,7 +79,7 @@ def seeds(*examples) -> dict:
     (seeds({"question": "q", "answer": True}), "has answer: True; write a text there, put it in quotes"),
     (seeds({"question": "q", "answer": "a", "contexts": "c"}), "unknown key 'contexts'; it takes context, question, answer"),
     (seeds("q"), r"seed_examples\[0\] is 'q'; write the keys"),
-    (seeds({"question": "q", "answer": "a"}, {"question": "q ", "answer": "a"}), r"seed_examples\[1\] stands there twice"),
+    (seeds({"question": "q", "answer": "a"}, {"question": "q ", "answer": "a"}), r"seed_examples\[1\] is there twice"),
     ({**KNOWLEDGE, "seed_examples": [{"context": "c", "questions_and_answers": [{"question": "q", "answer": "a"}]}] * 5},
      "has 1 questions_and_answers; version 3 needs a list of 3 at least"),
     ({**KNOWLEDGE, "document": {"repo": "r"}}, "has no document.patterns"),

@@ -25,7 +25,7 @@ from pipeline.measure.clock import Meter
 from pipeline.measure.memory import Memory, PeakMemory, out_of_memory
 from pipeline.methods.base import Method
 from pipeline.models.base import device_of, load_model, load_tokenizer, manifest, memory_bytes, most_tokens, parameters, resolve
-from pipeline.objectives.base import Beginning, Objective
+from pipeline.objectives.base import Objective, TrainingContext
 from pipeline.records import tuned
 from pipeline.records.finished import name
 from pipeline.records.results import Inference, Result, Score, Size, Synthetic, Teacher, Work, history_csv, price, write
@@ -208,10 +208,10 @@ class Cell:
         if self.method.answers_without_model:
             return
         if self.method.trains:
-            further, self.synthetic = synthetic.further(cfg, self.rows.train)
+            extra, self.synthetic = synthetic.extra(cfg, self.rows.train)
             self.rows.train[:] = self.objective.rows(self.rows.train, self.rows.rationales, cfg.train_rows, cfg.seed)
             self.labelled = len(self.rows.train)
-            self.rows.train.extend(further)
+            self.rows.train.extend(extra)
             if self.settings.train.batch_size > len(self.rows.train):
                 raise UserError(f"train.batch_size={self.settings.train.batch_size} is larger than the {len(self.rows.train)} training rows; lower it")
         folder = Path(cfg.paths.models) / cfg.model.name
@@ -268,7 +268,8 @@ class Cell:
     def _prepared(self, examples: list[list[Encoded]]) -> Sequence[Sequence[Encoded]]:
         """The examples with what the objective computes once; booked as warm-up."""
         with self.meter.phase("warmup"):
-            found = self.objective.prepared(examples, Beginning(self.cfg, self.settings, self.model, self.encoder, self.rows.train, self.device, self.dtype))
+            context = TrainingContext(self.cfg, self.settings, self.model, self.encoder, self.rows.train, self.device, self.dtype)
+            found = self.objective.prepared(examples, context)
         self.notes += found.notes
         self.taught = found.teacher
         return found.examples

@@ -18,7 +18,7 @@ TABLE: dict[str, dict[str, str]] = {
     "method": {
         "untouched": "pipeline.methods.none.Untouched",
         "few_shot": "pipeline.methods.none.FewShot",
-        "teacher": "pipeline.methods.none.Teacher",
+        "teacher": "pipeline.methods.none.TeacherAnswers",
         "prompt_choice": "pipeline.methods.prompt_choice.PromptChoice",
         "retrieval": "pipeline.methods.retrieval.Retrieval",
         "full": "pipeline.methods.full.Full",
@@ -67,6 +67,8 @@ TABLE: dict[str, dict[str, str]] = {
 }
 INSIDE = {"method.config": "peft", "teacher.writer": "writer", "teacher.demonstrations": "demonstrations"}
 """Config key -> kind, of a class inside another one's fields."""
+FORMER = {"method": {"Teacher": "teacher"}}
+"""By kind, names that classes had in the dotted paths of before the table."""
 HYDRA = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
@@ -127,7 +129,7 @@ def name_of(values: dict[str, Any], kind: str, key: str | None = None) -> str:
     root, _, name = str(path).partition(".")[0], *str(path).rpartition(".")[1:]
     if kind == "peft" and root == "peft":
         return name
-    known = {dotted.rpartition(".")[2]: word for word, dotted in TABLE.get(kind, {}).items()}
+    known = {dotted.rpartition(".")[2]: word for word, dotted in TABLE.get(kind, {}).items()} | FORMER.get(kind, {})
     if root != "pipeline" or name not in known:
         raise UserError(f"config key '{key}._target_' is {path!r}, which names no {kind} of this project; write type: with one of {', '.join(known.values())}")
     return known[name]

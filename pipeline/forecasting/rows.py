@@ -85,7 +85,7 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
     rows = read_jsonl(data / "train.jsonl")
     random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.rows.load_rows draws them
     rows = rows[: cfg.train_rows]
-    rows += synthetic.further(cfg, rows)[0]
+    rows += synthetic.extra(cfg, rows)[0]
     return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), _source(len(rows), data), True)
 
 

@@ -1,4 +1,4 @@
-"""Methods that train nothing: the base as it is, demonstrations in the prompt, and the teacher itself.
+"""Methods that train nothing: the base as it is, demonstrations in the prompt, and a teacher's answers.
 
 conf/method/none.yaml, few_shot.yaml, teacher.yaml.
 """
@@ -83,10 +83,14 @@ class FewShot(Method):
 
 
 @dataclass(frozen=True)
-class Teacher(Method):
-    """The teacher's own labels, so that the teacher is a row of the table with its own accuracy."""
+class TeacherAnswers(Method):
+    """The teacher's answers, so that the teacher is a row of the table with its accuracy."""
 
     answers_without_model = True
+
+    @property
+    def name(self) -> str:
+        return "teacher"
 
     def answers(self, rows: Sequence[dict], rationales: dict[str, dict]) -> list[str]:
         missing = next((row["id"] for row in rows if row["id"] not in rationales), None)

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Beginning:
+class TrainingContext:
     """What an objective may look at before the first step.
 
-    model: as training begins with it, in its wrapping (for an adapter: it answers as the base does). rows: those to train on.
+    model: as training starts with it, wrapped by its method (with an adapter it answers as the base does). rows: those to train on.
     """
 
     cfg: DictConfig
@@ -41,12 +41,17 @@ class Beginning:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The examples of every row, with what the objective adds to them; a model that teaches, if one does."""
+class PreparedExamples:
+    """The examples of every row, with what the objective adds to them; teacher: the model that teaches, if one does."""
 
     examples: Sequence[Sequence[Encoded]]
     notes: list[str] = field(default_factory=list)
     teacher: Teacher | None = None
+
+
+def rationale_text(rationale: dict | None, wrong_rationales: str) -> str:
+    """The text to learn of a row's rationale; empty where there is none, or where it led to a wrong answer and those are to `drop`."""
+    return rationale["rationale"] if rationale and (wrong_rationales == "keep" or rationale["correct"]) else ""
 
 
 @dataclass(frozen=True)
@@ -54,23 +59,23 @@ class Objective:
     """Standard fine-tuning: cross-entropy of the answer given the prompt."""
 
     own_loss: ClassVar[bool] = False
-    """`loss` is another than the weighted cross-entropy."""
+    """`loss` is not the weighted cross-entropy."""
     own_batches: ClassVar[bool] = False
-    """`batches` makes others than those of single rows."""
+    """`batches` does not make batches of single rows."""
     own_rows: ClassVar[bool] = False
-    """`rows` gives others than the task's, or fewer."""
+    """`rows` gives other rows than the task's, or fewer."""
     prepares: ClassVar[bool] = False
     """`prepared` looks at the model or the rows before the first step."""
     trainer: ClassVar[Literal["loop", "trl"]] = "loop"
     """Whose loop trains: loop.Loop, or TRL's trainer in the class that `loop` gives."""
 
+    reads_labels: ClassVar[bool] = True
+    """Whether it reads the training rows' labels."""
+
     @property
     def name(self) -> str:
         """As in conf/objective/, MLflow and the table."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
-
-    reads_labels = True
-    """Whether it reads the training rows' own labels."""
 
     @property
     def needs_rationales(self) -> bool:
@@ -83,14 +88,14 @@ class Objective:
 
     @property
     def plain(self) -> bool:
-        """Whether it is no more than a weighted cross-entropy of its examples' tokens, which the hand-written step and packs compute."""
+        """Whether it is only a weighted cross-entropy of its examples' tokens, which the hand-written step and packs compute."""
         return not self.own_loss and not self.own_batches and self.trainer == "loop"
 
     @property
     def own_part(self) -> str | None:
-        """The first part of training that is its own, in a word; None: it trains on the task's rows by a weighted cross-entropy."""
+        """The first part of training that it overrides, in a word; None: it trains on the task's rows by a weighted cross-entropy."""
         parts = {"loss": self.own_loss, "batches": self.own_batches, "loop": self.trainer != "loop", "rows": self.own_rows, "preparation": self.prepares}
-        return next((part for part, own in parts.items() if own), None)
+        return next((part for part, overridden in parts.items() if overridden), None)
 
     @property
     def reasoning(self) -> Reasoning | None:
@@ -102,7 +107,7 @@ class Objective:
         return []
 
     def rows(self, rows: list[dict], rationales: dict[str, dict], train_rows: int | None, seed: int) -> list[dict]:
-        """The rows to train on, given the task's. train_rows: as asked for; None: all."""
+        """The rows to train on, given the task's. train_rows: how many are asked for; None: all."""
         return rows
 
     def label_example(self, row: dict, task: Task) -> Example:
@@ -113,9 +118,9 @@ class Objective:
         """The training examples of a row. `rationale` is the teacher's row, if there is one."""
         return [self.label_example(row, task)]
 
-    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
-        """What is computed once, before the first step: a reference's log-probabilities, a teacher's distributions."""
-        return Prepared(examples)
+    def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
+        """What is computed once, before the first step: a reference's log-probabilities, a teacher's hidden states."""
+        return PreparedExamples(examples)
 
     def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
         """The micro-batches of one optimiser step; their losses are summed."""

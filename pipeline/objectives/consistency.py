@@ -1,4 +1,4 @@
-"""Two passes that should agree: for models that draw something while they train. conf/objective/consistency.yaml; AdaMix's loss."""
+"""Two passes that should agree: for models with random parts while they train. conf/objective/consistency.yaml; AdaMix's loss."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Consistency(Objective):
         import torch.nn.functional as F
 
         one, other = (torch.log_softmax(logits_at(model, batch.input_ids, batch.rows, batch.cols), -1) for _ in range(2))
-        apart = ((one.exp() - other.exp()) * (one - other)).sum(-1) / 2  # both divergences at once
-        return ((F.nll_loss(one, batch.targets, reduction="none") + self.consistency_weight * apart) * batch.weights).sum()
+        divergence = ((one.exp() - other.exp()) * (one - other)).sum(-1) / 2  # both divergences at once
+        return ((F.nll_loss(one, batch.targets, reduction="none") + self.consistency_weight * divergence) * batch.weights).sum()
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"consistency_weight": self.consistency_weight}

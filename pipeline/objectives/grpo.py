@@ -1,8 +1,8 @@
 """Reinforcement learning from a verifiable reward: sampled answers that are right are made likelier. conf/objective/grpo.yaml, rloo.yaml.
 
 The loop is TRL's (GRPOTrainer, RLOOTrainer); phases, memory, tokens, validation, schedule and optimiser groups are this project's. An answer
-earns 1 if what is extracted from it is the row's, else 0, so the model must be right now and then to begin with: start=<a fine-tuned cell>.
-A killed run begins anew.
+earns 1 if what is extracted from it is the row's, else 0, so the model must be right now and then from the start: start=<a fine-tuned cell>.
+A killed run starts anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.data.rows import Encoded, Encoder
-from pipeline.objectives.base import Beginning, Objective, Prepared
+from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
 from pipeline.scoring.answers import canonical, extract
 from pipeline.training.loop import Loop, Trained, lr_factor, validation_steps
 
@@ -45,7 +45,7 @@ class Grpo(Objective):
     num_generations: int
     temperature: float
     beta: float = 0.0
-    """Weight of the KL to the model as training begins with it; above 0 only for an adapter."""
+    """Weight of the KL to the model as training starts with it; above 0 only for an adapter."""
 
     def __post_init__(self) -> None:
         if self.algorithm not in ("grpo", "rloo"):
@@ -59,13 +59,13 @@ class Grpo(Objective):
     def name(self) -> str:
         return self.algorithm
 
-    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
+    def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
         if importlib.util.find_spec("trl") is None:
             raise UserError(f"objective={self.algorithm} trains with TRL, which is not installed; run: pip install 'trl>=1.16,<1.17'")
-        if self.beta and not hasattr(beginning.model, "peft_config"):
-            raise UserError(f"objective.beta is {self.beta}, but only an adapter has its start beside it to be compared with; set 0 or choose method=lora")
-        asked = [Question(**vars(e), row=row, encoder=beginning.encoder) for row, (e, *_) in zip(beginning.rows, examples, strict=True)]
-        return Prepared([[q] for q in asked])
+        if self.beta and not hasattr(context.model, "peft_config"):
+            raise UserError(f"objective.beta is {self.beta}, but only an adapter keeps the model it started from to compare with; set 0 or choose method=lora")
+        questions = [Question(**vars(e), row=row, encoder=context.encoder) for row, (e, *_) in zip(context.rows, examples, strict=True)]
+        return PreparedExamples([[q] for q in questions])
 
     def loop(self) -> Any:
         return TrlLoop
@@ -74,7 +74,7 @@ class Grpo(Objective):
         return {"num_generations": self.num_generations, "temperature": self.temperature, "beta": self.beta}
 
 
-def said(text: str, row: dict, task: Task) -> str | None:
+def answer_in(text: str, row: dict, task: Task) -> str | None:
     """The answer in a sampled text: for a choice the one that it begins with, else what the task extracts."""
     if task.scoring == "generate":
         return extract(text, task.answer_pattern)
@@ -85,8 +85,8 @@ def said(text: str, row: dict, task: Task) -> str | None:
 def reward(completions: Sequence[Any], row: Sequence[dict], task: Task) -> list[float]:
     """1 for a right answer, 0 for any other; a completion is a text or, in a chat, a list of one message."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    given = [said(text, one, task) for text, one in zip(texts, row, strict=True)]
-    return [float(g is not None and canonical(g) == canonical(one["answer"])) for g, one in zip(given, row, strict=True)]
+    answers = [answer_in(text, one, task) for text, one in zip(texts, row, strict=True)]
+    return [float(a is not None and canonical(a) == canonical(one["answer"])) for a, one in zip(answers, row, strict=True)]
 
 
 class TrlLoop(Loop):

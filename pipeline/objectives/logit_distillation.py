@@ -2,9 +2,9 @@
 
 Goes with any method that trains. The teacher (objective.teacher) is a finished cell, by folder or by technique, or a base model under models/.
 
-Kept of the teacher is not a distribution of V numbers a labelled token but the d numbers before its output layer, and that layer: the same
-logits, from V/d times fewer numbers a token (85 times at 135M; d labelled tokens pay for the layer). They are computed once, in one pass over
-the training rows before the first step, and cached by content in .work/teachers/. python -m benchmarks.teaching measures the alternatives.
+What is stored of the teacher is not the V logits of a labelled token but the d numbers before its output layer, and that layer: the same
+logits from V/d times fewer numbers a token (85 times at 135M; the layer is as large as d tokens' logits). They are computed once, in one pass
+over the training rows before the first step, and cached by content in .work/teachers/. python -m benchmarks.teaching measures the alternatives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.core.settings import Train
 from pipeline.data.rows import Batch, Encoded, Encoder, Example, by_length, collate
 from pipeline.measure.clock import Stopwatch
 from pipeline.models.base import autocast, most_tokens
-from pipeline.objectives.base import Beginning, Objective, Prepared
+from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
 from pipeline.records.finished import cell_at, finished, held, needed
 from pipeline.records.results import Teacher
 from pipeline.records.results import read as read_result
@@ -61,8 +61,8 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a teacher says: [n, d] before its output layer, at each of a row's n labelled tokens."""
+class TeacherStates:
+    """A teacher's hidden states before its output layer, [n, d] for a row of n labelled tokens."""
 
     head: Head
     hidden: list[torch.Tensor]
@@ -70,16 +70,16 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Taught(Encoded):
-    """An example with what the teacher's output layer is given at its labelled tokens, [n, d]."""
+class WithStates(Encoded):
+    """An example with the teacher's hidden states before its output layer at the labelled tokens, [n, d]."""
 
     hidden: Any = None
     head: Any = None
 
 
 @dataclass
-class Lessons(Batch):
-    """A micro-batch with the teacher's side of it: hidden [N, d] before its output layer."""
+class StatesBatch(Batch):
+    """A micro-batch with the teacher's hidden states before its output layer, [N, d]."""
 
     hidden: torch.Tensor
     head: Head
@@ -114,11 +114,12 @@ class LogitDistillation(Objective):
     def reads(self, cfg: DictConfig) -> list[Path]:
         return [source(self.teacher, cfg)]
 
-    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
-        found = lesson(self.teacher, [self.label_example(row, beginning.settings.task) for row in beginning.rows], beginning)
-        head = found.head.to(beginning.device)
-        taught = [[Taught(**vars(e), hidden=h, head=head) for e in row] for row, h in zip(examples, found.hidden, strict=True)]
-        return Prepared(taught, [f"taught by {found.teacher.name}: the teacher's seconds are a pass over the rows and, of a cell, its training"], found.teacher)
+    def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
+        states = teacher_states(self.teacher, [self.label_example(row, context.settings.task) for row in context.rows], context)
+        head = states.head.to(context.device)
+        taught = [[WithStates(**vars(e), hidden=h, head=head) for e in row] for row, h in zip(examples, states.hidden, strict=True)]
+        note = f"taught by {states.teacher.name}: the teacher's seconds are a pass over the rows and, of a cell, its training"
+        return PreparedExamples(taught, [note], states.teacher)
 
     def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
         import torch
@@ -126,16 +127,16 @@ class LogitDistillation(Objective):
         counts = {"label": sum(len(e.ids) - e.start for e in examples)}
         for part in by_length([len(e.ids) for e in examples], settings.micro_batch_tokens):
             mine: list[Any] = [examples[i] for i in part]
-            yield Lessons(**vars(collate(mine, counts, pad_id)), hidden=torch.cat([e.hidden for e in mine]), head=mine[0].head)
+            yield StatesBatch(**vars(collate(mine, counts, pad_id)), hidden=torch.cat([e.hidden for e in mine]), head=mine[0].head)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         import torch.nn.functional as F
 
-        assert isinstance(batch, Lessons)
+        assert isinstance(batch, StatesBatch)
         logits = logits_at(model, batch.input_ids, batch.rows, batch.cols)
         label = F.cross_entropy(logits, batch.targets, reduction="none")
-        taught = divergence(logits[:, : batch.head.words], batch.head.logits(batch.hidden), self.temperature, self.divergence)
-        return ((self.label_weight * label + (1 - self.label_weight) * self.temperature**2 * taught) * batch.weights).sum()
+        distance = divergence(logits[:, : batch.head.words], batch.head.logits(batch.hidden), self.temperature, self.divergence)
+        return ((self.label_weight * label + (1 - self.label_weight) * self.temperature**2 * distance) * batch.weights).sum()
 
     def hyperparameters(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -154,34 +155,34 @@ def source(word: str, cfg: DictConfig) -> Path:
     return model if model.exists() and not cell.exists() else cell
 
 
-def lesson(word: str, wanted: Sequence[Example], beginning: Beginning) -> Lesson:
-    """What the teacher `word` (a finished cell, or a base model under models/) says of these examples, one a row.
+def teacher_states(word: str, wanted: Sequence[Example], context: TrainingContext) -> TeacherStates:
+    """The states of the teacher `word` (a finished cell, or a base model under models/) on these examples, one a row.
 
     Raises:
         UserError: no such teacher, one of another vocabulary, one that answers without a model or after reasoning.
     """
     from safetensors import safe_open
 
-    cfg = beginning.cfg
+    cfg = context.cfg
     at = source(word, cfg)
     if at.name == "result.json":
         needed(word, cfg, "objective.teacher")
     config = _config(at, cfg)
-    asked: list[Any] = [sha256(at), sha256(Path(cfg.paths.models) / config.model.name / "manifest.json"), str(beginning.dtype), beginning.device.type,
+    key: list[Any] = [sha256(at), sha256(Path(cfg.paths.models) / config.model.name / "manifest.json"), str(context.dtype), context.device.type,
              OmegaConf.to_container(config.task, resolve=True), [dataclasses.astuple(e) for e in wanted]]
-    path = Path(cfg.paths.work) / "teachers" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]}.safetensors"
+    path = Path(cfg.paths.work) / "teachers" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
     if not path.exists():
-        _ask(word, config, at, wanted, beginning, path)
-    with safe_open(path, "pt") as kept:
-        about = json.loads(kept.metadata()["about"])
-        head = _layer(kept.get_tensor("weight"), kept.get_tensor("bias") if "bias" in kept.keys() else None)  # noqa: SIM118 (no dict)
-        hidden = list(kept.get_tensor("hidden").split(about["tokens"]))
+        _ask(word, config, at, wanted, context, path)
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        head = _layer(file.get_tensor("weight"), file.get_tensor("bias") if "bias" in file.keys() else None)  # noqa: SIM118 (no dict)
+        hidden = list(file.get_tensor("hidden").split(about["tokens"]))
     teacher = Teacher(at.parent.name, len(wanted), about["right"], about["seconds"])
-    return Lesson(Head(head, len(beginning.encoder.tokenizer)), hidden, teacher)
+    return TeacherStates(Head(head, len(context.encoder.tokenizer)), hidden, teacher)
 
 
 def _config(at: Path, cfg: DictConfig) -> DictConfig:
-    """The teacher's own config, with this cell's task."""
+    """The teacher's config, with this cell's task."""
     if at.name == "result.json":
         config = held(finished(at.parent), cfg)
         config.task = cfg.task
@@ -189,15 +190,15 @@ def _config(at: Path, cfg: DictConfig) -> DictConfig:
     return OmegaConf.create({**cfg, **UNTOUCHED, "model": {"name": at.parent.name, "trust_remote_code": cfg.model.trust_remote_code}})
 
 
-def _ask(word: str, config: DictConfig, at: Path, wanted: Sequence[Example], beginning: Beginning, path: Path) -> None:
-    """One pass of the teacher over the examples, kept in a file whole or not at all."""
+def _ask(word: str, config: DictConfig, at: Path, wanted: Sequence[Example], context: TrainingContext, path: Path) -> None:
+    """One pass of the teacher over the examples, written to a file atomically."""
     import torch
     from safetensors.torch import save_file
 
-    watch = Stopwatch(beginning.device)
-    scorer = _scorer(word, config, at, beginning)
-    if scorer.encoder.tokenizer.get_vocab() != beginning.encoder.tokenizer.get_vocab():
-        what = f"objective.teacher={word} has another vocabulary than {beginning.cfg.model.name}, so its distributions are over other tokens"
+    watch = Stopwatch(context.device)
+    scorer = _scorer(word, config, at, context)
+    if scorer.encoder.tokenizer.get_vocab() != context.encoder.tokenizer.get_vocab():
+        what = f"objective.teacher={word} has another vocabulary than {context.cfg.model.name}, so its distributions are over other tokens"
         raise UserError(f"{what}; choose a teacher of the same tokenizer")
     examples = [scorer.encoder.example(dataclasses.replace(e, prompt=scorer.prompt(e.prompt))) for e in wanted]
     scorer.encoder.check("the training rows with the teacher's prompt")
@@ -210,11 +211,11 @@ def _ask(word: str, config: DictConfig, at: Path, wanted: Sequence[Example], beg
         save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {"about": json.dumps(about)})
 
 
-def _scorer(word: str, config: DictConfig, at: Path, beginning: Beginning) -> Scorer:
+def _scorer(word: str, config: DictConfig, at: Path, context: TrainingContext) -> Scorer:
     """The teacher, loaded as it answers."""
     import torch
 
-    base, settings = Base.of(config), beginning.settings
+    base, settings = Base.of(config), context.settings
     if at.name == "result.json":
         artefact = Artefact.at(word, at.parent / "artefact", config)
         if artefact.objective.reasoning:
@@ -233,7 +234,7 @@ def _pass(scorer: Scorer, examples: Sequence[Encoded]) -> tuple[list[torch.Tenso
     """([n, d] a row on the CPU, how many rows the teacher's likeliest tokens get right)."""
     import torch
 
-    found: list[Any] = [None] * len(examples)
+    states: list[Any] = [None] * len(examples)
     right, counts = 0, {"label": 1}
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     layer = scorer.model.eval().get_output_embeddings()
@@ -248,11 +249,11 @@ def _pass(scorer: Scorer, examples: Sequence[Encoded]) -> tuple[list[torch.Tenso
                     raise UserError(f"the teacher {type(scorer.model).__name__} changes its logits after its output layer; choose another teacher")
                 lengths = torch.bincount(batch.rows, minlength=len(part)).tolist()
                 for index, mine, hit in zip(part, hidden.cpu().split(lengths), (logits.argmax(-1) == batch.targets).split(lengths), strict=True):
-                    found[index] = mine.clone()
+                    states[index] = mine.clone()
                     right += bool(hit.all())
     finally:
         hook.remove()
-    return found, right
+    return states, right
 
 
 def _spent(at: Path) -> float:

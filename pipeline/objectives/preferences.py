@@ -1,8 +1,8 @@
-"""Preferences: what is better is made likelier than what is worse. conf/objective/dpo.yaml, orpo.yaml, kto.yaml.
+"""Preferences: the better of two answers is made likelier than the worse. conf/objective/dpo.yaml, orpo.yaml, kto.yaml.
 
 Go with any method that trains. Pairs come from the task (the right answer over wrong choices of its row) or from a file of
-{prompt, chosen, rejected}, one JSON object a line (objective.pairs). The reference of DPO and KTO is the model as training begins with it
-(for an adapter the base); what it says of every sequence is computed once before the first step.
+{prompt, chosen, rejected}, one JSON object a line (objective.pairs). The reference of DPO and KTO is the model as training starts with it
+(for an adapter the base); its log-probabilities of all sequences are computed once before the first step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import Task, Train
 from pipeline.data.rows import Batch, Encoded, Example, by_length, collate
 from pipeline.models.base import autocast
-from pipeline.objectives.base import Beginning, Objective, Prepared
+from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
 from pipeline.scoring.scorer import logits_at
 
 if TYPE_CHECKING:
@@ -31,30 +31,30 @@ CHOSEN, REJECTED = "chosen", "rejected"
 
 
 @dataclass(frozen=True)
-class Referred(Encoded):
-    """An example with the log-probability that the reference gives its answer, nats; `mismatched`: KTO's further sequence."""
+class WithReference(Encoded):
+    """An example with the log-probability that the reference gives its answer, nats; `mismatched`: the sequence of KTO's reference point."""
 
     reference: float = 0.0
-    mismatched: Referred | None = None
+    mismatched: WithReference | None = None
 
 
 @dataclass
-class Preferred(Batch):
+class Pairs(Batch):
     """Sequences in turn chosen and rejected: [B, T], B even. reference [B]: log-probabilities, nats; share: one over the step's pairs, [1]."""
 
     reference: torch.Tensor
     share: torch.Tensor
-    drift: Drift
+    point: ReferencePoint
 
 
-class Drift:
-    """How far the model is from the reference on a step's mismatched sequences (KTO's z0), computed once a step."""
+class ReferencePoint:
+    """KTO's z0: how far the model is from the reference on a step's mismatched sequences, computed once a step."""
 
-    def __init__(self, batches: Sequence[Preferred]) -> None:
+    def __init__(self, batches: Sequence[Pairs]) -> None:
         self.batches = batches
         self.value: torch.Tensor | None = None
 
-    def to(self, device: Any) -> Drift:
+    def to(self, device: Any) -> ReferencePoint:
         """Itself; its batches move when they are used."""
         return self
 
@@ -64,8 +64,8 @@ class Drift:
 
         if self.value is None:
             with torch.no_grad():
-                moved = [batch.to(device) for batch in self.batches]
-                self.value = torch.cat([log_probabilities(model, b) - b.reference for b in moved]).mean().clamp(min=0)
+                batches = [batch.to(device) for batch in self.batches]
+                self.value = torch.cat([log_probabilities(model, b) - b.reference for b in batches]).mean().clamp(min=0)
         return self.value
 
 
@@ -99,15 +99,15 @@ class Preference(Objective):
 
     def rows(self, rows: list[dict], rationales: dict[str, dict], train_rows: int | None, seed: int) -> list[dict]:
         if self.pairs is None:
-            poor = next((row["id"] for row in rows if len(set(row["choices"] or ())) < 2), None)
-            if poor is not None:
-                raise UserError(f"row {poor!r} has no wrong choice to prefer its answer to; give pairs of your own: objective.pairs=<file.jsonl>")
+            unpaired = next((row["id"] for row in rows if len(set(row["choices"] or ())) < 2), None)
+            if unpaired is not None:
+                raise UserError(f"row {unpaired!r} has no wrong choice to prefer its answer to; give pairs of your own: objective.pairs=<file.jsonl>")
             return rows
-        found = _read_pairs(Path(self.pairs))
-        random.Random(seed).shuffle(found)
-        if train_rows is not None and train_rows > len(found):
-            raise UserError(f"train_rows={train_rows}, but {self.pairs} has {len(found)} pairs; ask for at most that")
-        return found[:train_rows]
+        pairs = _read_pairs(Path(self.pairs))
+        random.Random(seed).shuffle(pairs)
+        if train_rows is not None and train_rows > len(pairs):
+            raise UserError(f"train_rows={train_rows}, but {self.pairs} has {len(pairs)} pairs; ask for at most that")
+        return pairs[:train_rows]
 
     def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
         wrong = sorted({c for c in row["choices"] if c != row["answer"]})
@@ -119,10 +119,10 @@ class Preference(Objective):
     def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
         pairs = list(zip(examples[::2], examples[1::2], strict=True))
         counts = {CHOSEN: sum(len(e.ids) - e.start for e, _ in pairs), REJECTED: 1}
-        drift = Drift([_batch([m for m in (e.mismatched for e in part) if m], counts, len(pairs), Drift([]), pad_id)
-                       for part in _parts(examples, settings) if getattr(part[0], "mismatched", None)])
+        point = ReferencePoint([_batch([m for m in (e.mismatched for e in part) if m], counts, len(pairs), ReferencePoint([]), pad_id)
+                                for part in _parts(examples, settings) if getattr(part[0], "mismatched", None)])
         for indices in by_length([2 * max(len(a.ids), len(b.ids)) for a, b in pairs], settings.micro_batch_tokens):
-            yield _batch([e for i in indices for e in pairs[i]], counts, len(pairs), drift, pad_id)
+            yield _batch([e for i in indices for e in pairs[i]], counts, len(pairs), point, pad_id)
 
     def hyperparameters(self) -> dict[str, Any]:
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -134,42 +134,42 @@ def _parts(examples: Sequence[Any], settings: Train) -> Iterator[list[Any]]:
         yield [examples[i] for i in part]
 
 
-def _batch(examples: Sequence[Any], counts: dict[str, int], pairs: int, drift: Drift, pad_id: int) -> Preferred:
+def _batch(examples: Sequence[Any], counts: dict[str, int], pairs: int, point: ReferencePoint, pad_id: int) -> Pairs:
     import torch
 
     reference = torch.tensor([getattr(e, "reference", 0.0) for e in examples])
-    return Preferred(**vars(collate(examples, counts, pad_id)), reference=reference, share=torch.tensor([1 / pairs]), drift=drift)
+    return Pairs(**vars(collate(examples, counts, pad_id)), reference=reference, share=torch.tensor([1 / pairs]), point=point)
 
 
 def _read_pairs(path: Path) -> list[dict]:
     if not path.exists():
-        raise UserError(f"objective.pairs={path} is not there; give a JSONL file of {{prompt, chosen, rejected}}")
-    found = []
+        raise UserError(f"objective.pairs={path} does not exist; give a JSONL file of {{prompt, chosen, rejected}}")
+    pairs = []
     for number, row in enumerate(read_jsonl(path), 1):
         bad = next((k for k in ("prompt", CHOSEN, REJECTED) if not isinstance(row, dict) or not isinstance(row.get(k), str) or not row[k]), None)
         if bad or row[CHOSEN] == row[REJECTED]:
             what = f"has no text {bad!r}" if bad else "prefers a text to itself"
             raise UserError(f"line {number} of {path} {what}; every line is {{prompt, chosen, rejected}} with two different answers")
-        found.append({"id": f"pair-{number}", "prompt": row["prompt"], "answer": row[CHOSEN], "choices": [row[REJECTED], row[CHOSEN]], "fields": {}})
-    if not found:
+        pairs.append({"id": f"pair-{number}", "prompt": row["prompt"], "answer": row[CHOSEN], "choices": [row[REJECTED], row[CHOSEN]], "fields": {}})
+    if not pairs:
         raise UserError(f"{path} holds no pair; give lines of {{prompt, chosen, rejected}}")
-    return found
+    return pairs
 
 
-def referred(examples: Sequence[Sequence[Encoded]], beginning: Beginning) -> list[list[Referred]]:
-    """The examples with what the model, as training begins with it, says of them."""
+def with_reference(examples: Sequence[Sequence[Encoded]], context: TrainingContext) -> list[list[WithReference]]:
+    """The examples with their log-probability under the model as training starts with it."""
     import torch
 
     flat = [e for row in examples for e in row]
     counts, nats = dict.fromkeys((CHOSEN, REJECTED), 1), [0.0] * len(flat)
-    beginning.model.eval()
-    with torch.inference_mode(), autocast(beginning.device, beginning.dtype):
-        for part in by_length([len(e.ids) for e in flat], beginning.settings.evaluate.batch_tokens):
-            batch = collate([flat[i] for i in part], counts, beginning.encoder.pad_id).to(beginning.device)
-            for index, value in zip(part, log_probabilities(beginning.model, batch).tolist(), strict=True):
+    context.model.eval()
+    with torch.inference_mode(), autocast(context.device, context.dtype):
+        for part in by_length([len(e.ids) for e in flat], context.settings.evaluate.batch_tokens):
+            batch = collate([flat[i] for i in part], counts, context.encoder.pad_id).to(context.device)
+            for index, value in zip(part, log_probabilities(context.model, batch).tolist(), strict=True):
                 nats[index] = value
-    held = iter([Referred(**vars(e), reference=value) for e, value in zip(flat, nats, strict=True)])
-    return [[next(held) for _ in row] for row in examples]
+    flat_with = iter([WithReference(**vars(e), reference=value) for e, value in zip(flat, nats, strict=True)])
+    return [[next(flat_with) for _ in row] for row in examples]
 
 
 @dataclass(frozen=True)
@@ -185,15 +185,15 @@ class Dpo(Preference):
         super().__post_init__()
         _above_0("beta", self.beta)
 
-    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
-        return Prepared(referred(examples, beginning))
+    def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
+        return PreparedExamples(with_reference(examples, context))
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         import torch.nn.functional as F
 
-        assert isinstance(batch, Preferred)
-        moved = log_probabilities(model, batch) - batch.reference
-        return -(F.logsigmoid(self.beta * (moved[::2] - moved[1::2])) * batch.share).sum()
+        assert isinstance(batch, Pairs)
+        delta = log_probabilities(model, batch) - batch.reference
+        return -(F.logsigmoid(self.beta * (delta[::2] - delta[1::2])) * batch.share).sum()
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Orpo(Preference):
     """Odds-ratio preference optimisation (Hong et al., 2024): cross-entropy of the chosen answer, and
     -weight · log σ(log odds(chosen) - log odds(rejected)), odds of a sequence's mean token probability (geometric). It needs no reference.
 
-    The cross-entropy is the answer's, as in the paper; TRL's trainer takes the prompt's tokens along.
+    The cross-entropy is the answer's, as in the paper; TRL's trainer includes the prompt's tokens.
     """
 
     own_loss = True
@@ -216,7 +216,7 @@ class Orpo(Preference):
         import torch
         import torch.nn.functional as F
 
-        assert isinstance(batch, Preferred)
+        assert isinstance(batch, Pairs)
         tokens = torch.bincount(batch.rows, minlength=len(batch.input_ids))
         nats = -F.cross_entropy(logits_at(model, batch.input_ids, batch.rows, batch.cols), batch.targets, reduction="none")
         mean = torch.zeros(len(tokens), device=nats.device).index_add(0, batch.rows, nats) / tokens
@@ -230,7 +230,7 @@ def log1mexp(x: torch.Tensor) -> torch.Tensor:
 
     x = x.clamp(max=-1e-7)
     near = x > -math.log(2)
-    safe = torch.where(near, x, torch.full_like(x, -1.0)), torch.where(near, torch.full_like(x, -1.0), x)  # where's other branch must be finite
+    safe = torch.where(near, x, torch.full_like(x, -1.0)), torch.where(near, torch.full_like(x, -1.0), x)  # the unused branch must be finite
     return torch.where(near, torch.log(-torch.expm1(safe[0])), torch.log1p(-torch.exp(safe[1])))
 
 
@@ -253,20 +253,20 @@ class Kto(Preference):
         for key in ("beta", "desirable_weight", "undesirable_weight"):
             _above_0(key, getattr(self, key))
 
-    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
+    def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
         others = [*examples[-1:], *examples[:-1]]
-        strange = [[_mismatched(e, other[i % len(other)]) for i, e in enumerate(row)] for row, other in zip(examples, others, strict=True)]
-        own, mixed = referred(examples, beginning), referred(strange, beginning)
-        return Prepared([[dataclasses.replace(e, mismatched=m) for e, m in zip(*both, strict=True)] for both in zip(own, mixed, strict=True)])
+        mismatched = [[_mismatched(e, other[i % len(other)]) for i, e in enumerate(row)] for row, other in zip(examples, others, strict=True)]
+        both = zip(with_reference(examples, context), with_reference(mismatched, context), strict=True)
+        return PreparedExamples([[dataclasses.replace(e, mismatched=m) for e, m in zip(*rows, strict=True)] for rows in both])
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         import torch
 
-        assert isinstance(batch, Preferred)
-        drift = batch.drift.of(model, batch.input_ids.device)
-        moved = log_probabilities(model, batch) - batch.reference
-        desirable = self.desirable_weight * (1 - torch.sigmoid(self.beta * (moved[::2] - drift)))
-        undesirable = self.undesirable_weight * (1 - torch.sigmoid(self.beta * (drift - moved[1::2])))
+        assert isinstance(batch, Pairs)
+        z0 = batch.point.of(model, batch.input_ids.device)
+        delta = log_probabilities(model, batch) - batch.reference
+        desirable = self.desirable_weight * (1 - torch.sigmoid(self.beta * (delta[::2] - z0)))
+        undesirable = self.undesirable_weight * (1 - torch.sigmoid(self.beta * (z0 - delta[1::2])))
         return ((desirable + undesirable) * batch.share).sum() / 2
 
 

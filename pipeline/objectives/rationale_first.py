@@ -1,7 +1,7 @@
 """Rationale first: the model writes its reasoning, then the answer that follows from it. conf/objective/rationale_first.yaml.
 
 Fine-tuning on chain-of-thought (Wei et al., 2022) of a teacher, as in Ho et al. (2023): at test the model reasons by itself, so every
-answer costs the tokens of its reasoning, which the latency shows.
+answer costs the tokens of its reasoning, which shows in the latency.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.data.rows import Encoded, Example
-from pipeline.objectives.base import Beginning, Objective, Prepared
+from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext, rationale_text
 from pipeline.scoring.answers import Reasoning
 
 
@@ -20,7 +20,7 @@ from pipeline.scoring.answers import Reasoning
 class RationaleFirst(Objective):
     """L = -log p(answer | prompt, reasoning, cue) + rationale_weight · -log p(reasoning | prompt), each a mean over its own tokens.
 
-    The two factors are two examples, the reasoning closed by the end-of-text token, so that generation ends there.
+    The two terms are two examples, the reasoning closed by the end-of-text token, so that generation ends there.
     """
 
     prepares = True
@@ -29,9 +29,9 @@ class RationaleFirst(Objective):
     max_new_tokens: int
     """Most tokens of reasoning at test."""
     cue: str = " So the answer is"
-    """Stands between reasoning and answer."""
+    """Comes between reasoning and answer."""
     wrong_rationales: str = "drop"
-    """drop: a reasoning that ends in a wrong answer is not learnt (the label is, without reasoning); keep: it is, with the right label after it."""
+    """drop: a reasoning that ends in a wrong answer is not learnt, its row's label is; keep: it is learnt, with the right label after it."""
 
     def __post_init__(self) -> None:
         if not self.rationale_weight > 0:
@@ -49,18 +49,17 @@ class RationaleFirst(Objective):
         return Reasoning(self.max_new_tokens, self.cue)
 
     def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
-        known = rationale is not None and rationale["rationale"] and (self.wrong_rationales == "keep" or rationale["correct"])
-        text = rationale["rationale"].strip() if known and rationale else ""
+        text = rationale_text(rationale, self.wrong_rationales).strip()
         label = Example(row["prompt"], row["answer"], ends=task.scoring == "generate", prefill=self.reasoning.prefill(text))
         return [label, Example(row["prompt"], text, "rationale", self.rationale_weight, ends=True)] if text else [label]
 
-    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
+    def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
         lengths = [len(e.ids) - e.start for row in examples for e in row if e.group == "rationale"]
         if not lengths:
             raise UserError("no training row has a rationale to learn from; choose another teacher, or objective.wrong_rationales=keep")
         longer = sum(n > self.max_new_tokens for n in lengths)
         note = f"{longer} of {len(lengths)} rationales are longer than objective.max_new_tokens={self.max_new_tokens}, where reasoning is cut at test"
-        return Prepared(examples, [note] if longer else [])
+        return PreparedExamples(examples, [note] if longer else [])
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"rationale_weight": self.rationale_weight, "wrong_rationales": self.wrong_rationales, "max_new_tokens": self.max_new_tokens}

@@ -11,14 +11,14 @@ from typing import Any
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.data.rows import Example
-from pipeline.objectives.base import Objective
+from pipeline.objectives.base import Objective, rationale_text
 
 
 @dataclass(frozen=True)
 class StepByStep(Objective):
     """L = L_label + rationale_weight · L_rationale (their equation 5, λ), each a mean over its own tokens.
 
-    The predict prefix stands before the prompt whenever the label is asked for, in training and in scoring; the
+    The predict prefix comes before the prompt whenever the label is asked for, in training and in scoring; the
     explain prefix before the same prompt whenever the rationale is. No rationale is generated at test time.
     """
 
@@ -26,7 +26,7 @@ class StepByStep(Objective):
     predict_prefix: str = "[label] "
     explain_prefix: str = "[rationale] "
     wrong_rationales: str = "keep"
-    """keep or drop the rationales whose own label is wrong."""
+    """keep or drop the rationales of wrong answers."""
 
     def __post_init__(self) -> None:
         if self.rationale_weight < 0:
@@ -43,12 +43,10 @@ class StepByStep(Objective):
 
     def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
         label = self.label_example(row, task)
-        if not self.needs_rationales or rationale is None or not rationale["rationale"]:
+        text = rationale_text(rationale, self.wrong_rationales)
+        if not self.needs_rationales or not text:
             return [label]
-        if self.wrong_rationales == "drop" and not rationale["correct"]:
-            return [label]
-        explain = Example(self.explain_prefix + row["prompt"], rationale["rationale"], "rationale", self.rationale_weight, ends=True)
-        return [label, explain]
+        return [label, Example(self.explain_prefix + row["prompt"], text, "rationale", self.rationale_weight, ends=True)]
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"rationale_weight": self.rationale_weight, "wrong_rationales": self.wrong_rationales}

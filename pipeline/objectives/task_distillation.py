@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.data.rows import Encoded
-from pipeline.objectives.base import Beginning, Objective, Prepared
+from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
 from pipeline.scoring.answers import canonical
 
 
@@ -27,24 +27,24 @@ class TaskDistillation(Objective):
         return True
 
     def rows(self, rows: list[dict], rationales: dict[str, dict], train_rows: int | None, seed: int) -> list[dict]:
-        given = [(row, _answer(row, rationales.get(row["id"]))) for row in rows]
-        found = [{**row, "answer": answer} for row, answer in given if answer is not None]
-        if not found:
+        answers = [(row, _answer(row, rationales.get(row["id"]))) for row in rows]
+        labelled = [{**row, "answer": answer} for row, answer in answers if answer is not None]
+        if not labelled:
             raise UserError("the teacher has no usable answer to any training row; run python -m pipeline.rationales, or choose another teacher")
-        return found
+        return labelled
 
-    def prepared(self, examples: list[list[Encoded]], beginning: Beginning) -> Prepared:
-        asked = beginning.cfg.train_rows or len(examples)
-        silent = [f"{asked - len(examples)} of {asked} training rows are left out: the teacher has no usable answer to them"] if asked > len(examples) else []
-        return Prepared(examples, silent)
+    def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
+        wanted = context.cfg.train_rows or len(examples)
+        note = f"{wanted - len(examples)} of {wanted} training rows are left out: the teacher has no usable answer to them"
+        return PreparedExamples(examples, [note] if wanted > len(examples) else [])
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"labels_from": "validation"}
 
 
-def _answer(row: dict, said: dict | None) -> str | None:
-    """The teacher's answer in the words of the row's choices."""
-    answer = said["answer"] if said else None
+def _answer(row: dict, rationale: dict | None) -> str | None:
+    """The teacher's answer as the row's choices spell it."""
+    answer = rationale["answer"] if rationale else None
     if not answer or not row["choices"]:
         return answer or None
     return next((choice for choice in row["choices"] if canonical(choice) == canonical(answer)), None)

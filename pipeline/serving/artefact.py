@@ -1,7 +1,7 @@
 """Artefacts of finished cells, ready to answer: alone on their base, or many over one base, chosen row by row.
 
-Library of `python -m pipeline.evaluate`, `pipeline.serve` and `pipeline.export`. LoRA adapters, and techniques that change the
-request alone (zero-shot, few-shot, retrieval), share a batch; other adapters are put on the base in turn.
+Library of `python -m pipeline.evaluate`, `pipeline.serve` and `pipeline.export`. LoRA adapters, and techniques that change only the
+request (zero-shot, few-shot, retrieval) share a batch; other adapters are put on the base in turn.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pipeline.data.rows import Encoder
 from pipeline.methods.base import Method
 from pipeline.models.base import cast, device_of, load_model, load_tokenizer, most_tokens, resolve
 from pipeline.objectives.base import Objective
-from pipeline.records.finished import finished, held
+from pipeline.records.finished import finished, held, needed
 from pipeline.records.results import Result
 from pipeline.scoring import answers
-from pipeline.scoring import scorer as scoring_scorer
+from pipeline.scoring.scorer import WHOLE, Scorer
 
 NO_ADAPTER = "__base__"  # PEFT's name for a row that the base answers by itself
 
@@ -41,7 +41,7 @@ class Base:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> Base:
-        """The base of a cell's config, or what the cell began at. Raises UserError where its folder is not there."""
+        """The base of a cell's config, or what the cell started from. Raises UserError where its folder is not there."""
         device, folder = device_of(cfg.device), Path(cfg.paths.models) / cfg.model.name
         settings = read(cfg)
         dtype = resolve(settings.precision, device)[1]
@@ -52,7 +52,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Artefact:
-    """What a cell left to serve, not loaded yet."""
+    """What a cell left to serve, before it is loaded."""
 
     name: str
     folder: Path
@@ -66,9 +66,9 @@ class Artefact:
         """Raises UserError: no artefact there, or a technique whose answers come without a model."""
         method = build(cfg.method, "method")
         if not (folder / "artefact.json").exists():
-            raise UserError(f"{folder} holds no artefact; run the cell again, or dvc checkout it")
+            raise UserError(f"{folder} has no artefact; run the cell again, or dvc checkout it")
         if method.answers_without_model:
-            raise UserError(f"the {method.name} answers without a model; its rows stand in rationales/")
+            raise UserError(f"the {method.name} answers without a model; its rows are in rationales/")
         return cls(name, folder, cfg, read(cfg), method, build(cfg.objective, "objective"))
 
     def load(self, base: Base) -> tuple[Any, Any]:
@@ -84,38 +84,36 @@ class Artefact:
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(f"{self.folder} cannot be loaded ({' '.join(str(error).split())}); run the cell again, or dvc checkout it") from error
 
-    def scorer(self, base: Base, model: Any, state: Any) -> scoring_scorer.Scorer:
+    def scorer(self, base: Base, model: Any, state: Any) -> Scorer:
         """What answers this artefact's rows with `model`."""
         train = self.settings.train
         encoder = Encoder(base.tokenizer, self.settings.task, most_tokens(base.model, train.max_length), train.too_long)
-        return scoring_scorer.Scorer(model, encoder, self.settings.task, lambda p: self.method.prompt(self.objective.prompt(p), state),
+        return Scorer(model, encoder, self.settings.task, lambda p: self.method.prompt(self.objective.prompt(p), state),
                               self.settings.evaluate.batch_tokens, base.device, base.dtype, reasoning=self.objective.reasoning)
 
 
 def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
     """The model that `start` names, as a frozen plain model of the base's architecture in `dtype`, and the result of that cell.
 
-    Its adapter is folded in, so any method can go on from it; an artefact trained upon it needs that cell's artefact to be served.
+    Its adapter is merged, so any method can train it; an artefact trained on it needs that cell's artefact to be served.
 
     Raises:
         UserError: no such finished cell, of another base model, or one whose artefact is not a change of the base's weights.
     """
-    from pipeline.records.finished import needed
-
     folder = needed(cfg.start, cfg, "start")
     result = finished(folder)
     if result.model != cfg.model.name:
         raise UserError(f"start={cfg.start} is a cell of the model {result.model}, this one is of {cfg.model.name}; choose model={result.model}")
     artefact = Artefact.at(result.technique, folder / "artefact", held(result, cfg))
     base = Base.of(artefact.cfg)
-    own, where = set(base.model.state_dict()), base.model.config._name_or_path
+    names, path = set(base.model.state_dict()), base.model.config._name_or_path
     model, state = artefact.load(base)
     if hasattr(model, "peft_config") and artefact.method.merges:
         model = artefact.method.merged(model)
-    if state is not None or hasattr(model, "peft_config") or set(model.state_dict()) != own and not hasattr(base.model, "quantization_method"):
-        what = f"start={cfg.start} is a cell of {result.technique}, which leaves no weights of the base's own shape"
+    if state is not None or hasattr(model, "peft_config") or set(model.state_dict()) != names and not hasattr(base.model, "quantization_method"):
+        what = f"start={cfg.start} is a cell of {result.technique}, which leaves no weights of the base's architecture"
         raise UserError(f"{what}; choose a cell that does (full, lora, …)")
-    model.config._name_or_path = where
+    model.config._name_or_path = path
     return cast(model, dtype).requires_grad_(False).eval(), result
 
 
@@ -127,8 +125,8 @@ def check_sharing(artefacts: Sequence[Artefact]) -> None:
             raise UserError(f"{what}; pipeline.evaluate scores it alone, pipeline.export writes it as a model of its own")
 
 
-class Door:
-    """Many artefacts over one base: requests {adapter, prompt, choices} in, answers out.
+class Multiplexer:
+    """Many artefacts over one base: requests {adapter, prompt, choices} in, answers out. `report` has a line for each batch answered.
 
     Args:
         artefacts: those that `check_sharing` lets through.
@@ -139,31 +137,31 @@ class Door:
 
     def __init__(self, base: Base, artefacts: Sequence[Artefact]) -> None:
         self.base, self.artefacts = base, {a.name: a for a in artefacts}
-        self.told: list[str] = []
+        self.report: list[str] = []
 
     def answer(self, requests: Sequence[dict]) -> list[dict]:
         """One answer a request, in their order: {answer, scores} or {answer, output}."""
-        found: list[dict] = [{} for _ in requests]
+        answered: list[dict] = [{} for _ in requests]
         by_name: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_name.setdefault(request["adapter"], []).append(index)
         together = [n for n in by_name if self.artefacts[n].method.sharing == "together" and not self.artefacts[n].objective.reasoning]
-        self._put(found, requests, sorted(i for n in together for i in by_name[n]), functools.partial(self._mixed, together))
+        self._put(answered, requests, sorted(i for n in together for i in by_name[n]), functools.partial(self._mixed, together))
         for name in by_name:
             if name not in together:
-                self._put(found, requests, by_name[name], functools.partial(self._alone, name))
-        return found
+                self._put(answered, requests, by_name[name], functools.partial(self._alone, name))
+        return answered
 
-    def _put(self, found: list[dict], requests: Sequence[dict], indices: list[int], answer: Callable[[list[dict]], list[dict]]) -> None:
+    def _put(self, answered: list[dict], requests: Sequence[dict], indices: list[int], answer: Callable[[list[dict]], list[dict]]) -> None:
         rows = [{"choices": None, **requests[i], "id": i, "answer": ""} for i in indices]
         for prediction in answer(rows) if rows else ():
-            kept = {k: prediction[k] for k in ("scores", "output") if k in prediction}
-            found[prediction["id"]] = {"answer": prediction["prediction"], **kept}
+            more = {k: prediction[k] for k in ("scores", "output") if k in prediction}
+            answered[prediction["id"]] = {"answer": prediction["prediction"], **more}
 
     def _alone(self, name: str, rows: list[dict]) -> list[dict]:
         artefact = self.artefacts[name]
         why = "it reasons first" if artefact.objective.reasoning else f"{artefact.method.name} cannot share a batch"
-        self.told.append(f"{len(rows)} by {name} alone ({why})")
+        self.report.append(f"{len(rows)} by {name} alone ({why})")
         model, state = artefact.load(self.base)
         try:
             return artefact.scorer(self.base, model, state).predict(rows)
@@ -188,17 +186,17 @@ class Door:
         finally:
             detach(model, self.base)
 
-    def _batch(self, part: list[int], rows: list[dict], items: Items, scorers: dict[str, scoring_scorer.Scorer], labels: dict[str, str]) -> list[dict]:
-        mine, asked = [rows[i] for i in part], [items[i] for i in part]
-        scorer = scorers[mine[0]["adapter"]]
-        owners = [labels.get(row["adapter"], NO_ADAPTER) for row in mine] if labels else scoring_scorer.WHOLE
-        count = len({row["adapter"] for row in mine})
-        self.told.append(f"{len(mine)} in one batch of {count} artefact{'s' * (count > 1)}")
+    def _batch(self, part: list[int], rows: list[dict], items: Items, scorers: dict[str, Scorer], labels: dict[str, str]) -> list[dict]:
+        batch, asked = [rows[i] for i in part], [items[i] for i in part]
+        scorer = scorers[batch[0]["adapter"]]
+        owners = [labels.get(row["adapter"], NO_ADAPTER) for row in batch] if labels else WHOLE
+        count = len({row["adapter"] for row in batch})
+        self.report.append(f"{len(batch)} in one batch of {count} artefact{'s' * (count > 1)}")
         if scorer.task.scoring == "choice":
             sums = scorer.log_likelihoods(asked, owners)
-            return [p for row, values in zip(mine, sums, strict=True) for p in answers.chosen([row], [values], scorers[row["adapter"]].task)]
+            return [p for row, values in zip(batch, sums, strict=True) for p in answers.chosen([row], [values], scorers[row["adapter"]].task)]
         return [{"id": row["id"], "prediction": answers.extract(text, scorers[row["adapter"]].task.answer_pattern), "output": text}
-                for row, text in zip(mine, scorer.texts(asked, owners), strict=True)]
+                for row, text in zip(batch, scorer.texts(asked, owners), strict=True)]
 
     def _state(self, name: str) -> Any:
         artefact = self.artefacts[name]
@@ -212,8 +210,8 @@ class Door:
             artefact = self.artefacts[name]
             first = model is self.base.model
             attach = functools.partial(PeftModel.from_pretrained, model) if first else model.load_adapter
-            made = artefact.guarded(functools.partial(attach, artefact.folder, adapter_name=label))
-            model = made if first else model
+            attached = artefact.guarded(functools.partial(attach, artefact.folder, adapter_name=label))
+            model = attached if first else model
         return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Writing an artefact as a plain model, and checking that it answers the same."""
+"""Writing an artefact as a plain model, and checking that its weights load as they are."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pipeline.serving.artefact import Artefact
 
 
 def refusal(artefact: Artefact) -> str | None:
-    """Why no weights can hold what the artefact does; None if they might."""
+    """Why the artefact cannot be written as plain weights; None if it might be."""
     method = artefact.method
     if method.own_prompt:
-        return "what it does stands in the request, before every prompt, and not in weights"
+        return "what it does is in the request, before every prompt, and not in weights"
     if method.soft_prompt:
-        return "its soft prompt stands before every request's own tokens, which no weight of the base can hold"
+        return "its soft prompt comes before every request's tokens, which no weight of the base can do"
     if method.peft and not method.merges:
         return f"PEFT cannot fold {method.name} into the base's weights"
     if not method.trains and not any(p.name != "artefact.json" for p in artefact.folder.iterdir()):
-        return f"it is the untouched base, which lies in {Path(artefact.cfg.paths.models) / artefact.cfg.model.name} already"
+        return f"it is the untouched base, which is in {Path(artefact.cfg.paths.models) / artefact.cfg.model.name} already"
     return None
 
 
@@ -40,8 +40,8 @@ def differences(model: Any, folder: Path) -> str:
 
     with quiet():
         plain = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    there, here = plain.state_dict(), model.state_dict()
-    lost = [n for n in dict.fromkeys([*here, *there]) if n not in there or n not in here or not torch.equal(here[n].cpu(), there[n])]
+    loaded, saved = plain.state_dict(), model.state_dict()
+    lost = [n for n in dict.fromkeys([*saved, *loaded]) if n not in loaded or n not in saved or not torch.equal(saved[n].cpu(), loaded[n])]
     return ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
 
 

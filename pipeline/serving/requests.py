@@ -1,4 +1,4 @@
-"""Requests that name an adapter: read, checked, and answered over one base."""
+"""Requests that name an adapter: read and checked."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ def read_requests(source: str) -> list[dict[str, Any]]:
     """Raises UserError naming the line of a request that is none."""
     if source == "-":
         try:
-            found = [json.loads(line) for line in sys.stdin if line.strip()]
+            requests = [json.loads(line) for line in sys.stdin if line.strip()]
         except json.JSONDecodeError as error:
-            raise UserError(f"standard input holds a line that is no JSON ({error}); send one JSON object a line") from error
+            raise UserError(f"standard input has a line that is no JSON ({error}); send one JSON object a line") from error
     else:
-        found = read_jsonl(source)
-    for number, row in enumerate(found, 1):
+        requests = read_jsonl(source)
+    for number, row in enumerate(requests, 1):
         for key in ("adapter", "prompt"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]:
                 raise UserError(f"request {number} of {source} has no text {key!r}; every request is {{adapter, prompt}}, choices where the task needs them")
-    if not found:
-        raise UserError(f"{source} holds no request; add lines like {{\"adapter\": \"lora-s0-n160\", \"prompt\": \"…\"}}")
-    return found
+    if not requests:
+        raise UserError(f"{source} has no request; add lines like {{\"adapter\": \"lora-s0-n160\", \"prompt\": \"…\"}}")
+    return requests
 
 
 def folder_of(root: Path, name: str) -> Path:
     """A cell's folder. Raises UserError where there is no such cell, or the name leads elsewhere."""
-    there = sorted(p.parent.name for p in root.glob("*/result.json"))
-    if name not in there:
-        raise UserError(f"{root} has no cell {name!r} to answer with; there are: {', '.join(there) or 'none'}")
+    cells = sorted(p.parent.name for p in root.glob("*/result.json"))
+    if name not in cells:
+        raise UserError(f"{root} has no cell {name!r} to answer with; there are: {', '.join(cells) or 'none'}")
     return root / name
 
 
-def check_one_base(found: dict[str, Result]) -> None:
-    first, *others = found
+def check_one_base(results: dict[str, Result]) -> None:
+    """Raises UserError naming two cells that differ in model, precision or start."""
+    first, *others = results
     for key in ("model", "precision", "start"):
         for name in others:
-            if (mine := _shared(found[name], key)) != (its := _shared(found[first], key)):
-                raise UserError(f"{name} has {key} {mine} and {first} has {its}; artefacts share a base of one model in one precision, send them apart")
+            if (value := _shared(results[name], key)) != (expected := _shared(results[first], key)):
+                raise UserError(f"{name} has {key} {value} and {first} has {expected}; artefacts share a base of one model in one precision, send them apart")
 
 
 def _shared(result: Result, key: str) -> Any:

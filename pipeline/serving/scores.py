@@ -1,4 +1,4 @@
-"""An artefact's scores on further rows, and what it forgot."""
+"""An artefact's scores on other rows, and what it forgot."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _rows(cfg: DictConfig, split: str) -> list[dict]:
     folder = Path(cfg.paths.data) / cfg.task.name
     kinds = {"test": cfg.evaluate.test_rows, "validation": None}
     limit = kinds.get(split, cfg.evaluate.transfer_rows)
-    there = ["validation", "test", *(f"transfer/{p.stem}" for p in sorted((folder / "transfer").glob("*.jsonl")))]
-    if split not in there:
-        raise UserError(f"unknown split {split!r} of {folder}; there are: {', '.join(there)}")
+    splits = ["validation", "test", *(f"transfer/{p.stem}" for p in sorted((folder / "transfer").glob("*.jsonl")))]
+    if split not in splits:
+        raise UserError(f"unknown split {split!r} of {folder}; there are: {', '.join(splits)}")
     return read_jsonl(folder / f"{split}.jsonl")[:limit]

@@ -1,4 +1,4 @@
-"""JSON posted to a server that may be busy, slow or broken: paced, tried again where that can help, and without showing its key.
+"""JSON posted to a server that may be busy, slow or broken: paced, retried where that can help, and without showing its key.
 
 Library. Waits end at once when `stop` is set.
 """
@@ -23,11 +23,11 @@ T = TypeVar("T")
 AGAIN = {408, 409, 425, 429}
 """Status codes below 500 after which the same request may succeed."""
 NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached")
-"""Codes in a 429 that no waiting mends."""
+"""Codes in a 429 that waiting does not fix."""
 
 
 class Malformed(Exception):
-    """An answer that is not what the server promises; its message says what it is instead."""
+    """An answer that is not of the promised form; the message says what it is."""
 
 
 class Stopped(Exception):
@@ -78,8 +78,8 @@ class Pace:
         with self._lock:
             self._tokens += more * self._token
 
-    def hold(self, seconds: float) -> None:
-        """Nobody starts before so many seconds have passed."""
+    def delay(self, seconds: float) -> None:
+        """No request starts before so many seconds have passed."""
         with self._lock:
             self._requests = max(self._requests, self._watch.peek() + seconds)
 
@@ -98,7 +98,7 @@ def key_of(variable: str | None) -> str | None:
     if not key:
         raise UserError(f"the environment variable {variable} is not set; set it to the server's key, or writer.key_variable=null for a server without keys")
     if not all("!" <= c <= "~" for c in key):
-        raise UserError(f"the key in {variable} holds a blank or a character outside ASCII, which no HTTP header may; mend it")
+        raise UserError(f"the key in {variable} has a blank or a character outside ASCII, which no HTTP header may; fix it")
     return key
 
 
@@ -111,7 +111,7 @@ def address(base_url: str) -> str:
     except (httpx2.InvalidURL, TypeError):
         url = httpx2.URL()
     if url.userinfo or url.query or url.fragment:
-        raise UserError("config key 'writer.base_url' holds more than scheme, host and path; keys go through the environment variable writer.key_variable")
+        raise UserError("config key 'writer.base_url' has more than scheme, host and path; keys go through the environment variable writer.key_variable")
     if url.scheme not in ("http", "https") or not url.host:
         raise UserError(f"config key 'writer.base_url' is {base_url!r}; give a URL like http://localhost:8000/v1")
     return str(url).rstrip("/")
@@ -134,11 +134,11 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def post(self, path: str, body: dict[str, Any], tokens: int, read: Callable[[Any], T]) -> T:
-        """What `read` makes of the JSON that the server answers.
+    def post(self, path: str, body: dict[str, Any], tokens: int, parse: Callable[[Any], T]) -> T:
+        """What `parse` makes of the JSON that the server answers.
 
         Args:
-            tokens: about how many the request will take. read: raises Malformed for an answer to ask for again.
+            tokens: about how many the request will take. parse: raises Malformed for an answer to ask for again.
 
         Raises:
             UserError: the server refuses, or all attempts failed. Stopped: `stop` was set while waiting.
@@ -152,7 +152,7 @@ class Client:
             try:
                 status, headers, data = self._send(path, body)
                 if status == 200:
-                    return read(_json(data, headers.get("content-type", "")))
+                    return parse(_json(data, headers.get("content-type", "")))
                 failure = self._refusal(status, data)
                 asked = self._retry_after(headers)
             except httpx2.RequestError as error:
@@ -161,11 +161,11 @@ class Client:
                 failure = self._hidden(str(error))
             if attempt < self.patience.attempts:
                 if asked:
-                    self.pace.hold(asked)
+                    self.pace.delay(asked)
                 self._sleep(max(asked, self.patience.wait_s(attempt)))
         raise UserError(
             f"{self.base_url} gave no answer in {self.patience.attempts} attempts (the last: {failure}); "
-            "what was answered is kept, run the same command again to go on"
+            "what was answered is kept, run the same command again to resume"
         )
 
     def _send(self, path: str, body: dict[str, Any]) -> tuple[int, Any, bytes]:
@@ -181,18 +181,18 @@ class Client:
 
     def _refusal(self, status: int, data: bytes) -> str:
         """What to say of an answer that is no success. Raises UserError where asking again cannot help."""
-        said, code = _error(data)
-        text = f"{status}{f', {self._hidden(said)}' if said else ''}"
+        message, code = _error(data)
+        text = f"{status}{f', {self._hidden(message)}' if message else ''}"
         if status == 429 and code in NO_CREDIT:
             raise UserError(f"{self.base_url} has no credit left for this key ({code}); what was answered is kept, run the same command again once it has")
         if status in AGAIN or status >= 500:
             return text
-        if status in (401, 403):  # what it says may hold a part of the key
+        if status in (401, 403):  # the message may contain a part of the key
             how = f"the key in {self.variable}" if self._key else "a request without a key; name its environment variable in writer.key_variable"
             raise UserError(f"{self.base_url} refuses ({status}) {how}; check the key and what it may use")
         if status == 404:
             raise UserError(f"{self.base_url} does not know that path or model ({text}); check writer.base_url, writer.api and writer.model")
-        raise UserError(f"{self.base_url} refuses the request ({text}); mend the writer's settings or the prompt")
+        raise UserError(f"{self.base_url} refuses the request ({text}); fix the writer's settings or the prompt")
 
     def _retry_after(self, headers: Any) -> float:
         """Seconds that the server asks to be left alone; 0: it does not say."""
@@ -227,8 +227,8 @@ def _json(data: bytes, content_type: str) -> Any:
 def _error(data: bytes) -> tuple[str, str]:
     """(message, code) of an OpenAI-compatible error body; empty where it is another."""
     try:
-        found = json.loads(data)
-        error = found.get("error", found) if isinstance(found, dict) else {}
+        body = json.loads(data)
+        error = body.get("error", body) if isinstance(body, dict) else {}
         error = error if isinstance(error, dict) else {"message": error}
         return str(error.get("message") or ""), str(error.get("code") or error.get("type") or "")
     except ValueError:

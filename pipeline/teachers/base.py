@@ -1,4 +1,4 @@
-"""What a teacher is: it gives rows an answer and the reason for it.
+"""What a teacher is: it gives rows an answer and a rationale.
 
 Library. `type` in conf/teacher/<name>.yaml names the class.
 """
@@ -27,7 +27,7 @@ class Teacher:
 
     Args:
         name: the folder under rationales/<task>/.
-        batch_size: rows that `explain` is given at a time.
+        batch_size: rows of one call of `explain`.
         row_seeds: with train_rows=n, the seeds whose n training rows are explained; None: of the config's seed alone.
     """
 
@@ -48,16 +48,16 @@ class Teacher:
         """Raise UserError, naming what to change, if the teacher cannot explain this task. `row` is a training row."""
 
     def begin(self, task: Task, train: Sequence[dict]) -> None:
-        """Take of the task and its training rows what `explain` needs (demonstrations). Raises UserError where it is not there."""
+        """Take what `explain` needs of the task and its training rows (demonstrations). Raises UserError where it is missing."""
 
     def explain(self, rows: Sequence[dict]) -> list[Explanation | None]:
         """One explanation a row, in order; None leaves the row out of the file."""
         return [None] * len(rows)
 
-    def account(self) -> dict[str, Any]:
-        """What the manifest tells beside accuracy, after the last `explain`; `seconds` stands over those that passed."""
+    def report(self) -> dict[str, Any]:
+        """Entries of the manifest, after the last `explain`; its `seconds`, if there are any, replace those that passed."""
         return {}
 
-    def told(self) -> str:
-        """A word on how it went, for whoever watches."""
+    def in_words(self) -> str:
+        """How it went, for the command's output."""
         return ""

@@ -26,7 +26,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """k worked examples: those written in the config, else lines of a file, else training rows with a rationale of their own.
+    """k worked examples: those written in the config, else lines of a file, else training rows that have a rationale.
 
     Args:
         k: how many; 0: none. Written ones are all shown.
@@ -53,33 +53,33 @@ class Demonstrations:
             return [_shot(line, f"teacher.demonstrations.written number {n}", {}, train) for n, line in enumerate(self.written, 1)]
         if not self.k:
             return []
-        found, where = (self._of_file(train), self.file) if self.file else (self._of_rows(train), f"the training rows of {task}")
-        if len(found) < self.k:
+        shots, where = (self._of_file(train), self.file) if self.file else (self._of_rows(train), f"the training rows of {task}")
+        if len(shots) < self.k:
             raise UserError(
-                f"{where} has {len(found)} demonstrations, teacher.demonstrations.k asks for {self.k}; name a file of them in "
+                f"{where} has {len(shots)} demonstrations, teacher.demonstrations.k asks for {self.k}; name a file of them in "
                 "teacher.demonstrations.file, write some in teacher.demonstrations.written, or set teacher.demonstrations.k=0"
             )
-        return drawn(found, self.k, self.seed)
+        return draw(shots, self.k, self.seed)
 
     def _of_file(self, train: Sequence[dict]) -> list[Shot]:
         by_id = {row["id"]: row for row in train}
-        found = []
+        shots = []
         for n, line in enumerate(read_jsonl(str(self.file)), 1):
-            told = "prompt" in line or line.get("id") in by_id and line.get("rationale") and line.get("correct", True)
-            if told:  # of a teacher's file, the right training rows with a rationale
-                found.append(_shot(line, f"line {n} of {self.file}", by_id, train))
-        return found
+            complete = "prompt" in line or line.get("id") in by_id and line.get("rationale") and line.get("correct", True)
+            if complete:  # of a teacher's file, the right training rows with a rationale
+                shots.append(_shot(line, f"line {n} of {self.file}", by_id, train))
+        return shots
 
     def _of_rows(self, train: Sequence[dict]) -> list[Shot]:
-        found = []
+        shots = []
         for row in train:
             rationale, answer = (text_of(row["fields"].get(column)) for column in (self.rationale_column, self.answer_column))
             if rationale and canonical(answer) == canonical(row["answer"]):
-                found.append(Shot(row["prompt"], _choices(row), rationale, row["answer"]))
-        return found
+                shots.append(Shot(row["prompt"], _choices(row), rationale, row["answer"]))
+        return shots
 
 
-def drawn(shots: Sequence[Shot], k: int, seed: int) -> list[Shot]:
+def draw(shots: Sequence[Shot], k: int, seed: int) -> list[Shot]:
     """k of them in random order, answers in turn as long as each has some left."""
     rng = random.Random(seed)
     by_answer: dict[str, list[Shot]] = {}

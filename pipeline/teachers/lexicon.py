@@ -21,7 +21,7 @@ REACH = 3
 
 @dataclass(frozen=True)
 class Word:
-    """A word of the lexicon as it stands in a text (with its negation) and VADER's score for it there."""
+    """A word of the lexicon as a text has it (with its negation), and VADER's score for it there."""
 
     text: str
     score: float
@@ -44,11 +44,8 @@ class Lexicon(Teacher):
 
     def check(self, task: str, row: dict) -> None:
         if self.column not in row["fields"]:
-            there = ", ".join(row["fields"])
-            raise UserError(
-                f"task {task} has no column {self.column!r} to judge; "
-                f"set teacher.column to one of: {there}, or choose another teacher"
-            )
+            columns = ", ".join(row["fields"])
+            raise UserError(f"task {task} has no column {self.column!r} to judge; set teacher.column to one of: {columns}, or choose another teacher")
         if self._scale(row) is None:
             choices = ", ".join(row["choices"] or ()) or "none, its answers are generated"
             raise UserError(
@@ -78,7 +75,7 @@ def scored_words(text: str) -> list[Word]:
 
     analyser, parsed = _analyser(), vader.SentiText(text)
     tokens = parsed.words_and_emoticons
-    found: list[Word] = []
+    words: list[Word] = []
     for at, token in enumerate(tokens):
         lower = token.lower()
         kind_of = [t.lower() for t in tokens[at : at + 2]] == ["kind", "of"]
@@ -87,8 +84,8 @@ def scored_words(text: str) -> list[Word]:
         score = analyser.sentiment_valence(0, parsed, token, at, [])[0]
         turned = score * analyser.lexicon[lower] < 0
         start = next((i for i in range(at - 1, max(at - REACH, 0) - 1, -1) if _negates(tokens[i])), at) if turned else at
-        found.append(Word(" ".join(tokens[start : at + 1]), score))
-    return [word for word in found if word.score]
+        words.append(Word(" ".join(tokens[start : at + 1]), score))
+    return [word for word in words if word.score]
 
 
 def sentence(words: Sequence[Word], subject: str, label: str, middle: bool = False, but: bool = False) -> str:

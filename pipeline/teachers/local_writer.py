@@ -1,6 +1,6 @@
 """A writer that is a language model on this machine. conf/writer/local.yaml.
 
-Batches hold prompts of similar length. Greedy texts come from the project's own decoding (pipeline/engine/decode.py), sampled ones from transformers'
+Batches hold prompts of similar length. Greedy texts come from this project's decoding (pipeline/engine/decode.py), sampled ones from transformers'
 generate with Gumbel noise added to the logits: the likeliest token is then a draw at that temperature (Gumbel, 1954; Maddison et al., 2014). The noise
 is a function of seed and prompt, so neither batches nor an interruption change what is drawn.
 """
@@ -19,7 +19,7 @@ from pipeline.data.rows import Encoder, by_length, pad
 from pipeline.measure.clock import Stopwatch
 from pipeline.models.base import autocast, device_of, load_model, load_tokenizer, manifest, most_tokens, resolve
 from pipeline.scoring.scorer import continuations
-from pipeline.teachers.writers import Answer, Messages, Writer, as_text, digest
+from pipeline.teachers.writers import Completion, Messages, Writer, as_text, digest
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +33,9 @@ class LocalWriter(Writer):
     Args:
         models, model: the folder models/<model>, as python -m pipeline.base_model leaves it.
         precision: auto, fp32, bf16, int8 or nf4. device: auto, cpu or cuda.
-        trust_remote_code: whether Python code that lies in the folder may run.
-        batch_tokens: most tokens, padding and the room for new ones included, in a batch.
-        separator: stands before every turn but replies where the tokenizer has no chat template; the text ends where it comes again.
+        trust_remote_code: whether Python code in the folder may run.
+        batch_tokens: most tokens of a batch, padding and new ones included.
+        separator: comes before every turn but replies where the tokenizer has no chat template; the text ends where it comes again.
     """
 
     models: str
@@ -64,14 +64,14 @@ class LocalWriter(Writer):
         return Precision(self.precision)
 
     def identity(self) -> dict[str, Any]:
-        held = [self.folder / name for name in TOKENIZER]
+        files = [self.folder / name for name in TOKENIZER]
         return {
-            "model": self.model, "model_sha256": manifest(self.folder)["sha256"], "tokenizer_sha256": digest([sha256(p) for p in held if p.exists()]),
+            "model": self.model, "model_sha256": manifest(self.folder)["sha256"], "tokenizer_sha256": digest([sha256(p) for p in files if p.exists()]),
             "precision": self.precision, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p,
             "separator": self.separator,
         }
 
-    def _ask(self, prompts: dict[str, Messages], seed: int, keep: Callable[[str, Answer], None]) -> None:
+    def _ask(self, prompts: dict[str, Messages], seed: int, keep: Callable[[str, Completion], None]) -> None:
         watch = Stopwatch(self._device)
         tokenizer, model = self._loaded
         keys = list(prompts)
@@ -93,7 +93,7 @@ class LocalWriter(Writer):
         render = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
         try:
             return render(messages)
-        except TemplateError:  # some templates know no system turn
+        except TemplateError:  # some templates have no system turn
             return render(_without_system(messages))
 
     def _check_room(self, ids: list[list[int]], context: int) -> None:
@@ -104,14 +104,14 @@ class LocalWriter(Writer):
                 f"but {self.model} reads {context}; lower writer.max_new_tokens or give fewer demonstrations"
             )
 
-    def _answer(self, row: list[int], prompt_tokens: int, seconds: float) -> Answer:
+    def _answer(self, row: list[int], prompt_tokens: int, seconds: float) -> Completion:
         tokenizer = self._tokenizer
         ended = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
         text = tokenizer.decode(row[:ended], skip_special_tokens=True)
         cut = ended == len(row)
         if not tokenizer.chat_template and self.separator in text.lstrip():
             text, cut = text.lstrip().partition(self.separator)[0], False
-        return Answer(text.strip(), round(seconds, 4), prompt_tokens, min(ended + 1, len(row)), cut)
+        return Completion(text.strip(), round(seconds, 4), prompt_tokens, min(ended + 1, len(row)), cut)
 
     def _continued(self, ids: list[list[int]], names: list[str]) -> Iterator[tuple[list[int], torch.Tensor]]:
         tokenizer, model = self._loaded
@@ -125,27 +125,27 @@ class LocalWriter(Writer):
 
         with torch.inference_mode(), autocast(self._device, dtype):
             for part in by_length([len(one) + self.max_new_tokens for one in ids], self.batch_tokens):
-                given = pad([ids[i] for i in part], pad_id, left=True).to(self._device)
+                prompts = pad([ids[i] for i in part], pad_id, left=True).to(self._device)
                 lengths = torch.tensor([len(ids[i]) for i in part], device=self._device)
-                mask = (torch.arange(given.shape[1], device=self._device) >= given.shape[1] - lengths[:, None]).long()
+                mask = (torch.arange(prompts.shape[1], device=self._device) >= prompts.shape[1] - lengths[:, None]).long()
                 out = model.generate(
-                    input_ids=given, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad_id,
+                    input_ids=prompts, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad_id,
                     eos_token_id=tokenizer.eos_token_id, logits_processor=LogitsProcessorList([self._noise([names[i] for i in part])]),
                 )
-                yield part, out[:, given.shape[1] :]
+                yield part, out[:, prompts.shape[1] :]
 
     def _noise(self, names: list[str]) -> Callable[..., torch.Tensor]:
         """Logits [R, V] -> logits whose likeliest token is a draw at `temperature` among the likeliest tokens of share `top_p`."""
         import torch
         from transformers import TopPLogitsWarper
 
-        own = [torch.Generator("cpu").manual_seed(int(digest(name)[:15], 16)) for name in names]
+        generators = [torch.Generator("cpu").manual_seed(int(digest(name)[:15], 16)) for name in names]
 
         def noisy(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             scaled = logits.float() / self.temperature
-            kept = TopPLogitsWarper(self.top_p)(ids, scaled) if self.top_p < 1 else scaled
-            drawn = torch.stack([torch.empty(logits.shape[1]).exponential_(generator=one) for one in own])
-            return kept - drawn.log().to(kept.device)
+            likeliest = TopPLogitsWarper(self.top_p)(ids, scaled) if self.top_p < 1 else scaled
+            drawn = torch.stack([torch.empty(logits.shape[1]).exponential_(generator=one) for one in generators])
+            return likeliest - drawn.log().to(likeliest.device)
 
         return noisy
 
@@ -167,7 +167,7 @@ class LocalWriter(Writer):
 
 
 def _without_system(messages: Messages) -> Messages:
-    """The system's words put before the first user's."""
+    """The system's text put before the first user's."""
     system = [m["content"] for m in messages if m["role"] == "system"]
     rest = [m for m in messages if m["role"] != "system"]
     return [{**rest[0], "content": "\n\n".join([*system, rest[0]["content"]])}, *rest[1:]] if rest else messages

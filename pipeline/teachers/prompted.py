@@ -1,6 +1,6 @@
 """A teacher that is a language model, asked to reason before it answers. conf/teacher/{local,server}.yaml.
 
-Chain-of-thought prompting (Wei et al., 2022): worked examples, each reasoning before its answer, then the row; what comes back is taken apart into
+Chain-of-thought prompting (Wei et al., 2022): worked examples, each reasoning before its answer, then the row; the text that comes back is split into
 rationale and answer. With `samples` above 1, self-consistency (Wang et al., 2023): the answer that most samples give.
 """
 
@@ -21,12 +21,12 @@ from pipeline.teachers.writers import Messages, Writer
 
 
 @dataclass
-class Lesson:
-    """What the teacher takes of the task, and how it went so far."""
+class Session:
+    """What the teacher takes of the task, and counts of how it went so far."""
 
     shots: list[Shot] = field(default_factory=list)
     pattern: str | None = None
-    """The task's own, for the answer in what was said to be it."""
+    """The task's answer_pattern, for generated answers."""
     asked: int = 0
     unparsable: int = 0
 
@@ -53,7 +53,7 @@ class Prompted(Teacher):
     demonstrations: Demonstrations = field(default_factory=Demonstrations)
     samples: int = 1
     seed: int = 0
-    lesson: Lesson = field(default_factory=Lesson, init=False, repr=False, compare=False)
+    session: Session = field(default_factory=Session, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,76 +65,76 @@ class Prompted(Teacher):
         if self.samples > 1 and self.writer.temperature == 0:
             raise UserError(f"teacher.samples={self.samples}, but writer.temperature=0 writes the same text every time; raise it, or set teacher.samples=1")
         try:
-            said = _said(self.answer_pattern, self.reply.format(rationale="Because.", answer="word"))
+            parts = _split(self.answer_pattern, self.reply.format(rationale="Because.", answer="word"))
         except re.error as error:
-            raise UserError(f"config key 'teacher.answer_pattern' is {self.answer_pattern!r}, no regular expression ({error}); mend it") from error
-        if said is None or canonical(said[1]) != "word":
+            raise UserError(f"config key 'teacher.answer_pattern' is {self.answer_pattern!r}, no regular expression ({error}); fix it") from error
+        if parts is None or canonical(parts[1]) != "word":
             raise UserError(f"teacher.answer_pattern={self.answer_pattern!r} does not find the answer in teacher.reply; make them agree")
 
     def check(self, task: str, row: dict) -> None:
         self.writer.check()
 
     def begin(self, task: Task, train: Sequence[dict]) -> None:
-        self.lesson.shots = self.demonstrations.shots(task.name, train)
-        self.lesson.pattern = task.answer_pattern
+        self.session.shots = self.demonstrations.shots(task.name, train)
+        self.session.pattern = task.answer_pattern
 
     def explain(self, rows: Sequence[dict]) -> list[Explanation | None]:
         prompts = [self.messages(row) for row in rows]
         texts = [self.writer.write(prompts, seed=self.seed + sample) for sample in range(self.samples)]
-        found: list[Explanation | None] = []
-        for row, mine in zip(rows, zip(*texts, strict=True), strict=True):
-            said = agreed([self.explanation(text, row["choices"]) for text in mine])
-            self.lesson.asked += 1
-            self.lesson.unparsable += said.answer is None
-            found.append(said)
-        return found
+        explanations: list[Explanation | None] = []
+        for row, samples in zip(rows, zip(*texts, strict=True), strict=True):
+            explanation = majority([self.explanation(text, row["choices"]) for text in samples])
+            self.session.asked += 1
+            self.session.unparsable += explanation.answer is None
+            explanations.append(explanation)
+        return explanations
 
-    def account(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         about = self.writer.about()
         return {
-            "seconds": about.pop("seconds"), "unparsable": self.lesson.unparsable, "demonstrations": len(self.lesson.shots), "samples": self.samples,
+            "seconds": about.pop("seconds"), "unparsable": self.session.unparsable, "demonstrations": len(self.session.shots), "samples": self.samples,
             "writer": about,
         }
 
-    def told(self) -> str:
-        spent, lesson = self.writer.spent, self.lesson
-        kept = f"{spent.written:,} of {spent.answers:,} texts written now, the others kept from before"
-        return f"{kept}; {lesson.unparsable:,} of {lesson.asked:,} rows without an answer"
+    def in_words(self) -> str:
+        spent, session = self.writer.spent, self.session
+        written = f"{spent.written:,} of {spent.answers:,} texts written now, the others kept from before"
+        return f"{written}; {session.unparsable:,} of {session.asked:,} rows without an answer"
 
     def messages(self, row: dict) -> Messages:
         """The prompt for a row, whose own demonstration, if it is one, is left out."""
         turns: Messages = [{"role": "system", "content": self.system}] if self.system else []
-        for shot in self.lesson.shots:
+        for shot in self.session.shots:
             if shot.prompt != row["prompt"]:
                 turns.append({"role": "user", "content": self._question(shot.prompt, shot.choices)})
                 turns.append({"role": "assistant", "content": self.reply.format(rationale=shot.rationale, answer=shot.answer)})
         return [*turns, {"role": "user", "content": self._question(row["prompt"], row["choices"])}]
 
     def explanation(self, text: str, choices: Sequence[str] | None) -> Explanation:
-        """A text taken apart; without a usable answer its reasoning is nothing to learn from either."""
-        said = _said(self.answer_pattern, text)
-        if said is None:
+        """Rationale and answer of a text; both are empty where there is no usable answer."""
+        parts = _split(self.answer_pattern, text)
+        if parts is None:
             return Explanation("", None)
-        answer = chosen(said[1], choices) if choices else extract(said[1], self.lesson.pattern)
-        return Explanation(said[0], answer) if answer else Explanation("", None)
+        answer = match_choice(parts[1], choices) if choices else extract(parts[1], self.session.pattern)
+        return Explanation(parts[0], answer) if answer else Explanation("", None)
 
     def _question(self, prompt: str, choices: Sequence[str] | None) -> str:
         options = self.options.format(choices=", ".join(choices)) if choices else ""
         return self.template.format(prompt=prompt, options=options)
 
 
-def agreed(said: Sequence[Explanation]) -> Explanation:
+def majority(samples: Sequence[Explanation]) -> Explanation:
     """The first of those that give the most frequent answer; the earliest such answer where several are as frequent."""
-    votes = Counter(canonical(one.answer) for one in said if one.answer is not None)
+    votes = Counter(canonical(one.answer) for one in samples if one.answer is not None)
     if not votes:
-        return said[0]
+        return samples[0]
     winner = votes.most_common(1)[0][0]
-    return next(one for one in said if one.answer is not None and canonical(one.answer) == winner)
+    return next(one for one in samples if one.answer is not None and canonical(one.answer) == winner)
 
 
-def chosen(said: str, choices: Sequence[str]) -> str | None:
-    """The choice that is said: word for word, else the longest that it begins with, else the only one in it; None if there is no such."""
-    words = canonical(said)
+def match_choice(text: str, choices: Sequence[str]) -> str | None:
+    """The choice that a text means: equal to it, else the longest that it begins with, else the only one in it; None if there is no such."""
+    words = canonical(text)
     exact = next((c for c in choices if canonical(c) == words), None)
     if exact is not None:
         return exact
@@ -143,8 +143,8 @@ def chosen(said: str, choices: Sequence[str]) -> str | None:
     return first or (within[0] if len(within) == 1 else None)
 
 
-def _said(pattern: str, text: str) -> tuple[str, str] | None:
-    """(rationale, answer) by the pattern's groups; the rationale is what stands before the match if it has no group for it."""
+def _split(pattern: str, text: str) -> tuple[str, str] | None:
+    """(rationale, answer) by the pattern's groups; without a group for the rationale it is the text before the match."""
     match = re.search(pattern, text)
     if match is None:
         return None

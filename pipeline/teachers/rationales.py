@@ -1,4 +1,4 @@
-"""Which rows a teacher is asked about, and what it said of them."""
+"""Which rows a teacher is asked about, and what it answered."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def wanted(cfg: DictConfig, data: Path) -> dict[str, list[dict]]:
     if cfg.train_rows is None:
         return every
     settings = read(cfg)
-    found: dict[str, set[str]] = {name: set() for name in SPLITS}
+    ids: dict[str, set[str]] = {name: set() for name in SPLITS}
     for seed in cfg.teacher.get("row_seeds") or [cfg.seed]:
         cell = load_rows(data, settings.task, cfg.train_rows, seed, settings.evaluate.validation_share, settings.evaluate.test_rows, 0)
         for name in SPLITS:
-            found[name] |= {row["id"] for row in getattr(cell, name)}
-    return {name: [row for row in rows if row["id"] in found[name]] for name, rows in every.items()}
+            ids[name] |= {row["id"] for row in getattr(cell, name)}
+    return {name: [row for row in rows if row["id"] in ids[name]] for name, rows in every.items()}
 
 
 def explained(teacher: Teacher, split: str, rows: list[dict]) -> list[dict[str, Any]]:
-    """The teacher's row for each of a split's rows that it has something to say about."""
-    found = []
+    """The rows of rationales.jsonl for a split's rows, without those that the teacher does not explain."""
+    explanations = []
     for start in range(0, len(rows), teacher.batch_size):
         batch = rows[start : start + teacher.batch_size]
-        for row, said in zip(batch, teacher.explain(batch), strict=True):
-            if said is not None:
-                right = said.answer is not None and canonical(said.answer) == canonical(row["answer"])
-                found.append({"id": row["id"], "split": split, "rationale": said.rationale, "answer": said.answer, "correct": right})
-    return found
+        for row, one in zip(batch, teacher.explain(batch), strict=True):
+            if one is not None:
+                right = one.answer is not None and canonical(one.answer) == canonical(row["answer"])
+                explanations.append({"id": row["id"], "split": split, "rationale": one.rationale, "answer": one.answer, "correct": right})
+    return explanations
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": len(rows), "without_rationale": sum(not row["rationale"] for row in rows), "accuracy": accuracy}
 
 
-def told(manifest: dict[str, Any]) -> str:
+def in_words(manifest: dict[str, Any]) -> str:
+    """A manifest's counts and accuracy as a sentence."""
     if not manifest["rows"]:
         return f"no rows, because teacher={manifest['teacher']} explains nothing; choose another teacher to learn from rationales"
     accuracy = ", ".join(f"{name} {share:.3f}" for name, share in manifest["accuracy"].items())

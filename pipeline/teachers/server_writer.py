@@ -1,6 +1,6 @@
 """A writer behind an OpenAI-compatible server: OpenAI's, vLLM, llama.cpp, Ollama, … conf/writer/server.yaml.
 
-Every answer is kept as soon as it comes, so an interrupted run pays for what was under way at most. The key comes from an environment
+Every answer is stored as soon as it comes, so an interrupted run pays again only for what was under way. The key comes from an environment
 variable and is written nowhere.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.core.files import UserError
 from pipeline.measure.clock import Stopwatch
 from pipeline.teachers.api_client import Client, Malformed, Pace, Patience, Stopped, address, key_of
-from pipeline.teachers.writers import Answer, Messages, Writer, as_text
+from pipeline.teachers.writers import Completion, Messages, Writer, as_text
 
 PATHS = {"chat": "chat/completions", "completions": "completions"}
 CHARACTERS_PER_TOKEN = 4  # of English text, to book a request before its tokens are known
@@ -29,11 +29,11 @@ class ServerWriter(Writer):
         base_url: requests go to <base_url>/chat/completions, or <base_url>/completions with api=completions.
         key_variable: the environment variable with the key; null: none is sent.
         room_key: what the server calls the most tokens of a text (max_tokens, max_completion_tokens).
-        extra: further keys of every request; null takes one out (temperature, for a model that knows none).
+        extra: more keys of every request; null removes one (temperature, for a model that knows none).
         separator: api=completions: stands before every turn but replies, and ends the text.
         concurrency: requests under way at once.
-        requests_per_minute, tokens_per_minute: what it keeps to; null: no limit.
-        input_price, output_price: per million tokens, in `currency`; null: no price is told.
+        requests_per_minute, tokens_per_minute: limits; null: none.
+        input_price, output_price: per million tokens, in `currency`; null: no price is reported.
     """
 
     base_url: str
@@ -82,13 +82,13 @@ class ServerWriter(Writer):
         }
 
     def about(self) -> dict[str, Any]:
-        found = super().about()
-        price, read, wrote = None, found["prompt_tokens"], found["completion_tokens"]
+        about = super().about()
+        price, read, wrote = None, about["prompt_tokens"], about["completion_tokens"]
         if self.input_price is not None and self.output_price is not None and read is not None and wrote is not None:
             price = round((read * self.input_price + wrote * self.output_price) / 1e6, 6)
-        return {**found, "price": price, "currency": self.currency}
+        return {**about, "price": price, "currency": self.currency}
 
-    def _ask(self, prompts: dict[str, Messages], seed: int, keep: Callable[[str, Answer], None]) -> None:
+    def _ask(self, prompts: dict[str, Messages], seed: int, keep: Callable[[str, Completion], None]) -> None:
         client = Client(self.base_url, self.key_variable, Patience(**self.patience), Pace(self.requests_per_minute, self.tokens_per_minute))
         watch, lock = Stopwatch(), threading.Lock()
 
@@ -96,9 +96,9 @@ class ServerWriter(Writer):
             try:
                 text, read, wrote, cut = self._answer(client, self.body(prompts[key], seed))
                 with lock:  # each answer's seconds are those since the one before, so that they add up to the wall clock
-                    keep(key, Answer(text, round(watch.lap(), 4), read, wrote, cut))
+                    keep(key, Completion(text, round(watch.lap(), 4), read, wrote, cut))
             except BaseException:
-                client.stop.set()  # what is under way is paid for and still kept; nothing new begins
+                client.stop.set()  # what is under way is paid for and still stored; nothing new starts
                 raise
 
         pool = ThreadPoolExecutor(self.concurrency, "writer")
@@ -113,31 +113,31 @@ class ServerWriter(Writer):
             client.close()
 
     def body(self, messages: Messages, seed: int) -> dict[str, Any]:
-        """The request: sampling has its seed, greedy writing none; a null in `extra` takes a key out."""
-        asked: dict[str, Any] = {"model": self.model, self.room_key: self.max_new_tokens, "temperature": self.temperature}
+        """The request: sampling has its seed, greedy writing none; a null in `extra` removes a key."""
+        body: dict[str, Any] = {"model": self.model, self.room_key: self.max_new_tokens, "temperature": self.temperature}
         if self.temperature > 0:
-            asked |= {"seed": seed} | ({"top_p": self.top_p} if self.top_p < 1 else {})
+            body |= {"seed": seed} | ({"top_p": self.top_p} if self.top_p < 1 else {})
         if self.api == "completions":
-            asked |= {"prompt": as_text(messages, self.separator), "stop": [self.separator]}
+            body |= {"prompt": as_text(messages, self.separator), "stop": [self.separator]}
         else:
-            asked["messages"] = messages
-        return {key: value for key, value in {**asked, **self.extra}.items() if value is not None}
+            body["messages"] = messages
+        return {key: value for key, value in {**body, **self.extra}.items() if value is not None}
 
     def _answer(self, client: Client, body: dict[str, Any]) -> tuple[str, int | None, int | None, bool]:
         booked = len(json.dumps(body)) // CHARACTERS_PER_TOKEN + self.max_new_tokens
-        found = client.post(PATHS[self.api], body, booked, self._read)
-        if found[1] is not None and found[2] is not None:
-            client.pace.settle(found[1] + found[2] - booked)
-        return found
+        text, read, wrote, cut = client.post(PATHS[self.api], body, booked, self._parse)
+        if read is not None and wrote is not None:
+            client.pace.settle(read + wrote - booked)
+        return text, read, wrote, cut
 
-    def _read(self, body: Any) -> tuple[str, int | None, int | None, bool]:
+    def _parse(self, body: Any) -> tuple[str, int | None, int | None, bool]:
         """(text, prompt tokens, completion tokens, cut). A refusal of the model is an empty text."""
         try:
             choice = body["choices"][0]
             text = choice["message"]["content"] if self.api == "chat" else choice["text"]
         except (KeyError, IndexError, TypeError) as error:
-            told = body.get("error") if isinstance(body, dict) else None
-            raise Malformed(f"JSON without a choice{f': {json.dumps(told)}' if told else ''}") from error
+            reported = body.get("error") if isinstance(body, dict) else None
+            raise Malformed(f"JSON without a choice{f': {json.dumps(reported)}' if reported else ''}") from error
         if text is not None and not isinstance(text, str):
             raise Malformed("a choice whose content is no text")
         usage = body.get("usage")

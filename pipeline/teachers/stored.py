@@ -1,4 +1,4 @@
-"""A teacher whose text lies in the task's own rows. conf/teacher/stored.yaml."""
+"""A teacher whose texts are columns of the task's rows. conf/teacher/stored.yaml."""
 
 from __future__ import annotations
 
@@ -28,11 +28,8 @@ class Stored(Teacher):
     def check(self, task: str, row: dict) -> None:
         for key in ("rationale_column", "answer_column"):
             if getattr(self, key) not in row["fields"]:
-                there = ", ".join(row["fields"])
-                raise UserError(
-                    f"task {task} has no column {getattr(self, key)!r} (teacher.{key}); there are: {there}; "
-                    "set the key or choose another teacher"
-                )
+                what = f"task {task} has no column {getattr(self, key)!r} (teacher.{key}); there are: {', '.join(row['fields'])}"
+                raise UserError(f"{what}; set the key or choose another teacher")
 
     def explain(self, rows: Sequence[dict]) -> list[Explanation | None]:
         return [self._explanation(row["fields"]) for row in rows]

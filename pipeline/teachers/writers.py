@@ -1,4 +1,4 @@
-"""A model that writes text for prompts, and the cache that keeps every answer that was paid for."""
+"""A model that writes text for prompts, and the cache of its answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Spent:
     completion_tokens: int | None = 0
     keys: set[str] = field(default_factory=set, repr=False)
 
-    def add(self, key: str, answer: Answer) -> None:
+    def add(self, key: str, answer: Completion) -> None:
         if key in self.keys:
             return
         self.keys.add(key)
@@ -79,7 +79,7 @@ class Writer:
         """Raise UserError, naming what to change, if it cannot write: no such model, no key."""
 
     def identity(self) -> dict[str, Any]:
-        """Who writes and how: what, beside messages and seed, decides a text. Holds no secret."""
+        """Who writes and how: what, beside messages and seed, decides a text. Has no secret in it."""
         raise NotImplementedError
 
     def about(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Writer:
     def write(self, prompts: Sequence[Messages], *, seed: int = 0) -> list[str]:
         """One text for each prompt, in order. seed: of sampling; greedy texts do not depend on it.
 
-        Each answer is on the disk before the next is waited for: after an interruption, the same call asks for the others alone.
+        Each answer is on the disk before the next is waited for: after an interruption the same call asks for the missing ones only.
 
         Raises:
             UserError: it cannot write, or a prompt is too long.
@@ -107,7 +107,7 @@ class Writer:
             if missing:
                 with tqdm(total=len(missing), desc=f"{self.kind} writer", unit="text", disable=None, leave=False) as bar:
 
-                    def keep(key: str, answer: Answer) -> None:
+                    def keep(key: str, answer: Completion) -> None:
                         cache.add(key, answer)
                         self.spent.written += 1
                         bar.update()
@@ -117,13 +117,13 @@ class Writer:
                 self.spent.add(key, cache[key])
             return [cache[key].text for key in keys]
 
-    def _ask(self, prompts: dict[str, Messages], seed: int, keep: Callable[[str, Answer], None]) -> None:
+    def _ask(self, prompts: dict[str, Messages], seed: int, keep: Callable[[str, Completion], None]) -> None:
         """Write a text for each of these, by key, and `keep` each as soon as it is there."""
         raise NotImplementedError
 
 
 def as_text(messages: Messages, separator: str) -> str:
-    """The turns as plain text for a model that knows none: a reply follows what it answers after a blank, any other turn after `separator`."""
+    """The turns as plain text for a model without a chat template: a reply follows what it answers after a blank, any other turn after `separator`."""
     parts = [(" " if m["role"] == "assistant" else separator) + m["content"] for m in messages]
     return "".join(parts).removeprefix(separator)
 
@@ -133,10 +133,10 @@ def _sum(total: int | None, more: int | None) -> int | None:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """A written text and what it cost.
 
-    seconds: its share of the wall clock of the run that wrote it. Tokens: null where they were not told. cut: the room ended before the text did.
+    seconds: its share of the wall clock of the run that wrote it. Tokens: null where they were not reported. cut: whether max_new_tokens ended the text.
     """
 
     text: str
@@ -154,8 +154,8 @@ def digest(value: Any) -> str:
 class Cache:
     """A file of answers, read when it is opened; `add` may be called from several threads."""
 
-    def __init__(self, path: Path, held: dict[str, Answer], out: int) -> None:
-        self.path, self._held, self._out, self._lock = path, held, out, threading.Lock()
+    def __init__(self, path: Path, answers: dict[str, Completion], out: int) -> None:
+        self.path, self._answers, self._out, self._lock = path, answers, out, threading.Lock()
 
     @classmethod
     @contextmanager
@@ -168,7 +168,7 @@ class Cache:
         from filelock import FileLock, Timeout
 
         path = Path(path)
-        with _told(path):
+        with _refusals(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path.with_suffix(".lock"))
             try:
@@ -177,55 +177,56 @@ class Cache:
                 print(f"waiting for another run that writes to {path}", file=sys.stderr)
                 lock.acquire()
         try:
-            with _told(path):
+            with _refusals(path):
                 out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                with _told(path):
-                    held = _read(path)
-                    if not _ends_whole(path):
+                with _refusals(path):
+                    answers = _read(path)
+                    if not _ends_with_newline(path):
                         os.write(out, b"\n")
-                yield cls(path, held, out)
+                yield cls(path, answers, out)
             finally:
                 os.close(out)
         finally:
             lock.release()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._held
+        return key in self._answers
 
-    def __getitem__(self, key: str) -> Answer:
-        return self._held[key]
+    def __getitem__(self, key: str) -> Completion:
+        return self._answers[key]
 
-    def add(self, key: str, answer: Answer) -> None:
+    def add(self, key: str, answer: Completion) -> None:
         """Keep an answer; it is on the disk when this returns."""
         line = json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-        with self._lock, _told(self.path):
+        with self._lock, _refusals(self.path):
             os.write(self._out, line)
             os.fsync(self._out)
-            self._held[key] = answer
+            self._answers[key] = answer
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _refusals(path: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or mend the path, then run again") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or fix the path, then run again") from error
 
 
-def _read(path: Path) -> dict[str, Answer]:
-    held = {}
+def _read(path: Path) -> dict[str, Completion]:
+    answers = {}
     for line in path.read_bytes().split(b"\n"):
         try:
-            found = json.loads(line)
-            key = found.pop("key")
-            held[key] = Answer(**found)
+            answer = json.loads(line)
+            key = answer.pop("key")
+            answers[key] = Completion(**answer)
         except (ValueError, TypeError, KeyError, AttributeError):
             continue  # cut off, or written by another version: asked for again
-    return held
+    return answers
 
 
-def _ends_whole(path: Path) -> bool:
+def _ends_with_newline(path: Path) -> bool:
     with open(path, "rb") as data:
         size = data.seek(0, os.SEEK_END)
         if not size:

@@ -1,4 +1,4 @@
-"""Rows that a teacher wrote, mixed with the rows that people labelled: the settings of conf/synthetic/, and what a cell reads of them.
+"""Rows that a teacher wrote, mixed with the rows that people labelled: the settings of conf/synthetic/, and the rows that a cell takes.
 
 Library. `python -m pipeline.synthesize` writes synthetic/<task>/<name>/; a cell with synthetic=<name> trains on its labelled rows and on as many
 of these as synthetic.share says. Validation and test rows are never synthetic.
@@ -43,18 +43,18 @@ class Synthesis:
     shots: int = 3
     """Examples shown with every request, drawn anew each time."""
     attempts: float = 4.0
-    """Most texts that are asked for, as a multiple of `rows`."""
+    """Most texts to ask for, as a multiple of `rows`."""
     judge: bool = False
     """Whether the writer rates its rows from 1 to 3 and those below 2 are dropped (as LAB does)."""
     near: float = 0.7
-    """ROUGE-L from which on a text counts as one that is there already (Self-Instruct, Wang et al., 2023)."""
+    """ROUGE-L from which on a text counts as a duplicate (Self-Instruct, Wang et al., 2023)."""
     shortest: int = 3
     longest: int | None = None
     """Words of a question; null: twice as many as the longest example has."""
     question_column: str | None = None
     """The task's column that a question fills; null: the only one of its prompt."""
     context_column: str | None = None
-    """The column that a context fills; null: it stands before the question."""
+    """The column that a context fills; null: it comes before the question."""
     description: str | None = None
     """seeds=task: what the rows are, in words."""
     words: dict | None = None
@@ -79,8 +79,8 @@ class Synthesis:
 
 def read(cfg: DictConfig) -> Synthesis:
     """The checked settings. Raises UserError naming the key."""
-    found: Synthesis = build(Synthesis, plain(cfg)["synthetic"], "synthetic")
-    return found
+    settings: Synthesis = build(Synthesis, plain(cfg)["synthetic"], "synthetic")
+    return settings
 
 
 def wanted(cfg: DictConfig) -> bool:
@@ -103,14 +103,14 @@ def reads(cfg: DictConfig) -> list[Path]:
 
 
 def count(labelled: int, share: float) -> int:
-    """Rows that make `share` of the whole beside so many labelled ones."""
+    """How many rows make up `share` of the whole together with so many labelled ones."""
     return round(labelled * share / (1 - share))
 
 
-def further(cfg: DictConfig, labelled: Sequence[dict]) -> tuple[list[dict], Synthetic | None]:
-    """The synthetic rows that a cell trains on beside its labelled ones, and what its result says of them.
+def extra(cfg: DictConfig, labelled: Sequence[dict]) -> tuple[list[dict], Synthetic | None]:
+    """The synthetic rows that a cell trains on besides its labelled ones, and its result's entry for them.
 
-    Drawn with the cell's seed, leaves in turn; fewer of the same seed are nested in more.
+    Drawn with the cell's seed, leaves in turn; a smaller draw with the same seed is a part of a larger one.
 
     Raises:
         UserError: not written, written for other data or for other labelled rows than the cell has, or too few.
@@ -123,7 +123,7 @@ def further(cfg: DictConfig, labelled: Sequence[dict]) -> tuple[list[dict], Synt
         raise UserError(f"{folder / 'rows.jsonl'} does not exist; run: {command} writer.temperature=0.9")
     about = read_json(folder / "manifest.json")
     if about["data_sha256"] != sha256(Path(cfg.paths.data) / cfg.task.name / "manifest.json"):
-        raise UserError(f"{folder} was written for other data than data/{cfg.task.name} now holds; run again: {command}")
+        raise UserError(f"{folder} was written for other data than data/{cfg.task.name} now has; run again: {command}")
     key = "all" if "all" in about["sets"] else str(cfg.seed)
     if key not in about["sets"]:
         raise UserError(f"{folder} has no rows for seed {key}, only for {', '.join(about['sets'])}; run: {command} synthetic.row_seeds=[…,{key}]")
@@ -137,12 +137,11 @@ def further(cfg: DictConfig, labelled: Sequence[dict]) -> tuple[list[dict], Synt
             f"write more (synthetic.rows), or set synthetic.share={int(most * 100) / 100} at most"
         )
     one = about["sets"][key]
-    told = Synthetic(settings.name, number, settings.share, about["teacher"], one["seconds"], one["examples_beside"])
-    return drawn(rows, number, cfg.seed), told
+    return draw(rows, number, cfg.seed), Synthetic(settings.name, number, settings.share, about["teacher"], one["seconds"], one["examples_beside"])
 
 
-def drawn(rows: Sequence[dict], number: int, seed: int) -> list[dict]:
-    """So many of them in an order that is a function of the seed, leaves and answers in turn as long as each has some left."""
+def draw(rows: Sequence[dict], number: int, seed: int) -> list[dict]:
+    """`number` of the rows in an order that the seed decides, leaves and answers in turn as long as each has some left."""
     shuffled = random.Random(f"{seed}/synthetic").sample(list(rows), len(rows))
     place: dict[tuple[str, str | None], int] = {}
     turns: list[tuple[int, int, dict]] = []
@@ -155,10 +154,10 @@ def drawn(rows: Sequence[dict], number: int, seed: int) -> list[dict]:
 
 def _check_shown(cfg: DictConfig, folder: Path, rows: Sequence[dict], labelled: Sequence[dict]) -> None:
     """Every labelled row that the writer was shown must be one that the cell pays for."""
-    own = {row["id"] for row in labelled}
-    strange = next((seed for row in rows for seed in row["seeds"] if seed not in own), None)
-    if strange is not None:
+    known = {row["id"] for row in labelled}
+    foreign = next((seed for row in rows for seed in row["seeds"] if seed not in known), None)
+    if foreign is not None:
         raise UserError(
-            f"{folder} was written from labelled rows that this cell does not have (first: {strange}); "
+            f"{folder} was written from labelled rows that this cell does not have (first: {foreign}); "
             f"run python -m pipeline.synthesize again with train_rows={len(labelled)}, the fewest that its cells have"
         )

@@ -19,9 +19,9 @@ from pipeline.data.recipe import Recipe
 from pipeline.data.rows import load_rows
 from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.teachers.synthetic import taxonomy
+from pipeline.teachers.synthetic.filter import Filter
 from pipeline.teachers.synthetic.rows import Synthesis
-from pipeline.teachers.synthetic.sieve import Sieve
-from pipeline.teachers.synthetic.taxonomy import Example, Leaf
+from pipeline.teachers.synthetic.taxonomy import Leaf, SeedExample
 from pipeline.teachers.synthetic.writing import Draft, Writing, branches, check_words
 from pipeline.teachers.writers import Writer
 
@@ -30,7 +30,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Form:
-    """How a question stands in the task's rows. recipe: the task's, its answer a column of its own name."""
+    """Which columns of the task's rows a question and its context fill. recipe: the task's, with its answer in the column `answer`."""
 
     recipe: Recipe
     question: str
@@ -38,10 +38,10 @@ class Form:
 
     def row(self, name: str, number: int, draft: Draft) -> dict[str, Any]:
         """The task's row of a draft."""
-        asked = draft.question
+        question = draft.question
         if self.context is None and draft.branch.leaf.kind == "skill" and draft.context:
-            asked = f"{draft.context}\n\n{asked}"
-        fields = dict.fromkeys(tasks.columns_of(self.recipe.prompt, "task.prompt"), "") | {self.question: asked, "answer": draft.answer}
+            question = f"{draft.context}\n\n{question}"
+        fields = dict.fromkeys(tasks.columns_of(self.recipe.prompt, "task.prompt"), "") | {self.question: question, "answer": draft.answer}
         if self.context is not None:
             fields[self.context] = draft.context
         row = tasks.make_row(self.recipe, fields, f"{name}-{number}", f"synthetic row {number}")
@@ -52,14 +52,14 @@ class Form:
         """What of a row is compared: context and question, without the template's words."""
         return " ".join(tasks.text_of(row["fields"].get(column)) for column in (self.context, self.question) if column).strip()
 
-    def example(self, row: dict[str, Any]) -> Example:
+    def example(self, row: dict[str, Any]) -> SeedExample:
         context = tasks.text_of(row["fields"].get(self.context)) if self.context else ""
-        return Example(tasks.text_of(row["fields"].get(self.question)), row["answer"], context, row["id"])
+        return SeedExample(tasks.text_of(row["fields"].get(self.question)), row["answer"], context, row["id"])
 
 
-def written(wanted: Synthesis, form: Form, leaves: Sequence[Leaf], writer: Writer, held: tuple[Near, Near], tag: str) -> tuple[Rows, dict[str, Any]]:
-    """The rows of one set, and what its part of the manifest says. held: texts held out, and labelled ones."""
-    writing = Writing(writer, wanted, Sieve(wanted, form.recipe, form.recipe.prompt, *held), tag)
+def write_set(wanted: Synthesis, form: Form, leaves: Sequence[Leaf], writer: Writer, known: tuple[Near, Near], tag: str) -> tuple[Rows, dict[str, Any]]:
+    """The rows of one set, and its part of the manifest. known: held-out texts, and labelled ones."""
+    writing = Writing(writer, wanted, Filter(wanted, form.recipe, form.recipe.prompt, *known), tag)
     writing.run(branches(leaves, form.recipe.choice_list))
     rows = []
     for number, draft in enumerate(writing.kept, 1):
@@ -67,21 +67,21 @@ def written(wanted: Synthesis, form: Form, leaves: Sequence[Leaf], writer: Write
         rows.append(row | {"source": "synthetic", "set": tag, "leaf": draft.branch.leaf.path, "teacher": _teacher(writer), "seeds": draft.shown})
     unread = sorted({leaf.documents_at for leaf in leaves if leaf.documents_at})
     leaf_rows = {leaf.path: sum(draft.branch.leaf is leaf for draft in writing.kept) for leaf in leaves}
-    return rows, writing.account() | {"labels": splits.balance(rows), "leaves": leaf_rows} | ({"documents_not_read": unread} if unread else {})
+    return rows, writing.report() | {"labels": splits.balance(rows), "leaves": leaf_rows} | ({"documents_not_read": unread} if unread else {})
 
 
 def form_of(recipe: Recipe, wanted: Synthesis) -> Form:
-    """Raises UserError where it is not clear which column a question fills, or rows bring choices of their own."""
+    """Raises UserError where it is not clear which column a question fills, or every row has its own choices."""
     if isinstance(recipe.choices, str):
-        raise UserError(f"rows of task {recipe.name} have choices of their own (column {recipe.choices!r}), synthetic ones have none; choose another task")
+        raise UserError(f"rows of task {recipe.name} have their own choices (column {recipe.choices!r}), synthetic ones have none; choose another task")
     columns = list(dict.fromkeys(tasks.columns_of(recipe.prompt, "task.prompt")))
     for key in ("question_column", "context_column"):
         if getattr(wanted, key) not in (None, *columns):
             raise UserError(f"synthetic.{key}={getattr(wanted, key)} is no column of task.prompt; it has {', '.join(columns)}")
     rest = [column for column in columns if column != wanted.context_column]
     if wanted.question_column is None and len(rest) != 1:
-        told = f"task.prompt of {recipe.name} has the columns {', '.join(columns)}"
-        raise UserError(f"{told}; say which of them a question fills: synthetic.question_column={columns[0]}")
+        what = f"task.prompt of {recipe.name} has the columns {', '.join(columns)}"
+        raise UserError(f"{what}; say which of them a question fills: synthetic.question_column={columns[0]}")
     choices = tuple(recipe.choice_list) if recipe.choice_list else None
     return Form(replace(recipe, answer="{answer}", choices=choices, columns={}), wanted.question_column or rest[0], wanted.context_column)
 
@@ -93,25 +93,25 @@ def leaves_of(rows: Sequence[dict[str, Any]], wanted: Synthesis, form: Form, see
         UserError: an answer that none of the rows has.
     """
     choices = form.recipe.choice_list
-    lacking = next((c for c in choices or () if not any(row["answer"] == c for row in rows)), None)
-    if lacking is not None:
-        raise UserError(f"none of the {len(rows)} labelled rows of seed {seed} has the answer {lacking!r}; raise train_rows")
+    missing = next((c for c in choices or () if not any(row["answer"] == c for row in rows)), None)
+    if missing is not None:
+        raise UserError(f"none of the {len(rows)} labelled rows of seed {seed} has the answer {missing!r}; raise train_rows")
     groups = [[row for row in rows if row["answer"] == choice] for choice in choices] if choices else [list(rows)]
     shown = [row for group in groups for row in group[: wanted.seed_rows]]  # rows come in the seed's order
     return [Leaf(f"task/{form.recipe.name}", "skill", wanted.description or "", tuple(form.example(row) for row in shown))]
 
 
 def sets_of(cfg: DictConfig, wanted: Synthesis, form: Form) -> dict[str, list[Leaf]]:
-    """Leaves by set: of every seed its own, or one for all."""
+    """Leaves by set: a set for each seed, or one for all."""
     if wanted.seeds != synthetic.TASK:
         documents = Path(wanted.documents) if wanted.documents else None
         return {"all": taxonomy.read(Path(str(wanted.seeds)), documents, wanted.passage_words)}
-    read, data = settings.read(cfg), Path(cfg.paths.data) / cfg.task.name
-    found = {}
+    config, data = settings.read(cfg), Path(cfg.paths.data) / cfg.task.name
+    sets = {}
     for seed in wanted.row_seeds or (cfg.seed,):
-        cell = load_rows(data, read.task, cfg.train_rows, seed, read.evaluate.validation_share, 0, 0)
-        found[str(seed)] = leaves_of(cell.train, wanted, form, seed)
-    return found
+        cell = load_rows(data, config.task, cfg.train_rows, seed, config.evaluate.validation_share, 0, 0)
+        sets[str(seed)] = leaves_of(cell.train, wanted, form, seed)
+    return sets
 
 
 def check(cfg: DictConfig, wanted: Synthesis) -> None:
@@ -125,11 +125,12 @@ def check(cfg: DictConfig, wanted: Synthesis) -> None:
 
 
 def held_out_rows(data: Path, recipe: Recipe) -> Rows:
+    """Validation, test and transfer rows."""
     files = [data / "validation.jsonl", data / "test.jsonl", *(data / "transfer" / f"{name}.jsonl" for name in recipe.transfer)]
     return [row for file in files for row in read_jsonl(file)]
 
 
-def whole(example: Example) -> str:
+def whole(example: SeedExample) -> str:
     return f"{example.context} {example.question}".strip()
 
 
@@ -147,6 +148,6 @@ def manifest_of(cfg: DictConfig, wanted: Synthesis, data: Path, sets: dict[str, 
     }
 
 
-def in_words(told: dict[str, Any]) -> str:
-    dropped = ", ".join(f"{reason} {number}" for reason, number in told["dropped"].items()) or "none"
-    return f"{told['rows']:,} rows of {told['asked']:,} texts asked for (dropped: {dropped})"
+def in_words(report: dict[str, Any]) -> str:
+    dropped = ", ".join(f"{reason} {number}" for reason, number in report["dropped"].items()) or "none"
+    return f"{report['rows']:,} rows of {report['asked']:,} texts asked for (dropped: {dropped})"

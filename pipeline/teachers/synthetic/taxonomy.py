@@ -1,6 +1,6 @@
 """InstructLab's taxonomy: qna.yaml files, each a leaf of skill or knowledge with examples that people wrote (Sudalairaj et al., 2024, LAB).
 
-Library of synthesize.py. The format is that of the versions 1 to 3 of InstructLab's schemas:
+The format is that of the versions 1 to 3 of InstructLab's schemas:
 
     version: 3
     created_by: someone
@@ -35,7 +35,7 @@ PAIRS = 3
 
 
 @dataclass(frozen=True)
-class Example:
+class SeedExample:
     """A question that people answered. context: what it is about, empty where it stands alone. row: the id of the task's row that it is, if it is one."""
 
     question: str
@@ -46,28 +46,28 @@ class Example:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A qna.yaml. documents: passages to ask about, beside the examples' contexts."""
+    """A qna.yaml. documents: passages to ask about, besides the examples' contexts."""
 
     path: str
     """Within the taxonomy: compositional_skills/writing/poetry."""
     kind: str
     """skill or knowledge."""
     description: str
-    examples: tuple[Example, ...]
+    examples: tuple[SeedExample, ...]
     documents: tuple[str, ...] = ()
     documents_at: str | None = None
-    """Where its documents are said to lie, if they were not read."""
+    """Where its documents are, by the file, if they were not read."""
 
 
 def read(path: Path, documents: Path | None = None, passage_words: int = 250) -> list[Leaf]:
     """The leaves of a taxonomy: a qna.yaml, or all of them below a folder, in path order.
 
     Args:
-        documents: a folder (a clone of the `repo` that the files name) with the knowledge's documents; a `folder` in the file itself is read without it.
+        documents: a folder (a clone of the `repo` that the files name) with the knowledge's documents; without it the `folder` that a file names.
         passage_words: most words of a passage of a document; a longer paragraph is cut.
 
     Raises:
-        UserError: nothing there, or a file that is not of the format, with its key and the mend.
+        UserError: nothing there, or a file that is not of the format, with its key and the fix.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; name a qna.yaml or a folder of them in synthetic.seeds, or set synthetic.seeds=task")
@@ -92,13 +92,11 @@ def _leaf(file: Path, root: Path | None, documents: Path | None, passage_words: 
 
 def _yaml(file: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = yaml.safe_load(_utf8(file))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{file} is not YAML ({line}{getattr(error, 'problem', error)}); mend it") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise UserError(f"{file} is not YAML ({line}{getattr(error, 'problem', error)}); fix it") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file} is a {type(raw).__name__} at its top; write keys there: version, created_by, seed_examples, …")
     return raw
@@ -142,7 +140,7 @@ def _check_keys(file: Path, raw: dict[str, Any], kind: str, version: int) -> Non
         raise UserError(f"{file} has {len(seeds)} seed_examples; version {version} needs {FEWEST[version]} at least, add some")
 
 
-def _examples(file: Path, seeds: list[Any], kind: str, version: int) -> Iterator[Example]:
+def _examples(file: Path, seeds: list[Any], kind: str, version: int) -> Iterator[SeedExample]:
     grouped = kind == "knowledge" and version >= 3
     seen = set()
     for number, seed in enumerate(seeds, 1):
@@ -156,11 +154,11 @@ def _examples(file: Path, seeds: list[Any], kind: str, version: int) -> Iterator
         for place, pair in enumerate(pairs):
             at = f"{where}.questions_and_answers[{place}]" if grouped else where
             keys = ("question", "answer") if grouped else allowed
-            found = Example(_text(at, pair, "question", keys), _text(at, pair, "answer", keys), context)
-            if found in seen:
-                raise UserError(f"{at} stands there twice; remove one")
-            seen.add(found)
-            yield found
+            example = SeedExample(_text(at, pair, "question", keys), _text(at, pair, "answer", keys), context)
+            if example in seen:
+                raise UserError(f"{at} is there twice; remove one")
+            seen.add(example)
+            yield example
 
 
 def _text(where: str, node: Any, key: str, allowed: tuple[str, ...], needed: bool = True) -> str:
@@ -185,39 +183,39 @@ def _description(raw: dict[str, Any], kind: str) -> str:
     return f"{raw['domain'].strip()}: {about.strip()}"
 
 
-def _documents(file: Path, node: Any, given: Path | None, words: int) -> tuple[tuple[str, ...], str | None]:
-    """(Passages, or none; where the documents are said to lie if nothing was read)."""
+def _documents(file: Path, node: Any, root: Path | None, words: int) -> tuple[tuple[str, ...], str | None]:
+    """(Passages, or none; where the documents are, if nothing was read)."""
     if node is None:
         return (), None
     patterns = node.get("patterns") if isinstance(node, dict) else None
     if not isinstance(patterns, list) or not patterns or not all(isinstance(p, str) and p for p in patterns):
         raise UserError(f"{file} has no document.patterns; list which files are read, for example: patterns: ['*.md']")
-    folder = given or (Path(node["folder"]) if node.get("folder") else None)
+    folder = root or (Path(node["folder"]) if node.get("folder") else None)
     if folder is None:
         if not node.get("repo"):
             raise UserError(f"{file} has neither document.repo nor document.folder; name one")
         return (), f"{node['repo']} at {node.get('commit', 'its head')}"
-    files = sorted({found for pattern in patterns for found in folder.glob(pattern) if found.is_file()})
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     if not files:
-        raise UserError(f"{file}: document.patterns {', '.join(patterns)} match no file in {folder}; mend the patterns, or synthetic.documents")
-    return tuple(passage for one in files for passage in passages(_document(one), words)), None
+        raise UserError(f"{file}: document.patterns {', '.join(patterns)} match no file in {folder}; fix the patterns, or synthetic.documents")
+    return tuple(passage for one in files for passage in passages(_utf8(one), words)), None
 
 
-def _document(file: Path) -> str:
+def _utf8(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); give documents as text or Markdown") from error
+        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8 text") from error
 
 
 def passages(text: str, most_words: int) -> list[str]:
-    """Paragraphs put together to passages of at most so many words; a longer paragraph is cut."""
-    found: list[list[str]] = []
+    """Paragraphs joined to passages of at most so many words; a longer paragraph is cut."""
+    joined: list[list[str]] = []
     for paragraph in text.split("\n\n"):
         words = paragraph.split()
         for part in (words[i : i + most_words] for i in range(0, len(words), most_words)):
-            if found and len(found[-1]) + len(part) <= most_words:
-                found[-1] += part
+            if joined and len(joined[-1]) + len(part) <= most_words:
+                joined[-1] += part
             else:
-                found.append(part)
-    return [" ".join(words) for words in found]
+                joined.append(part)
+    return [" ".join(words) for words in joined]

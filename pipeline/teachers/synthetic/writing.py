@@ -1,6 +1,6 @@
 """New rows from seed examples, as LAB makes them (Sudalairaj et al., 2024): a question in the manner of a leaf's examples, then its answer, then a rating.
 
-Library of synthesize.py. Where a task has fixed choices the answer comes first and a text is written for it, so that no label is rarer than
+Where a task has fixed choices the answer comes first and a text is written for it, so that no label is rarer than
 another (Self-Instruct's output-first way, Wang et al., 2023). Requests are chat turns: drawn examples, then the same request once more.
 """
 
@@ -15,9 +15,9 @@ from typing import Any
 from pipeline.core.files import UserError
 from pipeline.data.near import own_nearness
 from pipeline.scoring.answers import canonical
+from pipeline.teachers.synthetic.filter import JUDGE, Filter
 from pipeline.teachers.synthetic.rows import Synthesis
-from pipeline.teachers.synthetic.sieve import JUDGE, Sieve
-from pipeline.teachers.synthetic.taxonomy import Example, Leaf
+from pipeline.teachers.synthetic.taxonomy import Leaf, SeedExample
 from pipeline.teachers.writers import Messages, Writer
 
 WORDS = ("system", "by_answer", "question", "in_context", "context", "answer", "judge")
@@ -29,7 +29,7 @@ class Branch:
 
     leaf: Leaf
     answer: str | None
-    examples: tuple[Example, ...]
+    examples: tuple[SeedExample, ...]
 
     @property
     def contexts(self) -> list[str]:
@@ -39,10 +39,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class Draft:
-    """A row on its way."""
+    """A row being written."""
 
     branch: Branch
-    shots: tuple[Example, ...]
+    shots: tuple[SeedExample, ...]
     context: str = ""
     question: str = ""
     answer: str = ""
@@ -58,16 +58,16 @@ def branches(leaves: Sequence[Leaf], choices: Sequence[str] | None) -> list[Bran
     if choices is None:
         return [Branch(leaf, None, leaf.examples) for leaf in leaves]
     spelling = {canonical(choice): choice for choice in choices}
-    found = []
+    parts: list[Branch] = []
     for leaf in leaves:
         wrong = next((e for e in leaf.examples if canonical(e.answer) not in spelling), None)
         if wrong is not None:
-            told = f"leaf {leaf.path} has the answer {wrong.answer!r}, none of the task's choices ({', '.join(choices)})"
-            raise UserError(f"{told}; mend it or choose another task")
+            what = f"leaf {leaf.path} has the answer {wrong.answer!r}, none of the task's choices ({', '.join(choices)})"
+            raise UserError(f"{what}; fix it or choose another task")
         for key, choice in spelling.items():
             examples = tuple(replace(e, answer=choice) for e in leaf.examples if canonical(e.answer) == key)
-            found += [Branch(leaf, choice, examples)] if examples else []
-    return found
+            parts += [Branch(leaf, choice, examples)] if examples else []
+    return parts
 
 
 @dataclass
@@ -76,15 +76,15 @@ class Writing:
 
     writer: Writer
     settings: Synthesis
-    sieve: Sieve
+    filter: Filter
     tag: str
     asked: int = 0
     kept: list[Draft] = field(default_factory=list)
     nearness: dict[str, float] = field(default_factory=dict)
-    """By leaf, as `_near` found it."""
+    """By leaf, what `_near` returned."""
 
     def run(self, parts: Sequence[Branch]) -> list[Draft]:
-        """Write in rounds, each asking for what is still missing, until there are `rows` or the attempts are spent. The same texts, the same rows."""
+        """Write in rounds, each asking for what is still missing, until there are `rows` or the attempts are spent. The same texts give the same rows."""
         goals = [self.settings.rows // len(parts) + (i < self.settings.rows % len(parts)) for i in range(len(parts))]
         most = [round(goal * self.settings.attempts) for goal in goals]
         asked, kept, number = [0] * len(parts), [0] * len(parts), 0
@@ -107,18 +107,18 @@ class Writing:
         return Draft(branch, shots, rng.choice(branch.contexts) if branch.contexts else "")
 
     def _written(self, drafts: list[Draft], number: int) -> list[Draft]:
-        """One round, step by step; each step asks for what the one before left."""
+        """One round: contexts, questions, answers, ratings; each step asks about the drafts that the one before kept."""
         drafts = self._contexts(drafts, number)
         texts = self._ask([self._question(d) for d in drafts], number)
-        found = []
+        asked: list[Draft] = []
         for draft, text in zip(drafts, texts, strict=True):
             about = draft.context if draft.branch.leaf.kind == "skill" else ""
-            question = self.sieve.question(text, [e.question for e in draft.branch.examples], about, self._near(draft.branch.leaf))
-            found += [replace(draft, question=question)] if question is not None else []
-        return self._judged(self._answered(found, number), number)
+            question = self.filter.question(text, [e.question for e in draft.branch.examples], about, self._near(draft.branch.leaf))
+            asked += [replace(draft, question=question)] if question is not None else []
+        return self._judged(self._answered(asked, number), number)
 
     def _near(self, leaf: Leaf) -> float:
-        """From which ROUGE-L on a text is one that is there already: above what the leaf's own examples have among each other, where they follow a pattern."""
+        """From which ROUGE-L on a text counts as a duplicate: above what the leaf's examples have among each other, where they follow a pattern."""
         if leaf.path not in self.nearness:
             usual = own_nearness([f"{e.context if leaf.kind == 'skill' else ''} {e.question}" for e in leaf.examples])
             self.nearness[leaf.path] = min(1.0, max(self.settings.near, usual + 1e-6))
@@ -129,20 +129,20 @@ class Writing:
         asked = [i for i, d in enumerate(drafts) if d.context and d.branch.leaf.kind == "skill" and not d.branch.leaf.documents]
         texts = self._ask([self._turns(drafts[i], [(self._say("context"), s.context) for s in drafts[i].shots if s.context], self._say("context"))
                            for i in asked], number)
-        found: dict[int, Draft | None] = dict(enumerate(drafts))
+        by_index: dict[int, Draft | None] = dict(enumerate(drafts))
         for i, text in zip(asked, texts, strict=True):
-            context = self.sieve.text(text, [e.context for e in drafts[i].branch.examples if e.context])
-            found[i] = replace(drafts[i], context=context) if context is not None else None
-        return [draft for draft in found.values() if draft is not None]
+            context = self.filter.text(text, [e.context for e in drafts[i].branch.examples if e.context])
+            by_index[i] = replace(drafts[i], context=context) if context is not None else None
+        return [draft for draft in by_index.values() if draft is not None]
 
     def _answered(self, drafts: list[Draft], number: int) -> list[Draft]:
         if drafts and drafts[0].branch.answer is not None:
             return [replace(d, answer=d.branch.answer or "") for d in drafts]
-        found = []
+        answered: list[Draft] = []
         for draft, text in zip(drafts, self._ask([self._reply(d) for d in drafts], number), strict=True):
-            answer = self.sieve.answer(text, [e.answer for e in draft.branch.examples])
-            found += [replace(draft, answer=answer)] if answer is not None else []
-        return found
+            answer = self.filter.answer(text, [e.answer for e in draft.branch.examples])
+            answered += [replace(draft, answer=answer)] if answer is not None else []
+        return answered
 
     def _judged(self, drafts: list[Draft], number: int) -> list[Draft]:
         if not self.settings.judge:
@@ -151,7 +151,7 @@ class Writing:
         for d in drafts:
             words = self._say("judge", question=_whole(d.context, d.question), answer=d.answer)
             requests.append([{"role": "user", "content": words}])
-        return [d for d, text in zip(drafts, self._ask(requests, number), strict=True) if self.sieve.rated(text)]
+        return [d for d, text in zip(drafts, self._ask(requests, number), strict=True) if self.filter.rated(text)]
 
     def _question(self, draft: Draft) -> Messages:
         def asked(context: str) -> str:
@@ -170,8 +170,8 @@ class Writing:
     def _turns(self, draft: Draft, shots: Sequence[tuple[str, str]], last: str, system: bool = True) -> Messages:
         words = self._say("system", description=draft.branch.leaf.description) if system else ""
         turns = [{"role": "system", "content": words}] if words else []
-        for asked, said in shots:
-            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        for question, answer in shots:
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return [*turns, {"role": "user", "content": last}]
 
     def _say(self, key: str, **values: Any) -> str:
@@ -180,17 +180,17 @@ class Writing:
     def _ask(self, prompts: Sequence[Messages], number: int) -> list[str]:
         return self.writer.write(prompts, seed=self.settings.seed + number) if prompts else []
 
-    def account(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """How the set came about: rows, texts asked for, and those dropped by reason."""
-        reasons = self.sieve.dropped if self.settings.judge else {k: v for k, v in self.sieve.dropped.items() if k != JUDGE}
+        reasons = self.filter.dropped if self.settings.judge else {k: v for k, v in self.filter.dropped.items() if k != JUDGE}
         raised = {path: round(near, 3) for path, near in self.nearness.items() if near > self.settings.near}
         return {"rows": len(self.kept), "asked": self.asked, "dropped": dict(sorted(reasons.items()))} | ({"near_raised": raised} if raised else {})
 
 
 def _request(goal: int, kept: int, asked: int) -> int:
-    """Texts to ask for: what is missing, and as much more as fell through so far (a quarter is taken to come through where less did)."""
-    through = max(kept / asked, 0.25) if asked else 1.0
-    return math.ceil((goal - kept) / through)
+    """Texts to ask for: what is missing, divided by the share that was kept so far (at least a quarter)."""
+    share = max(kept / asked, 0.25) if asked else 1.0
+    return math.ceil((goal - kept) / share)
 
 
 def _whole(context: str, question: str) -> str:

@@ -1,4 +1,4 @@
-"""What a teacher wrote, cleaned and held against rules: form, length, answers, duplicates, leakage. Every text that falls through is counted by its reason.
+"""What a teacher wrote, cleaned and checked: form, length, answers, duplicates, leakage. Every text that is dropped is counted by its reason.
 
 Library of synthesize.py.
 """
@@ -19,7 +19,7 @@ REFUSAL = re.compile(r"(?i)\bas an ai\b|\b(?:language model|ai assistant)\b|\bi(
 TAG = re.compile(r"\[(?:Start|End) of |<\|[^|]*\|>")
 MARK = re.compile(r"^\s*(?:\d+[.)]\s+|[-*•]\s+|#+\s+)")
 LEAST_ANSWER = 20
-"""Words that a written answer may have in any case."""
+"""Words that a written answer may always have."""
 
 END = re.compile(r"""[.!?…。！？]["'”’)\]*]*\s*$""")
 
@@ -28,12 +28,12 @@ FORMAT, UNFINISHED, LENGTH, ANSWER, LEAKED, DUPLICATE, NEAR, JUDGE = (
 )
 
 
-class Sieve:
+class Filter:
     """The rules for one set of rows.
 
     Args:
-        template: the task's prompt; its words around a column are taken off a text, and a text with more of them is none.
-        held_out: texts of validation, test and transfer rows. labelled: of training rows and seed examples.
+        template: the task's prompt; its words around a column are removed from a text, and a text with more of them is dropped.
+        held_out: texts of validation, test and transfer rows. labelled: those of training rows and seed examples.
     """
 
     def __init__(self, settings: Synthesis, task: Task, template: str, held_out: Near, labelled: Near) -> None:
@@ -43,29 +43,29 @@ class Sieve:
         self.frame = [line.strip() for text, *_ in string.Formatter().parse(template) for line in text.splitlines() if len(line.strip()) > 2]
 
     def text(self, raw: str, like: Sequence[str], longest: int | None = None) -> str | None:
-        """A text in the form of the examples `like`; None if it has another. Lengths in words; longest None: twice the longest example's.
+        """A text in the form of the examples `like`; None if it is dropped. Lengths in words; longest None: twice the longest example's.
 
         Where three examples of four end in a mark, one that does not was cut off.
         """
-        found = self._cleaned(raw, any("\n" in one for one in like))
-        if not found or REFUSAL.search(found) or TAG.search(found) or any(f.endswith(":") and f.casefold() in found.casefold() for f in self.frame):
+        text = self._cleaned(raw, any("\n" in one for one in like))
+        if not text or REFUSAL.search(text) or TAG.search(text) or any(f.endswith(":") and f.casefold() in text.casefold() for f in self.frame):
             return self._drop(FORMAT)
-        if _ended(found) < _most(map(_ended, like)):
+        if 4 * sum(map(_ended, like)) >= 3 * len(like) and not _ended(text):
             return self._drop(UNFINISHED)
         least = self.settings.shortest
         most = longest or 2 * max(len(one.split()) for one in like)
-        return found if least <= len(found.split()) <= max(least, most) else self._drop(LENGTH)
+        return text if least <= len(text.split()) <= max(least, most) else self._drop(LENGTH)
 
     def question(self, raw: str, like: Sequence[str], context: str = "", near: float | None = None) -> str | None:
-        """A question that is new: none of the held-out texts, of the labelled ones, or of those written before, nor near to one.
+        """A new question: not near to a held-out text, a labelled one or one written before; None if it is dropped.
 
-        What is taken counts as written from then on. context: what belongs to the question, so that both together must be new. near: in the place of
-        the settings', among labelled and written texts.
+        An accepted question counts as written from then on. context: what belongs to the question; both together must be new. near: the threshold
+        among labelled and written texts, in the place of the settings'.
         """
-        found = self.text(raw, like, longest=self.settings.longest)
-        if found is None:
+        text = self.text(raw, like, longest=self.settings.longest)
+        if text is None:
             return None
-        whole = f"{context} {found}".strip()
+        whole = f"{context} {text}".strip()
         if self.held_out.near(whole):
             return self._drop(LEAKED)
         others = (self.labelled, self.written)
@@ -74,18 +74,18 @@ class Sieve:
         if any(one.near(whole, near) for one in others):
             return self._drop(NEAR)
         self.written.add(whole)
-        return found
+        return text
 
     def answer(self, raw: str, like: Sequence[str]) -> str | None:
-        """A written answer as the task's own would stand: by its pattern, if it has one."""
+        """A written answer in the form of the task's answers, extracted by the task's pattern if it has one; None if it is dropped."""
         longest = max(LEAST_ANSWER, *(2 * len(one.split()) for one in like))
-        found = self._cleaned(raw, any("\n" in one for one in like))
+        text = self._cleaned(raw, any("\n" in one for one in like))
         if self.task.answer_pattern:
-            found = extract(found, self.task.answer_pattern) or ""
-        return found if found and len(found.split()) <= longest and not REFUSAL.search(found) and not TAG.search(found) else self._drop(ANSWER)
+            text = extract(text, self.task.answer_pattern) or ""
+        return text if text and len(text.split()) <= longest and not REFUSAL.search(text) and not TAG.search(text) else self._drop(ANSWER)
 
     def rated(self, raw: str) -> bool:
-        """Whether a rating from 1 to 3 is 2 at least; a text without one is none."""
+        """Whether a text has a rating from 1 to 3, and it is at least 2."""
         rating = re.search(r"[123]", raw)
         fine = bool(rating and rating[0] != "1")
         if not fine:
@@ -97,7 +97,7 @@ class Sieve:
         return None
 
     def _cleaned(self, raw: str, lines: bool) -> str:
-        """Without quotes, list marks and the task's own words around; its first line alone where no example has several."""
+        """A text without quotes, list marks and the task's words around it; only its first line where no example has several."""
         kept: list[str] = []
         for line in raw.strip().splitlines():
             bare = self._bare(line)
@@ -122,14 +122,9 @@ def _ended(text: str) -> bool:
     return bool(END.search(text))
 
 
-def _most(answers: Iterable[bool]) -> bool:
-    found = list(answers)
-    return 4 * sum(found) >= 3 * len(found)
-
-
 def near_texts(texts: Iterable[str], least: float) -> Near:
     """An index of these texts."""
-    found = Near(least)
+    index = Near(least)
     for text in texts:
-        found.add(text)
-    return found
+        index.add(text)
+    return index
