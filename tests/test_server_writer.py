@@ -183,7 +183,7 @@ def test_no_server_at_all(server, tmp_path):
 
 
 @pytest.mark.parametrize(("status", "body", "message"), [
-    (400, {"error": {"message": f"bad temperature, {KEY}"}}, "refuses the request .400, bad temperature, ….; mend"),
+    (400, {"error": {"message": f"bad temperature, {KEY}"}}, "refuses the request .400, bad temperature, ….; fix"),
     (401, {"error": {"message": f"Incorrect API key {KEY[:8]}"}}, "refuses .401. the key in OPENAI_API_KEY"),
     (403, b"no", "refuses .403. the key in OPENAI_API_KEY"), (404, {"error": {"message": "no model m"}}, "does not know that path or model .404, no model m"),
     (422, {"detail": "x"}, "refuses the request .422"), (302, b"", "refuses the request .302"),
