@@ -16,6 +16,7 @@ from pipeline.cell import grid, identity
 from pipeline.core import settings
 from pipeline.core.compose import CONF, ROOT, compose
 from pipeline.core.files import UserError, read_json, write_json
+from pipeline.core.names import TABLE
 from pipeline.data.recipe import Recipe
 
 LORA = ["experiments=quick", "technique=lora", "train_rows=200"]
@@ -134,6 +135,15 @@ def test_the_code_is_what_the_cell_imports_and_its_own_method_and_objective():
     assert names & others <= {"pipeline/methods/base.py", "pipeline/objectives/base.py"}, "a changed method is its own cells' alone"
     own = identity.own_code(identity.decides(compose(["experiments=quick", "technique=adapter_houlsby"])))
     assert {"pipeline/methods/bottleneck.py", "pipeline/methods/modules/adapters.py"} <= set(own) and "pipeline/methods/full.py" not in own
+
+
+@pytest.mark.parametrize(("method", "files"), [
+    ("peft_adapter", {"peft_adapter"}), ("lora_plus", {"peft_adapter", "peft_lora"}), ("ada_lora", {"peft_adapter", "peft_adalora"}),
+    ("from_file", {"peft_adapter", "peft_adalora", "peft_from_file", "peft_lora", "peft_prompts"}), ("ipt", {"peft_adapter", "soft_prompts"}),
+])
+def test_a_change_of_one_adapter_of_peft_concerns_no_other(method, files):
+    found = {path.stem for path in identity.closure(TABLE["method"][method].rpartition(".")[0]) if path.parent.name == "methods"}
+    assert found - {"base", "__init__"} == files
 
 
 def test_every_cell_of_a_method_has_its_code():

@@ -249,7 +249,7 @@ def test_it_needs_a_set_and_a_writer(stage, capsys):
 
 def test_a_task_whose_rows_bring_their_own_choices_is_refused():
     cfg = compose(["task=cqa", "synthetic=labels"])
-    with pytest.raises(UserError, match="rows of task cqa have choices of their own"):
+    with pytest.raises(UserError, match="rows of task cqa have their own choices"):
         sets.form_of(recipe.read(cfg), synthetic.read(cfg))
     cfg = compose(["task=esnli", "synthetic=labels"])
     with pytest.raises(UserError, match="columns premise, hypothesis; say which of them a question fills"):
