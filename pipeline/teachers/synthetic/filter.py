@@ -1,7 +1,4 @@
-"""What a teacher wrote, cleaned and checked: form, length, answers, duplicates, leakage. Every text that is dropped is counted by its reason.
-
-Library of synthesize.py.
-"""
+"""What a teacher wrote, cleaned and checked: form, length, answers, duplicates, leakage. Every text that is dropped is counted by its reason."""
 
 from __future__ import annotations
 
