@@ -22,7 +22,7 @@ from pipeline.core.settings import Model
 from pipeline.models.base import parameters, quiet
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Fetch, convert and save one model."""
     from pipeline.core.files import sha256
 

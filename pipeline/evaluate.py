@@ -21,7 +21,7 @@ from pipeline.scoring.answers import headline
 from pipeline.serving.scores import probe_artefact, score_artefact
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Load the cell's artefact onto its base and score the split; limits and batch size are this command's."""
     if not cfg.cell:
         raise UserError("pipeline.evaluate needs a finished cell; add cell=results/<experiment>/<cell>")

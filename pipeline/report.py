@@ -43,7 +43,7 @@ def _given(cfg: DictConfig) -> dict[str, list[int]]:
     return given
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: DictConfig, overrides: list[str]) -> None:
     """Write and print the report of cfg.experiment."""
     cells, missing = select(Path(cfg.paths.results) / cfg.experiment, {**grid(cfg.experiment)["grid"], **_given(cfg)})
     rows = make_rows(cells)

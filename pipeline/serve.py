@@ -25,7 +25,7 @@ from pipeline.serving.artefact import Artefact, Base, Door, check_sharing
 from pipeline.serving.requests import check_one_base, folder_of, read_requests, with_choices
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Read the requests, load the base and what they ask for, answer."""
     if not cfg.requests:
         raise UserError("pipeline.serve needs requests; add requests=<file>.jsonl, or requests=- for standard input")

@@ -26,7 +26,7 @@ from pipeline.teachers.synthetic.sieve import near_texts
 from pipeline.teachers.writers import Writer
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Write the synthetic rows of a composed config and say what came of it."""
     wanted = synthetic.read(cfg)
     check(cfg, wanted)

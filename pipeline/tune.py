@@ -21,20 +21,20 @@ import sys
 from omegaconf import DictConfig
 
 from pipeline.core import settings
-from pipeline.core.commands import entry, task_overrides
+from pipeline.core.commands import entry
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError
 from pipeline.records import tuned
 from pipeline.search.tuning import Shared, budget_of, check, each_technique, summary, tune
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Tune what the grid (or the command) names, one after another."""
     if cfg.tuned:
         raise UserError("pipeline.tune starts from untuned settings; leave out tuned=true (or +tuned)")
     settings.read(cfg)
     budget, done = budget_of(cfg), {}
-    chosen = [compose(o) for o in each_technique(cfg, task_overrides())]
+    chosen = [compose(o) for o in each_technique(cfg, overrides)]
     for one in chosen:
         check(one, budget)
     shared = Shared()

@@ -145,3 +145,13 @@ def spelled_out(words: Sequence[str]) -> list[str]:
         technique, *marks = word.split("+") if word.startswith("technique=") else [word]
         found += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
     return found
+
+
+def by_key(words: Sequence[str]) -> dict[str, str]:
+    """The overrides key=value as a dict; a + before the key is left out."""
+    return {key.lstrip("+"): value for key, equals, value in (word.partition("=") for word in words) if equals}
+
+
+def without(words: Sequence[str], *keys: str) -> list[str]:
+    """The overrides that set none of the keys."""
+    return [word for word in words if word.partition("=")[0].lstrip("+") not in keys]
