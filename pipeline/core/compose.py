@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -61,13 +62,16 @@ def check_places(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
-    """A config as resolved dicts and lists (Hydra's own node left out)."""
+    """A config as resolved dicts and lists, without Hydra's node. No limit on the gradients' norm is null, since JSON has no inf."""
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     assert isinstance(values, dict)
     values.pop("hydra", None)
+    train = values.get("train")
+    if isinstance(train, dict) and train.get("max_grad_norm") == math.inf:
+        train["max_grad_norm"] = None
     return names.named(values)  # type: ignore[arg-type]
 
 

@@ -35,14 +35,14 @@ import math
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
 from pipeline.core.compose import plain
 from pipeline.core.files import UserError
 from pipeline.core.names import name_of
-from pipeline.core.settings import Task, build
+from pipeline.core.settings import Seed, Task, build
 
 KINDS = ("labels", "bins", "of", "number")
 
@@ -51,7 +51,7 @@ KINDS = ("labels", "bins", "of", "number")
 class Split:
     """Sizes in rows (int) or as shares (float) of the rows that they are drawn from."""
 
-    seed: int = 0
+    seed: Seed = 0
     train: int | float | None = None
     validation: int | float | None = None
     test: int | float | None = None
@@ -100,14 +100,12 @@ class Recipe(Task):
     columns: dict = field(default_factory=dict)
     choices: tuple | str | None = None
     split: dict = field(default_factory=dict)
-    leakage: str = "error"
+    leakage: Literal["error", "drop"] = "error"
     licence: str = "not stated"
 
     def check(self) -> None:
         super().check()
         name_of(self.source, "task.source")
-        if self.leakage not in ("error", "drop"):
-            raise UserError(f"config key 'task.leakage' is {self.leakage!r}; choose error or drop")
         for key in ("prompt", "answer"):
             value = getattr(self, key)
             if isinstance(value, str) and not columns_of(value, f"task.{key}"):
