@@ -133,7 +133,7 @@ def explain(error: BaseException) -> str:
             return renamed_key(key)
         parent = getattr(cause, "parent_node", None)
         siblings = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
-        return f"unknown config key {key!r}{closest(key.rpartition('.')[2], siblings)}; mend the override, or prefix + to add a key"
+        return f"unknown config key {key!r}{closest(key.rpartition('.')[2], siblings)}; fix the override, or prefix + to add a key"
     text = " ".join(str(error).split())
     return f"the config does not compose: {text}"
 
@@ -144,11 +144,11 @@ SUFFIX = f"+{MARK}"
 
 def spelled_out(words: Sequence[str]) -> list[str]:
     """Overrides with technique=<name>+tuned as two, and technique=<name>+<set> likewise: with the synthetic rows of that set."""
-    found: list[str] = []
+    overrides: list[str] = []
     for word in words:
         technique, *marks = word.split("+") if word.startswith("technique=") else [word]
-        found += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
-    return found
+        overrides += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
+    return overrides
 
 
 def by_key(words: Sequence[str]) -> dict[str, str]:

@@ -69,7 +69,7 @@ class Task:
     answer_pattern: str | None = None
     """Regular expression whose last match (first group, if any) in generated text is the answer."""
     transfer: tuple[str, ...] = ()
-    """Names of further test sets in data/<task>/transfer/<name>.jsonl."""
+    """Names of extra test sets in data/<task>/transfer/<name>.jsonl."""
 
     def check(self) -> None:
         needs = {"macro_f1": "choice", "rouge_l": "generate"}.get(self.metric, self.scoring)
@@ -112,7 +112,7 @@ class Train:
     too_long: Literal["error", "truncate"] = "error"
     """error, or truncate: cut the prompt's start (counted in the result's notes)."""
     checkpointing: bool = False
-    """Keep a layer's input alone and go through the layer again on the way back (Chen et al., 2016): less memory, more time; stepped eagerly."""
+    """Keep a layer's input alone and compute the layer again in the backward pass (Chen et al., 2016): less memory, more time; stepped eagerly."""
     checkpoint_every_s: NotNegative = 120.0
     """Seconds between checkpoints in paths.work; 0: after every step."""
     progress: bool = True
@@ -144,7 +144,7 @@ class Evaluate:
 @dataclass(frozen=True)
 class Precision:
     name: Literal["auto", "fp32", "bf16", "int8", "nf4"]
-    """auto (bf16 on a GPU that has it, else fp32), fp32, bf16, int8 or nf4: how the base's weights are held."""
+    """auto (bf16 on a GPU that has it, else fp32), fp32, bf16, int8 or nf4: how the base's weights are stored."""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto, fp32 or bf16: the dtype of the arithmetic over a quantised base."""
     double_quantisation: bool = True

@@ -180,7 +180,7 @@ def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> 
     if choices is not None and answer not in choices:
         raise UserError(
             f"{where} has the answer {answer!r}, which is none of its choices ({', '.join(choices)}); "
-            "mend the row or task.choices"
+            "fix the row or task.choices"
         )
     return {"id": identity, "prompt": prompt, "answer": answer, "choices": choices, "fields": _plain(fields)}
 
@@ -250,7 +250,7 @@ def _number(value: Any, column: str, where: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{where} has {column}={value!r}, which is not a number; mend or remove that row")
+        raise UserError(f"{where} has {column}={value!r}, which is not a number; fix or remove that row")
     return number
 
 
@@ -260,7 +260,7 @@ def _element(options: Any, value: Any, spec: Answer, where: str) -> str:
     if not isinstance(options, list) or not 0 <= index < len(options):
         raise UserError(
             f"{where} has {spec.column}={value!r}, which is no place (0, 1, … or A, B, …) in the list {spec.of}; "
-            "mend or remove that row"
+            "fix or remove that row"
         )
     return text_of(options[index])
 
@@ -268,10 +268,10 @@ def _element(options: Any, value: Any, spec: Answer, where: str) -> str:
 def _choices(recipe: Recipe, fields: dict[str, Any], where: str) -> list[str] | None:
     if not isinstance(recipe.choices, str):
         return recipe.choice_list
-    found = _look(fields, recipe.choices, "task.choices", where)
-    if not isinstance(found, list) or len(found) < 2:
-        raise UserError(f"{where} has {recipe.choices}={found!r}; task.choices needs a column that holds a list of at least two")
-    return _unique(map(text_of, found))
+    options = _look(fields, recipe.choices, "task.choices", where)
+    if not isinstance(options, list) or len(options) < 2:
+        raise UserError(f"{where} has {recipe.choices}={options!r}; task.choices needs a column that holds a list of at least two")
+    return _unique(map(text_of, options))
 
 
 def _no_booleans(key: str, words: Iterable[Any]) -> None:

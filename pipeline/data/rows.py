@@ -33,7 +33,7 @@ class Example:
     ends: bool = False
     """Whether the answer is closed by the end-of-text token (needed where it is generated)."""
     prefill: str = ""
-    """The answer's beginning that is given, not learnt."""
+    """The answer's beginning, which is part of the prompt and not learnt."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Encoder:
         self.tokenizer, self.task, self.max_length, self.too_long = tokenizer, task, max_length, too_long
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._cut: set[tuple[int, ...]] = set()
-        self._told = 0
+        self._reported = 0
 
     def prompt(self, text: str) -> list[int]:
         if self.task.format == "chat":
@@ -87,7 +87,7 @@ class Encoder:
             return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         ids = self.tokenizer(text)["input_ids"]
         if ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1:
-            ids = ids[:-1]  # a tokenizer that closes every text; ours goes on
+            ids = ids[:-1]  # a tokenizer that closes every text; ours is continued
         return ids or [self.pad_id]
 
     def answer(self, text: str, ends: bool = False) -> list[int]:
@@ -104,7 +104,7 @@ class Encoder:
         return Encoded((*prompt, *answer), len(prompt), example.group, example.weight)
 
     def fit(self, prompt: list[int], room: int) -> list[int]:
-        """The prompt, its start cut if prompt and `room` further tokens exceed max_length (and too_long allows it)."""
+        """The prompt, its start cut if prompt and `room` more tokens exceed max_length (and too_long allows it)."""
         excess = len(prompt) + room - self.max_length
         if excess <= 0:
             return prompt
@@ -112,8 +112,8 @@ class Encoder:
         return prompt[excess:] if excess < len(prompt) else prompt[-1:]
 
     def check(self, what: str) -> str | None:
-        """A note on how many texts were cut that no check has told of yet, or UserError where that is not allowed."""
-        count, self._told = len(self._cut) - self._told, len(self._cut)
+        """A note on how many texts were cut since the last check, or UserError where that is not allowed."""
+        count, self._reported = len(self._cut) - self._reported, len(self._cut)
         if not count:
             return None
         if self.too_long == "error":

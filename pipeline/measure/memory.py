@@ -106,7 +106,7 @@ def free_bytes(device: Any) -> int:
 
 
 def child_rss(pid: int) -> int | None:
-    """Resident bytes of a process, None when it is gone or the system does not tell."""
+    """Resident bytes of a process, None when it is gone or the system does not say."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, IndexError, ValueError):
@@ -114,7 +114,7 @@ def child_rss(pid: int) -> int | None:
 
 
 def kernel_oom_kills() -> int | None:
-    """How many processes of this control group the kernel ended for lack of memory, None if it does not tell."""
+    """How many processes of this control group the kernel ended for lack of memory, None if it does not say."""
     try:
         group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
         for line in (Path("/sys/fs/cgroup") / group / "memory.events").read_text().splitlines():
@@ -133,8 +133,8 @@ def kernel_oom_kills() -> int | None:
 
 
 def _nvml_used(device: Any) -> int | None:
-    found = nvml(device)
-    return int(found[0].nvmlDeviceGetMemoryInfo(found[1]).used) if found else None
+    gpu = nvml(device)
+    return int(gpu[0].nvmlDeviceGetMemoryInfo(gpu[1]).used) if gpu else None
 
 
 @dataclass(frozen=True)
