@@ -7,7 +7,7 @@
     optuna-dashboard sqlite:///sweeps/quick/lora/study.db                           look at it
 
 Writes sweeps/<experiment>/<technique>/{study.db, sweep.json, trials.csv, best.json} and the confirm cell under results/.
-Test rows are scored in the confirm cell only. A killed sweep goes on where it was: started again, it tries the trial
+Test rows are scored in the confirm cell only. A killed sweep resumes when started again: it tries the trial
 that died once more and runs those that are missing. A trial that runs out of memory is an answer, not an error.
 """
 

@@ -4,8 +4,8 @@
     python -m pipeline.synthesize task=instruct synthetic=taxonomy synthetic.seeds=my/taxonomy writer=server writer.temperature=0.9
 
 From labelled training rows (synthetic.seeds=task: those that a cell of this seed and train_rows has, no others), or from InstructLab's qna.yaml
-files. Rows near to a validation, test or transfer row are dropped and counted. The writer keeps its texts: an interrupted run goes on, and the
-same command writes the same rows. docs/synthetic.md tells more.
+files. Rows near to a validation, test or transfer row are dropped and counted. The writer keeps its texts: an interrupted run resumes, and the
+same command writes the same rows. docs/synthetic.md says more.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     for tag, leaves in sets_of(cfg, wanted, form).items():
         before = writer.spent.seconds
         known = near_texts([form.text(row) for row in train] + [whole(e) for leaf in leaves for e in leaf.examples], wanted.near)
-        found, told = written(wanted, form, leaves, writer, (held_out, known), tag)
-        rows += found
+        made, counts = written(wanted, form, leaves, writer, (held_out, known), tag)
+        rows += made
         beside = sum(e.row is None for leaf in leaves for e in leaf.examples)
-        sets[tag] = told | {"seconds": round(writer.spent.seconds - before, 3), "examples_beside": beside}
+        sets[tag] = counts | {"seconds": round(writer.spent.seconds - before, 3), "examples_beside": beside}
     about = manifest_of(cfg, wanted, data, sets, writer.about())
     folder = synthetic.folder_of(cfg)
     with atomic_folder(folder, "manifest.json", "rows_sha256") as beside_it:
         write_jsonl(beside_it / "rows.jsonl", rows)
         write_json(beside_it / "manifest.json", about | {"rows_sha256": sha256(beside_it / "rows.jsonl")})
-    for tag, told in sets.items():
-        print(f"{folder / 'rows.jsonl'}, {'seed ' * (tag != 'all')}{tag}: {in_words(told)}")
+    for tag, counts in sets.items():
+        print(f"{folder / 'rows.jsonl'}, {'seed ' * (tag != 'all')}{tag}: {in_words(counts)}")
     if not rows:
         raise UserError(f"no row of {folder} came through the filters ({in_words(next(iter(sets.values())))}); try a larger writer.model")
     return 0

@@ -11,7 +11,7 @@ rows is tuned by itself, with the grid's first seed: validation rows are labelle
 The budget is tune.trials, whatever becomes of them: a trial that runs out of memory, diverges or ends with an error is one of them; so is one
 whose settings the input does not suit (more demonstrations than the context holds). Two thirds are drawn from the declared range
 (conf/search/). If the best value then lies at an edge, the rest is drawn from there and beyond, once; else from the declared range. Started
-again after a kill, it goes on where it was, with the same draws. Test rows are never read.
+again after a kill, it resumes with the same draws. Test rows are never read.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         check(one, budget)
     shared = Shared()
     for one in chosen:
-        found = tune(one, budget, shared)
-        if found:
-            done[tuned.path_of(one)] = found
+        if result := tune(one, budget, shared):
+            done[tuned.path_of(one)] = result
     for path, result in done.items():
         print(f"{path}: {summary(result)}")
     return 0

@@ -37,7 +37,7 @@ def test_a_folder_of_somebody_else_s_is_not_replaced(tmp_path, held):
     (tmp_path / "artefact").mkdir()
     for name, text in {"thesis.tex": "years of work", **held}.items():
         (tmp_path / "artefact" / name).write_text(text)
-    refused = pytest.raises(UserError, match="artefact stands there and was not written by this command")
+    refused = pytest.raises(UserError, match="artefact is there and was not written by this command")
     with refused, atomic_folder(tmp_path / "artefact", "artefact.json", "cell"):
         pytest.fail("it is refused before anything is made")
     assert (tmp_path / "artefact/thesis.tex").read_text() == "years of work" and len(names(tmp_path)) == 1

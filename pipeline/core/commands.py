@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -72,6 +72,15 @@ def _command_line(run: Run) -> int:
     if refused:
         raise refused[0]
     return code
+
+
+def key_values(words: Sequence[str], known: Iterable[str], command: str) -> dict[str, str]:
+    """The words key=value as a dict. Raises UserError for one with another key or without a value."""
+    pairs = [word.partition("=") for word in words]
+    wrong = next((word for word, (key, _, value) in zip(words, pairs, strict=True) if key not in known or not value), None)
+    if wrong is not None:
+        raise UserError(f"{command} does not take {wrong!r}; write key=value with one of {', '.join(known)}")
+    return {key: value for key, _, value in pairs}
 
 
 def words_entry(run: Callable[[list[str]], int]) -> Callable[..., int]:

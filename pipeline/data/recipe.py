@@ -271,16 +271,12 @@ def _choices(recipe: Recipe, fields: dict[str, Any], where: str) -> list[str] | 
     options = _look(fields, recipe.choices, "task.choices", where)
     if not isinstance(options, list) or len(options) < 2:
         raise UserError(f"{where} has {recipe.choices}={options!r}; task.choices needs a column that holds a list of at least two")
-    return _unique(map(text_of, options))
+    return list(dict.fromkeys(map(text_of, options)))
 
 
 def _no_booleans(key: str, words: Iterable[Any]) -> None:
     if any(isinstance(word, bool) for word in words):
         raise UserError(f"config key '{key}' holds a word that YAML reads as true or false; put yes, no, on, off, true and false in quotes")
-
-
-def _unique(words: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(words))
 
 
 def _plain(value: Any) -> Any:

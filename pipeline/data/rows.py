@@ -85,10 +85,7 @@ class Encoder:
             messages = [{"role": "user", "content": text}]
             rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        ids = self.tokenizer(text)["input_ids"]
-        if ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1:
-            ids = ids[:-1]  # a tokenizer that closes every text; ours is continued
-        return ids or [self.pad_id]
+        return beginning(self.tokenizer, text) or [self.pad_id]
 
     def answer(self, text: str, ends: bool = False) -> list[int]:
         glue = "" if self.task.format == "chat" else self.task.separator
@@ -122,6 +119,12 @@ class Encoder:
                 "raise train.max_length if the context allows it, or set train.too_long=truncate"
             )
         return f"{count} texts of {what} longer than {self.max_length} tokens lost their start"
+
+
+def beginning(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that is to be continued: without the end-of-text token that some tokenizers add to every text."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 @dataclass(frozen=True)
@@ -180,13 +183,9 @@ def load_rationales(folder: Path) -> dict[str, dict]:
     return {row["id"]: row for row in read_jsonl(path)}
 
 
-def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
-    """The order of the rows in an epoch: a function of seed and epoch alone, so a resumed run finds its place."""
-    return list(_epoch_order(rows, seed, epoch))
-
-
 @functools.lru_cache(maxsize=128)  # a shuffle takes longer than a short step, and every step of an epoch asks
-def _epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of the rows in an epoch: a function of seed and epoch alone, so a resumed run knows where it was."""
     order = list(range(rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return tuple(order)
@@ -199,7 +198,7 @@ def steps_in_epoch(rows: int, batch_size: int) -> int:
 def step_rows(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The rows of optimiser step `step` (from 0); an epoch's last step may be smaller."""
     epoch, index = divmod(step, steps_in_epoch(rows, batch_size))
-    return list(_epoch_order(rows, seed, epoch)[index * batch_size : (index + 1) * batch_size])
+    return list(epoch_order(rows, seed, epoch)[index * batch_size : (index + 1) * batch_size])
 
 
 def step_batches(examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:

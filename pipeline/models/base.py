@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.core.files import UserError, read_json
 from pipeline.core.settings import Precision
-
-if TYPE_CHECKING:
-    pass
 
 
 def device_of(name: str) -> Any:

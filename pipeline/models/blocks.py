@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.files import UserError
 from pipeline.data.rows import Example
-from pipeline.models.base import load_tokenizer
+from pipeline.models.base import load_tokenizer, most_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +68,7 @@ def rows(examples: Sequence[Example], count: int, base: Any) -> list[list[int]]:
     if not examples:
         raise UserError("calibration needs training rows; raise train_rows")
     tokenizer = load_tokenizer(Path(base.config._name_or_path))
-    most = min(MOST_TOKENS, getattr(base.config, "max_position_embeddings", None) or MOST_TOKENS)
-    return [tokenizer(f"{e.prompt} {e.answer}")["input_ids"][-most:] for e in examples[:count]]
+    return [tokenizer(f"{e.prompt} {e.answer}")["input_ids"][-most_tokens(base, MOST_TOKENS):] for e in examples[:count]]
 
 
 def calibrate(model: Any, ids: Sequence[Sequence[int]], measure: Callable[[torch.Tensor], torch.Tensor], change: Callable[[Any, dict[str, Any]], None]) -> None:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from pipeline.core.files import UserError, read_json, read_jsonl, write_json
 from pipeline.core.settings import Evaluate, Precision, Settings
-from pipeline.data.rows import by_length, pad
+from pipeline.data.rows import beginning, by_length, pad
 from pipeline.measure.machine import hardware
 from pipeline.models.base import autocast, load_model, manifest, most_tokens, resolve
 from pipeline.records.results import Forgetting
@@ -120,7 +120,7 @@ def last_words(model: Any, tokenizer: Any, passages: Sequence[tuple[str, str]], 
 
     room = most_tokens(model, 10**9)
     words = [tokenizer(" " + word, add_special_tokens=False)["input_ids"] for _, word in passages]
-    heads = [_open(tokenizer, context)[-(room - len(word)):] for (context, _), word in zip(passages, words, strict=True)]
+    heads = [beginning(tokenizer, context)[-(room - len(word)):] for (context, _), word in zip(passages, words, strict=True)]
     nats, hits = 0.0, 0
     with torch.inference_mode(), autocast(device, dtype):
         for part in by_length([len(h) + len(w) for h, w in zip(heads, words, strict=True)], PASSAGE_TOKENS):
@@ -132,12 +132,6 @@ def last_words(model: Any, tokenizer: Any, passages: Sequence[tuple[str, str]], 
             missed = torch.zeros(len(part), device=device).index_add_(0, rows, (logits.argmax(-1) != targets).float())
             hits += int((missed == 0).sum())
     return hits / len(passages), math.exp(nats / len(passages))
-
-
-def _open(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text to be continued: without the end that some tokenizers put to every text."""
-    ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 class Probing:
