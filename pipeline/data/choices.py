@@ -1,6 +1,6 @@
 """What choice scoring feeds and reads off: every row's prompt and choices as token sequences, with what they have in common fed once.
 
-Library. Lists alone. `Reads` shares nothing but the beginning of a choice that is another one's; `arrange`
+Library, plain lists without torch. `Reads` feeds a choice with which another choice begins only once; `arrange`
 lets a row's choices share its prompt, and all rows the tokens that they begin with, where that saves enough tokens.
 """
 
@@ -22,8 +22,8 @@ Items = Sequence[tuple[list[int], list[list[int]]]]
 class Reads:
     """What choice scoring feeds and reads off.
 
-    sequences: token ids to feed; at [sequence]: (column, target, place) to read off each, where place counts places:
-    (item, choice), to which a read is added.
+    sequences: token ids to feed. at: for each sequence, its reads (column, target, place): the log-probability of token
+    `target` at `column` is added to the sum of places[place]. places: (item, choice).
     """
 
     sequences: list[list[int]]
@@ -60,7 +60,7 @@ class Reads:
         return [Group([], rows)] if rows else []
 
     def by_item(self, sums: Sequence[float]) -> list[list[float]]:
-        """What was summed up by place, as one list of choices an item."""
+        """The sums by place as a list of its choices' sums for every item."""
         choices: list[list[float]] = [[] for _ in range(1 + max((item for item, _ in self.places), default=-1))]
         for (item, _), value in zip(self.places, sums, strict=True):
             choices[item].append(value)
