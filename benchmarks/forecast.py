@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import forecast_configs, forecast_fit, forecast_measure
+from pipeline.core.commands import key_values
 from pipeline.core.files import UserError
 
 OUT = Path(__file__).parent.parent / "experiments" / "forecast"
@@ -27,15 +28,10 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, str]]:
     """(measure, fit or plan; the keys). Raises UserError naming what is not known."""
     if not words or words[0] not in ("measure", "fit", "plan"):
         raise UserError("benchmarks.forecast takes measure, fit or plan first")
-    found = dict(DEFAULTS)
-    for word in words[1:]:
-        key, _, value = word.partition("=")
-        if key not in DEFAULTS or not value:
-            raise UserError(f"benchmarks.forecast does not take {word!r}; write key=value with one of {', '.join(DEFAULTS)}")
-        found[key] = value
-    if found["configs"] not in ("all", "tiny") or not found["seconds"].isdecimal():
+    keys = DEFAULTS | key_values(words[1:], DEFAULTS, "benchmarks.forecast")
+    if keys["configs"] not in ("all", "tiny") or not keys["seconds"].isdecimal():
         raise UserError("benchmarks.forecast takes configs=all or configs=tiny, and whole seconds")
-    return words[0], found
+    return words[0], keys
 
 
 def run(words: Sequence[str]) -> int:

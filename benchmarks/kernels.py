@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 from benchmarks.speed_ours import Ours
 from benchmarks.speed_workloads import Workload
-from pipeline.core.commands import words_entry
-from pipeline.core.files import UserError
+from pipeline.core.commands import key_values, words_entry
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.memory import PeakMemory
 from pipeline.models.base import device_of
@@ -25,10 +24,7 @@ def run(words: Sequence[str]) -> int:
     """Measure, profile, print."""
     from torch.profiler import ProfilerActivity, profile
 
-    given = dict(word.partition("=")[::2] for word in words)
-    if unknown := set(given) - set(DEFAULTS):
-        raise UserError(f"benchmarks.kernels does not take {sorted(unknown)[0]!r}; write key=value with one of {', '.join(DEFAULTS)}")
-    chosen = {**DEFAULTS, **given}
+    chosen = DEFAULTS | key_values(words, DEFAULTS, "benchmarks.kernels")
     workload = Workload(chosen["technique"], chosen["shape"], int(chosen["batch"]), int(chosen["length"]))
     device = device_of("cuda")
     ours, memory = Ours(workload, device), PeakMemory(device)

@@ -52,10 +52,10 @@ class Source:
         if self.real:
             from transformers import AutoModelForCausalLM
 
-            from pipeline.core.settings import Precision
+            from pipeline.core.settings import Precision, build
             from pipeline.models.base import load_model
 
-            return load_model(self.model, Precision(row.dtype), device, AutoModelForCausalLM.from_pretrained(self.model))
+            return load_model(self.model, build(Precision, {"name": row.dtype}, "precision"), device, AutoModelForCausalLM.from_pretrained(self.model))
         return base_model(Workload("full", row.shape, 1, 8, dtype=row.dtype), device).requires_grad_(False)
 
     def items(self, row: EvalRow) -> Items:
@@ -64,14 +64,14 @@ class Source:
 
 
 def _task_items(source: Source, row: EvalRow) -> Items:
-    from pipeline.core.settings import Task
+    from pipeline.core.settings import Task, build
     from pipeline.data.rows import Encoder
     from pipeline.scoring.scorer import Scorer
 
     rows = [r for split in ("test", "validation", "train") for r in read_jsonl(source.task / f"{split}.jsonl")]
     if len(rows) < row.rows:
         raise UserError(f"{source.task} has {len(rows)} rows, {row.id} answers {row.rows}; prepare a larger task")
-    task = Task(source.task.name, row.scoring, max_new_tokens=row.new_tokens)
+    task = build(Task, {"name": source.task.name, "scoring": row.scoring, "max_new_tokens": row.new_tokens}, "task")
     return Scorer(None, Encoder(source.tokenizer(), task, 512, "truncate"), task, lambda prompt: prompt, 0, None, None).items(rows[: row.rows])
 
 

@@ -29,7 +29,7 @@ def batches(examples: Sequence[Any], size: int, pad_id: int, device: Any) -> lis
     """The steps of all epochs: (rows, their batch)."""
     found = []
     for epoch in range(EPOCHS):
-        order = epoch_order(len(examples), 0, epoch)
+        order = list(epoch_order(len(examples), 0, epoch))
         parts = [order[i : i + size] for i in range(0, len(order), size)]
         found += [(part, collate([examples[i] for i in part], {"label": 1}, pad_id).to(device)) for part in parts]
     return found

@@ -4,7 +4,7 @@
     python -m pipeline.advise train_rows=500 metric_floor=0.5 task=vader_movies_5 model=smollm2_135m results=results/data_size
 
 Keys: train_rows; gpu_memory_gb, hours (of training one cell), metric_floor (a fraction), task, model, results (a folder, results). Exit codes: 0 there
-is an answer, 1 no evidence fits, 2 bad input. docs/advice.md tells the rules and how they did.
+is an answer, 1 no evidence fits, 2 bad input. docs/advice.md has the rules and how well they did.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.core.commands import words_entry
+from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError
 from pipeline.reporting.advice import Need, advise
 from pipeline.reporting.advice_text import failures, told
@@ -24,19 +24,16 @@ KEYS = ("train_rows", "gpu_memory_gb", "hours", "metric_floor", "task", "model",
 
 def parse(words: Sequence[str]) -> tuple[Need, Path]:
     """(what is asked for, the folder of results). Raises UserError naming the key."""
-    given = dict(word.partition("=")[::2] for word in words)
-    unknown = next((w for w in words if w.partition("=")[0] not in KEYS or not w.partition("=")[2]), None)
-    if unknown:
-        raise UserError(f"pipeline.advise does not take {unknown!r}; write key=value with one of {', '.join(KEYS)}")
-    if not given.get("train_rows", "").isdecimal() or int(given["train_rows"]) < 1:
-        raise UserError(f"train_rows={given.get('train_rows', '')} is no number of rows; say how many labelled rows you train on: train_rows=500")
-    numbers = {key: _number(key, given[key]) for key in ("gpu_memory_gb", "hours", "metric_floor") if key in given}
+    asked = key_values(words, KEYS, "pipeline.advise")
+    if not asked.get("train_rows", "").isdecimal() or int(asked["train_rows"]) < 1:
+        raise UserError(f"train_rows={asked.get('train_rows', '')} is no number of rows; say how many labelled rows you train on: train_rows=500")
+    numbers = {key: _number(key, asked[key]) for key in ("gpu_memory_gb", "hours", "metric_floor") if key in asked}
     if numbers.get("metric_floor", 0) > 1:
-        raise UserError(f"metric_floor={given['metric_floor']} is no fraction; 80% is metric_floor=0.8")
-    root = Path(given.get("results", "results"))
+        raise UserError(f"metric_floor={asked['metric_floor']} is no fraction; 80% is metric_floor=0.8")
+    root = Path(asked.get("results", "results"))
     if not root.is_dir():
         raise UserError(f"{root} is no folder; name one that holds results: results=results/data_size")
-    return Need(int(given["train_rows"]), **numbers, task=given.get("task"), model=given.get("model")), root
+    return Need(int(asked["train_rows"]), **numbers, task=asked.get("task"), model=asked.get("model")), root
 
 
 def _number(key: str, text: str) -> float:
@@ -52,9 +49,9 @@ def _number(key: str, text: str) -> float:
 def run(words: Sequence[str]) -> int:
     """Print the advice."""
     need, root = parse(words)
-    found = advise(gather([root]), need)
-    print("\n".join([*told(found), *failures(out_of_memory([root]), found)]))
-    return 0 if found.chosen else 1
+    advice = advise(gather([root]), need)
+    print("\n".join([*told(advice), *failures(out_of_memory([root]), advice)]))
+    return 0 if advice.chosen else 1
 
 
 main = words_entry(run)

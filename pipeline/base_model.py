@@ -22,7 +22,7 @@ from pipeline.core.settings import Model
 from pipeline.models.base import parameters, quiet
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Fetch, convert and save one model."""
     from pipeline.core.files import sha256
 
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> int:
 
 
 def _random(model: Any, seed: int) -> Any:
-    """The same architecture with weights drawn as its own initialisation draws them."""
+    """The same architecture with weights drawn by its initialisation."""
     import torch
 
     torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def _random(model: Any, seed: int) -> Any:
 
 
 def _one(digests: dict[str, str]) -> str:
-    """One sha256 for the weights: the file's own, or a hash over the shards' hashes."""
+    """One sha256 for the weights: the file's, or a hash over the shards' hashes."""
     import hashlib
 
     if len(digests) == 1:

@@ -18,12 +18,12 @@ import sys
 from omegaconf import DictConfig
 
 from pipeline.cell.grid import run_missing
-from pipeline.core.commands import entry, task_overrides
+from pipeline.core.commands import entry
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Run what is missing, in the grid's order."""
-    return run_missing(task_overrides())
+    return run_missing(overrides)
 
 
 main = entry(run)

@@ -21,16 +21,16 @@ from pipeline.scoring.answers import headline
 from pipeline.serving.scores import probe_artefact, score_artefact
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Load the cell's artefact onto its base and score the split; limits and batch size are this command's."""
     if not cfg.cell:
         raise UserError("pipeline.evaluate needs a finished cell; add cell=results/<experiment>/<cell>")
     result = finished(cfg.cell)
     target = Path(cfg.paths.evaluations) / result.experiment / result.cell / cfg.split.replace("/", "-")
     if cfg.split == "probes":
-        found = probe_artefact(held(result, cfg), Path(cfg.cell) / "artefact")
-        write_json(target / "forgetting.json", {"cell": result.cell, **dataclasses.asdict(found)})
-        print(f"{result.cell}: perplexity {found.perplexity:.2f}, the base's {found.perplexity_base:.2f}; {found.probes}; {target}/forgetting.json")
+        probes = probe_artefact(held(result, cfg), Path(cfg.cell) / "artefact")
+        write_json(target / "forgetting.json", {"cell": result.cell, **dataclasses.asdict(probes)})
+        print(f"{result.cell}: perplexity {probes.perplexity:.2f}, the base's {probes.perplexity_base:.2f}; {probes.probes}; {target}/forgetting.json")
         return 0
     predictions, score = score_artefact(held(result, cfg), Path(cfg.cell) / "artefact", cfg.split)
     write_jsonl(target / "predictions.jsonl", predictions)

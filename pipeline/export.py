@@ -23,7 +23,7 @@ from pipeline.serving.artefact import Artefact, Base
 from pipeline.serving.export import about, differences, refusal, save
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Load the artefact, merge it, write it, and look whether it comes back."""
     if not cfg.cell or not cfg.to:
         raise UserError("pipeline.export needs a finished cell and a folder to write; add cell=results/<experiment>/<cell> to=<folder>")

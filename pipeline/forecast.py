@@ -19,7 +19,7 @@ from pipeline.forecasting.cell import calibrate, forecast
 from pipeline.forecasting.text import table
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Print the forecast; 0 whether or not it fits."""
     if cfg.forecast.calibrate:
         calibrate(cfg)

@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.cell import identity
 from pipeline.cell.grid import grid_overrides, is_done, run_cells
 from pipeline.core import settings
-from pipeline.core.commands import entry, task_overrides
-from pipeline.core.compose import build, compose
+from pipeline.core.commands import entry
+from pipeline.core.compose import build, compose, without
 from pipeline.core.files import UserError, write_json
 from pipeline.core.peft_files import find
 from pipeline.records.finished import name as cell_name
@@ -26,14 +26,14 @@ from pipeline.records.peft_result import as_peft_result
 from pipeline.records.results import read
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Run the missing cells of every configuration and write their results in PEFT's format. 2 if any was passed over."""
     path = OmegaConf.select(cfg, "technique.path")
     if not path:
         raise UserError("pipeline.peft_configs needs a file or folder; add technique=peft_config technique.path=<adapter_config.json or folder>")
     cells, code = [], 0
     for file in find(path):
-        made = [compose(o) for o in grid_overrides(_of(file))]
+        made = [compose(o) for o in grid_overrides(_of(file, overrides))]
         try:
             for one in made:
                 settings.read(one)
@@ -53,10 +53,9 @@ def run(cfg: DictConfig) -> int:
     return code
 
 
-def _of(file: Path) -> list[str]:
-    """The overrides of this command for one configuration."""
-    rest = [o for o in task_overrides() if o.partition("=")[0] not in ("technique", "technique.path")]
-    return [*rest, "technique=peft_config", f"technique.path={file}"]
+def _of(file: Path, overrides: list[str]) -> list[str]:
+    """The command's overrides for one configuration."""
+    return [*without(overrides, "technique", "technique.path"), "technique=peft_config", f"technique.path={file}"]
 
 
 main = entry(run)

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from pipeline.cell import identity
 from pipeline.cell.grid import check_params, compose_cell, grid_overrides
 from pipeline.core import names
-from pipeline.core.commands import entry, task_overrides
-from pipeline.core.compose import CONF, ROOT
+from pipeline.core.commands import entry
+from pipeline.core.compose import CONF, ROOT, by_key
 from pipeline.core.files import atomic_folder, write_json
 from pipeline.records.finished import name as cell_name
 
@@ -29,11 +29,11 @@ STAGES = {"prepare": ("task.source",), "base_model": ("model.source",), "synthes
 """Commands of shared stages -> the kinds of classes that they make."""
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Plan the cells of the grid, or the commands that experiments share."""
-    if not any(word.startswith("experiments=") for word in task_overrides()):
+    if "experiments" not in by_key(overrides):
         return plan_commands(Path(cfg.paths.plans) / "code")
-    cells = [compose_cell(overrides) for overrides in grid_overrides(task_overrides())]
+    cells = [compose_cell(words) for words in grid_overrides(overrides)]
     check_params(cfg.experiment, cells)
     if cfg.adopt:
         identity.check_adoptable(cells)

@@ -21,7 +21,7 @@ from pipeline.data.sources import Loaded
 from pipeline.data.splits import assemble, balance, file_of, in_words, manifest_of
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Prepare the task of a composed config and say what came of it."""
     recipe = tasks.read(cfg)
     loaded: Loaded = build(cfg.task.source, "task.source").read(Path(cfg.paths.work))

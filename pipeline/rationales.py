@@ -25,7 +25,7 @@ from pipeline.teachers.base import Teacher
 from pipeline.teachers.rationales import SPLITS, explained, in_words, summary, wanted
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Let the teacher of a composed config explain the rows of its task."""
     data = Path(cfg.paths.data) / cfg.task.name
     if not (data / "manifest.json").exists():

@@ -5,7 +5,7 @@
 
 Reads results/<experiment>/**/result.json and predictions.jsonl, keeps the cells of experiments/<name>/params.yaml's grid
 (and confirm cells of its techniques), and writes report/<experiment>/{index.html, table.md, table.csv, history.csv,
-metrics/<cell>.json} whole or not at all; `dvc metrics` reads the last, `dvc plots` the CSVs. Prints table.md and the path of the page.
+metrics/<cell>.json} atomically; `dvc metrics` reads the last, `dvc plots` the CSVs. Prints table.md and the path of the page.
 Cells without a result are named, those out of memory are rows.
 """
 
@@ -31,21 +31,21 @@ from pipeline.reporting.page import page
 from pipeline.reporting.rows import make_rows
 
 
-def _given(cfg: DictConfig) -> dict[str, list[int]]:
+def _named_axes(cfg: DictConfig) -> dict[str, list[int]]:
     """The axes of the grid that the command names itself. Raises UserError for what is no list of whole numbers."""
-    given = {}
+    axes = {}
     for key, value in ((key, plain(cfg.report)[key]) for key in ("train_rows", "seeds")):
         if value is None:
             continue
         if not isinstance(value, list) or not value or not all(type(one) is int for one in value):
             raise UserError(f"report.{key} is {value!r}; give a list of whole numbers, for example report.{key}=[0,1] (null: the grid's)")
-        given[key] = value
-    return given
+        axes[key] = value
+    return axes
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: DictConfig, overrides: list[str]) -> None:
     """Write and print the report of cfg.experiment."""
-    cells, missing = select(Path(cfg.paths.results) / cfg.experiment, {**grid(cfg.experiment)["grid"], **_given(cfg)})
+    cells, missing = select(Path(cfg.paths.results) / cfg.experiment, {**grid(cfg.experiment)["grid"], **_named_axes(cfg)})
     rows = make_rows(cells)
     grown = growth(rows, cfg.report.target)
     tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)
@@ -62,8 +62,8 @@ def run(cfg: DictConfig) -> None:
         for name, content in files.items():
             write_text(beside / name, content)
         for cell in cells:
-            if found := figures(cell.result):
-                write_json(beside / "metrics" / f"{cell.result.cell}.json", found)
+            if metrics := figures(cell.result):
+                write_json(beside / "metrics" / f"{cell.result.cell}.json", metrics)
     print(f"{text}\nreport: {folder / 'index.html'}")
 
 

@@ -25,21 +25,21 @@ from pipeline.serving.artefact import Artefact, Base, Multiplexer, check_sharing
 from pipeline.serving.requests import check_one_base, folder_of, read_requests, with_choices
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Read the requests, load the base and what they ask for, answer."""
     if not cfg.requests:
         raise UserError("pipeline.serve needs requests; add requests=<file>.jsonl, or requests=- for standard input")
     requests = read_requests(cfg.requests)
     root = Path(cfg.paths.results) / cfg.experiment
-    found = {name: finished(folder_of(root, name)) for name in dict.fromkeys(r["adapter"] for r in requests)}
-    check_one_base(found)
-    artefacts = {name: Artefact.at(name, root / name / "artefact", held(result, cfg)) for name, result in found.items()}
+    results = {name: finished(folder_of(root, name)) for name in dict.fromkeys(r["adapter"] for r in requests)}
+    check_one_base(results)
+    artefacts = {name: Artefact.at(name, root / name / "artefact", held(result, cfg)) for name, result in results.items()}
     check_sharing(list(artefacts.values()))
     rows = [with_choices(number, row, artefacts[row["adapter"]]) for number, row in enumerate(requests, 1)]
     base = Base.of(next(iter(artefacts.values())).cfg)
     multiplexer, watch = Multiplexer(base, list(artefacts.values())), Stopwatch(base.device)
     answers = [{**request, **answer} for request, answer in zip(requests, multiplexer.answer(rows), strict=True)]
-    print(f"{len(answers)} requests over one {next(iter(found.values())).model} in {watch.lap():.2f} s: {'; '.join(multiplexer.report)}", file=sys.stderr)
+    print(f"{len(answers)} requests over one {next(iter(results.values())).model} in {watch.lap():.2f} s: {'; '.join(multiplexer.report)}", file=sys.stderr)
     if cfg.to:
         write_jsonl(cfg.to, answers)
     else:

@@ -7,14 +7,13 @@
     optuna-dashboard sqlite:///sweeps/quick/lora/study.db                           look at it
 
 Writes sweeps/<experiment>/<technique>/{study.db, sweep.json, trials.csv, best.json} and the confirm cell under results/.
-Test rows are scored in the confirm cell only. A killed sweep goes on where it was: started again, it tries the trial
+Test rows are scored in the confirm cell only. A killed sweep resumes when started again: it tries the trial
 that died once more and runs those that are missing. A trial that runs out of memory is an answer, not an error.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -22,14 +21,15 @@ from omegaconf import DictConfig
 from pipeline.cell import identity, inputs
 from pipeline.core import settings
 from pipeline.core.commands import entry
+from pipeline.core.compose import by_key
 from pipeline.records import mlflow as tracking
 from pipeline.search.study import open_study, read
 from pipeline.search.trials import alone, confirm, of_grid, search, study_name
 
 
-def run(cfg: DictConfig, given: Sequence[str] = ()) -> int:
-    """Search, write the outputs, confirm the best. `given`: the config keys set by hand."""
-    cfg = of_grid(cfg, given)
+def run(cfg: DictConfig, overrides: list[str]) -> int:
+    """Search, write the outputs, confirm the best."""
+    cfg = of_grid(cfg, by_key(overrides))
     settings.read(cfg)
     sweep = read(cfg)
     folder = Path(cfg.paths.sweeps) / cfg.experiment / study_name(cfg)
@@ -48,12 +48,7 @@ def run(cfg: DictConfig, given: Sequence[str] = ()) -> int:
                 tracking.log_cell(identity.folder_of(chosen), chosen)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The entry: Hydra overrides in, exit code out."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    given = [word.partition("=")[0].lstrip("+") for word in words]
-    return entry(lambda cfg: run(cfg, given))(argv)
-
+main = entry(run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,7 +26,7 @@ from pipeline.teachers.synthetic.sets import Rows, check, form_of, held_out_rows
 from pipeline.teachers.writers import Writer
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Write the synthetic rows of a composed config and report their counts."""
     wanted = synthetic.read(cfg)
     check(cfg, wanted)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.core.commands import entry
+from pipeline.core.compose import by_key
 from pipeline.records.mlflow import backfill
 
 USAGE = "usage: python -m pipeline.tracking backfill [experiments=<name>] [tracking.uri=...]"
@@ -24,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] != "backfill" or any(w.startswith("-") for w in words):
         print(USAGE, file=sys.stderr)
         return 2
-    everything = not any(w.partition("=")[0] in ("experiments", "experiment") for w in words)
-    return entry(lambda cfg: backfill(cfg, everything))(words[1:])
+    return entry(lambda cfg, overrides: backfill(cfg, everything=not {"experiments", "experiment"} & {*by_key(overrides)}))(words[1:])
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ from omegaconf import DictConfig
 
 from pipeline.cell import identity
 from pipeline.cell.child import run_cell
-from pipeline.core.commands import entry, task_overrides
+from pipeline.core.commands import entry
 from pipeline.forecasting.warn import warned
 from pipeline.measure.clock import process_start
 from pipeline.records import mlflow as tracking
 from pipeline.records import tuned
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Run the cell in a child process and mirror its result."""
-    cfg = tuned.applied(cfg, task_overrides())
+    cfg = tuned.applied(cfg, overrides)
     code = run_cell(cfg, None, process_start() + warned(cfg))
     if code == 0:
         tracking.log_cell(identity.folder_of(cfg), cfg)

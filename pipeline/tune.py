@@ -11,7 +11,7 @@ rows is tuned by itself, with the grid's first seed: validation rows are labelle
 The budget is tune.trials, whatever becomes of them: a trial that runs out of memory, diverges or ends with an error is one of them; so is one
 whose settings the input does not suit (more demonstrations than the context holds). Two thirds are drawn from the declared range
 (conf/search/). If the best value then lies at an edge, the rest is drawn from there and beyond, once; else from the declared range. Started
-again after a kill, it goes on where it was, with the same draws. Test rows are never read.
+again after a kill, it resumes with the same draws. Test rows are never read.
 """
 
 from __future__ import annotations
@@ -21,27 +21,26 @@ import sys
 from omegaconf import DictConfig
 
 from pipeline.core import settings
-from pipeline.core.commands import entry, task_overrides
+from pipeline.core.commands import entry
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError
 from pipeline.records import tuned
 from pipeline.search.tuning import Shared, budget_of, check, each_technique, summary, tune
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Tune what the grid (or the command) names, one after another."""
     if cfg.tuned:
         raise UserError("pipeline.tune starts from untuned settings; leave out tuned=true (or +tuned)")
     settings.read(cfg)
     budget, done = budget_of(cfg), {}
-    chosen = [compose(o) for o in each_technique(cfg, task_overrides())]
+    chosen = [compose(o) for o in each_technique(cfg, overrides)]
     for one in chosen:
         check(one, budget)
     shared = Shared()
     for one in chosen:
-        found = tune(one, budget, shared)
-        if found:
-            done[tuned.path_of(one)] = found
+        if result := tune(one, budget, shared):
+            done[tuned.path_of(one)] = result
     for path, result in done.items():
         print(f"{path}: {summary(result)}")
     return 0

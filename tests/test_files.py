@@ -1,4 +1,4 @@
-"""Files are whole or absent, and every refusal names the file and the mend."""
+"""Files are whole or absent, and every refusal names the file and the fix."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_folder_of_somebody_else_s_is_not_replaced(tmp_path, held):
     (tmp_path / "artefact").mkdir()
     for name, text in {"thesis.tex": "years of work", **held}.items():
         (tmp_path / "artefact" / name).write_text(text)
-    refused = pytest.raises(UserError, match="artefact stands there and was not written by this command")
+    refused = pytest.raises(UserError, match="artefact is there and was not written by this command")
     with refused, atomic_folder(tmp_path / "artefact", "artefact.json", "cell"):
         pytest.fail("it is refused before anything is made")
     assert (tmp_path / "artefact/thesis.tex").read_text() == "years of work" and len(names(tmp_path)) == 1
@@ -104,7 +104,7 @@ def test_an_error_of_a_library_with_space_left_stays_itself(tmp_path):
 def test_something_in_the_way_is_named(tmp_path, target):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=f"cannot write {tmp_path}/{target}: .*mend the path"):
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/{target}: .*fix the path"):
         write_json(tmp_path / target, 1)
     assert names(tmp_path) == ["file", "folder"] and (tmp_path / "file").read_text() == "in the way"
 
@@ -125,7 +125,7 @@ def test_rows_come_back_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "sentence"), [
-    (b'{"a": 1}\n{"a": 2\n', r"rows\.jsonl line 2 is not JSON .*; mend or remove that line"),
+    (b'{"a": 1}\n{"a": 2\n', r"rows\.jsonl line 2 is not JSON .*; fix or remove that line"),
     (b'{"a": 1}\n\n[1, 2]\n', r"rows\.jsonl line 3 is not a JSON object; write one object"),
     (b'{"a": "\xe9"}\n', r"rows\.jsonl is not UTF-8 .*at byte 7.*; save it as UTF-8"),
 ])
@@ -148,7 +148,7 @@ def test_a_bad_json_file_is_named(tmp_path, content, sentence):
 
 
 def test_a_missing_rows_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"gone\.jsonl does not exist; run the stage that writes it, or mend the path"):
+    with pytest.raises(UserError, match=r"gone\.jsonl does not exist; run the stage that writes it, or fix the path"):
         read_jsonl(tmp_path / "gone.jsonl")
 
 

@@ -105,6 +105,17 @@ def test_a_diverged_run_says_so(overrides, tmp_path):
     assert read(tmp_path / "cell").test.unanswered == 48 and result.test.accuracy == 0 and result.test.nll is None
 
 
+@pytest.mark.parametrize("engine", ["eager", "fast"])
+def test_without_a_limit_the_gradients_are_as_they_are(overrides, tmp_path, engine):
+    """inf trains as a limit that is never reached, other than one that is, and its result is written."""
+    def losses(limit: str) -> list[float]:
+        cfg = compose([*overrides, "technique=lora", "train.steps=4", f"train.engine={engine}", f"train.max_grad_norm={limit}", f"seed={2**63 - 1}"])
+        return [h["loss"] for h in cell_run.run(cfg, folder=tmp_path / limit).history]
+
+    assert losses("inf") == losses("null") == losses("1e9") != losses("1e-3")
+    assert read(tmp_path / "inf").config["train"]["max_grad_norm"] is None
+
+
 def test_same_seed_same_weights_other_seed_others(overrides, tmp_path):
     def trained(seed: int, where: str) -> bytes:
         return finished(compose([*overrides, "technique=lora", "train.steps=3", f"seed={seed}"]), tmp_path / where)

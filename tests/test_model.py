@@ -246,7 +246,7 @@ def test_a_package_whose_checksum_differs(tmp_path, capsys):
     error = capsys.readouterr().err
     assert (
         f"{held} has the sha256 {sha256(held)}, not the pinned bcc81830" in error
-        and "delete the file and run again, or mend the pin" in error
+        and "delete the file and run again, or fix the pin" in error
     )
     assert not (tmp_path / "models").exists()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.core.compose import compose
+from pipeline.core.compose import compose, plain
 from pipeline.core.files import UserError
 from pipeline.core.settings import Evaluate, Precision, Settings, Task, Train, build, read
 
@@ -53,7 +55,14 @@ def test_an_override_by_a_key_s_old_name_is_refused():
 @pytest.mark.parametrize(("override", "sentence"), [
     ("train.lr=0", r"'train\.lr' is 0\.0; it must be above 0"),
     ("train.lr=-1e-3", r"'train\.lr' is -0\.001; it must be above 0"),
-    ("train.lr=.nan", r"'train\.lr' is nan; it must be above 0"),
+    ("train.lr=.nan", r"'train\.lr' is nan; it takes a finite number"),
+    ("train.lr=.inf", r"'train\.lr' is inf; it takes a finite number"),
+    ("train.epochs=.inf", r"'train\.epochs' is inf; it takes a finite number"),
+    ("train.max_grad_norm=.nan", r"'train\.max_grad_norm' is nan; it takes a finite number"),
+    ("train.max_grad_norm=-.inf", r"'train\.max_grad_norm' is -inf; it takes a finite number"),
+    ("evaluate.validation_share=.nan", r"'evaluate\.validation_share' is nan; it takes a finite number"),
+    ("memory_limit_gb=.inf", r"'memory_limit_gb' is inf; it takes a finite number"),
+    (f"train.weight_decay={10**400}", r"'train\.weight_decay' is 10{400}; it takes a finite number"),
     ("train.lr=fast", r"'train\.lr' is 'fast'; it takes float"),
     ("train.batch_size=0", r"'train\.batch_size' is 0; it must be at least 1"),
     ("train.batch_size=2.5", r"'train\.batch_size' is 2\.5; it takes int"),
@@ -75,8 +84,11 @@ def test_an_override_by_a_key_s_old_name_is_refused():
     ("evaluate.batch_tokens=0", r"'evaluate\.batch_tokens' is 0"),
     ("evaluate.test_rows=0", r"'evaluate\.test_rows' is 0; it must be at least 1"),
     ("evaluate.transfer_rows=-1", r"'evaluate\.transfer_rows' is -1"),
-    ("evaluate.validation_share=0", r"evaluate\.validation_share is 0.*at most 0\.2"),
-    ("evaluate.validation_share=0.3", r"evaluate\.validation_share is 0\.3.*at most 0\.2"),
+    ("evaluate.validation_share=0", r"'evaluate\.validation_share' is 0.*above 0, at most 0\.2 \(validation rows are labelled data\)"),
+    ("evaluate.validation_share=0.3", r"'evaluate\.validation_share' is 0\.3.*at most 0\.2"),
+    ("evaluate.adapters=[1,0]", r"'evaluate\.adapters\[1\]' is 0; it must be at least 1"),
+    ("evaluate.adapters=[a]", r"'evaluate\.adapters\[0\]' is 'a'; it takes int"),
+    ("evaluate.adapters=4", r"'evaluate\.adapters' is 4; it takes a list"),
     ("evaluate.latency_rows=-1", r"'evaluate\.latency_rows' is -1"),
     ("evaluate.probe_pairs=0", r"'evaluate\.probe_pairs' is 0"),
     ("evaluate.probe_texts=0", r"'evaluate\.probe_texts' is 0"),
@@ -87,7 +99,9 @@ def test_an_override_by_a_key_s_old_name_is_refused():
     ("task.format=html", r"'task\.format' is 'html'; choose one of plain, chat"),
     ("task.max_new_tokens=0", r"'task\.max_new_tokens' is 0"),
     ("device=tpu", r"'device' is 'tpu'; choose one of auto, cpu, cuda"),
-    ("seed=-1", r"'seed' is -1; it must be at least 0"),
+    ("seed=-1", r"'seed' is -1; it must be at least 0, at most 9223372036854775807"),
+    ("seed=99999999999999999999", r"'seed' is 99999999999999999999; it must be at least 0, at most 9223372036854775807"),
+    ("model.init_seed=-1", r"'model\.init_seed' is -1; it must be at least 0"),
     ("train_rows=0", r"'train_rows' is 0; it must be at least 1"),
     ("train_rows=many", r"'train_rows' is 'many'; it takes int or null"),
     ("seed=first", r"'seed' is 'first'; it takes int"),
@@ -108,6 +122,12 @@ def test_a_missing_key_is_named(key):
         build(Train, values, "train")
 
 
+@pytest.mark.parametrize("value", ["null", ".inf"])
+def test_no_limit_on_the_gradients_norm_is_null_in_a_config_and_infinite_in_the_loop(composed, value):
+    cfg = changed(composed, f"train.max_grad_norm={value}")
+    assert plain(cfg)["train"]["max_grad_norm"] is None and read(cfg).train.max_grad_norm == math.inf
+
+
 def test_whole_numbers_pass_for_floats_and_lists_for_tuples():
     assert build(Train, dict(TRAIN), "train").epochs == 1.0
     assert build(Task, {"name": "t", "scoring": "choice", "transfer": ["a", "b"]}, "task").transfer == ("a", "b")
@@ -121,7 +141,7 @@ def test_a_metric_that_the_scoring_cannot_give_is_refused(metric, scoring):
 
 
 def test_an_answer_pattern_that_is_no_regular_expression_is_refused():
-    with pytest.raises(UserError, match=r"'task\.answer_pattern' is '\(a', no regular expression \(.*\); mend it"):
+    with pytest.raises(UserError, match=r"'task\.answer_pattern' is '\(a', no regular expression \(.*\); fix it"):
         build(Task, {"name": "t", "scoring": "generate", "answer_pattern": "(a"}, "task")
 
 

@@ -86,7 +86,7 @@ def test_files_by_split_glob_and_folder(tmp_path):
     assert loaded.sets == {"train": [{"text": "a-1.csv"}, {"text": "a-2.csv"}], "test": [{"text": "test.csv"}]}
     assert loaded.origin["sha256"][(tmp_path / "test.csv").as_posix()] == sha256(tmp_path / "test.csv")
     assert list(Files(str(tmp_path / "a-*.csv")).read(tmp_path).sets) == ["train"]
-    with pytest.raises(UserError, match="b-.*does not exist; mend task.source.files"):
+    with pytest.raises(UserError, match="b-.*does not exist; fix task.source.files"):
         Files("b-*.csv", folder=str(tmp_path)).read(tmp_path)
 
 
@@ -97,7 +97,7 @@ def test_hub_reads_a_local_repository(tmp_path):
         (repository / "data" / f"{split}.jsonl").write_text(json.dumps({"q": split, "c": {"text": ["a"]}}) + "\n", encoding="utf-8")
     loaded = Hub(str(repository), splits={"train": "train", "test": "validation"}).read(tmp_path / "work")
     assert loaded.sets == {"train": [{"q": "train", "c": {"text": ["a"]}}], "test": [{"q": "validation", "c": {"text": ["a"]}}]}
-    with pytest.raises(UserError, match="split 'tset', cannot be loaded.*mend task.source"):
+    with pytest.raises(UserError, match="split 'tset', cannot be loaded.*fix task.source"):
         Hub(str(repository), splits={"train": "tset"}).read(tmp_path / "work")
 
 

@@ -111,7 +111,7 @@ def test_a_cell_knows_what_decides_it(made, tiny):
 @pytest.mark.parametrize(("override", "message"), [
     ("synthetic.share=1", "share' is 1"), ("synthetic.share=-0.1", "from 0 to below 1"), ("synthetic.rows=0", "rows' is 0; it must be at least 1"),
     ("synthetic.near=0", "near' is 0"), ("synthetic.longest=1", "longest=1 is below"), ("synthetic.attempts=0.5", "attempts' is 0.5"),
-    ("synthetic.row_seeds=[a]", "row_seeds' is \\['a'\\]"), ("+synthetic.shar=1", "unknown config key 'synthetic.shar', did you mean 'share'"),
+    ("synthetic.row_seeds=[a]", "row_seeds\\[0\\]' is 'a'; it takes int"), ("+synthetic.shar=1", "unknown config key 'synthetic.shar', did you mean 'share'"),
 ])
 def test_settings_are_checked(override, message):
     with pytest.raises(UserError, match=message):

@@ -111,7 +111,7 @@ def test_a_row_that_does_not_fit_says_why(keys, fields, message):
     ({"source": {"files": "x"}}, "task.source.type"),
     ({"choices": ...}, "task.choices' is missing"),
     ({"choices": [True, False]}, "in quotes"),
-    ({"leakage": "ignore"}, "task.leakage.*error or drop"),
+    ({"leakage": "ignore"}, "task.leakage.*choose one of error, drop"),
     ({"scoring": "guess"}, "task.scoring"),
     ({"answer": {"column": "n"}}, "task.answer.*not none"),
     ({"answer": {"column": "n", "of": "c", "number": True}}, "not of and number"),

@@ -99,7 +99,7 @@ def test_a_bad_setting_of_the_trials_is_named_as_it_was_given():
 ])
 def test_a_bad_setting_is_refused(words, message):
     with pytest.raises(UserError, match=message):
-        tune.run(config("lora", **words))
+        tune.run(config("lora", **words), [])
 
 
 # edges and widening

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from pipeline.cell import identity, packing
 from pipeline.cell.child import run_cell
 from pipeline.cell.inputs import preload
-from pipeline.core.compose import ROOT, SUFFIX, compose
+from pipeline.core.compose import ROOT, SUFFIX, by_key, compose, without
 from pipeline.core.files import UserError
 from pipeline.forecasting.warn import warned
 from pipeline.measure.clock import now
@@ -77,11 +77,11 @@ def grid(experiment: str) -> dict[str, Any]:
 
 def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every cell; technique, seed and train_rows given by hand narrow the grid."""
-    given = dict(o.split("=", 1) for o in overrides if "=" in o)
+    given = by_key(overrides)
     if "experiments" not in given:
         raise UserError("pipeline.cells needs an experiment; add experiments=<name>, for example experiments=quick")
     axes = grid(given["experiments"])["grid"]
-    rest = [o for o in overrides if o.partition("=")[0] not in ("technique", "seed", "train_rows")]
+    rest = without(overrides, "technique", "seed", "train_rows")
     values = [[given[key]] if key in given else axes[plural] for key, plural in (("technique", "techniques"), ("seed", "seeds"), ("train_rows", "train_rows"))]
     if given.get("tuned", "").lower() == "true":
         values[0] = _searched(dict.fromkeys(t.removesuffix(SUFFIX) for t in values[0]), rest)

@@ -1,7 +1,8 @@
 """The frame of every command: overrides in, exit code out.
 
 A command is `main = entry(run)`; `python -m pipeline.<command> key=value …` then takes Hydra's overrides and flags
-(`--cfg job`, `--help`, `-m`), and `main(["key=value"])` runs it in this process. Commands that compose no config take words: `words_entry`.
+(`--cfg job`, `--help`), and `main(["key=value"])` runs it in this process. `run(cfg, overrides)` gets the composed config and the overrides that
+composed it, for composing further cells like it. Commands that compose no config take words: `words_entry`.
 Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted; other errors show their trace.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -22,27 +23,19 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.core.compose import CONF, check_places, compose, explain, spelled_out
 from pipeline.core.files import UserError
 
-_overrides: list[str] = []
-
-
-def task_overrides() -> list[str]:
-    """The overrides that the running entry was started with, for composing further cells like it."""
-    return list(_overrides)
-
-
+Run = Callable[[DictConfig, list[str]], int | None]
+"""(the composed config, the overrides that composed it) -> the exit code; None: 0."""
 NOISE = "`is_gradient_checkpointing` is deprecated"
-"""The beginning of a warning that PEFT (0.21), not a user, can mend: it asks transformers 5 by an old name."""
+"""The beginning of a warning that PEFT (0.21), not a user, can fix: it asks transformers 5 by an old name."""
 
 
-def entry(run: Callable[[DictConfig], int | None]) -> Callable[..., int]:
-    """Make `run(cfg)` an entry. The returned `main(argv=None)` gives the exit code."""
+def entry(run: Run) -> Callable[..., int]:
+    """The `main(argv=None)` of a command, which returns the exit code."""
 
     def main(argv: Sequence[str] | None = None) -> int:
-        global _overrides
-        _overrides = spelled_out(argv or [])
         warnings.filterwarnings("ignore", NOISE, FutureWarning)
         try:
-            return (_command_line(run) if argv is None else run(compose(argv))) or 0
+            return (_command_line(run) if argv is None else run(compose(argv), spelled_out(argv))) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -50,27 +43,24 @@ def entry(run: Callable[[DictConfig], int | None]) -> Callable[..., int]:
             print(f"error: {explain(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("interrupted; run the same command again to go on", file=sys.stderr)
+            print("interrupted; run the same command again to resume", file=sys.stderr)
             return 130
-        finally:
-            _overrides = []
 
     return main
 
 
-def _command_line(run: Callable[[DictConfig], int | None]) -> int:
+def _command_line(run: Run) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that `explain` words it
     code = 0
     refused: list[UserError] = []
 
     def task(cfg: DictConfig) -> None:
-        global _overrides
         nonlocal code
-        _overrides = list(HydraConfig.get().overrides.task)
+        overrides = list(HydraConfig.get().overrides.task)
         GlobalHydra.instance().clear()  # `run` may compose further cells
         try:
-            check_places(cfg, _overrides)
-            code = max(code, run(cfg) or 0)
+            check_places(cfg, overrides)
+            code = run(cfg, overrides) or 0
         except UserError as error:  # not through Hydra, which would print a line of its own
             refused.append(error)
 
@@ -82,6 +72,15 @@ def _command_line(run: Callable[[DictConfig], int | None]) -> int:
     if refused:
         raise refused[0]
     return code
+
+
+def key_values(words: Sequence[str], known: Iterable[str], command: str) -> dict[str, str]:
+    """The words key=value as a dict. Raises UserError for one with another key or without a value."""
+    pairs = [word.partition("=") for word in words]
+    wrong = next((word for word, (key, _, value) in zip(words, pairs, strict=True) if key not in known or not value), None)
+    if wrong is not None:
+        raise UserError(f"{command} does not take {wrong!r}; write key=value with one of {', '.join(known)}")
+    return {key: value for key, _, value in pairs}
 
 
 def words_entry(run: Callable[[list[str]], int]) -> Callable[..., int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -61,13 +62,16 @@ def check_places(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
-    """A config as resolved dicts and lists (Hydra's own node left out)."""
+    """A config as resolved dicts and lists, without Hydra's node. No limit on the gradients' norm is null, since JSON has no inf."""
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     assert isinstance(values, dict)
     values.pop("hydra", None)
+    train = values.get("train")
+    if isinstance(train, dict) and train.get("max_grad_norm") == math.inf:
+        train["max_grad_norm"] = None
     return names.named(values)  # type: ignore[arg-type]
 
 
@@ -129,7 +133,7 @@ def explain(error: BaseException) -> str:
             return renamed_key(key)
         parent = getattr(cause, "parent_node", None)
         siblings = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
-        return f"unknown config key {key!r}{closest(key.rpartition('.')[2], siblings)}; mend the override, or prefix + to add a key"
+        return f"unknown config key {key!r}{closest(key.rpartition('.')[2], siblings)}; fix the override, or prefix + to add a key"
     text = " ".join(str(error).split())
     return f"the config does not compose: {text}"
 
@@ -140,8 +144,18 @@ SUFFIX = f"+{MARK}"
 
 def spelled_out(words: Sequence[str]) -> list[str]:
     """Overrides with technique=<name>+tuned as two, and technique=<name>+<set> likewise: with the synthetic rows of that set."""
-    found: list[str] = []
+    overrides: list[str] = []
     for word in words:
         technique, *marks = word.split("+") if word.startswith("technique=") else [word]
-        found += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
-    return found
+        overrides += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
+    return overrides
+
+
+def by_key(words: Sequence[str]) -> dict[str, str]:
+    """The overrides key=value as a dict; a + before the key is left out."""
+    return {key.lstrip("+"): value for key, equals, value in (word.partition("=") for word in words) if equals}
+
+
+def without(words: Sequence[str], *keys: str) -> list[str]:
+    """The overrides that set none of the keys."""
+    return [word for word in words if word.partition("=")[0].lstrip("+") not in keys]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, JSON Lines, checksums, and the one error a user sees.
+"""Files written atomically, JSON Lines, checksums, and the one error a user sees.
 
 Library. Everything the pipeline writes goes through `atomic_path` or `write_text`.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence that names the file, key or row, and the mend."""
+    """Bad input. The message is one sentence that names the file, key or row, and the fix."""
 
 
 class Unsuited(UserError):
@@ -66,34 +66,34 @@ def atomic_folder(path: str | Path, manifest: str, *keys: str) -> Iterator[Path]
     """As `atomic_path`, for a folder, which must be made at the path that is yielded.
 
     Args:
-        manifest: the file that such a folder holds (a pattern), and keys: what it has at the top level, if it is JSON. A folder that stands
-            there is replaced only if it is empty or holds such a file; anything else is somebody else's.
+        manifest: the file that such a folder holds (a pattern), and keys: what it has at the top level, if it is JSON. A folder that is
+            there already is replaced only if it is empty or holds such a file; anything else is somebody else's.
 
     Raises:
         UserError: as atomic_path, and for a folder that is not this stage's.
     """
     path = Path(path)
-    _check_own(path, manifest, keys)
+    _check_replaceable(path, manifest, keys)
     with _written_beside(path) as beside:
         yield beside
-        _check_own(path, manifest, keys)
+        _check_replaceable(path, manifest, keys)
         if path.is_dir():
             shutil.rmtree(path)
 
 
-def _check_own(path: Path, manifest: str, keys: Sequence[str]) -> None:
+def _check_replaceable(path: Path, manifest: str, keys: Sequence[str]) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         return
     if path.is_symlink() or not any(_has(file, keys) for file in path.glob(manifest)):
-        raise UserError(f"{path} stands there and was not written by this command (no {manifest} of its kind); choose another name, or move that folder away")
+        raise UserError(f"{path} is there and was not written by this command (no {manifest} of its kind); choose another name, or move that folder away")
 
 
 def _has(file: Path, keys: Sequence[str]) -> bool:
     try:
-        held = json.loads(file.read_text(encoding="utf-8")) if keys else {}
+        values = json.loads(file.read_text(encoding="utf-8")) if keys else {}
     except (OSError, ValueError):
         return False
-    return isinstance(held, dict) and all(key in held for key in keys)
+    return isinstance(values, dict) and all(key in values for key in keys)
 
 
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ def _written_beside(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or mend the path, then run again") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or fix the path, then run again") from error
     except Exception as error:
         if isinstance(error, UserError) or not _disk_is_full(path.parent, error):
             raise
@@ -123,16 +123,16 @@ def check_writable(path: str | Path) -> None:
     """Raise UserError if nothing could be written at `path`; makes nothing itself."""
     there = next(p for p in Path(path).absolute().parents if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write {path}: {there} is not a folder that may be written to; mend the path")
+        raise UserError(f"cannot write {path}: {there} is not a folder that may be written to; fix the path")
 
 
 def _disk_is_full(folder: Path, error: Exception) -> bool:
-    # safetensors raises an error of its own and torch.save a RuntimeError that does not tell why
+    # safetensors raises another type of error and torch.save a RuntimeError that does not say why
     return "No space left on device" in str(error) or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all. Raises UserError where the place cannot be written."""
+    """Write UTF-8 text atomically. Raises UserError where the place cannot be written."""
     with atomic_path(path) as beside, open(beside, "w", encoding="utf-8") as out:
         out.write(text)
         out.flush()
@@ -164,12 +164,12 @@ def read_jsonl(path: str | Path) -> list[dict]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{path} line {number} is not JSON ({error.msg}); mend or remove that line") from error
+                    raise UserError(f"{path} line {number} is not JSON ({error.msg}); fix or remove that line") from error
                 if not isinstance(row, dict):
                     raise UserError(f"{path} line {number} is not a JSON object; write one object of columns a line")
                 rows.append(row)
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; run the stage that writes it, or mend the path") from error
+        raise UserError(f"{path} does not exist; run the stage that writes it, or fix the path") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
     return rows

@@ -1,6 +1,6 @@
 """The classes that a config or a result can name: a fixed table, so that reading one cannot import or call anything else.
 
-Library. `type: lora_plus` in conf/method/<name>.yaml, in a result.json or in a plan names a row of the table below; what stands beside it are
+Library. `type: lora_plus` in conf/method/<name>.yaml, in a result.json or in a plan names a row of the table below; the other keys are
 the class's fields, as plain data. A new method, objective, teacher or source is a row here (tests/test_names.py holds the table and the classes
 together). Rows of kind peft are the classes of PEFT whose names end with Config.
 """
@@ -93,7 +93,7 @@ def build(values: Any, kind: str, key: str | None = None) -> Any:
     except UserError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, OSError) as error:
-        raise UserError(f"config group '{key}' is refused: {' '.join(str(error).split())}; mend conf/{key.partition('.')[0]}/ or the override") from error
+        raise UserError(f"config group '{key}' is refused: {' '.join(str(error).split())}; fix conf/{key.partition('.')[0]}/ or the override") from error
 
 
 def find(name: str, kind: str, key: str | None = None) -> Any:
@@ -110,8 +110,8 @@ def find(name: str, kind: str, key: str | None = None) -> Any:
 
 def class_of(values: dict[str, Any], kind: str) -> Any:
     """The class of what a group makes (of a function: what it is annotated to return); its class attributes say what it does."""
-    found = find(name_of(values, kind), kind)
-    return found if isinstance(found, type) else typing.get_type_hints(found)["return"]
+    made = find(name_of(values, kind), kind)
+    return made if isinstance(made, type) else typing.get_type_hints(made)["return"]
 
 
 def name_of(values: dict[str, Any], kind: str, key: str | None = None) -> str:
@@ -141,18 +141,18 @@ def named(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a path that the table does not have.
     """
-    held = dict(values)
+    config = dict(values)
     for key in ("method", "objective", "teacher", "writer", "task", "model"):
-        if isinstance(held.get(key), dict):
-            held[key] = _named(held[key], key)
-    return held
+        if isinstance(config.get(key), dict):
+            config[key] = _named(config[key], key)
+    return config
 
 
 def _named(values: dict[str, Any], key: str) -> dict[str, Any]:
     kind = INSIDE.get(key, key)
-    held = {name: _named(value, f"{key}.{name}") if f"{key}.{name}" in (*INSIDE, *TABLE) and isinstance(value, dict) else value
+    fields = {name: _named(value, f"{key}.{name}") if f"{key}.{name}" in (*INSIDE, *TABLE) and isinstance(value, dict) else value
             for name, value in values.items() if name != "_target_"}
-    return {"type": name_of(values, kind, key), **held} if "_target_" in values else held
+    return {"type": name_of(values, kind, key), **fields} if "_target_" in values else fields
 
 
 def _value(value: Any, key: str) -> Any:
@@ -175,11 +175,11 @@ def _check_plain(value: Any, key: str) -> None:
 def _peft(name: str, key: str) -> Any:
     import peft
 
-    found = getattr(peft, name, None) if name.endswith("Config") else None
-    if not isinstance(found, type) or not issubclass(found, peft.PeftConfig):
+    config = getattr(peft, name, None) if name.endswith("Config") else None
+    if not isinstance(config, type) or not issubclass(config, peft.PeftConfig):
         options = [word for word in dir(peft) if word.endswith("Config")]
         raise UserError(f"config key '{key}.type' is {name!r}, which is no configuration of PEFT{closest(name, options)}")
-    return found
+    return config
 
 
 def _check_booleans(made: Any, fields: dict[str, Any], key: str) -> None:

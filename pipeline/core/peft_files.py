@@ -56,21 +56,21 @@ def read_training(path: str) -> dict[str, Any]:
     file = Path(path).parent / TRAINING
     if not file.exists():
         return {}
-    held = _json(file, "technique.path")
-    for key in held:
+    training = _json(file, "technique.path")
+    for key in training:
         if key not in DEFAULTS:
             raise UserError(f"{file} has an unknown key {key!r}{closest(key, DEFAULTS)}; it takes {', '.join(DEFAULTS)}")
-    kind, options = held.get("optimizer_type", "AdamW"), held.get("optimizer_kwargs", {})
-    for key, value, known in (("optimizer_type", kind, OPTIMIZERS), ("dtype", held.get("dtype", "bfloat16"), PRECISIONS),
-                              ("lr_scheduler", held.get("lr_scheduler", "cosine"), SCHEDULES)):
+    kind, options = training.get("optimizer_type", "AdamW"), training.get("optimizer_kwargs", {})
+    for key, value, known in (("optimizer_type", kind, OPTIMIZERS), ("dtype", training.get("dtype", "bfloat16"), PRECISIONS),
+                              ("lr_scheduler", training.get("lr_scheduler", "cosine"), SCHEDULES)):
         if value not in known:
             raise UserError(f"{file} has {key} {value!r}; this loop has {', '.join('null' if k is None else str(k) for k in known)}")
     foreign = sorted(set(options) - OPTIMIZERS[kind])
     if foreign:
         raise UserError(f"{file} has optimizer_kwargs.{foreign[0]}; with {kind} this loop takes {', '.join(sorted(OPTIMIZERS[kind]))}")
-    if held.get("init_kv_cache_prefix"):
+    if training.get("init_kv_cache_prefix"):
         raise UserError(f"{file} begins a prefix at the text of init_kv_cache_prefix, which is not built; take the key out to begin at random")
-    return held
+    return training
 
 
 def value(path: str, key: str, default: Any = None) -> Any:
@@ -86,14 +86,14 @@ def value(path: str, key: str, default: Any = None) -> Any:
             raise UserError(f"technique.path={path} is not a file; name an {ADAPTER}")
         files = [Path(path), Path(path).parent / TRAINING]
         return hashlib.sha256(b"\0".join(f.read_bytes() for f in files if f.exists())).hexdigest()
-    held = read_training(path)
-    options = {**DEFAULTS["optimizer_kwargs"], **held.get("optimizer_kwargs", {})}
-    found = {
-        "lr": float(options["lr"]), "weight_decay": float(options.get("weight_decay", 0.0)), "schedule": SCHEDULES[held.get("lr_scheduler", "cosine")],
-        "max_grad_norm": float(held.get("grad_norm_clip", 1.0)) or 1e9, "steps": held.get("max_steps"), "batch_size": held.get("batch_size"),
-        "max_length": held.get("max_seq_length"), "precision": PRECISIONS[held["dtype"]] if "dtype" in held else None,
+    training = read_training(path)
+    options = {**DEFAULTS["optimizer_kwargs"], **training.get("optimizer_kwargs", {})}
+    read = {
+        "lr": float(options["lr"]), "weight_decay": float(options.get("weight_decay", 0.0)), "schedule": SCHEDULES[training.get("lr_scheduler", "cosine")],
+        "max_grad_norm": float(training.get("grad_norm_clip", 1.0)) or 1e9, "steps": training.get("max_steps"), "batch_size": training.get("batch_size"),
+        "max_length": training.get("max_seq_length"), "precision": PRECISIONS[training["dtype"]] if "dtype" in training else None,
     }[key]
-    return default if found is None else found
+    return default if read is None else read
 
 
 def experiment_name(path: str) -> str:
@@ -113,7 +113,7 @@ def find(path: str) -> list[Path]:
 def _json(file: Path, key: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{key}={file} is not a file; name an {ADAPTER}")
-    held = read_json(file)
-    if not isinstance(held, dict):
+    values = read_json(file)
+    if not isinstance(values, dict):
         raise UserError(f"{file} is not a JSON object; write the keys of PEFT's own config there")
-    return held
+    return values

@@ -1,6 +1,6 @@
 """What choice scoring feeds and reads off: every row's prompt and choices as token sequences, with what they have in common fed once.
 
-Library. Lists alone. `Reads` shares nothing but the beginning of a choice that is another one's; `arrange`
+Library, plain lists without torch. `Reads` feeds a choice with which another choice begins only once; `arrange`
 lets a row's choices share its prompt, and all rows the tokens that they begin with, where that saves enough tokens.
 """
 
@@ -22,8 +22,8 @@ Items = Sequence[tuple[list[int], list[list[int]]]]
 class Reads:
     """What choice scoring feeds and reads off.
 
-    sequences: token ids to feed; at [sequence]: (column, target, place) to read off each, where place counts places:
-    (item, choice), to which a read is added.
+    sequences: token ids to feed. at: for each sequence, its reads (column, target, place): the log-probability of token
+    `target` at `column` is added to the sum of places[place]. places: (item, choice).
     """
 
     sequences: list[list[int]]
@@ -34,21 +34,21 @@ class Reads:
     def of(cls, items: Items) -> Reads:
         """A choice's first tokens are read off the longest sequence that contains them, so choices of one token each cost one forward pass
         over the prompt."""
-        found = cls([], [], [])
+        reads = cls([], [], [])
         for item, (prompt, choices) in enumerate(items):
             heads = [tuple(ids[:-1]) for ids in choices]
             longest = _longest(set(heads))
             homes: dict[tuple[int, ...], list[tuple[int, int, int]]] = {head: [] for head in longest}
-            found.sequences.extend([*prompt, *head] for head in longest)
-            found.at.extend(homes.values())
+            reads.sequences.extend([*prompt, *head] for head in longest)
+            reads.at.extend(homes.values())
             first = len(prompt) - 1
             for choice, (head, ids) in enumerate(zip(heads, choices, strict=True)):
-                home, place = homes.get(head), len(found.places)
+                home, place = homes.get(head), len(reads.places)
                 if home is None:
                     home = next(homes[longer] for longer in longest if longer[: len(head)] == head)
-                found.places.append((item, choice))
+                reads.places.append((item, choice))
                 home.extend([(column, token, place) for column, token in enumerate(ids, first)])
-        return found
+        return reads
 
     def rows(self) -> list[Row]:
         """The sequences of which something is read, each a row that shares nothing."""
@@ -60,11 +60,11 @@ class Reads:
         return [Group([], rows)] if rows else []
 
     def by_item(self, sums: Sequence[float]) -> list[list[float]]:
-        """What was summed up by place, as one list of choices an item."""
-        found: list[list[float]] = [[] for _ in range(1 + max((item for item, _ in self.places), default=-1))]
+        """The sums by place as a list of its choices' sums for every item."""
+        choices: list[list[float]] = [[] for _ in range(1 + max((item for item, _ in self.places), default=-1))]
         for (item, _), value in zip(self.places, sums, strict=True):
-            found[item].append(value)
-        return found
+            choices[item].append(value)
+        return choices
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Group:
 
     @property
     def shares(self) -> bool:
-        """Whether it takes a mask and positions of its own, so that a model has to allow it."""
+        """Whether it takes another mask and positions than a padded batch has, so that a model has to allow it."""
         return bool(self.prefix) or any(row.branches for row in self.rows)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def normalised(text: str) -> str:
-    """The text by which duplicates are told: case, white space and punctuation folded.
+    """The text by which duplicates are recognised: case, white space and punctuation folded.
 
     Signs that carry meaning in arithmetic and code stay, and so does a minus sign that no letter touches.
     """
@@ -51,7 +51,7 @@ class Near:
         return normalised(text) in self._exact
 
     def near(self, text: str, least: float | None = None) -> bool:
-        """Whether one of them is near to it, or the same. least: another one than the index's own."""
+        """Whether one of them is near to it, or the same. least: another threshold than the index's."""
         least, key = self.least if least is None else least, normalised(text)
         words = key.split()
         common: Counter[int] = Counter()

@@ -35,14 +35,14 @@ import math
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
 from pipeline.core.compose import plain
 from pipeline.core.files import UserError
 from pipeline.core.names import name_of
-from pipeline.core.settings import Task, build
+from pipeline.core.settings import Seed, Task, build
 
 KINDS = ("labels", "bins", "of", "number")
 
@@ -51,7 +51,7 @@ KINDS = ("labels", "bins", "of", "number")
 class Split:
     """Sizes in rows (int) or as shares (float) of the rows that they are drawn from."""
 
-    seed: int = 0
+    seed: Seed = 0
     train: int | float | None = None
     validation: int | float | None = None
     test: int | float | None = None
@@ -100,14 +100,12 @@ class Recipe(Task):
     columns: dict = field(default_factory=dict)
     choices: tuple | str | None = None
     split: dict = field(default_factory=dict)
-    leakage: str = "error"
+    leakage: Literal["error", "drop"] = "error"
     licence: str = "not stated"
 
     def check(self) -> None:
         super().check()
         name_of(self.source, "task.source")
-        if self.leakage not in ("error", "drop"):
-            raise UserError(f"config key 'task.leakage' is {self.leakage!r}; choose error or drop")
         for key in ("prompt", "answer"):
             value = getattr(self, key)
             if isinstance(value, str) and not columns_of(value, f"task.{key}"):
@@ -182,7 +180,7 @@ def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> 
     if choices is not None and answer not in choices:
         raise UserError(
             f"{where} has the answer {answer!r}, which is none of its choices ({', '.join(choices)}); "
-            "mend the row or task.choices"
+            "fix the row or task.choices"
         )
     return {"id": identity, "prompt": prompt, "answer": answer, "choices": choices, "fields": _plain(fields)}
 
@@ -252,7 +250,7 @@ def _number(value: Any, column: str, where: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{where} has {column}={value!r}, which is not a number; mend or remove that row")
+        raise UserError(f"{where} has {column}={value!r}, which is not a number; fix or remove that row")
     return number
 
 
@@ -262,7 +260,7 @@ def _element(options: Any, value: Any, spec: Answer, where: str) -> str:
     if not isinstance(options, list) or not 0 <= index < len(options):
         raise UserError(
             f"{where} has {spec.column}={value!r}, which is no place (0, 1, … or A, B, …) in the list {spec.of}; "
-            "mend or remove that row"
+            "fix or remove that row"
         )
     return text_of(options[index])
 
@@ -270,19 +268,15 @@ def _element(options: Any, value: Any, spec: Answer, where: str) -> str:
 def _choices(recipe: Recipe, fields: dict[str, Any], where: str) -> list[str] | None:
     if not isinstance(recipe.choices, str):
         return recipe.choice_list
-    found = _look(fields, recipe.choices, "task.choices", where)
-    if not isinstance(found, list) or len(found) < 2:
-        raise UserError(f"{where} has {recipe.choices}={found!r}; task.choices needs a column that holds a list of at least two")
-    return _unique(map(text_of, found))
+    options = _look(fields, recipe.choices, "task.choices", where)
+    if not isinstance(options, list) or len(options) < 2:
+        raise UserError(f"{where} has {recipe.choices}={options!r}; task.choices needs a column that holds a list of at least two")
+    return list(dict.fromkeys(map(text_of, options)))
 
 
 def _no_booleans(key: str, words: Iterable[Any]) -> None:
     if any(isinstance(word, bool) for word in words):
         raise UserError(f"config key '{key}' holds a word that YAML reads as true or false; put yes, no, on, off, true and false in quotes")
-
-
-def _unique(words: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(words))
 
 
 def _plain(value: Any) -> Any:

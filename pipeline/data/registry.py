@@ -20,8 +20,8 @@ from pipeline.core.files import UserError, atomic_path, sha256
 
 SUFFIX = {"sdist": ".tar.gz", "wheel": ".whl"}
 
-# To download an sdist, pip asks its build backend for metadata, which would run the package's setup.py. This stands in
-# for setuptools in that subprocess, so that nothing of the package runs and no build tools are needed.
+# To download an sdist, pip asks its build backend for metadata, which would run the package's setup.py. This replaces
+# setuptools in that subprocess, so that nothing of the package runs and no build tools are needed.
 BACKEND = '''
 import os, sys
 __legacy__ = sys.modules[__name__]
@@ -52,14 +52,14 @@ def fetch(package: str, version: str, kind: str, digest: str, folder: Path) -> P
     path = folder / f"{package}-{version}{SUFFIX[kind]}"
     if not path.exists():
         _download(package, version, kind, digest, path)
-    found = sha256(path)
-    if found != digest:
-        raise UserError(f"{path} has the sha256 {found}, not the pinned {digest}; delete the file and run again, or mend the pin")
+    actual = sha256(path)
+    if actual != digest:
+        raise UserError(f"{path} has the sha256 {actual}, not the pinned {digest}; delete the file and run again, or fix the pin")
     return path
 
 
 def member(package: Path, *names: str) -> bytes:
-    """A file inside an archive (tar or zip); further names go into archives inside it.
+    """A file inside an archive (tar or zip); more names go into archives inside it.
 
     Raises:
         UserError: no such member, or not an archive.
@@ -84,13 +84,13 @@ def _read(archive: io.BytesIO, name: str, where: str) -> bytes:
     except (tarfile.TarError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{where} is not a readable archive ({type(error).__name__}); "
-            "mend the member's name, or delete the file and run again"
+            "fix the member's name, or delete the file and run again"
         ) from error
 
 
 def _absent(name: str, names: list[str], where: str) -> bytes:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    raise UserError(f"{where} has no member {name!r}{f', the nearest is {near[0]!r}' if near else ''}; mend the member's name")
+    raise UserError(f"{where} has no member {name!r}{f', the nearest is {near[0]!r}' if near else ''}; fix the member's name")
 
 
 def _download(package: str, version: str, kind: str, digest: str, path: Path) -> None:
@@ -109,14 +109,14 @@ def _download(package: str, version: str, kind: str, digest: str, path: Path) ->
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise UserError(_sentence(f"{package}=={version}", digest, path, done.stderr))
-        (found,) = out.iterdir()
-        beside.write_bytes(found.read_bytes())
+        (file,) = out.iterdir()
+        beside.write_bytes(file.read_bytes())
 
 
 def _sentence(what: str, digest: str, path: Path, stderr: str) -> str:
     if "DO NOT MATCH THE HASHES" in stderr:
         got = next((line.split()[-1] for line in stderr.splitlines() if line.split()[:1] == ["Got"]), "another one")
-        return f"the registry's {what} has the sha256 {got}, not the pinned {digest}; nothing was kept, mend the pin if you trust the file"
+        return f"the registry's {what} has the sha256 {got}, not the pinned {digest}; nothing was kept, fix the pin if you trust the file"
     lines = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.strip()]
     reason = lines[-1].strip() if lines else "no reason given"
     return f"cannot fetch {what} (pip: {reason}); connect to the network for the first use, or put that file (sha256 {digest}) at {path}"

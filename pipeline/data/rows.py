@@ -33,7 +33,7 @@ class Example:
     ends: bool = False
     """Whether the answer is closed by the end-of-text token (needed where it is generated)."""
     prefill: str = ""
-    """The answer's beginning that is given, not learnt."""
+    """The answer's beginning, which is part of the prompt and not learnt."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,14 @@ class Encoder:
         self.tokenizer, self.task, self.max_length, self.too_long = tokenizer, task, max_length, too_long
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._cut: set[tuple[int, ...]] = set()
-        self._told = 0
+        self._reported = 0
 
     def prompt(self, text: str) -> list[int]:
         if self.task.format == "chat":
             messages = [{"role": "user", "content": text}]
             rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        ids = self.tokenizer(text)["input_ids"]
-        if ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1:
-            ids = ids[:-1]  # a tokenizer that closes every text; ours goes on
-        return ids or [self.pad_id]
+        return beginning(self.tokenizer, text) or [self.pad_id]
 
     def answer(self, text: str, ends: bool = False) -> list[int]:
         glue = "" if self.task.format == "chat" else self.task.separator
@@ -104,7 +101,7 @@ class Encoder:
         return Encoded((*prompt, *answer), len(prompt), example.group, example.weight)
 
     def fit(self, prompt: list[int], room: int) -> list[int]:
-        """The prompt, its start cut if prompt and `room` further tokens exceed max_length (and too_long allows it)."""
+        """The prompt, its start cut if prompt and `room` more tokens exceed max_length (and too_long allows it)."""
         excess = len(prompt) + room - self.max_length
         if excess <= 0:
             return prompt
@@ -112,8 +109,8 @@ class Encoder:
         return prompt[excess:] if excess < len(prompt) else prompt[-1:]
 
     def check(self, what: str) -> str | None:
-        """A note on how many texts were cut that no check has told of yet, or UserError where that is not allowed."""
-        count, self._told = len(self._cut) - self._told, len(self._cut)
+        """A note on how many texts were cut since the last check, or UserError where that is not allowed."""
+        count, self._reported = len(self._cut) - self._reported, len(self._cut)
         if not count:
             return None
         if self.too_long == "error":
@@ -122,6 +119,12 @@ class Encoder:
                 "raise train.max_length if the context allows it, or set train.too_long=truncate"
             )
         return f"{count} texts of {what} longer than {self.max_length} tokens lost their start"
+
+
+def beginning(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that is to be continued: without the end-of-text token that some tokenizers add to every text."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 @dataclass(frozen=True)
@@ -180,13 +183,9 @@ def load_rationales(folder: Path) -> dict[str, dict]:
     return {row["id"]: row for row in read_jsonl(path)}
 
 
-def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
-    """The order of the rows in an epoch: a function of seed and epoch alone, so a resumed run finds its place."""
-    return list(_epoch_order(rows, seed, epoch))
-
-
 @functools.lru_cache(maxsize=128)  # a shuffle takes longer than a short step, and every step of an epoch asks
-def _epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of the rows in an epoch: a function of seed and epoch alone, so a resumed run knows where it was."""
     order = list(range(rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return tuple(order)
@@ -199,7 +198,7 @@ def steps_in_epoch(rows: int, batch_size: int) -> int:
 def step_rows(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The rows of optimiser step `step` (from 0); an epoch's last step may be smaller."""
     epoch, index = divmod(step, steps_in_epoch(rows, batch_size))
-    return list(_epoch_order(rows, seed, epoch)[index * batch_size : (index + 1) * batch_size])
+    return list(epoch_order(rows, seed, epoch)[index * batch_size : (index + 1) * batch_size])
 
 
 def step_batches(examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:

@@ -30,7 +30,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Files:
-    """Files of rows, told apart by their ending: .jsonl, .csv, .tsv or .txt (tabs, no quoting), .parquet.
+    """Files of rows, read by their ending: .jsonl, .csv, .tsv or .txt (tabs, no quoting), .parquet.
 
     Args:
         files: one path or glob (training rows, from which the rest is drawn), or {set name: path or glob}.
@@ -124,7 +124,7 @@ class Hub:
         except Exception as error:  # the library has no common base for what a data set may do wrong
             raise UserError(
                 f"the hub data set {self.id!r}, split {split!r}, cannot be loaded ({_reason(error)}); "
-                "mend task.source"
+                "fix task.source"
             ) from error
 
 
@@ -138,7 +138,7 @@ def read_table(path: Path, header: list[str] | None = None, encoding: str = "utf
     if reader is None:
         raise UserError(f"{path} has the ending {path.suffix or '(none)'!r}; files of rows end in {', '.join(READERS)}")
     if not path.is_file():
-        raise UserError(f"{path} does not exist; mend task.source")
+        raise UserError(f"{path} does not exist; fix task.source")
     return reader(path, header, encoding)
 
 
@@ -160,14 +160,14 @@ def _csv(path: Path, header: list[str] | None, encoding: str, **dialect: Any) ->
     except (UnicodeDecodeError, LookupError) as error:
         raise UserError(f"{path} is not {encoding} ({_reason(error)}); save it as UTF-8 or set task.source.encoding") from error
     except csv.Error as error:
-        raise UserError(f"{path} line {lines.line_num} cannot be read as {path.suffix[1:]} ({error}); mend or remove that line") from error
+        raise UserError(f"{path} line {lines.line_num} cannot be read as {path.suffix[1:]} ({error}); fix or remove that line") from error
 
 
 def _record(path: Path, line: int, names: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(names):
         raise UserError(
             f"{path} line {line} has {len(cells)} cells for {len(names)} columns ({', '.join(names)}); "
-            "mend or remove that line"
+            "fix or remove that line"
         )
     return dict(zip(names, cells, strict=True))
 
@@ -180,8 +180,8 @@ def _parquet(path: Path, header: list[str] | None, encoding: str) -> list[dict[s
     with tempfile.TemporaryDirectory() as cache:
         try:
             return _datasets().Dataset.from_parquet(str(path), cache_dir=cache).to_list()
-        except Exception as error:  # Arrow errors, wrapped by `datasets` in its own
-            raise UserError(f"{path} cannot be read as parquet ({_reason(error)}); mend the file") from error
+        except Exception as error:  # Arrow errors, wrapped by `datasets`
+            raise UserError(f"{path} cannot be read as parquet ({_reason(error)}); fix the file") from error
 
 
 READERS: dict[str, Callable[..., list[dict[str, Any]]]] = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".txt": _tsv, ".parquet": _parquet}
@@ -204,7 +204,7 @@ def _reason(error: BaseException) -> str:
 def _matching(pattern: Path) -> list[Path]:
     if pattern.is_file():
         return [pattern]
-    found = sorted(Path(p) for p in glob.glob(str(pattern), recursive=True) if Path(p).is_file())
-    if not found:
-        raise UserError(f"{pattern} does not exist; mend task.source.files or task.source.folder")
-    return found
+    paths = sorted(Path(p) for p in glob.glob(str(pattern), recursive=True) if Path(p).is_file())
+    if not paths:
+        raise UserError(f"{pattern} does not exist; fix task.source.files or task.source.folder")
+    return paths

@@ -30,10 +30,10 @@ def assemble(recipe: Recipe, loaded: Loaded) -> tuple[Sets, Counts]:
     dropped: Counts = {"unlabelled": {}, "duplicate": {}, "leaked": {}, "unused": {}}
     sets = {}
     for name, raw in loaded.sets.items():
-        kept = _rendered(recipe, loaded, name, raw)
-        sets[name] = _distinct(kept)
-        dropped["unlabelled"][name] = len(raw) - len(kept)
-        dropped["duplicate"][name] = len(kept) - len(sets[name])
+        rows = _rendered(recipe, loaded, name, raw)
+        sets[name] = _distinct(rows)
+        dropped["unlabelled"][name] = len(raw) - len(rows)
+        dropped["duplicate"][name] = len(rows) - len(sets[name])
     sets = _without_leakage(recipe, sets, dropped["leaked"])
     sets = _drawn(recipe, sets, dropped["unused"])
     _check_labels(recipe, sets, loaded)
@@ -41,7 +41,7 @@ def assemble(recipe: Recipe, loaded: Loaded) -> tuple[Sets, Counts]:
 
 
 def balance(rows: Rows) -> dict[str, int]:
-    """Rows by answer, in the order of the choices; for answers that are a row's own, by its place among the choices."""
+    """Rows by answer, in the order of the choices; where every row has other choices, by its place among the choices."""
     lists = {tuple(row["choices"] or ()) for row in rows}
     if lists == {()} or not rows:
         return {"distinct answers": len({row["answer"] for row in rows})}
@@ -72,7 +72,7 @@ def _check_names(recipe: Recipe, loaded: Loaded) -> None:
         )
     extra = [name for name in loaded.sets if name not in SPLITS]
     if sorted(extra) != sorted(recipe.transfer):
-        raise UserError(f"task.transfer lists {list(recipe.transfer)}, but the source's further sets are {extra}; make them agree")
+        raise UserError(f"task.transfer lists {list(recipe.transfer)}, but the source's extra sets are {extra}; make them agree")
 
 
 def _rendered(recipe: Recipe, loaded: Loaded, name: str, raw: Rows) -> Rows:
@@ -91,7 +91,7 @@ def _distinct(rows: Rows) -> Rows:
 def _without_leakage(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Sets:
     """The split with fewer rows to spare keeps a shared text: test, then validation, then train; a transfer set last."""
     seen: dict[str, tuple[str, str]] = {}
-    kept: Sets = {}
+    left: Sets = {}
     for name in (*reversed(SPLITS), *recipe.transfer):
         if name not in sets:
             continue
@@ -103,11 +103,11 @@ def _without_leakage(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Set
                 f"{len(shared)} of the texts of {name} stand in another split too (first: {row['id']}, which {where} has as {twin}); "
                 "remove them from one file, or set task.leakage=drop"
             )
-        kept[name] = [row for key, row in keys.items() if key not in seen]
+        left[name] = [row for key, row in keys.items() if key not in seen]
         dropped[name] = len(shared)
         if name in SPLITS:
             seen.update({key: (name, row["id"]) for key, row in keys.items() if key not in seen})
-    return {name: kept[name] for name in sets}
+    return {name: left[name] for name in sets}
 
 
 def _drawn(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Sets:

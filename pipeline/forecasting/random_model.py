@@ -81,9 +81,9 @@ def _mark(model: Any, precision: str, dtype: Any) -> None:
     """What transformers leaves on a quantised model, and PEFT asks for."""
     from transformers.utils.quantization_config import QuantizationMethod
 
-    from pipeline.core.settings import Precision
+    from pipeline.core.settings import Precision, build
     from pipeline.models.base import quantisation
 
     setattr(model, "is_loaded_in_4bit" if precision == "nf4" else "is_loaded_in_8bit", True)
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
-    model.config.quantization_config = quantisation(precision, Precision(precision), dtype)
+    model.config.quantization_config = quantisation(precision, build(Precision, {"name": precision}, "precision"), dtype)

@@ -15,7 +15,7 @@ PHASES = ("startup", "load", "warmup", "train", "validate", "save", "evaluate")
 
 
 def synchronise(device: Any) -> None:
-    """Wait until the device has done what it was given (nothing to do on the CPU)."""
+    """Wait until the device has done its work (nothing to do on the CPU)."""
     if getattr(device, "type", device) == "cuda":
         import torch
 

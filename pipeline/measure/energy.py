@@ -14,7 +14,7 @@ from pipeline.measure.clock import synchronise
 from pipeline.measure.machine import nvml
 
 RAPL = ("/sys/class/powercap/intel-rapl", "/zeus_sys/class/powercap/intel-rapl")
-READ_COUNTERS_EVERY_S = 60.0  # a RAPL counter goes round in 262 kJ on most machines, so no sooner than in minutes
+READ_COUNTERS_EVERY_S = 60.0  # a RAPL counter wraps at 262 kJ on most machines: after minutes at the soonest
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Energy:
         self._read_at = time.perf_counter()
 
     def tick(self) -> None:
-        """To be called between steps: reads the counters now and then, so that none goes round unseen."""
+        """To be called between steps: reads the counters now and then, so that none wraps unseen."""
         if self._read_at is not None and time.perf_counter() - self._read_at >= READ_COUNTERS_EVERY_S:
             self._book()
 
@@ -134,10 +134,10 @@ class Energy:
 
 
 def _gpu_counters(device: Any) -> list[Counter]:
-    found = nvml(device)
-    if found is None:
+    gpu = nvml(device)
+    if gpu is None:
         raise LookupError("no NVML driver answers for this GPU")
-    library, handle = found
+    library, handle = gpu
     library.nvmlDeviceGetTotalEnergyConsumption(handle)
     return [Counter(lambda: library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000)]
 
@@ -145,7 +145,7 @@ def _gpu_counters(device: Any) -> list[Counter]:
 def _cpu_counters() -> list[Counter]:
     """RAPL's counters of every CPU package and its memory.
 
-    zeus finds them and knows their range; they are read here, because its own reading starts a process that watches for a counter
+    zeus finds them and knows their range; they are read here, because zeus's reading starts a process that watches for a counter
     to begin anew, which would outlive a forked cell.
     """
     if not any(Path(place).exists() for place in RAPL):

@@ -43,14 +43,18 @@ def card() -> tuple[str, int] | None:
         return None
 
 
+def control_group(name: str) -> str:
+    """A file of this process's control group. Raises OSError where there is none."""
+    return (Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/") / name).read_text()
+
+
 def machine_bytes() -> int:
     """Memory of the machine, or of this process's control group where that is less."""
     import psutil
 
     whole = int(psutil.virtual_memory().total)
     with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-        whole = min(whole, int((group / "memory.max").read_text()))
+        whole = min(whole, int(control_group("memory.max")))
     return whole
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.measure.clock import synchronise
-from pipeline.measure.machine import nvml
+from pipeline.measure.machine import control_group, nvml
 
 
 class PeakMemory:
@@ -99,14 +99,12 @@ def free_bytes(device: Any) -> int:
 
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, most - used)
+        free = min(free, int(control_group("memory.max")) - int(control_group("memory.current")))
     return max(0, int(free))
 
 
 def child_rss(pid: int) -> int | None:
-    """Resident bytes of a process, None when it is gone or the system does not tell."""
+    """Resident bytes of a process, None when it is gone or the system does not say."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, IndexError, ValueError):
@@ -114,27 +112,18 @@ def child_rss(pid: int) -> int | None:
 
 
 def kernel_oom_kills() -> int | None:
-    """How many processes of this control group the kernel ended for lack of memory, None if it does not tell."""
-    try:
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-        for line in (Path("/sys/fs/cgroup") / group / "memory.events").read_text().splitlines():
-            name, _, count = line.partition(" ")
-            if name == "oom_kill":
-                return int(count)
-    except (OSError, ValueError):
-        pass
-    try:
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    except (OSError, ValueError):
-        pass
+    """How many processes of this control group the kernel ended for lack of memory, None if it does not say."""
+    for read in (lambda: control_group("memory.events"), Path("/proc/vmstat").read_text):
+        with contextlib.suppress(OSError, ValueError):
+            for line in read().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
     return None
 
 
 def _nvml_used(device: Any) -> int | None:
-    found = nvml(device)
-    return int(found[0].nvmlDeviceGetMemoryInfo(found[1]).used) if found else None
+    gpu = nvml(device)
+    return int(gpu[0].nvmlDeviceGetMemoryInfo(gpu[1]).used) if gpu else None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import UserError
-from pipeline.core.settings import Precision
+from pipeline.core.settings import Precision, build
 from pipeline.methods.base import QUANTISED, Method
 from pipeline.models.base import from_quantised, quiet
 
@@ -52,7 +52,8 @@ class Quantised(Method):
             device, dtype, where = model.device, model.dtype, model.config._name_or_path
             for parameter in model.parameters():
                 parameter.data = parameter.data.new_empty(0)
-            made = from_quantised(Path(folder), Precision(self.kind, double_quantisation=self.double_quantisation), dtype, device)
+            settings = build(Precision, {"name": self.kind, "double_quantisation": self.double_quantisation}, "precision")
+            made = from_quantised(Path(folder), settings, dtype, device)
         made.config._name_or_path = where
         return made
 

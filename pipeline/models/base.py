@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.core.files import UserError, read_json
 from pipeline.core.settings import Precision
-
-if TYPE_CHECKING:
-    pass
 
 
 def device_of(name: str) -> Any:
@@ -62,7 +59,7 @@ def load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
         trust_remote_code: whether Python code that lies in the folder may run; this run's config says so (model.trust_remote_code).
 
     Raises:
-        UserError: no such folder, or a model with code of its own that is not trusted.
+        UserError: no such folder, or a model that comes with code, which is not trusted.
     """
     manifest(folder)
     return _pretrained(folder, trust_remote_code, dtype="auto")
@@ -156,9 +153,9 @@ def most_tokens(model: Any, wanted: int) -> int:
 def memory_bytes(model: Any) -> int:
     """Bytes of parameters and buffers, quantisation constants included."""
     constants = quantisation_bytes(model)
-    held = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
+    weights = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
     scales = sum(_bytes(p.SCB) for p in model.parameters() if getattr(p, "SCB", None) is not None)  # int8: one a row
-    return held + scales + constants["constants"] + constants["tables"]
+    return weights + scales + constants["constants"] + constants["tables"]
 
 
 def parameters(model: Any) -> tuple[int, int]:
@@ -179,18 +176,18 @@ def quantisation_bytes(model: Any) -> dict[str, int]:
     them and one offset a tensor; Dettmers et al., 2023, section 3). tables: the code books, a fixed cost a tensor.
     values: how many quantised values the model holds.
     """
-    found = {"constants": 0, "tables": 0, "values": 0}
+    sizes = {"constants": 0, "tables": 0, "values": 0}
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is None:
             continue
-        found["values"] += state.shape.numel()
-        found["constants"] += _bytes(state.absmax)
-        found["tables"] += _bytes(state.code)
+        sizes["values"] += state.shape.numel()
+        sizes["constants"] += _bytes(state.absmax)
+        sizes["tables"] += _bytes(state.code)
         if state.nested:
-            found["constants"] += _bytes(state.state2.absmax) + _bytes(state.offset)
-            found["tables"] += _bytes(state.state2.code)
-    return found
+            sizes["constants"] += _bytes(state.state2.absmax) + _bytes(state.offset)
+            sizes["tables"] += _bytes(state.state2.code)
+    return sizes
 
 
 def _bytes(tensor: Any) -> int:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.files import UserError
 from pipeline.data.rows import Example
-from pipeline.models.base import load_tokenizer
+from pipeline.models.base import load_tokenizer, most_tokens
 
 if TYPE_CHECKING:
     import torch
 
 PLACES = {"attention": re.compile(r"attn|attention"), "feed_forward": re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe")}
-"""What a block's own children are called in the architectures of transformers."""
+"""What a block's children are called in the architectures of transformers."""
 BLOCK = "block"
 
 
@@ -52,11 +52,11 @@ def sublayer(block: Any, place: str) -> Any:
     """A block's attention or feed_forward module, or the block. Raises UserError where the block has no one module for it."""
     if place == BLOCK:
         return block
-    found = [module for name, module in block.named_children() if PLACES[place].search(name.lower()) and any(True for _ in linears(module))]
-    if len(found) == 1:
-        return found[0]
+    modules = [module for name, module in block.named_children() if PLACES[place].search(name.lower()) and any(True for _ in linears(module))]
+    if len(modules) == 1:
+        return modules[0]
     there = ", ".join(name for name, _ in block.named_children())
-    what = f"{type(block).__name__} has {'no' if not found else 'more than one'} module that is its {place} (it has {there})"
+    what = f"{type(block).__name__} has {'no' if not modules else 'more than one'} module that is its {place} (it has {there})"
     raise UserError(f"{what}; choose other method.places, or an adapter of single layers such as technique=lora")
 
 
@@ -68,8 +68,7 @@ def rows(examples: Sequence[Example], count: int, base: Any) -> list[list[int]]:
     if not examples:
         raise UserError("calibration needs training rows; raise train_rows")
     tokenizer = load_tokenizer(Path(base.config._name_or_path))
-    most = min(MOST_TOKENS, getattr(base.config, "max_position_embeddings", None) or MOST_TOKENS)
-    return [tokenizer(f"{e.prompt} {e.answer}")["input_ids"][-most:] for e in examples[:count]]
+    return [tokenizer(f"{e.prompt} {e.answer}")["input_ids"][-most_tokens(base, MOST_TOKENS):] for e in examples[:count]]
 
 
 def calibrate(model: Any, ids: Sequence[Sequence[int]], measure: Callable[[torch.Tensor], torch.Tensor], change: Callable[[Any, dict[str, Any]], None]) -> None:
@@ -85,22 +84,22 @@ def calibrate(model: Any, ids: Sequence[Sequence[int]], measure: Callable[[torch
         fed = [_through(model, row) for row in ids]
         hidden = [states for states, _ in fed]
         for number, block in enumerate(blocks(model)):
-            run = functools.partial(_states, block, [given[number] for _, given in fed], hidden)
+            run = functools.partial(_states, block, [inputs[number] for _, inputs in fed], hidden)
             change(block, _measured(block, run, measure))
             hidden = run()
 
 
 def _through(model: Any, row: Sequence[int]) -> tuple[Any, list[tuple[tuple, dict]]]:
-    """(the first block's input, what every block is given besides it) of one row."""
+    """(the first block's input, every block's other arguments) of one row."""
     import torch
 
-    given: list[tuple[tuple, dict]] = []
+    inputs: list[tuple[tuple, dict]] = []
     first: list[Any] = []
 
     def note(_: Any, args: tuple, kwargs: dict) -> None:
-        further = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        extra = {k: v for k, v in kwargs.items() if k != "hidden_states"}
         first.append(args[0] if args else kwargs["hidden_states"])
-        given.append((args[1:], further))
+        inputs.append((args[1:], extra))
 
     hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks(model)]
     try:
@@ -108,12 +107,12 @@ def _through(model: Any, row: Sequence[int]) -> tuple[Any, list[tuple[tuple, dic
     finally:
         for hook in hooks:
             hook.remove()
-    return first[0], given
+    return first[0], inputs
 
 
-def _states(block: Any, given: Sequence[tuple[tuple, dict]], hidden: Sequence[Any]) -> list[Any]:
-    """What the block gives for every row."""
-    outputs = [block(states, *args, **kwargs) for states, (args, kwargs) in zip(hidden, given, strict=True)]
+def _states(block: Any, inputs: Sequence[tuple[tuple, dict]], hidden: Sequence[Any]) -> list[Any]:
+    """The block's output for every row."""
+    outputs = [block(states, *args, **kwargs) for states, (args, kwargs) in zip(hidden, inputs, strict=True)]
     return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
 
@@ -121,8 +120,8 @@ def _measured(block: Any, run: Callable[[], Any], measure: Callable[[torch.Tenso
     sums: dict[str, Any] = {}
 
     def add(_: Any, args: tuple, name: str) -> None:
-        found = measure(args[0].reshape(-1, args[0].shape[-1]).float())
-        sums[name] = sums[name] + found if name in sums else found
+        measured = measure(args[0].reshape(-1, args[0].shape[-1]).float())
+        sums[name] = sums[name] + measured if name in sums else measured
 
     hooks = [module.register_forward_pre_hook(functools.partial(add, name=name)) for name, module in linears(block)]
     try:

@@ -93,8 +93,8 @@ def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: 
     from pipeline.models.base import quiet
 
     tokenizer = _tokenizer(folder, shown, trust_remote_code)
-    held = Path(folder) / "config.json"
-    if held.exists() and read_json(held).get("is_encoder_decoder"):
+    config = Path(folder) / "config.json"
+    if config.exists() and read_json(config).get("is_encoder_decoder"):
         raise UserError(f"the model {shown} is an encoder-decoder, and every technique here is for decoder-only models; choose a causal language model")
     try:
         with quiet():

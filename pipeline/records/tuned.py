@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.core.compose import by_key
 from pipeline.core.files import UserError, write_text
 from pipeline.records.results import Tuning
 
@@ -139,7 +140,7 @@ def applied(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
     for key, mine, other in (("task", cfg.task.name, found.task), ("model", cfg.model.name, found.model)):
         if mine != other:
             raise UserError(f"{path} was tuned with {key}={other}, this cell has {key}={mine}; tune again, or leave out tuned=true")
-    given = {word.partition("=")[0].lstrip("+") for word in words}
+    given = by_key(words)
     for key, value in found.settings.items():
         if key in given:
             raise UserError(f"{key} is given by hand, but tuned=true takes it from {path}; leave one of them out")

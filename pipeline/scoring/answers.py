@@ -37,19 +37,19 @@ def canonical(answer: str) -> str:
 
 def chosen(rows: Sequence[dict], scores: Sequence[Sequence[float]], task: Task) -> list[dict]:
     """One prediction a row from its choices' log-likelihoods: {id, answer, prediction, correct, scores}."""
-    found = []
+    predictions = []
     for row, values in zip(rows, scores, strict=True):
         if not all(map(math.isfinite, values)):  # a model whose training diverged answers nothing
-            found.append({"id": row["id"], "answer": row["answer"], "prediction": None, "correct": False, "scores": {}})
+            predictions.append({"id": row["id"], "answer": row["answer"], "prediction": None, "correct": False, "scores": {}})
             continue
         lengths = [len(c) if task.length_normalised else 1 for c in row["choices"]]
         best = max(range(len(values)), key=lambda i: values[i] / lengths[i])  # noqa: B023 (used at once)
         prediction = row["choices"][best]
-        found.append({
+        predictions.append({
             "id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": prediction == row["answer"],
             "scores": {c: round(v, 6) for c, v in zip(row["choices"], values, strict=True)},
         })
-    return found
+    return predictions
 
 
 def score(predictions: Sequence[dict], task: Task) -> Score:
@@ -77,8 +77,8 @@ def _macro_f1(predictions: Sequence[dict], task: Task) -> float | None:
     names = next(iter(labels))
     code = {name: i for i, name in enumerate(names)}
     references = [code[p["answer"]] for p in predictions]
-    given = [code[p["prediction"]] for p in predictions]
-    return float(_metric("macro_f1").compute(predictions=given, references=references, labels=len(names))["macro_f1"])
+    predicted = [code[p["prediction"]] for p in predictions]
+    return float(_metric("macro_f1").compute(predictions=predicted, references=references, labels=len(names))["macro_f1"])
 
 
 def _rouge(predictions: Sequence[dict]) -> float:
@@ -106,10 +106,10 @@ def preload(task: Task) -> None:
     import scipy.stats  # noqa: F401
 
 
-def headline(found: Score, metric: str) -> float:
+def headline(scores: Score, metric: str) -> float:
     """The task's metric. NaN-free: a metric the split cannot have falls back to accuracy."""
-    value = getattr(found, metric)
-    return float(found.accuracy if value is None else value)
+    value = getattr(scores, metric)
+    return float(scores.accuracy if value is None else value)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What an alignment technique made the model forget: perplexity of news, grammar, and LAMBADA, all unrelated to any task here.
 
-Library; docs/forgetting.md tells what each probe means for which technique. A fresh machine has two probes: pipeline/scoring/news.txt
+Library; docs/forgetting.md says what each probe means for which technique. A fresh machine has two probes: pipeline/scoring/news.txt
 (200 sentences of the VADER paper's New York Times editorials, MIT) and subject-verb agreement pairs generated from a seed, as in
 Linzen et al. (2016): a noun of the other number stands between subject and verb ("The keys to the cabinet are/is here."). The
 third, LAMBADA (Paperno et al., 2016), the last word of a passage that only the whole passage gives away, is a file: paths.lambada.
@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from pipeline.core.files import UserError, read_json, read_jsonl, write_json
 from pipeline.core.settings import Evaluate, Precision, Settings
-from pipeline.data.rows import by_length, pad
+from pipeline.data.rows import beginning, by_length, pad
 from pipeline.measure.machine import hardware
 from pipeline.models.base import autocast, load_model, manifest, most_tokens, resolve
 from pipeline.records.results import Forgetting
@@ -63,15 +63,15 @@ class Probe:
 def agreement_pairs(count: int, seed: int = SEED) -> list[tuple[str, str]]:
     """`count` distinct (grammatical, ungrammatical) sentences, half with a plural subject."""
     rng = random.Random(seed)
-    found: dict[str, str] = {}
-    while len(found) < count:
-        plural = len(found) % 2
+    pairs: dict[str, str] = {}
+    while len(pairs) < count:
+        plural = len(pairs) % 2
         subject, other = rng.sample(NOUNS, 2)
         verb = rng.choice(VERBS)
         head = f"The {subject[plural]} {rng.choice(LINKS)} the {other[1 - plural]}"
         end = rng.choice(ENDS[verb[0]])
-        found.setdefault(f"{head} {verb[plural]} {end}", f"{head} {verb[1 - plural]} {end}")
-    return list(found.items())
+        pairs.setdefault(f"{head} {verb[plural]} {end}", f"{head} {verb[1 - plural]} {end}")
+    return list(pairs.items())
 
 
 def read_passages(path: Path, count: int) -> list[tuple[str, str]]:
@@ -87,13 +87,13 @@ def read_passages(path: Path, count: int) -> list[tuple[str, str]]:
     rows = read_jsonl(path)
     if len(rows) < count:
         raise UserError(f"{path} has {len(rows)} passages; set evaluate.probe_lambada to at most that")
-    found = []
+    passages = []
     for number, row in enumerate(rows[:count], 1):
         context, word = (row.get("context"), row.get("continuation")) if "text" not in row else str(row["text"]).rpartition(" ")[::2]
         if not (isinstance(context, str) and isinstance(word, str) and context.strip() and word.strip()):
-            raise UserError(f"{path} row {number} has neither a text of two words nor context and continuation; mend the row or paths.lambada")
-        found.append((context.rstrip(), word.strip()))
-    return found
+            raise UserError(f"{path} row {number} has neither a text of two words nor context and continuation; fix the row or paths.lambada")
+        passages.append((context.rstrip(), word.strip()))
+    return passages
 
 
 def probe(model: Any, tokenizer: Any, texts: int, pairs: int, device: Any, dtype: Any, passages: Sequence[tuple[str, str]] = ()) -> Probe:
@@ -110,8 +110,8 @@ def probe(model: Any, tokenizer: Any, texts: int, pairs: int, device: Any, dtype
     good_bad = agreement_pairs(pairs)
     scored = log_likelihoods([s for pair in good_bad for s in pair])
     right = sum(scored[2 * i][0] > scored[2 * i + 1][0] for i in range(len(good_bad)))
-    found = Probe(math.exp(-sum(v for v, _ in news) / sum(n for _, n in news)), right / len(good_bad))
-    return Probe(found.perplexity, found.pairs, *last_words(model, tokenizer, passages, device, dtype)) if passages else found
+    result = Probe(math.exp(-sum(v for v, _ in news) / sum(n for _, n in news)), right / len(good_bad))
+    return Probe(result.perplexity, result.pairs, *last_words(model, tokenizer, passages, device, dtype)) if passages else result
 
 
 def last_words(model: Any, tokenizer: Any, passages: Sequence[tuple[str, str]], device: Any, dtype: Any) -> tuple[float, float]:
@@ -120,7 +120,7 @@ def last_words(model: Any, tokenizer: Any, passages: Sequence[tuple[str, str]], 
 
     room = most_tokens(model, 10**9)
     words = [tokenizer(" " + word, add_special_tokens=False)["input_ids"] for _, word in passages]
-    heads = [_open(tokenizer, context)[-(room - len(word)):] for (context, _), word in zip(passages, words, strict=True)]
+    heads = [beginning(tokenizer, context)[-(room - len(word)):] for (context, _), word in zip(passages, words, strict=True)]
     nats, hits = 0.0, 0
     with torch.inference_mode(), autocast(device, dtype):
         for part in by_length([len(h) + len(w) for h, w in zip(heads, words, strict=True)], PASSAGE_TOKENS):
@@ -132,12 +132,6 @@ def last_words(model: Any, tokenizer: Any, passages: Sequence[tuple[str, str]], 
             missed = torch.zeros(len(part), device=device).index_add_(0, rows, (logits.argmax(-1) != targets).float())
             hits += int((missed == 0).sum())
     return hits / len(passages), math.exp(nats / len(passages))
-
-
-def _open(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text that goes on: without the end that some tokenizers put to every text."""
-    ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 class Probing:
@@ -155,7 +149,7 @@ class Probing:
         path = Path(cfg.paths.lambada)
         self.passages = read_passages(path, self.settings.probe_lambada)
         lacking = self.settings.probe_lambada and not self.passages
-        self.note = f"LAMBADA was not probed: {path} is not there (docs/forgetting.md tells where to get it)" if lacking else None
+        self.note = f"LAMBADA was not probed: {path} is not there (docs/forgetting.md says where to get it)" if lacking else None
         folder, work = Path(cfg.paths.models) / cfg.model.name, Path(cfg.paths.work) / "probes"
         key = {"model": manifest(folder)["sha256"], "texts": self.settings.probe_texts, "pairs": self.settings.probe_pairs, "passages": self.passages,
                "hardware": hardware(self.device), "precision": vars(settings.precision) | {"name": precision}}
@@ -187,6 +181,6 @@ def cached(folder: Path, key: dict[str, Any], compute: Callable[[], Probe]) -> P
     path = folder / f"{digest}.json"
     if path.exists():
         return Probe(**read_json(path))
-    found = compute()
-    write_json(path, vars(found))
-    return found
+    result = compute()
+    write_json(path, vars(result))
+    return result

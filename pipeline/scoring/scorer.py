@@ -21,11 +21,11 @@ WHOLE: Sequence[str] = ()
 """As owners: the model as it stands answers all rows, fed as those of several adapters are, so that what the two take compares."""
 
 
-def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, **further: Any) -> torch.Tensor:
+def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, **extra: Any) -> torch.Tensor:
     """Logits at chosen positions alone, fp32 [N, V]; the [B, T, V] ones are never made.
 
     The output layer is given the selected hidden states only. Virtual tokens that an adapter puts before the input
-    shift the columns. input_ids [B, T] right-padded; rows, cols [N]; further: the model's other inputs (a mask, a cache).
+    shift the columns. input_ids [B, T] right-padded; rows, cols [N]; extra: the model's other inputs (a mask, a cache).
     """
     width = input_ids.shape[1]
 
@@ -35,7 +35,7 @@ def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: tor
 
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        return model(**{"input_ids": input_ids, "use_cache": False} | further).logits.float()
+        return model(**{"input_ids": input_ids, "use_cache": False} | extra).logits.float()
     finally:
         hook.remove()
 
@@ -57,12 +57,12 @@ def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: 
     from pipeline.engine.passes import ChoiceScorer, log_probabilities_apiece
     from pipeline.engine.reuse import sharing_refused
 
-    own = functools.partial(logits_at, model)
+    logits = functools.partial(logits_at, model)
     with torch.inference_mode(), autocast(device, dtype):
         if owners is not None:
-            return ChoiceScorer(own, batch_tokens, pad_id, device, log_p=log_probabilities_apiece, owners=owners).scores(items)[0]
+            return ChoiceScorer(logits, batch_tokens, pad_id, device, log_p=log_probabilities_apiece, owners=owners).scores(items)[0]
         with by_hand(model, dtype, device, len(items)) as written, contextlib.closing(ChoiceScorer(
-            written or own, batch_tokens, pad_id, device, model=model, fresh=lambda: autocast(device, dtype, cache=False), notes=notes,
+            written or logits, batch_tokens, pad_id, device, model=model, fresh=lambda: autocast(device, dtype, cache=False), notes=notes,
         )) as reader:
             return reader.scores(items, lambda groups: sharing_refused(model, dtype, items, groups, reader.sums))[0]
 
@@ -109,7 +109,7 @@ def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
 
 def _generate(model: Any, prompts: Sequence[list[int]], parts: Sequence[list[int]], max_new_tokens: int, end: int | None, pad_id: int, device: Any,
               owners: Sequence[str] = ()) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """By the model's own generate, part by part: (indices of prompts, what follows them [rows, new])."""
+    """By the model's generate, part by part: (indices of prompts, what follows them [rows, new])."""
     import torch
 
     for part in parts:
@@ -149,14 +149,14 @@ class Scorer:
 
     def items(self, rows: Sequence[dict]) -> list[tuple[list[int], list[list[int]]]]:
         """(prompt ids, [choice ids, …]) a row, the prompt cut so that its answer, and reasoning still to come, fit; no choices where it is generated."""
-        found = []
+        items = []
         later = self.reasoning.max_new_tokens + len(self.encoder.answer(self.reasoning.cue)) if self.reasoning else 0
         for row in rows:
             choices = [self.encoder.answer(c) for c in row["choices"]] if self.task.scoring == "choice" else []
             room = max(map(len, choices)) if choices else self.task.max_new_tokens
-            given = self.encoder.answer(row["reasoned"]) if self.reasoning and "reasoned" in row else []
-            found.append((self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])) + given, room + (0 if given else later)), choices))
-        return found
+            reasoned = self.encoder.answer(row["reasoned"]) if self.reasoning and "reasoned" in row else []
+            items.append((self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])) + reasoned, room + (0 if reasoned else later)), choices))
+        return items
 
     def check(self, splits: dict[str, list[dict]]) -> list[str]:
         """Notes on texts that will be cut. Raises UserError where that is not allowed, before any work is done."""
@@ -173,8 +173,8 @@ class Scorer:
         self.model.eval()
         if self.reasoning:
             thought = [{**row, "reasoned": text} for row, text in zip(rows, self._reason(rows), strict=True)]
-            found = self._choose(thought) if self.task.scoring == "choice" else self._generate(thought)
-            return [{**one, "reasoning": row["reasoned"]} for one, row in zip(found, thought, strict=True)]
+            predictions = self._choose(thought) if self.task.scoring == "choice" else self._generate(thought)
+            return [{**one, "reasoning": row["reasoned"]} for one, row in zip(predictions, thought, strict=True)]
         return self._choose(rows) if self.task.scoring == "choice" else self._generate(rows)
 
     def _reason(self, rows: Sequence[dict]) -> list[str]:
@@ -196,9 +196,9 @@ class Scorer:
         return chosen(rows, self.log_likelihoods(self.items(rows)), self.task)
 
     def _generate(self, rows: Sequence[dict]) -> list[dict]:
-        found = []
+        predictions = []
         for row, output in zip(rows, self.texts(self.items(rows)), strict=True):
             prediction = extract(output, self.task.answer_pattern)
             correct = prediction is not None and canonical(prediction) == canonical(row["answer"])
-            found.append({"id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": correct, "output": output})
-        return found
+            predictions.append({"id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": correct, "output": output})
+        return predictions

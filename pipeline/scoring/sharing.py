@@ -63,9 +63,9 @@ def _answer(scorer: scoring.Scorer, rows: Sequence[dict], owners: Sequence[str])
 
 
 def _seconds(call: Callable[[], None], device: Any) -> float:
-    found = clock.latency_s(lambda _: call(), [None] * REPEATS, device)
-    assert found is not None
-    return found
+    seconds = clock.latency_s(lambda _: call(), [None] * REPEATS, device)
+    assert seconds is not None
+    return seconds
 
 
 def _one_by_one(scorer: scoring.Scorer, rows: Sequence[dict]) -> float:
@@ -83,12 +83,12 @@ def _copies(model: Any, count: int) -> list[str]:
 
     name = model.active_adapter
     weights = get_peft_model_state_dict(model, adapter_name=name)
-    found = [name]
+    names = [name]
     for number in range(1, count):
         config = copy.deepcopy(model.peft_config[name])
         config.init_lora_weights, config.inference_mode = False, True
         model.add_adapter(f"copy{number}", config)
         set_peft_model_state_dict(model, weights, adapter_name=f"copy{number}")
-        found.append(f"copy{number}")
+        names.append(f"copy{number}")
     model.set_adapter(name)
-    return found
+    return names

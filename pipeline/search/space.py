@@ -52,9 +52,6 @@ class Parameter:
     least: int | float | None = None
     most: int | float | None = None
 
-    def check(self) -> None:
-        """Checked with its key's name by `parse`."""
-
     @property
     def linked(self) -> bool:
         return self.times is not None

@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cell import identity
 from pipeline.core.compose import RENAMED, plain
 from pipeline.core.files import UserError, sha256, write_json, write_text
-from pipeline.core.settings import build
+from pipeline.core.settings import Within, build
 from pipeline.measure.machine import provenance
 from pipeline.records.results import Result
 from pipeline.search.space import Point, Space, at, overrides, parse
@@ -56,7 +56,7 @@ class Sweep:
     """Trials with an answer to stop at; null: all points (brute_force only)."""
     timeout_s: float | None = None
     """No trial is started later than this."""
-    seed: int = 0
+    seed: Annotated[int, Within(0, 2**31 - 1)] = 0
     """Of the sampler."""
     confirm: bool = True
     """Run the best setting (each Pareto point for two objectives) as a cell that is scored on test."""

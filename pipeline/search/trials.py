@@ -6,7 +6,7 @@ import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,7 +288,7 @@ def study_name(cfg: DictConfig) -> str:
     return f"{cfg.technique.name}+{cfg.variant}" if cfg.variant else str(cfg.technique.name)
 
 
-def of_grid(cfg: DictConfig, given: Sequence[str]) -> DictConfig:
+def of_grid(cfg: DictConfig, given: Collection[str]) -> DictConfig:
     """The cell's config with the first seed and train_rows of the experiment's grid, unless they were given."""
     if "experiments" not in given:
         return cfg

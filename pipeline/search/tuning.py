@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from pipeline.cell import grid as cell_grid
 from pipeline.cell import inputs
 from pipeline.core import settings
-from pipeline.core.compose import SUFFIX
+from pipeline.core.compose import SUFFIX, by_key, without
 from pipeline.core.files import UserError
 from pipeline.core.settings import build
 from pipeline.measure.machine import provenance
@@ -27,7 +27,6 @@ from pipeline.search.trials import alone, search
 
 FIRST_SHARE = 2 / 3
 PARTS = ("declared", "widened")
-OWN = ("technique", "seed", "train_rows")
 OUTER = 0.25
 """A value in the outer quarter of its range, on its own scale, is at the edge if no trial was further out."""
 
@@ -49,14 +48,14 @@ def budget_of(cfg: DictConfig) -> int:
 
 def each_technique(cfg: DictConfig, words: Sequence[str]) -> list[list[str]]:
     """The overrides of every technique and number of rows, with the grid's first seed unless one is given."""
-    given = dict(w.split("=", 1) for w in words if "=" in w)
+    given = by_key(words)
     if "experiments" not in given:
         raise UserError("pipeline.tune needs an experiment; add experiments=<name>, for example experiments=quick")
     grid = cell_grid.grid(given["experiments"])["grid"]
     named = [given["technique"]] if "technique" in given else list(cfg.tune.techniques or grid["techniques"])
     techniques = dict.fromkeys(t.removesuffix(SUFFIX) for t in named)
     rows = [given["train_rows"]] if "train_rows" in given else grid["train_rows"]
-    seed, rest = given.get("seed", grid["seeds"][0]), [w for w in words if w.partition("=")[0] not in OWN]
+    seed, rest = given.get("seed", grid["seeds"][0]), without(words, "technique", "seed", "train_rows")
     return [[*rest, f"technique={t}", f"seed={seed}", f"train_rows={'null' if n is None else n}"] for n in rows for t in techniques]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.files import UserError, sha256
-from pipeline.core.settings import Precision, Task
+from pipeline.core.settings import Precision, Task, build
 from pipeline.data.rows import Encoder, by_length, pad
 from pipeline.measure.clock import Stopwatch
 from pipeline.models.base import autocast, device_of, load_model, load_tokenizer, manifest, most_tokens, resolve
@@ -56,12 +56,14 @@ class LocalWriter(Writer):
 
     def check(self) -> None:
         manifest(self.folder)
-        self.settings.check()
+        _ = self.settings
         device_of(self.device)
 
     @property
     def settings(self) -> Precision:
-        return Precision(self.precision)
+        """Raises UserError for a precision that there is not."""
+        found: Precision = build(Precision, {"name": self.precision}, "precision")
+        return found
 
     def identity(self) -> dict[str, Any]:
         files = [self.folder / name for name in TOKENIZER]

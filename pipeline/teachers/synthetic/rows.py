@@ -73,8 +73,6 @@ class Synthesis:
             raise UserError(f"config key 'synthetic.attempts' is {self.attempts}; it must be at least 1")
         if not 0 < self.near <= 1:
             raise UserError(f"config key 'synthetic.near' is {self.near}; it is a share above 0, at most 1")
-        if any(type(seed) is not int for seed in self.row_seeds or ()):
-            raise UserError(f"config key 'synthetic.row_seeds' is {list(self.row_seeds or ())}; list whole numbers")
 
 
 def read(cfg: DictConfig) -> Synthesis:
