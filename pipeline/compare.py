@@ -16,8 +16,7 @@ from pathlib import Path
 
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError, write_text
-from pipeline.reporting import drift
-from pipeline.reporting.compare import FORMATS, headline
+from pipeline.reporting.compare import FORMATS, compare, headline
 
 DEFAULTS = {"format": "text", "out": "", "fail": "false", "tolerance": ""}
 
@@ -47,7 +46,7 @@ def parse(words: Sequence[str]) -> tuple[Path, Path, dict[str, str]]:
 def run(words: Sequence[str]) -> int:
     """Compare and print (or write)."""
     a, b, keys = parse(words)
-    comparison = drift.compare(a, b, float(keys["tolerance"]) if keys["tolerance"] else None)
+    comparison = compare(a, b, float(keys["tolerance"]) if keys["tolerance"] else None)
     text = FORMATS[keys["format"]](comparison)
     if keys["out"]:
         write_text(Path(keys["out"]), text)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from pipeline.core.commands import entry
 from pipeline.core.files import UserError, write_json, write_jsonl
-from pipeline.records.finished import finished, held
+from pipeline.records.finished import cell_config, finished
 from pipeline.scoring.answers import headline
 from pipeline.serving.scores import probe_artefact, score_artefact
 
@@ -28,11 +28,11 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     result = finished(cfg.cell)
     target = Path(cfg.paths.evaluations) / result.experiment / result.cell / cfg.split.replace("/", "-")
     if cfg.split == "probes":
-        probes = probe_artefact(held(result, cfg), Path(cfg.cell) / "artefact")
+        probes = probe_artefact(cell_config(result, cfg), Path(cfg.cell) / "artefact")
         write_json(target / "forgetting.json", {"cell": result.cell, **dataclasses.asdict(probes)})
         print(f"{result.cell}: perplexity {probes.perplexity:.2f}, the base's {probes.perplexity_base:.2f}; {probes.probes}; {target}/forgetting.json")
         return 0
-    predictions, score = score_artefact(held(result, cfg), Path(cfg.cell) / "artefact", cfg.split)
+    predictions, score = score_artefact(cell_config(result, cfg), Path(cfg.cell) / "artefact", cfg.split)
     write_jsonl(target / "predictions.jsonl", predictions)
     write_json(target / "score.json", {"split": cfg.split, "cell": result.cell, **dataclasses.asdict(score)})
     print(f"{result.cell} on {cfg.split}: {result.metric} {headline(score, result.metric):.3f}, {score.rows} rows; {target}/score.json")

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from pipeline.core.commands import entry
 from pipeline.core.files import UserError, atomic_folder, folder_bytes, write_json
-from pipeline.records.finished import finished, held
+from pipeline.records.finished import cell_config, finished
 from pipeline.serving.artefact import Artefact, Base
 from pipeline.serving.export import about, differences, refusal, save
 
@@ -28,7 +28,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     if not cfg.cell or not cfg.to:
         raise UserError("pipeline.export needs a finished cell and a folder to write; add cell=results/<experiment>/<cell> to=<folder>")
     result, target = finished(cfg.cell), Path(cfg.to)
-    config = held(result, cfg)
+    config = cell_config(result, cfg)
     artefact = Artefact.at(result.cell, Path(cfg.cell) / "artefact", config)
     if reason := refusal(artefact):
         raise UserError(f"{result.technique} cannot be exported: {reason}")

@@ -22,13 +22,12 @@ from pipeline.core.compose import plain
 from pipeline.core.files import UserError, atomic_folder, write_json, write_text
 from pipeline.records import tuned
 from pipeline.records.finished import select
-from pipeline.records.results import figures
 from pipeline.reporting import tuning
-from pipeline.reporting.figures import history_csv, table_csv
-from pipeline.reporting.growth import further, growth
-from pipeline.reporting.markdown import markdown
+from pipeline.reporting.figures import history_csv, metrics, table_csv
+from pipeline.reporting.growth import growth, summary
 from pipeline.reporting.page import page
 from pipeline.reporting.rows import make_rows
+from pipeline.reporting.text import markdown
 
 
 def _named_axes(cfg: DictConfig) -> dict[str, list[int]]:
@@ -49,7 +48,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> None:
     rows = make_rows(cells)
     grown = growth(rows, cfg.report.target)
     tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)
-    text = markdown(cfg.experiment, rows, missing, [*further(grown), *tuning.further(rows, tunings)])
+    text = markdown(cfg.experiment, rows, missing, [*summary(grown), *tuning.summary(rows, tunings)])
     files = {
         "index.html": page(cfg.experiment, rows, missing, grown, tunings),
         "table.md": text,
@@ -62,8 +61,8 @@ def run(cfg: DictConfig, overrides: list[str]) -> None:
         for name, content in files.items():
             write_text(beside / name, content)
         for cell in cells:
-            if metrics := figures(cell.result):
-                write_json(beside / "metrics" / f"{cell.result.cell}.json", metrics)
+            if figures := metrics(cell):
+                write_json(beside / "metrics" / f"{cell.result.cell}.json", figures)
     print(f"{text}\nreport: {folder / 'index.html'}")
 
 

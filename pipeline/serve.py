@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from pipeline.core.commands import entry
 from pipeline.core.files import UserError, write_jsonl
 from pipeline.measure.clock import Stopwatch
-from pipeline.records.finished import finished, held
+from pipeline.records.finished import cell_config, finished
 from pipeline.serving.artefact import Artefact, Base, Multiplexer, check_sharing
 from pipeline.serving.requests import check_one_base, folder_of, read_requests, with_choices
 
@@ -33,7 +33,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     root = Path(cfg.paths.results) / cfg.experiment
     results = {name: finished(folder_of(root, name)) for name in dict.fromkeys(r["adapter"] for r in requests)}
     check_one_base(results)
-    artefacts = {name: Artefact.at(name, root / name / "artefact", held(result, cfg)) for name, result in results.items()}
+    artefacts = {name: Artefact.at(name, root / name / "artefact", cell_config(result, cfg)) for name, result in results.items()}
     check_sharing(list(artefacts.values()))
     rows = [with_choices(number, row, artefacts[row["adapter"]]) for number, row in enumerate(requests, 1)]
     base = Base.of(next(iter(artefacts.values())).cfg)

@@ -16,8 +16,7 @@ from pipeline import advise as entry
 from pipeline.core.files import UserError
 from pipeline.records.finished import Cell
 from pipeline.reporting.advice import Advice, Need, advise
-from pipeline.reporting.advice_cost import expected_time
-from pipeline.reporting.evidence import Expected, Seen, Spread, gather, other_task, paired_apart
+from pipeline.reporting.evidence import Expected, Seen, Spread, expected_time, gather, other_task, paired_apart
 
 SIZES = (50, 100, 400, 1600)
 
@@ -196,6 +195,25 @@ def test_what_was_measured_on_fewer_tasks_is_not_compared():
     gone = {c.technique: c.out for c in found.candidates if c.out}
     assert found.task == "a, b" and found.chosen and gone == {"prompt_tuning": "was measured on 1 of the 2 tasks that the others were measured on"}
     assert advise(seen, Need(400, task="new", metric_floor=0.6)).chosen is None
+
+
+def test_techniques_are_ranked_over_the_same_tasks():
+    """Over a and b, which most have: what was measured on an easier task instead, or beside them, gains nothing by it."""
+    seen = [made(task, name, seed, 0.5) for task in ("a", "b") for name in ("full", "lora") for seed in (0, 1)]
+    seen += [made(task, "prompt_tuning", seed, 0.9) for task in ("b", "c") for seed in (0, 1)]
+    seen += [made(task, "zero_shot", 0, accuracy, kind="base", takes_rows=False) for task, accuracy in (("a", 0.2), ("b", 0.2), ("c", 0.9))]
+    found = {c.technique: c for c in advise(seen, Need(400, task="new")).candidates}
+    assert found["prompt_tuning"].out == "was measured on 1 of the 2 tasks that the others were measured on"
+    assert all(set(found[name].by_task) == {"a", "b"} and found[name].out is None for name in ("full", "lora", "zero_shot"))
+    assert found["zero_shot"].accuracy.value == pytest.approx(0.2)
+
+
+def test_cells_of_another_metric_or_model_are_no_candidates(root):
+    before = of(root, 400)
+    for name, change in (("other_metric", {"metric": "macro_f1"}), ("other_model", {"model": "llama"})):
+        keep(root / name, dataclasses.replace(result("bitfit", 249, 0, 400, experiment=name), **change), with_predictions=False)
+    found = of(root, 400, task="vader_movies", model="smollm2_135m")
+    assert [c.technique for c in found.candidates] == [c.technique for c in before.candidates] and "bitfit" not in {c.technique for c in found.candidates}
 
 
 def test_other_settings_are_another_technique_and_the_same_run_again_is_one(root):

@@ -14,8 +14,7 @@ from report_cells import HARDWARE, PROVENANCE, keep, oom, result
 
 from pipeline import compare
 from pipeline.core.files import read_jsonl, write_jsonl
-from pipeline.reporting import compare as reporting_compare
-from pipeline.reporting import drift
+from pipeline.reporting import compare as drift
 
 SEEDS = (0, 1, 2)
 
@@ -67,7 +66,7 @@ def test_what_differs_is_said_once_with_the_number_of_cells(sides):
         ("version", "torch", "2.13.0+cpu", "2.14.0", 9), ("data", "data_sha256", PROVENANCE["data_sha256"], "other", 9),
         ("hardware", "cpu", HARDWARE["cpu"], "another", 9), ("config", "train.lr", None, 0.5, 3),
     }
-    assert "a move may be the data's" in reporting_compare.text(found) and "machines differ (cpu)" in reporting_compare.text(found)
+    assert "a move may be the data's" in drift.text(found) and "machines differ (cpu)" in drift.text(found)
 
 
 def test_a_technique_that_moved_is_told_and_its_neighbours_are_not(sides, capsys):
@@ -83,7 +82,7 @@ def test_a_technique_that_moved_is_told_and_its_neighbours_are_not(sides, capsys
 def test_a_small_change_is_seed_noise(sides):
     spoil(sides[1], "full", 0.02)
     found = drift.compare(*sides)
-    assert not found.moved and found.identical < 9 and "No technique of quick moved" in reporting_compare.headline(found)
+    assert not found.moved and found.identical < 9 and "No technique of quick moved" in drift.headline(found)
 
 
 def test_with_one_seed_a_side_the_rows_alone_are_tested_and_that_is_said(sides):
@@ -92,7 +91,7 @@ def test_with_one_seed_a_side_the_rows_alone_are_tested_and_that_is_said(sides):
             if "-s0-" not in cell.name:
                 shutil.rmtree(cell)
     found = drift.compare(*sides)
-    assert not found.covers_seeds and "McNemar" in reporting_compare.text(found)
+    assert not found.covers_seeds and "McNemar" in drift.text(found)
 
 
 def test_costs_are_told_beyond_their_tolerance_and_on_like_machines_alone(sides):
@@ -113,7 +112,7 @@ def test_cells_of_one_side_and_lost_ones_are_named(sides, tmp_path):
     keep(sides[1], oom("full", 1))
     found = drift.compare(*sides)
     assert found.only == {"A": ["lora-s2-n200", "qlora-s0-n200"], "B": []} and found.lost == {"A": [], "B": ["full-s1-n200"]} and found.shared == 8
-    told = reporting_compare.markdown(found)
+    told = drift.markdown(found)
     assert "In A alone: lora-s2-n200, qlora-s0-n200." in told and "Out of memory in B alone: full-s1-n200." in told
 
 
@@ -125,7 +124,17 @@ def test_rows_that_both_answered_are_compared(sides):
     for cell in cells(sides[1]):
         (cell / "predictions.jsonl").unlink()
     found = drift.compare(*sides)
-    assert not found.techniques and "No shared cell" in reporting_compare.headline(found)
+    assert not found.techniques and "No shared cell" in drift.headline(found)
+
+
+@pytest.mark.parametrize("key", ["task", "model", "metric"])
+def test_sides_of_several_tasks_models_or_metrics_are_not_compared(sides, capsys, key):
+    change(sides[1], "full-s1", **{key: "macro_f1"})
+    assert compare.main([*map(str, sides)]) == 2
+    error = capsys.readouterr().err
+    assert f"{key}=macro_f1, which no ranking may mix; move that cell out of both folders" in error and "full-s1-n200 has" in error and error.count("\n") == 1
+    shutil.rmtree(sides[1] / "quick" / "full-s1-n200")
+    assert compare.main([*map(str, sides)]) == 0, "what one side alone has is not compared"
 
 
 def test_json_holds_everything(sides, tmp_path, capsys):

@@ -19,8 +19,9 @@ from pipeline import report
 from pipeline.cell import grid as cells
 from pipeline.core import files
 from pipeline.measure.memory import Memory
-from pipeline.records.results import Result, figures
-from pipeline.reporting.figures import history_csv
+from pipeline.records.finished import Cell
+from pipeline.records.results import Result
+from pipeline.reporting.figures import history_csv, metrics
 from pipeline.reporting.page import words
 
 
@@ -71,7 +72,7 @@ def test_report_of_an_experiment(home: Path, capsys: pytest.CaptureFixture[str])
     folder = home / "report" / "quick"
     assert sorted(p.name for p in folder.iterdir()) == ["history.csv", "index.html", "metrics", "table.csv", "table.md"]
     assert len(list((folder / "metrics").iterdir())) == 14 and not (folder / "metrics" / "step_by_step-s0-n200.json").exists()
-    assert json.loads((folder / "metrics" / "full-s1-n200.json").read_text()) == figures(result("full", 217, 1))
+    assert json.loads((folder / "metrics" / "full-s1-n200.json").read_text()) == metrics(Cell(result("full", 217, 1), folder, "full", "200"))
     assert printed == (folder / "table.md").read_text() + f"\nreport: {folder / 'index.html'}\n"
     points = list(csv.DictReader(io.StringIO((folder / "history.csv").read_text())))
     assert [(p["step"], p["loss"]) for p in points if p["cell"] == "full-s1-n200"] == [
@@ -110,6 +111,27 @@ def test_other_sizes_and_seeds_than_the_grid_s_are_reported_on_demand(home: Path
 def test_an_axis_that_is_no_list_of_numbers_is_refused(home: Path, capsys: pytest.CaptureFixture[str], word: str, said: str) -> None:
     assert report.main(["experiments=quick", f"paths.results={home}/results", f"paths.report={home}/report", word]) == 2
     assert said in capsys.readouterr().err and not (home / "report").exists()
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"task": "svamp"}, "full-s0-n200 has task=vader_movies and {}/lora-s0-n200 has task=svamp, which no ranking may mix; move one of the two folders away"),
+    ({"model": "llama"}, "model=smollm2_135m and {}/lora-s0-n200 has model=llama"),
+    ({"metric": "macro_f1"}, "metric=accuracy and {}/lora-s0-n200 has metric=macro_f1"),
+])
+def test_cells_of_several_tasks_models_or_metrics_are_not_ranked(home: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], said: str) -> None:
+    write_grid(home, {"techniques": ["full", "lora", "step_by_step"], "seeds": [0], "train_rows": [200]})
+    keep(home / "results", result("full"))
+    keep(home / "results", dataclasses.replace(result("lora"), **changes))
+    assert run(home) == 2 and not (home / "report").exists()
+    error = capsys.readouterr().err
+    assert said.format(home / "results" / "quick") in error and "experiment=<name>" in error and error.count("\n") == 1
+
+
+def test_a_cell_out_of_memory_has_no_metric_that_could_differ(home: Path) -> None:
+    write_grid(home, {"techniques": ["full", "step_by_step"], "seeds": [0], "train_rows": [200]})
+    keep(home / "results", dataclasses.replace(result("full"), metric="macro_f1"))
+    keep(home / "results", oom("step_by_step"))
+    assert run(home) == 0 and set(table(home)) == {"full", "step_by_step"}
 
 
 def test_missing_and_lost_cells_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

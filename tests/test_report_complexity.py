@@ -14,8 +14,9 @@ from pipeline.records.results import Forgetting, Result
 from pipeline.reporting import costs, forgetting
 from pipeline.reporting import rows as report_rows
 from pipeline.reporting.charts import colours
+from pipeline.reporting.figures import Row
 from pipeline.reporting.page import page
-from pipeline.reporting.rows import Row, make_rows
+from pipeline.reporting.rows import make_rows
 
 PROBED = "100 news sentences, 500 agreement pairs, 200 LAMBADA passages"
 

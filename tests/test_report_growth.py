@@ -14,8 +14,7 @@ from pipeline.cell import grid as cell_grid
 from pipeline.core.files import UserError
 from pipeline.records.finished import select
 from pipeline.records.results import read
-from pipeline.reporting.growth import further, growth, remarks, rows_in_words, sentences, table
-from pipeline.reporting.growth_chart import charts
+from pipeline.reporting.growth import charts, growth, remarks, rows_in_words, sentences, summary, table
 from pipeline.reporting.rows import make_rows
 from pipeline.stats.learning_curve import RowsFor
 
@@ -56,7 +55,7 @@ def test_rows_for_an_accuracy_that_is_asked_for(rows):
     a, b, c = CURVES["lora"]
     assert match and int(match[2]) <= (b / (a - 0.45)) ** (1 / c) <= int(match[3])
     assert by_name["zero_shot"][1] == "not reached" and by_name["few_shot"][1] in ("not reached", "cannot be told")
-    assert further(found)[-1].startswith("Labelled rows for 45.0%: `lora` ")
+    assert summary(found)[-1].startswith("Labelled rows for 45.0%: `lora` ")
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0, 60.0])
@@ -98,7 +97,7 @@ def test_few_sizes_make_no_curves(tmp_path):
     for rows in (16, 40):
         keep(tmp_path, result("lora", 120 + rows, rows=rows))
     few = make_rows(select(tmp_path / "quick", {"techniques": ["lora"], "seeds": [0], "train_rows": [16, 40]})[0])
-    assert growth(few) is None and further(None) == []
+    assert growth(few) is None and summary(None) == []
 
 
 def test_one_seed_and_a_technique_with_few_sizes_are_said(tmp_path):

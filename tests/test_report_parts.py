@@ -13,14 +13,14 @@ from report_cells import BASE_NOTE, PROVENANCE, keep, oom, result, resumed
 
 from pipeline.core.compose import ROOT
 from pipeline.measure.memory import Memory
-from pipeline.records.finished import select
-from pipeline.records.results import Result
+from pipeline.records.finished import Cell, select
+from pipeline.records.results import Cost, Result, Score, Synthetic
 from pipeline.reporting import words as report_format
-from pipeline.reporting.charts import colours, costs, scatter
+from pipeline.reporting.charts import colours, costs, pareto, scatter
+from pipeline.reporting.figures import COLUMNS, FIGURES, SECTIONS, Row, metrics
 from pipeline.reporting.plot import Box, place_labels, scale, stacked, text_width
-from pipeline.reporting.rows import Row, make_rows
-from pipeline.reporting.text import opening, warnings
-from pipeline.stats.spread import pareto
+from pipeline.reporting.rows import make_rows
+from pipeline.reporting.text import TABLES, opening, warnings
 from pipeline.stats.tiers import holm, sign_flip
 
 
@@ -120,6 +120,24 @@ def test_all_rows_of_the_task(tmp_path: Path) -> None:
     keep(tmp_path, found)
     kept, missing = select(tmp_path / "quick", {"techniques": ["full"], "seeds": [0, 1], "train_rows": [None]})
     assert [c.result.cell for c in kept] == ["full-s0-nall"] and missing == ["full-s1-nall"]
+
+
+# the table of figures
+
+
+def test_every_figure_stands_in_a_result_and_every_column_says_what_it_means() -> None:
+    full = result("lora")
+    cell = Cell(dataclasses.replace(full, cost=Cost(1.0, "EUR", 2.5), synthetic=Synthetic("made", 9, 0.5, "t", 1.0)), Path("none"), "lora", "200")
+    assert all(one.about and one.section in SECTIONS for one in COLUMNS)
+    for key, one in FIGURES.items():
+        assert hasattr(Row, key) and one.key == key
+        one.of(cell)  # a name that Result does not have would raise here
+    assert {key for keys in TABLES for key in keys} <= {one.key for one in COLUMNS}
+
+
+def test_the_figures_for_dvc_leave_out_what_was_not_measured() -> None:
+    bare = dataclasses.replace(result("lora"), scores={"test": Score(10, 0.8, 0.49, 0.943)}, memory=Memory("cpu_rss", None), phases=None)
+    assert metrics(Cell(bare, Path("none"), "lora", "200")) == {"test": 0.8, "trainable": 2_442_240, "artefact_bytes": 9_787_976, "latency_s": 0.118}
 
 
 # statistics and drawing

@@ -91,17 +91,17 @@ def test_a_result_is_of_the_schema_that_this_version_writes(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
-    ({"schema": 0}, "was written by schema 0, this version reads schemas 1 and 2; delete the cell's folder and run it again"),
-    ({"schema": ...}, "was written by schema None"),
-    ({"accuracy": 0.5}, "has the unknown field 'accuracy' of Result; delete the cell's folder"),
-    ({"size": {"trainable": 1, "total": 2, "artefact_bytes": 3, "disk": 4}}, "has the unknown field 'disk' of Size; delete"),
-    ({"scores": {"test": {"rows": 1, "f1": 0.5}}}, "has the unknown field 'f1' of Score; delete"),
-    ({"technique": ...}, "lacks a field .*technique.*; delete the cell's folder"),
-    ({"size": {"total": 2}}, "lacks a field .*trainable.*; delete the cell's folder"),
+    ({"schema": 0}, " was written by schema 0, this version reads schemas 1 and 2; delete the cell's folder and run it again"),
+    ({"schema": ...}, " was written by schema None"),
+    ({"accuracy": 0.5}, " has the unknown field 'accuracy' of Result; delete the cell's folder"),
+    ({"size": {"trainable": 1, "total": 2, "artefact_bytes": 3, "disk": 4}}, ": size has the unknown field 'disk' of Size; delete"),
+    ({"scores": {"test": {"rows": 1, "f1": 0.5}}}, ": scores.test has the unknown field 'f1' of Score; delete"),
+    ({"technique": ...}, " lacks a field .*technique.*; delete the cell's folder"),
+    ({"size": {"total": 2}}, ": size lacks a field .*trainable.*; delete the cell's folder"),
 ])
 def test_a_file_that_is_not_of_this_schema_is_named_with_the_mend(tmp_path, changes, sentence):
     path = file(tmp_path, **changes)
-    with pytest.raises(UserError, match=f"{path} {sentence}") as caught:
+    with pytest.raises(UserError, match=f"{path}{sentence}") as caught:
         read(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -130,6 +130,38 @@ def test_a_result_cannot_be_changed():
         result().status = "oom"  # type: ignore[misc]
 
 
-def test_the_figures_for_dvc_leave_out_what_was_not_measured():
-    expected = {"test": 0.8, "train_s": 2.0, "wall_s": 6.0, "trainable": 10, "artefact_bytes": 400, "latency_s": 0.01}
-    assert results.figures(result(metric="accuracy")) == expected
+@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"train_rows": "many"}, "train_rows is 'many', not a whole number"), ({"train_rows": 8.5}, "train_rows is 8.5, not a whole number"),
+    ({"seed": True}, "seed is True, not a whole number"), ({"scores": 5}, "scores is 5, not an object"),
+    ({"scores": {"test": 0.5}}, "scores.test is 0.5, not an object"),
+    ({"scores": {"test": {"rows": 1, "accuracy": "0.5", "accuracy_low": 0, "accuracy_high": 1}}}, "scores.test.accuracy is '0.5', not a number"),
+    ({"notes": {"a": 1}}, "notes is {'a': 1}, not a list"), ({"notes": [5]}, r"notes\[0\] is 5, not a text"),
+    ({"config": []}, r"config is \[\], not an object"),
+    ({"hyperparameters": ["r"]}, r"hyperparameters is \['r'\], not an object"), ({"history": [{"step": "1"}]}, r"history\[0\].step is '1', not a number"),
+    ({"history": [5]}, r"history\[0\] is 5, not an object"), ({"work": [1]}, r"work is \[1\], not an object or null"), ({"packed": 1}, "packed is 1, not true"),
+    ({"memory": {"kind": 3, "peak_bytes": None}}, "memory.kind is 3, not a text"), ({"error": ["x"]}, r"error is \['x'\], not a text or null"),
+    ({"inference": {"adapters": {"8": "fast"}}}, "inference.adapters.8 is 'fast', not a number"), ({"metric": "f1"}, "metric is 'f1', none of rows, accuracy"),
+    ({"hardware": {"gpu": 5}}, "hardware.gpu is 5, not a text or null"),
+    ({"provenance": {"packages": "torch"}}, "provenance.packages is 'torch', not an object"),
+    ({"provenance": {"started": "noon"}}, "provenance.started is 'noon', no ISO time"),
+    ({"config": {"train": 3}}, "config.train is 3, not an object"), ({"config": {"paths": None}}, "config.paths is None, not an object"),
+    ({"train_rows": 0}, "train_rows is 0, not a number from 1 on"), ({"history": [{"loss": 1.0}]}, r"history\[0\].step is 0, not a number from 1 on"),
+    ({"scores": {"test": {"rows": 1, "accuracy": 1.5, "accuracy_low": 0, "accuracy_high": 1}}}, "scores.test.accuracy is 1.5, not a number from 0 to 1"),
+    ({"inference": {"adapters": {"many": 1.0}}}, "inference.adapters has 'many', no number of requests"),
+])
+def test_a_value_of_another_type_is_named_with_its_file(tmp_path, schema, changes, sentence):
+    gone = {1: {"kind": ..., "labelled_rows": ..., "takes_rows": ..., "start": ...}, 2: {}}[schema]
+    path = file(tmp_path, schema=schema, **gone, **changes)
+    with pytest.raises(UserError, match=f"{path}: {sentence}.*; .*delete the cell's folder and run it again$") as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"kind": "other"}, "kind is 'other', none of trained, untrained, base, teacher"),
+    ({"work": {"engine": "steam"}}, "work.engine is 'steam', none of eager, captured"),
+])
+def test_a_text_without_a_meaning_is_named(tmp_path, changes, sentence):
+    with pytest.raises(UserError, match=f"{file(tmp_path, **changes)}: {sentence}"):
+        read(tmp_path)

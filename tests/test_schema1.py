@@ -14,11 +14,12 @@ import pytest
 from pipeline.cell import run as cell_run
 from pipeline.core import settings
 from pipeline.core.compose import CONF, build, compose
+from pipeline.core.files import UserError
 from pipeline.records import results
-from pipeline.records.finished import held, select
-from pipeline.reporting.markdown import markdown
+from pipeline.records.finished import cell_config, select
 from pipeline.reporting.page import page
 from pipeline.reporting.rows import make_rows
+from pipeline.reporting.text import markdown
 from pipeline.search.study import numbers
 
 OLD = Path(__file__).parent / "data" / "schema1" / "results" / "quick"
@@ -83,6 +84,20 @@ def test_labelled_rows_are_those_that_the_old_report_counted(tmp_path, changes, 
     assert read(tmp_path, **changes).labelled_rows == labelled
 
 
+@pytest.mark.parametrize("note", [
+    "engine: eager; widths ,", f"engine: eager; widths {'9' * 5000}", f"training diverged: the loss was not finite at step {'9' * 5000} of 8",
+])
+def test_a_note_like_one_of_the_old_sentences_is_a_note(tmp_path, note):
+    found = read(tmp_path, notes=[note])
+    assert found.notes == [note] and found.work and found.work.widths is None and found.work.diverged_at is None
+
+
+def test_a_count_that_is_none_is_named(tmp_path):
+    for key in ("k", "calibration_rows"):
+        with pytest.raises(UserError, match=f"result.json: hyperparameters.{key} is 'many', not a whole number"):
+            read(tmp_path, objective="none", hyperparameters={key: "many"})
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "technique").glob("*.yaml")))
 def test_methods_say_what_the_old_report_read_off_their_settings(name):
     """Of every technique: rows and kind as a new cell writes them are those that are made of an old one."""
@@ -90,7 +105,7 @@ def test_methods_say_what_the_old_report_read_off_their_settings(name):
     method, objective = build(cfg.method, "method"), build(cfg.objective, "objective")
     new = cell_run.bare_result(cfg, status="ok", precision="fp32")
     raw = {**dataclasses.asdict(new), "train_rows": 200, "validation_rows": 40, "notes": [], "work": None}
-    old = results._from_schema_1({k: v for k, v in raw.items() if k not in ("kind", "takes_rows", "labelled_rows", "start")})
+    old = results._from_schema_1({k: v for k, v in raw.items() if k not in ("kind", "takes_rows", "labelled_rows", "start")}, Path("result.json"))
     assert (new.kind, new.takes_rows) == (old["kind"], old["takes_rows"])
     assert cell_run.labelled_rows(method, objective, 200, 40, seen=False) == old["labelled_rows"]
 
@@ -128,7 +143,7 @@ def test_an_old_config_has_todays_keys(tmp_path):
     raw = json.loads((OLD / "lora-s0-n32" / "result.json").read_text())["config"]["train"]
     result = read(tmp_path, config={"train": {**raw, "packing": "never"}})
     assert result.config["train"]["padding_free"] == "never" and "packing" not in result.config["train"]
-    assert settings.read(held(results.read(OLD / "lora-s0-n32"), compose())).train.padding_free == "auto"
+    assert settings.read(cell_config(results.read(OLD / "lora-s0-n32"), compose())).train.padding_free == "auto"
 
 
 def test_an_old_result_that_is_written_again_stays_the_same(tmp_path):

@@ -281,7 +281,8 @@ def test_seed_and_rows_come_from_the_grid_unless_given(words, tmp_path, monkeypa
 
 def test_another_config_does_not_go_into_the_same_study(finished, words, tmp_path, capsys):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    changes = {"train.epochs=7": "train.epochs=1, now it is 7", "sweep=rank_memory": "sweep.objectives", "seed=1": "seed=0, now it is 1"}
+    changes = {"train.epochs=7": "train.epochs=1, now it is 7", "sweep=rank_memory": "sweep.objectives", "seed=1": "seed=0, now it is 1",
+               "task=svamp": "task.", "model=smollm2_135m_random": "model.", "+task.metric=macro_f1": "task.metric=None, now it is macro_f1"}
     for change, named in changes.items():
         assert sweep.main([*words, change]) == 2
         assert named in capsys.readouterr().err
@@ -392,6 +393,8 @@ def test_a_full_disk_does_not_tell_to_delete_the_study(words, small_disk, capsys
         (["+sweep.space={train.lr: {factor: 1}}"], "has factor 1 of 0.001; write a factor above 1"),
         (["+sweep.space={train.lr: {choices: [1, 2], step: 1}}"], "keep its choices alone"),
         (["sweep.space=3"], "sweep.space is 3; write a config key with"),
+        (["+task.metric=accuracy", "+sweep.space={task.metric: {choices: [accuracy, rouge_l]}}"], "sweep.space searches 'task.metric', but no ranking may mix"),
+        (["+sweep.space={model.name: {choices: [a, b]}}"], "sweep.space searches 'model.name', but no ranking may mix"),
         (["sweep=grid"], "unknown sweep 'grid'"),
         (["train.epoch=1"], "unknown config key 'train.epoch'"),
     ],

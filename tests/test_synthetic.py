@@ -23,7 +23,7 @@ from pipeline.data import recipe
 from pipeline.records.finished import name as cell_name
 from pipeline.records.results import Result, Synthetic
 from pipeline.records.results import read as read_result
-from pipeline.reporting.means import figures_of
+from pipeline.reporting.rows import make_rows
 from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.teachers.synthetic import sets
 from pipeline.teachers.synthetic.rows import count, draw
@@ -125,10 +125,9 @@ def test_the_report_counts_synthetic_rows_and_teacher_s_seconds():
     base = {"experiment": "e", "cell": "c", "technique": "lora", "family": "f", "method": "lora", "objective": "labels", "precision": "fp32", "task": "t",
             "model": "m", "seed": 0, "train_rows": 64, "status": "ok", "kind": "trained", "validation_rows": 12}
     mixed = Result(**base, synthetic=Synthetic("labels", 64, 0.5, "local:x", 3.0, 5), teacher=Teacher("lexicon", 64, 0.5, 1.0))
-    found = figures_of([Cell(mixed, Path(), "lora+labels", "64")])
-    assert (found["synthetic_rows"], found["teacher_s"]) == (64, 4.0)
-    plain = figures_of([Cell(Result(**base), Path(), "lora", "64")])
-    assert (plain["synthetic_rows"], plain["teacher_s"]) == (None, None)
+    rows = {r.name: r for r in make_rows([Cell(mixed, Path(), "lora+labels", "64"), Cell(Result(**base), Path(), "lora", "64")])}
+    assert (rows["lora+labels"].synthetic_rows, rows["lora+labels"].teacher_s) == (64, 4.0)
+    assert (rows["lora"].synthetic_rows, rows["lora"].teacher_s) == (None, None)
 
 
 # the stage

@@ -32,7 +32,7 @@ def test_seeds_that_agree_leave_the_rows_and_seeds_that_differ_take_away_what_is
     steady = compare({"a": runs(0.6, 0.6, 0.6, 0.6, 0.6, seed=1), "b": runs(0.5, 0.5, 0.5, 0.5, 0.5, seed=2)})
     shaky = compare({"a": runs(0.7, 0.5, 0.6, 0.68, 0.52, seed=1), "b": runs(0.6, 0.4, 0.5, 0.58, 0.42, seed=2)})
     assert steady is not None and shaky is not None and steady.covers_seeds
-    assert steady.pairs["a", "b"].told and not shaky.pairs["a", "b"].told
+    assert steady.pairs["a", "b"].significant and not shaky.pairs["a", "b"].significant
     assert shaky.means == pytest.approx(steady.means) and shaky.pairs["a", "b"].high > steady.pairs["a", "b"].high
 
 

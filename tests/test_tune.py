@@ -391,15 +391,26 @@ def test_the_report_shows_untuned_beside_tuned():
     from pipeline.reporting.rows import make_rows
 
     rows = make_rows([Cell(result(name, right=right), Path("none"), name, "160") for name, right in (("lora", 150), ("lora+tuned", 175))])
-    again = example(edges=[Edge("train.lr", 3e-3, "high", {"low": 3e-3, "high": 0.1}, True)])
+    again = example(task="vader_movies", edges=[Edge("train.lr", 3e-3, "high", {"low": 3e-3, "high": 0.1}, True)])
     found = report_tuning.part(rows, {("lora", "160"): again, ("gone", "160"): example()}, {"reparametrised": "c1"})["tuning"]
     (colour, texts), = found["lines"]
     assert colour == "c1" and texts == [("lora", ""), ("60.0", ""), ("70.0", "+10.0 points"), ("75.0", "lr at its high edge, widened: again"),
                                         ("1", "lr 0.003, r 16"), ("2", "1 without a value"), ("33 s", "")]
     assert any("`lora` lies at the edge" in text for text in found["remarks"]) and not any("has run" in text for text in found["remarks"])
     assert [drawing[0] for drawing in found["charts"][0][1]] == ["wide", "narrow"] and "2 trials: 56.2% expected" in found["charts"][0][1][0][1]
-    assert report_tuning.further(rows, {("lora", "160"): again}) == ["`lora` tuned (2 trials, 33 s): 70.0% against 60.0% untuned."]
+    assert report_tuning.summary(rows, {("lora", "160"): again}) == ["`lora` tuned (2 trials, 33 s): 70.0% against 60.0% untuned."]
     assert report_tuning.part(rows, {}, {}) == {"tuning": None}
+
+
+def test_tuned_on_another_task_is_not_ranked_beside():
+    from report_cells import result
+
+    from pipeline.records.finished import Cell
+    from pipeline.reporting.rows import make_rows
+
+    rows = make_rows([Cell(result("lora"), Path("none"), "lora", "160")])
+    with pytest.raises(UserError, match="quick/lora-n160.yaml has task=vader_movies_5, the cells task=vader_movies, which no ranking may mix"):
+        report_tuning.part(rows, {("lora", "160"): example()}, {})
 
 
 def test_unequal_budgets_and_missing_tuned_cells_are_said():
@@ -409,7 +420,7 @@ def test_unequal_budgets_and_missing_tuned_cells_are_said():
     from pipeline.reporting.rows import make_rows
 
     rows = make_rows([Cell(result(name), Path("none"), name, "160") for name in ("lora", "full")])
-    tunings = {("lora", "160"): example(), ("full", "160"): example(technique="full", budget=24)}
+    tunings = {("lora", "160"): example(task="vader_movies"), ("full", "160"): example(task="vader_movies", technique="full", budget=24)}
     texts = report_tuning.part(rows, tunings, {"reparametrised": "c1", "full": "c2"})["tuning"]["remarks"]
     assert any("Budgets differ (12, 24 trials)" in t for t in texts) and any("pipeline.cells experiments=quick tuned=true" in t for t in texts)
 

@@ -25,7 +25,7 @@ from pipeline.data.rows import Batch, Encoded, Encoder, Example, by_length, coll
 from pipeline.measure.clock import Stopwatch
 from pipeline.models.base import autocast, most_tokens
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
-from pipeline.records.finished import cell_at, finished, held, needed
+from pipeline.records.finished import cell_at, cell_config, finished, needed
 from pipeline.records.results import Teacher
 from pipeline.records.results import read as read_result
 from pipeline.scoring.scorer import Scorer, logits_at
@@ -184,7 +184,7 @@ def teacher_states(word: str, wanted: Sequence[Example], context: TrainingContex
 def _config(at: Path, cfg: DictConfig) -> DictConfig:
     """The teacher's config, with this cell's task."""
     if at.name == "result.json":
-        config = held(finished(at.parent), cfg)
+        config = cell_config(finished(at.parent), cfg)
         config.task = cfg.task
         return config
     return OmegaConf.create({**cfg, **UNTOUCHED, "model": {"name": at.parent.name, "trust_remote_code": cfg.model.trust_remote_code}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from pipeline.records.results import ENGINES, Result
 from pipeline.records.results import read as read_result
 
 FROM_FILES = "peft_config"  # python -m pipeline.peft_configs adds such cells to any experiment
+COMPARABLE = ("task", "model", "metric")
+"""What cells that are ranked together have in common."""
 NAME = re.compile(r"(?P<technique>[^+]+?)(\+(?P<variant>.+))?-s(?P<seed>\d+)-n(?P<rows>\d+|all)")
 
 
@@ -70,16 +73,34 @@ def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:
         f"{technique}-s{seed}-n{'all' if rows is None else rows}"
         for rows, technique, seed in itertools.product(grid["train_rows"], grid["techniques"], grid["seeds"])
     ]
-    found: dict[str, Cell] = {}
-    for path in sorted(root.rglob("result.json")):
-        name = path.parent.name
-        parts = NAME.fullmatch(name)
-        if parts and (name in wanted or (parts["variant"] and parts["technique"] in (*grid["techniques"], FROM_FILES))):
-            label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
-            found[name] = Cell(results.read(path), path.parent, label, parts["rows"])
-    if not found:
+    techniques = (*grid["techniques"], FROM_FILES)
+    cells = cells_below(root, lambda parts: parts[0] in wanted or (parts["variant"] and parts["technique"] in techniques))
+    by_name = {cell.folder.name: cell for cell in cells}
+    if not by_name:
         raise UserError(f"{root} holds none of the grid's {len(wanted)} cells; run: python -m pipeline.cells experiments={root.name}")
-    return list(found.values()), [name for name in wanted if name not in found]
+    return list(by_name.values()), [name for name in wanted if name not in by_name]
+
+
+def cells_below(root: Path, wanted: Callable[[re.Match[str]], object] = bool) -> list[Cell]:
+    """Finished cells below a folder, in path order. wanted: by a name's parts (technique, variant, seed, rows), whether to read the cell at all."""
+    cells = []
+    for path in sorted(root.rglob("result.json")):
+        parts = NAME.fullmatch(path.parent.name)
+        if parts and wanted(parts):
+            label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
+            cells.append(Cell(results.read(path), path.parent, label, parts["rows"]))
+    return cells
+
+
+def check_comparable(cells: Iterable[Cell], fix: str) -> None:
+    """Raise UserError where cells that are to be ranked together are of several tasks, models or metrics. fix: what to do about it."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        for key in COMPARABLE if cell.result.status == "ok" else COMPARABLE[:2]:  # what has no score has no metric either
+            one = first.setdefault(key, cell)
+            here, there = getattr(one.result, key), getattr(cell.result, key)
+            if here != there:
+                raise UserError(f"{one.folder} has {key}={here} and {cell.folder} has {key}={there}, which no ranking may mix; {fix}")
 
 
 def name(cfg: DictConfig, technique: str | None = None) -> str:
@@ -115,9 +136,9 @@ def finished(folder: str | Path) -> Result:
     return result
 
 
-def held(result: Result, cfg: DictConfig) -> DictConfig:
+def cell_config(result: Result, cfg: DictConfig) -> DictConfig:
     """A finished cell's config with this command's paths, device and evaluate settings, and keys that are newer than the cell."""
     newer = {str(key): value for key, value in cfg.items()}
-    own = literal(result.config)
-    own["model"] = {**own["model"], "trust_remote_code": cfg.model.trust_remote_code}  # who wrote the result does not decide that
-    return OmegaConf.create({**newer, **own, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})
+    settings = literal(result.config)
+    settings["model"] = {**settings["model"], "trust_remote_code": cfg.model.trust_remote_code}  # who wrote the result does not decide that
+    return OmegaConf.create({**newer, **settings, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})

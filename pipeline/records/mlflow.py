@@ -79,9 +79,9 @@ def _attempt(cfg: DictConfig, work: Callable[[Mirror], object]) -> None:
 
 
 def _settings(cfg: DictConfig) -> Tracking:
-    found = build(Tracking, plain(cfg)["tracking"], "tracking")
-    assert isinstance(found, Tracking)
-    return found
+    settings = build(Tracking, plain(cfg)["tracking"], "tracking")
+    assert isinstance(settings, Tracking)
+    return settings
 
 
 def _reason(error: Exception) -> str:
@@ -143,27 +143,27 @@ class Mirror:
         """Parent and children; children that the sweep no longer has (it was started anew) are deleted."""
         parent, children = sweep_runs(folder)
         parent_id = self.put(parent)
-        found: dict[str, list[Any]] = {child.cell: [] for child in children}
+        runs: dict[str, list[Any]] = {child.cell: [] for child in children}
         for run in self._find(parent.experiment, f"tags.`{CELL}` LIKE '{parent.cell}/%'"):
             cell = run.data.tags[CELL]
-            if cell in found:
-                found[cell].append(run)
+            if cell in runs:
+                runs[cell].append(run)
             elif cell.startswith(f"{parent.cell}/"):  # LIKE takes _ for any character
                 self.client.delete_run(run.info.run_id)
         for child in children:
-            self.put(child, parent_id, found[child.cell])
+            self.put(child, parent_id, runs[child.cell])
 
-    def put(self, run: Run, parent_id: str | None = None, found: list[Any] | None = None) -> str:
+    def put(self, run: Run, parent_id: str | None = None, runs: list[Any] | None = None) -> str:
         """Find or create the one run of `run.cell` and bring it up to date. Returns its id."""
-        found = self._find(run.experiment, f"tags.`{CELL}` = '{run.cell}'") if found is None else found
+        runs = self._find(run.experiment, f"tags.`{CELL}` = '{run.cell}'") if runs is None else runs
         digest = run.digest()
-        if len(found) == 1 and found[0].data.tags.get(DIGEST) == digest:
+        if len(runs) == 1 and runs[0].data.tags.get(DIGEST) == digest:
             self.counts["up to date"] += 1
-            run_id = str(found[0].info.run_id)
-            if parent_id and found[0].data.tags.get(PARENT) != parent_id:
+            run_id = str(runs[0].info.run_id)
+            if parent_id and runs[0].data.tags.get(PARENT) != parent_id:
                 self.client.set_tag(run_id, PARENT, parent_id)
             return run_id
-        for old in found:  # a run's params cannot be changed, so a changed cell gets a new run
+        for old in runs:  # a run's params cannot be changed, so a changed cell gets a new run
             self.client.delete_run(old.info.run_id)
         tags = {CELL: run.cell} | ({PARENT: parent_id} if parent_id else {})
         run_id = str(self.client.create_run(self._experiment(run.experiment), run.start_ms, tags, run.name).info.run_id)
@@ -176,13 +176,13 @@ class Mirror:
         return list(self.client.search_runs([self._experiment(experiment)], condition, max_results=50_000))
 
     def _experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
             place = (Path(self.artifacts) / name).absolute().as_uri() if self.artifacts else None
             return str(self.client.create_experiment(name, place))
-        if found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
+        if experiment.lifecycle_stage == "deleted":
+            self.client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
 
     def _fill(self, run_id: str, run: Run) -> None:
         from mlflow import entities
@@ -231,7 +231,7 @@ def backfill(cfg: DictConfig, everything: bool) -> int:
     cells = [p.parent for p in sorted(roots[0].rglob("result.json"))]
     sweeps = [p.parent for p in sorted(roots[1].rglob("sweep.json"))]
     if not cells and not sweeps:
-        raise UserError(f"there is no result below {roots[0]} and no sweep below {roots[1]}; run cells first, or mend experiments=")
+        raise UserError(f"there is no result below {roots[0]} and no sweep below {roots[1]}; run cells first, or fix experiments=")
     counts: Counter[str] = Counter()
     unreadable = []
     for folder, method in [(f, Mirror.cell) for f in cells] + [(f, Mirror.sweep) for f in sweeps]:
@@ -243,7 +243,7 @@ def backfill(cfg: DictConfig, everything: bool) -> int:
             unreadable.append(error)
         except Exception as error:
             raise UserError(
-                f"{settings.uri} cannot be written ({_reason(error)}); start it or mend tracking.uri, then run again"
+                f"{settings.uri} cannot be written ({_reason(error)}); start it or fix tracking.uri, then run again"
             ) from error
     done = ", ".join(f"{counts[what]} {what}" for what in ("written", "up to date"))
     print(f"{len(cells)} cells and {len(sweeps)} sweeps in {settings.uri}; runs: {done}")

@@ -52,10 +52,10 @@ def as_peft_result(result: Result) -> dict[str, Any]:
 def _metrics(result: Result) -> list[dict[str, Any]]:
     """One entry a validation and a last one for the test split, under the comparison's keys."""
     batch = result.config["train"]["batch_size"]
-    found = [{"step": h["step"], "valid accuracy": h["validation_metric"], "train loss": h["loss"], "train samples": h["step"] * batch}
+    entries = [{"step": h["step"], "valid accuracy": h["validation_metric"], "train loss": h["loss"], "train samples": h["step"] * batch}
              for h in result.history if "validation_metric" in h]
     if result.test is None or result.work is None:
-        return found
+        return entries
     last = {"step": result.work.steps, "test accuracy": result.test.accuracy, "train loss": result.history[-1]["loss"] if result.history else None,
             "train samples": result.work.steps * batch, "train total tokens": result.work.tokens}
-    return [*found, last]
+    return [*entries, last]

@@ -9,9 +9,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import re
+import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,16 @@ ENGINES = {"eager": "eager", "captured": "autograd", "handwritten": "hand-writte
 """What did the training steps, with its words for a reader; captured: autograd over static shapes, on a GPU in CUDA graphs (docs/fast.md)."""
 NAMES = ("experiment", "cell", "technique", "task", "model")
 """Fields that become parts of paths."""
+FACTS: dict[str, Any] = {
+    **dict.fromkeys([f"hardware.{key}" for key in ("device", "gpu", "cpu", "platform")], str | None),
+    **dict.fromkeys([f"hardware.{key}" for key in ("gpu_memory_bytes", "memory_bytes", "cpu_count")], float | None),
+    **dict.fromkeys([f"provenance.{key}" for key in ("git_commit", "data_sha256", "model_sha256", "started", "command", "python")], str | None),
+    "provenance.packages": dict[str, Any] | None,
+    **dict.fromkeys([f"config.{key}" for key in ("task", "model", "train", "evaluate", "precision", "technique", "paths")], dict[str, Any]),
+}
+"""What others read of the fields without a schema of their own."""
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+AGAIN = "delete the cell's folder and run it again"
 
 
 @dataclass(frozen=True)
@@ -231,7 +245,7 @@ class Result:
     cost: Cost | None = None
     """None: the config has no price_per_hour."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Points of the training curve: step, loss, lr; validation points carry validation_<metric>."""
+    """Points of the training curve: step, loss, lr; validation points carry validation_metric and validation_nll."""
     notes: list[str] = field(default_factory=list)
     """Sentences for people: truncated texts, fallbacks. Nothing reads a fact out of them."""
     hardware: dict[str, Any] = field(default_factory=dict)
@@ -254,17 +268,8 @@ class Result:
         return self.scores.get("test")
 
 
-def figures(result: Result) -> dict[str, float]:
-    """The few figures that `dvc metrics show` lists, by name (the report writes them); what was not measured is left out."""
-    found: dict[str, float | None] = {split: getattr(result.scores[split], result.metric) for split in ("test", "validation") if split in result.scores}
-    for part, names in ((result.phases, ("train_s", "wall_s")), (result.memory, ("peak_bytes",)), (result.size, ("trainable", "artefact_bytes")),
-                        (result.inference, ("latency_s",))):
-        found |= {name: getattr(part, name) for name in names if part is not None}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def write(folder: str | Path, result: Result) -> None:
-    """Write result.json in a cell's folder, whole or not at all."""
+    """Write result.json in a cell's folder, atomically."""
     write_json(Path(folder) / "result.json", dataclasses.asdict(result))
 
 
@@ -272,32 +277,35 @@ def read(path: str | Path) -> Result:
     """Read a result.json (or the cell's folder that holds it).
 
     Raises:
-        UserError: missing, not JSON, of another schema, or with unknown or missing fields.
+        UserError: missing, not JSON, of another schema, or with a field that is unknown, missing or of another type; it names the file and the field.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "result.json"
     raw = read_json(path)
-    found = raw.get("schema") if isinstance(raw, dict) else None
-    if found not in (SCHEMA, BEFORE):
-        raise UserError(f"{path} was written by schema {found}, this version reads schemas {BEFORE} and {SCHEMA}; delete the cell's folder and run it again")
-    result: Result = _build(Result, _from_schema_1(raw) if found == BEFORE else raw, path)
-    result = dataclasses.replace(result, config=with_todays_keys(result.config))
-    for field_name in NAMES:
-        check_name(getattr(result, field_name), f"{path}: {field_name}")
-    return result
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if schema not in (SCHEMA, BEFORE):
+        raise UserError(f"{path} was written by schema {schema}, this version reads schemas {BEFORE} and {SCHEMA}; delete the cell's folder and run it again")
+    if schema == BEFORE:
+        _fields(Result, raw, f"{path}: ")
+        raw = _from_schema_1(raw, path)
+    result: Result = _build(Result, raw, f"{path}: ")
+    for name in NAMES:
+        check_name(getattr(result, name), f"{path}: {name}")
+    _check_values(result, f"{path}: ")
+    return dataclasses.replace(result, config=with_todays_keys(result.config))
 
 
 SHARED_1 = "imports and base model were read once for several cells: start-up and load times are not a single run's"
 ENGINE_1 = re.compile(
     r"engine: (?P<way>eager|autograd|hand-written step)(, because (?P<reason>.*?))?(, captured in CUDA graphs)?"
-    r"(; (?P<kind>widths|rows packed into streams of tokens) (?P<widths>[\d, ]+))?"
+    r"(; (?P<kind>widths|rows packed into streams of tokens) (?P<widths>\d{1,9}(, \d{1,9})*))?"
 )
-DIVERGED_1 = re.compile(r"training diverged: the loss (or its gradient )?was not finite at step (?P<step>\d+) of \d+")
+DIVERGED_1 = re.compile(r"training diverged: the loss (or its gradient )?was not finite at step (?P<step>\d{1,9}) of \d+")
 """Notes of schema 1 that are fields now; the first two are notes no more."""
 
 
-def _from_schema_1(raw: dict) -> dict:
+def _from_schema_1(raw: dict, path: Path) -> dict:
     """A result of schema 1 with the fields that came since, from its notes and hyperparameters: the only place that looks into either."""
     notes, shown = raw.get("notes") or [], raw.get("hyperparameters") or {}
     untrained = {"none": "base", "teacher": "teacher"}.get(str(raw.get("method")), "untrained")
@@ -305,7 +313,7 @@ def _from_schema_1(raw: dict) -> dict:
     fields = {
         "schema": SCHEMA, "kind": kind, "start": shown.get("start"), "shared_process": SHARED_1 in notes,
         "takes_rows": kind == "trained" or "labels_from" in shown or "start" in shown,
-        "labelled_rows": _labelled_1(raw, kind, shown) if raw.get("status") == "ok" else None,
+        "labelled_rows": _labelled_1(raw, kind, shown, path) if raw.get("status") == "ok" else None,
         "notes": [n for n in notes if n != SHARED_1 and not ENGINE_1.fullmatch(n)],
     }
     if isinstance(raw.get("work"), dict):
@@ -313,13 +321,14 @@ def _from_schema_1(raw: dict) -> dict:
     return raw | fields
 
 
-def _labelled_1(raw: dict, kind: str, shown: dict) -> int:
+def _labelled_1(raw: dict, kind: str, shown: dict, path: Path) -> int:
     """What the report of schema 1 counted as labelled rows."""
     train, validation = raw.get("train_rows") or 0, raw.get("validation_rows") or 0
     beside = (raw.get("synthetic") or {}).get("examples", 0)
     if raw.get("tuning") or "start" in shown or (kind == "trained" and "labels_from" not in shown):
         return beside + train + validation
-    fixed = min(shown.get("calibration_rows", 0), train) or shown.get("k", 0)
+    counts = {key: _typed(int, shown.get(key, 0), f"{path}: hyperparameters.{key}") for key in ("calibration_rows", "k")}
+    fixed = min(counts["calibration_rows"], train) or counts["k"]
     return beside + {"train": train, "validation": validation}.get(str(shown.get("labels_from")), fixed)
 
 
@@ -341,23 +350,72 @@ def read_all(root: str | Path) -> list[Result]:
     return [read(p) for p in sorted(Path(root).rglob("result.json"))]
 
 
-def _build(cls: Any, raw: dict, path: Path) -> Any:
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(raw) - set(hints))
-    if unknown:
-        raise UserError(f"{path} has the unknown field {unknown[0]!r} of {cls.__name__}; delete the cell's folder and run it again")
-    values = {}
-    for name, value in raw.items():
-        kinds = [hints[name], *typing.get_args(hints[name])]
-        inner = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
-        if inner and isinstance(value, dict):
-            nested = typing.get_origin(hints[name]) is dict
-            value = {k: _build(inner, v, path) for k, v in value.items()} if nested else _build(inner, value, path)
-        values[name] = value
+def _build(cls: Any, raw: dict, at: str) -> Any:
+    """A dataclass from JSON. at: what the messages begin with, the file and the field that holds it."""
+    values = _fields(cls, raw, at)
     try:
         return cls(**values)
     except TypeError as error:
-        raise UserError(f"{path} lacks a field ({error}); delete the cell's folder and run it again") from error
+        raise UserError(f"{at.rstrip(': .')} lacks a field ({error}); {AGAIN}") from error
+
+
+def _fields(cls: Any, raw: dict, at: str) -> dict[str, Any]:
+    """The fields of a dataclass that are there, each of its type."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(raw) - set(hints))
+    if unknown:
+        raise UserError(f"{at.rstrip(': .')} has the unknown field {unknown[0]!r} of {cls.__name__}; {AGAIN}")
+    return {name: _typed(hints[name], value, f"{at}{name}") for name, value in raw.items()}
+
+
+def _typed(hint: Any, value: Any, at: str) -> Any:
+    """The value as its annotation wants it: int, float, bool, str, list, dict or a dataclass, or null. Raises UserError for any other."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind = options[0]
+    if kind is Any or (value is None and types.NoneType in options):
+        return value
+    plain, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    wanted: Any = dict if dataclasses.is_dataclass(plain) else (int, float) if plain is float else plain
+    if not isinstance(value, wanted) or (isinstance(value, bool) and plain is not bool):
+        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:59]}…"
+        raise UserError(f"{at} is {shown}, not {WORDS.get(plain, 'an object')}{' or null' if types.NoneType in options else ''}; fix it, or {AGAIN}")
+    if dataclasses.is_dataclass(plain):
+        return _build(plain, value, f"{at}.")
+    if plain is list:
+        return [_typed(inner[0], one, f"{at}[{number}]") for number, one in enumerate(value)]
+    return {key: _typed(inner[1], one, f"{at}.{key}") for key, one in value.items()} if plain is dict else value
+
+
+def _check_values(result: Result, at: str) -> None:
+    """Raise UserError where a text is none of those that have a meaning, or a fact inside hardware, provenance or config is of another type."""
+    metrics = tuple(f.name for f in dataclasses.fields(Score))
+    engines = [("work.engine", result.work.engine, tuple(ENGINES))] if result.work and result.work.engine is not None else []
+    for name, value, known in [("kind", result.kind, KINDS), ("metric", result.metric, metrics), *engines]:
+        if value not in known:
+            raise UserError(f"{at}{name} is {value!r}, none of {', '.join(known)}; fix it, or {AGAIN}")
+    for name, hint in FACTS.items():
+        part, _, key = name.partition(".")
+        if key in (facts := getattr(result, part)):
+            _typed(hint, facts[key], f"{at}{name}")
+    for name, value, low, high in _ranges(result):
+        if not low <= value <= high:
+            raise UserError(f"{at}{name} is {value}, not a number from {low}{' on' if high == math.inf else f' to {high}'}; fix it, or {AGAIN}")
+    if unknown := next((n for n in (result.inference and result.inference.adapters) or {} if not n.isdecimal()), None):
+        raise UserError(f"{at}inference.adapters has {unknown!r}, no number of requests; fix it, or {AGAIN}")
+    try:
+        datetime.fromisoformat(result.provenance.get("started") or "2000-01-01")
+    except ValueError as error:
+        raise UserError(f"{at}provenance.started is {result.provenance['started']!r}, no ISO time; fix it, or {AGAIN}") from error
+
+
+def _ranges(result: Result) -> Iterator[tuple[str, float, float, float]]:
+    """(field, its value, the lowest and the highest that mean anything) of what others divide by or take a logarithm of."""
+    yield "train_rows", result.train_rows, 1, math.inf
+    for split, score in result.scores.items():
+        yield f"scores.{split}.rows", score.rows, 1, math.inf
+        yield f"scores.{split}.accuracy", score.accuracy, 0, 1
+    for number, point in enumerate(result.history):
+        yield f"history[{number}].step", point.get("step", 0), 1, math.inf
 
 
 def price(cfg: DictConfig, seconds: float) -> Cost | None:

@@ -98,8 +98,8 @@ def cell_run(folder: str | Path) -> Run:
 
 
 def _cell_params(result: Result) -> dict[str, str]:
-    own = ("technique", "method", "objective", "precision", "train_rows", "labelled_rows", "seed", "model", "task")
-    return _texts({SHORT.get(k, k): v for k, v in result.hyperparameters.items()} | {k: getattr(result, k) for k in own})
+    fields = ("technique", "method", "objective", "precision", "train_rows", "labelled_rows", "seed", "model", "task")
+    return _texts({SHORT.get(k, k): v for k, v in result.hyperparameters.items()} | {k: getattr(result, k) for k in fields})
 
 
 def _cell_tags(result: Result) -> dict[str, str]:
@@ -124,20 +124,20 @@ def hardware_name(hardware: dict[str, Any]) -> str | None:
 
 
 def _cell_metrics(result: Result) -> dict[str, float]:
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for split, score in result.scores.items():
-        found |= {f"{split}/{name}": getattr(score, name) for name in SCORES}
-    found |= {f"phases/{k}": v for k, v in _fields(result.phases).items()}
-    found |= {f"forgetting/{k}": v for k, v in _fields(result.forgetting).items()}
-    found |= {f"size/{k}": v for k, v in _fields(result.size).items()}
-    found |= {f"inference/{k}": v for k, v in _fields(result.inference).items()}
-    found |= {f"inference/adapters/{n}": v for n, v in ((result.inference and result.inference.adapters) or {}).items()}
-    found |= {f"teacher/{k}": v for k, v in _fields(result.teacher).items()}
-    found |= {f"synthetic/{k}": v for k, v in _fields(result.synthetic).items()}
-    found |= {f"train/{k}": v for k, v in _fields(result.work).items()}
-    found |= {f"train/{k}": v for k, v in _fields(result.memory).items()}
-    found["train/time_s"] = result.phases.train_s if result.phases else None
-    return {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        metrics |= {f"{split}/{name}": getattr(score, name) for name in SCORES}
+    metrics |= {f"phases/{k}": v for k, v in _fields(result.phases).items()}
+    metrics |= {f"forgetting/{k}": v for k, v in _fields(result.forgetting).items()}
+    metrics |= {f"size/{k}": v for k, v in _fields(result.size).items()}
+    metrics |= {f"inference/{k}": v for k, v in _fields(result.inference).items()}
+    metrics |= {f"inference/adapters/{n}": v for n, v in ((result.inference and result.inference.adapters) or {}).items()}
+    metrics |= {f"teacher/{k}": v for k, v in _fields(result.teacher).items()}
+    metrics |= {f"synthetic/{k}": v for k, v in _fields(result.synthetic).items()}
+    metrics |= {f"train/{k}": v for k, v in _fields(result.work).items()}
+    metrics |= {f"train/{k}": v for k, v in _fields(result.memory).items()}
+    metrics["train/time_s"] = result.phases.train_s if result.phases else None
+    return {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def _fields(part: Any) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def path_of(cfg: DictConfig) -> Path:
 
 
 def write(path: Path, tuned: Tuned) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file, atomically."""
     raw = dataclasses.asdict(tuned)
     head = HEAD.format(**raw | {"train_rows": "null" if tuned.train_rows is None else tuned.train_rows})
     write_text(path, head + yaml.safe_dump(raw, sort_keys=False, width=140))
@@ -117,11 +117,11 @@ def read(path: Path) -> Tuned:
 
 def read_all(folder: Path) -> dict[tuple[str, str], Tuned]:
     """The tuned files of an experiment (tuning/<experiment>) by technique (with its variant) and train_rows ("160" or "all")."""
-    found = {}
+    tunings = {}
     for path in sorted(folder.glob("*.yaml")):
         technique, _, rows = path.stem.rpartition("-n")
-        found[technique, rows] = read(path)
-    return found
+        tunings[technique, rows] = read(path)
+    return tunings
 
 
 def applied(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
@@ -136,15 +136,15 @@ def applied(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
     rows = "null" if cfg.train_rows is None else cfg.train_rows
     if not path.exists():
         raise UserError(f"{path} does not exist; run: python -m pipeline.tune experiments={cfg.experiment} technique={cfg.technique.name} train_rows={rows}")
-    found = read(path)
-    for key, mine, other in (("task", cfg.task.name, found.task), ("model", cfg.model.name, found.model)):
+    tuned = read(path)
+    for key, mine, other in (("task", cfg.task.name, tuned.task), ("model", cfg.model.name, tuned.model)):
         if mine != other:
             raise UserError(f"{path} was tuned with {key}={other}, this cell has {key}={mine}; tune again, or leave out tuned=true")
-    given = by_key(words)
-    for key, value in found.settings.items():
-        if key in given:
+    by_hand = by_key(words)
+    for key, value in tuned.settings.items():
+        if key in by_hand:
             raise UserError(f"{key} is given by hand, but tuned=true takes it from {path}; leave one of them out")
-        if OmegaConf.select(cfg, key, default=found) is found:
+        if OmegaConf.select(cfg, key, default=tuned) is tuned:
             raise UserError(f"{path} sets {key!r}, which this cell does not have; tune again")
         OmegaConf.update(cfg, key, value, merge=False)
     OmegaConf.update(cfg, "variant", f"{cfg.variant}-tuned" if cfg.variant else "tuned")
@@ -155,5 +155,5 @@ def effort(cfg: DictConfig) -> Tuning | None:
     """What the tuning of a cell took; None for an untuned one."""
     if not cfg.get("tuned"):
         return None
-    found = read(path_of(cfg))
-    return Tuning(path_of(cfg).as_posix(), len(found.searched), len(found.trials), found.device_s, found.validation, found.seed)
+    tuned = read(path_of(cfg))
+    return Tuning(path_of(cfg).as_posix(), len(tuned.searched), len(tuned.trials), tuned.device_s, tuned.validation, tuned.seed)

@@ -6,13 +6,26 @@ Library of `python -m pipeline.advise`; docs/advice.md tells the rules, `python 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.core.files import UserError
-from pipeline.reporting.advice_cost import expected_memory, expected_time
-from pipeline.reporting.evidence import Expected, Seen, Spread, expected_accuracy, other_task, paired_apart, pooled_spread, said_sizes, takes_no_rows
+from pipeline.records.results import Result
+from pipeline.reporting import words as f
+from pipeline.reporting.evidence import (
+    Expected,
+    Seen,
+    Spread,
+    expected_accuracy,
+    expected_memory,
+    expected_time,
+    other_task,
+    paired_apart,
+    pooled_spread,
+    sizes_in_words,
+    takes_no_rows,
+)
 from pipeline.stats import learning_curve, learning_noise, tiers
 
 SLACK = 0.02
@@ -86,31 +99,32 @@ def advise(seen: Sequence[Seen], need: Need) -> Advice:
     return advice
 
 
-def _candidates(own: Sequence[Seen], need: Need) -> list[Candidate]:
+def _candidates(seen: Sequence[Seen], need: Need) -> list[Candidate]:
     """Every technique with cells of one task and model, and what is expected of its accuracy."""
     by_technique: dict[str, list[Seen]] = defaultdict(list)
-    for one in own:
+    for one in seen:
         by_technique[one.technique].append(one)
-    spreads = {kind: pooled_spread([s for s in own if takes_no_rows(s) is kind]) for kind in (False, True)}
-    curves = _curves(own)
+    spreads = {kind: pooled_spread([s for s in seen if takes_no_rows(s) is kind]) for kind in (False, True)}
+    curves = _curves(seen)
     return [_candidate(name, cells, need, spreads[takes_no_rows(cells[0])], curves.get(name)) for name, cells in by_technique.items()]
 
 
 def _borrowed(seen: Sequence[Seen], need: Need) -> Advice:
     """Advice on a task that nothing was measured on, from all others with the model."""
     model = _only_model(seen, need)
-    own = [s for s in seen if s.model == model]
-    tasks = sorted({s.task for s in own})
-    spreads = {kind: pooled_spread([s for s in own if takes_no_rows(s) is kind]) for kind in (False, True)}
-    found: dict[str, list[Candidate]] = defaultdict(list)
+    of_model = [s for s in seen if s.model == model]
+    tasks = sorted({s.task for s in of_model})
+    spreads = {kind: pooled_spread([s for s in of_model if takes_no_rows(s) is kind]) for kind in (False, True)}
+    by_technique: dict[str, list[Candidate]] = defaultdict(list)
     for task in tasks:
-        for one in _candidates([s for s in own if s.task == task], need):
-            found[one.technique].append(one)
-    advice = Advice(need, ", ".join(tasks), model, [_over_tasks(name, some, need, spreads) for name, some in found.items()], borrowed=True)
-    most = max((len(c.by_task) for c in advice.candidates if not takes_no_rows(c.nearest)), default=0)
+        for one in _candidates([s for s in of_model if s.task == task], need):
+            by_technique[one.technique].append(one)
+    common = _common_tasks(by_technique.values())
+    advice = Advice(need, ", ".join(tasks), model, [_over_tasks(name, some, common, need, spreads) for name, some in by_technique.items()], borrowed=True)
+    most = len(common)
     for one in advice.candidates:
-        if one.out is None and len(one.by_task) < most:
-            one.out = f"was measured on {len(one.by_task)} of the {most} tasks that the others were measured on"
+        if one.out is None and len(common & set(one.by_task)) < most:
+            one.out = f"was measured on {len(common & set(one.by_task))} of the {most} tasks that the others were measured on"
         _limits(one, need)
     if most <= 1 and need.metric_floor is not None:
         advice.reason = f"nothing was measured on {need.task}, and one other task does not tell whether {100 * need.metric_floor:g}% is reached"
@@ -126,12 +140,21 @@ def _only_model(seen: Sequence[Seen], need: Need) -> str:
     return there[0]
 
 
-def _over_tasks(name: str, some: list[Candidate], need: Need, spreads: dict[bool, Spread]) -> Candidate:
-    told = {c.nearest.task: c.accuracy.value for c in some if c.accuracy}
-    if not told:
+def _common_tasks(techniques: Iterable[Sequence[Candidate]]) -> frozenset[str]:
+    """The tasks that techniques are ranked over: as many as any that is trained was measured on, of such sets the one that most have (then by name)."""
+    sets = [frozenset(c.nearest.task for c in some if c.accuracy) for some in techniques if not takes_no_rows(some[0].nearest)]
+    return max(sets, key=lambda one: (len(one), sum(one <= other for other in sets), sorted(one, reverse=True)), default=frozenset())
+
+
+def _over_tasks(name: str, some: list[Candidate], common: frozenset[str], need: Need, spreads: dict[bool, Spread]) -> Candidate:
+    """A technique over the tasks that all are ranked over; over its own where it has none of these."""
+    expected = [c for c in some if c.accuracy]
+    expected = [c for c in expected if c.nearest.task in common] or expected
+    if not expected:
         return some[0]
-    cells = _nearest_first([s for c in some if c.accuracy for s in c.evidence], need)
-    return Candidate(name, cells, other_task(told, spreads[takes_no_rows(cells[0])]), by_task=told)
+    cells = _nearest_first([s for c in expected for s in c.evidence], need)
+    by_task = {c.nearest.task: c.accuracy.value for c in expected if c.accuracy}
+    return Candidate(name, cells, other_task(by_task, spreads[takes_no_rows(cells[0])]), by_task=by_task)
 
 
 def _pair(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
@@ -146,9 +169,9 @@ def _pair(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
                     "python -m pipeline.cells experiments=data_size_quick")
 
 
-def _curves(own: Sequence[Seen]) -> dict[str, learning_curve.Curve]:
+def _curves(seen: Sequence[Seen]) -> dict[str, learning_curve.Curve]:
     """Learning curves over training rows of every technique with three sizes; those that take no rows have none here."""
-    measured = [learning_noise.Measured(s.technique, s.rows, s.seed, s.accuracy, s.test_rows) for s in own if not takes_no_rows(s)]
+    measured = [learning_noise.Measured(s.technique, s.rows, s.seed, s.accuracy, s.test_rows) for s in seen if not takes_no_rows(s)]
     return learning_curve.fit(measured) if measured else {}
 
 
@@ -157,26 +180,26 @@ def _nearest_first(cells: Sequence[Seen], need: Need) -> list[Seen]:
 
 
 def _candidate(name: str, cells: list[Seen], need: Need, spread: Spread, curve: learning_curve.Curve | None) -> Candidate:
-    found = Candidate(name, _nearest_first(cells, need), expected_accuracy(cells, need.train_rows, spread, curve))
-    if found.accuracy is None:
-        found.out = f"measured at {said_sizes(sorted({s.rows for s in cells}))} training rows, which says nothing of {need.train_rows:,}"
-    return found
+    candidate = Candidate(name, _nearest_first(cells, need), expected_accuracy(cells, need.train_rows, spread, curve))
+    if candidate.accuracy is None:
+        candidate.out = f"measured at {sizes_in_words(sorted({s.rows for s in cells}))} training rows, which says nothing of {need.train_rows:,}"
+    return candidate
 
 
-def _limits(found: Candidate, need: Need) -> None:
+def _limits(candidate: Candidate, need: Need) -> None:
     """Fill in memory and time, and rule the candidate out where it exceeds a limit."""
-    if found.accuracy is None:
+    if candidate.accuracy is None:
         return
-    found.memory, fits = expected_memory(found.evidence, need.train_rows, need.gpu_memory_gb)
-    found.train_s = expected_time(found.evidence, need.train_rows)
-    if found.out is not None:
+    candidate.memory, fits = expected_memory(candidate.evidence, need.train_rows, need.gpu_memory_gb)
+    candidate.train_s = expected_time(candidate.evidence, need.train_rows)
+    if candidate.out is not None:
         return
-    if fits is False and found.memory:
-        found.out = f"needs {found.memory.value / 2**30:.1f} GiB of {need.gpu_memory_gb:g} ({found.memory.basis})"
-    elif need.hours is not None and found.train_s and found.train_s.value > 3600 * need.hours:
-        found.out = f"trains {found.train_s.value / 3600:.1f} h of {need.hours:g} ({found.train_s.basis})"
-    elif need.metric_floor is not None and (found.accuracy.value < need.metric_floor):
-        found.out = f"is expected at {100 * found.accuracy.value:.1f}%, below {100 * need.metric_floor:g}%"
+    if fits is False and candidate.memory:
+        candidate.out = f"needs {candidate.memory.value / 2**30:.1f} GiB of {need.gpu_memory_gb:g} ({candidate.memory.basis})"
+    elif need.hours is not None and candidate.train_s and candidate.train_s.value > 3600 * need.hours:
+        candidate.out = f"trains {candidate.train_s.value / 3600:.1f} h of {need.hours:g} ({candidate.train_s.basis})"
+    elif need.metric_floor is not None and (candidate.accuracy.value < need.metric_floor):
+        candidate.out = f"is expected at {100 * candidate.accuracy.value:.1f}%, below {100 * need.metric_floor:g}%"
 
 
 def _choose(advice: Advice) -> None:
@@ -187,7 +210,7 @@ def _choose(advice: Advice) -> None:
     if trained and all(c.accuracy is None for c in trained):
         sizes = sorted({s.rows for c in trained for s in c.evidence})
         advice.candidates = [*live, *gone]
-        advice.reason = f"trained techniques were measured at {said_sizes(sizes)} training rows, and nothing is said of {advice.need.train_rows:,}"
+        advice.reason = f"trained techniques were measured at {sizes_in_words(sizes)} training rows, and nothing is said of {advice.need.train_rows:,}"
         return
     if not live:
         advice.candidates, advice.reason = gone, "nothing that was measured meets what is asked"
@@ -223,8 +246,86 @@ def _apart(one: Candidate, best: Candidate) -> bool:
     if shared is not None:
         runs = {c.technique: {s.seed: s.cell.right() for s in c.evidence if s.rows == shared} for c in (one, best)}
         fixed = [c.technique for c in (one, best) if c.nearest.cell.result.kind == "base"]
-        found = tiers.compare(runs, fixed)
-        if found is not None and len(found.means) == 2:
-            return found.between(best.technique, one.technique).told
+        comparison = tiers.compare(runs, fixed)
+        if comparison is not None and len(comparison.means) == 2:
+            return comparison.between(best.technique, one.technique).significant
     assert one.accuracy and best.accuracy
     return one.accuracy.high is not None and best.accuracy.low is not None and one.accuracy.high < best.accuracy.low
+
+
+SHOWN_CELLS = 6
+
+
+def answer(advice: Advice) -> list[str]:
+    """The answer, line by line."""
+    need, chosen = advice.need, advice.chosen
+    asked = [f"{need.train_rows:,} training rows"]
+    asked += [f"{need.gpu_memory_gb:g} GiB"] if need.gpu_memory_gb is not None else []
+    asked += [f"{need.hours:g} h"] if need.hours is not None else []
+    asked += [f"at least {100 * need.metric_floor:g}%"] if need.metric_floor is not None else []
+    lines = [f"{need.task or advice.task} with {advice.model}: {', '.join(asked)}", ""]
+    if advice.borrowed:
+        lines += [f"Nothing was measured on {need.task}. What follows is of {advice.task}: it tells which technique to try first.", ""]
+    if chosen is None:
+        lines.append(f"No evidence fits: {advice.reason}.")
+    else:
+        lines += [f"Take {chosen.technique}: {advice.reason}.", "", *_facts(chosen, need.train_rows, need.task or chosen.nearest.task)]
+    others = [c for c in advice.candidates if c is not chosen and c.out is None]
+    if others:
+        lines += ["", "Others:", *(f"  {_line(c)}" for c in others)]
+    gone = [c for c in advice.candidates if c.out is not None]
+    if gone:
+        lines += ["", "Ruled out:", *(f"  {c.technique}: {c.out}" for c in gone)]
+    return lines
+
+
+def failures(results: Sequence[Result], advice: Advice) -> list[str]:
+    """Cells of the advice's task that ended out of memory: a result, but none of accuracy."""
+    groups = Counter(
+        (r.technique, r.train_rows, str(r.hardware.get("gpu") or r.hardware.get("cpu"))) for r in results
+        if r.model == advice.model and r.task in (advice.need.task, *advice.task.split(", "))
+    )
+    lines = [f"  {name} at {rows:,} rows on {machine}: {count} cell{'s' if count > 1 else ''}" for (name, rows, machine), count in sorted(groups.items())]
+    return ["", "Ended out of memory (so without an accuracy):", *lines] if lines else []
+
+
+def _facts(chosen: Candidate, rows: int, task: str) -> list[str]:
+    result = chosen.nearest.cell.result
+    settings = ", ".join(f"{k} {v}" for k, v in result.hyperparameters.items())
+    how = f"python -m pipeline.train experiments={result.experiment} technique={result.technique} task={task} train_rows={rows}"
+    varied = "+" in chosen.nearest.cell.label or result.tuning is not None
+    cells = [str(s.cell.folder) for s in chosen.evidence]
+    more = f" and {len(cells) - SHOWN_CELLS} more" if len(cells) > SHOWN_CELLS else ""
+    assert chosen.accuracy
+    return [
+        f"  expected accuracy   {_percent(chosen.accuracy)} of a new run ({chosen.accuracy.basis})",
+        f"  memory              {_size(chosen.memory)}",
+        f"  training time       {_duration(chosen.train_s)}",
+        f"  settings            {settings or 'none'}",
+        f"  to run it           {how}{' with the settings above' if varied else ''}",
+        f"  evidence            {', '.join(cells[:SHOWN_CELLS])}{more}",
+    ]
+
+
+def _line(one: Candidate) -> str:
+    assert one.accuracy
+    apart = "told apart from the most accurate" if one.told_apart else "not told apart from the most accurate"
+    return f"{one.technique}: {_percent(one.accuracy)}, memory {_size(one.memory)}, training {_duration(one.train_s)}; {apart}"
+
+
+def _percent(value: Expected) -> str:
+    if value.low is None or value.high is None:
+        return f"{100 * value.value:.1f}% [no interval]"
+    return f"{100 * value.value:.1f}% [{100 * value.low:.1f} to {100 * value.high:.1f}]"
+
+
+def _duration(value: Expected | None) -> str:
+    return "—" if value is None else f"{f.duration(value.value)}{_range(value, f.duration)} ({value.basis})"
+
+
+def _size(value: Expected | None) -> str:
+    return "— (neither forecast nor measured on a GPU)" if value is None else f"{f.size(value.value)}{_range(value, f.size)} ({value.basis})"
+
+
+def _range(value: Expected, show: Callable[[float], str]) -> str:
+    return " [one run tells no interval]" if value.low is None or value.high is None else f" [{show(value.low)} to {show(value.high)}]"

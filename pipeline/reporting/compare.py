@@ -1,77 +1,337 @@
-"""What differs between two result sets, as text, Markdown or JSON."""
+"""What changed between two result sets of one experiment, and which techniques and cells moved by more than seeds do.
+
+Library of `python -m pipeline.compare`. Two runs of a technique are compared as two techniques are in the report (tiers.py): on the rows that
+both answered, with the spread that the seeds of all techniques show, corrected for being many (Holm 1979). What ran twice with the same seed
+on the same machine differs by less than that; what is told here would be remarkable even for other seeds.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from pipeline.core.files import UserError
+from pipeline.records.finished import Cell, cells_below, check_comparable
+from pipeline.records.results import Result
 from pipeline.reporting import words as f
-from pipeline.reporting.drift import Change, Cost, Drift, Move
+from pipeline.reporting.figures import FIGURES
+from pipeline.stats import tiers
+from pipeline.stats.tiers import holm
+
+SIDES = ("A", "B")
+UNSAID = ("paths", "tracking", "train.progress", "seed", "train_rows")
+"""Config keys that tell nothing of a result."""
+HARDWARE = ("device", "gpu", "gpu_memory_bytes", "cpu", "cpu_count", "memory_bytes", "platform")
+SAME_MACHINE = ("device", "gpu", "cpu", "cpu_count")
+"""Hardware that must be the same for times and memory to be compared."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that is not the same on both sides, and in how many of the shared cells."""
+
+    kind: str
+    """data, model, version, hardware, code or config."""
+    what: str
+    before: Any
+    after: Any
+    cells: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """Accuracy of B beyond A's, fractions."""
+
+    name: str
+    """A technique with its training rows, or a cell."""
+    before: float
+    after: float
+    low: float
+    high: float
+    """95% interval of the difference, for this one alone."""
+    corrected: float
+    """p, corrected for all of its kind."""
+    flips: int
+    """Answers that are right on one side and wrong on the other, all seeds together."""
+
+    @property
+    def moved(self) -> bool:
+        """By more than seed noise."""
+        return self.corrected < tiers.SIGNIFICANT
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A mean over seeds that moved by more than its tolerance."""
+
+    name: str
+    figure: str
+    before: float
+    after: float
+
+
+@dataclass
+class Drift:
+    """All that was found."""
+
+    experiment: str
+    shared: int
+    only: dict[str, list[str]]
+    """Cells that one side alone has a result of, by side."""
+    lost: dict[str, list[str]]
+    """Cells without scores (out of memory), by side."""
+    changes: list[Change]
+    techniques: list[Move] = field(default_factory=list)
+    cells: list[Move] = field(default_factory=list)
+    identical: int = 0
+    """Cells whose every answer to the test rows is the same."""
+    rows: int = 0
+    """Test rows that the smallest group of techniques has in common."""
+    covers_seeds: bool = True
+    """False: in a group of techniques none has two seeds, so that nothing is known of their spread."""
+    costs: list[Cost] = field(default_factory=list)
+    uncosted: str | None = None
+    """Why times and memory were not compared."""
+
+    @property
+    def moved(self) -> bool:
+        """Whether any technique or cell moved by more than seed noise."""
+        return any(m.moved for m in (*self.techniques, *self.cells))
+
+
+TOLERANCES = {"train_s": 0.10, "latency_s": 0.10, "energy_j": 0.10, "peak_bytes": 0.02, "artefact_bytes": 0.0}
+"""Relative changes that are not told. Artefacts are the same on every machine."""
+
+
+def _figure(cell: Cell, key: str) -> float | None:
+    value = None if key == "train_s" and cell.timing else FIGURES[key].of(cell)
+    return None if value is None else float(value)
+
+
+def load(root: Path) -> dict[str, Cell]:
+    """Cells by name. Raises UserError where there is none, or they are of several experiments."""
+    cells = {cell.folder.name: cell for cell in cells_below(root)}
+    if not cells:
+        raise UserError(f"{root} holds no result of a cell; name a folder such as results/quick")
+    if len(names := {c.result.experiment for c in cells.values()}) > 1:
+        raise UserError(f"{root} holds results of several experiments ({', '.join(sorted(names))}); name the folder of one, such as {root}/{sorted(names)[0]}")
+    return cells
+
+
+def compare(a: Path, b: Path, tolerance: float | None = None) -> Drift:
+    """Compare two folders of results. tolerance: relative, in place of every figure's own but the artefact's.
+
+    Raises:
+        UserError: a folder holds no results or several experiments', the experiments differ, no cell is in both, or those that are differ in task,
+            model or metric.
+    """
+    sides = [load(a), load(b)]
+    names = [next(iter(side.values())).result.experiment for side in sides]
+    if names[0] != names[1]:
+        raise UserError(f"{a} is of the experiment {names[0]}, {b} of {names[1]}; compare two result sets of one experiment")
+    both = [name for name in sides[0] if name in sides[1]]
+    if not both:
+        raise UserError(f"{a} and {b} have no cell in common ({a} has {next(iter(sides[0]))}, {b} has {next(iter(sides[1]))})")
+    check_comparable([side[name] for name in both for side in sides], "move that cell out of both folders, or name two folders of the same task and model")
+    only = {name: [c for c in side if c not in both] for name, side in zip(SIDES, sides, strict=True)}
+    lost = {name: [c for c in both if side[c].result.status != "ok"] for name, side in zip(SIDES, sides, strict=True)}
+    drift = Drift(names[0], len(both), only, lost, changes([(sides[0][n].result, sides[1][n].result) for n in both]))
+    pairs = [(sides[0][n], sides[1][n]) for n in both if n not in lost["A"] and n not in lost["B"]]
+    _accuracies(drift, pairs)
+    _costs(drift, pairs, tolerance)
+    return drift
+
+
+def changes(pairs: Sequence[tuple[Result, Result]]) -> list[Change]:
+    """What differs between the sides of cells, the same difference once."""
+    counted: Counter[tuple[str, str, str, str]] = Counter()
+    values: dict[tuple[str, str, str, str], tuple[Any, Any]] = {}
+    for one, other in pairs:
+        first, second = dict(_facts(one)), dict(_facts(other))
+        for kind, what in dict.fromkeys([*first, *second]):
+            before, after = first.get((kind, what)), second.get((kind, what))
+            if before != after:
+                key = (kind, what, repr(before), repr(after))
+                counted[key] += 1
+                values[key] = (before, after)
+    return [Change(kind, what, *values[kind, what, one, other], number) for (kind, what, one, other), number in counted.items()]
+
+
+def _facts(result: Result) -> Iterable[tuple[tuple[str, str], Any]]:
+    known = result.provenance
+    yield ("data", "data_sha256"), known.get("data_sha256")
+    yield ("model", "model_sha256"), known.get("model_sha256")
+    yield from ((("version", name), value) for name, value in {"python": known.get("python"), **(known.get("packages") or {})}.items())
+    yield from ((("hardware", name), result.hardware.get(name)) for name in HARDWARE)
+    yield from ((("code", name), known.get(name)) for name in ("git_commit", "git_dirty"))
+    yield from ((("config", name), value) for name, value in _flat(result.config) if not name.startswith(UNSAID))
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
+def _accuracies(drift: Drift, pairs: Sequence[tuple[Cell, Cell]]) -> None:
+    """Fill in the moves: groups of equal training rows share their seeds' spread."""
+    groups: dict[str, dict[str, list[tuple[Cell, Cell]]]] = defaultdict(lambda: defaultdict(list))
+    for pair in pairs:
+        groups[pair[0].rows][pair[0].label].append(pair)
+    techniques, cells = [], []
+    rows = []
+    for size, group in sorted(groups.items(), key=lambda item: (not item[0].isdecimal(), item[0].zfill(9))):
+        moves = _group(size, group)
+        if moves:
+            techniques += moves.techniques
+            cells += moves.cells
+            rows.append(moves.rows)
+            drift.identical += moves.identical
+            drift.covers_seeds &= moves.covers_seeds
+    drift.rows = min(rows, default=0)
+    drift.techniques, drift.cells = _corrected(techniques), _corrected(cells)
+
+
+@dataclass
+class _Moves:
+    techniques: list[tuple[Move, float]]
+    cells: list[tuple[Move, float]]
+    rows: int
+    identical: int
+    covers_seeds: bool
+
+
+def _group(size: str, group: Mapping[str, Sequence[tuple[Cell, Cell]]]) -> _Moves | None:
+    import numpy as np
+
+    answers = {label: [(one.right(), other.right()) for one, other in pairs] for label, pairs in group.items()}
+    answers = {label: runs for label, runs in answers.items() if all(one and other for one, other in runs)}
+    common = sorted(set.intersection(*(set(side) for runs in answers.values() for pair in runs for side in pair))) if answers else []
+    if not common:
+        return None
+    right = {label: np.array([[[side[i] for i in common] for side in pair] for pair in runs], dtype=float) for label, runs in answers.items()}
+    fixed = {label for label in right if group[label][0][0].result.method in ("none", "teacher")}
+    sides = [tiers.Technique.of(right[label][:, side], label in fixed) for label in right for side in (0, 1)]
+    whole = tiers.differences(sides, [(2 * n + 1, 2 * n) for n in range(len(right))])
+    singles, places = [*sides], []
+    for number, label in enumerate(right):
+        for one in right[label]:
+            places.append((number, len(singles)))
+            singles += [tiers.Technique(one[[side]], min(1, sides[2 * number + side].seeds), 0.0, 0.0) for side in (0, 1)]
+    single = tiers.differences(singles, [(at + 1, at) for _, at in places])
+    names = [pair[0].folder.name for label in right for pair in group[label]]
+    return _Moves(
+        [_move(f"{label} ({size} rows)", right[label], difference) for (label, difference) in zip(right, whole, strict=True)],
+        [_move(name, one[None], difference) for name, one, difference in zip(names, (one for label in right for one in right[label]), single, strict=True)],
+        len(common), sum(bool((one[0] == one[1]).all()) for label in right for one in right[label]), tiers.Spreads.of(sides).known,
+    )
+
+
+def _move(name: str, right: Any, difference: tuple[float, float, float]) -> tuple[Move, float]:
+    point, half, p = difference
+    before, after = (float(right[:, side].mean()) for side in (0, 1))
+    return Move(name, before, after, point - half, point + half, 1.0, int((right[:, 0] != right[:, 1]).sum())), p
+
+
+def _corrected(moves: Sequence[tuple[Move, float]]) -> list[Move]:
+    every = holm([p for _, p in moves])
+    return [Move(**{**vars(move), "corrected": p}) for (move, _), p in zip(moves, every, strict=True)]
+
+
+def _costs(drift: Drift, pairs: Sequence[tuple[Cell, Cell]], tolerance: float | None) -> None:
+    """Fill in what costs more or less than before; of times and memory only where the machines are the same."""
+    other = next((k for k in SAME_MACHINE for one, two in pairs if one.result.hardware.get(k) != two.result.hardware.get(k)), None)
+    if other:
+        drift.uncosted = f"the machines differ ({other}), so times, energy and memory are not comparable"
+    by_name: dict[str, list[tuple[Cell, Cell]]] = defaultdict(list)
+    for pair in pairs:
+        by_name[f"{pair[0].label} ({pair[0].rows} rows)"].append(pair)
+    for name, some in by_name.items():
+        for figure, usual in TOLERANCES.items():
+            if other and usual:
+                continue
+            before, after = (_mean([_figure(pair[side], figure) for pair in some]) for side in (0, 1))
+            limit = usual if tolerance is None or not usual else tolerance
+            if before is not None and after is not None and abs(after - before) > limit * abs(before):
+                drift.costs.append(Cost(name, figure, before, after))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
 
 SHOWN_CONFIG = 30
 
 
-def headline(found: Drift) -> str:
+def headline(drift: Drift) -> str:
     """One sentence."""
-    moved = [m.name for m in found.techniques if m.moved]
-    alone = [m.name for m in found.cells if m.moved]
-    compared = len(found.cells)
-    if compared and found.identical == compared:
-        return f"All {compared} shared cells of {found.experiment} gave the same answers."
+    moved = [m.name for m in drift.techniques if m.moved]
+    alone = [m.name for m in drift.cells if m.moved]
+    compared = len(drift.cells)
+    if compared and drift.identical == compared:
+        return f"All {compared} shared cells of {drift.experiment} gave the same answers."
     if not compared:
-        return f"No shared cell of {found.experiment} has predictions on both sides, so no accuracy can be compared."
+        return f"No shared cell of {drift.experiment} has predictions on both sides, so no accuracy can be compared."
     if not moved and not alone:
-        return f"No technique of {found.experiment} moved by more than seed noise ({compared} cells, {found.identical} with the same answers)."
-    said = [f"{len(moved)} of {len(found.techniques)} techniques ({', '.join(moved)})"] if moved else []
-    said += [f"{len(alone)} of {compared} cells ({', '.join(alone)})"] if alone else []
-    return f"Moved by more than seed noise in {found.experiment}: {' and '.join(said)}."
+        return f"No technique of {drift.experiment} moved by more than seed noise ({compared} cells, {drift.identical} with the same answers)."
+    parts = [f"{len(moved)} of {len(drift.techniques)} techniques ({', '.join(moved)})"] if moved else []
+    parts += [f"{len(alone)} of {compared} cells ({', '.join(alone)})"] if alone else []
+    return f"Moved by more than seed noise in {drift.experiment}: {' and '.join(parts)}."
 
 
-def markdown(found: Drift) -> str:
+def markdown(drift: Drift) -> str:
     """Headline, what differs, what moved, as Markdown."""
-    parts = [f"# {found.experiment}: A against B", headline(found), *_caveats(found)]
-    if found.changes:
-        parts += ["## What is not the same", _table(["what", "A", "B", "cells"], [_changed(c, found.shared) for c in _shown(found.changes)])]
+    parts = [f"# {drift.experiment}: A against B", headline(drift), *_caveats(drift)]
+    if drift.changes:
+        parts += ["## What is not the same", _table(["what", "A", "B", "cells"], [_changed(c, drift.shared) for c in _shown(drift.changes)])]
     else:
         parts.append("Data, model, versions, hardware, code and settings are the same.")
-    if found.techniques:
-        parts += ["## Test accuracy, %", _table(["technique", "A", "B", "B − A (95%)", "p", "answers that differ", ""], [_moved(m) for m in found.techniques])]
-    if alone := [m for m in found.cells if m.moved]:
+    if drift.techniques:
+        parts += ["## Test accuracy, %", _table(["technique", "A", "B", "B − A (95%)", "p", "answers that differ", ""], [_moved(m) for m in drift.techniques])]
+    if alone := [m for m in drift.cells if m.moved]:
         parts += ["## Cells that moved", _table(["cell", "A", "B", "B − A (95%)", "p", "answers that differ", ""], [_moved(m) for m in alone])]
-    if found.costs:
-        parts += ["## Costs that moved", _table(["technique", "figure", "A", "B", "B / A"], [_cost(c) for c in found.costs])]
+    if drift.costs:
+        parts += ["## Costs that moved", _table(["technique", "figure", "A", "B", "B / A"], [_cost(c) for c in drift.costs])]
     return "\n\n".join(parts) + "\n"
 
 
-def text(found: Drift) -> str:
+def text(drift: Drift) -> str:
     """The same for a terminal."""
-    return markdown(found).replace("## ", "").replace("# ", "", 1)
+    return markdown(drift).replace("## ", "").replace("# ", "", 1)
 
 
-def as_json(found: Drift) -> str:
+def as_json(drift: Drift) -> str:
     """Everything, with the headline and whether anything moved."""
-    return json.dumps({"headline": headline(found), "moved": found.moved, **dataclasses.asdict(found)}, indent=1, default=str) + "\n"
+    return json.dumps({"headline": headline(drift), "moved": drift.moved, **dataclasses.asdict(drift)}, indent=1, default=str) + "\n"
 
 
 FORMATS: dict[str, Callable[[Drift], str]] = {"text": text, "markdown": markdown, "json": as_json}
 
 
-def _caveats(found: Drift) -> list[str]:
-    said = []
+def _caveats(drift: Drift) -> list[str]:
+    caveats = []
     for side, other in (("A", "B"), ("B", "A")):
-        if found.only[side]:
-            said.append(f"In {side} alone: {', '.join(found.only[side])}.")
-        if gone := [c for c in found.lost[side] if c not in found.lost[other]]:
-            said.append(f"Out of memory in {side} alone: {', '.join(gone)}.")
-    if any(c.kind == "data" for c in found.changes):
-        said.append("The data are not the same: rows are matched by their ids alone, and a move may be the data's.")
-    if found.techniques and not found.covers_seeds:
-        said.append("No technique has two seeds, so nothing is known of how much a seed matters: p is over test rows alone (McNemar's test) and calls more a "
-                    "move than there is.")
-    if found.uncosted:
-        said.append(f"{found.uncosted[0].upper()}{found.uncosted[1:]}.")
-    return said
+        if drift.only[side]:
+            caveats.append(f"In {side} alone: {', '.join(drift.only[side])}.")
+        if gone := [c for c in drift.lost[side] if c not in drift.lost[other]]:
+            caveats.append(f"Out of memory in {side} alone: {', '.join(gone)}.")
+    if any(c.kind == "data" for c in drift.changes):
+        caveats.append("The data are not the same: rows are matched by their ids alone, and a move may be the data's.")
+    if drift.techniques and not drift.covers_seeds:
+        caveats.append("No technique has two seeds, so nothing is known of how much a seed matters: p is over test rows alone (McNemar's test) and calls more "
+                       "a move than there is.")
+    if drift.uncosted:
+        caveats.append(f"{drift.uncosted[0].upper()}{drift.uncosted[1:]}.")
+    return caveats
 
 
 def _shown(changes: Sequence[Change]) -> list[Change]:
@@ -86,8 +346,8 @@ def _changed(change: Change, shared: int) -> list[str]:
 
 
 def _short(value: object) -> str:
-    said = "—" if value is None else str(value)
-    return said if len(said) <= 40 else f"{said[:37]}…"
+    text = "—" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
 
 
 def _moved(move: Move) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipeline.reporting import words as f
-from pipeline.reporting.rows import Row
+from pipeline.reporting.figures import Row
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def _figure(row: Row, measure: Measure, most: float) -> Figure:
 
 def _tuned(row: Row) -> tuple[float | None, float | None]:
     """(searched hyperparameters, device seconds spent on searching them); None where nothing was tuned by pipeline.tune."""
-    found = next((r.tuning for r in row.results if r.tuning), None)
-    return (found.searched, found.device_s) if found else (None, None)
+    tuning = next((r.tuning for r in row.results if r.tuning), None)
+    return (tuning.searched, tuning.device_s) if tuning else (None, None)
 
 
 def _many(row: Row) -> tuple[list[str], dict[str, list[str]], str]:

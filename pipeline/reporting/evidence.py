@@ -1,8 +1,13 @@
-"""What finished cells say about a technique: seen, expected, and how much other tasks tell."""
+"""What finished cells, and the forecast, say about a technique: its accuracy, memory and training time, and how much other tasks tell.
+
+Library of advice.py. Memory: the forecast for the card that is asked for, within the error that 95 of 100 forecasts kept to
+(experiments/forecast/summary.json); else what was measured. Time: measured, per optimiser step, on the machine that is named.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.compose import ROOT
+from pipeline.core.files import read_json
+from pipeline.core.settings import Train
 from pipeline.records import results
-from pipeline.records.finished import NAME, Cell
+from pipeline.records.finished import Cell, cells_below
 from pipeline.records.results import Result
 from pipeline.stats import learning_curve
+from pipeline.training.loop import total_steps
 
 NEAR = 1.25
 """Sizes that differ by no more than this factor count as the same."""
@@ -52,17 +61,11 @@ class Expected:
 
 def gather(roots: Iterable[Path]) -> list[Seen]:
     """Every finished cell below the folders that answered test rows; cells of one technique with other settings are told apart by their names."""
-    found = []
-    for path in (p for root in roots for p in sorted(root.rglob("result.json"))):
-        parts = NAME.fullmatch(path.parent.name)
-        if not parts or parts["variant"] in LEFT_OUT:
-            continue
-        result = results.read(path)
-        label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
-        if result.status == "ok" and result.test and result.metric == "accuracy" and result.kind != "teacher":
-            cell = Cell(result, path.parent, label, parts["rows"])
-            found.append(Seen(label, result.task, result.model, result.train_rows, result.seed, result.test.accuracy, result.test.rows, cell))
-    return _once(_told_apart(found))
+    cells = [cell for root in roots for cell in cells_below(root, lambda parts: parts["variant"] not in LEFT_OUT)]
+    return _once(_told_apart([
+        Seen(cell.label, r.task, r.model, r.train_rows, r.seed, r.test.accuracy, r.test.rows, cell) for cell in cells
+        if (r := cell.result).status == "ok" and r.test and r.metric == "accuracy" and r.kind != "teacher"
+    ]))
 
 
 def out_of_memory(roots: Iterable[Path]) -> list[Result]:
@@ -75,20 +78,20 @@ def _told_apart(seen: Sequence[Seen]) -> list[Seen]:
     groups: dict[tuple[str, str], list[Seen]] = defaultdict(list)
     for one in seen:
         groups[one.technique, one.model].append(one)
-    found = []
+    renamed = []
     for (name, _), cells in groups.items():
         every = [_settings(s) for s in cells]
         keys = sorted({k for s in every for k in s if any(s.get(k) != other.get(k) for other in every)})
         for one, settings in zip(cells, every, strict=True):
-            told = " ".join(f"{k}={settings[k]}" for k in keys if settings.get(k) is not None)
-            found.append(dataclasses.replace(one, technique=f"{name} [{told or 'defaults'}]") if keys else one)
-    return found
+            differing = " ".join(f"{k}={settings[k]}" for k in keys if settings.get(k) is not None)
+            renamed.append(dataclasses.replace(one, technique=f"{name} [{differing or 'defaults'}]") if keys else one)
+    return renamed
 
 
 def _settings(one: Seen) -> dict[str, Any]:
     result = one.cell.result
-    found = {k: v for k, v in result.hyperparameters.items() if k not in NOT_SETTINGS}
-    return found | ({"synthetic_share": result.synthetic.share} if result.synthetic else {})
+    settings = {k: v for k, v in result.hyperparameters.items() if k not in NOT_SETTINGS}
+    return settings | ({"synthetic_share": result.synthetic.share} if result.synthetic else {})
 
 
 def _once(seen: Sequence[Seen]) -> list[Seen]:
@@ -135,7 +138,7 @@ def takes_no_rows(one: Seen) -> bool:
     return not one.cell.result.takes_rows
 
 
-def said_sizes(sizes: Sequence[int]) -> str:
+def sizes_in_words(sizes: Sequence[int]) -> str:
     return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
 
 
@@ -147,7 +150,7 @@ def expected_accuracy(cells: Sequence[Seen], rows: int, spread: Spread, curve: l
     if not at and curve is not None and curve.sizes[0] <= rows <= curve.sizes[-1] and curve.fits:
         on = curve.at(rows)
         half = math.hypot((on.high - on.low) / 2, spread.t * spread.sd)
-        return Expected(on.value, *bounded(on.value, half), f"learning curve through {len(curve.sizes)} sizes, {said_sizes(curve.sizes)} rows")
+        return Expected(on.value, *bounded(on.value, half), f"learning curve through {len(curve.sizes)} sizes, {sizes_in_words(curve.sizes)} rows")
     at = at or [s for s in cells if max(s.rows, rows) <= NEAR * min(s.rows, rows)]
     if at:
         nearest = min({s.rows for s in at}, key=lambda n: abs(math.log(n / rows)))
@@ -178,12 +181,12 @@ def bounded(value: float, half: float) -> tuple[float, float]:
     return max(0.0, value - half), min(1.0, value + half)
 
 
-def other_task(told: Mapping[str, float], spread: Spread) -> Expected:
+def other_task(by_task: Mapping[str, float], spread: Spread) -> Expected:
     """A new task's accuracy from those expected on others; without an interval from one alone."""
-    count, mean = len(told), math.fsum(told.values()) / len(told)
+    count, mean = len(by_task), math.fsum(by_task.values()) / len(by_task)
     if count == 1:
-        return Expected(mean, None, None, f"that of {next(iter(told))}; one task does not tell how far another lies from it")
-    half = _t(count - 1) * math.sqrt(_variance(list(told.values())) * (1 + 1 / count) + spread.sd**2)
+        return Expected(mean, None, None, f"that of {next(iter(by_task))}; one task does not tell how far another lies from it")
+    half = _t(count - 1) * math.sqrt(_variance(list(by_task.values())) * (1 + 1 / count) + spread.sd**2)
     return Expected(mean, *bounded(mean, half), f"from {count} other tasks, with the spread between tasks")
 
 
@@ -202,3 +205,86 @@ def _t(df: int) -> float:
     from scipy.stats import t
 
     return float(t.ppf(0.975, df))
+
+
+SUMMARY = ROOT / "experiments" / "forecast" / "summary.json"
+
+
+def expected_memory(ordered: Sequence[Seen], rows: int, card_gb: float | None) -> tuple[Expected | None, bool | None]:
+    """(bytes at the peak, whether they fit the card; None: not known). Measured: the mean of the nearest size's runs, with their range.
+
+    Args:
+        ordered: a technique's cells, the nearest size first.
+        card_gb: GiB of the card that is asked for; None: no limit.
+    """
+    forecast = _forecast(ordered[0].cell.result, rows, card_gb)
+    if forecast is not None:
+        return forecast
+    peaks = [float(r.memory.peak_bytes) for r in _nearest(ordered) if r.memory and r.memory.peak_bytes and r.memory.kind.startswith("gpu")]
+    if not peaks:
+        return None, None
+    mean = math.fsum(peaks) / len(peaks)
+    basis = f"measured at {ordered[0].rows:,} rows of {ordered[0].task} on {ordered[0].cell.result.hardware.get('gpu')}, range of {_runs(len(peaks))}"
+    return Expected(mean, min(peaks), max(peaks), basis), None if card_gb is None else max(peaks) <= card_gb * 2**30
+
+
+def _forecast(result: Result, rows: int, card_gb: float | None) -> tuple[Expected, bool | None] | None:
+    from pipeline.forecasting.cell import forecast_of
+
+    if card_gb is None or not result.size or not result.size.trainable:
+        return None
+    hardware = {**result.hardware, "gpu": f"a card of {card_gb:g} GiB", "gpu_memory_bytes": int(card_gb * 2**30)}
+    forecast = forecast_of(dataclasses.replace(result, config={**result.config, "train_rows": rows}, hardware=hardware))
+    if forecast is None or forecast.memory is None:
+        return None
+    value, error = float(forecast.memory.total), _forecast_error()
+    if error is None:
+        return Expected(value, None, None, "forecast"), forecast.fits
+    return Expected(value, value * (1 - error), value * (1 + error), f"forecast; 95 of 100 were within {100 * error:.1f}%"), forecast.fits
+
+
+@functools.cache
+def _forecast_error() -> float | None:
+    return float(read_json(SUMMARY)["p95_error"]) if SUMMARY.exists() else None
+
+
+def expected_time(ordered: Sequence[Seen], rows: int) -> Expected | None:
+    """Seconds of training at the nearest size, in proportion to the optimiser steps; None where nothing is trained or no time stands by itself.
+
+    The interval is a prediction interval of the times' logarithms: mean ± t(S-1) · sd · sqrt(1 + 1/S), S the runs; a single run has none.
+    """
+    times = [r.phases.train_s for one, r in zip(ordered, _nearest(ordered), strict=False) if r.phases and r.phases.train_s > 0 and not one.cell.timing]
+    if not times or takes_no_rows(ordered[0]):
+        return None
+    result = ordered[0].cell.result
+    machine = result.hardware.get("gpu") or result.hardware.get("cpu") or "an unknown machine"
+    ratio, by = _steps_ratio(result, ordered[0].rows, rows)
+    logs = [math.log(ratio * v) for v in times]
+    middle = math.fsum(logs) / len(logs)
+    basis = f"measured at {ordered[0].rows:,} rows of {ordered[0].task} on {machine}, {_runs(len(times))}, {by}"
+    if len(times) == 1:
+        return Expected(math.exp(middle), None, None, basis)
+    from scipy.stats import t
+
+    sd = math.sqrt(math.fsum((v - middle) ** 2 for v in logs) / (len(logs) - 1))
+    half = float(t.ppf(0.975, len(logs) - 1)) * sd * math.sqrt(1 + 1 / len(logs))
+    return Expected(math.exp(middle), math.exp(middle - half), math.exp(middle + half), basis)
+
+
+def _steps_ratio(result: Result, measured: int, asked: int) -> tuple[float, str]:
+    """Optimiser steps at `asked` rows to those at `measured`; of the rows where the result's config does not tell."""
+    train = result.config.get("train") or {}
+    if not {"epochs", "batch_size"} <= set(train):
+        return asked / measured, "in proportion to the rows"
+    settings = Train(lr=0.0, epochs=train["epochs"], batch_size=train["batch_size"], micro_batch_tokens=1, steps=train.get("steps"),
+                 min_steps=train.get("min_steps"))
+    steps = [total_steps(settings, n) for n in (measured, asked)]
+    return (steps[1] / steps[0], "in proportion to the optimiser steps") if steps[0] else (1.0, "no step was trained")
+
+
+def _nearest(ordered: Sequence[Seen]) -> list[Result]:
+    return [s.cell.result for s in ordered if (s.rows, s.task) == (ordered[0].rows, ordered[0].task)]
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' if count > 1 else ''}"

@@ -1,125 +1,382 @@
-"""The columns of the comparison, said once for the HTML page and table.md; and as plain numbers table.csv, all
-fields of a row, and history.csv, all training curves.
+"""The figures behind the report, in one table: the fields of Row. Each says where in a cell's result it stands, how the cells of several seeds
+make one, which column shows it and how, and what it means.
 
-Library of `python -m pipeline.report`.
+Library. rows.py makes rows by it; the columns of table.md and index.html, table.csv, metrics/*.json and the explanations are read from it.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.records.finished import Cell
+from pipeline.records.results import Result
 from pipeline.reporting import words as f
-from pipeline.reporting.rows import QUANTISED, Row
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L"}
-KINDS = {"cpu_rss": "RSS", "gpu_reserved": "GPU"}
+COUNTERS = {"cpu_rss": "RSS", "gpu_reserved": "GPU"}
+QUANTISED = ("int8", "nf4")
 RESUMED, SHARED = "†", "‡"
-LAST_FIELD = "notes"
+SECTIONS = ("", "Quality", "Data", "Training", "Model", "Forgetting")
+"""Of the columns, in their order on the page."""
+
+
+def finished(cells: Sequence[Cell]) -> list[Cell]:
+    return [c for c in cells if c.result.status == "ok"]
+
+
+def shown(cells: Sequence[Cell]) -> list[Cell]:
+    """The finished ones, or all where none is."""
+    return finished(cells) or list(cells)
+
+
+def timed(cells: Sequence[Cell]) -> list[Cell]:
+    """The finished ones whose time is a single run's, or all finished ones where there is none such."""
+    return [c for c in finished(cells) if not c.timing] or finished(cells)
+
+
+def with_model(cells: Sequence[Cell]) -> list[Cell]:
+    """The finished ones that a model answered; a teacher's answers come without one."""
+    return [c for c in finished(cells) if c.result.size and c.result.size.total]
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def first(values: Sequence[Any]) -> Any:
+    return values[0]
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column: a field of Row, which it is sorted by, and how its cell reads."""
+class Figure:
+    """One figure: a field of Row, a column of table.csv, and with a title a column of the page."""
 
-    key: str
-    title: str
-    group: str
-    main: Callable[[Row], str]
+    where: str | Callable[[Cell], Any] | None = None
+    """Its dotted name in Result, or what gives it of a cell; None: rows.py sets it, from other rows."""
+    title: str = ""
+    """Heads its column; empty: it has none."""
+    section: str = ""
+    show: Callable[[Any], str] = str
+    """How the value reads; None is a dash."""
+    main: Callable[[Row], str] | None = None
+    """How the column's cell reads, where that takes more than the value."""
     small: Callable[[Row], str] = lambda row: ""
+    """What stands below it, or in brackets."""
+    mark: Callable[[Row], str] = lambda row: ""
+    about: str = ""
+    """What the column means."""
     optional: bool = False
     """Left out without a word where no row has a value; of others the report says that they were not measured."""
+    last: int = 0
+    """Columns of a section are sorted by it; those that are equal keep this table's order."""
+    over: Callable[[Sequence[Cell]], list[Cell]] = finished
+    """Which cells of a row count."""
+    seeds: Callable[[Sequence[Any]], Any] = mean
+    """What makes one value of theirs that are known."""
+    empty: Any = None
+    """The value where none is known."""
+    single: bool = False
+    """Only a single run's value means anything: table.csv has none where a row's times are no single run's."""
+    for_dvc: bool = False
+    """Whether metrics/<cell>.json lists it."""
+    key: str = ""
+    """The field of Row."""
 
-    @property
-    def about(self) -> str:
-        """What the column means."""
-        return ABOUT[self.key]
+    def of(self, cell: Cell) -> Any:
+        """The value of one cell; None where it was not measured."""
+        if not isinstance(self.where, str):
+            return self.where(cell) if self.where else None
+        return functools.reduce(lambda part, name: None if part is None else getattr(part, name), self.where.split("."), cell.result)
+
+    def over_seeds(self, cells: Sequence[Cell]) -> Any:
+        """The value of a row's cells."""
+        known = [value for cell in self.over(cells) if (value := self.of(cell)) is not None]
+        return self.seeds(known) if known else self.empty
 
     def value(self, row: Row) -> Any:
         """What the column is sorted by; None is last."""
         return getattr(row, self.key)
 
-
-COLUMNS = [
-    Column("name", "Technique", "", lambda r: r.name, lambda r: r.family if r.teacher else f"{r.family} · {r.precision}"),
-    Column("test", "Test {metric}, %", "Quality", lambda r: f.percent(r.test), lambda r: interval(r)),
-    Column("letters", "Tier", "Quality", lambda r: r.letters or f.DASH, lambda r: "" if r.covers_seeds in (None, True) else "one seed", optional=True),
-    Column("test_seed_high", "Over seeds, %", "Quality", lambda r: f.span(r.test_seed_low, r.test_seed_high) or f.DASH, optional=True),
-    Column("against_zero_shot", "Against zero-shot", "Quality", lambda r: f.points(r.against_zero_shot),
-           lambda r: f.p_value(r.against_zero_shot_p)),
-    Column("macro_f1", "Macro-F1, %", "Quality", lambda r: f.percent(r.macro_f1)),
-    Column("validation", "Validation, %", "Quality", lambda r: f.percent(r.validation)),
-    Column("transfer", "Transfer, %", "Quality", lambda r: f.percent(r.transfer)),
-    Column("labelled_rows", "Labelled rows", "Data", lambda r: _whole(r.labelled_rows)),
-    Column("rationale_rows", "Rationale rows", "Data", lambda r: _whole(r.rationale_rows), optional=True),
-    Column("synthetic_rows", "Synthetic rows", "Data", lambda r: _whole(r.synthetic_rows), optional=True),
-    Column("seeds", "Seeds", "Data", lambda r: str(r.seeds)),
-    Column("train_s", "Train, s", "Training", lambda r: _marked(f.seconds(r.train_s), r)),
-    Column("wall_s", "Total, s", "Training", lambda r: _marked(f.seconds(r.wall_s), r, SHARED if r.shared_process else "")),
-    Column("teacher_s", "Teacher, s", "Training", lambda r: f.seconds(r.teacher_s), optional=True),
-    Column("tokens_per_s", "Tokens/s", "Training", lambda r: _marked(_whole(r.tokens_per_s), r)),
-    Column("energy_j", "Energy, kJ", "Training", lambda r: _kilojoules(r.energy_j),
-           lambda r: "" if r.host_energy_j is None else f"CPU {_kilojoules(r.host_energy_j)}"),
-    Column("cost", "Cost", "Training", lambda r: f.DASH if r.cost is None else f"{r.cost:.3g} {r.currency}", optional=True),
-    Column("peak_bytes", "Peak memory", "Training", lambda r: f.size(r.peak_bytes), lambda r: memory_kind(r)),
-    Column("trainable", "Trainable", "Model", lambda r: f.count(r.trainable),
-           lambda r: f.share(r.trainable_share)),
-    Column("artefact_bytes", "Artefact", "Model", lambda r: f.size(r.artefact_bytes)),
-    Column("latency_s", "Latency, ms", "Model", lambda r: f.milliseconds(r.latency_s),
-           lambda r: "" if r.merged_latency_s is None else f"merged {f.milliseconds(r.merged_latency_s)}"),
-    Column("perplexity_change", "Perplexity", "Forgetting", lambda r: _growth(r.perplexity_change),
-           lambda r: _to_16bit(r, r.perplexity_change_16bit, _growth)),
-    Column("pairs_change", "Minimal pairs", "Forgetting", lambda r: f.points(r.pairs_change),
-           lambda r: _to_16bit(r, r.pairs_change_16bit, f.points)),
-    Column("lambada_change", "LAMBADA", "Forgetting", lambda r: f.points(r.lambada_change),
-           lambda r: _to_16bit(r, r.lambada_change_16bit, f.points), optional=True),
-]
-
-ABOUT = {
-    "name": "The file in conf/technique/; after a + its variant, such as the best setting of a sweep. Under it the family, techniques "
-    "that change the model in the same way, and the precision that the base's weights are held in.",
-    "labelled_rows": "Labelled rows that the technique used: training rows, plus the validation rows that chose the checkpoint; "
-    "demonstrations alone for few-shot, all rows that retrieval searches or a choice of prompt is scored on; none for an untouched base.",
-    "rationale_rows": "Training rows with a rationale of the teacher.",
-    "synthetic_rows": "Rows that a teacher wrote (pipeline.synthesize), trained on beside the labelled ones, which alone count as labelled.",
-    "seeds": "Runs with different seeds; the figures are their means.",
-    "test": "Share of the test rows answered right (or the task's own metric), in percent. Under it the 95% interval of accuracy (Wilson); "
-    "with several seeds it reaches from the lowest to the highest bound of their intervals.",
-    "test_seed_high": "Smallest and largest test figure over the seeds: the spread of training, not that of drawing the test rows.",
-    "letters": "Techniques that share a letter cannot be told apart by these runs; a is the best one's. Tested over seeds and test rows, corrected for "
-    "all pairs (docs/statistics.md); of more than ten techniques, at most 5% of the differences shown should be chance. "
-    "One seed: how much a technique's figure moves from seed to seed is not known, and the test is over the rows alone.",
-    "against_zero_shot": "Accuracy beyond zero-shot's in percentage points on the same test rows, and the p-value over seeds and rows "
-    "(two-sided, not corrected for the number of techniques; with one seed McNemar's exact test).",
-    "macro_f1": "Mean over the answers of their F1: a rare answer counts as much as a frequent one.",
-    "validation": "The same metric on the validation rows, which chose the checkpoint.",
-    "transfer": "Mean of the same metric over test sets of other domains.",
-    "train_s": "Seconds in training steps alone: no start-up, validation or evaluation. "
-    f"{RESUMED}: the run was resumed or packed with others; that is no single run's time, and no chart has it.",
-    "wall_s": "Wall clock of the whole cell, evaluation included. "
-    f"{SHARED}: imports and base were read once for several cells, so their start-up and load are missing from it.",
-    "teacher_s": "Seconds that the teacher took for its rationales, or for synthetic rows.",
-    "tokens_per_s": "Real tokens (no padding) through training steps in a second.",
-    "energy_j": "Energy of the training steps, validation left out: the GPU's counter, and under it the CPU's; on the CPU that of its packages and their "
-    "memory (RAPL). Counters are the machine's and include what else ran. Why a dash is a dash stands in the cell's details.",
-    "cost": "Wall clock of the whole cell at the config's price_per_hour.",
-    "peak_bytes": "Peak while training, validation kept out; while evaluating for a technique that trains nothing. "
-    "RSS: resident memory of the process on the CPU; GPU: what the allocator reserved.",
-    "trainable": "Parameters that are trained, and their share of all.",
-    "artefact_bytes": "Bytes on disk that training leaves to serve, beside the base model.",
-    "latency_s": "Median time of a request of one test row, artefact attached; under it merged into the base, where that is possible.",
-    "perplexity_change": "Change of the perplexity on unrelated text against the untouched base in the same precision "
-    "(above 0: forgotten); under it against the base in 16 bits, where the base is quantised.",
-    "pairs_change": "Change of the share of grammatical minimal pairs ranked right, in percentage points (below 0: forgotten), likewise.",
-    "lambada_change": "Change of the share of LAMBADA passages whose last word the model says, in percentage points (below 0: forgotten), likewise.",
-}
+    def text(self, row: Row) -> str:
+        """The column's cell."""
+        text = self.main(row) if self.main else self.show(self.value(row))
+        mark = self.mark(row)
+        return f"{text} {mark}" if mark and text != f.DASH else text
 
 
-def columns(rows: Sequence[Row]) -> tuple[list[Column], list[Column]]:
+def _figure(*args: Any, **more: Any) -> Any:
+    """A field of Row with its line of the table: the fields of Figure."""
+    return field(default=more.get("empty"), metadata={"figure": Figure(*args, **more)})
+
+
+_same = functools.partial(_figure, over=shown, seeds=first)
+"""A figure that the cells of a row have in common."""
+
+
+def _whole(value: float | None) -> str:
+    return f.DASH if value is None else f"{value:,.0f}"
+
+
+def _kilojoules(joules: float | None) -> str:
+    return f.DASH if joules is None else f"{joules / 1000:,.1f}" if joules >= 1000 else f"{joules / 1000:.2g}"
+
+
+def _growth(value: float | None) -> str:
+    return f.DASH if value is None else f"{f.signed(100 * value)}%"
+
+
+def _to_16bit(show: Callable[[float | None], str], key: str) -> Callable[[Row], str]:
+    """What is below a column of forgetting: the change against the base in 16 bits, where the base is quantised."""
+    def small(row: Row) -> str:
+        value = getattr(row, key)
+        return f"16-bit {show(value)}" if value is not None and row.precision in QUANTISED else ""
+
+    return small
+
+
+def _resumed(row: Row) -> str:
+    return RESUMED if row.timing else ""
+
+
+def headline(split: str) -> Callable[[Cell], float | None]:
+    """The task's metric on a split."""
+    def of(cell: Cell) -> float | None:
+        score = cell.result.scores.get(split)
+        return getattr(score, cell.result.metric) if score else None
+
+    return of
+
+
+def _transfer(cell: Cell) -> float | None:
+    values = [v for split in cell.result.scores if split.startswith("transfer/") and (v := headline(split)(cell)) is not None]
+    return mean(values) if values else None
+
+
+def _teacher_s(cell: Cell) -> float | None:
+    """Seconds for rationales and for synthetic rows."""
+    known = [part.seconds for part in (cell.result.teacher, cell.result.synthetic) if part is not None and part.seconds is not None]
+    return sum(known) if known else None
+
+
+def _rationales(cell: Cell) -> int | None:
+    return cell.result.teacher.rows if cell.result.teacher and cell.result.kind != "teacher" else None
+
+
+def _growth_of(base: str) -> Callable[[Cell], float | None]:
+    def of(cell: Cell) -> float | None:
+        before = getattr(cell.result.forgetting, base, None)
+        return cell.result.forgetting.perplexity / before - 1 if cell.result.forgetting and before else None
+
+    return of
+
+
+def _change_of(probe: str, base: str) -> Callable[[Cell], float | None]:
+    def of(cell: Cell) -> float | None:
+        before, after = getattr(cell.result.forgetting, base, None), getattr(cell.result.forgetting, probe, None)
+        return after - before if before is not None and after is not None else None
+
+    return of
+
+
+def _kind_of_memory(cell: Cell) -> str | None:
+    memory = cell.result.memory
+    return memory.kind if memory and memory.peak_bytes is not None else None
+
+
+def _status(each: Sequence[str]) -> str:
+    lost = sum(status != "ok" for status in each)
+    return "ok" if not lost else "oom" if lost == len(each) else f"oom in {lost} of {len(each)} seeds"
+
+
+def _one_currency(part: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
+    """Of costs; None where they are in several currencies."""
+    return lambda costs: part(costs) if len({cost.currency for cost in costs}) == 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One technique at one number of training rows: the table of figures, in the order of table.csv's columns.
+
+    Shares, accuracies and their differences are fractions; a figure that was not measured is None.
+    """
+
+    name: str = _figure(
+        title="Technique", small=lambda r: r.family if r.teacher else f"{r.family} · {r.precision}",
+        about="The file in conf/technique/; after a + its variant, such as the best setting of a sweep. Under it the family, techniques "
+        "that change the model in the same way, and the precision that the base's weights are held in.")
+    """Technique, and the number of training rows where the report has several."""
+    technique: str = _same(lambda c: c.label)
+    family: str = _same("family")
+    method: str = _same("method")
+    kind: str = _same("kind")
+    """What it is: one of results.KINDS."""
+    precision: str = _same("precision")
+    train_rows: int = _same("train_rows")
+    seeds: int = _figure("seed", "Seeds", "Data", over=shown, seeds=len, last=1, about="Runs with different seeds; the figures are their means.")
+    status: str = _figure("status", over=list, seeds=_status)
+    """ok, oom, or "oom in 1 of 3 seeds"."""
+    metric: str = _same("metric")
+    test: float | None = _figure(
+        headline("test"), "Test {metric}, %", "Quality", f.percent, small=lambda r: interval(r), last=-1, for_dvc=True,
+        about="Share of the test rows answered right (or the task's own metric), in percent. Under it the 95% interval of accuracy (Wilson); "
+        "with several seeds it reaches from the lowest to the highest bound of their intervals.")
+    accuracy: float | None = _figure("test.accuracy")
+    accuracy_low: float | None = _figure("test.accuracy_low", seeds=min)
+    accuracy_high: float | None = _figure("test.accuracy_high", seeds=max)
+    test_seed_low: float | None = _figure(headline("test"), seeds=lambda each: min(each) if len(each) > 1 else None)
+    test_seed_high: float | None = _figure(
+        headline("test"), "Over seeds, %", "Quality", main=lambda r: f.span(r.test_seed_low, r.test_seed_high) or f.DASH, optional=True,
+        seeds=lambda each: max(each) if len(each) > 1 else None,
+        about="Smallest and largest test figure over the seeds: the spread of training, not that of drawing the test rows.")
+    test_rows: int | None = _figure("test.rows", seeds=min)
+    standing: str = _figure(empty="")
+    """To the best one at the same number of training rows. best; near: not told apart from it; below; empty: not compared."""
+    letters: str = _figure(
+        None, "Tier", "Quality", lambda v: v or f.DASH, small=lambda r: "" if r.covers_seeds in (None, True) else "one seed", optional=True, last=-1, empty="",
+        about="Techniques that share a letter cannot be told apart by these runs; a is the best one's. Tested over seeds and test rows, corrected for "
+        "all pairs (docs/statistics.md); of more than ten techniques, at most 5% of the differences shown should be chance. "
+        "One seed: how much a technique's figure moves from seed to seed is not known, and the test is over the rows alone.")
+    against_best_p: float | None = _figure()
+    """Corrected for all pairs of the group."""
+    covers_seeds: bool | None = _figure()
+    """Whether that test covers the spread over seeds; None: not compared."""
+    against_zero_shot: float | None = _figure(
+        None, "Against zero-shot", "Quality", f.points, small=lambda r: f.p_value(r.against_zero_shot_p),
+        about="Accuracy beyond zero-shot's in percentage points on the same test rows, and the p-value over seeds and rows "
+        "(two-sided, not corrected for the number of techniques; with one seed McNemar's exact test).")
+    against_zero_shot_p: float | None = _figure()
+    macro_f1: float | None = _figure(
+        "test.macro_f1", "Macro-F1, %", "Quality", f.percent,
+        about="Mean over the answers of their F1: a rare answer counts as much as a frequent one.")
+    validation: float | None = _figure(
+        headline("validation"), "Validation, %", "Quality", f.percent, for_dvc=True,
+        about="The same metric on the validation rows, which chose the checkpoint.")
+    transfer: float | None = _figure(_transfer, "Transfer, %", "Quality", f.percent, about="Mean of the same metric over test sets of other domains.")
+    labelled_rows: int | None = _figure(
+        "labelled_rows", "Labelled rows", "Data", _whole, seeds=first,
+        about="Labelled rows that the technique used: training rows, plus the validation rows that chose the checkpoint; "
+        "demonstrations alone for few-shot, all rows that retrieval searches or a choice of prompt is scored on; none for an untouched base.")
+    rationale_rows: int | None = _figure(
+        _rationales, "Rationale rows", "Data", _whole, seeds=first, optional=True, about="Training rows with a rationale of the teacher.")
+    synthetic_rows: int | None = _figure(
+        "synthetic.rows", "Synthetic rows", "Data", _whole, seeds=first, optional=True,
+        about="Rows that a teacher wrote (pipeline.synthesize), trained on beside the labelled ones, which alone count as labelled.")
+    train_s: float | None = _figure(
+        "phases.train_s", "Train, s", "Training", f.seconds, over=timed, mark=_resumed, single=True, for_dvc=True,
+        about="Seconds in training steps alone: no start-up, validation or evaluation. "
+        f"{RESUMED}: the run was resumed or packed with others; that is no single run's time, and no chart has it.")
+    wall_s: float | None = _figure(
+        "phases.wall_s", "Total, s", "Training", f.seconds, over=timed, mark=lambda r: _resumed(r) + (SHARED if r.shared_process else ""), single=True,
+        for_dvc=True,
+        about="Wall clock of the whole cell, evaluation included. "
+        f"{SHARED}: imports and base were read once for several cells, so their start-up and load are missing from it.")
+    teacher_s: float | None = _figure(
+        _teacher_s, "Teacher, s", "Training", f.seconds, optional=True, about="Seconds that the teacher took for its rationales, or for synthetic rows.")
+    tokens_per_s: float | None = _figure(
+        "work.tokens_per_s", "Tokens/s", "Training", _whole, over=timed, mark=_resumed, single=True,
+        about="Real tokens (no padding) through training steps in a second.")
+    timing: str = _figure(lambda c: c.timing, over=timed, seeds=first, empty="")
+    """resumed or packed: the times are no single run's, and table.csv leaves them empty."""
+    shared_process: bool = _figure("shared_process", over=timed, seeds=any, empty=False)
+    peak_bytes: float | None = _figure(
+        "memory.peak_bytes", "Peak memory", "Training", f.size, small=lambda r: memory_kind(r), last=1, for_dvc=True,
+        about="Peak while training, validation kept out; while evaluating for a technique that trains nothing. "
+        "RSS: resident memory of the process on the CPU; GPU: what the allocator reserved.")
+    memory_kind: str | None = _figure(_kind_of_memory, seeds=first)
+    trainable: float | None = _figure(
+        "size.trainable", "Trainable", "Model", f.count, small=lambda r: f.share(r.trainable_share), over=with_model, for_dvc=True,
+        about="Parameters that are trained, and their share of all.")
+    trainable_share: float | None = _figure(lambda c: c.result.size.trainable / c.result.size.total if c.result.size else None, over=with_model)
+    artefact_bytes: float | None = _figure(
+        "size.artefact_bytes", "Artefact", "Model", f.size, over=with_model, for_dvc=True,
+        about="Bytes on disk that training leaves to serve, beside the base model.")
+    latency_s: float | None = _figure(
+        "inference.latency_s", "Latency, ms", "Model", f.milliseconds, for_dvc=True,
+        small=lambda r: "" if r.merged_latency_s is None else f"merged {f.milliseconds(r.merged_latency_s)}",
+        about="Median time of a request of one test row, artefact attached; under it merged into the base, where that is possible.")
+    merged_latency_s: float | None = _figure("inference.merged_latency_s")
+    request_peak_bytes: float | None = _figure("inference.request_peak_bytes")
+    merged_request_peak_bytes: float | None = _figure("inference.merged_request_peak_bytes")
+    perplexity_change: float | None = _figure(
+        _growth_of("perplexity_base"), "Perplexity", "Forgetting", _growth, small=_to_16bit(_growth, "perplexity_change_16bit"),
+        about="Change of the perplexity on unrelated text against the untouched base in the same precision "
+        "(above 0: forgotten); under it against the base in 16 bits, where the base is quantised.")
+    perplexity_change_16bit: float | None = _figure(_growth_of("perplexity_base_16bit"))
+    pairs_change: float | None = _figure(
+        _change_of("pairs", "pairs_base"), "Minimal pairs", "Forgetting", f.points, small=_to_16bit(f.points, "pairs_change_16bit"),
+        about="Change of the share of grammatical minimal pairs ranked right, in percentage points (below 0: forgotten), likewise.")
+    pairs_change_16bit: float | None = _figure(_change_of("pairs", "pairs_base_16bit"))
+    lambada_change: float | None = _figure(
+        _change_of("lambada", "lambada_base"), "LAMBADA", "Forgetting", f.points, small=_to_16bit(f.points, "lambada_change_16bit"), optional=True,
+        about="Change of the share of LAMBADA passages whose last word the model says, in percentage points (below 0: forgotten), likewise.")
+    lambada_change_16bit: float | None = _figure(_change_of("lambada", "lambada_base_16bit"))
+    transfer_change: float | None = _figure()
+    """Mean of the transfer sets above zero-shot's."""
+    energy_j: float | None = _figure(
+        "work.energy_j", "Energy, kJ", "Training", _kilojoules, over=timed, single=True,
+        small=lambda r: "" if r.host_energy_j is None else f"CPU {_kilojoules(r.host_energy_j)}",
+        about="Energy of the training steps, validation left out: the GPU's counter, and under it the CPU's; on the CPU that of its packages and their "
+        "memory (RAPL). Counters are the machine's and include what else ran. Why a dash is a dash stands in the cell's details.")
+    host_energy_j: float | None = _figure("work.host_energy_j", over=timed, single=True)
+    cost: float | None = _figure(
+        "cost", "Cost", "Training", main=lambda r: f.DASH if r.cost is None else f"{r.cost:.3g} {r.currency}", optional=True, over=timed, single=True,
+        seeds=_one_currency(lambda costs: mean([cost.amount for cost in costs])), about="Wall clock of the whole cell at the config's price_per_hour.")
+    """Of a cell, in `currency`; None without a price, or where its seeds were priced in several."""
+    currency: str | None = _figure("cost", over=timed, seeds=_one_currency(lambda costs: costs[0].currency))
+    engine: str | None = _figure("work.engine", over=list, seeds=lambda each: ", ".join(dict.fromkeys(each)))
+    """What did the training steps (results.ENGINES); several seeds' that differ are all named."""
+    diverged: int = _figure("work.diverged_at", over=list, seeds=len, empty=0)
+    """Seeds whose training ended because its loss was not finite."""
+    notes: str = _figure(lambda c: notes_of([c]), over=list, seeds=lambda each: "; ".join(dict.fromkeys(itertools.chain(*each))))
+    own_notes: tuple[str, ...] = ()
+    """Notes that not every row has."""
+    cells: tuple[Cell, ...] = field(default=(), repr=False)
+
+    @property
+    def teacher(self) -> bool:
+        """The teacher is no way of making the model do the task: it is shown, not compared."""
+        return self.kind == "teacher"
+
+    @property
+    def begins(self) -> bool:
+        """Whether it begins at what another cell trained, whose cost is not in its own."""
+        return any(r.start for r in self.results)
+
+    @property
+    def group(self) -> str:
+        """The grid's number of training rows ("200", "all"): rows of one group are compared with each other."""
+        return self.cells[0].rows
+
+    @property
+    def results(self) -> list[Result]:
+        return [c.result for c in self.cells]
+
+
+FIGURES = {one.name: dataclasses.replace(one.metadata["figure"], key=one.name) for one in dataclasses.fields(Row) if one.metadata}
+"""Name -> figure, in the order of table.csv."""
+COLUMNS = sorted((one for one in FIGURES.values() if one.title), key=lambda one: (SECTIONS.index(one.section), one.last))
+
+
+def notes_of(cells: Sequence[Cell]) -> list[str]:
+    """Notes and errors of cells, each once."""
+    return list(dict.fromkeys(n for c in cells for n in [*c.result.notes, c.result.error] if n))
+
+
+def metrics(cell: Cell) -> dict[str, float]:
+    """The few figures that `dvc metrics show` lists, by name; what was not measured is left out."""
+    every = {key: one.of(cell) for key, one in FIGURES.items() if one.for_dvc}
+    return {key: value for key, value in every.items() if value is not None}
+
+
+def columns(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
     """(columns of which some row has a value, columns that were not measured at all)."""
     metric = metric_name(rows)
     every = [dataclasses.replace(c, title=c.title.format(metric=metric)) for c in COLUMNS]
@@ -134,33 +391,12 @@ def metric_name(rows: Sequence[Row]) -> str:
 
 def memory_kind(row: Row) -> str:
     """Which counter the peak is of, in a word."""
-    return KINDS.get(row.memory_kind or "", row.memory_kind or "")
+    return COUNTERS.get(row.memory_kind or "", row.memory_kind or "")
 
 
 def interval(row: Row) -> str:
     """The 95% interval in percent; empty where the headline metric is not the one that has it."""
     return f.span(row.accuracy_low, row.accuracy_high) if row.metric == "accuracy" else ""
-
-
-def _whole(value: float | None) -> str:
-    return f.DASH if value is None else f"{value:,.0f}"
-
-
-def _kilojoules(joules: float | None) -> str:
-    return f.DASH if joules is None else f"{joules / 1000:,.1f}" if joules >= 1000 else f"{joules / 1000:.2g}"
-
-
-def _marked(text: str, row: Row, further: str = "") -> str:
-    mark = (RESUMED if row.timing else "") + further
-    return f"{text} {mark}" if mark and text != f.DASH else text
-
-
-def _growth(value: float | None) -> str:
-    return f.DASH if value is None else f"{f.signed(100 * value)}%"
-
-
-def _to_16bit(row: Row, value: float | None, show: Callable[[float | None], str]) -> str:
-    return f"16-bit {show(value)}" if value is not None and row.precision in QUANTISED else ""
 
 
 def timing_notes(rows: Sequence[Row]) -> list[str]:
@@ -183,14 +419,11 @@ def remarks(row: Row) -> list[str]:
 
 def table_csv(rows: Sequence[Row]) -> str:
     """One line a row, plain numbers (fractions, seconds, bytes), empty where nothing was measured or a time is no single run's."""
-    names = [field.name for field in dataclasses.fields(Row)]
-    names = names[: names.index(LAST_FIELD) + 1]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
+    writer.writerow(FIGURES)
     for row in rows:
-        hidden = ("train_s", "wall_s", "tokens_per_s", "energy_j", "host_energy_j", "cost") if row.timing else ()
-        writer.writerow([_plain(None if name in hidden else getattr(row, name)) for name in names])
+        writer.writerow([_plain(None if one.single and row.timing else one.value(row)) for one in FIGURES.values()])
     return out.getvalue()
 
 
@@ -198,8 +431,8 @@ def history_csv(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """The training curves of all cells, one line a point: cell, step, loss, lr, validation_metric, validation_nll, and what a technique adds (reward)."""
     out = io.StringIO()
     known = ["cell", "step", "loss", "lr", "validation_metric", "validation_nll"]
-    further = sorted({key for points in histories.values() for point in points for key in point} - set(known))
-    writer = csv.DictWriter(out, [*known, *further], lineterminator="\n")
+    extra = sorted({key for points in histories.values() for point in points for key in point} - set(known))
+    writer = csv.DictWriter(out, [*known, *extra], lineterminator="\n")
     writer.writeheader()
     for cell, points in histories.items():
         writer.writerows({"cell": cell, **point} for point in points)

@@ -14,8 +14,9 @@ from markupsafe import Markup
 
 from pipeline.reporting import words as f
 from pipeline.reporting.charts import FRAME, HEIGHT, WIDTH, Chart, named, point, svg, tip
+from pipeline.reporting.figures import QUANTISED, Row
 from pipeline.reporting.plot import Box, Scale, place_labels, scale, tag
-from pipeline.reporting.rows import QUANTISED, Row, zero_shot
+from pipeline.reporting.rows import zero_shot
 
 FARTHEST = 8.0  # times the median of what was forgotten: what lies beyond is named, not drawn
 
@@ -61,12 +62,12 @@ def charts(rows: Sequence[Row], colour: dict[str, str]) -> list[Chart]:
 
 def _chart(rows: Sequence[Row], base: Row, axis: Axis, colour: dict[str, str]) -> Chart | None:
     known = [(r, axis.value(r), r.test - base.test) for r in rows if not r.teacher and r.test is not None and base.test is not None]
-    found = [(r, lost, gain) for r, lost, gain in known if lost is not None]
-    limit = _limit([lost for _, lost, _ in found]) if axis.lost else float("inf")
-    shown = [point for point in found if point[1] <= limit]
+    measured = [(r, lost, gain) for r, lost, gain in known if lost is not None]
+    limit = _limit([lost for _, lost, _ in measured]) if axis.lost else float("inf")
+    shown = [point for point in measured if point[1] <= limit]
     if len(shown) < 2 or len({r.technique for r, _, _ in shown}) < 2:
         return None
-    left_out = [f"{r.technique} (forgot {axis.words(lost)}, learned {f.points(gain)})" for r, lost, gain in found if lost > limit]
+    left_out = [f"{r.technique} (forgot {axis.words(lost)}, learned {f.points(gain)})" for r, lost, gain in measured if lost > limit]
     left_out += [f"{r.technique} (not measured)" for r, lost, _ in known if lost is None]
     x, y = _scales(shown, axis)
     at = [(x(lost), y(gain)) for _, lost, gain in shown]
@@ -83,7 +84,7 @@ def _limit(lost: Sequence[float]) -> float:
 
 
 def _scales(shown: Sequence[tuple[Row, float, float]], axis: Axis) -> tuple[Scale, Scale]:
-    across = [0.0, *(lost for _, lost, _ in shown), *(v for row, _, _ in shown if (v := _further(row, axis)) is not None)]
+    across = [0.0, *(lost for _, lost, _ in shown), *(v for row, _, _ in shown if (v := _in_16bit(row, axis)) is not None)]
     room = 0.12 * (max(across) - min(across)) or 0.01  # where nothing was forgotten at all
     x = Scale(min(across) - room / 2, max(across) + room, FRAME.left, FRAME.right)
     y = scale([0.0, *(gain for _, _, gain in shown)], FRAME.bottom, FRAME.top, room=0.1)
@@ -109,7 +110,7 @@ def _plus(at: float) -> str:
     return f"+{text}" if at > 0 else text
 
 
-def _further(row: Row, axis: Axis) -> float | None:
+def _in_16bit(row: Row, axis: Axis) -> float | None:
     """Over a quantised base, what is lost against the base in 16 bits."""
     return axis.value_16bit(row) if row.precision in QUANTISED else None
 
@@ -118,25 +119,25 @@ def _beyond(shown: Sequence[tuple[Row, float, float]], at: Sequence[tuple[float,
     """Lines from points over a quantised base on to what is lost against the base in 16 bits."""
     parts = []
     for (row, _, _), (px, py) in zip(shown, at, strict=True):
-        further = _further(row, axis)
-        if further is not None:
-            parts.append(tag("line", class_=f"whisker {colour[row.family]}", x1=px, x2=x(further), y1=py, y2=py))
+        end = _in_16bit(row, axis)
+        if end is not None:
+            parts.append(tag("line", class_=f"whisker {colour[row.family]}", x1=px, x2=x(end), y1=py, y2=py))
     return parts
 
 
 def _names(shown: Sequence[tuple[Row, float, float]], at: Sequence[tuple[float, float]], x: Scale, y: Scale, axis: Axis) -> list[Markup]:
     dots = [Box(px - 6, py - 6, px + 6, py + 6) for px, py in at]
     zeros = [Box(x(0) - 1, FRAME.top, x(0) + 1, FRAME.bottom), Box(FRAME.left, y(0) - 1, FRAME.right, y(0) + 1)]
-    ends = [(px, py, x(v)) for (row, _, _), (px, py) in zip(shown, at, strict=True) if (v := _further(row, axis)) is not None]
-    further = [Box(min(px, end), py - 1, max(px, end), py + 1) for px, py, end in ends]
+    ends = [(px, py, x(v)) for (row, _, _), (px, py) in zip(shown, at, strict=True) if (v := _in_16bit(row, axis)) is not None]
+    lines = [Box(min(px, end), py - 1, max(px, end), py + 1) for px, py, end in ends]
     room = Box(FRAME.left + 2, FRAME.top - 10, WIDTH - 2.0, FRAME.bottom - 2)
-    placed = place_labels([(px, py, row.technique) for (row, _, _), (px, py) in zip(shown, at, strict=True)], [dots, further, zeros], room)
+    placed = place_labels([(px, py, row.technique) for (row, _, _), (px, py) in zip(shown, at, strict=True)], [dots, lines, zeros], room)
     return [part for (row, _, _), where, label in zip(shown, at, placed, strict=True) if label for part in named(row.technique, where, label)]
 
 
 def _tip(row: Row, axis: Axis, lost: float, gain: float) -> Markup:
-    further = _further(row, axis)
-    against = [f"against the base in 16 bits {axis.words(further)}"] if further is not None else []
+    in_16bit = _in_16bit(row, axis)
+    against = [f"against the base in 16 bits {axis.words(in_16bit)}"] if in_16bit is not None else []
     return tip(row, f"learned {f.points(gain)} points above zero-shot", f"{axis.title.partition(',')[0].lower()} {axis.words(lost)}", *against)
 
 

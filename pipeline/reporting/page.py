@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,19 @@ from typing import Any
 import yaml
 from markupsafe import Markup, escape
 
+from pipeline.forecasting.cell import Forecast, forecast_of
 from pipeline.measure.clock import Phases
 from pipeline.records.finished import Cell
 from pipeline.records.results import Result, Work
 from pipeline.reporting import costs as report_complexity
-from pipeline.reporting import forecast, forgetting, tuning
+from pipeline.reporting import forgetting, tuning
 from pipeline.reporting import words as f
-from pipeline.reporting.charts import by_rows, colours, costs, forest, scatter
-from pipeline.reporting.curves import panels
-from pipeline.reporting.figures import RESUMED, SHARED, Column, columns, metric_name, remarks, timing_notes
-from pipeline.reporting.growth import Growth, sentences
+from pipeline.reporting.charts import by_rows, colours, costs, forest, scatter, training_curves
+from pipeline.reporting.figures import RESUMED, SHARED, Figure, Row, columns, metric_name, remarks, timing_notes
+from pipeline.reporting.growth import Growth, charts, sentences
 from pipeline.reporting.growth import remarks as growth_remarks
 from pipeline.reporting.growth import table as growth_table
-from pipeline.reporting.growth_chart import charts
-from pipeline.reporting.rows import Row, by_group
+from pipeline.reporting.rows import by_group
 from pipeline.reporting.text import opening, provenance, rows_in_words, warnings
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -67,7 +67,7 @@ def _growth(rows: Sequence[Row], grown: Growth | None) -> dict[str, Any]:
 def words(text: str) -> Markup:
     """A sentence as HTML: escaped, what stands in backticks bold, numbers kept on one line with what belongs to them."""
     joined = str.maketrans({" ": "\N{NO-BREAK SPACE}", "–": "\N{WORD JOINER}–\N{WORD JOINER}"})
-    parts = UNBROKEN.sub(lambda found: found[0].translate(joined), str(text)).split("`")
+    parts = UNBROKEN.sub(lambda match: match[0].translate(joined), str(text)).split("`")
     return Markup("").join(Markup("<b>{}</b>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts))
 
 
@@ -77,7 +77,7 @@ def _content(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown
     heading = {"experiment": experiment, "task": first.task, "model": first.model, "metric": metric_name(rows)}
     words = {"opening": opening(rows, grown), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
     assets = {"css": _asset("report.css") + _asset("panels.css"), "js": _asset("report.js")}
-    return {**heading, **words, **assets, **_table(rows), **_charts(rows, colour), **_cells(rows), **forecast.part(rows)}
+    return {**heading, **words, **assets, **_table(rows), **_charts(rows, colour), **_cells(rows), **_forecasts(rows)}
 
 
 def _table(rows: Sequence[Row]) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
         "forest": forest(first, colour) if any(r.test is not None for r in first) else None,
         "forest_rows": rows_in_words(largest) if len(groups) > 1 else "",
         "charts": [(name, charts) for name, charts in costly if charts],
-        "curves": panels(rows, colour),
-        "forgetting": [(rows_in_words(name), found) for name, group in groups.items() if (found := forgetting.charts(group, colour))],
+        "curves": training_curves(rows, colour),
+        "forgetting": [(rows_in_words(name), charts) for name, group in groups.items() if (charts := forgetting.charts(group, colour))],
         "probed": forgetting.probes(rows),
         "complexity": report_complexity.panels(first), "complexity_missing": report_complexity.unmeasured(first),
     }
@@ -111,9 +111,9 @@ def _cells(rows: Sequence[Row]) -> dict[str, Any]:
     return {"phase_names": PHASES, "timelines": _timelines(rows), "timing_notes": timing_notes(rows), "details": details}
 
 
-def _groups(shown: Sequence[Column]) -> list[tuple[str, int]]:
+def _groups(shown: Sequence[Figure]) -> list[tuple[str, int]]:
     """(name, number of columns) of every run of columns of one group."""
-    return [(name, len(list(members))) for name, members in itertools.groupby(shown, key=lambda c: c.group)]
+    return [(name, len(list(members))) for name, members in itertools.groupby(shown, key=lambda c: c.section)]
 
 
 def _asset(name: str) -> Markup:
@@ -188,10 +188,10 @@ def _energy(work: Work | None) -> str | None:
 
 
 def _tuning(result: Result) -> str | None:
-    found = result.tuning
-    if found is None:
+    tuning = result.tuning
+    if tuning is None:
         return None
-    return f"{found.searched} hyperparameters, {found.trials} trials with seed {found.seed}, {f.duration(found.device_s)}; {found.file}"
+    return f"{tuning.searched} hyperparameters, {tuning.trials} trials with seed {tuning.seed}, {f.duration(tuning.device_s)}; {tuning.file}"
 
 
 def _engine(cell: Cell) -> str:
@@ -216,3 +216,38 @@ def _teacher(result: Result) -> str:
 def _phases(phases: Phases | None) -> list[tuple[str, str]]:
     values = dataclasses.asdict(phases) if phases else {}
     return [(PHASES[name], f.duration(values[f"{name}_s"])) for name in PHASES if values.get(f"{name}_s")]
+
+
+FORECAST_HEADS = ("technique", "peak memory", "forecast", "error", "training", "forecast")
+
+
+def forecast_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A line a row that was trained: its name and family, the texts under FORECAST_HEADS, the memory's relative error, and why there is no forecast."""
+    lines = []
+    for row in rows:
+        cells = [c.result for c in row.cells if c.result.status == "ok" and c.result.memory and c.result.memory.peak_bytes and not c.untrained]
+        if not cells:
+            continue
+        forecast = forecast_of(cells[0])
+        peak = statistics.median(c.memory.peak_bytes for c in cells if c.memory and c.memory.peak_bytes)
+        memory = forecast.memory.total if forecast and forecast.memory else None
+        error = memory / peak - 1 if memory else None
+        texts = [f.size(peak), f.size(memory), f"{f.signed(100 * error)}%" if error is not None else f.DASH, f.duration(row.train_s), _forecast_time(forecast)]
+        reason = forecast.reason if forecast else "its model or data are not here"
+        lines.append({"name": row.name, "family": row.family, "texts": texts, "error": error, "reason": reason})
+    return lines
+
+
+def _forecast_time(forecast: Forecast | None) -> str:
+    if forecast is None or forecast.train_s is None:
+        return f.DASH
+    low, middle, high = forecast.train_s
+    return f"{f.duration(middle)} [{f.duration(low)}, {f.duration(high)}]"
+
+
+def _forecasts(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the template forecast.html reads."""
+    lines = forecast_lines(rows)
+    errors = [abs(line["error"]) for line in lines if line["error"] is not None]
+    middle = f"{100 * statistics.median(errors):.1f}%" if errors else None
+    return {"forecasts": lines if errors else [], "forecast_heads": FORECAST_HEADS, "forecast_error": middle}

@@ -76,11 +76,11 @@ def _ticks(low: float, high: float, wanted: int) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 5)):
-        found = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
-        if len(found) >= 3:
+        ticks = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
+        if len(ticks) >= 3:
             break
-    every = math.ceil(len(found) / 6)
-    return found[::every]
+    every = math.ceil(len(ticks) / 6)
+    return ticks[::every]
 
 
 @dataclass(frozen=True)
@@ -126,18 +126,18 @@ def place_labels(points: Sequence[tuple[float, float, str]], obstacles: Sequence
         In the order of the points; None for a label that fits nowhere.
     """
     near, far = (9, 14, 20), (28, 38, 50, 64)
-    tries = [(rings, kept) for kept in range(len(obstacles), 0, -1) for rings in (near, far)]
+    tries = [(rings, count) for count in range(len(obstacles), 0, -1) for rings in (near, far)]
     tries.sort(key=lambda t: (t[1] < len(obstacles) - 1, t[0] is far))
     placed: list[Box] = []
-    found: dict[int, Label | None] = {}
+    labels: dict[int, Label | None] = {}
     crowded = sorted(range(len(points)), key=lambda i: -sum(math.dist(points[i][:2], p[:2]) < 60 for p in points))
     for index in crowded:
         x, y, text = points[index]
-        places = (_place(x, y, text_width(text), rings, [*placed, *itertools.chain(*obstacles[:kept])], frame) for rings, kept in tries)
-        label = found[index] = next(filter(None, places), None)
+        places = (_place(x, y, text_width(text), rings, [*placed, *itertools.chain(*obstacles[:count])], frame) for rings, count in tries)
+        label = labels[index] = next(filter(None, places), None)
         if label:
             placed.append(_box(label))
-    return [found[i] for i in range(len(points))]
+    return [labels[i] for i in range(len(points))]
 
 
 def stacked(levels: Sequence[float], gap: float) -> list[float]:

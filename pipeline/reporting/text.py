@@ -1,18 +1,19 @@
-"""The words of the report, made from its numbers: what came out, what is missing, what is not comparable, where it ran.
+"""The words of the report, made from its numbers: what came out, what is missing, what is not comparable, where it ran; and table.md.
 
 Library of `python -m pipeline.report`. A technique's name stands in backticks; the HTML page sets it in bold.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.records.finished import Cell
 from pipeline.records.runs import hardware_name
 from pipeline.reporting import words as f
-from pipeline.reporting.figures import METRICS, interval
-from pipeline.reporting.rows import Row, by_group, common_notes, zero_shot
+from pipeline.reporting.figures import METRICS, Row, columns, interval, remarks, timing_notes
+from pipeline.reporting.rows import by_group, common_notes, zero_shot
 from pipeline.stats.tiers import FEW
 
 CURVES = 2  # sentences about learning curves in the opening
@@ -133,9 +134,9 @@ def _costs(ranked: list[Row]) -> str:
         by_name.setdefault(name, []).append(claim)
     if not by_name:
         return ""
-    held = "that hold up with the best, itself included" if len(near) <= MANY else f"within {f.percent(CLOSE)} points of the best, itself included"
-    whom = f"Of the trained techniques {held}" if pool is good else "Of the trained techniques"
-    return f"{whom}, " + "; ".join(f"`{name}` {_and(said)}" for name, said in by_name.items()) + "."
+    which = "that hold up with the best, itself included" if len(near) <= MANY else f"within {f.percent(CLOSE)} points of the best, itself included"
+    whom = f"Of the trained techniques {which}" if pool is good else "Of the trained techniques"
+    return f"{whom}, " + "; ".join(f"`{name}` {_and(parts)}" for name, parts in by_name.items()) + "."
 
 
 def _one_kind(rows: list[Row]) -> list[Row]:
@@ -175,16 +176,16 @@ def _few(names: Sequence[str], most: int = 12) -> str:
 
 def warnings(rows: Sequence[Row], missing: Sequence[str]) -> list[str]:
     """What a reader must know before comparing: cells not run, out of memory, and conditions that differ between cells."""
-    found = [f"not run: {_few(missing)}"] if missing else []
+    texts = [f"not run: {_few(missing)}"] if missing else []
     lost = [c.result for r in rows for c in r.cells if c.result.status == "oom"]
     if lost:
         where = ", ".join(sorted({hardware_name(r.hardware) or "unknown hardware" for r in lost}))
-        found.append(f"out of memory on {where}: {', '.join(r.cell for r in lost)}")
+        texts.append(f"out of memory on {where}: {', '.join(r.cell for r in lost)}")
     cells = [c for r in rows for c in r.cells if c.result.status == "ok"]
     for what, values in _conditions(cells).items():
         if len(values) > 1:
-            found.append(f"the cells differ in {what} ({'; '.join(values)}), so compare them with care")
-    return found
+            texts.append(f"the cells differ in {what} ({'; '.join(values)}), so compare them with care")
+    return texts
 
 
 def _conditions(cells: Sequence[Cell]) -> dict[str, list[str]]:
@@ -241,3 +242,57 @@ def provenance(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
 def _commit(source: dict[str, Any]) -> str | None:
     commit = source.get("git_commit")
     return commit and commit[:12] + (" with uncommitted changes" if source.get("git_dirty") else "")
+
+
+TABLES = (
+    ("name", "labelled_rows", "synthetic_rows", "test", "letters", "test_seed_high", "against_zero_shot"),
+    ("name", "train_s", "wall_s", "tokens_per_s", "peak_bytes", "trainable", "artefact_bytes"),
+    ("name", "macro_f1", "validation", "transfer", "perplexity_change", "pairs_change", "lambada_change", "latency_s"),
+)
+
+
+def markdown(experiment: str, rows: Sequence[Row], missing: Sequence[str], extra: Sequence[str] = ()) -> str:
+    """The opening, further sentences, three tables (result, cost, further figures; columns aligned, for a terminal too), and the notes."""
+    shown, unmeasured = columns(rows)
+    by_key = {c.key: c for c in shown}
+    lines = [f"# {experiment}: alignment techniques compared", "", *_paragraph(opening(rows, extra))]
+    lines += ["", *_paragraph(extra[CURVES:])] if extra[CURVES:] else []
+    for keys in TABLES:
+        columns_of_it = [by_key[k] for k in keys if k in by_key]
+        table = [[c.title for c in columns_of_it], *([row.name, *(_joined(c.text(row), c.small(row)) for c in columns_of_it[1:])] for row in rows)]
+        if keys is TABLES[0]:
+            table = [[*table[0], ""], *([*line, "; ".join(remarks(row))] for line, row in zip(table[1:], rows, strict=True))]
+        lines += ["", *_aligned(table)]
+    lines += ["", *(f"- {text}" for text in [*warnings(rows, missing), *_footnotes(rows, [c.title for c in unmeasured])])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _footnotes(rows: Sequence[Row], unmeasured: Sequence[str]) -> list[str]:
+    cells = [c for r in rows for c in r.cells]
+    notes = [f"not measured: {', '.join(unmeasured)}"] if unmeasured else []
+    notes += timing_notes(rows)
+    if any(interval(r) for r in rows):
+        notes.append("brackets after accuracy: 95% interval; with several seeds from the lowest to the highest bound of theirs")
+    by_note: dict[str, list[str]] = {}
+    for row, note in ((r, n) for r in rows for n in [*r.own_notes, *(f"engine: {c.engine}" for c in r.cells if c.engine)]):
+        names = by_note.setdefault(note, [])
+        names.extend([row.name] if row.name not in names else [])
+    return notes + common_notes(cells) + [f"{', '.join(names)}: {note}" for note, names in by_note.items()]
+
+
+def _paragraph(sentences: Sequence[str], width: int = 110) -> list[str]:
+    return textwrap.wrap(" ".join(sentences), width, break_long_words=False, break_on_hyphens=False)
+
+
+def _joined(main: str, small: str) -> str:
+    return f"{main} ({small})" if small else main
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    safe = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in table]
+    widths = [max(3, *(len(line[i]) for line in safe)) for i in range(len(safe[0]))]
+    left = [i == 0 or not safe[0][i] for i in range(len(widths))]
+    rule = "|" + "|".join("-" * (w + 2) if to_left else "-" * (w + 1) + ":" for w, to_left in zip(widths, left, strict=True)) + "|"
+    lines = [[c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left, strict=True)] for line in safe]
+    head, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    return [head, rule, *body]

@@ -5,6 +5,7 @@ Library of `python -m pipeline.report`; pipeline/records/tuned.py reads the file
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.core.compose import SUFFIX
+from pipeline.core.files import UserError
+from pipeline.records.finished import COMPARABLE
 from pipeline.records.tuned import Edge, Tuned, expected_best
 from pipeline.reporting import words as f
+from pipeline.reporting.figures import Row
 from pipeline.reporting.plot import LINE, Box, Scale, scale, shorten, stacked, tag, text_width
-from pipeline.reporting.rows import Row
 from pipeline.reporting.text import rows_in_words
 
 WIDE, NARROW = (760, 340), (380, 320)
@@ -43,15 +46,15 @@ class Line:
 
 def part(rows: Sequence[Row], tunings: Tunings, colour: Mapping[str, str]) -> dict[str, Any]:
     """What the template shows: tuning (heads, lines, charts, remarks), None where nothing of the report was tuned."""
-    found = _lines(rows, tunings)
-    if not found:
+    lines = _lines(rows, tunings)
+    if not lines:
         return {"tuning": None}
-    several = len({line.group for line in found}) > 1
-    table = [(colour[line.family], _cells(line, several)) for line in found]
-    return {"tuning": {"heads": HEADS, "lines": table, "charts": _charts(found, colour), "remarks": remarks(found)}}
+    several = len({line.group for line in lines}) > 1
+    table = [(colour[line.family], _cells(line, several)) for line in lines]
+    return {"tuning": {"heads": HEADS, "lines": table, "charts": _charts(lines, colour), "remarks": remarks(lines)}}
 
 
-def further(rows: Sequence[Row], tunings: Tunings) -> list[str]:
+def summary(rows: Sequence[Row], tunings: Tunings) -> list[str]:
     """What table.md says of it, a sentence a technique."""
     return [
         f"`{line.tuned.technique}` tuned ({len(line.tuned.trials)} trials, {f.duration(line.tuned.device_s)}): {f.percent(line.after.test)}% "
@@ -62,8 +65,14 @@ def further(rows: Sequence[Row], tunings: Tunings) -> list[str]:
 
 def _lines(rows: Sequence[Row], tunings: Tunings) -> list[Line]:
     by_name = {(r.technique, r.group): r for r in rows}
-    found = [Line(t, group, by_name.get((name, group)), by_name.get((_after(name), group))) for (name, group), t in tunings.items()]
-    return sorted((line for line in found if line.before or line.after), key=lambda line: (line.group, -line.tuned.validation, line.tuned.technique))
+    every = [Line(t, group, by_name.get((name, group)), by_name.get((_after(name), group))) for (name, group), t in tunings.items()]
+    lines = [line for line in every if line.before or line.after]
+    for line, key in itertools.product(lines, COMPARABLE):
+        tuned, reported = getattr(line.tuned, key), getattr(rows[0].results[0], key)
+        if tuned != reported:
+            path = f"{line.tuned.experiment}/{line.tuned.technique}-n{line.group}.yaml"
+            raise UserError(f"the tuned file {path} has {key}={tuned}, the cells {key}={reported}, which no ranking may mix; move the file away or tune again")
+    return sorted(lines, key=lambda line: (line.group, -line.tuned.validation, line.tuned.technique))
 
 
 def _after(technique: str) -> str:

@@ -33,6 +33,8 @@ SAMPLERS = ("brute_force", "tpe", "random")
 EXECUTORS = ("auto", "packed", "sequential")
 PRUNERS = ("median", "successive_halving", "hyperband")
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {"validation": "maximize", "peak_memory": "minimize"}
+NOT_RANKED = ("task.name", "task.metric", "model.name")
+"""Config keys in which the trials of one study are all the same."""
 NUMBERS = ("train_s", "tokens_per_s", "peak_bytes", "memory_kind", "packed", "slots", "nll", "diverged", "hardware", "spent_s")
 """What a trial keeps of its result besides its objectives, as Optuna user attributes and columns of trials.csv.
 
@@ -76,6 +78,8 @@ class Sweep:
         if not self.space.searched:
             raise UserError("sweep.space is empty; name at least one config key with choices or low and high")
         for key, parameter in self.space.searched.items():
+            if key in NOT_RANKED:
+                raise UserError(f"sweep.space searches {key!r}, but no ranking may mix trials of several tasks, models or metrics; leave it out and sweep each")
             if self.sampler == "brute_force" and parameter.choices is None:
                 raise UserError(f"sweep.space has a range for {key!r}, but brute_force goes through choices; give choices or choose sampler tpe")
         if not self.objectives or self.objectives[0] != "validation" or len(set(self.objectives)) != len(self.objectives):

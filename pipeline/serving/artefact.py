@@ -22,7 +22,7 @@ from pipeline.data.rows import Encoder
 from pipeline.methods.base import Method
 from pipeline.models.base import cast, device_of, load_model, load_tokenizer, most_tokens, resolve
 from pipeline.objectives.base import Objective
-from pipeline.records.finished import finished, held, needed
+from pipeline.records.finished import cell_config, finished, needed
 from pipeline.records.results import Result
 from pipeline.scoring import answers
 from pipeline.scoring.scorer import WHOLE, Scorer
@@ -104,7 +104,7 @@ def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
     result = finished(folder)
     if result.model != cfg.model.name:
         raise UserError(f"start={cfg.start} is a cell of the model {result.model}, this one is of {cfg.model.name}; choose model={result.model}")
-    artefact = Artefact.at(result.technique, folder / "artefact", held(result, cfg))
+    artefact = Artefact.at(result.technique, folder / "artefact", cell_config(result, cfg))
     base = Base.of(artefact.cfg)
     names, path = set(base.model.state_dict()), base.model.config._name_or_path
     model, state = artefact.load(base)

@@ -102,8 +102,8 @@ class Curve:
         import numpy as np
 
         grid = _grid(self.sizes[0], self.sizes[-1])
-        found = np.array([_last_crossing(grid, self._values(grid)[None] - target)[0], *_last_crossing(grid, self.drawn(grid) - target)])
-        ends = [None if np.isinf(v) else float(v) for v in (found[0], *_quantiles(found[1:]))]
+        crossings = np.array([_last_crossing(grid, self._values(grid)[None] - target)[0], *_last_crossing(grid, self.drawn(grid) - target)])
+        ends = [None if np.isinf(v) else float(v) for v in (crossings[0], *_quantiles(crossings[1:]))]
         return RowsFor(target, ends[0], ends[1], ends[2], self.sizes[0], self.sizes[-1])
 
     def drawn(self, rows: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -153,7 +153,7 @@ def fit(measured: Sequence[Measured], constant: Collection[str] = (), draws: int
     sizes: dict[str, tuple[int, ...]] = {}
     for technique, rows in cells:
         sizes[technique] = (*sizes.get(technique, ()), rows)
-    sizes = {t: found for t, found in sizes.items() if t in constant or len(found) >= FEWEST_SIZES}
+    sizes = {t: rows for t, rows in sizes.items() if t in constant or len(rows) >= FEWEST_SIZES}
     cells = {key: group for key, group in cells.items() if key[0] in sizes}
     spread = spreads(cells)
     fits = {t: _Fit(cells, t, sizes[t], spread[t], t in constant) for t in sizes}
@@ -260,10 +260,10 @@ def crossover(one: Curve, other: Curve) -> Crossover:
     until, _ = _quantiles(_first_crossing(grid, gaps))
     point = float(_last_crossing(grid, (ahead._values(grid) - behind._values(grid))[None])[0])
     verdict = "unclear" if np.isinf(high) else "crosses" if low > smallest else "ahead_from" if high > smallest else "ahead"
-    told = verdict != "unclear"
+    known = verdict != "unclear"
     return Crossover(
-        ahead.technique, behind.technique, verdict, min(max(point, low), high) if verdict == "crosses" else None, low if told else None,
-        high if told else None, until if until > smallest else None, smallest, largest,
+        ahead.technique, behind.technique, verdict, min(max(point, low), high) if verdict == "crosses" else None, low if known else None,
+        high if known else None, until if until > smallest else None, smallest, largest,
     )
 
 
@@ -279,9 +279,9 @@ def _last_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
 
     under = gaps < 0
     last = len(grid) - 1 - np.argmax(under[:, ::-1], 1)
-    found = np.where(under.any(1), np.inf, grid[0])
+    edge = np.where(under.any(1), np.inf, grid[0])
     inside = under.any(1) & (last < len(grid) - 1)
-    return _between(grid, gaps, last, inside, found)
+    return _between(grid, gaps, last, inside, edge)
 
 
 def _first_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
@@ -290,20 +290,20 @@ def _first_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
 
     over = gaps >= 0
     first = np.argmax(over, 1)
-    found = np.where(over.any(1), grid[0], grid[-1])
-    return _between(grid, gaps, np.maximum(first - 1, 0), over.any(1) & (first > 0), found)
+    edge = np.where(over.any(1), grid[0], grid[-1])
+    return _between(grid, gaps, np.maximum(first - 1, 0), over.any(1) & (first > 0), edge)
 
 
-def _between(grid: np.ndarray, gaps: np.ndarray, index: np.ndarray, inside: np.ndarray, found: np.ndarray) -> np.ndarray:
+def _between(grid: np.ndarray, gaps: np.ndarray, index: np.ndarray, inside: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
     """`found`, where `inside` with the zero between grid[index] and the next point, in the logarithm of the rows."""
     import numpy as np
 
     rows, at = np.nonzero(inside)[0], index[inside]
     before, after = gaps[rows, at], gaps[rows, at + 1]
     share = before / np.where(before == after, 1, before - after)
-    found = found.copy()
-    found[rows] = grid[at] * (grid[at + 1] / grid[at]) ** share
-    return found
+    otherwise = otherwise.copy()
+    otherwise[rows] = grid[at] * (grid[at + 1] / grid[at]) ** share
+    return otherwise
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, float]:

@@ -75,9 +75,9 @@ def spreads(cells: Mapping[Key, Sequence[Measured]]) -> dict[str, Spread]:
     for (technique, rows), group in cells.items():
         if len(group) > 1:
             parts[technique].append((rows, len(group) - 1, float(np.var([c.accuracy for c in group], ddof=1))))
-    found = {technique: Spread(0.0, tuple(p)) for technique, p in parts.items()}
-    slope = SLOPES[int(np.argmax(_likelihoods(found)))]
-    return {technique: Spread(slope, one.parts) for technique, one in found.items()}
+    by_technique = {technique: Spread(0.0, tuple(p)) for technique, p in parts.items()}
+    slope = SLOPES[int(np.argmax(_likelihoods(by_technique)))]
+    return {technique: Spread(slope, one.parts) for technique, one in by_technique.items()}
 
 
 def _likelihoods(spread: Mapping[str, Spread]) -> np.ndarray:
@@ -120,8 +120,8 @@ def row_covariance(cells: Mapping[Key, Sequence[Measured]]) -> np.ndarray:
     cov = np.atleast_2d(np.cov(np.stack([e.mean(0) for e in each]))) / len(ids)
     for i, answers in enumerate(each):
         if (seeds := len(answers)) > 1:
-            own = float(np.var(answers, axis=1, ddof=1).sum()) / len(ids) / seeds**2
-            cov[i, i] = max(0.0, (cov[i, i] - own) * seeds / (seeds - 1))
+            by_seed = float(np.var(answers, axis=1, ddof=1).sum()) / len(ids) / seeds**2
+            cov[i, i] = max(0.0, (cov[i, i] - by_seed) * seeds / (seeds - 1))
     return cov
 
 

@@ -61,7 +61,7 @@ class Difference:
     """Corrected for all pairs (`correct`)."""
 
     @property
-    def told(self) -> bool:
+    def significant(self) -> bool:
         """Whether the data tell the two apart."""
         return self.corrected < SIGNIFICANT
 
@@ -88,8 +88,8 @@ class Comparison:
         """`one` beyond `other`."""
         if (one, other) in self.pairs:
             return self.pairs[one, other]
-        found = self.pairs[other, one]
-        return Difference(-found.difference, -found.high, -found.low, found.p, found.corrected)
+        reverse = self.pairs[other, one]
+        return Difference(-reverse.difference, -reverse.high, -reverse.low, reverse.p, reverse.corrected)
 
 
 def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Comparison | None:
@@ -101,22 +101,22 @@ def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Compari
     import numpy as np
 
     runs = {name: [by_row for by_row in seeds.values() if by_row] for name, seeds in answers.items()}
-    runs = {name: found for name, found in runs.items() if found}
-    common = sorted(set.intersection(*(set(by_row) for found in runs.values() for by_row in found))) if runs else []
+    runs = {name: seeds for name, seeds in runs.items() if seeds}
+    common = sorted(set.intersection(*(set(by_row) for seeds in runs.values() for by_row in seeds))) if runs else []
     if not common:
         return None
-    right = {name: np.array([[by_row[i] for i in common] for by_row in found], dtype=float) for name, found in runs.items()}
+    right = {name: np.array([[by_row[i] for i in common] for by_row in seeds], dtype=float) for name, seeds in runs.items()}
     order = sorted(right, key=lambda name: (-right[name].mean(), name))
     ranked = [Technique.of(right[name], name in fixed) for name in order]
     spreads = Spreads.of(ranked)
-    found = {(order[a], order[b]): _Pair.of(ranked, spreads, a, b) for a, b in itertools.combinations(range(len(order)), 2)}
-    raw = [pair.p for pair in found.values()]
-    told = {
+    pairs = {(order[a], order[b]): _Pair.of(ranked, spreads, a, b) for a, b in itertools.combinations(range(len(order)), 2)}
+    raw = [pair.p for pair in pairs.values()]
+    compared = {
         names: Difference(pair.point, pair.point - pair.half, pair.point + pair.half, p, corrected)
-        for (names, pair), p, corrected in zip(found.items(), raw, correct(raw, len(order)), strict=True)
+        for (names, pair), p, corrected in zip(pairs.items(), raw, correct(raw, len(order)), strict=True)
     }
-    apart = [pair for pair, one in told.items() if one.told]
-    return Comparison({name: float(right[name].mean()) for name in order}, told, letters(order, apart), len(common), spreads.known)
+    apart = [names for names, one in compared.items() if one.significant]
+    return Comparison({name: float(right[name].mean()) for name in order}, compared, letters(order, apart), len(common), spreads.known)
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ class Spreads:
         """(variances that the seeds add to the difference of techniques a and b, their weights), flat. seeds: 0 for one without any."""
         import numpy as np
 
-        def part(own: np.ndarray, seeds: int, axis: int) -> np.ndarray:
-            return np.expand_dims(own / seeds if seeds else np.zeros_like(own), axis)
+        def part(variance: np.ndarray, seeds: int, axis: int) -> np.ndarray:
+            return np.expand_dims(variance / seeds if seeds else np.zeros_like(variance), axis)
 
         added = part(self.variances, seeds_a, 3) + part(self.variances, seeds_b, 2)
         weights = self.shared[..., None, None] * self.own[a][..., :, None] * self.own[b][..., None, :]
@@ -240,8 +240,8 @@ def differences(ranked: Sequence[Technique], pairs: Sequence[tuple[int, int]]) -
     """(the first beyond the second, half the 95% interval's width, two-sided p) of chosen pairs of techniques on the same rows, corrected for
     nothing. The seeds of all techniques tell of the spreads."""
     spreads = Spreads.of(ranked)
-    found = [_Pair.of(ranked, spreads, a, b) for a, b in pairs]
-    return [(pair.point, pair.half, pair.p) for pair in found]
+    compared = [_Pair.of(ranked, spreads, a, b) for a, b in pairs]
+    return [(pair.point, pair.half, pair.p) for pair in compared]
 
 
 def p_values(ranked: Sequence[Technique]) -> list[tuple[int, int, float]]:
@@ -303,8 +303,8 @@ def sign_flip(differences: Sequence[int]) -> float:
 def _tosses(count: int) -> list[tuple[int, float]]:
     """(heads, chance) of a fair coin's tosses, chances below 1e-16 left out."""
     every = math.lgamma(count + 1) - count * math.log(2)
-    found = [(k, math.exp(every - math.lgamma(k + 1) - math.lgamma(count - k + 1))) for k in range(count + 1)]
-    return [(k, p) for k, p in found if p > 1e-16]
+    chances = [(k, math.exp(every - math.lgamma(k + 1) - math.lgamma(count - k + 1))) for k in range(count + 1)]
+    return [(k, p) for k, p in chances if p > 1e-16]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
