@@ -397,9 +397,9 @@ def _check_values(result: Result, at: str) -> None:
         part, _, key = name.partition(".")
         if key in (facts := getattr(result, part)):
             _typed(hint, facts[key], f"{at}{name}")
-    for name, value, low, high in _ranges(result):
-        if not low <= value <= high:
-            raise UserError(f"{at}{name} is {value}, not a number from {low}{' on' if high == math.inf else f' to {high}'}; fix it, or {AGAIN}")
+    for name, number, low, high in _ranges(result):
+        if not low <= number <= high:
+            raise UserError(f"{at}{name} is {number}, not a number from {low}{' on' if high == math.inf else f' to {high}'}; fix it, or {AGAIN}")
     if unknown := next((n for n in (result.inference and result.inference.adapters) or {} if not n.isdecimal()), None):
         raise UserError(f"{at}inference.adapters has {unknown!r}, no number of requests; fix it, or {AGAIN}")
     try:
