@@ -153,7 +153,8 @@ def train(config: Config, device: Any) -> dict[str, Any]:
     from pipeline.forecasting.random_model import random_base
     from pipeline.measure.clock import Meter, now
     from pipeline.models.base import memory_bytes, parameters, resolve
-    from pipeline.training.loop import Loop
+    from pipeline.training.loop import Loop, total_steps
+    from pipeline.training.stepping import Run
 
     cfg = compose(config.overrides)
     settings = read(cfg)
@@ -165,6 +166,7 @@ def train(config: Config, device: Any) -> dict[str, Any]:
     model = method.wrap(base)
     del base
     rows = examples(config)
+    steps = total_steps(settings.train, len(rows))
     method.before_training(model, config.steps)
     seen: dict[str, Any] = {}
 
@@ -176,8 +178,9 @@ def train(config: Config, device: Any) -> dict[str, Any]:
     meter.device = device
     live = _live(device, model)
     with live or _nothing():
-        trained = Loop(model, method, objective, rows, settings.train, 0, look, None, meter, device, dtype, 0).run()
+        trained = Loop(Run(model, method, objective, rows, settings.train, 0, steps, device, dtype, 0), look, None, meter).train()
     memory, phases, (count, total) = trained.memory, meter.phases(), parameters(model)
+    assert memory is not None
     return {
         "status": "ok", "kind": "live_bytes" if live else memory.kind, "peak_bytes": live.peak if live else memory.peak_bytes,
         "baseline_bytes": live.base if live else memory.baseline_bytes, "peak_allocated_bytes": memory.peak_allocated_bytes,

@@ -167,7 +167,7 @@ def long_data(folder: Path, split: str, rows: int) -> str:
 
 @pytest.mark.parametrize("split", ["train", "validation", "test", "transfer/news"])
 def test_texts_longer_than_the_models_context_are_counted_before_anything_is_trained(refuse, tmp_path, monkeypatch, split):
-    monkeypatch.setattr("pipeline.training.loop.Loop._step", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("pipeline.training.stepping.Eager.step", lambda *_: pytest.fail("training began"))
     error = refuse("technique=lora", "train.steps=2", "evaluate.transfer_rows=null", long_data(tmp_path / "data", split, 3))
     what = {"train": "training"}.get(split, split)
     assert f"3 texts of the {what} rows are longer than 256 tokens (train.max_length" in error and "or set train.too_long=truncate" in error
@@ -195,7 +195,7 @@ def test_texts_that_are_cut_are_counted_in_the_notes(overrides, tmp_path, split,
 
 @pytest.mark.parametrize("technique", ["lora", "teacher", "zero_shot"])
 def test_results_that_cannot_be_written_are_told_before_training(refuse, tmp_path, monkeypatch, technique):
-    monkeypatch.setattr("pipeline.training.loop.Loop._step", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("pipeline.training.stepping.Eager.step", lambda *_: pytest.fail("training began"))
     (tmp_path / "file").write_text("in the way")
     assert f"cannot write {tmp_path}/file" in refuse(f"technique={technique}", f"paths.results={tmp_path}/file")
     assert (tmp_path / "file").read_text() == "in the way"

@@ -108,7 +108,7 @@ def test_out_of_memory_is_a_result(overrides, tmp_path, monkeypatch):
     def full(*_):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("pipeline.training.loop.Loop._step", full)
+    monkeypatch.setattr("pipeline.training.stepping.Eager.step", full)
     result = run(overrides, "technique=lora", folder=tmp_path / "cell")
     assert result.status == "oom" and "out of memory" in result.error
     assert read(tmp_path / "cell").status == "oom" and (tmp_path / "cell" / "artefact").is_dir()
@@ -118,7 +118,7 @@ def test_other_errors_are_not_swallowed(overrides, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("pipeline.training.loop.Loop._step", broken)
+    monkeypatch.setattr("pipeline.training.stepping.Eager.step", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         run(overrides, "technique=lora", folder=tmp_path / "cell")
     assert not (tmp_path / "cell" / "result.json").exists()

@@ -36,7 +36,7 @@ DECLARED: dict[type, dict[str, str]] = {
         "optimizer_groups": "own_optimizer_groups", "after_step": "acts_between_steps", "served": "changes_when_served", "merged": "merges",
     },
     PeftAdapter: {"load": "own_load"},
-    Objective: {"loss": "own_loss", "batches": "own_batches", "rows": "own_rows", "prepared": "prepares", "loop": "trainer"},
+    Objective: {"loss": "own_loss", "batches": "own_batches", "rows": "own_rows", "prepared": "prepares"},
 }
 """By base class: a hook, and what its override is declared by."""
 
@@ -109,7 +109,7 @@ def test_a_log_line_in_every_hook_leaves_the_engine_as_it_is(both, tmp_path, cap
     plain, noisy = both("train.engine=fast")
     caplog.set_level(logging.INFO, logger=__name__)
     found = cell_run.run(noisy, folder=tmp_path / "noisy")
-    assert {"wrap", "optimizer_groups", "served", "prompt", "prepare", "prepared", "rows", "loop", "reasoning"} <= {r.message for r in caplog.records}
+    assert {"wrap", "optimizer_groups", "served", "prompt", "prepare", "prepared", "rows", "reasoning"} <= {r.message for r in caplog.records}
     assert found.work.engine == "handwritten"
     expected = cell_run.run(plain, folder=tmp_path / "plain")
     assert (found.notes, found.history, found.scores) == (expected.notes, expected.history, expected.scores)

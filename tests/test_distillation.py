@@ -25,7 +25,7 @@ from pipeline.objectives.task_distillation import TaskDistillation
 from pipeline.records import results
 from pipeline.scoring.scorer import Scorer
 from pipeline.serving import scores as evaluate
-from pipeline.serving.artefact import Artefact, Base, Multiplexer
+from pipeline.serving.artefact import Artefact, Base, Multiplexer, scorer_of
 
 CPU = torch.device("cpu")
 CHOICE, GENERATE = Task("t", "choice"), Task("t", "generate")
@@ -85,7 +85,7 @@ def training_context(overrides: list[str], tiny: Path, *more: str) -> TrainingCo
     model = load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
     encoder = Encoder(load_tokenizer(tiny / "models" / "smollm2_135m"), CHOICE, 64, "error")
     rows = [dict(ROW, id=str(i), prompt=f"Review: {'film ' * i}\nSentiment:") for i in range(1, 5)]
-    return TrainingContext(cfg, read(cfg), model, encoder, rows, CPU, torch.float32)
+    return TrainingContext(cfg, read(cfg), model, encoder, rows, CPU, torch.float32, scorer_of)
 
 
 def taught(objective: LogitDistillation, at: TrainingContext) -> list:

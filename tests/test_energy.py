@@ -179,13 +179,13 @@ def test_a_cell_s_energy_leaves_validation_out_and_its_cost_follows_from_the_pri
     """Every training step costs 2 J, a validation 1,000 J."""
     from pipeline.training import stepping
 
-    step, validate = stepping.Eager.step, cell_run.Cell._validate
+    step, validate = stepping.Eager.step, cell_run.validate
 
     def spend(joules: int) -> None:
         machine.other.set(int(Path(machine.other.energy_uj_path).read_text()) + joules * 1_000_000)
 
     monkeypatch.setattr(stepping.Eager, "step", lambda self, *a: (spend(2), step(self, *a))[1])
-    monkeypatch.setattr(cell_run.Cell, "_validate", lambda self: (spend(1000), validate(self))[1])
+    monkeypatch.setattr(cell_run, "validate", lambda *a: (spend(1000), validate(*a))[1])
     words = ["technique=full", "experiment=tried", "train_rows=32", "train.batch_size=8", "train.steps=5", "train.validations=2"]
     result = cell_run.run(compose([*overrides, *words, "price_per_hour=3600", "currency=EUR"]), splits=("validation",))
     assert (result.work.steps, result.work.energy_j, result.work.energy_note) == (5, 10.0, None)

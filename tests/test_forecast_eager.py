@@ -40,13 +40,13 @@ def measured(config, method, precision, labels, checkpointing):
     from pipeline.data.rows import Encoded
     from pipeline.forecasting.random_model import random_base
     from pipeline.objectives.labels import Labels
-    from pipeline.training.stepping import Eager
+    from pipeline.training.stepping import Eager, Run
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     method = build(method, "method")
     model = method.wrap(random_base(config, precision, dtype, torch.device("cpu")))
     rows = [[Encoded(tuple(range(1, WIDTH + 2)), WIDTH + 1 - labels)]] * ROWS
-    stepping = Eager(model, method, Labels(), rows, train(checkpointing), 0, torch.device("cpu"), dtype, 0)
+    stepping = Eager(Run(model, method, Labels(), rows, train(checkpointing), 0, 2, torch.device("cpu"), dtype, 0))
     live = Live(model)
     with live:
         for step in range(2):

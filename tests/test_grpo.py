@@ -13,9 +13,10 @@ from pipeline.cell import run as cell_run
 from pipeline.core.compose import build, compose
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import Task, Train
-from pipeline.objectives.grpo import Grpo, TrlLoop, _together, answer_in, reward
+from pipeline.objectives.grpo import Grpo, answer_in
 from pipeline.serving import scores as evaluate
 from pipeline.training import stepping
+from pipeline.training.trl import TrlLoop, _together
 
 CHOICE = Task("t", "choice")
 NUMBER = Task("t", "generate", answer_pattern=r"-?\d[\d,]*(?:\.\d+)?")
@@ -27,6 +28,7 @@ def test_an_answer_is_the_choice_that_a_text_begins_with_or_what_the_task_extrac
     assert [answer_in(t, ROW, CHOICE) for t in (" bad", "Bad luck, he said", "goodbye", "so bad", "")] == ["bad", "bad luck", "good", None, None]
     assert answer_in("It is 3 or 4,000.", {}, NUMBER) == "4,000"
     texts = [" bad film", "bad luck", [{"role": "assistant", "content": "BAD"}], "nothing"]
+    reward = Grpo("grpo", 2, 1.0).reward
     assert reward(texts, [ROW] * 4, CHOICE) == [1.0, 0.0, 1.0, 0.0]
     assert reward(["= 4,000.0", "none"], [{"answer": "4000"}] * 2, NUMBER) == [1.0, 0.0]
 
@@ -58,16 +60,17 @@ def test_a_start_is_asked_for_by_name(overrides):
 
 
 @pytest.mark.parametrize("name", ["dpo", "orpo", "kto", "logit_distillation", "grpo"])
-def test_the_fast_engine_and_packs_leave_such_objectives_alone(name):
+def test_the_fast_engine_and_packs_leave_such_objectives_alone(monkeypatch, name):
     objective = build(compose([f"technique={name}"]).objective, "objective")
     assert not objective.plain
     if name == "grpo":
-        assert objective.loop() is TrlLoop, "which steps by itself"
+        assert cell_run.LOOPS[objective.trainer] is TrlLoop, "which steps by itself"
         return
     eager: Any = SimpleNamespace()
     method = build(compose(["technique=lora"]).method, "method")
-    fast: Any = lambda: stepping.Fast(None, method, objective, [[]], Train(0.1, 1, 1, 1), 0, None, None, 0, 5)  # noqa: E731
-    assert stepping.choose("fast", lambda: eager, fast, None) is eager and eager.reason == "the objective makes batches of its own"
+    monkeypatch.setattr(stepping, "Eager", lambda run: eager)
+    run = stepping.Run(None, method, objective, [[]], Train(0.1, 1, 1, 1, engine="fast"), 0, 5, None, None, 0)
+    assert stepping.choose(run) is eager and eager.reason == "the objective makes batches of its own"
 
 
 @pytest.mark.slow

@@ -41,8 +41,6 @@ FLOORS = {
 KNOWN_UPWARD: set[tuple[str, str]] = {
     ("pipeline.cell.grid", "pipeline.forecasting.warn"),
     ("pipeline.cell.grid", "pipeline.search.space"),
-    ("pipeline.objectives.grpo", "pipeline.training.loop"),
-    ("pipeline.objectives.logit_distillation", "pipeline.serving.artefact"),
 }
 """Still to be cured."""
 CLOCKS = {"time", "timeit", "resource", "psutil", "pynvml", "zeus", "tracemalloc"}

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.cell import identity
 from pipeline.cell import run as cell_run
@@ -18,6 +20,7 @@ from pipeline.core.settings import Train
 from pipeline.records.finished import name as cell_name
 from pipeline.records.results import read
 from pipeline.training.loop import lr_factor, total_steps
+from pipeline.training.stepping import Eager
 
 DROPOUT = ["technique=lora", "method.config.lora_dropout=0.1", "train.epochs=3", "train.batch_size=8", "train.checkpoint_every_s=0", "train.lr=1e-2"]
 
@@ -39,22 +42,20 @@ def finished(cfg, folder: Path) -> bytes:
 @pytest.mark.parametrize("stop_at", [13, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 23))])
 def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, stop_at):
     """SIGTERM after some step of 24, with dropout drawing random numbers and validations in between: bitwise equal."""
-    from pipeline.training.loop import Loop
-
     cfg = compose([*overrides, *DROPOUT, "train.validations=3"])
     whole = finished(cfg, tmp_path / "whole")
-    step = Loop._step
+    step = Eager.step
 
-    def stopping(self, number):
-        step(self, number)
+    def stopping(self, number, factor):
         if number + 1 == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, factor)
 
-    monkeypatch.setattr(Loop, "_step", stopping)
+    monkeypatch.setattr(Eager, "step", stopping)
     with pytest.raises(KeyboardInterrupt):
         cell_run.run(cfg, folder=tmp_path / "parted")
     assert not (tmp_path / "parted" / "result.json").exists()
-    monkeypatch.setattr(Loop, "_step", step)
+    monkeypatch.setattr(Eager, "step", step)
     assert finished(cfg, tmp_path / "parted") == whole
     result = read(tmp_path / "parted")
     assert result.work.resumed and len(result.history) == 24
@@ -137,3 +138,17 @@ def test_few_rows_are_gone_through_until_there_are_enough_steps(rows, steps):
 def test_an_unset_floor_of_steps_leaves_the_cells_that_were_run_done():
     plain, floor = compose(["technique=lora"]), compose(["technique=lora", "train.min_steps=60"])
     assert "min_steps" not in identity.decides(plain)["train"] and identity.decides(floor)["train"]["min_steps"] == 60
+
+
+def test_a_cell_s_backward_pass_is_four_calls_away(overrides, monkeypatch):
+    """run, train, Loop.train, Eager.step (CONTRIBUTING.md); what only forwards a call shows here."""
+    calls: list[list[str]] = []
+    backward = torch.Tensor.backward
+
+    def looking(self: torch.Tensor) -> None:
+        calls.append([f"{Path(f.filename).stem}.{f.name}" for f in traceback.extract_stack() if "pipeline" in Path(f.filename).parts])
+        backward(self)
+
+    monkeypatch.setattr(torch.Tensor, "backward", looking)
+    cell_run.run(compose([*overrides, "technique=lora", "train.steps=1"]), splits=())
+    assert calls[0] == ["run.run", "run.train", "loop.train", "stepping.step"]

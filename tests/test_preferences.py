@@ -45,7 +45,8 @@ def a_model(tiny: Any, noise: float = 0.0) -> Any:
 def prepared(objective: Any, model: Any, encoder: Encoder) -> list:
     examples = [[encoder.example(e) for e in objective.examples(row, TASK, None)] for row in ROWS]
     settings: Any = SimpleNamespace(evaluate=SimpleNamespace(batch_tokens=64))
-    return [e for row in objective.prepared(examples, TrainingContext(None, settings, model, encoder, ROWS, CPU, torch.float32)).examples for e in row]  # type: ignore[arg-type]
+    context: Any = TrainingContext(None, settings, model, encoder, ROWS, CPU, torch.float32, None)  # type: ignore[arg-type]
+    return [e for row in objective.prepared(examples, context).examples for e in row]
 
 
 def log_p(model: Any, example: Any) -> tuple[float, int]:

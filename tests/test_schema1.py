@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cell import run as cell_run
+from pipeline.cell import record
 from pipeline.core import settings
 from pipeline.core.compose import CONF, build, compose
 from pipeline.core.files import UserError
@@ -103,21 +103,21 @@ def test_methods_say_what_the_old_report_read_off_their_settings(name):
     """Of every technique: rows and kind as a new cell writes them are those that are made of an old one."""
     cfg = compose([f"technique={name}", "start=null", *GIVEN.get(name, [])])
     method, objective = build(cfg.method, "method"), build(cfg.objective, "objective")
-    new = cell_run.bare_result(cfg, status="ok", precision="fp32")
+    new = record.bare_result(cfg, status="ok", precision="fp32")
     raw = {**dataclasses.asdict(new), "train_rows": 200, "validation_rows": 40, "notes": [], "work": None}
     old = results._from_schema_1({k: v for k, v in raw.items() if k not in ("kind", "takes_rows", "labelled_rows", "start")}, Path("result.json"))
     assert (new.kind, new.takes_rows) == (old["kind"], old["takes_rows"])
-    assert cell_run.labelled_rows(method, objective, 200, 40, seen=False) == old["labelled_rows"]
+    assert record.labelled_rows(method, objective, 200, 40, seen=False) == old["labelled_rows"]
 
 
 def test_a_search_or_another_cell_has_seen_all_rows_and_a_taxonomy_s_examples_are_labelled():
     cfg = compose(["technique=few_shot"])
     method, objective = build(cfg.method, "method"), build(cfg.objective, "objective")
-    made: Any = SimpleNamespace(method=method, objective=objective, cfg=cfg, labelled=32, rows=SimpleNamespace(validation=[{}] * 6),
-                                synthetic=SimpleNamespace(examples=5))
-    assert [cell_run.Cell._labelled_rows(made, tuned) for tuned in (False, True)] == [method.k + 5, 43]
-    made.cfg = SimpleNamespace(start="full")
-    assert cell_run.Cell._labelled_rows(made, False) == 43
+    parts: Any = SimpleNamespace(method=method, objective=objective, cfg=cfg)
+    read: Any = SimpleNamespace(labelled=32, rows=SimpleNamespace(validation=[{}] * 6), synthetic=SimpleNamespace(examples=5))
+    assert [record.labels_used(parts, read, tuned) for tuned in (False, True)] == [method.k + 5, 43]
+    parts.cfg = SimpleNamespace(start="full")
+    assert record.labels_used(parts, read, False) == 43
 
 
 def test_a_report_over_old_results(tmp_path):

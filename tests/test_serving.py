@@ -18,6 +18,7 @@ from pipeline.records.results import read
 from pipeline.scoring.scorer import WHOLE
 from pipeline.serving.artefact import Artefact, Base, Multiplexer
 from pipeline.training.loop import Loop
+from pipeline.training.stepping import Eager, Run
 
 CELLS = {
     "zero_shot": [], "few_shot": ["method.k=2"], "retrieval": ["method.k=2"], "lora": ["train.lr=1e-2"],
@@ -253,16 +254,20 @@ def test_copies_of_an_adapter_leave_no_trace(home, tmp_path):
 
 
 def test_the_optimiser_is_gone_when_the_cell_is_evaluated(home, tmp_path, monkeypatch):
-    """Else its state would stand in the memory that inference is said to take."""
-    alive = []
-    evaluate = cell_run.Cell._evaluate
+    """Else its state would stand in the memory that inference is said to take. No collection of garbage is waited for."""
+    alive, evaluate = [], cell_run.evaluate
 
-    def looking(self):
-        alive.append([o for o in gc.get_objects() if isinstance(o, Loop)])
-        return evaluate(self)
+    def looking(*parts):
+        alive.append([o for o in gc.get_objects() if isinstance(o, Loop | Run | Eager | torch.optim.Optimizer)])
+        return evaluate(*parts)
 
-    monkeypatch.setattr(cell_run.Cell, "_evaluate", looking)
-    cell_run.run(compose([*home[0], "technique=full", "train_rows=32", "train.steps=1", "train.validations=0"]), folder=tmp_path / "full")
+    monkeypatch.setattr(cell_run, "evaluate", looking)
+    gc.collect()
+    gc.disable()
+    try:
+        cell_run.run(compose([*home[0], "technique=full", "train_rows=32", "train.steps=1", "train.validations=0"]), folder=tmp_path / "full")
+    finally:
+        gc.enable()
     assert alive == [[]]
 
 

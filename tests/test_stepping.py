@@ -57,21 +57,21 @@ def test_qlora_steps_fast_over_the_same_four_bits(overrides, tmp_path):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, dora):
-    from pipeline.training.loop import Loop
+    from pipeline.training.stepping import Fast
 
     more = ["technique=lora", "train.engine=fast", "train.lr=1e-2", "train.validations=3", f"method.config.use_dora={str(dora).lower()}"]
     whole = run(overrides, tmp_path / "whole", *more)
-    step = Loop._step
+    step = Fast.step
 
-    def stopping(self, number):
-        step(self, number)
+    def stopping(self, number, factor):
         if number == 3:
             os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, factor)
 
-    monkeypatch.setattr(Loop, "_step", stopping)
+    monkeypatch.setattr(Fast, "step", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(overrides, tmp_path / "parted", *more)
-    monkeypatch.setattr(Loop, "_step", step)
+    monkeypatch.setattr(Fast, "step", step)
     assert run(overrides, tmp_path / "parted", *more).history == whole.history
     assert read(tmp_path / "parted").work.resumed
     one, other = ((tmp_path / name / "artefact/adapter_model.safetensors").read_bytes() for name in ("whole", "parted"))

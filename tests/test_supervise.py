@@ -15,8 +15,7 @@ import pytest
 from omegaconf import DictConfig
 
 from pipeline import train
-from pipeline.cell import child, grid, identity
-from pipeline.cell import run as cell_run
+from pipeline.cell import child, grid, identity, record
 from pipeline.cell.child import Outcome, run_in_child
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError
@@ -158,7 +157,7 @@ def test_the_out_of_memory_row_is_written_in_a_child_so_that_this_process_stays_
         (tmp_path / "pid").write_text(str(os.getpid()))
         raise UserError("cannot write result.json")
 
-    monkeypatch.setattr(cell_run, "write_oom", write_oom)
+    monkeypatch.setattr(record, "write_oom", write_oom)
     assert train.main([*overrides, "technique=lora", "train_rows=16", "memory_limit_gb=0.01"]) == 2, "a row that cannot be written is told"
     assert int((tmp_path / "pid").read_text()) != os.getpid()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -34,21 +36,21 @@ def test_adalora_of_few_steps_still_comes_to_its_budget(overrides, tmp_path, ste
 @pytest.mark.slow
 def test_adalora_goes_on_from_a_checkpoint(overrides, tmp_path, monkeypatch):
     """Stopped before, at and after the step that fixes the ranks (step 7 of 10)."""
-    from pipeline.training.loop import Loop
+    from pipeline.training.stepping import Eager
 
-    step = Loop._step
+    step = Eager.step
     for stop_at in (5, 6, 8):
         cfg = compose([*overrides, "technique=adalora", "train.steps=10", "train.checkpoint_every_s=0", "train.validations=0"])
 
-        def stopping(self, number, stop_at=stop_at):
-            step(self, number)
+        def stopping(self, number, factor, stop_at=stop_at):
             if number + 1 == stop_at:
-                self._stop = True
+                signal.raise_signal(signal.SIGTERM)
+            return step(self, number, factor)
 
-        monkeypatch.setattr(Loop, "_step", stopping)
+        monkeypatch.setattr(Eager, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
             cell_run.run(cfg, folder=tmp_path / str(stop_at))
-        monkeypatch.setattr(Loop, "_step", step)
+        monkeypatch.setattr(Eager, "step", step)
         assert cell_run.run(cfg, folder=tmp_path / str(stop_at)).work.resumed
 
 

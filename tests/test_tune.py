@@ -16,8 +16,7 @@ import yaml
 from omegaconf import DictConfig
 
 from pipeline import tune
-from pipeline.cell import grid, identity, inputs
-from pipeline.cell import run as cell_run
+from pipeline.cell import grid, identity, inputs, record
 from pipeline.cell.grid import compose_cell
 from pipeline.cell.identity import fingerprint
 from pipeline.core import compose as core_compose
@@ -213,12 +212,12 @@ class Runs:
             self.seen.append({"lr": cfg.train.lr, "r": cfg.method.config.r, "seed": cfg.seed})
             value = accuracy(cfg.train.lr, cfg.method.config.r)
             if value is None:
-                return cell_run.oom_result(cfg, "too large", {})
+                return record.oom_result(cfg, "too large", {})
             if value == "error":
-                return cell_run.bare_result(cfg, status="error", error="ended with code 1", precision="fp32")
+                return record.bare_result(cfg, status="error", error="ended with code 1", precision="fp32")
             work = Work(steps=1, diverged_at=1 if value == 0.0 else None)
             scores = {"validation": Score(32, value, value, value, nll=cfg.train.lr)}
-            return cell_run.bare_result(cfg, status="ok", precision="fp32", scores=scores, work=work)
+            return record.bare_result(cfg, status="ok", precision="fp32", scores=scores, work=work)
 
         monkeypatch.setattr(search_trials, "run_trial", run)
         monkeypatch.setattr(inputs, "preload", lambda chosen: None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from pipeline.cell import identity, inputs
+from pipeline.cell import identity, inputs, record
 from pipeline.cell import run as cell_run
 from pipeline.core import settings
 from pipeline.core.files import UserError, check_writable
@@ -115,7 +115,7 @@ def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | Non
     done = run_in_child(work, limit)
     if done.out_of_memory:
         reason = done.out_of_memory
-        done = run_in_child(lambda: print(summary(cell_run.write_oom(cfg, reason))) or 0)  # what it imports stays out of this process
+        done = run_in_child(lambda: print(summary(record.write_oom(cfg, reason))) or 0)  # what it imports stays out of this process
     if done.code > 128 and done.code != 130:
         raise UserError(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it goes on from its last checkpoint")
     return done.code

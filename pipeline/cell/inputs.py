@@ -1,7 +1,8 @@
-"""What cells read before they train, once for several."""
+"""What a cell is made of and what it reads before it trains; a pack and the cells of one experiment read the same, once for several."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,21 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline.core.compose import build
+from pipeline.core.files import UserError
+from pipeline.core.settings import Settings
 from pipeline.core.settings import read as read_settings
-from pipeline.models.base import load_stored, load_tokenizer
+from pipeline.data.rows import Encoded, Encoder, Rows, load_rationales, load_rows
+from pipeline.measure.clock import Meter
+from pipeline.methods.base import Method
+from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, most_tokens, resolve
+from pipeline.objectives.base import Objective
+from pipeline.records.results import Synthetic
+from pipeline.scoring.probes import Probing
+from pipeline.serving.artefact import started
+from pipeline.teachers.synthetic import rows as synthetic
+
+QUANTISED = ("nf4", "int8")
 
 
 @dataclass
@@ -39,3 +53,141 @@ def preload(missing: Sequence[DictConfig]) -> Shared:
     if torch.version.cuda is None:
         import peft  # noqa: F401  (with a GPU build this would start CUDA, which no child could then use)
     return shared
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A cell's config as objects. splits: those to score (None: all that the settings ask for); precision: its name, resolved; dtype: of the arithmetic."""
+
+    cfg: DictConfig
+    splits: tuple[str, ...] | None
+    settings: Settings
+    method: Method
+    objective: Objective
+    device: Any
+    precision: str
+    dtype: Any
+
+    def wants(self, split: str) -> bool:
+        return self.splits is None or split in self.splits
+
+    @property
+    def data(self) -> Path:
+        """The prepared task's folder."""
+        return Path(self.cfg.paths.data) / self.cfg.task.name
+
+    @property
+    def model(self) -> Path:
+        """The base model's folder."""
+        return Path(self.cfg.paths.models) / self.cfg.model.name
+
+    @property
+    def rationales(self) -> Path:
+        """The folder of what the teacher wrote."""
+        return Path(self.cfg.paths.rationales) / self.cfg.task.name / self.cfg.teacher.name
+
+
+def build_parts(cfg: DictConfig, splits: tuple[str, ...] | None = None) -> Parts:
+    """Raises UserError naming a bad key, or a device that is not there."""
+    settings, device = read_settings(cfg), device_of(cfg.device)
+    precision, dtype = resolve(settings.precision, device)
+    return Parts(cfg, splits, settings, build(cfg.method, "method"), build(cfg.objective, "objective"), device, precision, dtype)
+
+
+def check(parts: Parts) -> None:
+    """Raise UserError for parts that do not go together, before anything is loaded."""
+    parts.method.check(parts.precision)
+    start, rows = parts.cfg.start, parts.cfg.train_rows
+    if start and parts.precision in QUANTISED:
+        raise UserError(f"start={start} begins at that cell's plain weights, and {parts.precision} ones are rounded; choose precision=auto, fp32 or bf16")
+    if parts.method.trains and rows is not None and parts.settings.train.batch_size > rows:
+        raise UserError(f"train.batch_size={parts.settings.train.batch_size} is larger than train_rows={rows}; lower it or raise train_rows")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a cell has read. Without a model to ask, rows alone.
+
+    rows: those to train on are as the objective wants them, labelled ones first; labelled: how many these are. base: the untouched model, or what
+    `start` names, frozen; encoder: its tokenizer with the task's format; probing: what the untouched base knows, where forgetting is measured.
+    """
+
+    rows: Rows
+    labelled: int
+    synthetic: Synthetic | None = None
+    base: Any = None
+    encoder: Any = None
+    probing: Probing | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load_inputs(parts: Parts, shared: Shared, meter: Meter) -> Inputs:
+    """Read all of it, and seed torch's generator before anything is drawn. Raises UserError: not prepared, or fewer rows than asked for."""
+    cfg = parts.cfg
+    rows = dataclasses.replace(load_task(parts, cfg.seed, cfg.train_rows), rationales=load_taught(parts))
+    if parts.method.answers_without_model:
+        return Inputs(rows, len(rows.train))
+    import torch
+
+    rows, labelled, mixed = training_rows(parts, rows)
+    base = load_base(parts, shared)
+    encoder = load_encoder(parts, shared, base)
+    notes, probing = [cfg.model.get("note")], None
+    torch.manual_seed(cfg.seed)
+    if parts.wants("forgetting") and parts.settings.evaluate.forgetting:
+        with meter.phase("evaluate"):
+            probing = Probing(cfg, parts.settings, encoder.tokenizer, base)
+        notes.append(probing.note)
+    if cfg.start:
+        dtype, base = base.dtype, None  # two models at once would be twice the memory
+        base, before = started(cfg, dtype)
+        spent = f"{before.phases.train_s:.3g} s of training" if before.phases else "training"
+        notes.append(f"begins at {before.experiment}/{before.cell}, whose {spent} on {before.train_rows} rows is not counted here")
+    return Inputs(rows, labelled, mixed, base, encoder, probing, tuple(filter(None, notes)))
+
+
+def load_task(parts: Parts, seed: int, train_rows: int | None) -> Rows:
+    """The task's rows of the splits that are wanted. Raises UserError as load_rows."""
+    evaluate = parts.settings.evaluate
+    test_rows = evaluate.test_rows if parts.wants("test") else 0
+    transfer_rows = evaluate.transfer_rows if parts.wants("transfer") else 0
+    return load_rows(parts.data, parts.settings.task, train_rows, seed, evaluate.validation_share, test_rows, transfer_rows)
+
+
+def load_taught(parts: Parts) -> dict[str, dict]:
+    """What the teacher wrote, by row id; nothing where the technique needs none. Raises UserError where it is missing."""
+    if not (parts.method.answers_without_model or parts.objective.needs_rationales):
+        return {}
+    found = load_rationales(parts.rationales)
+    if not found:
+        raise UserError(f"{parts.cfg.technique.name} learns from a teacher, but {parts.rationales} is empty; choose another teacher")
+    return found
+
+
+def training_rows(parts: Parts, rows: Rows) -> tuple[Rows, int, Synthetic | None]:
+    """(the rows with those to train on, how many of them are labelled, what the others are). Raises UserError where a batch has more than there are."""
+    if not parts.method.trains:
+        return rows, len(rows.train), None
+    cfg, batch_size = parts.cfg, parts.settings.train.batch_size
+    written, mixed = synthetic.extra(cfg, rows.train)
+    labelled = parts.objective.rows(rows.train, rows.rationales, cfg.train_rows, cfg.seed)
+    found = [*labelled, *written]
+    if batch_size > len(found):
+        raise UserError(f"train.batch_size={batch_size} is larger than the {len(found)} training rows; lower it")
+    return dataclasses.replace(rows, train=found), len(labelled), mixed
+
+
+def load_base(parts: Parts, shared: Shared) -> Any:
+    """The untouched base model on its device, frozen."""
+    return load_model(parts.model, parts.settings.precision, parts.device, shared.stored.get(parts.model), parts.settings.model.trust_remote_code)
+
+
+def load_encoder(parts: Parts, shared: Shared, base: Any) -> Encoder:
+    train, tokenizer = parts.settings.train, shared.tokenizers.get(parts.model) or load_tokenizer(parts.model)
+    return Encoder(tokenizer, parts.settings.task, most_tokens(base, train.max_length), train.too_long)
+
+
+def encoded(parts: Parts, encoder: Encoder, rows: Sequence[dict], rationales: dict[str, dict]) -> list[list[Encoded]]:
+    """The training examples of every row. `encoder.check` then tells of texts that were too long."""
+    task = parts.settings.task
+    return [[encoder.example(e) for e in parts.objective.examples(row, task, rationales.get(row["id"]))] for row in rows]

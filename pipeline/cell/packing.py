@@ -16,18 +16,17 @@ from omegaconf import DictConfig
 
 from pipeline.cell import identity, inputs
 from pipeline.cell.child import run_in_child
+from pipeline.cell.evaluation import ranked
 from pipeline.core.compose import build, plain
 from pipeline.core.files import UserError, atomic_path, read_json, write_json
-from pipeline.core.settings import Settings, read
-from pipeline.data.rows import Encoded, Encoder, Rows, load_rationales, load_rows, step_rows
+from pipeline.data.rows import Encoded, Encoder, Rows, step_rows
 from pipeline.measure import memory as measure_memory
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.memory import free_bytes
 from pipeline.methods.base import Method
-from pipeline.models.base import device_of, load_model, load_tokenizer, most_tokens, resolve
 from pipeline.objectives.base import Objective
 from pipeline.records.finished import name as cell_name
-from pipeline.records.results import Score, Work
+from pipeline.records.results import Work
 from pipeline.scoring import answers, scorer
 from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.training.loop import total_steps
@@ -51,6 +50,8 @@ UNPACKED = {
 """What a method may declare that a pack has no place for, and how that is said."""
 MEMORY_SHARE = 0.8  # of the free memory that a pack may plan to take
 MOST_WIDTHS = 3
+ONLY = ("validation",)
+"""The splits that a pack scores; the others are each cell's own affair."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class Member:
     """A cell in a pack. tag: the caller's."""
 
     cfg: DictConfig
-    settings: Settings
     method: Method
     rows: Rows
     tag: Any = None
@@ -78,54 +78,46 @@ class Packing:
     def __init__(self, covers: Sequence[DictConfig], shared: inputs.Shared) -> None:
         from pipeline.engine.parts import Unsupported
 
-        self.cfg, self.covers, self.shared = covers[0], covers, shared
-        self.settings = read(self.cfg)
+        self.covers, self.shared = covers, shared
+        self.parts = parts = inputs.build_parts(covers[0], ONLY)
         self.methods: list[Method] = [build(c.method, "method") for c in covers]
-        self.objective: Objective = build(self.cfg.objective, "objective")
         mixed = "synthetic rows are mixed in" if any(map(synthetic.wanted, covers)) else None
-        reason = mixed or _differ(covers) or _refusal(self.methods[0], self.objective, self.settings.train.checkpointing)
+        reason = mixed or _differ(covers) or _refusal(parts.method, parts.objective, parts.settings.train.checkpointing)
         if reason:
             raise Unsupported(reason)
-        self.device = device_of(self.cfg.device)
-        self.precision, self.dtype = resolve(self.settings.precision, self.device)
-        self.methods[0].check(self.precision)
+        parts.method.check(parts.precision)
         self._rows: dict[tuple[int, int | None], Rows] = {}
         self._examples: dict[str, list[Encoded]] = {}
-        answers.preload(self.settings.task)
+        answers.preload(parts.settings.task)
 
     @functools.cached_property
     def initializer(self) -> Any:
         from pipeline.training.adapter_init import AdapterInitializer
 
-        folder = Path(self.cfg.paths.models) / self.cfg.model.name
-        settings, stored = self.settings, self.shared.stored.get(folder)
-        return AdapterInitializer(load_model(folder, settings.precision, self.device, stored, settings.model.trust_remote_code))
+        return AdapterInitializer(inputs.load_base(self.parts, self.shared))
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        train, folder = self.settings.train, Path(self.cfg.paths.models) / self.cfg.model.name
-        tokenizer = self.shared.tokenizers.get(folder) or load_tokenizer(folder)
-        return Encoder(tokenizer, self.settings.task, most_tokens(self.initializer.base, train.max_length), train.too_long)
+        return inputs.load_encoder(self.parts, self.shared, self.initializer.base)
 
     @functools.cached_property
     def rationales(self) -> dict[str, dict]:
-        return load_rationales(Path(self.cfg.paths.rationales) / self.cfg.task.name / self.cfg.teacher.name) if self.objective.needs_rationales else {}
+        return inputs.load_taught(self.parts)
 
     @functools.cached_property
     def every(self) -> list[list[Encoded]]:
         """The examples of every row that a cell to come may draw."""
         seeds, counts = {c.seed for c in self.covers}, {c.train_rows for c in self.covers}
         wanted = None if len(seeds) > 1 or None in counts else max(counts)
-        return self._encoded(self._load(self.cfg.seed, wanted))
+        return self._encoded(self._load(self.covers[0].seed, wanted))
 
     def job(self, cfg: DictConfig, tag: Any = None) -> Job:
         """A cell as a run of the pack. Raises UserError for a bad setting of it."""
         from pipeline.training.pack import Job
 
-        settings, method, rows = read(cfg), build(cfg.method, "method"), self._load(cfg.seed, cfg.train_rows)
-        train = settings.train
-        if train.batch_size > len(rows.train):
-            raise UserError(f"train.batch_size={train.batch_size} is larger than the {len(rows.train)} training rows; lower it")
+        parts = inputs.build_parts(cfg, ONLY)
+        rows, _, _ = inputs.training_rows(parts, self._load(cfg.seed, cfg.train_rows))
+        train = parts.settings.train
         examples, total = self._encoded(rows), total_steps(train, len(rows.train))
         if not total:
             raise UserError("there is nothing to train; raise train.epochs or train.steps")
@@ -133,7 +125,7 @@ class Packing:
         def step(number: int) -> list[Encoded]:
             return [e for r in step_rows(len(examples), train.batch_size, cfg.seed, number) for e in examples[r]]
 
-        return Job(Member(cfg, settings, method, rows, tag), step, lambda: self.initializer.make(method, cfg.seed), total, train)
+        return Job(Member(cfg, parts.method, rows, tag), step, lambda: self.initializer.make(parts.method, cfg.seed), total, train)
 
     def slots(self, left: int) -> int:
         """How many runs at once, of `left`: what the free memory holds, and no more than as many rounds need."""
@@ -142,15 +134,15 @@ class Packing:
         if left == 1:
             return 1
         with self._template() as template:
-            need = slot_bytes(template, self._rank(), self.shapes(2, 1), self.encoder.pad_id, self.device, self.dtype)
-        most = max(1, min(left, int(free_bytes(self.device) * MEMORY_SHARE) // max(1, need)))
+            need = slot_bytes(template, self._rank(), self.shapes(2, 1), self.encoder.pad_id, self.parts.device, self.parts.dtype)
+        most = max(1, min(left, int(free_bytes(self.parts.device) * MEMORY_SHARE) // max(1, need)))
         return -(-left // -(-left // most))
 
     def shapes(self, slots: int, widths: int) -> OpenShapes:
         from pipeline.engine.layout import OpenShapes
 
         rows = max(c.train.batch_size for c in self.covers)
-        return OpenShapes(self.every, slots, rows, self.settings.train.micro_batch_tokens * slots, widths)
+        return OpenShapes(self.every, slots, rows, self.parts.settings.train.micro_batch_tokens * slots, widths)
 
     def open(self, slots: int, left: int, prune: Callable[[Running], bool] = lambda _: False, keep: bool = False) -> Pack:
         """The pack, warmed up; `left`: runs that it will see. Raises Unsupported; RuntimeError if it runs out of memory."""
@@ -158,10 +150,10 @@ class Packing:
         from pipeline.engine.parts import Unsupported
         from pipeline.training.pack import Pack
 
-        steps = total_steps(self.settings.train, len(self.every)) * -(-left // slots)
+        steps = total_steps(self.parts.settings.train, len(self.every)) * -(-left // slots)
         shapes = self.shapes(slots, max(1, min(MOST_WIDTHS, steps // STEPS_A_WIDTH)))
         with self._template() as template:
-            pack = Pack(template, slots, self._rank(), shapes, self.encoder.pad_id, self.device, self.dtype, self.score, prune, keep)
+            pack = Pack(template, slots, self._rank(), shapes, self.encoder.pad_id, self.parts.device, self.parts.dtype, self.score, prune, keep)
         try:
             pack.warm()
         except RuntimeError as error:
@@ -175,16 +167,16 @@ class Packing:
         """Validate runs: choices under all adapters in one pass, generated answers one adapter after another. Keeps (Score, predictions)."""
         from pipeline.training.pack import Scored
 
-        task, found = self.settings.task, []
+        task, found = self.parts.settings.task, []
         for run, predictions in zip(running, self._predict(pack, running), strict=True):
-            scored: Score = answers.score(predictions, task)
-            found.append(Scored(answers.headline(scored, task.metric), scored.nll if scored.nll is not None else 0.0, (scored, predictions)))
+            scored = answers.score(predictions, task)
+            found.append(Scored(*ranked(scored, task.metric), (scored, predictions)))
             run.notes += [n for n in [self.encoder.check("the validation rows")] if n]
         return found
 
     def _predict(self, pack: Pack, running: list[Running]) -> list[list[dict]]:
-        task, rows = self.settings.task, max((r.job.name.rows.validation for r in running), key=len)
-        limit = max(self.settings.evaluate.batch_tokens, self.settings.train.micro_batch_tokens * pack.slots)
+        task, rows = self.parts.settings.task, max((r.job.name.rows.validation for r in running), key=len)
+        limit = max(self.parts.settings.evaluate.batch_tokens, self.parts.settings.train.micro_batch_tokens * pack.slots)
         if task.scoring == "choice":
             items = self._scorer(None).items(rows)
             values = pack.choice_log_likelihoods(running, items, limit)
@@ -197,19 +189,17 @@ class Packing:
         return found
 
     def _scorer(self, model: Any) -> scorer.Scorer:
-        return scorer.Scorer(model, self.encoder, self.settings.task, self.objective.prompt, self.settings.evaluate.batch_tokens, self.device, self.dtype)
+        parts, settings = self.parts, self.parts.settings
+        return scorer.Scorer(model, self.encoder, settings.task, parts.objective.prompt, settings.evaluate.batch_tokens, parts.device, parts.dtype)
 
     def _load(self, seed: int, count: int | None) -> Rows:
         if (seed, count) not in self._rows:
-            data = Path(self.cfg.paths.data) / self.cfg.task.name
-            self._rows[seed, count] = load_rows(data, self.settings.task, count, seed, self.settings.evaluate.validation_share, 0, 0)
+            self._rows[seed, count] = inputs.load_task(self.parts, seed, count)
         return self._rows[seed, count]
 
     def _encoded(self, rows: Rows) -> list[list[Encoded]]:
-        task, rationales = self.settings.task, self.rationales
-        for row in rows.train:
-            if row["id"] not in self._examples:
-                self._examples[row["id"]] = [self.encoder.example(e) for e in self.objective.examples(row, task, rationales.get(row["id"]))]
+        new = [row for row in rows.train if row["id"] not in self._examples]
+        self._examples.update(zip([row["id"] for row in new], inputs.encoded(self.parts, self.encoder, new, self.rationales), strict=True))
         self.encoder.check("the training rows")
         return [self._examples[row["id"]] for row in rows.train]
 

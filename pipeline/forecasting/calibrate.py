@@ -60,7 +60,7 @@ def _sizes(micro: MicroBatch) -> list[list[Encoded]]:
 def _time(cfg: DictConfig, base: Any, rows: list[Encoded], train: Train, device: Any, dtype: Any) -> list[float]:
     import torch
 
-    from pipeline.training.stepping import Eager, Fast, choose
+    from pipeline.training.stepping import Run, choose
 
     method, objective = build(cfg.method, "method"), build(cfg.objective, "objective")
     tokens = sum(len(e.ids) + 8 for e in rows)
@@ -71,8 +71,7 @@ def _time(cfg: DictConfig, base: Any, rows: list[Encoded], train: Train, device:
         method.before_training(model, WARM + TIMED)
     except (UserError, OSError, ValueError) as error:
         raise UserError(f"{cfg.technique.name} cannot be timed on random weights ({' '.join(str(error).split())}); set forecast.calibrate=false") from error
-    common = (model, method, objective, [[e] for e in rows], settings, 0, device, dtype, 0)
-    stepping = choose(settings.engine, lambda: Eager(*common), lambda: Fast(*common, WARM + TIMED), device)
+    stepping = choose(Run(model, method, objective, [[e] for e in rows], settings, 0, WARM + TIMED, device, dtype, 0))
     for step in range(WARM):
         stepping.step(step, 1.0)
     whole, lap, found = Stopwatch(device), Stopwatch(device), []

@@ -7,7 +7,7 @@ Library. What an objective overrides it declares as a class attribute; engine, p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,7 +18,7 @@ from pipeline.core.settings import Settings, Task, Train
 from pipeline.data.rows import Batch, Encoded, Encoder, Example, step_batches
 from pipeline.records.results import Teacher
 from pipeline.scoring.answers import Reasoning
-from pipeline.scoring.scorer import logits_at
+from pipeline.scoring.scorer import Scorer, logits_at
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ class TrainingContext:
     """What an objective may look at before the first step.
 
     model: as training starts with it, wrapped by its method (with an adapter it answers as the base does). rows: those to train on.
+    scorer(name, artefact, cfg): what answers as another cell does (artefact: its folder), or as a config's base does by itself (None).
     """
 
     cfg: DictConfig
@@ -38,6 +39,7 @@ class TrainingContext:
     rows: Sequence[dict]
     device: Any
     dtype: Any
+    scorer: Callable[[str, Path | None, DictConfig], Scorer]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Objective:
     prepares: ClassVar[bool] = False
     """`prepared` looks at the model or the rows before the first step."""
     trainer: ClassVar[Literal["loop", "trl"]] = "loop"
-    """Whose loop trains: loop.Loop, or TRL's trainer in the class that `loop` gives."""
+    """Whose loop trains: this project's (training/loop.py) or TRL's (training/trl.py)."""
 
     reads_labels: ClassVar[bool] = True
     """Whether it reads the training rows' labels."""
@@ -125,10 +127,6 @@ class Objective:
     def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
         """The micro-batches of one optimiser step; their losses are summed."""
         return step_batches(examples, settings, pad_id)
-
-    def loop(self) -> Any:
-        """A class to train with in the place of loop.Loop, of the same arguments and with its `run`; None: loop.Loop."""
-        return None
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Scalar: sum over labelled positions of weight · cross-entropy, in fp32."""

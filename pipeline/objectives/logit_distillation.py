@@ -21,15 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.files import UserError, atomic_path, sha256
 from pipeline.core.settings import Train
-from pipeline.data.rows import Batch, Encoded, Encoder, Example, by_length, collate
+from pipeline.data.rows import Batch, Encoded, Example, by_length, collate
 from pipeline.measure.clock import Stopwatch
-from pipeline.models.base import autocast, most_tokens
+from pipeline.models.base import autocast
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
 from pipeline.records.finished import cell_at, cell_config, finished, needed
 from pipeline.records.results import Teacher
 from pipeline.records.results import read as read_result
 from pipeline.scoring.scorer import Scorer, logits_at
-from pipeline.serving.artefact import Artefact, Base
 
 if TYPE_CHECKING:
     import torch
@@ -215,16 +214,10 @@ def _scorer(word: str, config: DictConfig, at: Path, context: TrainingContext) -
     """The teacher, loaded as it answers."""
     import torch
 
-    base, settings = Base.of(config), context.settings
-    if at.name == "result.json":
-        artefact = Artefact.at(word, at.parent / "artefact", config)
-        if artefact.objective.reasoning:
-            raise UserError(f"objective.teacher={word} reasons before it answers, and what it says of a bare answer means little; choose another one")
-        scorer = artefact.scorer(base, *artefact.load(base))
-    else:
-        encoder = Encoder(base.tokenizer, settings.task, most_tokens(base.model, settings.train.max_length), settings.train.too_long)
-        scorer = Scorer(base.model, encoder, settings.task, str, 0, base.device, base.dtype)
-    scorer.batch_tokens = settings.evaluate.batch_tokens
+    scorer = context.scorer(word, at.parent / "artefact" if at.name == "result.json" else None, config)
+    if scorer.reasoning:
+        raise UserError(f"objective.teacher={word} reasons before it answers, and what it says of a bare answer means little; choose another one")
+    scorer.batch_tokens = context.settings.evaluate.batch_tokens
     if not isinstance(scorer.model.get_output_embeddings(), torch.nn.Linear):
         raise UserError(f"objective.teacher={word} has no linear output layer; choose another teacher")
     return scorer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline.cell import child, identity, inputs
+from pipeline.cell import child, identity, inputs, record
 from pipeline.cell import grid as cell_grid
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
@@ -176,12 +176,12 @@ def run_trial(cfg: DictConfig, shared: inputs.Shared, scratch: Path, label: str,
     try:
         done = run_in_child(work, cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30))
         if done.out_of_memory:
-            return cell_run.oom_result(cfg, done.out_of_memory, hardware("cpu"))
+            return record.oom_result(cfg, done.out_of_memory, hardware("cpu"))
         if done.code == 130:
             raise KeyboardInterrupt
         if done.code and count_errors and done.code not in NOT_ITS_OWN:
             why = "its settings do not suit the input" if done.code == UNSUITED else f"ended with code {done.code}"
-            return cell_run.bare_result(cfg, status="error", error=why, hardware=hardware("cpu"), precision=cfg.precision.name)
+            return record.bare_result(cfg, status="error", error=why, hardware=hardware("cpu"), precision=cfg.precision.name)
         if done.code:
             raise UserError(f"the trial with {label} ended with code {done.code} (see above); mend the cause and run again")
         return results.read(scratch)
@@ -234,7 +234,7 @@ class PackedTrials(Trials):
 
         sweep = self.study.sweep
         packing = Packing([at(self.cfg, settings) for settings in sweep.space.covers()], shared)
-        if sweep.executor == "auto" and packing.device.type != "cuda":
+        if sweep.executor == "auto" and packing.parts.device.type != "cuda":
             raise Unsupported(NO_GPU)
         left = sweep.target - self.study.answered
         at_once = min(left, TPE_AT_ONCE) if sweep.sampler == "tpe" else left
@@ -278,9 +278,9 @@ class PackedTrials(Trials):
         work = Work(steps=run.step, tokens=run.tokens, padding_share=run.padding / seen if seen else None, engine="handwritten",
                     diverged_at=run.diverged_at)
         phases = Phases(run.seconds, 0, 0, 0, run.seconds, 0, 0, 0, 0)
-        return cell_run.bare_result(
-            member.cfg, status="ok", precision=self.packing.precision, scores={"validation": run.scores[0]}, phases=phases, work=work, history=run.history,
-            notes=run.notes, packed=True, slots=self.slots, hardware=hardware(self.packing.device), provenance=self.about,
+        return record.bare_result(
+            member.cfg, status="ok", precision=self.packing.parts.precision, scores={"validation": run.scores[0]}, phases=phases, work=work,
+            history=run.history, notes=run.notes, packed=True, slots=self.slots, hardware=hardware(self.packing.parts.device), provenance=self.about,
         )
 
 

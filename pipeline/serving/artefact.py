@@ -92,6 +92,20 @@ class Artefact:
                               self.settings.evaluate.batch_tokens, base.device, base.dtype, reasoning=self.objective.reasoning)
 
 
+def scorer_of(name: str, artefact: Path | None, cfg: DictConfig) -> Scorer:
+    """What answers as the artefact in this folder does, on the config's base; None: as that base does by itself.
+
+    Raises:
+        UserError: as Artefact.at and Base.of.
+    """
+    if artefact is None:
+        base, model = Base.of(cfg), Path(cfg.paths.models) / cfg.model.name
+        return Artefact(name, model, cfg, read(cfg), build(cfg.method, "method"), build(cfg.objective, "objective")).scorer(base, base.model, None)
+    served = Artefact.at(name, artefact, cfg)
+    base = Base.of(cfg)
+    return served.scorer(base, *served.load(base))
+
+
 def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
     """The model that `start` names, as a frozen plain model of the base's architecture in `dtype`, and the result of that cell.
 

@@ -10,7 +10,7 @@ from pipeline.core.files import UserError, read_jsonl
 from pipeline.records.results import Forgetting, Score
 from pipeline.scoring.answers import score
 from pipeline.scoring.probes import Probing
-from pipeline.serving.artefact import Artefact, Base
+from pipeline.serving.artefact import Artefact, Base, scorer_of
 
 
 def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[dict], Score]:
@@ -20,9 +20,7 @@ def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[di
         UserError: no such split or artefact, a damaged one, or a technique whose answers come without a model.
     """
     rows = _rows(cfg, split)
-    served = Artefact.at(cfg.technique.name, artefact, cfg)
-    base = Base.of(cfg)
-    scorer = served.scorer(base, *served.load(base))
+    scorer = scorer_of(cfg.technique.name, artefact, cfg)
     for note in scorer.check({split: rows}):
         print(f"note: {note}")
     predictions = scorer.predict(rows)

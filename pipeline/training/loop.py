@@ -12,21 +12,19 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import atomic_path
 from pipeline.core.settings import Train
-from pipeline.data.rows import Encoded, steps_in_epoch
+from pipeline.data.rows import steps_in_epoch
 from pipeline.measure.clock import Meter, Stopwatch
 from pipeline.measure.energy import Energy
 from pipeline.measure.memory import Memory, PeakMemory
-from pipeline.methods.base import Method
-from pipeline.objectives.base import Objective
-from pipeline.records.results import Work
-from pipeline.training.stepping import Eager, Fast, Stepping, choose
+from pipeline.records.results import Teacher, Work
+from pipeline.training.stepping import Run, Stepping, choose
 
 LOSS_EVERY = 10  # steps between readings of the loss on a GPU, where each reading waits for the device
 
@@ -50,12 +48,16 @@ class State:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the loop hands back; the model holds the selected weights."""
+    """What a training leaves; the model holds the selected weights. memory: None where nothing was trained."""
 
     work: Work
-    memory: Memory
+    memory: Memory | None
     history: list[dict[str, float]]
     notes: list[str]
+    slots: int | None = None
+    """How many cells were trained at once; None: this one alone."""
+    teacher: Teacher | None = None
+    """Of an objective that asks a model before the first step."""
 
 
 def total_steps(settings: Train, rows: int) -> int:
@@ -83,56 +85,54 @@ def validation_steps(total: int, validations: int) -> set[int]:
 
 
 class Loop:
-    """Trains `model` on `examples` (one list of encoded examples a row).
+    """Trains a run's model on its examples.
 
     Args:
         validate: gives (metric, nll) of the model as it stands; runs outside training's time and memory.
         checkpoint: where to keep the state to resume from; None: nowhere.
     """
 
-    def __init__(self, model: Any, method: Method, objective: Objective, examples: Sequence[Sequence[Encoded]], settings: Train, seed: int,
-                 validate: Callable[[], tuple[float, float]], checkpoint: Path | None, meter: Meter, device: Any, dtype: Any, pad_id: int) -> None:
-        self.model, self.method, self.objective, self.examples, self.settings = model, method, objective, examples, settings
-        self.seed, self.validate, self.checkpoint, self.meter = seed, validate, checkpoint, meter
-        self.device, self.dtype, self.pad_id = device, dtype, pad_id
-        self.total = total_steps(settings, len(examples))
+    def __init__(self, run: Run, validate: Callable[[], tuple[float, float]], checkpoint: Path | None, meter: Meter) -> None:
+        self.run, self.validate, self.checkpoint, self.meter = run, validate, checkpoint, meter
         self.notes: list[str] = []
         self.diverged_at: int | None = None
         self.state = State()
-        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trainable = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
         self.stepping: Stepping
-        self.memory, self.energy = PeakMemory(device), Energy(device)
+        self.memory, self.energy = PeakMemory(run.device), Energy(run.device)
         self._stop = False
         self._pending: list[tuple[int, Any]] = []
 
-    def run(self) -> Trained:
+    def train(self) -> Trained:
         """Train from the checkpoint, or from the start, to the end. Raises KeyboardInterrupt after SIGTERM or SIGINT."""
         import torch
 
-        torch.manual_seed(self.seed)
+        run, on_gpu = self.run, self.run.device.type == "cuda"
+        torch.manual_seed(run.seed)
         self.memory.start()
-        self._prepare()
+        with self.meter.phase("warmup"):
+            self.stepping = choose(run)
+        self.notes += self.stepping.notes
         self._resume()
-        marks = validation_steps(self.total, self.settings.validations)
-        saved = Stopwatch()
-        first = self.state.step
+        marks, state, saved = validation_steps(run.total, run.settings.validations), self.state, Stopwatch()
         times: list[float] = []
         with self._signals(), self._bar() as bar, self.meter.phase("train"):
             self.energy.start()
-            lap = Stopwatch(self.device)
-            for step in range(first, self.total):
-                self._step(step)
-                self.state.step = step + 1
-                times.append(lap.lap(wait=self.device.type != "cuda"))
-                if self.device.type != "cuda" or self.state.step % LOSS_EVERY == 0:
+            lap = Stopwatch(run.device)
+            for step in range(state.step, run.total):
+                loss, tokens, padding = self.stepping.step(step, self._factor(step))
+                state.step, state.tokens, state.padding = step + 1, state.tokens + tokens, state.padding + padding
+                self._pending.append((state.step, loss))
+                times.append(lap.lap(wait=not on_gpu))
+                if not on_gpu or state.step % LOSS_EVERY == 0:
                     self._read_losses(bar)
-                    if not math.isfinite(self.state.history[-1]["loss"]):
-                        self.state.history = [h for h in self.state.history if math.isfinite(h["loss"])]
-                        self._mark_diverged("the loss", self.state.step)
+                    if not math.isfinite(state.history[-1]["loss"]):
+                        state.history = [h for h in state.history if math.isfinite(h["loss"])]
+                        self._mark_diverged("the loss", state.step)
                         break
-                if self.state.step in marks:
+                if state.step in marks:
                     self._validate(bar)
-                if self._stop or saved.peek() >= self.settings.checkpoint_every_s:
+                if self._stop or saved.peek() >= run.settings.checkpoint_every_s:
                     self._save()
                     saved.lap()
                 if self._stop:
@@ -144,31 +144,21 @@ class Loop:
             self.energy.stop()
         memory = self.memory.stop()
         self.stepping.close()
-        self._select()
-        return Trained(self._work(times), memory, self.state.history, self.notes)
+        self._put(state.best_weights)  # without validation the last ones stand
+        return Trained(self._work(times), memory, state.history, self.notes)
 
-    def _prepare(self) -> None:
-        """The way to step; what it does once is booked as warm-up."""
-        common = (self.model, self.method, self.objective, self.examples, self.settings, self.seed, self.device, self.dtype, self.pad_id)
-        with self.meter.phase("warmup"):
-            self.stepping = choose(self.settings.engine, lambda: Eager(*common), lambda: Fast(*common, self.total), self.device)
-        self.notes += self.stepping.notes
-
-    def _step(self, step: int) -> None:
-        loss, tokens, padding = self.stepping.step(step, lr_factor(step, self.total, self.settings.schedule, self.settings.warmup_share))
-        self.state.tokens += tokens
-        self.state.padding += padding
-        self._pending.append((step + 1, loss))
+    def _factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at optimiser step `step` (from 0)."""
+        return lr_factor(step, self.run.total, self.run.settings.schedule, self.run.settings.warmup_share)
 
     def _mark_diverged(self, what: str, step: int) -> None:
         """Mark the run as ended by `what` not being finite at a step."""
         self.diverged_at = step
-        self.notes.append(f"training diverged: {what} was not finite at step {step} of {self.total}")
+        self.notes.append(f"training diverged: {what} was not finite at step {step} of {self.run.total}")
 
     def _read_losses(self, bar: Any) -> None:
         for step, loss in self._pending:
-            factor = lr_factor(step - 1, self.total, self.settings.schedule, self.settings.warmup_share)
-            self.state.history.append({"step": step, "loss": float(loss), "lr": self.settings.lr * factor})
+            self.state.history.append({"step": step, "loss": float(loss), "lr": self.run.settings.lr * self._factor(step - 1)})
         self._pending.clear()
         if self.state.history:
             seconds = self.state.train_s + self.meter.seconds("train")
@@ -184,18 +174,15 @@ class Loop:
             self.state.history[-1].update({"validation_metric": metric, "validation_nll": nll})
             if self.state.best is None or (metric, -nll) > self.state.best:
                 self.state.best = (metric, -nll)
-                self.state.best_weights = self._weights() if self.state.step < self.total else {}
+                self.state.best_weights = self._weights() if self.state.step < self.run.total else {}
         self.memory.resume()
         self.energy.resume()
 
     def _weights(self) -> dict[str, Any]:
         return {name: p.detach().to("cpu", copy=True) for name, p in self.trainable.items()}
 
-    def _select(self) -> None:
-        """Put the best validated weights back; without validation the last ones stand."""
-        self._put(self.state.best_weights)
-
     def _put(self, weights: dict[str, Any]) -> None:
+        """Give the trained parameters these values."""
         import torch
 
         with torch.no_grad():
@@ -205,10 +192,10 @@ class Loop:
     def _work(self, times: list[float]) -> Work:
         seconds = self.meter.seconds("train")
         seen = self.state.tokens + self.state.padding
-        times = sorted(times)
+        median = sorted(times)[len(times) // 2] if times and self.run.device.type != "cuda" else None
         return Work(
             steps=self.state.step, tokens=self.state.tokens, tokens_per_s=self.state.tokens / seconds if seconds and self.state.tokens else None,
-            padding_share=self.state.padding / seen if seen else None, step_s_median=times[len(times) // 2] if times and self.device.type != "cuda" else None,
+            padding_share=self.state.padding / seen if seen else None, step_s_median=median,
             resumed=self.state.resumed, energy_note=self.energy.note, diverged_at=self.diverged_at, **{**self._engine(), **self.energy.joules()},
         )
 
@@ -224,9 +211,10 @@ class Loop:
             return
         self.memory.pause()
         self.energy.pause()
+        device = self.run.device
         with self.meter.phase("save"):
             state = {**vars(self.state), **self.energy.joules(), "train_s": self.meter.seconds("train"), "best_weights": self.state.best_weights}
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
+            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
             with atomic_path(self.checkpoint) as beside:
                 torch.save({"state": state, "weights": self._weights(), "optimizer": self.stepping.state_dict(), "rng": rng}, beside)
         self.memory.resume()
@@ -243,12 +231,12 @@ class Loop:
             self.stepping.load_state_dict(held["optimizer"])
             torch.set_rng_state(held["rng"]["cpu"])
             if held["rng"]["cuda"] is not None:
-                torch.cuda.set_rng_state(held["rng"]["cuda"], self.device)
+                torch.cuda.set_rng_state(held["rng"]["cuda"], self.run.device)
             self.state = State(**{**held["state"], "resumed": True})
         self.meter.add("train", self.state.train_s)
         self.energy.add(self.state.energy_j, self.state.host_energy_j)
-        self.notes.append(f"resumed at step {self.state.step} of {self.total}")
-        print(f"resuming at step {self.state.step} of {self.total}", file=sys.stderr)
+        self.notes.append(f"resumed at step {self.state.step} of {self.run.total}")
+        print(f"resuming at step {self.state.step} of {self.run.total}", file=sys.stderr)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -271,6 +259,6 @@ class Loop:
         from tqdm import tqdm
 
         return tqdm(
-            total=self.total, initial=self.state.step, unit="step", disable=not self.settings.progress, leave=False,
+            total=self.run.total, initial=self.state.step, unit="step", disable=not self.run.settings.progress, leave=False,
             mininterval=0.5 if sys.stderr.isatty() else 20, desc="train",
         )

@@ -5,7 +5,8 @@ Library. `choose` takes the fast way where `train.engine` and the device allow i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.core.files import UserError
@@ -18,6 +19,29 @@ from pipeline.objectives.base import Objective
 if TYPE_CHECKING:
     from pipeline.engine.layout import Shapes
     from pipeline.engine.streams import Streams
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, on what, and how.
+
+    examples: one list of encoded examples a row; total: optimiser steps; dtype: of the arithmetic; pad_id: the token that fills rows up.
+    """
+
+    model: Any
+    method: Method
+    objective: Objective
+    examples: Sequence[Sequence[Encoded]]
+    settings: Train
+    seed: int
+    total: int
+    device: Any
+    dtype: Any
+    pad_id: int
+
+    def step_examples(self, step: int) -> list[Encoded]:
+        """The examples of optimiser step `step` (from 0)."""
+        return [e for r in step_rows(len(self.examples), self.settings.batch_size, self.seed, step) for e in self.examples[r]]
 
 
 class Stepping(Protocol):
@@ -55,25 +79,24 @@ class Eager:
     widths: list[int] | None = None
     streams = False
 
-    def __init__(self, model: Any, method: Method, objective: Objective, examples: Sequence[Sequence[Encoded]], settings: Train, seed: int, device: Any,
-                 dtype: Any, pad_id: int) -> None:
-        self.model, self.method, self.objective, self.examples, self.settings, self.seed = model, method, objective, examples, settings, seed
-        self.device, self.dtype, self.pad_id = device, dtype, pad_id
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.reason: str | None = None
         self.notes: list[str] = []
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = self._optimizer(method.optimizer_groups(model, settings.lr))
-        if settings.checkpointing:
-            checkpoint_activations(model)
+        self.trained = [p for p in run.model.parameters() if p.requires_grad]
+        self.optimizer = self._optimizer(run.method.optimizer_groups(run.model, run.settings.lr))
+        if run.settings.checkpointing:
+            checkpoint_activations(run.model)
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Any:
         import torch
 
         for group in groups:
             group["base_lr"] = group["lr"]
-        options: dict[str, Any] = {"weight_decay": self.settings.weight_decay, "lr": self.settings.lr}
-        if self.settings.optimizer == "paged_adamw":
-            if self.device.type == "cuda":
+        settings = self.run.settings
+        options: dict[str, Any] = {"weight_decay": settings.weight_decay, "lr": settings.lr}
+        if settings.optimizer == "paged_adamw":
+            if self.run.device.type == "cuda":
                 from bitsandbytes.optim import PagedAdamW32bit
 
                 return PagedAdamW32bit(groups, **options)
@@ -86,20 +109,20 @@ class Eager:
     def step(self, step: int, factor: float) -> tuple[Any, int, int]:
         import torch
 
-        self.model.train()
-        rows = step_rows(len(self.examples), self.settings.batch_size, self.seed, step)
+        run = self.run
+        run.model.train()
         losses, tokens, padding = [], 0, 0
-        for batch in self.objective.batches([e for r in rows for e in self.examples[r]], self.settings, self.pad_id):
+        for batch in run.objective.batches(run.step_examples(step), run.settings, run.pad_id):
             tokens, padding = tokens + batch.tokens, padding + batch.input_ids.numel() - batch.tokens
-            with autocast(self.device, self.dtype):
-                loss = self.objective.loss(self.model, batch.to(self.device))
+            with autocast(run.device, run.dtype):
+                loss = run.objective.loss(run.model, batch.to(run.device))
             loss.backward()
             losses.append(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.trained, run.settings.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
-        self.method.after_step(self.model, step)
+        run.method.after_step(run.model, step)
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).sum(), tokens, padding
 
@@ -111,73 +134,57 @@ class Eager:
 
     def close(self) -> None:
         """The optimiser's state goes with this object."""
-        if self.settings.checkpointing:
-            self.model.gradient_checkpointing_disable()
+        if self.run.settings.checkpointing:
+            self.run.model.gradient_checkpointing_disable()
 
 
 class Fast:
-    """One run through pipeline/engine. Raises fast.bind.Unsupported where neither program takes the model."""
+    """One run through pipeline/engine. Raises engine.parts.Unsupported where neither program takes the model."""
 
-    def __init__(self, model: Any, method: Method, objective: Objective, examples: Sequence[Sequence[Encoded]], settings: Train, seed: int, device: Any,
-                 dtype: Any, pad_id: int, total: int) -> None:
+    def __init__(self, run: Run) -> None:
         from pipeline.engine.bind import bind
         from pipeline.engine.parts import Unsupported
         from pipeline.engine.steps import ByAutograd, ByHand, Stepper
 
-        if not total:
+        settings, objective = run.settings, run.objective
+        if not run.total:
             raise Unsupported("there is nothing to train")
-        if method.acts_between_steps:
+        if run.method.acts_between_steps:
             raise Unsupported("the method acts between steps")
         if settings.checkpointing:
             raise Unsupported("activations are checkpointed")
         if objective.own_batches:
             raise Unsupported("the objective makes batches of its own")
-        self.examples, self.settings, self.seed, self.lr = examples, settings, seed, settings.lr
+        self.run = run
         self.notes: list[str] = []
         self.engine = "handwritten"
         self.reason: str | None = None
-        buckets, streams = self._shapes(model, device, dtype, total)
-        groups = method.optimizer_groups(model, settings.lr)
+        buckets, streams = _shapes(run)
+        groups = run.method.optimizer_groups(run.model, settings.lr)
         try:
             if not objective.plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.lr:
                 raise Unsupported("its loss or optimiser is its own")
             shapes = streams or buckets
-            bound = bind(model, dtype, accumulate=shapes.accumulates, seed=seed)
-            bound.serve(model)
+            bound = bind(run.model, run.dtype, accumulate=shapes.accumulates, seed=run.seed)
+            bound.serve(run.model)
             program: Any = ByHand(bound)
         except Unsupported as reason:
-            program, shapes = ByAutograd(model, objective, groups, settings.lr, device, dtype), buckets
+            program, shapes = ByAutograd(run.model, objective, groups, settings.lr, run.device, run.dtype), buckets
             self.engine, self.reason = "captured", str(reason)
         program.buffer.weight_decay.fill_(settings.weight_decay)
         program.buffer.max_norm.fill_(settings.max_grad_norm)
-        self.stepper = Stepper(program, shapes, pad_id, device)
+        self.stepper = Stepper(program, shapes, run.pad_id, run.device)
         self.program = program
         self.widths: list[int] | None = sorted(self.stepper.inputs)
         self.streams = shapes is streams
         if settings.optimizer == "paged_adamw":
             self.notes.append("paged_adamw cannot be captured: the fast engine's AdamW ran, its state not paged")
 
-    def _shapes(self, model: Any, device: Any, dtype: Any, total: int) -> tuple[Shapes, Streams | None]:
-        """Rows of equal width, and streams where they are wanted."""
-        import torch
-
-        from pipeline.engine.streams import shapes_of_run
-        from pipeline.models.base import parameters
-
-        settings = self.settings
-        soft = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-        has_kernel = device.type == "cuda" and dtype == torch.bfloat16
-        streamable = not soft and (has_kernel or (settings.padding_free == "always" and device.type != "cuda"))
-        orders = [step_rows(len(self.examples), settings.batch_size, self.seed, step) for step in range(total)]
-        layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-        return shapes_of_run(self.examples, settings, orders, total, streamable, layers, parameters(model)[1])
-
     def warm(self) -> None:
         self.stepper.warm()
 
     def step(self, step: int, factor: float) -> tuple[Any, int, int]:
-        rows = step_rows(len(self.examples), self.settings.batch_size, self.seed, step)
-        loss, tokens, padding = self.stepper.step([[e for r in rows for e in self.examples[r]]], [self.lr * factor])
+        loss, tokens, padding = self.stepper.step([self.run.step_examples(step)], [self.run.settings.lr * factor])
         return loss[0], tokens, padding
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,6 +198,22 @@ class Fast:
         self.program.release()
 
 
+def _shapes(run: Run) -> tuple[Shapes, Streams | None]:
+    """Rows of equal width, and streams where they are wanted."""
+    import torch
+
+    from pipeline.engine.streams import shapes_of_run
+    from pipeline.models.base import parameters
+
+    settings, model = run.settings, run.model
+    soft = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    has_kernel = run.device.type == "cuda" and run.dtype == torch.bfloat16
+    streamable = not soft and (has_kernel or (settings.padding_free == "always" and run.device.type != "cuda"))
+    orders = [step_rows(len(run.examples), settings.batch_size, run.seed, step) for step in range(run.total)]
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+    return shapes_of_run(run.examples, settings, orders, run.total, streamable, layers, parameters(model)[1])
+
+
 def checkpoint_activations(model: Any) -> None:
     """Keep each layer's input alone. Raises UserError where the model's layers cannot be gone through again."""
     try:
@@ -199,26 +222,27 @@ def checkpoint_activations(model: Any) -> None:
         raise UserError(f"train.checkpointing=true does not go with this model ({' '.join(str(error).split())}); set it to false") from error
 
 
-def choose(engine: str, eager: Callable[[], Eager], fast: Callable[[], Fast], device: Any) -> Stepping:
+def choose(run: Run) -> Stepping:
     """The way to step, ready for the first step; its `reason` says why it is not the fast one where that was wanted.
 
-    engine: auto (fast on CUDA), fast or eager.
+    train.engine: auto (fast on CUDA), fast or eager.
     """
-    if engine == "eager" or (engine == "auto" and device.type != "cuda"):
-        return eager()
+    engine = run.settings.engine
+    if engine == "eager" or (engine == "auto" and run.device.type != "cuda"):
+        return Eager(run)
     from pipeline.engine.parts import Unsupported
 
     try:
-        stepping = fast()
+        stepping = Fast(run)
     except Unsupported as reason:
-        return _instead(eager(), str(reason))
+        return _instead(Eager(run), str(reason))
     try:
         stepping.warm()
     except RuntimeError as error:
         if "out of memory" in str(error):
             raise
         stepping.close()
-        return _instead(eager(), f"the capture failed ({str(error).splitlines()[0]})")
+        return _instead(Eager(run), f"the capture failed ({str(error).splitlines()[0]})")
     return stepping
 
 

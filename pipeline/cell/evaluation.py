@@ -1,0 +1,115 @@
+"""A cell's model, or its teacher, answers the rows; what a request takes of it, and what it forgot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline.cell.inputs import Inputs, Parts
+from pipeline.data.rows import Rows
+from pipeline.measure import clock
+from pipeline.measure.clock import Meter
+from pipeline.measure.memory import Memory, PeakMemory
+from pipeline.records.results import Forgetting, Inference, Score
+from pipeline.scoring import answers
+from pipeline.scoring.scorer import Scorer
+from pipeline.scoring.sharing import shared_latency
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """scores: by split. predictions: one a row, with its split. memory: the peak while the last timed split was answered. notes: the cell's."""
+
+    scores: dict[str, Score]
+    predictions: list[dict]
+    memory: Memory
+    inference: Inference | None = None
+    forgetting: Forgetting | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def validate(scorer: Scorer, rows: Sequence[dict]) -> tuple[float, float]:
+    """(metric, nll) of the model as it stands."""
+    return ranked(answers.score(scorer.predict(rows), scorer.task), scorer.task.metric)
+
+
+def ranked(score: Score, metric: str) -> tuple[float, float]:
+    """(metric, nll) by which weights are chosen; nll is 0 where answers are generated."""
+    return answers.headline(score, metric), score.nll if score.nll is not None else 0.0
+
+
+def score_answers(parts: Parts, rows: Rows, meter: Meter) -> Evaluation:
+    """Score answers that come without a model (the teacher's)."""
+    predictions: list[dict] = []
+    scores: dict[str, Score] = {}
+    with meter.phase("evaluate"):
+        for split, asked in (("validation", rows.validation), ("test", rows.test)):
+            if not parts.wants(split):
+                continue
+            given = parts.method.answers(asked, rows.rationales) or []
+            found = [{"id": r["id"], "answer": r["answer"], "prediction": g, "correct": answers.canonical(g) == answers.canonical(r["answer"])}
+                     for r, g in zip(asked, given, strict=True)]
+            predictions += [{"split": split, **p} for p in found]
+            scores[split] = answers.score(found, parts.settings.task)
+    return Evaluation(scores, predictions, Memory(kind="none", peak_bytes=None))
+
+
+def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Evaluation:
+    """Score the splits; time one-row requests and full batches over the test rows; probe. `scorer.model` may be merged at the end."""
+    rows = inputs.rows
+    predictions: list[dict] = []
+    scores: dict[str, Score] = {}
+
+    def answer(split: str, asked: list[dict]) -> None:
+        found = scorer.predict(asked)
+        predictions.extend({"split": split, **p} for p in found)
+        scores[split] = answers.score(found, parts.settings.task)
+
+    memory, inference = PeakMemory(parts.device), None
+    memory.start()
+    with meter.phase("validate"):
+        if parts.wants("validation"):
+            answer("validation", rows.validation)
+    peak = memory.stop()
+    with meter.phase("evaluate"):
+        if parts.wants("test"):
+            watch = clock.Stopwatch(parts.device)
+            memory.start()
+            answer("test", rows.test)
+            seconds, peak = watch.lap(), memory.stop()
+            latency, request_bytes = _requests(parts, scorer, rows)
+            for split, asked in rows.transfer.items():
+                answer(f"transfer/{split}", asked)
+            inference = Inference(latency, len(rows.test) / seconds, peak.peak_bytes, request_peak_bytes=request_bytes)
+        forgetting = inputs.probing.forgetting(scorer.model) if inputs.probing else None
+        if inference is not None:
+            inference = _merged(parts, scorer, rows, _many_adapters(parts, scorer, rows, inference))
+    return Evaluation(scores, predictions, peak, inference, forgetting, scorer.notes)
+
+
+def _requests(parts: Parts, scorer: Scorer, rows: Rows) -> tuple[float | None, int | None]:
+    """Median seconds of a one-row request to the model as it stands, and the peak memory of answering some."""
+    memory = PeakMemory(parts.device)
+    memory.start()
+    asked = rows.test[: parts.settings.evaluate.latency_rows]
+    latency = clock.latency_s(lambda row: scorer.predict([row]), asked, parts.device)
+    return latency, memory.stop().peak_bytes if asked else None
+
+
+def _many_adapters(parts: Parts, scorer: Scorer, rows: Rows, inference: Inference) -> Inference:
+    """How long requests take that each have an adapter of their own over one base, where adapters can share one."""
+    evaluate = parts.settings.evaluate
+    found = shared_latency(scorer, parts.method, rows.test[: evaluate.latency_rows], evaluate.adapters)
+    return dataclasses.replace(inference, adapters=found.own, one_adapter=found.same, adapters_mixed=found.mixed) if found else inference
+
+
+def _merged(parts: Parts, scorer: Scorer, rows: Rows, inference: Inference) -> Inference:
+    """Latency and memory once more with the adapter folded in, where that is possible; the last thing done to the model."""
+    if inference.latency_s is None or not parts.method.merges:
+        return inference
+    if not hasattr(scorer.model, "peft_config"):
+        return dataclasses.replace(inference, merged_latency_s=inference.latency_s, merged_request_peak_bytes=inference.request_peak_bytes)
+    scorer.model = parts.method.merged(scorer.model)
+    latency, request_bytes = _requests(parts, scorer, rows)
+    return dataclasses.replace(inference, merged_latency_s=latency, merged_request_peak_bytes=request_bytes)

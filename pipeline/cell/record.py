@@ -1,0 +1,129 @@
+"""A cell's result put together, and its files: result.json, predictions.jsonl, history.csv and artefact/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline.cell import identity
+from pipeline.cell.evaluation import Evaluation
+from pipeline.cell.inputs import Inputs, Parts
+from pipeline.core.compose import build, plain
+from pipeline.core.files import atomic_folder, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
+from pipeline.core.settings import Settings, read
+from pipeline.measure import machine
+from pipeline.measure.clock import Meter
+from pipeline.methods.base import Method
+from pipeline.models.base import manifest
+from pipeline.objectives.base import Objective
+from pipeline.records import results, tuned
+from pipeline.records.finished import name
+from pipeline.records.results import Result, Size, Teacher, history_csv, price
+from pipeline.training.loop import Trained
+
+
+def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored: Evaluation, meter: Meter, about: dict[str, Any],
+             shared_process: bool) -> Result:
+    """The result of a cell that went through. about: the process's provenance."""
+    cfg, phases, tuning = parts.cfg, meter.phases(), tuned.effort(parts.cfg)
+    return Result(
+        **{**_named(cfg, parts.settings, parts.method, parts.objective), "train_rows": inputs.labelled}, precision=parts.precision, status="ok",
+        validation_rows=len(inputs.rows.validation), scores=scored.scores, memory=trained.memory or scored.memory, work=trained.work, size=size,
+        inference=scored.inference, forgetting=scored.forgetting, teacher=_teacher(parts, inputs, trained), synthetic=inputs.synthetic,
+        history=trained.history, notes=scored.notes, hardware=machine.hardware(parts.device), provenance={**about, **_origin(parts)}, phases=phases,
+        packed=trained.slots is not None, slots=trained.slots, tuning=tuning, cost=price(cfg, phases.wall_s), shared_process=shared_process,
+        labelled_rows=labels_used(parts, inputs, bool(tuning)),
+    )
+
+
+def bare_result(cfg: DictConfig, **measured: Any) -> Result:
+    """A result with what names the cell, and these fields. No device is asked for, so that the process can still fork."""
+    return Result(**_named(cfg, read(cfg), build(cfg.method, "method"), build(cfg.objective, "objective")) | measured)
+
+
+def oom_result(cfg: DictConfig, error: str, hardware: dict[str, Any]) -> Result:
+    """The row of a cell that ran out of memory."""
+    return bare_result(cfg, status="oom", error=error, hardware=hardware, precision=cfg.precision.name,
+                       provenance={**machine.provenance(), **identity.provenance(cfg)})
+
+
+def _named(cfg: DictConfig, settings: Settings, method: Method, objective: Objective) -> dict[str, Any]:
+    """What names the cell in its result."""
+    train = settings.train
+    shown = {**method.hyperparameters(), **objective.hyperparameters(), **({"start": cfg.start} if cfg.start else {})}
+    if method.trains:
+        shown |= {"lr": train.lr, "epochs": train.epochs, "batch_size": train.batch_size, "optimizer": train.optimizer, "schedule": train.schedule}
+        shown |= {key: steps for key, steps in (("steps", train.steps), ("min_steps", train.min_steps)) if steps is not None}
+    return {
+        "experiment": cfg.experiment, "cell": name(cfg), "technique": cfg.technique.name, "family": settings.technique.family,
+        "kind": _kind(method), "start": cfg.start, "takes_rows": method.takes_rows or bool(cfg.start),
+        "method": method.name, "objective": objective.name if method.trains else "none", "task": cfg.task.name, "model": cfg.model.name,
+        "seed": cfg.seed, "train_rows": cfg.train_rows or 0, "hyperparameters": shown, "metric": settings.task.metric, "config": plain(cfg),
+    }
+
+
+def _kind(method: Method) -> str:
+    """One of results.KINDS."""
+    if method.answers_without_model:
+        return "teacher"
+    return "trained" if method.trains else "base" if method.name == "none" else "untrained"
+
+
+def labels_used(parts: Parts, inputs: Inputs, tuned: bool) -> int:
+    """How many labels the cell uses, those of a taxonomy's examples that synthetic rows were written from among them."""
+    beside = inputs.synthetic.examples if inputs.synthetic else 0
+    return beside + labelled_rows(parts.method, parts.objective, inputs.labelled, len(inputs.rows.validation), tuned or bool(parts.cfg.start))
+
+
+def labelled_rows(method: Method, objective: Objective, train: int, validation: int, seen: bool) -> int:
+    """Of so many training and validation rows, how many labels a cell uses. seen: all were read before it, by a search or the cell it begins at."""
+    if seen or (method.trains and objective.reads_labels):
+        return train + validation
+    return validation if method.trains else method.labelled_rows(train, validation)
+
+
+def _teacher(parts: Parts, inputs: Inputs, trained: Trained) -> Teacher | None:
+    rationales = inputs.rows.rationales
+    if not rationales:
+        return trained.teacher
+    used = [r for r in inputs.rows.train if r["id"] in rationales]
+    right = sum(bool(rationales[r["id"]]["correct"]) for r in used)
+    seconds = read_json(parts.rationales / "manifest.json").get("seconds")
+    return Teacher(parts.cfg.teacher.name, len(used), right / len(used) if used else None, seconds)
+
+
+def _origin(parts: Parts) -> dict[str, Any]:
+    """What a result keeps of its identity and of what it was made of."""
+    model = None if parts.method.answers_without_model else manifest(parts.model)["sha256"]
+    return {**identity.provenance(parts.cfg), "data_sha256": sha256(parts.data / "manifest.json"), "model_sha256": model}
+
+
+def write(folder: Path, cfg: DictConfig, result: Result, predictions: Sequence[dict]) -> None:
+    """All files of the cell but an artefact that `write_artefact` has written; result.json comes last, so that it stands for a whole cell."""
+    (folder / "result.json").unlink(missing_ok=True)
+    if result.status != "ok" or result.kind == "teacher":  # nothing to serve
+        write_artefact(folder, cfg)
+    write_jsonl(folder / "predictions.jsonl", predictions)
+    write_text(folder / "history.csv", history_csv(result.history))
+    results.write(folder, result)
+
+
+def write_artefact(folder: Path, cfg: DictConfig, save: Callable[[Path], None] | None = None) -> int:
+    """The artefact and artefact.json, which says what it belongs to. Returns its bytes without that file. save: writes what is served."""
+    with atomic_folder(folder / "artefact", "artefact.json", "cell") as beside:
+        beside.mkdir()
+        if save:
+            save(beside)
+        size = folder_bytes(beside)
+        write_json(beside / "artefact.json", {"technique": cfg.technique.name, "model": cfg.model.name, "task": cfg.task.name, "cell": name(cfg)})
+    return size
+
+
+def write_oom(cfg: DictConfig, error: str) -> Result:
+    """Write the files of a cell whose process was ended for lack of memory."""
+    result = oom_result(cfg, error, machine.hardware("cpu"))
+    write(identity.folder_of(cfg), cfg, result, [])
+    return result
