@@ -39,8 +39,6 @@ FLOORS = {
 }
 """Room -> its floor. A room imports itself and rooms on lower floors; commands stand above all of them."""
 KNOWN_UPWARD: set[tuple[str, str]] = {
-    ("pipeline.cell.grid", "pipeline.forecasting.warn"),
-    ("pipeline.cell.grid", "pipeline.search.space"),
     ("pipeline.objectives.grpo", "pipeline.training.loop"),
     ("pipeline.objectives.logit_distillation", "pipeline.serving.artefact"),
 }

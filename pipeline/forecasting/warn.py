@@ -13,14 +13,6 @@ from omegaconf import DictConfig
 from pipeline.core.files import UserError
 from pipeline.forecasting.cell import forecast
 from pipeline.forecasting.text import warning
-from pipeline.measure.clock import Stopwatch
-
-
-def warned(*cells: DictConfig) -> float:
-    """Tell which of the cells will not fit. Returns the seconds that took, which are none of the cells'."""
-    watch = Stopwatch()
-    warn(cells)
-    return watch.lap()
 
 
 def warn(cells: Iterable[DictConfig]) -> None:

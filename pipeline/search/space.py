@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from pipeline.core.compose import plain
 from pipeline.core.files import UserError
-from pipeline.core.names import class_of
 from pipeline.core.settings import build
+from pipeline.records import tuned
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -156,23 +155,15 @@ class Space:
 
 
 def declared(cfg: DictConfig) -> Space:
-    """What a technique declares to be searched (the config's `search`). A method that trains nothing has no `train.` key to search.
+    """What a technique declares to be searched.
 
     Raises:
         UserError: an entry of another form, or of a key that the cell does not have.
     """
-    entries = plain(cfg).get("search") or {}
-    if isinstance(entries, dict) and not trains(cfg):
-        entries = {key: entry for key, entry in entries.items() if not key.startswith("train.")}
     try:
-        return parse(entries, "search", cfg)
+        return parse(tuned.searches(cfg), "search", cfg)
     except UserError as error:
         raise UserError(f"technique {cfg.technique.name}: {error}") from error
-
-
-def trains(cfg: DictConfig) -> bool:
-    """Whether the technique has anything to train, told without importing what it trains with."""
-    return bool(class_of(plain(cfg)["method"], "method").trains)
 
 
 def parse(entries: Any, name: str, cfg: DictConfig) -> Space:
