@@ -63,6 +63,16 @@ def test_parts_add_up_and_double_bytes_in_full_precision(big):
     assert "train.max_length=512" in bf16.rows_from
 
 
+def test_on_a_cpu_a_rounded_base_keeps_its_file_resident_where_the_embedding_is_a_part_of_it(tmp_path, big):
+    overrides = [o for o in big if o != GPU]
+    stored = {}
+    for dtype in ("float32", "bfloat16"):
+        (tmp_path / "config.json").write_text(json.dumps({**SMALL, "dtype": dtype}))
+        stored[dtype] = told(overrides, "technique=qlora", "device=cpu", batches=False).memory.weights
+    shape = shape_of(SMALL)
+    assert stored["float32"] - stored["bfloat16"] == 4 * shape.layers * shape.layer_matrices
+
+
 def test_more_tokens_take_more_and_checkpointing_less(big):
     common = ["technique=lora", "train.engine=eager", "forecast.length=511", "train.batch_size=16"]
     small, large, again = (told(big, *common, *more, batches=False).memory.activations for more in (

@@ -10,7 +10,7 @@ from test_forecast_eager import BASE, METHODS
 from pipeline.core.names import build
 from pipeline.core.settings import Precision, Train
 from pipeline.forecasting import run
-from pipeline.forecasting.allocator import Allocator
+from pipeline.forecasting.allocator import Heap
 from pipeline.forecasting.fast import ByHand
 from pipeline.forecasting.memory import load, walk
 from pipeline.forecasting.plan import Constants
@@ -57,7 +57,7 @@ def hand(plan, memory):
 def test_what_is_bound_stands_as_the_walk_says(imports, method, accumulate):
     held = bound(method, accumulate=accumulate)
     plan = dataclasses.replace(plan_of(method), accumulates=accumulate)
-    memory = Allocator(exact=True)
+    memory = Heap()
     made, parameters = hand(plan, memory)
     buffer, llama = held.buffer, held.llama
     buffers = [buffer.master, *buffer.moments, buffer.compute, buffer.raw, *([buffer.sum] if buffer.sum is not None else [])]
@@ -75,7 +75,7 @@ def test_what_is_held_and_kept_by_a_layer_is_as_the_walk_says(imports):
     from pipeline.engine.attention import Rows
 
     held, plan = bound("lora"), plan_of("lora")
-    memory = Allocator(exact=True)
+    memory = Heap()
     made, parameters = hand(plan, memory)
     n, layer = ROWS * WIDTH, held.llama.layers[1]
     before = memory.allocated
@@ -97,7 +97,7 @@ def test_what_is_held_and_kept_by_a_layer_is_as_the_walk_says(imports):
 
 def test_a_step_gives_everything_back():
     plan = plan_of("full")
-    memory = Allocator(exact=True)
+    memory = Heap()
     made, parameters = hand(plan, memory)
     before = memory.allocated
     made.n, made.width = ROWS * WIDTH, WIDTH

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.forecasting.allocator import Allocator, Tensor
 from pipeline.forecasting.attention import Attention
-from pipeline.forecasting.operations import Back, Operations
+from pipeline.forecasting.operations import TIED, Back, Operations
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 from pipeline.forecasting.trained import parameter_sizes
 
@@ -130,26 +130,35 @@ class Eager(Operations):
         first = x  # a local of the model's forward pass
         needs = "embedding" in held.parts or self.soft
         backs: list[Back] = []
-        for layer in range(self.s.layers):
-            x, back = (self.checkpointed if self.plan.checkpointing else self.layer)(x, layer, needs)
-            needs = needs or self.layer_trains(layer)
-            if needs:
-                backs.append(back)
-            del back
-        if not self.soft:
-            del first
-        box, end_back = self.head(x, needs)
+        with self.memory.forward_pass():
+            for layer in range(self.s.layers):
+                x, back = (self.checkpointed if self.plan.checkpointing else self.layer)(x, layer, needs)
+                needs = needs or self.layer_trains(layer)
+                if needs:
+                    backs.append(back)
+                del back
+            if not self.soft:
+                del first
+            box, end_back = self.head(x, needs)
         first = x = None
         self.casts.clear()
         box = [end_back(box)]
         while backs:
             box = [backs.pop()(box) if box[0] is not None else None]
         if "embedding" in held.parts:
-            self.grad("embedding", self.s.vocabulary * self.s.width)
+            self.embedding_grad(self.s.vocabulary * self.s.width)
         if self.soft:
             for number, size in enumerate(held.sizes):
                 self.grad(f"soft.{number}", size)
         del inputs, angles
+        self.memory.graph_freed()
+
+    def embedding_grad(self, numbers: int) -> None:
+        """The input embedding's gradient. A tied output layer's is added to it: in place where autocast made that one, else a third tensor."""
+        made = self.new(numbers, 4, "gradients")
+        if self.tied is not None:
+            made, self.tied = self.new(numbers, 4, "gradients") if self.z == 4 else self.tied, None
+        self.keep_grad("embedding", [made], numbers, 4)
 
     def head(self, x: Tensor, needs: bool) -> tuple[list[Any], Back]:
         """Last norm, logits at labelled positions, loss: (a box that starts the way back, the way to the layers' last output)."""
@@ -164,7 +173,7 @@ class Eager(Operations):
         del normed
         trains = held.kind == "full" and ("head" in held.parts or ("embedding" in held.parts and self.s.tied and not held.own_head))
         if trains:
-            owner = "head" if held.own_head or not self.s.tied else "embedding"
+            owner = "head" if held.own_head or not self.s.tied else TIED
             logits, logits_back = self.trained_linear(picked, xz, "head", (d, v), inside, m, owner)
         else:
             logits, logits_back = self._frozen_head(picked, xz)

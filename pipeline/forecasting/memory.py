@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pipeline.forecasting.allocator import Allocator, OutOfMemory, Tensor
+from pipeline.forecasting.allocator import Allocator, Heap, OutOfMemory, Tensor
 from pipeline.forecasting.eager import Eager
 from pipeline.forecasting.fast import ByHand
 from pipeline.forecasting.plan import Constants, Plan
@@ -49,7 +49,7 @@ def walk(plan: Plan, constants: Constants, capacity: int | None = None) -> tuple
     Raises:
         OutOfMemory: the capacity does not suffice.
     """
-    memory = Allocator(exact=not plan.gpu, capacity=capacity)
+    memory = Allocator(capacity) if plan.gpu else Heap()
     parameters = load(plan, memory)
     memory.empty_cache()
     memory.reset_peak()
@@ -70,9 +70,12 @@ def load(plan: Plan, memory: Allocator) -> dict[str, Tensor]:
     """The base and the adapter as they stand before the first step, by name."""
     found: dict[str, Tensor] = {}
     held = plan.trained
+    mapped = not plan.gpu and plan.shape.stored == plan.base  # the embedding is a part of the file's mapping, which keeps all of it resident
     for number, (name, numbers, size) in enumerate(tensors(plan.shape, plan.precision, plan.double_quantisation, plan.base)):
         whole = memory.new(numbers * plan.base, "weights") if size < numbers * plan.base else None  # before it is quantised
         found[name or f"constant {number}"] = memory.new(size, "weights", numbers)
+        if mapped and whole is not None:
+            found[f"file {number}"] = whole
         del whole
     if plan.trained.kind == "full":
         _widen(plan, memory, found)

@@ -12,6 +12,8 @@ from pipeline.forecasting.allocator import Allocator, Tensor
 from pipeline.forecasting.plan import Constants, Plan
 
 Back = Callable[[list[Any]], Any]
+TIED = "tied"
+"""The gradient of an output layer that shares the embedding's weight."""
 
 
 class Operations:
@@ -30,6 +32,8 @@ class Operations:
         self.hz = 4 if "embedding" in parts else plan.base
         self.soft = plan.trained.kind == "soft"
         self.grads: dict[str, Tensor] = {}
+        self.tied: Tensor | None = None
+        """Of the output layer, while it waits for the embedding's own (autograd adds them before it keeps either)."""
         self.casts: dict[str, Tensor] = {}
         self.workspaces: dict[str, Tensor] = {}
         self.n = self.labels = 0
@@ -49,7 +53,9 @@ class Operations:
     def keep_grad(self, name: str, box: list[Any], numbers: int, z: int) -> None:
         """A gradient is cast to fp32 and kept, or added to the one there is."""
         made = box.pop() if z == 4 else self.new(numbers, 4, "gradients")
-        if self.own_gradients:
+        if name == TIED:
+            self.tied = made
+        elif self.own_gradients:
             self.grads.setdefault(name, made)
 
     def weight_cast(self, name: str, numbers: int) -> Tensor | None:
