@@ -50,7 +50,7 @@ def plan_of(config: Config, gpu: bool) -> Plan:
     from pipeline.core.compose import compose, plain
     from pipeline.core.settings import read
     from pipeline.data.rows import Encoded
-    from pipeline.forecasting import run
+    from pipeline.forecasting.plan import training_plan
     from pipeline.forecasting.shape import shape_of
     from pipeline.forecasting.trained import trained
 
@@ -58,7 +58,7 @@ def plan_of(config: Config, gpu: bool) -> Plan:
     settings = read(cfg)
     shape = shape_of({**SHAPES[config.shape], "model_type": "llama"})
     rows = [[Encoded(range(fed + 1), fed + 1 - labels)] for fed, labels in config.lengths()]  # type: ignore[arg-type]
-    return run.plan(shape, trained(plain(cfg)["method"], shape), settings.train, settings.precision, rows, 0, config.steps, gpu)
+    return training_plan(shape, trained(plain(cfg)["method"], shape), settings.train, settings.precision, rows, 0, config.steps, gpu)
 
 
 def points(configs: Sequence[Config], path: Path) -> tuple[list[Point], list[dict[str, Any]]]:

@@ -150,7 +150,7 @@ def train(config: Config, device: Any) -> dict[str, Any]:
 
     from pipeline.core.compose import build, compose
     from pipeline.core.settings import read
-    from pipeline.forecasting.random_model import random_base
+    from pipeline.forecasting.speed import random_base
     from pipeline.measure.clock import Meter, now
     from pipeline.models.base import memory_bytes, parameters, resolve
     from pipeline.training.loop import Loop

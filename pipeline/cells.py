@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from pipeline.cell.grid import run_missing
 from pipeline.core.commands import entry
-from pipeline.forecasting.warn import warn
+from pipeline.forecasting.text import warn
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:

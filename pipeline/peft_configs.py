@@ -21,7 +21,7 @@ from pipeline.core.commands import entry
 from pipeline.core.compose import build, compose, without
 from pipeline.core.files import UserError, write_json
 from pipeline.core.peft_files import find
-from pipeline.forecasting.warn import warn
+from pipeline.forecasting.text import warn
 from pipeline.records.finished import name as cell_name
 from pipeline.records.peft_result import as_peft_result
 from pipeline.records.results import read

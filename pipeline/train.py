@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from pipeline.cell import identity
 from pipeline.cell.child import run_cell
 from pipeline.core.commands import entry
-from pipeline.forecasting.warn import warn
+from pipeline.forecasting.text import warn
 from pipeline.measure.clock import Stopwatch, process_start
 from pipeline.records import mlflow as tracking
 from pipeline.records import tuned

@@ -18,9 +18,8 @@ from pipeline.forecasting import cell, speed
 from pipeline.forecasting.plan import Plan
 from pipeline.forecasting.shape import shape_of
 from pipeline.forecasting.speed import Point
-from pipeline.forecasting.text import warning
+from pipeline.forecasting.text import warn, warning
 from pipeline.forecasting.trained import Trained
-from pipeline.forecasting.warn import warn
 
 GPU = "forecast.gpu_memory_gb=16"
 SMALL = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,

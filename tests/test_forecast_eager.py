@@ -8,9 +8,8 @@ import pytest
 
 from pipeline.core.names import build
 from pipeline.core.settings import Precision, Train
-from pipeline.forecasting import run
 from pipeline.forecasting.memory import walk
-from pipeline.forecasting.plan import Constants
+from pipeline.forecasting.plan import Constants, equal_rows, training_plan
 from pipeline.forecasting.shape import shape_of
 from pipeline.forecasting.trained import trained
 
@@ -38,7 +37,7 @@ def measured(config, method, precision, labels, checkpointing):
 
     from benchmarks.forecast_live import Live
     from pipeline.data.rows import Encoded
-    from pipeline.forecasting.random_model import random_base
+    from pipeline.forecasting.speed import random_base
     from pipeline.objectives.labels import Labels
     from pipeline.training.stepping import Eager
 
@@ -61,7 +60,7 @@ def train(checkpointing=False):
 def simulated(config, method, precision, labels, checkpointing):
     shape = shape_of({**config, "model_type": "llama"})
     name = Precision(precision, compute="fp32" if precision == "fp32" else "bf16")
-    plan = run.plan(shape, trained(method, shape), train(checkpointing), name, run.equal_rows(ROWS, WIDTH, labels), 0, 2, gpu=False)
+    plan = training_plan(shape, trained(method, shape), train(checkpointing), name, equal_rows(ROWS, WIDTH, labels), 0, 2, gpu=False)
     memory, loaded = walk(plan, Constants())
     return loaded, memory.peak.allocated
 
@@ -99,7 +98,7 @@ def test_what_autograd_saves_grows_as_the_walk_says(imports):
     import torch
 
     def saved(layers):
-        from pipeline.forecasting.random_model import random_base
+        from pipeline.forecasting.speed import random_base
 
         torch.manual_seed(0)
 
@@ -126,7 +125,7 @@ def test_what_autograd_saves_grows_as_the_walk_says(imports):
 
         config = {**BASE, "num_hidden_layers": layers}
         shape = shape_of({**config, "model_type": "llama"})
-        plan = run.plan(shape, trained(METHODS["lora"], shape), train(), Precision("fp32"), run.equal_rows(ROWS, WIDTH, 8), 0, 1, gpu=False)
+        plan = training_plan(shape, trained(METHODS["lora"], shape), train(), Precision("fp32"), equal_rows(ROWS, WIDTH, 8), 0, 1, gpu=False)
         memory = Heap()
         walk = Eager(plan, memory, Constants())
         walk.n, walk.attention.rows, walk.attention.width = ROWS * WIDTH, ROWS, WIDTH

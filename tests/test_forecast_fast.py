@@ -9,11 +9,10 @@ from test_forecast_eager import BASE, METHODS
 
 from pipeline.core.names import build
 from pipeline.core.settings import Precision, Train
-from pipeline.forecasting import run
 from pipeline.forecasting.allocator import Heap
 from pipeline.forecasting.fast import ByHand
 from pipeline.forecasting.memory import load, walk
-from pipeline.forecasting.plan import Constants
+from pipeline.forecasting.plan import Constants, equal_rows, training_plan
 from pipeline.forecasting.shape import shape_of
 from pipeline.forecasting.trained import trained
 
@@ -26,8 +25,8 @@ def settings(**more):
 
 def plan_of(method, precision="fp32", **more):
     shape = shape_of({**BASE, "model_type": "llama"})
-    train, rows = settings(**more), run.equal_rows(more.get("batch_size", ROWS), WIDTH, LABELS)
-    found = run.plan(shape, trained(METHODS[method], shape), train, Precision(precision), rows, 0, 4, gpu=True)
+    train, rows = settings(**more), equal_rows(more.get("batch_size", ROWS), WIDTH, LABELS)
+    found = training_plan(shape, trained(METHODS[method], shape), train, Precision(precision), rows, 0, 4, gpu=True)
     return dataclasses.replace(found, compute=4 if precision != "bf16" else 2)
 
 
@@ -40,7 +39,7 @@ def bound(method, precision="fp32", accumulate=False):
     import torch
 
     from pipeline.engine.bind import bind
-    from pipeline.forecasting.random_model import random_base
+    from pipeline.forecasting.speed import random_base
 
     base = random_base(BASE, precision, torch.float32, torch.device("cpu"))
     return bind(build(METHODS[method], "method").wrap(base), torch.float32, accumulate=accumulate)

@@ -19,9 +19,9 @@ from pipeline.core.compose import ROOT, compose, plain
 from pipeline.core.files import UserError, read_json
 from pipeline.core.settings import Settings, read
 from pipeline.data.rows import steps_in_epoch
-from pipeline.forecasting import memory, run, speed
+from pipeline.forecasting import memory, speed
 from pipeline.forecasting.memory import Memory
-from pipeline.forecasting.plan import Constants, Plan
+from pipeline.forecasting.plan import Constants, Plan, equal_rows, training_plan
 from pipeline.forecasting.rows import TrainingRows, training_rows
 from pipeline.forecasting.shape import NoForecast, Shape, read_shape
 from pipeline.forecasting.trained import trained
@@ -128,7 +128,7 @@ def prepare(cfg: DictConfig, gpu: bool) -> Prepared:
         raise NoForecast(f"{what.name} finds nothing to train in this model")
     rows = training_rows(cfg, settings)
     steps = total_steps(settings.train, rows.count)
-    return Prepared(run.plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu), rows, steps, settings)
+    return Prepared(training_plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu), rows, steps, settings)
 
 
 def shape_of_cell(cfg: DictConfig) -> Shape:
@@ -212,7 +212,7 @@ def largest_batch(held: Prepared, card: Card) -> int:
     @functools.cache
     def peak(rows: int) -> tuple[Plan, Memory]:
         settings = dataclasses.replace(held.settings.train, batch_size=rows, micro_batch_tokens=(fed + 8) * rows, padding_free="never")
-        asked = run.plan(plan.shape, plan.trained, settings, held.settings.precision, run.equal_rows(rows, fed, labels), 0, 2, plan.gpu)
+        asked = training_plan(plan.shape, plan.trained, settings, held.settings.precision, equal_rows(rows, fed, labels), 0, 2, plan.gpu)
         asked = dataclasses.replace(asked, steps=asked.steps[:1], warm=True)
         return asked, memory.forecast(asked, constants())
 
@@ -259,8 +259,6 @@ def calibrate(cfg: DictConfig, card: Card | None = None) -> None:
     Raises:
         UserError: the technique cannot be set up on random weights.
     """
-    from pipeline.forecasting import calibrate as measured
-
     card = card or card_at_hand(cfg)
     try:
         held = prepare(cfg, card.gpu)
@@ -268,7 +266,7 @@ def calibrate(cfg: DictConfig, card: Card | None = None) -> None:
         return
     path = speed.file_of(cfg.paths.work)
     if card.at_hand and not speed.known(path, card.device, held.plan):
-        speed.keep(path, card.device, held.plan, measured.calibrate(cfg, held.plan), machine.provenance()["started"][:10])
+        speed.keep(path, card.device, held.plan, speed.calibrate(cfg, held.plan), machine.provenance()["started"][:10])
 
 
 def _notes(held: Prepared) -> list[str]:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.engine.layout import ROWS_AT_ONCE
 from pipeline.forecasting.allocator import Allocator, Tensor
-from pipeline.forecasting.attention import Attention
-from pipeline.forecasting.operations import TIED, Back, Operations
+from pipeline.forecasting.modules import TIED, Attention, Back, Operations
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 from pipeline.forecasting.trained import parameter_sizes
 
-AT_ONCE = 16  # pipeline/engine/ops.py
 PAGED_FROM = 100_000
 """Numbers of a tensor from which bitsandbytes pages its optimiser state."""
 
@@ -183,7 +182,7 @@ class Eager(Operations):
         if self.plan.gpu:
             kept = [self.new(m * v, 4, "logits")]
         else:  # ops.WeightedNll: a stretch of rows at a time, the gradient in the logits' place
-            stretch = self.new(min(m, AT_ONCE) * v, 4, "logits")
+            stretch = self.new(min(m, ROWS_AT_ONCE) * v, 4, "logits")
             kept = [scores]
             del stretch
         del scores

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.engine.layout import padded
+from pipeline.engine.layout import NORM_PROGRAMS, logits_rows, padded
 from pipeline.forecasting.allocator import Allocator, Tensor
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 
-LOGITS_AT_ONCE = 2**28  # pipeline/engine/llama.py
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 WIDE = (True, False, True, True)  # whose inputs leave room for x Aᵀ
 QKV, OUT, GATE_UP, DOWN = range(4)
-PROGRAMS = 264  # of the norm's backward kernel, where its weight is trained
 
 
 class ByHand:
@@ -174,7 +172,7 @@ class ByHand:
     def backward(self, box: list[Any], kept: list[Any], wanted: bool) -> Tensor | None:
         """Layer.backward."""
         n, s, z = self.n, self.s, self.z
-        partial = PROGRAMS * s.width if self.full else 0
+        partial = NORM_PROGRAMS * s.width if self.full else 0
         beside = [0 if under else room for room, under in zip(self.room, self.under, strict=True)]
         w = self.weight(DOWN)
         dh = self.new(n * (s.inner + beside[DOWN]), z)
@@ -239,8 +237,7 @@ class ByHand:
     def loss(self, m: int) -> Tensor:
         """Llama._head: the logits exist a chunk at a time."""
         dnormed = self.new(m * self.s.width, self.z)
-        chunk = max(1, LOGITS_AT_ONCE // self.s.vocabulary)
-        chunk -= chunk % 256 if chunk > 256 else 0
+        chunk = logits_rows(self.s.vocabulary)
         logits = self.new(min(chunk, m) * self.s.vocabulary, self.z, "logits")
         losses = [self.new(min(chunk, m - lo), 4) for lo in range(0, m, chunk)]
         del logits, losses

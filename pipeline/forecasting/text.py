@@ -1,11 +1,17 @@
-"""A forecast in words: the entry's table, and the one line that warns.
+"""A forecast in words: the command's table, and a line for every cell that will not fit, before it starts.
 
 Library of `python -m pipeline.forecast`, `train` and `cells`.
 """
 
 from __future__ import annotations
 
-from pipeline.forecasting.cell import Forecast
+import sys
+from collections.abc import Iterable
+
+from omegaconf import DictConfig
+
+from pipeline.core.files import UserError
+from pipeline.forecasting.cell import Forecast, forecast
 
 ENGINES = {"hand": "fast (hand-written step)", "captured": "fast (autograd, captured)", "eager": "eager"}
 WHAT = {
@@ -58,3 +64,17 @@ def seconds(value: float) -> str:
     if value < 120:
         return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def warn(cells: Iterable[DictConfig]) -> None:
+    """Print the warnings to stderr, one a technique and number of rows (another seed takes as much)."""
+    first = {(cfg.technique.name, cfg.train_rows): cfg for cfg in reversed(list(cells))}
+    for (technique, rows), cfg in reversed(first.items()):
+        try:
+            line = warning(forecast(cfg, batches=False, time=False))
+        except UserError:  # what is wrong with the cell, it will say itself
+            continue
+        except Exception as error:  # a forecast that fails must not keep a cell from running
+            line = f"forecast: none for {technique} ({type(error).__name__}: {error})"
+        if line:
+            print(f"{line} [{technique}, {'all' if rows is None else rows} rows]", file=sys.stderr)
