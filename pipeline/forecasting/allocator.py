@@ -84,7 +84,7 @@ class Allocator:
         self.live: dict[str, int] = defaultdict(int)
         self.allocated = self.reserved = 0
         self._peak = Peak()
-        self._untold = False
+        self._unread = False
         self._free: dict[tuple[int, int, bool], list[tuple[int, int, Block]]] = defaultdict(list)
         self._stream = self._pool = self._made = 0
         self._streams = self._pools = 0
@@ -98,15 +98,15 @@ class Allocator:
         self.live[kind] += block.size
         self.allocated += block.size
         if self.allocated > self._peak.allocated:
-            self._peak.allocated, self._untold = self.allocated, True
+            self._peak.allocated, self._unread = self.allocated, True
         if self.reserved > self._peak.reserved:
             self._peak.reserved = self.reserved
         return Tensor(self, block, numbers)
 
     def give_back(self, block: Block) -> None:
         """A tensor's memory is free; called by the tensor."""
-        if self._untold:
-            self._tell()
+        if self._unread:
+            self._note()
         self.live[block.kind] -= block.size
         self.allocated -= block.size
         self._free_block(block)
@@ -124,22 +124,22 @@ class Allocator:
         for place, blocks in self._free.items():
             if place[0] == 0:
                 self.reserved -= sum(b.size for *_, b in blocks if b.before is None and b.after is None)
-                blocks[:] = [held for held in blocks if held[2].before is not None or held[2].after is not None]
+                blocks[:] = [entry for entry in blocks if entry[2].before is not None or entry[2].after is not None]
 
     @property
     def peak(self) -> Peak:
         """Since the last reset."""
-        if self._untold:
-            self._tell()
+        if self._unread:
+            self._note()
         return self._peak
 
-    def _tell(self) -> None:
-        self._peak.live, self._untold = dict(self.live), False
+    def _note(self) -> None:
+        self._peak.live, self._unread = dict(self.live), False
 
     def reset_peak(self) -> None:
         """Count peaks from here on."""
         self._peak = Peak(self.reserved, self.allocated, dict(self.live))
-        self._untold = False
+        self._unread = False
 
     @contextlib.contextmanager
     def side_stream(self) -> Iterator[None]:

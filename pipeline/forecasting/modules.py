@@ -70,13 +70,13 @@ class Operations:
         return self.casts[name]
 
     def trains(self, layer: int, part: str = "layers") -> bool:
-        held = self.plan.trained
-        return held.kind == "full" and part in held.parts and layer >= held.first
+        trained = self.plan.trained
+        return trained.kind == "full" and part in trained.parts and layer >= trained.first
 
     def layer_trains(self, layer: int) -> bool:
         """Whether anything of this layer is trained."""
-        held = self.plan.trained
-        return held.kind in ("lora", "ia3", "ln") or self.trains(layer) or self.trains(layer, "biases")
+        trained = self.plan.trained
+        return trained.kind in ("lora", "ia3", "ln") or self.trains(layer) or self.trains(layer, "biases")
 
     def norm(self, x: Tensor, needs: bool, name: str, trained: bool) -> tuple[Tensor, Back]:
         """RMSNorm as LlamaRMSNorm computes it, in fp32."""
@@ -219,9 +219,9 @@ class Operations:
                 dfed = self.new(n * i, wz)
             if wz != xz:
                 dfed = self.new(n * i, xz)
-            held = [dy]
+            gradient = [dy]
             del dy
-            return base_back(held) and dfed  # added in place
+            return base_back(gradient) and dfed  # added in place
 
         return out, back
 
@@ -239,11 +239,11 @@ class Operations:
             out, base_back = self.base_linear(fed, xz, name, True)
             del wide, fed
         else:
-            held, base_back = self.base_linear(x, xz, name, needs)
+            result, base_back = self.base_linear(x, xz, name, needs)
             scaled = self.new(size, 4)
             out = scaled if z == 4 else self.new(size, z)
-            saved = [held]
-            del held, scaled
+            saved = [result]
+            del result, scaled
 
         def scale_back(dy: Tensor) -> Tensor:
             wide = dy if z == 4 else self.new(size, 4)
@@ -251,10 +251,10 @@ class Operations:
             product = self.new(size, 4)
             self.grad(f"{layer}.{name}.ia3", i if inner else o)
             del product
-            found = self.new(size, 4)
+            dx = self.new(size, 4)
             del wide
             saved.clear()
-            return found if z == 4 else self.new(size, z)
+            return dx if z == 4 else self.new(size, z)
 
         def back(box: list[Any]) -> Tensor | None:
             if inner:
@@ -276,10 +276,10 @@ class Operations:
 
     def outputs_need(self, layer: int, name: str, needs: bool) -> bool:
         """Whether a linear map's output needs a gradient, given whether its input does."""
-        held = self.plan.trained
-        if held.kind in ("lora", "ia3"):
-            return needs or name in held.ranks
-        biased = name in self.s.biases or held.added_biases
+        trained = self.plan.trained
+        if trained.kind in ("lora", "ia3"):
+            return needs or name in trained.ranks
+        biased = name in self.s.biases or trained.added_biases
         return needs or self.trains(layer) or (self.trains(layer, "biases") and biased)
 
 
@@ -297,7 +297,7 @@ class Attention:
         return plan.gpu and plan.compute == 4 and plan.shape.heads != plan.shape.groups
 
     def __call__(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
-        """(o(attention(q(x), k(x), v(x))) [N, d], the way back)."""
+        """(o(attention(q(x), k(x), v(x))) [N, d], backward)."""
         me = self.owner
         need = {name: me.outputs_need(layer, f"{name}_proj", needs) for name in "qkv"}
         q, q_back = me.linear(x, xz, layer, "q_proj", needs)
@@ -315,18 +315,18 @@ class Attention:
             dmixed = out_back(box)
             if dmixed is None:
                 return None
-            found = kernel_back([dmixed])
+            grads = kernel_back([dmixed])
             del dmixed
-            dk = self.unrotated(found, 1, me.s.groups)
-            dq = self.unrotated(found, 0, me.s.heads)
-            held = [found.pop()]
-            dx = [v_back(held) if need["v"] else None]
-            held = [dk]
+            dk = self.unrotated(grads, 1, me.s.groups)
+            dq = self.unrotated(grads, 0, me.s.heads)
+            gradient = [grads.pop()]
+            dx = [v_back(gradient) if need["v"] else None]
+            gradient = [dk]
             del dk
-            dx.append(k_back(held) if need["k"] else None)
-            held = [dq]
+            dx.append(k_back(gradient) if need["k"] else None)
+            gradient = [dq]
             del dq
-            dx.append(q_back(held) if need["q"] else None)
+            dx.append(q_back(gradient) if need["q"] else None)
             return next((d for d in dx if d is not None), None)  # added in place
 
         return out, back
@@ -345,12 +345,12 @@ class Attention:
         del first, second, x
         return out if wide == me.z else me.new(size, me.z)  # autocast, before the kernel
 
-    def unrotated(self, found: list[Any], at: int, heads: int) -> Tensor:
-        """The gradient through the rotation of found[at], which is taken out."""
+    def unrotated(self, grads: list[Any], at: int, heads: int) -> Tensor:
+        """The gradient through the rotation of grads[at], which is taken out."""
         me = self.owner
         size, wide = me.n * heads * me.s.head, max(me.z, me.hz)
-        dy = found[at]
-        found[at] = None
+        dy = grads[at]
+        grads[at] = None
         if wide != me.z:
             dy = me.new(size, wide)
         turned = me.new(size, wide)
@@ -365,20 +365,20 @@ class Attention:
         """Flash attention (Dao, 2023)."""
         me = self.owner
         s, z, n = me.s, me.z, me.n
-        own, shared = n * s.heads * s.head, n * s.groups * s.head
-        out, logs = me.new(own, z), me.new(n * s.heads, 4)
+        queries, shared = n * s.heads * s.head, n * s.groups * s.head
+        out, logs = me.new(queries, z), me.new(n * s.heads, 4)
         saved = [q, k, v, out, logs] if needs else []
         del logs, q, k, v
 
         def back(box: list[Any]) -> list[Any]:
             dy = box.pop()
-            found: list[Any] = [me.new(own, z), me.new(shared, z), me.new(shared, z)]
+            grads: list[Any] = [me.new(queries, z), me.new(shared, z), me.new(shared, z)]
             sums = me.new(n * s.heads, 4)
-            wide = me.new(own, 4) if me.plan.gpu else None
-            expanded = [me.new(own, z), me.new(own, z)] if me.plan.gpu and s.heads != s.groups else []
+            wide = me.new(queries, 4) if me.plan.gpu else None
+            expanded = [me.new(queries, z), me.new(queries, z)] if me.plan.gpu and s.heads != s.groups else []
             del sums, wide, expanded, dy
             saved.clear()
-            return found
+            return grads
 
         return out, back
 
@@ -386,33 +386,33 @@ class Attention:
         """torch's plain attention: softmax(q kᵀ) v with key-value heads repeated."""
         me = self.owner
         s, z, n = me.s, me.z, me.n
-        own, square = n * s.heads * s.head, self.rows * s.heads * self.width**2
-        k, v = me.new(own, z), me.new(own, z)
+        queries, square = n * s.heads * s.head, self.rows * s.heads * self.width**2
+        k, v = me.new(queries, z), me.new(queries, z)
         mask = me.new(self.width**2, z)
-        q, k = me.new(own, z), me.new(own, z)
+        q, k = me.new(queries, z), me.new(queries, z)
         raw = me.new(square, z)
         weights = me.new(square, z)
         where = me.new(square, 1)
         weights = me.new(square, z)
         del where, raw
-        out = me.new(own, z)
+        out = me.new(queries, z)
         saved = [q, k, v, weights] if needs else []
         del q, k, v, weights, mask
-        out = me.new(own, z)
+        out = me.new(queries, z)
 
         def back(box: list[Any]) -> list[Any]:
             dy = box.pop()
-            dy = me.new(own, z)
+            dy = me.new(queries, z)
             dweights = me.new(square, z)
-            dv = me.new(own, z)
+            dv = me.new(queries, z)
             del dy
             draw = me.new(square, z)
             del dweights
-            dq, dk = me.new(own, z), me.new(own, z)
+            dq, dk = me.new(queries, z), me.new(queries, z)
             del draw
             saved.clear()
-            dq = me.new(own, z)
-            dk = me.new(own, z)
+            dq = me.new(queries, z)
+            dk = me.new(queries, z)
             dk = me.new(n * s.groups * s.head, z)
             dv = me.new(n * s.groups * s.head, z)
             return [dq, dk, dv]

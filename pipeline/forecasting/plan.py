@@ -37,7 +37,7 @@ class Plan:
     shape: Shape
     trained: Trained
     precision: str
-    """How the base is held: fp32, bf16, int8 or nf4."""
+    """The base's precision: fp32, bf16, int8 or nf4."""
     compute: int
     """Bytes of a number of the arithmetic: 2 (bf16) or 4."""
     steps: Sequence[Sequence[MicroBatch]]
@@ -87,7 +87,7 @@ WALKED, MOST_PARTS = 5, 3
 
 
 def precision_of(precision: Precision, gpu: bool) -> tuple[str, int]:
-    """(how the base is held, bytes of a number of the arithmetic), as pipeline.models.base.resolve has it on a GPU with bf16 or on a CPU."""
+    """(the base's precision, bytes of a number of the arithmetic), as pipeline.models.base.resolve has it on a GPU with bf16 or on a CPU."""
     name = precision.name if precision.name != "auto" else ("bf16" if gpu else "fp32")
     compute = precision.compute if precision.compute != "auto" else ("bf16" if gpu else "fp32")
     return name, 2 if (name if name in ("fp32", "bf16") else compute) == "bf16" else 4
@@ -112,8 +112,8 @@ def training_plan(model: Shape, trained: Trained, train: Train, precision: Preci
     """
     if not examples or not total:
         raise NoForecast("there is nothing to train on")
-    held, compute = precision_of(precision, gpu)
-    engine = engine_of(train, trained, model, held, gpu)
+    base, compute = precision_of(precision, gpu)
+    engine = engine_of(train, trained, model, base, gpu)
     orders = [step_rows(len(examples), train.batch_size, seed, step) for step in range(min(total, MOST_STEPS))]
     if engine == "eager":
         steps, fed = _eager_steps(examples, orders, train.micro_batch_tokens)
@@ -127,7 +127,7 @@ def training_plan(model: Shape, trained: Trained, train: Train, precision: Preci
         steps, accumulates = [[_micro(shape) for shape in chosen.all()]], chosen.accumulates
         fed = [(chosen.shape(width).tokens, count) for width, count in chosen.fed.items()]
     paged = train.optimizer == "paged_adamw" and gpu and engine == "eager"
-    return Plan(model, trained, held, compute, steps, engine, gpu, precision.double_quantisation, train.checkpointing, paged, accumulates,
+    return Plan(model, trained, base, compute, steps, engine, gpu, precision.double_quantisation, train.checkpointing, paged, accumulates,
                 fed=fed, looked=len(orders))
 
 
@@ -138,15 +138,15 @@ def _micro(shape: BatchShape) -> MicroBatch:
 def _eager_steps(examples: Sequence[Sequence[Encoded]], orders: Sequence[Sequence[int]], most_tokens: int
                  ) -> tuple[list[list[MicroBatch]], list[tuple[int, int]]]:
     """(the heaviest step and the first ones, as far as they need be walked through; cells of every micro-batch)."""
-    found = []
+    steps = []
     for rows in orders:
         step = [e for r in rows for e in examples[r]]
         lengths = [len(e.ids) for e in step]
-        found.append([MicroBatch(len(part), lengths[part[0]] - 1, sum(lengths[i] - step[i].start for i in part))
+        steps.append([MicroBatch(len(part), lengths[part[0]] - 1, sum(lengths[i] - step[i].start for i in part))
                       for part in by_length(lengths, most_tokens)])
-    heaviest = max(found, key=lambda parts: max(m.rows * m.width for m in parts))
-    walked = [parts[:MOST_PARTS] for parts in [*found[: WALKED - 2], heaviest, *found[WALKED - 2 : WALKED - 1]]]
-    return walked, [(m.rows * m.width, 1) for parts in found for m in parts]
+    heaviest = max(steps, key=lambda parts: max(m.rows * m.width for m in parts))
+    walked = [parts[:MOST_PARTS] for parts in [*steps[: WALKED - 2], heaviest, *steps[WALKED - 2 : WALKED - 1]]]
+    return walked, [(m.rows * m.width, 1) for parts in steps for m in parts]
 
 
 def equal_rows(rows: int, fed: int, labels: int) -> list[list[Encoded]]:

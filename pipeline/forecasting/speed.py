@@ -59,10 +59,10 @@ def machine(hardware: str) -> str:
 
 def work(plan: Plan) -> str:
     """What of a plan decides a step's time, besides layers and cells."""
-    shape, held = plan.shape, plan.trained
+    shape, trained = plan.shape, plan.trained
     sizes = f"d{shape.width} h{shape.heads}/{shape.groups}x{shape.head} f{shape.inner} v{shape.vocabulary}{'' if shape.tied else ' untied'}"
-    what = [held.name, f"top {shape.layers - held.first}" if held.first else "", " ".join(f"{k}:{r}" for k, r in held.ranks.items()),
-            f"p{held.dropout}" if held.dropout else "", f"soft {held.virtual}" if held.virtual else ""]
+    what = [trained.name, f"top {shape.layers - trained.first}" if trained.first else "", " ".join(f"{k}:{r}" for k, r in trained.ranks.items()),
+            f"p{trained.dropout}" if trained.dropout else "", f"soft {trained.virtual}" if trained.virtual else ""]
     how = [plan.engine, plan.precision, f"{8 * plan.compute} bits", "checkpointing" if plan.checkpointing else ""]
     return "; ".join(w for w in [sizes, *what, *how] if w)
 
@@ -72,20 +72,20 @@ def known(path: Path, hardware: str, plan: Plan) -> list[Point]:
     if not path.exists():
         return []
     with contextlib.suppress(UserError, KeyError, TypeError):  # what cannot be read is measured again
-        held = read_json(path)[machine(hardware)][work(plan)]["points"]
-        return [Point(p["layers"], p["cells"], tuple(p["seconds"])) for p in held]
+        stored = read_json(path)[machine(hardware)][work(plan)]["points"]
+        return [Point(p["layers"], p["cells"], tuple(p["seconds"])) for p in stored]
     return []
 
 
 def keep(path: Path, hardware: str, plan: Plan, points: Sequence[Point], date: str) -> None:
     """Add a calibration to the file; one of the same work is replaced."""
-    held: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
     if path.exists():
         with contextlib.suppress(UserError):
-            held = read_json(path)
+            stored = read_json(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    held.setdefault(machine(hardware), {})[work(plan)] = {"date": date, "points": [dataclasses.asdict(p) for p in points]}
-    write_json(path, held)
+    stored.setdefault(machine(hardware), {})[work(plan)] = {"date": date, "points": [dataclasses.asdict(p) for p in points]}
+    write_json(path, stored)
 
 
 def train_seconds(plan: Plan, steps: int, points: Sequence[Point]) -> tuple[float, float, float]:
@@ -138,15 +138,15 @@ def calibrate(cfg: DictConfig, plan: Plan) -> list[Point]:
     least = max(1, plan.shape.layers - plan.trained.first if plan.trained.first else 1)
     largest = max((m for step in plan.steps for m in step), key=lambda m: m.rows * m.width)
     sizes = _sizes(largest)
-    found = []
+    points = []
     for layers in (least, least + 2):
         shape = dataclasses.replace(plan.shape, layers=layers)
         for rows in sizes:
             base = random_base(config_of(shape), plan.precision, dtype, device)
             times = _timed(cfg, base, rows, settings.train, device, dtype)
-            found.append(Point(layers, sum(len(e.ids) - 1 for e in rows), tuple(times)))
+            points.append(Point(layers, sum(len(e.ids) - 1 for e in rows), tuple(times)))
             del base
-    return found
+    return points
 
 
 def _sizes(micro: MicroBatch) -> list[list[Encoded]]:
@@ -177,14 +177,14 @@ def _timed(cfg: DictConfig, base: Any, rows: list[Encoded], train: Train, device
     stepping = choose(settings.engine, lambda: Eager(*common), lambda: Fast(*common, WARM + TIMED), device)
     for step in range(WARM):
         stepping.step(step, 1.0)
-    whole, lap, found = Stopwatch(device), Stopwatch(device), []
+    whole, lap, times = Stopwatch(device), Stopwatch(device), []
     for step in range(TIMED):
         stepping.step(step, 1.0)
-        found.append(lap.lap())
+        times.append(lap.lap())
         if whole.peek() > MOST_S / 4:
             break
     stepping.close()
-    return found
+    return times
 
 
 def config_of(shape: Shape) -> dict[str, Any]:
@@ -207,9 +207,9 @@ def random_base(config: dict[str, Any], precision: str, dtype: Any, device: Any)
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     made = LlamaConfig(**{**config, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None})
-    held = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, dtype)
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made, dtype=held, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(made, dtype=stored, attn_implementation="sdpa")
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config=made)  # its buffers are computed, not loaded
     output = model.get_output_embeddings()
@@ -231,8 +231,8 @@ def _draw(module: Any, device: Any) -> None:
 
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.is_meta:
-            held = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            setattr(module, name, torch.nn.Parameter(held.normal_(0.0, 0.02) if held.ndim > 1 else held.fill_(1.0)))
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, torch.nn.Parameter(values.normal_(0.0, 0.02) if values.ndim > 1 else values.fill_(1.0)))
 
 
 def _quantised(module: Any, precision: str, dtype: Any, device: Any) -> Any:

@@ -21,37 +21,37 @@ WHAT = {
 }
 
 
-def table(found: Forecast) -> list[str]:
+def table(estimate: Forecast) -> list[str]:
     """Lines to print."""
-    head = f"{found.technique} on {found.card.name} ({gib(found.card.memory_bytes)})"
-    if found.memory is None:
-        return [f"{head}: {found.reason}"]
+    head = f"{estimate.technique} on {estimate.card.name} ({gib(estimate.card.memory_bytes)})"
+    if estimate.memory is None:
+        return [f"{head}: {estimate.reason}"]
     lines = [
-        f"{head}: {found.trainable:,} of {found.parameters:,} parameters trained, base in {found.precision}, engine {ENGINES[found.engine]}",
-        f"rows: {found.rows_from}; longest {found.longest} tokens, {found.step_tokens:,.0f} tokens a step, {found.steps} steps", "",
+        f"{head}: {estimate.trainable:,} of {estimate.parameters:,} parameters trained, base in {estimate.precision}, engine {ENGINES[estimate.engine]}",
+        f"rows: {estimate.rows_from}; longest {estimate.longest} tokens, {estimate.step_tokens:,.0f} tokens a step, {estimate.steps} steps", "",
     ]
-    lines += [f"{WHAT[name]:<44}{size:>18,} bytes" for name, size in found.memory.parts.items() if size]
-    lines += [f"{'peak':<44}{found.memory.total:>18,} bytes  ({gib(found.memory.total)})", "", verdict(found)]
-    if found.train_s is not None:
-        low, middle, high = found.train_s
-        lines.append(f"training takes about {seconds(middle)} [{seconds(low)}, {seconds(high)}], by {found.time_from}")
-    elif found.time_from:
-        lines.append(found.time_from)
-    return [*lines, *found.notes]
+    lines += [f"{WHAT[name]:<44}{size:>18,} bytes" for name, size in estimate.memory.parts.items() if size]
+    lines += [f"{'peak':<44}{estimate.memory.total:>18,} bytes  ({gib(estimate.memory.total)})", "", verdict(estimate)]
+    if estimate.train_s is not None:
+        low, middle, high = estimate.train_s
+        lines.append(f"training takes about {seconds(middle)} [{seconds(low)}, {seconds(high)}], by {estimate.time_from}")
+    elif estimate.time_from:
+        lines.append(estimate.time_from)
+    return [*lines, *estimate.notes]
 
 
-def verdict(found: Forecast) -> str:
+def verdict(estimate: Forecast) -> str:
     """Whether it fits, and the largest batch that does."""
-    words = "fits" if found.fits else "does not fit"
-    rows = "" if found.largest_batch is None else f"; the largest batch in one pass is {found.largest_batch:,} rows of {found.longest} tokens"
-    return f"{words}{rows if found.largest_batch != 0 else '; not even one row does'}"
+    words = "fits" if estimate.fits else "does not fit"
+    rows = "" if estimate.largest_batch is None else f"; the largest batch in one pass is {estimate.largest_batch:,} rows of {estimate.longest} tokens"
+    return f"{words}{rows if estimate.largest_batch != 0 else '; not even one row does'}"
 
 
-def warning(found: Forecast) -> str | None:
+def warning(estimate: Forecast) -> str | None:
     """One line where a cell will not fit; None where it does or nothing is known."""
-    if found.memory is None or found.fits:
+    if estimate.memory is None or estimate.fits:
         return None
-    return (f"forecast: {found.technique} needs {gib(found.memory.total)}, {found.card.name} has {gib(found.card.memory_bytes)}; it will probably run out of "
+    return (f"forecast: {estimate.technique} needs {gib(estimate.memory.total)}, {estimate.card.name} has {gib(estimate.card.memory_bytes)}; it will probably run out of "
             "memory (lower train.micro_batch_tokens, or set train.checkpointing=true)")
 
 
