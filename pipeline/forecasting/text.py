@@ -51,8 +51,8 @@ def warning(estimate: Forecast) -> str | None:
     """One line where a cell will not fit; None where it does or nothing is known."""
     if estimate.memory is None or estimate.fits:
         return None
-    return (f"forecast: {estimate.technique} needs {gib(estimate.memory.total)}, {estimate.card.name} has {gib(estimate.card.memory_bytes)}; it will probably run out of "
-            "memory (lower train.micro_batch_tokens, or set train.checkpointing=true)")
+    return (f"forecast: {estimate.technique} needs {gib(estimate.memory.total)}, {estimate.card.name} has {gib(estimate.card.memory_bytes)}; it will "
+            "probably run out of memory (lower train.micro_batch_tokens, or set train.checkpointing=true)")
 
 
 def gib(size: int) -> str:
