@@ -35,13 +35,13 @@ OUT = Path(__file__).parent / "results" / "advice.json"
 def by_size(seen: Sequence[Seen]) -> Iterator[dict[str, Any]]:
     """A line for every hidden size."""
     for task, model in sorted({(s.task, s.model) for s in seen}):
-        own = [s for s in seen if (s.task, s.model) == (task, model)]
-        sizes = sorted({s.rows for s in own if not takes_no_rows(s)})
+        measured = [s for s in seen if (s.task, s.model) == (task, model)]
+        sizes = sorted({s.rows for s in measured if not takes_no_rows(s)})
         for rows in sizes[1:-1]:
-            hidden = [s for s in own if s.rows == rows and not takes_no_rows(s)]
-            left = [s for s in own if s not in hidden]
+            hidden = [s for s in measured if s.rows == rows and not takes_no_rows(s)]
+            left = [s for s in measured if s not in hidden]
             advice = advise(left, Need(rows, task=task, model=model))
-            yield {"hidden": "size", "task": task, "rows": rows, **_judged(advice, [s for s in own if s.rows == rows])}
+            yield {"hidden": "size", "task": task, "rows": rows, **_judged(advice, [s for s in measured if s.rows == rows])}
 
 
 def by_task(seen: Sequence[Seen]) -> Iterator[dict[str, Any]]:
@@ -76,23 +76,23 @@ def _judged(advice: Advice, truth: Sequence[Seen]) -> dict[str, Any]:
 
 def domains(seen: Sequence[Seen]) -> list[Seen]:
     """The cells' transfer sets as tasks of their own."""
-    found = []
+    rows_found = []
     for one in seen:
         for split, score in one.cell.result.scores.items():
             if split.startswith("transfer/") and score.accuracy is not None:
                 cell = dataclasses.replace(one.cell, folder=one.cell.folder / "no predictions of the domain")
-                found.append(dataclasses.replace(one, task=f"{one.task}/{split[9:]}", accuracy=score.accuracy, test_rows=score.rows, cell=cell))
-    return found
+                rows_found.append(dataclasses.replace(one, task=f"{one.task}/{split[9:]}", accuracy=score.accuracy, test_rows=score.rows, cell=cell))
+    return rows_found
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """By what was hidden: lines, mean and largest regret, share of runs inside their intervals, lines without an answer."""
-    found = {}
+    totals = {}
     for kind in ("size", "task"):
         some = [line for line in lines if line["hidden"] == kind]
         regrets = [line["regret"] for line in some if line["regret"] is not None]
         runs = sum(line["runs"] or 0 for line in some)
-        found[kind] = {
+        totals[kind] = {
             "lines": len(some), "without_answer": sum(line["chosen"] is None for line in some),
             "answer_not_measured": sum(line["chosen"] is not None and line["regret"] is None for line in some),
             "mean_regret": round(math.fsum(regrets) / len(regrets), 2) if regrets else None,
@@ -100,7 +100,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "mean_width": round(math.fsum((line["width"] or 0) * line["runs"] for line in some) / runs, 1) if runs else None,
             "coverage": round(sum(line["covered"] or 0 for line in some) / runs, 3) if runs else None,
         }
-    return found
+    return totals
 
 
 def run(words: Sequence[str]) -> int:

@@ -93,18 +93,18 @@ def experiment(setting: Setting, rng: Any) -> list[Measured]:
     latent = rng.standard_normal(setting.test_rows)
     n = np.array(SIZES, dtype=float)
     alike = np.minimum.outer(n, n) / np.maximum.outer(n, n) if setting.common is None else setting.common + (1 - setting.common) * np.eye(len(n))
-    root, found = np.linalg.cholesky(alike), []
+    root, curves = np.linalg.cholesky(alike), []
     for name in NAMES:
         for seed in range(setting.seeds):
             errors = setting.sd * (n / n[0]) ** -setting.slope * (root @ rng.standard_normal(len(n)))
             for rows, error in zip(SIZES, errors, strict=True):
                 failed = float(rng.random() < setting.failures) - setting.failures  # on average 0: the truth has it already
                 p = truth(name, rows, setting) + error - FAILURE * failed * (name != "constant")
-                own = rng.standard_normal(setting.test_rows)
-                right = np.sqrt(SHARED) * latent + np.sqrt(1 - SHARED) * own < ndtri(np.clip(p, 0.01, 0.99))
+                noise = rng.standard_normal(setting.test_rows)
+                right = np.sqrt(SHARED) * latent + np.sqrt(1 - SHARED) * noise < ndtri(np.clip(p, 0.01, 0.99))
                 answers = dict(enumerate(right.tolist())) if setting.predictions else None
-                found.append(Measured(name, rows, seed, float(right.mean()), setting.test_rows, answers))  # type: ignore[arg-type]
-    return found
+                curves.append(Measured(name, rows, seed, float(right.mean()), setting.test_rows, answers))  # type: ignore[arg-type]
+    return curves
 
 
 def zero(gap: Any) -> float | None:
@@ -114,29 +114,29 @@ def zero(gap: Any) -> float | None:
     return float(brentq(gap, SIZES[0], SIZES[-1])) if gap(SIZES[0]) < 0 < gap(SIZES[-1]) else None
 
 
-def holds(found: Crossover | RowsFor, true: float | None) -> bool:
+def holds(answer: Crossover | RowsFor, true: float | None) -> bool:
     """Whether an interval holds the true number (None: beyond the largest size)."""
-    if isinstance(found, Crossover) and found.verdict == "unclear":
+    if isinstance(answer, Crossover) and answer.verdict == "unclear":
         return True
     if true is None:
-        return found.high is None
-    low = found.low if found.low is not None else float("inf")
-    return (low <= true or low == found.smallest) and (found.high is None or true <= found.high)
+        return answer.high is None
+    low = answer.low if answer.low is not None else float("inf")
+    return (low <= true or low == answer.smallest) and (answer.high is None or true <= answer.high)
 
 
 def judge(curves: dict[str, Curve], setting: Setting) -> dict[str, Any]:
     """What one experiment's intervals held."""
-    found: dict[str, Any] = {}
+    judged: dict[str, Any] = {}
     inside = [[(e := curves[name].at(n)).low <= truth(name, n, setting) <= e.high for n in BETWEEN] for name in NAMES]
-    found["by_size"] = inside
-    found["beyond"] = [(e := curves[name].at(2 * SIZES[-1])).low <= truth(name, 2 * SIZES[-1], setting) <= e.high for name in NAMES]
-    found["rows_for"] = [holds(curves[name].rows_for(TARGET), zero(lambda n, t=name: truth(t, n, setting) - TARGET)) for name in ("slow", "steep")]
+    judged["by_size"] = inside
+    judged["beyond"] = [(e := curves[name].at(2 * SIZES[-1])).low <= truth(name, 2 * SIZES[-1], setting) <= e.high for name in NAMES]
+    judged["rows_for"] = [holds(curves[name].rows_for(TARGET), zero(lambda n, t=name: truth(t, n, setting) - TARGET)) for name in ("slow", "steep")]
     crossings = [(crossover(curves[a], curves[b]), zero(lambda n, a=a, b=b: truth(a, n, setting) - truth(b, n, setting)), a) for a, b in PAIRS]
-    found["crossover"] = [one.verdict == "unclear" or (one.ahead == a and holds(one, true)) for one, true, a in crossings]
-    found["told"] = [one.verdict == "crosses" for one, _, _ in crossings]
-    found["twins"] = [crossover(curves["slow"], curves["twin"]).verdict != "unclear"]
-    found["misfit"] = [not curves[name].fits for name in ("slow", "steep")]
-    return found
+    judged["crossover"] = [one.verdict == "unclear" or (one.ahead == a and holds(one, true)) for one, true, a in crossings]
+    judged["told"] = [one.verdict == "crosses" for one, _, _ in crossings]
+    judged["twins"] = [crossover(curves["slow"], curves["twin"]).verdict != "unclear"]
+    judged["misfit"] = [not curves[name].fits for name in ("slow", "steep")]
+    return judged
 
 
 def simulate(name: str, experiments: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Is the memory forecast right? Measures trainings of many kinds on this GPU, fits few constants on at most 20, judges on the rest.
 
-    python -m benchmarks.forecast measure seconds=540              what has no line yet, within the time; call it again to go on
+    python -m benchmarks.forecast measure seconds=540              what has no line yet, within the time; call it again to resume
     python -m benchmarks.forecast fit                              constants.json, table.csv, table.md, summary.json
     python -m benchmarks.forecast plan                             the configurations, in their order
     python -m benchmarks.forecast measure configs=tiny device=cpu out=/tmp/try    the same on a CPU, torch's live bytes as the counter
@@ -35,7 +35,7 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def run(words: Sequence[str]) -> int:
-    """Do what the words say."""
+    """Do what the command line asks for."""
     what, keys = parse(words)
     configs = forecast_configs.tiny() if keys["configs"] == "tiny" else forecast_configs.everything()
     out = Path(keys["out"])
@@ -47,10 +47,10 @@ def run(words: Sequence[str]) -> int:
         left = forecast_measure.measure_all(configs, measured, float(keys["seconds"]), keys["device"])
         print(f"{len(configs) - left} of {len(configs)} configurations are measured")
         return 1 if left else 0
-    found = forecast_fit.write(configs, measured, out)
-    print(f"{found['configurations']} configurations on {found['hardware']}, fitted on {found['fitted_on']} others: median error "
-          f"{found['median_error']:.2%}, 95th percentile {found['p95_error']:.2%}")
-    for engine, part in found["by_engine"].items():
+    summary = forecast_fit.write(configs, measured, out)
+    print(f"{summary['configurations']} configurations on {summary['hardware']}, fitted on {summary['fitted_on']} others: median error "
+          f"{summary['median_error']:.2%}, 95th percentile {summary['p95_error']:.2%}")
+    for engine, part in summary["by_engine"].items():
         print(f"  {engine}: {part}")
     return 0
 

@@ -35,7 +35,7 @@ LARGEST_FULL = ("135m", "360m", "1b", "3b")
 
 @dataclass(frozen=True)
 class Config:
-    """One training to measure. more: further overrides of the cell's config."""
+    """One training to measure. more: extra overrides of the cell's config."""
 
     technique: str
     shape: str
@@ -74,16 +74,16 @@ class Config:
         """(fed tokens, labelled ones) of every row of the training data."""
         count = self.batch * (4 if self.ragged else 1)
         draw = random.Random(self.name)
-        found = [draw.randint(max(8, self.length // 4), self.length - 1) if self.ragged else self.length - 1 for _ in range(count)]
-        return [(fed, min(fed, self.labels or fed)) for fed in found]
+        lengths = [draw.randint(max(8, self.length // 4), self.length - 1) if self.ragged else self.length - 1 for _ in range(count)]
+        return [(fed, min(fed, self.labels or fed)) for fed in lengths]
 
 
 def everything() -> list[Config]:
     """All configurations, the first ones first to be measured."""
-    found = [*_main(), *_few()]
-    assert len({c.name for c in found}) == len(found)
-    random.Random(0).shuffle(found)
-    return found
+    configs = [*_main(), *_few()]
+    assert len({c.name for c in configs}) == len(configs)
+    random.Random(0).shuffle(configs)
+    return configs
 
 
 def _main() -> Iterator[Config]:

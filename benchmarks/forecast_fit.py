@@ -50,7 +50,7 @@ def plan_of(config: Config, gpu: bool) -> Plan:
     from pipeline.core.compose import compose, plain
     from pipeline.core.settings import read
     from pipeline.data.rows import Encoded
-    from pipeline.forecasting import run
+    from pipeline.forecasting.plan import training_plan
     from pipeline.forecasting.shape import shape_of
     from pipeline.forecasting.trained import trained
 
@@ -58,7 +58,7 @@ def plan_of(config: Config, gpu: bool) -> Plan:
     settings = read(cfg)
     shape = shape_of({**SHAPES[config.shape], "model_type": "llama"})
     rows = [[Encoded(range(fed + 1), fed + 1 - labels)] for fed, labels in config.lengths()]  # type: ignore[arg-type]
-    return run.plan(shape, trained(plain(cfg)["method"], shape), settings.train, settings.precision, rows, 0, config.steps, gpu)
+    return training_plan(shape, trained(plain(cfg)["method"], shape), settings.train, settings.precision, rows, 0, config.steps, gpu)
 
 
 def points(configs: Sequence[Config], path: Path) -> tuple[list[Point], list[dict[str, Any]]]:
@@ -66,17 +66,17 @@ def points(configs: Sequence[Config], path: Path) -> tuple[list[Point], list[dic
     known = {c.name: c for c in configs}
     rows = [row for row in read_jsonl(path) if row["name"] in known]
     good = [row for row in rows if row["status"] == "ok" and row["peak_bytes"]]
-    found = [Point(known[row["name"]], row, plan_of(known[row["name"]], row["hardware"]["device"] == "cuda")) for row in good]
-    return found, [row for row in rows if row not in good]
+    good_points = [Point(known[row["name"]], row, plan_of(known[row["name"]], row["hardware"]["device"] == "cuda")) for row in good]
+    return good_points, [row for row in rows if row not in good]
 
 
-def chosen(found: Sequence[Point]) -> list[Point]:
+def chosen(every: Sequence[Point]) -> list[Point]:
     """Those that constants are fitted on."""
-    ordered = sorted(found, key=lambda p: hashlib.sha256(p.config.name.encode()).hexdigest())
+    ordered = sorted(every, key=lambda p: hashlib.sha256(p.config.name.encode()).hexdigest())
     return [p for engine, count in SHARES.items() for p in [q for q in ordered if q.engine == engine][:count]]
 
 
-def fit(found: Sequence[Point], start: Constants) -> Constants:
+def fit(every: Sequence[Point], start: Constants) -> Constants:
     """The constants that these points give."""
     import numpy
 
@@ -84,11 +84,11 @@ def fit(found: Sequence[Point], start: Constants) -> Constants:
 
     scale, fixed = {}, {}
     for engine in SHARES:
-        own = [p for p in found if p.engine == engine and p.stepped == engine]
-        if len(own) < 3:
+        of_engine = [p for p in every if p.engine == engine and p.stepped == engine]
+        if len(of_engine) < 3:
             continue
-        simulated = [forecast(p.plan, start) for p in own]
-        measured = numpy.array([p.row["peak_bytes"] for p in own], dtype=float)
+        simulated = [forecast(p.plan, start) for p in of_engine]
+        measured = numpy.array([p.row["peak_bytes"] for p in of_engine], dtype=float)
         loaded = numpy.array([m.loaded for m in simulated], dtype=float)
         beyond = numpy.array([m.total for m in simulated]) - loaded
         left = numpy.stack([beyond / measured, 1.0 / measured], axis=1)
@@ -99,22 +99,22 @@ def fit(found: Sequence[Point], start: Constants) -> Constants:
     return dataclasses.replace(start, scale=scale, fixed=fixed)
 
 
-def before_fit(found: Sequence[Point]) -> Constants:
+def before_fit(every: Sequence[Point]) -> Constants:
     """What is read off the machine."""
-    spaces = [p.row["machine"]["product_workspace"] for p in found if p.row.get("machine", {}).get("product_workspace")]
-    beside = [p.row["device_used_bytes"] - p.row["reserved_end"] for p in found if p.row.get("device_used_bytes") and p.row.get("reserved_end")]
-    values: dict[str, Any] = {"cpu_process": 0} if not any(p.plan.gpu for p in found) else {}
+    spaces = [p.row["machine"]["product_workspace"] for p in every if p.row.get("machine", {}).get("product_workspace")]
+    beside = [p.row["device_used_bytes"] - p.row["reserved_end"] for p in every if p.row.get("device_used_bytes") and p.row.get("reserved_end")]
+    values: dict[str, Any] = {"cpu_process": 0} if not any(p.plan.gpu for p in every) else {}
     values |= {"product_workspace": int(statistics.median(spaces))} if spaces else {}
     values |= {"context": int(statistics.median(beside))} if beside else {}
     return Constants(**values)
 
 
-def judge(found: Sequence[Point], constants: Constants) -> list[tuple[Point, Memory, float]]:
+def judge(every: Sequence[Point], constants: Constants) -> list[tuple[Point, Memory, float]]:
     """(point, forecast, relative error: forecast over measured, less one)."""
     from pipeline.forecasting.memory import forecast
 
-    told = [(p, forecast(p.plan, constants)) for p in found]
-    return [(p, m, m.total / p.row["peak_bytes"] - 1) for p, m in told]
+    pairs = [(p, forecast(p.plan, constants)) for p in every]
+    return [(p, m, m.total / p.row["peak_bytes"] - 1) for p, m in pairs]
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -133,24 +133,25 @@ def write(configs: Sequence[Config], path: Path, out: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise UserError(f"{path} is not there; run: python -m benchmarks.forecast measure")
-    found, without = points(configs, path)
-    if not found:
+    measured, without = points(configs, path)
+    if not measured:
         raise UserError(f"{path} has no measured configuration; run: python -m benchmarks.forecast measure")
-    inside = chosen(found)
-    constants = fit(inside, before_fit(found))
+    inside = chosen(measured)
+    constants = fit(inside, before_fit(measured))
     names = {p.config.name for p in inside}
-    judged = judge(found, constants)
+    judged = judge(measured, constants)
     others = [(p, m, e) for p, m, e in judged if p.config.name not in names] or judged
     errors = [abs(e) for _, _, e in others]
-    hardware = found[0].row["hardware"]
+    hardware = measured[0].row["hardware"]
     summary = {
         "configurations": len(others), "median_error": round(statistics.median(errors), 4), "p95_error": round(quantile(errors, 0.95), 4),
-        "hardware": hardware["gpu"] or hardware["cpu"], "date": max(p.row["date"] for p in found), "fitted_on": len(names),
-        "without_constants": {"median_error": _median(found, names, before_fit(found)), "constants": "the allocator's rules and cuBLAS's workspace alone"},
+        "hardware": hardware["gpu"] or hardware["cpu"], "date": max(p.row["date"] for p in measured), "fitted_on": len(names),
+        "without_constants": {"median_error": _median(measured, names, before_fit(measured)),
+                              "constants": "the allocator's rules and cuBLAS's workspace alone"},
         "by_engine": {engine: _part([abs(e) for p, _, e in others if p.engine == engine]) for engine in SHARES},
-        "other_engine_than_forecast": [p.config.name for p in found if p.stepped != p.engine],
+        "other_engine_than_forecast": [p.config.name for p in measured if p.stepped != p.engine],
         "out_of_memory": [r["name"] for r in without if r["status"] == "oom"], "failed": [r["name"] for r in without if r["status"] != "oom"],
-        "kind": found[0].row["kind"], "versions": found[0].row["versions"], "command": "python -m benchmarks.forecast fit",
+        "kind": measured[0].row["kind"], "versions": measured[0].row["versions"], "command": "python -m benchmarks.forecast fit",
     }
     table = rows(judged, names)
     write_json(out / "constants.json", dataclasses.asdict(constants))
@@ -160,8 +161,8 @@ def write(configs: Sequence[Config], path: Path, out: Path) -> dict[str, Any]:
     return summary
 
 
-def _median(found: Sequence[Point], names: set[str], constants: Constants) -> float | None:
-    errors = [abs(e) for p, _, e in judge(found, constants) if p.config.name not in names]
+def _median(every: Sequence[Point], names: set[str], constants: Constants) -> float | None:
+    errors = [abs(e) for p, _, e in judge(every, constants) if p.config.name not in names]
     return round(statistics.median(errors), 4) if errors else None
 
 
@@ -174,15 +175,15 @@ def _part(errors: Sequence[float]) -> dict[str, float] | None:
 
 def rows(judged: Sequence[tuple[Point, Memory, float]], names: set[str]) -> list[dict[str, Any]]:
     """One a configuration, the largest error first."""
-    found = []
+    lines = []
     for p, m, error in sorted(judged, key=lambda one: -abs(one[2])):
         c = p.config
-        found.append({
+        lines.append({
             "configuration": c.name, "technique": c.technique, "shape": c.shape, "rows": c.batch, "length": c.length, "precision": p.row["precision"],
             "engine": p.stepped, "checkpointing": p.plan.checkpointing, "measured_bytes": p.row["peak_bytes"], "forecast_bytes": m.total,
             "error": round(error, 4), "used": "fit" if c.name in names else "judged", **{f"{k}_bytes": v for k, v in m.parts.items()},
         })
-    return found
+    return lines
 
 
 def _csv(table: Sequence[dict[str, Any]]) -> str:

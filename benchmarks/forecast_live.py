@@ -54,8 +54,8 @@ class Live(TorchDispatchMode):
 def _constants(parameter: Any) -> list[torch.Tensor]:
     """What bitsandbytes keeps beside a quantised weight."""
     state, scales = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
-    found = [] if scales is None else [scales]
+    constants = [] if scales is None else [scales]
     if state is not None:
-        found += [state.absmax, state.code]
-        found += [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
-    return found
+        constants += [state.absmax, state.code]
+        constants += [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+    return constants

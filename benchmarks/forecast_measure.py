@@ -150,7 +150,7 @@ def train(config: Config, device: Any) -> dict[str, Any]:
 
     from pipeline.core.compose import build, compose
     from pipeline.core.settings import read
-    from pipeline.forecasting.random_model import random_base
+    from pipeline.forecasting.speed import random_base
     from pipeline.measure.clock import Meter, now
     from pipeline.models.base import memory_bytes, parameters, resolve
     from pipeline.training.loop import Loop, total_steps
@@ -204,12 +204,12 @@ def segments(device: Any) -> dict[str, Any]:
 
     if device.type != "cuda":
         return {}
-    found: dict[tuple, list[int]] = {}
+    by_place: dict[tuple, list[int]] = {}
     for s in torch.cuda.memory_snapshot():
-        held = found.setdefault((str(s.get("segment_pool_id")), s["stream"] % 10**6, s["segment_type"]), [0, 0, 0])
+        entry = by_place.setdefault((str(s.get("segment_pool_id")), s["stream"] % 10**6, s["segment_type"]), [0, 0, 0])
         for place, value in enumerate((1, s["total_size"], s["allocated_size"])):
-            held[place] += value
-    return {"segments": [[*key, *value] for key, value in sorted(found.items())], "reserved_end": torch.cuda.memory_reserved(),
+            entry[place] += value
+    return {"segments": [[*key, *value] for key, value in sorted(by_place.items())], "reserved_end": torch.cuda.memory_reserved(),
             "retries": torch.cuda.memory_stats().get("num_alloc_retries", 0)}
 
 

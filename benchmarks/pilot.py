@@ -5,7 +5,7 @@
     for i in 0 1 2 3; do python -m benchmarks.pilot out.jsonl 5 techniques $i/4 & done; wait; python -m benchmarks.pilot out.jsonl 0 techniques
 
 Needs the tasks vader_movies, vader_movies_3 and vader_movies_5 prepared (the last alone for techniques), their lexicon rationales, and the
-model. The test split is never read: validation rows beyond the first 200 stand in for it. Writes one JSON object a cell and goes on where it
+model. The test split is never read: validation rows beyond the first 200 stand in for it. Writes one JSON object a cell and resumes where it
 stopped; the third form shares the cells among four processes on one GPU and then prints the table.
 """
 
@@ -64,7 +64,7 @@ def settings() -> Iterator[tuple[str, str, str, int]]:
         yield from ((task, technique, f"train.lr={lr}", seed) for technique, rates in RATES.items() for lr in rates)
 
 
-def further() -> Iterator[tuple[str, str, str, int]]:
+def extra() -> Iterator[tuple[str, str, str, int]]:
     """The same for the other techniques on the first labelling: every first rate, then the others, then a second seed of all."""
     task = LABELLINGS[0]
     yield from ((task, technique, extra, 0) for technique, extra in UNTRAINED)
@@ -111,17 +111,17 @@ def measured(folder: Path, task: str, technique: str, extra: str, seed: int) -> 
 
 def table(target: Path) -> None:
     """Print the accuracies found, one line a setting."""
-    found: dict[tuple, list[float | None]] = defaultdict(list)
+    scores: dict[tuple, list[float | None]] = defaultdict(list)
     for row in read_jsonl(target):
-        found[row["task"], row["technique"], row["extra"]].append(row.get("held_back_accuracy"))
-    for key, values in sorted(found.items()):
+        scores[row["task"], row["technique"], row["extra"]].append(row.get("held_back_accuracy"))
+    for key, values in sorted(scores.items()):
         print(*key, *(f"{v:.3f}" if v is not None else "oom" for v in values), sep="\t")
 
 
 def main(target: Path, minutes: float = 600.0, which: str = "pilot", share: str = "0/1") -> None:
     """Run what is missing within the time; of the cells, every `of`-th from `number` on where share is number/of."""
     number, of = map(int, share.split("/"))
-    wanted = list(further() if which == "techniques" else settings())[number::of]
+    wanted = list(extra() if which == "techniques" else settings())[number::of]
     done = {(r["task"], r["technique"], r["extra"], r["seed"]) for r in (read_jsonl(target) if target.exists() else [])}
     clock = measure.Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +139,7 @@ def main(target: Path, minutes: float = 600.0, which: str = "pilot", share: str 
             print(row, flush=True)
             with open(target, "a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
-            if failed:  # the device may be of no more use to this process; the next call goes on
+            if failed:  # the device may be of no more use to this process; the next call resumes
                 raise failed
 
 

@@ -49,7 +49,7 @@ class Options:
 def parse(words: Sequence[str]) -> Options:
     """key=value words. Raises UserError for an unknown key or a value that is not of its kind."""
     known = Options.__dataclass_fields__
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if key == "--dry":
@@ -60,25 +60,25 @@ def parse(words: Sequence[str]) -> Options:
         if kind.startswith("int"):
             if not value.isdecimal() or (int(value) < 1 and key != "seed"):
                 raise UserError(f"benchmarks.speed takes a whole number of at least 1 for {key}, not {value!r}")
-            found[key] = int(value)
+            values[key] = int(value)
         elif kind == "bool":
             if value not in ("true", "false"):
                 raise UserError(f"benchmarks.speed takes true or false for {key}, not {value!r}")
-            found[key] = value == "true"
+            values[key] = value == "true"
         else:
-            found[key] = Path(value) if kind.startswith("Path") else value
-    if found.get("peer_b", "liger") not in speed_peers.PEERS_B:
-        raise UserError(f"benchmarks.speed takes {', '.join(speed_peers.PEERS_B)} for peer_b, not {found['peer_b']!r}")
-    return Options(**found)
+            values[key] = Path(value) if kind.startswith("Path") else value
+    if values.get("peer_b", "liger") not in speed_peers.PEERS_B:
+        raise UserError(f"benchmarks.speed takes {', '.join(speed_peers.PEERS_B)} for peer_b, not {values['peer_b']!r}")
+    return Options(**values)
 
 
 def rows(options: Options, device: str) -> list[AnyRow]:
     """The chosen rows at the wanted sizes."""
-    found = speed_targets.chosen(options.ids or ("all" if device == "cuda" else "cpu"))
-    found = [_sized(row, options) for row in found]
+    chosen = speed_targets.chosen(options.ids or ("all" if device == "cuda" else "cpu"))
+    chosen = [_sized(row, options) for row in chosen]
     if (kind := speed_peers.PEERS_B[options.peer_b]) != "tuned":
-        found = [speed_targets.compiled(row, kind) if isinstance(row, Row) and row.over.kind == "tuned" else row for row in found]
-    return found
+        chosen = [speed_targets.compiled(row, kind) if isinstance(row, Row) and row.over.kind == "tuned" else row for row in chosen]
+    return chosen
 
 
 def _sized(row: AnyRow, options: Options) -> AnyRow:
@@ -104,10 +104,10 @@ def run(options: Options) -> int:
         print("\n".join(speed_plan.lines(groups, options.repeats, "cpu" if all(row.set == "cpu" for row in chosen) else "cuda")))
         return 0
     settings = Settings(device, options.repeats, float(options.limit_s))
-    about, kept, lost = speed_files.origin(device), {}, []  # type: ignore[var-annotated]
+    about, passes, lost = speed_files.origin(device), {}, []  # type: ignore[var-annotated]
     for group in groups:
         print(", ".join(row.id for row in group), flush=True)
-        for row, found in _measure(group, settings, options, kept):
+        for row, found in _measure(group, settings, options, passes):
             speed_files.keep(options.out, row, {**found, "rates": settings.rates}, about)
             print(f"{row.id}: {_told(found)}", flush=True)
             if found.get("ratio") is None:
@@ -117,16 +117,16 @@ def run(options: Options) -> int:
     return 1 if lost else 0
 
 
-def _measure(group: list[AnyRow], settings: Any, options: Options, kept: dict) -> list[tuple[AnyRow, dict[str, Any]]]:
+def _measure(group: list[AnyRow], settings: Any, options: Options, passes: dict) -> list[tuple[AnyRow, dict[str, Any]]]:
     from benchmarks import speed_eval, speed_run, speed_sweep
 
     first = group[0]
     _rates(group, settings)
     if isinstance(first, SweepRow):
-        return [(first, speed_sweep.measure(first, replace(settings, limit_s=2 * settings.limit_s), kept))]
+        return [(first, speed_sweep.measure(first, replace(settings, limit_s=2 * settings.limit_s), passes))]
     if isinstance(first, EvalRow):
-        given = {key: value for key in ("model", "task") if (value := getattr(options, key))}
-        return [(first, speed_eval.measure(first, settings, speed_eval.Source(**given)))]
+        names = {key: value for key in ("model", "task") if (value := getattr(options, key))}
+        return [(first, speed_eval.measure(first, settings, speed_eval.Source(**names)))]
     steps = [row for row in group if isinstance(row, Row)]
     sides = speed_run.measure(steps, settings)
     return [(row, speed_run.record(row, sides, settings)) for row in steps]

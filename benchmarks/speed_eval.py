@@ -92,10 +92,10 @@ class Ids:
 
     def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
         """Ids up to the end of the text, as words."""
-        found = []
+        texts = []
         for ids in rows.tolist():
-            found.append(" ".join(map(str, ids[: ids.index(self.eos_token_id)] if self.eos_token_id in ids else ids)))
-        return found
+            texts.append(" ".join(map(str, ids[: ids.index(self.eos_token_id)] if self.eos_token_id in ids else ids)))
+        return texts
 
 
 def plain_choose(model: Any, items: Items, batch_tokens: int, pad_id: int, device: Any) -> list[list[float]]:
@@ -124,7 +124,7 @@ def plain_generate(model: Any, prompts: Sequence[list[int]], new_tokens: int, ba
     """Greedy continuations by model.generate, left-padded batches of similar length."""
     import torch
 
-    found = [""] * len(prompts)
+    texts = [""] * len(prompts)
     with torch.inference_mode():
         for part in by_length([len(p) + new_tokens for p in prompts], batch_tokens):
             ids = pad([prompts[i] for i in part], pad_id, left=True)
@@ -135,8 +135,8 @@ def plain_generate(model: Any, prompts: Sequence[list[int]], new_tokens: int, ba
                 eos_token_id=tokenizer.eos_token_id,
             )
             for index, text in zip(part, tokenizer.batch_decode(out[:, ids.shape[1] :]), strict=True):
-                found[index] = text
-    return found
+                texts[index] = text
+    return texts
 
 
 def answer(side: str, row: EvalRow, model: Any, items: Items, end: int, device: Any) -> list[Any]:
@@ -160,8 +160,8 @@ def measure(row: EvalRow, settings: Settings, source: Source) -> dict[str, Any]:
     end = (tokenizer.eos_token_id if tokenizer else None) or 0
     sides: dict[str, dict[str, list[Any]]] = {side: {"walls_s": [], "warmup_s": [], "peak_bytes": []} for side in ("plain", "ours")}
     answers: dict[str, list[Any]] = {}
-    found: dict[str, Any] = {"id": row.id, "what": row.what, "required": row.required, "aim": row.aim, "figure": "wall_s"}
-    found["workload"] = _about(row, source, items)
+    record: dict[str, Any] = {"id": row.id, "what": row.what, "required": row.required, "aim": row.aim, "figure": "wall_s"}
+    record["workload"] = _about(row, source, items)
     try:
         with limited(settings.limit_s):
             for repeat in range(settings.repeats):
@@ -169,38 +169,38 @@ def measure(row: EvalRow, settings: Settings, source: Source) -> dict[str, Any]:
                     answers[side] = _once(side, row, source, items, end, settings.device, held)
                     print(f"  {repeat + 1}/{settings.repeats} {side}: {held['walls_s'][-1]:.2f} s for {len(items)} rows", flush=True)
     except Exception as error:
-        found["error"] = failure(error)
+        record["error"] = failure(error)
     finally:
         clear(settings.device)
     for key, side in (("over", "plain"), ("under", "ours")):
         if sides[side]["walls_s"]:
             wall = speed_stats.summary(sides[side]["walls_s"])
             limit = distance(_flops(row, items), None, wall["median"], settings.rates[row.dtype])
-            found[key] = {"kind": side, "wall_s": wall, "rows_per_s": len(items) / wall["median"], "limit": limit, **sides[side]}
+            record[key] = {"kind": side, "wall_s": wall, "rows_per_s": len(items) / wall["median"], "limit": limit, **sides[side]}
     if len(answers) == 2:
-        found |= speed_stats.ratio(sides["plain"]["walls_s"], sides["ours"]["walls_s"])
+        record |= speed_stats.ratio(sides["plain"]["walls_s"], sides["ours"]["walls_s"])
         try:
-            found["answers"] = compare(row, items, answers, source, settings.device, tokenizer)
-            if found["answers"]["different"]:
-                found["answers"]["peer_rebatched"] = rebatched(row, items, answers["plain"], end, source, settings.device, tokenizer)
+            record["answers"] = compare(row, items, answers, source, settings.device, tokenizer)
+            if record["answers"]["different"]:
+                record["answers"]["peer_rebatched"] = rebatched(row, items, answers["plain"], end, source, settings.device, tokenizer)
         finally:
             clear(settings.device)
-    return found
+    return record
 
 
-def _once(side: str, row: EvalRow, source: Source, items: Items, end: int, device: Any, held: dict[str, list[Any]]) -> list[Any]:
+def _once(side: str, row: EvalRow, source: Source, items: Items, end: int, device: Any, answers: dict[str, list[Any]]) -> list[Any]:
     model = source.load(row, device)
     memory, watch = PeakMemory(device), Stopwatch(device)
     memory.start()
     watch.lap()
     answer(side, row, model, items[:FIRST], end, device)
-    held["warmup_s"].append(watch.lap())
-    found = answer(side, row, model, items, end, device)
-    held["walls_s"].append(watch.lap())
-    held["peak_bytes"].append(memory.stop().peak_bytes)
+    answers["warmup_s"].append(watch.lap())
+    answered = answer(side, row, model, items, end, device)
+    answers["walls_s"].append(watch.lap())
+    answers["peak_bytes"].append(memory.stop().peak_bytes)
     del model
     clear(device)
-    return found
+    return answered
 
 
 def _about(row: EvalRow, source: Source, items: Items) -> dict[str, Any]:
@@ -212,22 +212,22 @@ def _about(row: EvalRow, source: Source, items: Items) -> dict[str, Any]:
 
 
 def _flops(row: EvalRow, items: Items) -> int:
-    """Each prompt once, and each further token once; logits where a token is read."""
+    """Each prompt once, and each extra token once; logits where a token is read."""
     prompts, count = sum(len(p) for p, _ in items), len(items)
-    further = sum(len(c) - 1 for _, choices in items for c in choices) if row.scoring == "choice" else count * row.new_tokens
-    return answer_flops(row.shape, prompts + further, count + further)
+    extra = sum(len(c) - 1 for _, choices in items for c in choices) if row.scoring == "choice" else count * row.new_tokens
+    return answer_flops(row.shape, prompts + extra, count + extra)
 
 
 def compare(row: EvalRow, items: Items, answers: dict[str, list[Any]], source: Source, device: Any, tokenizer: Any) -> dict[str, Any]:
     """The share of identical answers, and how near the peer itself was to the other answer where they differ."""
     ours, plain = answers["ours"], answers["plain"]
     different = differing(row, ours, plain, tokenizer)
-    found: dict[str, Any] = {"identical": 1 - len(different) / len(items), "different": len(different)}
+    compared: dict[str, Any] = {"identical": 1 - len(different) / len(items), "different": len(different)}
     if row.scoring == "choice":
-        return found | {"largest_margin_nats": max((max(plain[i]) - plain[i][_best(ours[i])] for i in different), default=None)}
+        return compared | {"largest_margin_nats": max((max(plain[i]) - plain[i][_best(ours[i])] for i in different), default=None)}
     outputs = [i for i, (a, b) in enumerate(zip(ours, plain, strict=True)) if a != b]
     margins = _margins(row, items, ours, plain, different[:EXPLAINED], source, device) if different else []
-    return found | {"identical_outputs": 1 - len(outputs) / len(items), "explained": len(margins), "largest_margin_logits": max(margins, default=None)}
+    return compared | {"identical_outputs": 1 - len(outputs) / len(items), "explained": len(margins), "largest_margin_logits": max(margins, default=None)}
 
 
 def differing(row: EvalRow, some: list[Any], other: list[Any], tokenizer: Any) -> list[int]:
@@ -253,22 +253,22 @@ def _text(words: str, tokenizer: Any) -> str | None:
 
     if tokenizer is None:
         return words
-    found = extract(tokenizer.decode([int(w) for w in words.split()]), None)
-    return None if found is None else canonical(found)
+    answer = extract(tokenizer.decode([int(w) for w in words.split()]), None)
+    return None if answer is None else canonical(answer)
 
 
 def _margins(row: EvalRow, items: Items, ours: list[str], plain: list[str], which: list[int], source: Source, device: Any) -> list[float]:
     """Where the two texts part: how far apart the two tokens' logits are in the model (0 if one text just ends)."""
     import torch
 
-    model, found = source.load(row, device), []
+    model, margins = source.load(row, device), []
     for index in which:
         a, b = ([int(w) for w in side[index].split()] for side in (ours, plain))
         at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
         if at is None:
-            found.append(0.0)
+            margins.append(0.0)
             continue
         with torch.inference_mode():
             logits = model(torch.tensor([items[index][0] + b[:at]], device=device)).logits[0, -1].float()
-        found.append(abs(float(logits[a[at]] - logits[b[at]])))
-    return found
+        margins.append(abs(float(logits[a[at]] - logits[b[at]])))
+    return margins

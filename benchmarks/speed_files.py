@@ -49,20 +49,20 @@ def keep(folder: Path, row: AnyRow, found: dict[str, Any], about: dict[str, Any]
 
 
 def _update(path: Path, record: dict[str, Any], order: list[str]) -> None:
-    held = {row["id"]: row for row in rows(path)}
-    held[record["id"]] = record
+    stored = {row["id"]: row for row in rows(path)}
+    stored[record["id"]] = record
     places = {id: place for place, id in enumerate(order)}
-    write_json(path, sorted(held.values(), key=lambda row: (places.get(row["id"], len(places)), row["id"])))
+    write_json(path, sorted(stored.values(), key=lambda row: (places.get(row["id"], len(places)), row["id"])))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a result file; none if it is not there. Raises UserError for one that is no list of objects with an id."""
     if not path.exists():
         return []
-    held = read_json(path)
-    if not isinstance(held, list) or not all(isinstance(row, dict) and "id" in row for row in held):
+    stored = read_json(path)
+    if not isinstance(stored, list) or not all(isinstance(row, dict) and "id" in row for row in stored):
         raise UserError(f"{path} is not a list of objects with an id; delete it and run the benchmarks again")
-    return held
+    return stored
 
 
 def table(folder: Path) -> str:
@@ -87,8 +87,8 @@ def table(folder: Path) -> str:
 
 def grid(folder: Path) -> str:
     """Markdown: every workload of speed-wide.json that was measured against both peers, a line each."""
-    held = {row["id"]: row for row in rows(folder / "speed-wide.json")}
-    pairs = [(row, held.get(id.replace("-plain", "-tuned"), {})) for id, row in held.items() if id.endswith("-plain")]
+    stored = {row["id"]: row for row in rows(folder / "speed-wide.json")}
+    pairs = [(row, stored.get(id.replace("-plain", "-tuned"), {})) for id, row in stored.items() if id.endswith("-plain")]
     if not pairs:
         raise UserError(f"{folder / 'speed-wide.json'} holds no workload against peer (a); run: python -m benchmarks.speed ids=wide")
     lines = [f"| {' | '.join(GRID_COLUMNS)} |", "| --- " * len(GRID_COLUMNS) + "|"]
@@ -112,22 +112,22 @@ def _at_least(value: float | None) -> str:
 
 def cost(record: dict[str, Any], side: str) -> str:
     """What a side took: seconds of a sweep or an evaluation, or milliseconds a step and the peak memory."""
-    held = record.get(side) or {}
-    if held.get("wall_s"):
-        return f"{number(held['wall_s']['median'])} s"
-    if not held.get("step_s"):
+    entry = record.get(side) or {}
+    if entry.get("wall_s"):
+        return f"{number(entry['wall_s']['median'])} s"
+    if not entry.get("step_s"):
         return ""
-    peak = f", {held['peak_bytes']['median'] / 2**30:.1f} GiB" if held.get("peak_bytes") else ""
-    return f"{number(held['step_s']['median'] * 1e3)} ms{peak}"
+    peak = f", {entry['peak_bytes']['median'] / 2**30:.1f} GiB" if entry.get("peak_bytes") else ""
+    return f"{number(entry['step_s']['median'] * 1e3)} ms{peak}"
 
 
 def same(record: dict[str, Any]) -> str:
     """How many of an evaluation's answers are the other side's too."""
-    found = record.get("answers")
-    return f", {found['identical']:.1%} of the answers the same" if found else ""
+    answers = record.get("answers")
+    return f", {answers['identical']:.1%} of the answers the same" if answers else ""
 
 
 def share(record: dict[str, Any]) -> str:
     """Our achieved share of the measured matmul rate, and the other side's."""
-    found = [((record.get(side) or {}).get("limit") or {}).get("matmul_share") for side in ("under", "over")]
-    return " / ".join(f"{value:.0%}" for value in found if value is not None)
+    shares = [((record.get(side) or {}).get("limit") or {}).get("matmul_share") for side in ("under", "over")]
+    return " / ".join(f"{value:.0%}" for value in shares if value is not None)

@@ -85,9 +85,9 @@ def switches(kind: str, device: Any) -> tuple[dict[str, Any], str, list[str]]:
         return {}, "sdpa", []
     flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     liger = kind != "compile" and device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    found = {"use_liger_kernel": liger, "optim": "adamw_torch_fused", "logging_nan_inf_filter": False, "torch_compile": kind in COMPILED}
+    options = {"use_liger_kernel": liger, "optim": "adamw_torch_fused", "logging_nan_inf_filter": False, "torch_compile": kind in COMPILED}
     notes = [] if liger or kind == "compile" else ["Liger kernels are not installed or have no device here; peer (b) ran without them"]
-    return found, "flash_attention_2" if flash else "sdpa", notes
+    return options, "flash_attention_2" if flash else "sdpa", notes
 
 
 def arguments(workload: Workload, device: Any, folder: str, **more: Any) -> Any:
@@ -110,11 +110,11 @@ def dataset(batches: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 def pairs(batches: Sequence[torch.Tensor]) -> list[dict[str, dict[str, torch.Tensor]]]:
     """Step-by-step rows: the first half of a batch are labels, the second rationales."""
-    found = []
+    made = []
     for batch in batches:
         rows, half = dataset([batch]), len(batch) // 2
-        found += [{"pred": label, "expl": rationale} for label, rationale in zip(rows[:half], rows[half:], strict=True)]
-    return found
+        made += [{"pred": label, "expl": rationale} for label, rationale in zip(rows[:half], rows[half:], strict=True)]
+    return made
 
 
 def pair_collator(features: Sequence[dict[str, dict[str, torch.Tensor]]]) -> dict[str, dict[str, torch.Tensor]]:
@@ -170,11 +170,11 @@ def unpatched() -> Iterator[None]:
     """Put transformers' Llama module back as it was: Liger replaces its rotary function, norm and MLP for all later models of the process."""
     from transformers.models.llama import modeling_llama
 
-    held, forward = dict(vars(modeling_llama)), modeling_llama.LlamaForCausalLM.forward
+    names, forward = dict(vars(modeling_llama)), modeling_llama.LlamaForCausalLM.forward
     try:
         yield
     finally:
-        vars(modeling_llama).update(held)
+        vars(modeling_llama).update(names)
         modeling_llama.LlamaForCausalLM.forward = forward  # type: ignore[method-assign]
 
 

@@ -48,7 +48,7 @@ def estimate(group: Sequence[AnyRow], repeats: int, device: str, measured: bool 
 
 def lines(groups: Sequence[Sequence[AnyRow]], repeats: int, device: str) -> list[str]:
     """The plan as text, a line a row, with the estimates in seconds and their sum."""
-    found, total, swept = [], 0.0, set()
+    plan_lines, total, swept = [], 0.0, set()
     for group in groups:
         first = group[0]
         measured = isinstance(first, SweepRow) and first.workload in swept
@@ -56,9 +56,9 @@ def lines(groups: Sequence[Sequence[AnyRow]], repeats: int, device: str) -> list
         total += seconds
         if isinstance(first, SweepRow):
             swept.add(first.workload)
-        found += [f"{row.id}: {row.what} [{work(row)}]" for row in group]
-        found.append(f"  about {seconds:.0f} s")
-    return [*found, f"about {total:.0f} s in all on {'a GPU' if device == 'cuda' else 'the CPU'}, imports left out"]
+        plan_lines += [f"{row.id}: {row.what} [{work(row)}]" for row in group]
+        plan_lines.append(f"  about {seconds:.0f} s")
+    return [*plan_lines, f"about {total:.0f} s in all on {'a GPU' if device == 'cuda' else 'the CPU'}, imports left out"]
 
 
 def work(row: AnyRow) -> str:
@@ -66,5 +66,5 @@ def work(row: AnyRow) -> str:
     if isinstance(row, EvalRow):
         return f"{row.rows} rows, {row.batch_tokens} tokens a batch, {row.dtype}"
     workloads: list[Any] = list(dict.fromkeys([row.over.workload, row.under.workload])) if isinstance(row, Row) else [row.workload]
-    told = [f"{w.name}: {w.warmup} + {w.steps} steps, {w.dtype}, lr {w.lr:g}" for w in workloads]
-    return "; ".join(told) + (f"; {row.trials} trials, {row.measured} of the peer's measured" if isinstance(row, SweepRow) else "")
+    parts = [f"{w.name}: {w.warmup} + {w.steps} steps, {w.dtype}, lr {w.lr:g}" for w in workloads]
+    return "; ".join(parts) + (f"; {row.trials} trials, {row.measured} of the peer's measured" if isinstance(row, SweepRow) else "")

@@ -154,12 +154,12 @@ def measure(rows: Sequence[Row], settings: Settings) -> dict[Side, Measured]:
 
 
 @contextlib.contextmanager
-def _noting(held: Measured) -> Iterator[None]:
+def _noting(measured: Measured) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # one lost side must not lose the others: it is recorded, and shown
-        held.error = failure(error)
-        print(f"  {held.side.name}: {held.error}", flush=True)
+        measured.error = failure(error)
+        print(f"  {measured.side.name}: {measured.error}", flush=True)
 
 
 def _told(workload: Workload, run: Run) -> str:
@@ -171,15 +171,15 @@ def _told(workload: Workload, run: Run) -> str:
 def record(row: Row, sides: dict[Side, Measured], settings: Settings) -> dict[str, Any]:
     """The row's result: ratio and spread, loss match, and both sides raw; `error` instead of a ratio where one is missing."""
     over, under = sides[row.over], sides[row.under]
-    found: dict[str, Any] = {"id": row.id, "what": row.what, "required": row.required, "aim": row.aim, "figure": row.figure}
+    row_record: dict[str, Any] = {"id": row.id, "what": row.what, "required": row.required, "aim": row.aim, "figure": row.figure}
     values = over.figure(row.figure), under.figure(row.figure)
     if all(values):
-        found |= undisturbed(over, under, speed_stats.ratio(*values))
+        row_record |= undisturbed(over, under, speed_stats.ratio(*values))
         if row.over.workload == row.under.workload:
-            found["loss"] = speed_stats.curves(under.runs[0].losses, over.runs[0].losses, row.under.workload.dtype)
+            row_record["loss"] = speed_stats.curves(under.runs[0].losses, over.runs[0].losses, row.under.workload.dtype)
     else:
-        found["error"] = "; ".join(f"{m.side.name}: {m.error or 'not measured'}" for m, v in zip((over, under), values, strict=True) if not v)
-    return {**found, "over": described(over, settings), "under": described(under, settings)}
+        row_record["error"] = "; ".join(f"{m.side.name}: {m.error or 'not measured'}" for m, v in zip((over, under), values, strict=True) if not v)
+    return {**row_record, "over": described(over, settings), "under": described(under, settings)}
 
 
 def undisturbed(over: Measured, under: Measured, found: dict[str, Any]) -> dict[str, Any]:
@@ -194,18 +194,18 @@ def undisturbed(over: Measured, under: Measured, found: dict[str, Any]) -> dict[
     return best | {"disturbed": found, "error": f"the machine was busy: a side's median step took {worst:.1f} times its fastest; measure again"}
 
 
-def described(held: Measured, settings: Settings) -> dict[str, Any]:
+def described(measured: Measured, settings: Settings) -> dict[str, Any]:
     """A side as the result file holds it."""
-    workload = held.side.workload
-    found: dict[str, Any] = {"kind": held.side.kind, "name": workload.name, "workload": dataclasses.asdict(workload), "error": held.error}
-    if held.runs:
-        steps = held.figure("step_s")
+    workload = measured.side.workload
+    description: dict[str, Any] = {"kind": measured.side.kind, "name": workload.name, "workload": dataclasses.asdict(workload), "error": measured.error}
+    if measured.runs:
+        steps = measured.figure("step_s")
         step = speed_stats.summary(steps)
-        found |= {
+        description |= {
             "step_s": step, "tokens_per_s": workload.tokens / step["median"],
-            "warmup_s": speed_stats.summary([r.warmup_s for r in held.runs]),
-            "peak_bytes": speed_stats.summary(held.figure("peak_bytes")) if held.figure("peak_bytes") else None,
+            "warmup_s": speed_stats.summary([r.warmup_s for r in measured.runs]),
+            "peak_bytes": speed_stats.summary(measured.figure("peak_bytes")) if measured.figure("peak_bytes") else None,
             "memory_kind": "gpu_reserved" if settings.device.type == "cuda" else "cpu_rss",
             "limit": distance(step_flops(workload), step_bytes(workload), step["median"], settings.rates[workload.dtype]),
         }
-    return {**found, "runs": [dataclasses.asdict(run) for run in held.runs]}
+    return {**description, "runs": [dataclasses.asdict(run) for run in measured.runs]}

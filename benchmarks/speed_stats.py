@@ -24,13 +24,13 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
     """Repeat by repeat over / under: `ratio` is their median, `spread` [lowest, highest], `iqr` from four repeats on.
 
-    Where one side ran more often than the other, its further repeats are divided by the other side's median.
+    Where one side ran more often than the other, its extra repeats are divided by the other side's median.
     """
     paired = [a / b for a, b in zip(over, under, strict=False)]
     paired += [a / statistics.median(under) for a in over[len(under) :]]
     paired += [statistics.median(over) / b for b in under[len(over) :]]
-    found = summary(paired)
-    return {"ratio": found["median"], "spread": [found["min"], found["max"]], "iqr": found["iqr"], "ratios": paired}
+    ratios = summary(paired)
+    return {"ratio": ratios["median"], "spread": [ratios["min"], ratios["max"]], "iqr": ratios["iqr"], "ratios": paired}
 
 
 def curves(ours: Sequence[float], peer: Sequence[float], dtype: str) -> dict[str, Any]:

@@ -126,19 +126,19 @@ def one_after_another(workload: Workload, count: int, device: Any) -> Pass:
     memory = PeakMemory(device)
     memory.start()
     watch = Stopwatch(device)
-    study, model, held = open_study(), base_model(workload, device), validation(workload)
+    study, model, rows = open_study(), base_model(workload, device), validation(workload)
     done = Pass(watch.lap(), [], [])
     for _ in range(count):
         asked, trial = ask(study)
-        found, model = _trial(workload, trial, model, held, device)
-        study.tell(asked, found.validation)
-        done.found.append(found)
+        outcome, model = _trial(workload, trial, model, rows, device)
+        study.tell(asked, outcome.validation)
+        done.found.append(outcome)
         done.trial_s.append(watch.lap())
     done.peak_bytes = memory.stop().peak_bytes
     return done
 
 
-def _trial(base: Workload, trial: Trial, model: Any, held: list[torch.Tensor], device: Any) -> tuple[Found, Any]:
+def _trial(base: Workload, trial: Trial, model: Any, rows: list[torch.Tensor], device: Any) -> tuple[Found, Any]:
     """(what the trial gave, the bare base again)."""
     import torch
     from peft import get_peft_model
@@ -147,7 +147,7 @@ def _trial(base: Workload, trial: Trial, model: Any, held: list[torch.Tensor], d
     torch.manual_seed(workload.seed)
     adapted = get_peft_model(model, adapter_config(workload))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = speed_peers.make_trainer(workload, device, adapted, folder, {}, eval_dataset=speed_peers.dataset(held))
+        trainer = speed_peers.make_trainer(workload, device, adapted, folder, {}, eval_dataset=speed_peers.dataset(rows))
         trainer.train()
         score = trainer.evaluate()["eval_loss"]
     losses = [float(loss) for loss in trainer.kept]
@@ -169,17 +169,17 @@ def process_s(workload: Workload, device: str) -> float:
     return watch.lap()
 
 
-def measure(row: SweepRow, settings: Settings, kept: dict[Workload, Pass]) -> dict[str, Any]:
-    """The row's result. `kept`: the peer's passes of this session by workload; one with enough trials is taken again.
+def measure(row: SweepRow, settings: Settings, passes: dict[Workload, Pass]) -> dict[str, Any]:
+    """The row's result. `passes`: the peer's passes of this session by workload; one with enough trials is taken again.
 
     Our sweep runs once before the peer's and `repeats` - 1 times after it.
     """
     ready(settings.device)
     watch, limit = Stopwatch(), settings.limit_s
-    found: dict[str, Any] = {"id": row.id, "what": row.what, "required": row.required, "aim": row.aim, "figure": "wall_s"}
+    record: dict[str, Any] = {"id": row.id, "what": row.what, "required": row.required, "aim": row.aim, "figure": "wall_s"}
     ours: list[dict[str, Any]] = []
     errors: list[str] = []
-    peer = kept.get(row.workload)
+    peer = passes.get(row.workload)
     again = peer is not None and len(peer.trial_s) >= row.measured
 
     def attempt(call: Any, name: str) -> Any:
@@ -201,42 +201,42 @@ def measure(row: SweepRow, settings: Settings, kept: dict[Workload, Pass]) -> di
             peer = attempt(lambda: one_after_another(row.workload, row.measured, settings.device), "sequential") or peer
             if peer:
                 print(f"  one after another, {len(peer.trial_s)} trials measured: {sum(peer.trial_s) + peer.setup_s:.1f} s", flush=True)
-                kept[row.workload] = peer
+                passes[row.workload] = peer
     apart = attempt(lambda: process_s(row.workload, settings.device.type), "process")
-    return found | _record(row, settings, ours, peer, apart, again, errors)
+    return record | _record(row, settings, ours, peer, apart, again, errors)
 
 
 def _record(row: SweepRow, settings: Settings, ours: list[dict[str, Any]], peer: Pass | None, apart: float | None, again: bool,
             errors: list[str]) -> dict[str, Any]:
     flops = row.trials * row.workload.total * step_flops(row.workload)
-    found: dict[str, Any] = {"workload": dataclasses.asdict(row.workload), "trials": [dataclasses.asdict(t) for t in trials(row.trials)], "notes": []}
+    record: dict[str, Any] = {"workload": dataclasses.asdict(row.workload), "trials": [dataclasses.asdict(t) for t in trials(row.trials)], "notes": []}
     if ours:
         walls = [o["wall_s"] for o in ours]
-        found["under"] = {
+        record["under"] = {
             "kind": "ours", "wall_s": speed_stats.summary(walls), "walls_s": walls, "best": ours[-1]["best"], "peak_bytes": [o["peak_bytes"] for o in ours],
             "limit": distance(flops, None, speed_stats.summary(walls)["median"], settings.rates[row.workload.dtype]), "found": _plain(ours[-1]["found"]),
         }
     if peer:
         wall = scaled(peer, row.trials)
-        found["over"] = {
+        record["over"] = {
             "kind": "sequential", "wall_s": speed_stats.summary([wall]), "setup_s": peer.setup_s, "trial_s": peer.trial_s, "peak_bytes": [peer.peak_bytes],
             "limit": distance(flops, None, wall, settings.rates[row.workload.dtype]), "found": _plain(peer.found),
         }
         if len(peer.trial_s) < row.trials:
-            found["notes"].append(f"the peer's time: {len(peer.trial_s)} trials measured, scaled to {row.trials}")
+            record["notes"].append(f"the peer's time: {len(peer.trial_s)} trials measured, scaled to {row.trials}")
         if again:
-            found["notes"].append("the peer's trials were measured for another row of this session")
+            record["notes"].append("the peer's trials were measured for another row of this session")
     if ours and peer:
-        found |= speed_stats.ratio([scaled(peer, row.trials)] * len(ours), found["under"]["walls_s"])
-        found["loss"] = agreement(ours[-1]["found"], peer.found, row.workload.dtype)
+        record |= speed_stats.ratio([scaled(peer, row.trials)] * len(ours), record["under"]["walls_s"])
+        record["loss"] = agreement(ours[-1]["found"], peer.found, row.workload.dtype)
     if apart is not None:
-        found["processes"] = {"one_s": apart, "wall_s": apart * row.trials, "measured": 1}
-        found["notes"].append(f"whole processes: 1 measured, scaled to {row.trials}")
+        record["processes"] = {"one_s": apart, "wall_s": apart * row.trials, "measured": 1}
+        record["notes"].append(f"whole processes: 1 measured, scaled to {row.trials}")
         if ours:
-            found["processes"]["ratio"] = apart * row.trials / found["under"]["wall_s"]["median"]
+            record["processes"]["ratio"] = apart * row.trials / record["under"]["wall_s"]["median"]
     if errors:
-        found["error"] = "; ".join(errors)
-    return found
+        record["error"] = "; ".join(errors)
+    return record
 
 
 def _plain(found: list[Found]) -> list[dict[str, Any]]:

@@ -107,10 +107,10 @@ def _targets() -> list[AnyRow]:
     ]
 
 
-def _further() -> list[AnyRow]:
+def _extra() -> list[AnyRow]:
     """Ratios that the issue asks for beside its table, and all workloads against both peers."""
     big = {t: Side(OURS, Workload(t, "1b", 8, 1024)) for t in ("lora", "qlora")}
-    found: list[AnyRow] = [
+    rows: list[AnyRow] = [
         Row("qlora-over-lora", "QLoRA's tokens/s over LoRA's, 1B, 8 x 1024, both ours", big["lora"], big["qlora"], required=0.6, set="wide"),
         Row("qlora-lora-memory", "LoRA's peak reserved memory over QLoRA's, 1B, 8 x 1024, both ours", big["lora"], big["qlora"], "peak_bytes", 1.0, set="wide"),
     ]
@@ -121,8 +121,8 @@ def _further() -> list[AnyRow]:
         workload = Workload(technique, shape, batch, length)
         for kind, letter in (("plain", "a"), ("tuned", "b")):
             what = f"{technique}, {shape.upper()}, {batch} x {length}: tokens/s against ({letter})"
-            found.append(_against(f"{workload.name}-{kind}", what, kind, workload, set="wide"))
-    return found + [compiled(row, "compile") for row in TARGETS if isinstance(row, Row) and row.id == "lora-1b-tuned"]
+            rows.append(_against(f"{workload.name}-{kind}", what, kind, workload, set="wide"))
+    return rows + [compiled(row, "compile") for row in TARGETS if isinstance(row, Row) and row.id == "lora-1b-tuned"]
 
 
 def compiled(row: Row, kind: str) -> Row:
@@ -132,15 +132,15 @@ def compiled(row: Row, kind: str) -> Row:
 
 
 def _cpu() -> list[AnyRow]:
-    found: list[AnyRow] = []
+    rows: list[AnyRow] = []
     for technique in RATES:
         workload = Workload(technique, "135m", 4, 64, dtype="fp32", warmup=1, steps=4)
-        found.append(_against(f"cpu-{technique}", f"{technique}, 135M, 4 x 64, fp32 on the CPU: step time against (a)", "plain", workload, 1.0, set="cpu"))
-    return found
+        rows.append(_against(f"cpu-{technique}", f"{technique}, 135M, 4 x 64, fp32 on the CPU: step time against (a)", "plain", workload, 1.0, set="cpu"))
+    return rows
 
 
 TARGETS = _targets()
-FURTHER, CPU = _further(), _cpu()
+FURTHER, CPU = _extra(), _cpu()
 SETS = {"all": [r.id for r in TARGETS], "wide": [r.id for r in FURTHER], "cpu": [r.id for r in CPU],
         **{kind: [r.id for r in TARGETS if r.set == kind] for kind in ("step", "sweep", "eval")}}
 KNOWN: dict[str, AnyRow] = {row.id: row for row in [*TARGETS, *FURTHER, *CPU]}
@@ -173,16 +173,16 @@ def resized(row: AnyRow, steps: int | None, warmup: int | None, seed: int | None
 
 def groups(rows: list[AnyRow]) -> list[list[AnyRow]]:
     """Step rows that share a side together, so that it is measured once; everything else alone. In the given order."""
-    found: list[tuple[set[Side], list[AnyRow]]] = []
+    joined_groups: list[tuple[set[Side], list[AnyRow]]] = []
     for row in rows:
         if not isinstance(row, Row):
-            found.append((set(), [row]))
+            joined_groups.append((set(), [row]))
             continue
         sides: set[Side] = {row.over, row.under}
-        joined = [g for g in found if g[0] & sides]
+        joined = [g for g in joined_groups if g[0] & sides]
         kept: list[AnyRow] = [r for g in joined for r in g[1]]
         merged = (sides.union(*(g[0] for g in joined)), [*kept, row])
-        at = found.index(joined[0]) if joined else len(found)
-        found = [g for g in found if not any(g is j for j in joined)]
-        found.insert(at, merged)
-    return [g[1] for g in found]
+        at = joined_groups.index(joined[0]) if joined else len(joined_groups)
+        joined_groups = [g for g in joined_groups if not any(g is j for j in joined)]
+        joined_groups.insert(at, merged)
+    return [g[1] for g in joined_groups]

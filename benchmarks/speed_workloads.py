@@ -158,6 +158,6 @@ def adapter_config(workload: Workload) -> Any:
 
 def labels(ids: torch.Tensor) -> torch.Tensor:
     """[B, T] labels for transformers, whose loss shifts them: the tokens themselves, none for a row's first."""
-    found = ids.clone()
-    found[:, 0] = -100
-    return found
+    targets = ids.clone()
+    targets[:, 0] = -100
+    return targets

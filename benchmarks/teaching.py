@@ -27,12 +27,12 @@ EPOCHS = 3
 
 def batches(examples: Sequence[Any], size: int, pad_id: int, device: Any) -> list[tuple[list[int], Batch]]:
     """The steps of all epochs: (rows, their batch)."""
-    found = []
+    encoded = []
     for epoch in range(EPOCHS):
         order = list(epoch_order(len(examples), 0, epoch))
         parts = [order[i : i + size] for i in range(0, len(order), size)]
-        found += [(part, collate([examples[i] for i in part], {"label": 1}, pad_id).to(device)) for part in parts]
-    return found
+        encoded += [(part, collate([examples[i] for i in part], {"label": 1}, pad_id).to(device)) for part in parts]
+    return encoded
 
 
 def timed(steps: Sequence[tuple[list[int], Batch]], ask: Callable[[list[int], Batch], Any], device: Any) -> float:

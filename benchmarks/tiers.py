@@ -112,12 +112,12 @@ def main(words: Sequence[str]) -> int:
     if not words or len(words) > 2 or not (len(words) == 1 or words[1].isdigit()):
         raise UserError("benchmarks.tiers takes a file to write and a number of experiments, or: table <file>")
     count = int(words[1]) if len(words) == 2 else EXPERIMENTS
-    found = []
+    lines = []
     for number, setting in enumerate(settings()):
-        found.append(simulate(setting, count, number))
-        print(found[-1], flush=True)
+        lines.append(simulate(setting, count, number))
+        print(lines[-1], flush=True)
     about = {"date": datetime.now(UTC).date().isoformat(), "hardware": machine.hardware("cpu")["cpu"], "command": "python -m benchmarks.tiers"}
-    write_json(Path(words[0]), {**about, "experiments": count, "settings": found})
+    write_json(Path(words[0]), {**about, "experiments": count, "settings": lines})
     return 0
 
 

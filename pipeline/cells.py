@@ -19,11 +19,12 @@ from omegaconf import DictConfig
 
 from pipeline.cell.grid import run_missing
 from pipeline.core.commands import entry
+from pipeline.forecasting.text import warn
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Run what is missing, in the grid's order."""
-    return run_missing(overrides)
+    return run_missing(overrides, warn)
 
 
 main = entry(run)

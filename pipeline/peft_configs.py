@@ -21,6 +21,7 @@ from pipeline.core.commands import entry
 from pipeline.core.compose import build, compose, without
 from pipeline.core.files import UserError, write_json
 from pipeline.core.peft_files import find
+from pipeline.forecasting.text import warn
 from pipeline.records.finished import name as cell_name
 from pipeline.records.peft_result import as_peft_result
 from pipeline.records.results import read
@@ -42,7 +43,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         except UserError as error:
             print(f"passed over: {error}", file=sys.stderr)
             code = 2
-    code = max(code, run_cells(cells))
+    code = max(code, run_cells(cells, warn))
     done = [one for one in cells if is_done(one)]
     names = [one.variant for one in done]
     for one in done:

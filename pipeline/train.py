@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from pipeline.cell import identity
 from pipeline.cell.child import run_cell
 from pipeline.core.commands import entry
-from pipeline.forecasting.warn import warned
-from pipeline.measure.clock import process_start
+from pipeline.forecasting.text import warn
+from pipeline.measure.clock import Stopwatch, process_start
 from pipeline.records import mlflow as tracking
 from pipeline.records import tuned
 
@@ -25,7 +25,9 @@ from pipeline.records import tuned
 def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Run the cell in a child process and mirror its result."""
     cfg = tuned.applied(cfg, overrides)
-    code = run_cell(cfg, None, process_start() + warned(cfg))
+    watch = Stopwatch()
+    warn([cfg])
+    code = run_cell(cfg, None, process_start() + watch.lap())  # the forecast is none of the cell's time
     if code == 0:
         tracking.log_cell(identity.folder_of(cfg), cfg)
     return code

@@ -244,7 +244,7 @@ def test_gradients_with_dropout_are_autograds_over_the_same_noise(slots):
 
 
 def test_cross_entropy_is_torchs_in_every_stretch_of_rows():
-    rows = 2 * ops.AT_ONCE + 3
+    rows = 2 * ops.ROWS_AT_ONCE + 3
     logits, targets, weights = 5 * torch.randn(rows, V), torch.randint(V, (rows,)), torch.rand(rows)
     theirs = logits.clone().requires_grad_()
     expected = torch.nn.functional.cross_entropy(theirs, targets, reduction="none") * weights

@@ -18,9 +18,8 @@ from pipeline.forecasting import cell, speed
 from pipeline.forecasting.plan import Plan
 from pipeline.forecasting.shape import shape_of
 from pipeline.forecasting.speed import Point
-from pipeline.forecasting.text import warning
+from pipeline.forecasting.text import warn, warning
 from pipeline.forecasting.trained import Trained
-from pipeline.forecasting.warn import warn
 
 GPU = "forecast.gpu_memory_gb=16"
 SMALL = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
@@ -61,6 +60,16 @@ def test_parts_add_up_and_double_bytes_in_full_precision(big):
         assert found.memory.optimiser >= 8 * found.trainable and found.trainable == found.parameters == shape_of(SMALL).parameters
     assert fp32.memory.activations > 1.4 * bf16.memory.activations
     assert "train.max_length=512" in bf16.rows_from
+
+
+def test_on_a_cpu_a_rounded_base_keeps_its_file_resident_where_the_embedding_is_a_part_of_it(tmp_path, big):
+    overrides = [o for o in big if o != GPU]
+    stored = {}
+    for dtype in ("float32", "bfloat16"):
+        (tmp_path / "config.json").write_text(json.dumps({**SMALL, "dtype": dtype}))
+        stored[dtype] = told(overrides, "technique=qlora", "device=cpu", batches=False).memory.weights
+    shape = shape_of(SMALL)
+    assert stored["float32"] - stored["bfloat16"] == 4 * shape.layers * shape.layer_matrices
 
 
 def test_more_tokens_take_more_and_checkpointing_less(big):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pipeline.forecasting.allocator import MIB, Allocator, OutOfMemory
+from pipeline.forecasting.allocator import ALIGNED, MAPPED_FROM, MIB, Allocator, Heap, OutOfMemory
 
 
 @pytest.mark.parametrize(("sizes", "reserved"), [
@@ -91,3 +91,25 @@ def test_any_order_of_frees_leaves_whole_segments():
     held.clear()
     memory.empty_cache()
     assert memory.reserved == memory.allocated == 0
+
+
+def test_on_a_heap_a_hole_of_a_forward_pass_takes_no_equal_tensor_until_the_graph_is_freed():
+    memory, size = Heap(), MIB
+    with memory.forward_pass():
+        held = [memory.new(size, "activations") for _ in range(4)]
+        held[1] = None
+        held[1] = memory.new(size, "activations")
+    before = memory.reserved
+    assert before > 5 * size and memory.allocated == 4 * size
+    held.clear()
+    memory.graph_freed()
+    held.append(memory.new(before - ALIGNED, "activations"))
+    assert memory.reserved == before
+
+
+def test_on_a_heap_a_large_tensor_is_given_back_and_the_rest_stays():
+    memory = Heap()
+    small, large = memory.new(MIB, "weights"), memory.new(MAPPED_FROM, "weights")
+    assert memory.reserved == MIB + ALIGNED + MAPPED_FROM
+    del large, small
+    assert (memory.reserved, memory.allocated) == (MIB + ALIGNED, 0) and memory.peak.reserved == MIB + ALIGNED + MAPPED_FROM

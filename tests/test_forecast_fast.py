@@ -9,11 +9,10 @@ from test_forecast_eager import BASE, METHODS
 
 from pipeline.core.names import build
 from pipeline.core.settings import Precision, Train
-from pipeline.forecasting import run
-from pipeline.forecasting.allocator import Allocator
+from pipeline.forecasting.allocator import Heap
 from pipeline.forecasting.fast import ByHand
 from pipeline.forecasting.memory import load, walk
-from pipeline.forecasting.plan import Constants
+from pipeline.forecasting.plan import Constants, equal_rows, training_plan
 from pipeline.forecasting.shape import shape_of
 from pipeline.forecasting.trained import trained
 
@@ -26,8 +25,8 @@ def settings(**more):
 
 def plan_of(method, precision="fp32", **more):
     shape = shape_of({**BASE, "model_type": "llama"})
-    train, rows = settings(**more), run.equal_rows(more.get("batch_size", ROWS), WIDTH, LABELS)
-    found = run.plan(shape, trained(METHODS[method], shape), train, Precision(precision), rows, 0, 4, gpu=True)
+    train, rows = settings(**more), equal_rows(more.get("batch_size", ROWS), WIDTH, LABELS)
+    found = training_plan(shape, trained(METHODS[method], shape), train, Precision(precision), rows, 0, 4, gpu=True)
     return dataclasses.replace(found, compute=4 if precision != "bf16" else 2)
 
 
@@ -40,7 +39,7 @@ def bound(method, precision="fp32", accumulate=False):
     import torch
 
     from pipeline.engine.bind import bind
-    from pipeline.forecasting.random_model import random_base
+    from pipeline.forecasting.speed import random_base
 
     base = random_base(BASE, precision, torch.float32, torch.device("cpu"))
     return bind(build(METHODS[method], "method").wrap(base), torch.float32, accumulate=accumulate)
@@ -57,7 +56,7 @@ def hand(plan, memory):
 def test_what_is_bound_stands_as_the_walk_says(imports, method, accumulate):
     held = bound(method, accumulate=accumulate)
     plan = dataclasses.replace(plan_of(method), accumulates=accumulate)
-    memory = Allocator(exact=True)
+    memory = Heap()
     made, parameters = hand(plan, memory)
     buffer, llama = held.buffer, held.llama
     buffers = [buffer.master, *buffer.moments, buffer.compute, buffer.raw, *([buffer.sum] if buffer.sum is not None else [])]
@@ -75,7 +74,7 @@ def test_what_is_held_and_kept_by_a_layer_is_as_the_walk_says(imports):
     from pipeline.engine.attention import Rows
 
     held, plan = bound("lora"), plan_of("lora")
-    memory = Allocator(exact=True)
+    memory = Heap()
     made, parameters = hand(plan, memory)
     n, layer = ROWS * WIDTH, held.llama.layers[1]
     before = memory.allocated
@@ -97,7 +96,7 @@ def test_what_is_held_and_kept_by_a_layer_is_as_the_walk_says(imports):
 
 def test_a_step_gives_everything_back():
     plan = plan_of("full")
-    memory = Allocator(exact=True)
+    memory = Heap()
     made, parameters = hand(plan, memory)
     before = memory.allocated
     made.n, made.width = ROWS * WIDTH, WIDTH

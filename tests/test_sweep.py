@@ -79,7 +79,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep over all ranks that is through, and what it printed, in out.txt; copy it before going on with it."""
+    """A sweep over all ranks that is through, and what it printed, in out.txt; copy it before resuming it."""
     root = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as monkeypatch, open(root / "out.txt", "w") as out, contextlib.redirect_stdout(out):
         assert sweep.main(fakes(monkeypatch, root)) == 0
@@ -364,7 +364,7 @@ def test_a_full_disk_does_not_tell_to_delete_the_study(words, small_disk, capsys
     (small_disk / "fill").write_bytes(bytes(200 << 10))  # what is left does not hold a database
     assert sweep.main([*words, f"paths.sweeps={small_disk}"]) == 2
     error = capsys.readouterr().err
-    assert "study.db (" in error and "free space or mend paths.sweeps" in error and "delete" not in error and len(error.splitlines()) == 1
+    assert "study.db (" in error and "free space or fix paths.sweeps" in error and "delete" not in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_tpe_draws_from_a_seed_stay_those_of_studies_made_before(tmp_path):
     opened, found = open_study(tmp_path, cfg, read_space(cfg)), []
     for _ in range(12):
         trial, point = opened.ask()
-        opened.kept.tell(trial, point["train.lr"] * point["method.config.r"])
+        opened.stored.tell(trial, point["train.lr"] * point["method.config.r"])
         found.append(tuple(point.values()))
     assert found[:2] == [(32, 64, 0.001987412857879569), (2, 8, 0.003636047340681997)], "at random"
     assert found[10:] == [(4, 16, 0.007481638525545445), (32, 32, 0.003855467886041795)], "having learnt from ten"

@@ -117,7 +117,7 @@ def test_out_of_memory_makes_the_pack_smaller_and_loses_no_trial(words, tmp_path
 
     monkeypatch.setattr(packing.Packing, "job", small)
     assert sweep.main([*words, "sweep.space={method.config.r: {choices: [1, 2, 4]}}", "sweep.slots=2"]) == 0
-    assert "2 trials at once ran out of memory; going on with 1" in capfd.readouterr().out
+    assert "2 trials at once ran out of memory; continuing with 1" in capfd.readouterr().out
     done = [r for r in trials(tmp_path) if r["state"] == "COMPLETE"]
     assert [(r["method.config.r"], r["slots"]) for r in done] == [("1", "2"), ("2", "2"), ("4", "1")]
     most[0] = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import yaml
@@ -14,14 +14,12 @@ from pipeline.cell.child import run_cell
 from pipeline.cell.inputs import preload
 from pipeline.core.compose import ROOT, SUFFIX, by_key, compose, without
 from pipeline.core.files import UserError
-from pipeline.forecasting.warn import warned
 from pipeline.measure.clock import now
 from pipeline.measure.machine import hardware_here
 from pipeline.records import mlflow as tracking
 from pipeline.records import tuned
 from pipeline.records.finished import name as cell_name
 from pipeline.records.results import Result
-from pipeline.search import space as search_space
 from pipeline.teachers.synthetic import rows as synthetic
 
 
@@ -30,13 +28,13 @@ def compose_cell(overrides: Sequence[str]) -> DictConfig:
     return tuned.applied(compose(overrides), overrides)
 
 
-def run_missing(overrides: Sequence[str]) -> int:
-    """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result."""
-    return run_cells([compose_cell(o) for o in grid_overrides(overrides)])
+def run_missing(overrides: Sequence[str], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:
+    """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result. warn: as run_cells has it."""
+    return run_cells([compose_cell(o) for o in grid_overrides(overrides)], warn)
 
 
-def run_cells(cells: Sequence[DictConfig]) -> int:
-    """Run those of the cells that have no result. Returns 0 if all have one then.
+def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:
+    """Run those of the cells that have no result. Returns 0 if all have one then. warn: is shown the missing ones before the first starts.
 
     Raises:
         UserError: another cell stands where one would be written, and overwrite=true was not said.
@@ -45,7 +43,8 @@ def run_cells(cells: Sequence[DictConfig]) -> int:
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done")
     if not missing:
         return 0
-    warned(*missing)
+    if warn:
+        warn(missing)
     shared = preload(missing)
     code = 0
     try:
@@ -90,7 +89,7 @@ def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:
 
 def _searched(techniques: Iterable[str], rest: Sequence[str]) -> list[str]:
     """The techniques that have something to search; the others have no tuned cell."""
-    found = {t: bool(search_space.declared(compose([*rest, f"technique={t}"])).searched) for t in techniques}
+    found = {t: bool(tuned.searches(compose([*rest, f"technique={t}"]))) for t in techniques}
     if without := [t for t, searched in found.items() if not searched]:
         print(f"nothing is searched for {', '.join(without)}: the untuned cell stands")
     return [t for t, searched in found.items() if searched]

@@ -18,6 +18,9 @@ GRAIN = 8  # widths are multiples of this
 TILE, LONG = 64, 2048  # of a product's inner length: a kernel's tile, and the length from which a part of a tile costs more than padding to all of it
 STEPS_A_WIDTH = 24  # one more width (one more capture) pays if that many steps can use it
 MOST_WIDTHS = 6
+LOGITS_AT_ONCE = 2**28  # numbers of the [chunk, V] logits that exist at a time, roughly
+ROWS_AT_ONCE = 16  # rows of logits that plain torch works on at a time, so that a CPU still has them in its cache
+NORM_PROGRAMS = 264  # programs of the norm's backward kernel where its weight is trained
 SAMPLED = 256  # steps that are drawn to choose widths where the steps are not known
 
 
@@ -68,6 +71,12 @@ def padded(columns: int, inner: int) -> int:
     """Columns for adapters beside a product's `inner` others: `columns`, rounded up to whole tiles where those are small against `inner`."""
     grain = TILE if inner >= LONG else GRAIN
     return -(-columns // grain) * grain
+
+
+def logits_rows(vocabulary: int) -> int:
+    """Rows of a chunk of logits; whole tiles of a product where there are several."""
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    return rows - rows % 256 if rows > 256 else rows
 
 
 def choose_widths(needed: dict[int, int], most: int) -> list[int]:

@@ -19,16 +19,9 @@ import torch.nn.functional as F
 
 from pipeline.engine import ops
 from pipeline.engine.attention import Attention, AttentionForward, Heads, Rows, Stream
+from pipeline.engine.layout import logits_rows
 from pipeline.engine.linear import Linears
 from pipeline.engine.ops import Tensor
-
-LOGITS_AT_ONCE = 2**28  # numbers of the [chunk, V] logits that exist at a time, roughly
-
-
-def logits_rows(vocabulary: int) -> int:
-    """Rows of a chunk of logits; whole tiles of a product where there are several."""
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    return rows - rows % 256 if rows > 256 else rows
 
 
 def _spread(picked: Tensor, at: Tensor, rows: int, room: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pipeline.engine.layout import NORM_PROGRAMS
 from pipeline.engine.misc import blocked, clear, width
 
 Tensor = torch.Tensor
@@ -133,7 +134,7 @@ def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: 
     n, d, room = y.shape[0], weight.shape[0], dx.shape[1] - weight.shape[0]
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     res = dres if dres is not None else y
-    rows = 1 if dweight is None else max(1, -(-n // 264))
+    rows = 1 if dweight is None else max(1, -(-n // NORM_PROGRAMS))
     programs = -(-n // rows)
     partial = torch.empty(programs, d, device=y.device) if dweight is not None else y
     block, warps = width(d)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pipeline.engine.layout import ROWS_AT_ONCE
+
 Tensor = torch.Tensor
-AT_ONCE = 16
-"""Rows of logits that plain torch works on at a time, so that a CPU still has them in its cache."""
 
 
 def _kernels(tensor: Tensor) -> Any:
@@ -146,8 +146,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
         return misc.cross_entropy_(logits, targets, weights)
     loss = torch.empty(len(logits), device=logits.device)
-    for first in range(0, len(logits), AT_ONCE):
-        rows = slice(first, first + AT_ONCE)
+    for first in range(0, len(logits), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
         logs, target, weight = torch.log_softmax(logits[rows].float(), -1), targets[rows, None], weights[rows, None]
         loss[rows] = -(weight * logs.gather(1, target))[:, 0]
         grad = logs.exp_()

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.engine import ops
-from pipeline.engine.layout import GRAIN
+from pipeline.engine.layout import GRAIN, LOGITS_AT_ONCE
 from pipeline.engine.linear import Linears
-from pipeline.engine.llama import LOGITS_AT_ONCE, Llama
+from pipeline.engine.llama import Llama
 from pipeline.engine.passes import ChoiceScorer, Inputs
 
 

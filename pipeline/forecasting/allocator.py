@@ -1,9 +1,7 @@
-"""PyTorch's caching allocator on CUDA in numbers alone: which segments a sequence of allocations reserves.
+"""Where tensors lie, in numbers alone: PyTorch's caching allocator on CUDA, and glibc's heap on a CPU.
 
-Library of eager.py and fast.py. Rules and sizes are those of c10/cuda/CUDACachingAllocator.cpp with default settings: sizes
-are rounded up to 512 bytes, small ones come out of segments of 2 MiB and middling ones of 20 MiB, blocks are split, best fit
-is taken and neighbours are joined when freed; every stream and every CUDA graph's pool has blocks of its own. That is where
-"reserved" comes from, and with it the memory that a card must have.
+Library of eager.py and fast.py. What a sequence of allocations reserves is more than what is live at a time; it is the memory that
+a card, or a machine, must have.
 """
 
 from __future__ import annotations
@@ -17,6 +15,13 @@ from dataclasses import dataclass, field
 MIB = 2**20
 GRAIN, SMALL, LARGE_FROM = 512, MIB, 10 * MIB
 SMALL_SEGMENT, MIDDLE_SEGMENT, LARGE_GRAIN = 2 * MIB, 20 * MIB, 2 * MIB
+MAPPED_FROM = 32 * MIB
+"""glibc: DEFAULT_MMAP_THRESHOLD_MAX, which the threshold has reached once a model has been read."""
+HEAP, MAPPED = (0, 0, False), (1, 0, False)
+ALIGNED = 96
+"""glibc: bytes that posix_memalign looks for beside a tensor's own, to begin it at a multiple of 64."""
+OCCUPIED = 2
+"""In a forward pass, autograd's objects lie in one of so many rests (by measured peaks: docs/forecast.md)."""
 
 
 class OutOfMemory(Exception):
@@ -65,18 +70,21 @@ class Peak:
 class Allocator:
     """A card's memory.
 
+    Rules and sizes are those of c10/cuda/CUDACachingAllocator.cpp with default settings: sizes are rounded up to 512 bytes, small ones
+    come out of segments of 2 MiB and middling ones of 20 MiB, blocks are split, best fit is taken and neighbours are joined when freed;
+    every stream and every CUDA graph's pool has blocks of its own.
+
     Args:
-        exact: round nothing and count live bytes (what a CPU's counter is nearer to).
         capacity: bytes of the card that tensors may take; None: no bound. As PyTorch does, segments that nothing lives in are
             given up before an allocation fails.
     """
 
-    def __init__(self, exact: bool = False, capacity: int | None = None) -> None:
-        self.exact, self.capacity = exact, capacity
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
         self.live: dict[str, int] = defaultdict(int)
         self.allocated = self.reserved = 0
         self._peak = Peak()
-        self._untold = False
+        self._unread = False
         self._free: dict[tuple[int, int, bool], list[tuple[int, int, Block]]] = defaultdict(list)
         self._stream = self._pool = self._made = 0
         self._streams = self._pools = 0
@@ -85,25 +93,25 @@ class Allocator:
         """`size` bytes, booked to `kind`."""
         if size <= 0:
             return Tensor(self, None, numbers)
-        rounded = size if self.exact else -(-size // GRAIN) * GRAIN
-        block = self._find(rounded)
+        block = self._find(size)
         block.kind, block.free = kind, False
         self.live[kind] += block.size
         self.allocated += block.size
         if self.allocated > self._peak.allocated:
-            self._peak.allocated, self._untold = self.allocated, True
+            self._peak.allocated, self._unread = self.allocated, True
         if self.reserved > self._peak.reserved:
             self._peak.reserved = self.reserved
         return Tensor(self, block, numbers)
 
     def give_back(self, block: Block) -> None:
         """A tensor's memory is free; called by the tensor."""
-        if self._untold:
-            self._tell()
+        if self._unread:
+            self._note()
         self.live[block.kind] -= block.size
         self.allocated -= block.size
-        if self.exact:
-            return
+        self._free_block(block)
+
+    def _free_block(self, block: Block) -> None:
         for other in (block.before, block.after):
             if other is not None and other.free:
                 self._take(other)
@@ -116,22 +124,22 @@ class Allocator:
         for place, blocks in self._free.items():
             if place[0] == 0:
                 self.reserved -= sum(b.size for *_, b in blocks if b.before is None and b.after is None)
-                blocks[:] = [held for held in blocks if held[2].before is not None or held[2].after is not None]
+                blocks[:] = [entry for entry in blocks if entry[2].before is not None or entry[2].after is not None]
 
     @property
     def peak(self) -> Peak:
-        """Since the last reset. On an exact allocator what is live is what is reserved."""
-        if self._untold:
-            self._tell()
-        return Peak(self._peak.allocated, self._peak.allocated, self._peak.live) if self.exact else self._peak
+        """Since the last reset."""
+        if self._unread:
+            self._note()
+        return self._peak
 
-    def _tell(self) -> None:
-        self._peak.live, self._untold = dict(self.live), False
+    def _note(self) -> None:
+        self._peak.live, self._unread = dict(self.live), False
 
     def reset_peak(self) -> None:
         """Count peaks from here on."""
         self._peak = Peak(self.reserved, self.allocated, dict(self.live))
-        self._untold = False
+        self._unread = False
 
     @contextlib.contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -161,9 +169,15 @@ class Allocator:
                 block.place = (0, -pool - 1, place[2])
                 bisect.insort(self._free[block.place], block.entry)
 
+    def forward_pass(self) -> contextlib.AbstractContextManager[None]:
+        """Allocations inside are a forward pass's: autograd makes its objects between them."""
+        return contextlib.nullcontext()
+
+    def graph_freed(self) -> None:
+        """The backward pass has freed autograd's objects."""
+
     def _find(self, size: int) -> Block:
-        if self.exact:
-            return Block(size, (0, 0, False), 0)
+        size = -(-size // GRAIN) * GRAIN
         small = size <= SMALL
         place = (self._pool, self._stream, small)
         blocks = self._free[place]
@@ -209,3 +223,87 @@ class Allocator:
             if other.after is not None:
                 other.after.before = block
         block.number = min(block.number, other.number)
+
+
+class Heap(Allocator):
+    """A process's memory under glibc, where a CPU's tensors lie: what is reserved is what stays resident.
+
+    Best fit, blocks are split, neighbours are joined when freed; where nothing fits the heap grows at its end, and it does not shrink.
+    Large tensors are mapped by themselves and given back at once. posix_memalign looks for `ALIGNED` bytes more than it keeps and gives the
+    rest back. In a forward pass autograd's own small objects come to lie in such rests, so the hole that a tensor leaves is too small for
+    an equal one until the graph is gone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: Block | None = None
+        self._graph: list[Block] = []
+        """Rests that autograd's objects lie in."""
+        self._forward, self._count = False, 0
+
+    def empty_cache(self) -> None:
+        """Nothing is cached."""
+
+    @contextlib.contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        self._forward = True
+        yield
+        self._forward = False
+
+    def graph_freed(self) -> None:
+        while self._graph:
+            self._free_block(self._graph.pop())
+
+    def _find(self, size: int) -> Block:
+        blocks = self._free[HEAP]
+        at = bisect.bisect_left(blocks, (size + ALIGNED, -1))
+        if at == len(blocks) and size >= MAPPED_FROM:
+            self.reserved += size
+            return Block(size, MAPPED, 0)
+        block = blocks.pop(at)[2] if at < len(blocks) else self._grown(size + ALIGNED)
+        self._split(block, size)
+        self._count += 1
+        if self._forward and self._count % OCCUPIED == 0:
+            self._occupy(block.after)
+        return block
+
+    def _grown(self, size: int) -> Block:
+        """The heap's last block if it is free, or a new one there, with so many bytes."""
+        block = self._last
+        if block is not None and block.free:
+            self._take(block)
+            self.reserved += size - block.size
+            block.size = size
+            return block
+        self.reserved += size
+        self._made += 1
+        last = Block(size, HEAP, self._made)
+        last.before = block
+        if block is not None:
+            block.after = last
+        self._last = last
+        return last
+
+    def _occupy(self, rest: Block | None) -> None:
+        assert rest is not None
+        self._take(rest)
+        if rest.size > ALIGNED:
+            self._split(rest, ALIGNED)
+        rest.free = False
+        self._graph.append(rest)
+
+    def _split(self, block: Block, size: int) -> None:
+        super()._split(block, size)
+        if block is self._last:
+            self._last = block.after
+
+    def _join(self, block: Block, other: Block) -> None:
+        super()._join(block, other)
+        if other is self._last:
+            self._last = block
+
+    def _free_block(self, block: Block) -> None:
+        if block.place == MAPPED:
+            self.reserved -= block.size
+        else:
+            super()._free_block(block)

@@ -19,9 +19,9 @@ from pipeline.core.compose import ROOT, compose, plain
 from pipeline.core.files import UserError, read_json
 from pipeline.core.settings import Settings, read
 from pipeline.data.rows import steps_in_epoch
-from pipeline.forecasting import memory, run, speed
+from pipeline.forecasting import memory, speed
 from pipeline.forecasting.memory import Memory
-from pipeline.forecasting.plan import Constants, Plan
+from pipeline.forecasting.plan import Constants, Plan, equal_rows, training_plan
 from pipeline.forecasting.rows import TrainingRows, training_rows
 from pipeline.forecasting.shape import NoForecast, Shape, read_shape
 from pipeline.forecasting.trained import trained
@@ -85,9 +85,9 @@ def card_at_hand(cfg: DictConfig) -> Card:
     wanted = cfg.forecast.gpu_memory_gb
     if wanted is not None:
         return Card(True, f"a card of {wanted:g} GiB", int(wanted * 2**30), at_hand=False)
-    found = machine.card() if cfg.device != "cpu" else None
-    if found is not None:
-        return Card(True, *found)
+    gpu = machine.card() if cfg.device != "cpu" else None
+    if gpu is not None:
+        return Card(True, *gpu)
     limit = cfg.memory_limit_gb
     return Card(False, "this machine" if limit is None else "memory_limit_gb", machine.machine_bytes() if limit is None else int(limit * 2**30))
 
@@ -128,13 +128,13 @@ def prepare(cfg: DictConfig, gpu: bool) -> Prepared:
         raise NoForecast(f"{what.name} finds nothing to train in this model")
     rows = training_rows(cfg, settings)
     steps = total_steps(settings.train, rows.count)
-    return Prepared(run.plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu), rows, steps, settings)
+    return Prepared(training_plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu), rows, steps, settings)
 
 
 def shape_of_cell(cfg: DictConfig) -> Shape:
     """The model's shape, from forecast.model_config or the prepared model's folder."""
-    told = cfg.forecast.model_config
-    return read_shape(Path(told) if told else Path(cfg.paths.models) / cfg.model.name / "config.json")
+    path = cfg.forecast.model_config
+    return read_shape(Path(path) if path else Path(cfg.paths.models) / cfg.model.name / "config.json")
 
 
 def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, time: bool = True) -> Forecast:
@@ -151,22 +151,22 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
     card = card or card_at_hand(cfg)
     kind = "gpu_reserved" if card.gpu else "cpu_rss"
     try:
-        held = prepare(cfg, card.gpu)
-        peak = memory.forecast(held.plan, constants())
+        prepared = prepare(cfg, card.gpu)
+        peak = memory.forecast(prepared.plan, constants())
     except NoForecast as error:
         return Forecast(cfg.technique.name, card, memory_kind=kind, reason=str(error))
-    plan = held.plan
-    longest = max(len(e.ids) - 1 for row in held.rows.examples for e in row)
-    found: dict[str, Any] = {
+    plan = prepared.plan
+    longest = max(len(e.ids) - 1 for row in prepared.rows.examples for e in row)
+    fields: dict[str, Any] = {
         "memory": peak, "fits": memory.fits(plan, constants(), card.memory_bytes, peak), "longest": longest, "engine": plan.engine,
-        "precision": plan.precision, "trainable": plan.trained.count, "parameters": plan.shape.parameters, "steps": held.steps,
-        "step_tokens": step_tokens(held), "rows_from": held.rows.source,
+        "precision": plan.precision, "trainable": plan.trained.count, "parameters": plan.shape.parameters, "steps": prepared.steps,
+        "step_tokens": step_tokens(prepared), "rows_from": prepared.rows.source,
     }
     if batches:
-        found["largest_batch"] = largest_batch(held, card)
+        fields["largest_batch"] = largest_batch(prepared, card)
     if time:
-        found |= _time(cfg, held, card)
-    return Forecast(cfg.technique.name, card, memory_kind=kind, notes=_notes(held), **found)
+        fields |= _time(cfg, prepared, card)
+    return Forecast(cfg.technique.name, card, memory_kind=kind, notes=_notes(prepared), **fields)
 
 
 def forecast_of(result: Result) -> Forecast | None:
@@ -182,13 +182,13 @@ def forecast_of(result: Result) -> Forecast | None:
         return None
 
 
-def _config_of(held: dict[str, Any]) -> DictConfig:
+def _config_of(config: dict[str, Any]) -> DictConfig:
     """A result's config as this version composes one: keys that came since have their defaults."""
     cfg = copy.deepcopy(_defaults())
     OmegaConf.set_struct(cfg, False)
     for key in DECIDING:
-        if key in held:
-            cfg[key] = held[key]
+        if key in config:
+            cfg[key] = config[key]
     return cfg
 
 
@@ -197,60 +197,60 @@ def _defaults() -> DictConfig:
     return compose()
 
 
-def step_tokens(held: Prepared) -> float:
+def step_tokens(prepared: Prepared) -> float:
     """Fed tokens of an optimiser step, on average (an epoch's last step may be smaller)."""
-    tokens = [sum(len(e.ids) - 1 for e in row) for row in held.rows.examples]
-    return held.rows.count * sum(tokens) / len(tokens) / steps_in_epoch(held.rows.count, held.settings.train.batch_size)
+    tokens = [sum(len(e.ids) - 1 for e in row) for row in prepared.rows.examples]
+    return prepared.rows.count * sum(tokens) / len(tokens) / steps_in_epoch(prepared.rows.count, prepared.settings.train.batch_size)
 
 
-def largest_batch(held: Prepared, card: Card) -> int:
-    """Rows as long as the longest that go through in one forward and backward pass; 0: not one does."""
-    plan = held.plan
-    ends = [(len(e.ids) - 1, len(e.ids) - e.start) for row in held.rows.examples for e in row]
+def largest_batch(prepared: Prepared, card: Card) -> int:
+    """Rows as long as the longest that fit into one forward and backward pass; 0: not one does."""
+    plan = prepared.plan
+    ends = [(len(e.ids) - 1, len(e.ids) - e.start) for row in prepared.rows.examples for e in row]
     fed, labels = max(ends)
 
     @functools.cache
     def peak(rows: int) -> tuple[Plan, Memory]:
-        settings = dataclasses.replace(held.settings.train, batch_size=rows, micro_batch_tokens=(fed + 8) * rows, padding_free="never")
-        asked = run.plan(plan.shape, plan.trained, settings, held.settings.precision, run.equal_rows(rows, fed, labels), 0, 2, plan.gpu)
-        asked = dataclasses.replace(asked, steps=asked.steps[:1], warm=True)
-        return asked, memory.forecast(asked, constants())
+        settings = dataclasses.replace(prepared.settings.train, batch_size=rows, micro_batch_tokens=(fed + 8) * rows, padding_free="never")
+        trial = training_plan(plan.shape, plan.trained, settings, prepared.settings.precision, equal_rows(rows, fed, labels), 0, 2, plan.gpu)
+        trial = dataclasses.replace(trial, steps=trial.steps[:1], warm=True)
+        return trial, memory.forecast(trial, constants())
 
-    def goes(rows: int) -> bool:
-        asked, found = peak(rows)
-        return memory.fits(asked, constants(), card.memory_bytes, found)
+    def fits(rows: int) -> bool:
+        trial, needed = peak(rows)
+        return memory.fits(trial, constants(), card.memory_bytes, needed)
 
     some = 32
     each = max(1.0, (peak(some)[1].total - peak(1)[1].total) / (some - 1))
     guess = int((card.memory_bytes - (constants().context if plan.gpu else 0) - peak(1)[1].total) / each) + 1
-    return _last(goes, min(max(1, guess), MOST_BATCH))
+    return _largest(fits, min(max(1, guess), MOST_BATCH))
 
 
-def _last(goes: Callable[[int], bool], guess: int) -> int:
-    """The largest number that goes, to a sixteenth, by a search that begins at a guess; 0: not even 1 does."""
-    low, high = (guess, guess * 17 // 16 + 1) if goes(guess) else (guess * 15 // 16, guess)
-    while high <= MOST_BATCH and low == guess and goes(high):
+def _largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest number of rows that fits, to a sixteenth, by a search that begins at a guess; 0: not even 1 does."""
+    low, high = (guess, guess * 17 // 16 + 1) if fits(guess) else (guess * 15 // 16, guess)
+    while high <= MOST_BATCH and low == guess and fits(high):
         low = guess = high
         high = guess * 5 // 4 + 1
-    while low and high == guess and not goes(low):
+    while low and high == guess and not fits(low):
         high = guess = low
         low = guess * 3 // 4
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
-        low, high = (middle, high) if goes(middle) else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-def _time(cfg: DictConfig, held: Prepared, card: Card) -> dict[str, Any]:
-    """The fields of a Forecast that tell the time."""
+def _time(cfg: DictConfig, prepared: Prepared, card: Card) -> dict[str, Any]:
+    """The fields of a Forecast on time."""
     if not card.at_hand:
         return {"time_from": "time: only the machine at hand can be timed; leave forecast.gpu_memory_gb out"}
     path = speed.file_of(cfg.paths.work)
-    points = speed.known(path, card.device, held.plan)
+    points = speed.known(path, card.device, prepared.plan)
     if not points:
         return {"time_from": "time: not timed on this machine yet; add forecast.calibrate=true (about half a minute, once)"}
     when = f"steps of a few layers timed on this machine ({path})"
-    return {"train_s": speed.train_seconds(held.plan, held.steps, points), "time_from": when}
+    return {"train_s": speed.train_seconds(prepared.plan, prepared.steps, points), "time_from": when}
 
 
 def calibrate(cfg: DictConfig, card: Card | None = None) -> None:
@@ -259,22 +259,20 @@ def calibrate(cfg: DictConfig, card: Card | None = None) -> None:
     Raises:
         UserError: the technique cannot be set up on random weights.
     """
-    from pipeline.forecasting import calibrate as measured
-
     card = card or card_at_hand(cfg)
     try:
-        held = prepare(cfg, card.gpu)
+        prepared = prepare(cfg, card.gpu)
     except NoForecast:
         return
     path = speed.file_of(cfg.paths.work)
-    if card.at_hand and not speed.known(path, card.device, held.plan):
-        speed.keep(path, card.device, held.plan, measured.calibrate(cfg, held.plan), machine.provenance()["started"][:10])
+    if card.at_hand and not speed.known(path, card.device, prepared.plan):
+        speed.keep(path, card.device, prepared.plan, speed.calibrate(cfg, prepared.plan), machine.provenance()["started"][:10])
 
 
-def _notes(held: Prepared) -> list[str]:
-    found = []
-    if held.plan.paged:
-        found.append("the paged optimiser's state can move to the machine's memory; it is not counted")
+def _notes(prepared: Prepared) -> list[str]:
+    notes = []
+    if prepared.plan.paged:
+        notes.append("the paged optimiser's state can move to the machine's memory; it is not counted")
     if not FITTED.exists():
-        found.append("the constants have not been fitted to measurements: run python -m benchmarks.forecast on a GPU")
-    return found
+        notes.append("the constants have not been fitted to measurements: run python -m benchmarks.forecast on a GPU")
+    return notes

@@ -1,8 +1,8 @@
 """The memory of a step under autograd over transformers' Llama modules, tensor by tensor: what the eager engine takes.
 
 Library of memory.py. It goes through the forward pass of LlamaForCausalLM with the adapters of PEFT and the linear layers of
-bitsandbytes in it, keeps what autograd saves of every operation, and goes back in autograd's order; tests/test_forecast_eager.py
-holds it against saved_tensors_hooks and against torch's own count of live bytes.
+bitsandbytes in it, keeps what autograd saves of every operation, and goes backward in autograd's order; tests/test_forecast_eager.py
+checks it against saved_tensors_hooks and against torch's own count of live bytes.
 
 Shapes: N = R·T tokens of a micro-batch, M labelled ones, d, f, V as in shape.py; z are bytes of a number. An operation returns
 its output and a function that takes a box with the output's gradient and gives the input's.
@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.engine.layout import ROWS_AT_ONCE
 from pipeline.forecasting.allocator import Allocator, Tensor
-from pipeline.forecasting.attention import Attention
-from pipeline.forecasting.operations import Back, Operations
+from pipeline.forecasting.modules import TIED, Attention, Back, Operations
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 from pipeline.forecasting.trained import parameter_sizes
 
-AT_ONCE = 16  # pipeline/engine/ops.py
 PAGED_FROM = 100_000
 """Numbers of a tensor from which bitsandbytes pages its optimiser state."""
 
@@ -61,7 +60,7 @@ class Eager(Operations):
         return y, back
 
     def layer(self, x: Tensor, layer: int, needs: bool) -> tuple[Tensor, Back]:
-        """A decoder layer: (its output [N, d], the way back)."""
+        """A decoder layer: (its output [N, d], backward)."""
         norms = self.plan.trained.kind == "ln" or self.trains(layer)
         xz = 4 if norms else max(self.hz, self.plan.base)
         size = self.n * self.s.width
@@ -82,32 +81,32 @@ class Eager(Operations):
 
         def back(box: list[Any]) -> Tensor | None:
             dy = box.pop()
-            held = [narrow(dy)]
-            held = [forward_back(held)]
-            if held[0] is not None:
-                norm2_back(held)  # added to dy in place
-            held = [narrow(dy)]
-            held = [attention_back(held)]
-            if held[0] is not None:
-                norm1_back(held)
+            gradient = [narrow(dy)]
+            gradient = [forward_back(gradient)]
+            if gradient[0] is not None:
+                norm2_back(gradient)  # added to dy in place
+            gradient = [narrow(dy)]
+            gradient = [attention_back(gradient)]
+            if gradient[0] is not None:
+                norm1_back(gradient)
             return dy if needs else None
 
         return y, back
 
     def checkpointed(self, x: Tensor, layer: int, needs: bool) -> tuple[Tensor, Back]:
-        """torch.utils.checkpoint without re-entrance: the input is kept, the layer is gone through again on the way back."""
+        """torch.utils.checkpoint without re-entrance: the input is saved, the layer is gone through again in backward."""
         y, back = self.layer(x, layer, needs)
         del back  # what autograd would save is given back at once
-        kept = [x]
+        inputs = [x]
         del x
 
         def again(box: list[Any]) -> Tensor | None:
             self.casts.clear()
-            out, back = self.layer(kept[0], layer, needs)
+            out, back = self.layer(inputs[0], layer, needs)
             self.casts.clear()
             del out
             dx = back(box)
-            kept.clear()
+            inputs.clear()
             return dx
 
         return y, again
@@ -120,7 +119,7 @@ class Eager(Operations):
         self.attention.rows, self.attention.width = micro.rows, micro.width + virtual
         self.labels = micro.labels
         inputs = [self.new(cells, 8, "inputs"), *(self.new(micro.labels, 8, "inputs") for _ in range(3)), self.new(micro.labels, 4, "inputs")]
-        held = self.plan.trained
+        trained = self.plan.trained
         x: Any = self.new(cells * self.s.width, self.hz)
         if virtual:
             prompts = self.new(micro.rows * virtual * self.s.width, self.hz)
@@ -128,43 +127,52 @@ class Eager(Operations):
             del prompts
         angles = [self.new((micro.width + virtual) * self.s.head, self.hz) for _ in range(2)]
         first = x  # a local of the model's forward pass
-        needs = "embedding" in held.parts or self.soft
+        needs = "embedding" in trained.parts or self.soft
         backs: list[Back] = []
-        for layer in range(self.s.layers):
-            x, back = (self.checkpointed if self.plan.checkpointing else self.layer)(x, layer, needs)
-            needs = needs or self.layer_trains(layer)
-            if needs:
-                backs.append(back)
-            del back
-        if not self.soft:
-            del first
-        box, end_back = self.head(x, needs)
+        with self.memory.forward_pass():
+            for layer in range(self.s.layers):
+                x, back = (self.checkpointed if self.plan.checkpointing else self.layer)(x, layer, needs)
+                needs = needs or self.layer_trains(layer)
+                if needs:
+                    backs.append(back)
+                del back
+            if not self.soft:
+                del first
+            box, end_back = self.head(x, needs)
         first = x = None
         self.casts.clear()
         box = [end_back(box)]
         while backs:
             box = [backs.pop()(box) if box[0] is not None else None]
-        if "embedding" in held.parts:
-            self.grad("embedding", self.s.vocabulary * self.s.width)
+        if "embedding" in trained.parts:
+            self.embedding_grad(self.s.vocabulary * self.s.width)
         if self.soft:
-            for number, size in enumerate(held.sizes):
+            for number, size in enumerate(trained.sizes):
                 self.grad(f"soft.{number}", size)
         del inputs, angles
+        self.memory.graph_freed()
+
+    def embedding_grad(self, numbers: int) -> None:
+        """The input embedding's gradient. A tied output layer's is added to it: in place where autocast made that one, else a third tensor."""
+        made = self.new(numbers, 4, "gradients")
+        if self.tied is not None:
+            made, self.tied = self.new(numbers, 4, "gradients") if self.z == 4 else self.tied, None
+        self.keep_grad("embedding", [made], numbers, 4)
 
     def head(self, x: Tensor, needs: bool) -> tuple[list[Any], Back]:
-        """Last norm, logits at labelled positions, loss: (a box that starts the way back, the way to the layers' last output)."""
+        """Last norm, logits at labelled positions, loss: (a box that starts backward, backward to the layers' last output)."""
         m, v, d, z = self.labels, self.s.vocabulary, self.s.width, self.z
-        held = self.plan.trained
-        norms = held.kind == "ln" or (held.kind == "full" and "norm" in held.parts)
+        trained = self.plan.trained
+        norms = trained.kind == "ln" or (trained.kind == "full" and "norm" in trained.parts)
         xz = 4 if norms else max(self.hz, self.plan.base)
         normed, norm_back = self.norm(x, needs, "norm", norms)
         del x
         inside = needs or norms
         picked = self.new(m * d, xz)
         del normed
-        trains = held.kind == "full" and ("head" in held.parts or ("embedding" in held.parts and self.s.tied and not held.own_head))
+        trains = trained.kind == "full" and ("head" in trained.parts or ("embedding" in trained.parts and self.s.tied and not trained.own_head))
         if trains:
-            owner = "head" if held.own_head or not self.s.tied else "embedding"
+            owner = "head" if trained.own_head or not self.s.tied else TIED
             logits, logits_back = self.trained_linear(picked, xz, "head", (d, v), inside, m, owner)
         else:
             logits, logits_back = self._frozen_head(picked, xz)
@@ -172,27 +180,27 @@ class Eager(Operations):
         scores = logits if z == 4 else self.new(m * v, 4, "logits")
         del logits
         if self.plan.gpu:
-            kept = [self.new(m * v, 4, "logits")]
+            saved = [self.new(m * v, 4, "logits")]
         else:  # ops.WeightedNll: a stretch of rows at a time, the gradient in the logits' place
-            stretch = self.new(min(m, AT_ONCE) * v, 4, "logits")
-            kept = [scores]
+            stretch = self.new(min(m, ROWS_AT_ONCE) * v, 4, "logits")
+            saved = [scores]
             del stretch
         del scores
 
         def back(box: list[Any]) -> Tensor | None:
             box.clear()
             if self.plan.gpu:
-                dkept = self.new(m * v, 4, "logits")
+                dsaved = self.new(m * v, 4, "logits")
                 dscores = self.new(m * v, 4, "logits")
-                kept.clear()
-                del dkept
+                saved.clear()
+                del dsaved
             else:
-                dscores = kept.pop()
+                dscores = saved.pop()
             if z != 4:
                 dscores = self.new(m * v, z, "logits")
-            held = [dscores]
+            gradient = [dscores]
             del dscores
-            dpicked = logits_back(held)
+            dpicked = logits_back(gradient)
             if not inside:
                 return None
             dnormed = self.new(self.n * d, xz)

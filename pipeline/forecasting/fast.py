@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.engine.layout import padded
+from pipeline.engine.layout import NORM_PROGRAMS, logits_rows, padded
 from pipeline.forecasting.allocator import Allocator, Tensor
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 
-LOGITS_AT_ONCE = 2**28  # pipeline/engine/llama.py
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 WIDE = (True, False, True, True)  # whose inputs leave room for x Aᵀ
 QKV, OUT, GATE_UP, DOWN = range(4)
-PROGRAMS = 264  # of the norm's backward kernel, where its weight is trained
 
 
 class ByHand:
@@ -27,7 +25,7 @@ class ByHand:
         self.full = plan.trained.kind == "full"
         self.lowest = 0
         self.n = 0
-        self.held: list[Tensor] = []
+        self.saved: list[Tensor] = []
         self.static: list[Tensor] = []
         ranks = plan.trained.ranks
         counts = [sum(name in ranks for name in group) for group in GROUPS]
@@ -77,12 +75,12 @@ class ByHand:
             del parameters[name]
 
     def hold(self, tokens: int) -> None:
-        """llama.hold: the largest of what backward needs, for as many tokens as will come."""
+        """llama.hold: the largest of what backward needs, for as many tokens as a batch can have."""
         for _ in range(self.lowest, self.s.layers):
             for index in (QKV, GATE_UP):
                 i, o = self.sizes[index]
                 o += self.under[index] if index == GATE_UP else 0
-                self.held += [self.new(tokens * (i + self.room[index]), self.z), self.new(tokens * o, self.z)]
+                self.saved += [self.new(tokens * (i + self.room[index]), self.z), self.new(tokens * o, self.z)]
 
     def try_attention(self, rows: int, width: int) -> None:
         """programs.fastest_attention: two kernels are captured and timed at the run's shape."""
@@ -101,8 +99,8 @@ class ByHand:
     def _attend_and_back(self, n: int) -> None:
         self.n = n
         out = self.attend(n)
-        found = self.attend_back(n)
-        del out, found
+        grads = self.attend_back(n)
+        del out, grads
 
     # -- a step
 
@@ -131,25 +129,25 @@ class ByHand:
     def attend_back(self, n: int) -> list[Tensor]:
         """dq, dk, dv."""
         s, z = self.s, self.z
-        own, shared = n * s.heads * s.head, n * s.groups * s.head
+        queries, shared = n * s.heads * s.head, n * s.groups * s.head
         if z == 4:
             square = n * s.heads * self.width
             scores = [self.new(square, 4), self.new(square, 4)]
-            whole = [self.new(own, 4) for _ in range(3)]
+            whole = [self.new(queries, 4) for _ in range(3)]
             del scores
-            found = [self.new(own, 4), self.new(shared, 4), self.new(shared, 4)]
+            grads = [self.new(queries, 4), self.new(shared, 4), self.new(shared, 4)]
             del whole
-            return found
-        found = [self.new(own, z), self.new(shared, z), self.new(shared, z)]
-        sums, wide = self.new(n * s.heads, 4), self.new(own, 4)
-        expanded = [self.new(own, z), self.new(own, z)] if s.heads != s.groups else []
+            return grads
+        grads = [self.new(queries, z), self.new(shared, z), self.new(shared, z)]
+        sums, wide = self.new(n * s.heads, 4), self.new(queries, 4)
+        expanded = [self.new(queries, z), self.new(queries, z)] if s.heads != s.groups else []
         del sums, wide, expanded
-        return found
+        return grads
 
     def forward(self, save: bool) -> list[Any]:
-        """Layer.forward: what it keeps beside what is held; its output takes its input's place."""
+        """Layer.forward: what it saves beside `hold`'s tensors; its output replaces its input."""
         n, s, z = self.n, self.s, self.z
-        kept: list[Any] = [self.new(n, 4)]
+        saved: list[Any] = [self.new(n, 4)]
         loose = [] if save else [self.new(n * (self.sizes[QKV][0] + self.room[QKV]), z)]
         w = self.weight(QKV)
         loose += [] if save else [self.new(n * self.sizes[QKV][1], z)]
@@ -157,24 +155,24 @@ class ByHand:
         attended = self.attend(n)
         w = self.weight(OUT)
         if self.down[OUT]:
-            kept.append(self.new(n * self.down[OUT], z))
+            saved.append(self.new(n * self.down[OUT], z))
         del w
-        kept.append(self.new(n, 4))
+        saved.append(self.new(n, 4))
         loose += [] if save else [self.new(n * (self.sizes[GATE_UP][0] + self.room[GATE_UP]), z)]
         w = self.weight(GATE_UP)
         loose += [] if save else [self.new(n * self.sizes[GATE_UP][1], z)]
         del w
         h = self.new(n * (s.inner + self.room[DOWN]), z)
         if self.down[DOWN]:
-            kept.append(self.new(n * self.down[DOWN], z))
+            saved.append(self.new(n * self.down[DOWN], z))
         w = self.weight(DOWN)
         del w, h, loose
-        return [*kept, *attended] if save else []
+        return [*saved, *attended] if save else []
 
-    def backward(self, box: list[Any], kept: list[Any], wanted: bool) -> Tensor | None:
+    def backward(self, box: list[Any], saved: list[Any], wanted: bool) -> Tensor | None:
         """Layer.backward."""
         n, s, z = self.n, self.s, self.z
-        partial = PROGRAMS * s.width if self.full else 0
+        partial = NORM_PROGRAMS * s.width if self.full else 0
         beside = [0 if under else room for room, under in zip(self.room, self.under, strict=True)]
         w = self.weight(DOWN)
         dh = self.new(n * (s.inner + beside[DOWN]), z)
@@ -189,19 +187,19 @@ class ByHand:
         del dn
         w = self.weight(OUT)
         dmixed = self.new(n * self.sizes[OUT][0], z)
-        dkept = self.new(0 if self.under[OUT] else n * self.down[OUT], z)
+        dxa = self.new(0 if self.under[OUT] else n * self.down[OUT], z)
         del w, low, dh
-        found = self.attend_back(n)
+        grads = self.attend_back(n)
         dqkv = self.new(n * (self.sizes[QKV][1] + self.under[QKV]), z)
-        del found
+        del grads
         w = self.weight(QKV)
         columns = 0 if self.under[QKV] else n * self.down[QKV]
         dn = self.new(n * (s.width + beside[QKV]), z) if wanted or self.full else self.new(columns, z)
-        del w, dkept
+        del w, dxa
         dx = self.new(n * (s.width + self.under[DOWN]), z) if wanted or self.full else None
         del dn, dqkv, dmixed, dx2
         box.clear()
-        kept.clear()
+        saved.clear()
         return dx
 
     def micro_batch(self, micro: MicroBatch) -> None:
@@ -239,15 +237,14 @@ class ByHand:
     def loss(self, m: int) -> Tensor:
         """Llama._head: the logits exist a chunk at a time."""
         dnormed = self.new(m * self.s.width, self.z)
-        chunk = max(1, LOGITS_AT_ONCE // self.s.vocabulary)
-        chunk -= chunk % 256 if chunk > 256 else 0
+        chunk = logits_rows(self.s.vocabulary)
         logits = self.new(min(chunk, m) * self.s.vocabulary, self.z, "logits")
         losses = [self.new(min(chunk, m - lo), 4) for lo in range(0, m, chunk)]
         del logits, losses
         return dnormed
 
     def run(self) -> None:
-        """Stepper: inputs, what is held, then warm-up and capture of every shape, the widest first."""
+        """Stepper: inputs, `hold`, then warm-up and capture of every shape, the widest first."""
         micros = sorted({micro for step in self.plan.steps for micro in step}, key=lambda m: -m.rows * m.width)
         largest, virtual = micros[0], self.plan.trained.virtual
         inputs = [self.new(m.rows * m.width + 2 * m.labels, 8, "inputs") for m in micros]

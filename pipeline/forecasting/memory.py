@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pipeline.forecasting.allocator import Allocator, OutOfMemory, Tensor
+from pipeline.forecasting.allocator import Allocator, Heap, OutOfMemory, Tensor
 from pipeline.forecasting.eager import Eager
 from pipeline.forecasting.fast import ByHand
 from pipeline.forecasting.plan import Constants, Plan
@@ -39,8 +39,8 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, int]:
-        found = dataclasses.asdict(self)
-        return {name: found[name] for name in (*KINDS, "allocator", "fixed")}
+        sizes = dataclasses.asdict(self)
+        return {name: sizes[name] for name in (*KINDS, "allocator", "fixed")}
 
 
 def walk(plan: Plan, constants: Constants, capacity: int | None = None) -> tuple[Allocator, int]:
@@ -49,7 +49,7 @@ def walk(plan: Plan, constants: Constants, capacity: int | None = None) -> tuple
     Raises:
         OutOfMemory: the capacity does not suffice.
     """
-    memory = Allocator(exact=not plan.gpu, capacity=capacity)
+    memory = Allocator(capacity) if plan.gpu else Heap()
     parameters = load(plan, memory)
     memory.empty_cache()
     memory.reset_peak()
@@ -68,35 +68,38 @@ def walk(plan: Plan, constants: Constants, capacity: int | None = None) -> tuple
 
 def load(plan: Plan, memory: Allocator) -> dict[str, Tensor]:
     """The base and the adapter as they stand before the first step, by name."""
-    found: dict[str, Tensor] = {}
-    held = plan.trained
+    parameters: dict[str, Tensor] = {}
+    trained = plan.trained
+    mapped = not plan.gpu and plan.shape.stored == plan.base  # the embedding is a part of the file's mapping, which keeps all of it resident
     for number, (name, numbers, size) in enumerate(tensors(plan.shape, plan.precision, plan.double_quantisation, plan.base)):
         whole = memory.new(numbers * plan.base, "weights") if size < numbers * plan.base else None  # before it is quantised
-        found[name or f"constant {number}"] = memory.new(size, "weights", numbers)
+        parameters[name or f"constant {number}"] = memory.new(size, "weights", numbers)
+        if mapped and whole is not None:
+            parameters[f"file {number}"] = whole
         del whole
     if plan.trained.kind == "full":
-        _widen(plan, memory, found)
-    elif held.kind != "none":
-        for index, numbers in enumerate(parameter_sizes(held, plan.shape)):
-            found[f"adapter {index}"] = memory.new(numbers * 4, "adapter")
-    return found
+        _widen(plan, memory, parameters)
+    elif trained.kind != "none":
+        for index, numbers in enumerate(parameter_sizes(trained, plan.shape)):
+            parameters[f"adapter {index}"] = memory.new(numbers * 4, "adapter")
+    return parameters
 
 
-def _widen(plan: Plan, memory: Allocator, found: dict[str, Tensor]) -> None:
+def _widen(plan: Plan, memory: Allocator, parameters: dict[str, Tensor]) -> None:
     """Trained weights of the base are cast to fp32, one after another."""
-    held = plan.trained
-    for name in list(found):
+    trained = plan.trained
+    for name in list(parameters):
         layer, _, what = name.partition(".")
-        inside = what and int(layer) >= held.first
-        chosen = bool(inside and ("layers" in held.parts or ("biases" in held.parts and what.endswith("bias")))) or name in held.parts
+        inside = what and int(layer) >= trained.first
+        chosen = bool(inside and ("layers" in trained.parts or ("biases" in trained.parts and what.endswith("bias")))) or name in trained.parts
         if chosen and plan.base != 4:
-            found[name] = memory.new(found[name].numbers * 4, "weights", found[name].numbers)
-    if held.added_biases:
-        for number in range(held.first, plan.shape.layers):
+            parameters[name] = memory.new(parameters[name].numbers * 4, "weights", parameters[name].numbers)
+    if trained.added_biases:
+        for number in range(trained.first, plan.shape.layers):
             for name in (n for n in LINEAR if n not in plan.shape.biases):
-                found[f"{number}.{name}.bias"] = memory.new(plan.shape.linear(name)[1] * 4, "weights")
-    if held.own_head:
-        found["own head"] = memory.new(plan.shape.vocabulary * plan.shape.width * 4, "weights")
+                parameters[f"{number}.{name}.bias"] = memory.new(plan.shape.linear(name)[1] * 4, "weights")
+    if trained.own_head:
+        parameters["own head"] = memory.new(plan.shape.vocabulary * plan.shape.width * 4, "weights")
 
 
 def _captured(plan: Plan, memory: Allocator, constants: Constants, parameters: dict[str, Tensor]) -> None:

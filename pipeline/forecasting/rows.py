@@ -38,7 +38,7 @@ class TrainingRows:
     """Whether the lengths are the data's."""
 
 
-class Light:
+class FastTokenizer:
     """As much of a tokenizer as pipeline.data.rows.Encoder asks for."""
 
     def __init__(self, folder: Path) -> None:
@@ -47,14 +47,14 @@ class Light:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        held = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-        named = held.get("eos_token")
+        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        named = config.get("eos_token")
         token = named.get("content") if isinstance(named, dict) else named
-        found = self._tokenizer.token_to_id(token) if token else None
-        self.eos_token_id = found if found is not None else 0
+        eos = self._tokenizer.token_to_id(token) if token else None
+        self.eos_token_id = eos if eos is not None else 0
         self.pad_token_id = self.eos_token_id
         self._chat = folder / "chat_template.jinja"
-        self._held = held
+        self._config = config
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
@@ -63,15 +63,15 @@ class Light:
         """The prompt in the model's own template (transformers renders it with jinja2 too)."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        text = self._chat.read_text(encoding="utf-8") if self._chat.exists() else self._held.get("chat_template")
+        text = self._chat.read_text(encoding="utf-8") if self._chat.exists() else self._config.get("chat_template")
         if not isinstance(text, str):
             raise NoForecast("no forecast for a chat task: the model's folder holds no chat template")
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=self._held.get("bos_token") or "", eos_token="")
+        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=self._config.get("bos_token") or "", eos_token="")
 
 
 def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
-    """The cell's rows, as far as they can be told.
+    """The cell's rows, as far as they are known.
 
     Raises:
         NoForecast: an objective with a loss or batches of its own, or a teacher's text that is not there.
@@ -81,7 +81,7 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
         raise NoForecast(f"no forecast for objective {objective.name}, whose {objective.own_part} is its own")
     data, model = Path(cfg.paths.data) / cfg.task.name, Path(cfg.paths.models) / cfg.model.name
     if cfg.forecast.length is not None or not (data / "train.jsonl").exists() or not (model / "tokenizer.json").exists():
-        return _as_told(cfg, settings, objective)
+        return _as_configured(cfg, settings, objective)
     rows = read_jsonl(data / "train.jsonl")
     random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.rows.load_rows draws them
     rows = rows[: cfg.train_rows]
@@ -100,16 +100,16 @@ def _encoded(cfg: DictConfig, settings: Settings, objective: Objective, rows: li
         if not (folder / "rationales.jsonl").exists():
             raise NoForecast(f"no forecast for objective {objective.name}: {folder} holds no teacher's text yet")
         rationales = load_rationales(folder)
-    encoder = Encoder(Light(model), settings.task, settings.train.max_length, "truncate")
+    encoder = Encoder(FastTokenizer(model), settings.task, settings.train.max_length, "truncate")
     return [[encoder.example(e) for e in objective.examples(row, settings.task, rationales.get(row["id"]))] for row in rows]
 
 
-def _as_told(cfg: DictConfig, settings: Settings, objective: Objective) -> TrainingRows:
+def _as_configured(cfg: DictConfig, settings: Settings, objective: Objective) -> TrainingRows:
     """Rows of one length: the config's."""
-    told = cfg.forecast.length
-    fed = int(told) if told is not None else settings.train.max_length - 1
+    length = cfg.forecast.length
+    fed = int(length) if length is not None else settings.train.max_length - 1
     most = f"train.max_length={settings.train.max_length} (data or tokenizer are not prepared, so rows may be shorter)"
-    source = f"forecast.length={fed}" if told is not None else most
+    source = f"forecast.length={fed}" if length is not None else most
     labels = min(fed, settings.task.max_new_tokens if settings.task.scoring == "generate" else LABELS)
     count = cfg.train_rows or settings.train.batch_size
     row = [Encoded(range(fed + 1), fed + 1 - labels)] * (2 if objective.needs_rationales else 1)  # type: ignore[arg-type]

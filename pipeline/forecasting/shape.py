@@ -37,6 +37,8 @@ class Shape:
     biases: tuple[str, ...] = ()
     """Linear maps of a layer that have one."""
     context: int | None = None
+    stored: int = 4
+    """Bytes of a number in the model's file."""
 
     def linear(self, name: str) -> tuple[int, int]:
         """(in, out) of one of a layer's linear maps."""
@@ -86,6 +88,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
         config["hidden_size"], config["num_hidden_layers"], heads, config.get("num_key_value_heads") or heads,
         config.get("head_dim") or config["hidden_size"] // heads, config["intermediate_size"], config["vocab_size"],
         bool(config.get("tie_word_embeddings", False)), biases, config.get("max_position_embeddings"),
+        2 if str(config.get("dtype") or config.get("torch_dtype")).endswith("float16") else 4,
     )
 
 

@@ -75,8 +75,8 @@ PEFT_NAMES = {
 
 
 def _stored(path: str) -> dict[str, Any]:
-    found = Path(path)
-    return read_json(found / "adapter_config.json" if found.is_dir() else found)
+    folder = Path(path)
+    return read_json(folder / "adapter_config.json" if folder.is_dir() else folder)
 
 
 def _selective(method: dict[str, Any], shape: Shape) -> Trained:
@@ -215,28 +215,28 @@ COUNTS: dict[str, Callable[[dict[str, Any], int, int], int]] = {
 """Trained numbers of one linear map, by PEFT's name of the adapter."""
 
 
-def parameter_sizes(held: Trained, shape: Shape) -> list[int]:
+def parameter_sizes(what: Trained, shape: Shape) -> list[int]:
     """Numbers of every trained tensor; none for a kind that has counts alone."""
-    if held.kind == "soft":
-        return list(held.sizes)
-    if held.kind == "lora":
-        return [rank * size for _ in range(shape.layers) for name, rank in held.ranks.items() for size in shape.linear(name)]
-    if held.kind == "ia3":
-        return [shape.linear(name)[0 if name in IA3_INNER else 1] for _ in range(shape.layers) for name in held.ranks]
-    if held.kind == "ln":
+    if what.kind == "soft":
+        return list(what.sizes)
+    if what.kind == "lora":
+        return [rank * size for _ in range(shape.layers) for name, rank in what.ranks.items() for size in shape.linear(name)]
+    if what.kind == "ia3":
+        return [shape.linear(name)[0 if name in IA3_INNER else 1] for _ in range(shape.layers) for name in what.ranks]
+    if what.kind == "ln":
         return [shape.width] * (2 * shape.layers + 1)
-    return _base_sizes(held, shape) if held.kind == "full" else []
+    return _base_sizes(what, shape) if what.kind == "full" else []
 
 
-def _base_sizes(held: Trained, shape: Shape) -> list[int]:
+def _base_sizes(what: Trained, shape: Shape) -> list[int]:
     whole = shape.vocabulary * shape.width
-    found = [whole] if "embedding" in held.parts else []
-    for _ in range(held.first, shape.layers):
-        if "layers" in held.parts:
-            found += [i * o for i, o in map(shape.linear, LINEAR)]
-        if {"layers", "biases"} & held.parts:
-            found += [shape.linear(name)[1] for name in (LINEAR if held.added_biases else shape.biases)]
-        if "layers" in held.parts:
-            found += [shape.width, shape.width]
-    found += [shape.width] if "norm" in held.parts else []
-    return found + ([whole] if "head" in held.parts and (not shape.tied or held.own_head) else [])
+    sizes = [whole] if "embedding" in what.parts else []
+    for _ in range(what.first, shape.layers):
+        if "layers" in what.parts:
+            sizes += [i * o for i, o in map(shape.linear, LINEAR)]
+        if {"layers", "biases"} & what.parts:
+            sizes += [shape.linear(name)[1] for name in (LINEAR if what.added_biases else shape.biases)]
+        if "layers" in what.parts:
+            sizes += [shape.width, shape.width]
+    sizes += [shape.width] if "norm" in what.parts else []
+    return sizes + ([whole] if "head" in what.parts and (not shape.tied or what.own_head) else [])

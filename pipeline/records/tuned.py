@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.core.compose import by_key
+from pipeline.core.compose import by_key, plain
 from pipeline.core.files import UserError, write_text
+from pipeline.core.names import class_of
 from pipeline.records.results import Tuning
 
 HEAD = "# Written by python -m pipeline.tune experiments={experiment} technique={technique} train_rows={train_rows}; tuned=true composes it.\n"
@@ -91,6 +92,15 @@ def label(cfg: DictConfig) -> str:
     """Technique, with its variant, as tuned files and studies are named; the variant tuned is not part of it."""
     variant = str(cfg.variant or "").removesuffix("tuned").removesuffix("-")
     return f"{cfg.technique.name}+{variant}" if variant else str(cfg.technique.name)
+
+
+def searches(cfg: DictConfig) -> Any:
+    """The config's `search` as it is written (pipeline/search/space.py checks it). A method that trains nothing has no `train.` key to search."""
+    raw = plain(cfg)
+    entries = raw.get("search") or {}
+    if isinstance(entries, dict) and not class_of(raw["method"], "method").trains:
+        return {key: entry for key, entry in entries.items() if not key.startswith("train.")}
+    return entries
 
 
 def path_of(cfg: DictConfig) -> Path:

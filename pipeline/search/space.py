@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from pipeline.core.compose import plain
 from pipeline.core.files import UserError
-from pipeline.core.names import class_of
 from pipeline.core.settings import build
+from pipeline.records import tuned
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -90,8 +89,8 @@ class Parameter:
     @property
     def entry(self) -> dict[str, Any]:
         """As YAML says it, without what is at its default and without the limits of widening."""
-        found = {name: value for name, value in asdict(self).items() if value is not None and value is not False and name not in LIMITS}
-        return found | ({"choices": list(self.choices)} if self.choices is not None else {})
+        fields = {name: value for name, value in asdict(self).items() if value is not None and value is not False and name not in LIMITS}
+        return fields | ({"choices": list(self.choices)} if self.choices is not None else {})
 
 
 @dataclass(frozen=True)
@@ -156,23 +155,15 @@ class Space:
 
 
 def declared(cfg: DictConfig) -> Space:
-    """What a technique declares to be searched (the config's `search`). A method that trains nothing has no `train.` key to search.
+    """What a technique declares to be searched.
 
     Raises:
         UserError: an entry of another form, or of a key that the cell does not have.
     """
-    entries = plain(cfg).get("search") or {}
-    if isinstance(entries, dict) and not trains(cfg):
-        entries = {key: entry for key, entry in entries.items() if not key.startswith("train.")}
     try:
-        return parse(entries, "search", cfg)
+        return parse(tuned.searches(cfg), "search", cfg)
     except UserError as error:
         raise UserError(f"technique {cfg.technique.name}: {error}") from error
-
-
-def trains(cfg: DictConfig) -> bool:
-    """Whether the technique has anything to train, told without importing what it trains with."""
-    return bool(class_of(plain(cfg)["method"], "method").trains)
 
 
 def parse(entries: Any, name: str, cfg: DictConfig) -> Space:
@@ -195,28 +186,28 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
     where = f"{name} {key!r}"
     if not isinstance(entry, dict) or not entry:
         raise UserError(f"{where} is {entry!r}; write {FORMS}")
-    found: Parameter = build(Parameter, dict(entry), f"{name}.{key}")
-    forms = [form for form, given in (("choices", found.choices), ("low and high", found.low), ("times", found.times)) if given is not None]
+    parameter: Parameter = build(Parameter, dict(entry), f"{name}.{key}")
+    forms = [form for form, value in (("choices", parameter.choices), ("low and high", parameter.low), ("times", parameter.times)) if value is not None]
     if len(forms) > 1:
         raise UserError(f"{where} has {' and '.join(forms)}; keep one of them")
-    if found.factor is not None:
-        found = replace(found, factor=None) if forms else _around(where, found, OmegaConf.select(cfg, key))
-    if found.linked:
-        if set(found.entry) != {"times", "of"}:
+    if parameter.factor is not None:
+        parameter = replace(parameter, factor=None) if forms else _around(where, parameter, OmegaConf.select(cfg, key))
+    if parameter.linked:
+        if set(parameter.entry) != {"times", "of"}:
             raise UserError(f"{where} is {entry!r}; write {{times: <number>, of: <a key that is searched>}}")
-        return found
-    _check_values(where, entry, found)
+        return parameter
+    _check_values(where, entry, parameter)
     if key.rpartition(".")[2] == "r":
-        _check_ranks(where, found)
-    return found
+        _check_ranks(where, parameter)
+    return parameter
 
 
-def _around(where: str, found: Parameter, value: Any) -> Parameter:
+def _around(where: str, parameter: Parameter, value: Any) -> Parameter:
     """The range around the cell's own value."""
-    factor = found.factor
+    factor = parameter.factor
     if not is_number(value) or factor is None or factor <= 1 or value <= 0:
         raise UserError(f"{where} has factor {factor!r} of {value!r}; write a factor above 1 of a number above 0, or low and high")
-    return replace(found, factor=None, low=float(f"{value / factor:.6g}"), high=float(f"{value * factor:.6g}"), log=True)
+    return replace(parameter, factor=None, low=float(f"{value / factor:.6g}"), high=float(f"{value * factor:.6g}"), log=True)
 
 
 def is_number(value: Any) -> bool:
@@ -224,20 +215,20 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_values(where: str, entry: Any, found: Parameter) -> None:
-    if found.choices is not None:
-        if not found.choices or len(set(found.choices)) != len(found.choices):
-            raise UserError(f"{where} has choices {list(found.choices)}; list each value once, and at least one")
-        if set(found.entry) != {"choices"}:
+def _check_values(where: str, entry: Any, parameter: Parameter) -> None:
+    if parameter.choices is not None:
+        if not parameter.choices or len(set(parameter.choices)) != len(parameter.choices):
+            raise UserError(f"{where} has choices {list(parameter.choices)}; list each value once, and at least one")
+        if set(parameter.entry) != {"choices"}:
             raise UserError(f"{where} is {entry!r}; keep its choices alone, or low and high")
-    elif found.low is None or found.high is None or found.low > found.high or (found.log and found.low <= 0):
+    elif parameter.low is None or parameter.high is None or parameter.low > parameter.high or (parameter.log and parameter.low <= 0):
         raise UserError(f"{where} is {entry!r}; write choices, or low and high with low <= high (above 0 for log)")
-    if found.step is not None and (found.step <= 0 or found.log):
-        raise UserError(f"{where} has step {found.step}; a step is above 0, and does not go with log")
+    if parameter.step is not None and (parameter.step <= 0 or parameter.log):
+        raise UserError(f"{where} has step {parameter.step}; a step is above 0, and does not go with log")
 
 
-def _check_ranks(where: str, found: Parameter) -> None:
-    for number in found.extremes:
+def _check_ranks(where: str, parameter: Parameter) -> None:
+    for number in parameter.extremes:
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise UserError(f"{where} contains {number!r}; a rank is a whole number of at least 1")
 

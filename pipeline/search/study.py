@@ -116,12 +116,12 @@ class Sweep:
     def _drawn(self) -> list[Point]:
         """n_trials different points (all there are, if that is fewer), the same for the same seed, however many are asked for later."""
         wanted, draws = min(self.n_trials or 0, self.space.size), self.space.draw(self.seed)
-        found: list[Point] = []
-        while len(found) < wanted:
+        points: list[Point] = []
+        while len(points) < wanted:
             point = next(draws)
-            if point not in found:
-                found.append(point)
-        return found
+            if point not in points:
+                points.append(point)
+        return points
 
     @property
     def target(self) -> int:
@@ -159,7 +159,7 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> Study:
             load_if_exists=True,
         )
     except OperationalError as error:  # of the place, not of what the file holds
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); free space or mend paths.sweeps, then run again") from error
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); free space or fix paths.sweeps, then run again") from error
     except (SQLAlchemyError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be opened as an Optuna study ({str(error).splitlines()[0]}); delete {folder} to start anew"
@@ -186,15 +186,15 @@ def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
 def _check_same(study: optuna.Study, cfg: DictConfig, sweep: Sweep, folder: Path) -> None:
     """Raise UserError if the study is another one's: of other inputs, another space, or a cell that decides otherwise."""
     wanted = _identity(cfg, sweep)
-    found = study.user_attrs.get("identity")
-    if found is None:
+    stored = study.user_attrs.get("identity")
+    if stored is None:
         study.set_user_attr("identity", wanted)
         return
-    found = _unified(found)
-    for key in [*found, *wanted]:
-        if found.get(key) != wanted.get(key) and (key in wanted or _decides(cfg, key, found[key])):
+    stored = _unified(stored)
+    for key in [*stored, *wanted]:
+        if stored.get(key) != wanted.get(key) and (key in wanted or _decides(cfg, key, stored[key])):
             raise UserError(
-                f"{folder / 'study.db'} was made with {key}={found.get(key)}, now it is {wanted.get(key)}; "
+                f"{folder / 'study.db'} was made with {key}={stored.get(key)}, now it is {wanted.get(key)}; "
                 f"delete {folder} to start anew, or set paths.sweeps to another folder"
             )
 
@@ -207,8 +207,8 @@ def _identity(cfg: DictConfig, sweep: Sweep) -> dict[str, Any]:
     inputs = {"data": Path(cfg.paths.data) / cfg.task.name, "model": Path(cfg.paths.models) / cfg.model.name}
     manifests = {kind: folder / "manifest.json" for kind, folder in inputs.items()}
     digests = {f"the {kind} (sha256)": sha256(path) if path.exists() else None for kind, path in manifests.items()}
-    found: dict[str, Any] = json.loads(json.dumps(decides | share | searched | digests, default=str))
-    return found
+    flat: dict[str, Any] = json.loads(json.dumps(decides | share | searched | digests, default=str))
+    return flat
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -218,11 +218,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _unified(found: Mapping[str, Any]) -> dict[str, Any]:
+def _unified(stored: Mapping[str, Any]) -> dict[str, Any]:
     """A study's identity as today's are: earlier ones had links beside the space, entries as they were written, and keys by their old names."""
-    entries = found["sweep.space"] | found.get("sweep.link", {})
+    entries = stored["sweep.space"] | stored.get("sweep.link", {})
     bare = {key: {name: v for name, v in entry.items() if v is not None and v is not False} for key, entry in entries.items()}
-    return {**{RENAMED.get(key, key): value for key, value in found.items() if key != "sweep.link"}, "sweep.space": bare}
+    return {**{RENAMED.get(key, key): value for key, value in stored.items() if key != "sweep.link"}, "sweep.space": bare}
 
 
 def _decides(cfg: DictConfig, key: str, value: Any) -> bool:
@@ -252,60 +252,60 @@ def _description(cfg: DictConfig, sweep: Sweep) -> dict[str, Any]:
 class Study:
     """The trials of a sweep, in folder/study.db."""
 
-    kept: optuna.Study
+    stored: optuna.Study
     sweep: Sweep
     folder: Path
 
     @property
     def answered(self) -> int:
         """Trials that completed, were pruned, ran out of memory or ended with an error that counts. One that died has no answer."""
-        return sum(_has_answer(trial) for trial in self.kept.trials)
+        return sum(_has_answer(trial) for trial in self.stored.trials)
 
     def revive(self) -> None:
         """Fail the trials that a dead process left running, and enqueue what has no answer yet.
 
         Brute force enqueues every point here: Optuna's BruteForceSampler would never try one again that died.
         """
-        for trial in self.kept.trials:
+        for trial in self.stored.trials:
             if trial.state.name == "RUNNING":
                 self.fail(trial.number)
         points = self.sweep.points
         if points is None:
-            dead = [_point(t) for t in self.kept.trials if t.state.name == "FAIL" and not _has_answer(t)]
+            dead = [_point(t) for t in self.stored.trials if t.state.name == "FAIL" and not _has_answer(t)]
             points = [point for point in dead if set(point) == set(self.sweep.space.searched)]
-        known = [_point(t) for t in self.kept.trials if t.state.name == "WAITING" or _has_answer(t)]
+        known = [_point(t) for t in self.stored.trials if t.state.name == "WAITING" or _has_answer(t)]
         for point in points:
             if point not in known:
-                self.kept.enqueue_trial(point)
+                self.stored.enqueue_trial(point)
                 known.append(point)
 
     def ask(self) -> tuple[optuna.Trial, Point]:
         """The next trial, and the settings that it is to have."""
-        trial = self.kept.ask(self.sweep.space.distributions)
+        trial = self.stored.ask(self.sweep.space.distributions)
         return trial, self.sweep.space.complete(self.sweep.space.point(trial.params))
 
     def fail(self, number: int) -> None:
         import optuna
 
-        self.kept.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+        self.stored.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
     def tell(self, trial: optuna.Trial, result: Result, spent_s: float, pruned: bool = False) -> None:
         """Keep what became of a trial. The value of one that the pruner ended is the last that it reported."""
         import optuna
 
-        found = numbers(result) | {"spent_s": spent_s}
-        for key, value in {"status": "pruned" if pruned else result.status, **found}.items():
+        measured = numbers(result) | {"spent_s": spent_s}
+        for key, value in {"status": "pruned" if pruned else result.status, **measured}.items():
             trial.set_user_attr(key, value)
         if pruned:
-            self.kept.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            self.stored.tell(trial, state=optuna.trial.TrialState.PRUNED)
         elif result.status != "ok":
             trial.set_user_attr("error", result.error)
             self.fail(trial.number)
         else:
-            self.kept.tell(trial, self._values(result, found))
+            self.stored.tell(trial, self._values(result, measured))
 
-    def _values(self, result: Result, found: Mapping[str, Any]) -> list[float]:
-        values = {"validation": getattr(result.scores["validation"], result.metric), "peak_memory": found["peak_bytes"]}
+    def _values(self, result: Result, measured: Mapping[str, Any]) -> list[float]:
+        values = {"validation": getattr(result.scores["validation"], result.metric), "peak_memory": measured["peak_bytes"]}
         for name in self.sweep.objectives:
             if values[name] is None:
                 raise UserError(f"the objective {name} was not measured on this machine; leave it out of sweep.objectives")
@@ -313,7 +313,7 @@ class Study:
 
     def rows(self) -> list[dict[str, Any]]:
         """Finished trials as rows: number, state, status (ok, pruned, oom, error, died), settings, objectives, seconds, started, numbers."""
-        return [self._row(t) for t in self.kept.trials if t.state.is_finished() and set(_point(t)) == set(self.sweep.space.searched)]
+        return [self._row(t) for t in self.stored.trials if t.state.is_finished() and set(_point(t)) == set(self.sweep.space.searched)]
 
     def _row(self, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         has_answer, objectives = _has_answer(trial), self.sweep.objectives
@@ -342,12 +342,12 @@ class Study:
 
     def write_best(self) -> dict[str, Any]:
         """best.json: the highest validation score (ties: the smaller memory objective, then the choice listed first); and the front."""
-        trials, sweep = self.kept.trials, self.sweep
+        trials, sweep = self.stored.trials, self.sweep
         complete = [t for t in trials if t.state.name == "COMPLETE"]
         if not complete:
             raise UserError(f"no trial of {self.folder} completed (see {self.folder / 'trials.csv'}); choose smaller settings or a bigger machine")
         several = len(sweep.objectives) > 1
-        front = sorted(self.kept.best_trials if several else complete, key=lambda t: (-t.values[0], *t.values[1:], sweep.space.order(t.params)))
+        front = sorted(self.stored.best_trials if several else complete, key=lambda t: (-t.values[0], *t.values[1:], sweep.space.order(t.params)))
         last = max(t.datetime_complete for t in trials if _has_answer(t) and t.datetime_complete)
         best = {
             **_choice(front[0], sweep),

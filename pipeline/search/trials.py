@@ -51,7 +51,7 @@ def alone(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise UserError(f"another sweep is at work in {folder}; wait for it, or end it") from error
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free space or mend paths.sweeps, then run again") from error
+        raise UserError(f"cannot write {folder}: {error.strerror}; free space or fix paths.sweeps, then run again") from error
     try:
         yield
     finally:
@@ -104,7 +104,7 @@ def search(study: Study, cfg: DictConfig, load: Callable[[], inputs.Shared]) -> 
 
 
 def refusal(sweep: Sweep, cfg: DictConfig) -> str | None:
-    """Why the sweep is not packed, as far as that can be told without a GPU being touched."""
+    """Why the sweep is not packed, as far as that is known without touching a GPU."""
     import torch
 
     if sweep.executor == "sequential":
@@ -183,7 +183,7 @@ def run_trial(cfg: DictConfig, shared: inputs.Shared, scratch: Path, label: str,
             why = "its settings do not suit the input" if done.code == UNSUITED else f"ended with code {done.code}"
             return record.bare_result(cfg, status="error", error=why, hardware=hardware("cpu"), precision=cfg.precision.name)
         if done.code:
-            raise UserError(f"the trial with {label} ended with code {done.code} (see above); mend the cause and run again")
+            raise UserError(f"the trial with {label} ended with code {done.code} (see above); fix the cause and run again")
         return results.read(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -216,7 +216,7 @@ def _packed(trials: Trials, shared: inputs.Shared) -> str | None:
             slots = ended.fewer()
             if slots is None:
                 return "not even one trial fits beside what a pack needs"
-            print(f"{ended.slots} trials at once ran out of memory; going on with {slots}", flush=True)
+            print(f"{ended.slots} trials at once ran out of memory; continuing with {slots}", flush=True)
     return None
 
 
@@ -288,13 +288,13 @@ def study_name(cfg: DictConfig) -> str:
     return f"{cfg.technique.name}+{cfg.variant}" if cfg.variant else str(cfg.technique.name)
 
 
-def of_grid(cfg: DictConfig, given: Collection[str]) -> DictConfig:
-    """The cell's config with the first seed and train_rows of the experiment's grid, unless they were given."""
-    if "experiments" not in given:
+def of_grid(cfg: DictConfig, words: Collection[str]) -> DictConfig:
+    """The cell's config with the first seed and train_rows of the experiment's grid, unless the words name them."""
+    if "experiments" not in words:
         return cfg
     grid = cell_grid.grid(cfg.experiment)["grid"]
     wanted = {"seed": grid["seeds"][0], "train_rows": grid["train_rows"][0]}
-    return at(cfg, {key: value for key, value in wanted.items() if key not in given})
+    return at(cfg, {key: value for key, value in wanted.items() if key not in words})
 
 
 def confirm(cfg: DictConfig, best: dict[str, Any], confirmed: list[DictConfig]) -> int:

@@ -47,15 +47,15 @@ def budget_of(cfg: DictConfig) -> int:
 
 
 def each_technique(cfg: DictConfig, words: Sequence[str]) -> list[list[str]]:
-    """The overrides of every technique and number of rows, with the grid's first seed unless one is given."""
-    given = by_key(words)
-    if "experiments" not in given:
+    """The overrides of every technique and number of rows, with the grid's first seed unless the words name one."""
+    values = by_key(words)
+    if "experiments" not in values:
         raise UserError("pipeline.tune needs an experiment; add experiments=<name>, for example experiments=quick")
-    grid = cell_grid.grid(given["experiments"])["grid"]
-    named = [given["technique"]] if "technique" in given else list(cfg.tune.techniques or grid["techniques"])
+    grid = cell_grid.grid(values["experiments"])["grid"]
+    named = [values["technique"]] if "technique" in values else list(cfg.tune.techniques or grid["techniques"])
     techniques = dict.fromkeys(t.removesuffix(SUFFIX) for t in named)
-    rows = [given["train_rows"]] if "train_rows" in given else grid["train_rows"]
-    seed, rest = given.get("seed", grid["seeds"][0]), without(words, "technique", "seed", "train_rows")
+    rows = [values["train_rows"]] if "train_rows" in values else grid["train_rows"]
+    seed, rest = values.get("seed", grid["seeds"][0]), without(words, "technique", "seed", "train_rows")
     return [[*rest, f"technique={t}", f"seed={seed}", f"train_rows={'null' if n is None else n}"] for n in rows for t in techniques]
 
 
@@ -64,12 +64,12 @@ class Shared:
     """What the searches of one base model read once."""
 
     model: str | None = None
-    held: inputs.Shared | None = None
+    loaded: inputs.Shared | None = None
 
     def of(self, cfg: DictConfig) -> inputs.Shared:
-        if self.held is None or self.model != cfg.model.name:
-            self.model, self.held = cfg.model.name, inputs.preload([cfg])
-        return self.held
+        if self.loaded is None or self.model != cfg.model.name:
+            self.model, self.loaded = cfg.model.name, inputs.preload([cfg])
+        return self.loaded
 
 
 def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
@@ -102,9 +102,9 @@ def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
         for folder in (_folder(cfg, part) for part in PARTS):
             if (folder / "sweep.json").exists():
                 tracking.log_sweep(folder, cfg)
-    found = _tuned(cfg, space, budget, trials, edges)
-    tuned.write(tuned.path_of(cfg), found)
-    return found
+    result = _tuned(cfg, space, budget, trials, edges)
+    tuned.write(tuned.path_of(cfg), result)
+    return result
 
 
 def _folder(cfg: DictConfig, part: str) -> Path:
@@ -136,7 +136,7 @@ def best_of(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The trial with the highest validation metric (ties: the lower loss of the right answers, then the earlier). Raises UserError if none has one."""
     valued = [t for t in trials if t["validation"] is not None]
     if not valued:
-        raise UserError(f"none of {len(trials)} trials has a value (see above); mend the cause, delete their folder under sweeps/ and run again")
+        raise UserError(f"none of {len(trials)} trials has a value (see above); fix the cause, delete their folder under sweeps/ and run again")
     return max(valued, key=lambda t: (t["validation"], -math.inf if t["nll"] is None else -t["nll"]))
 
 
@@ -146,23 +146,23 @@ def _tried(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _tuned(cfg: DictConfig, space: Space, budget: int, trials: Sequence[dict[str, Any]], edges: list[Edge]) -> tuned.Tuned:
     best, about = best_of(trials), provenance()
-    kept = [{**{key: t[key] for key in ("number", "part", "status", "diverged", "validation", "nll")}, "settings": t["settings"]} for t in trials]
+    rows = [{**{key: t[key] for key in ("number", "part", "status", "diverged", "validation", "nll")}, "settings": t["settings"]} for t in trials]
     return tuned.Tuned(
         experiment=cfg.experiment, technique=tuned.label(cfg), task=cfg.task.name, model=cfg.model.name, train_rows=cfg.train_rows, seed=cfg.seed,
         metric=cfg.task.get("metric", "accuracy"), settings=best["settings"],
         searched={key: space.entries[key] for key in space.searched}, budget=budget, validation=best["validation"],
-        edges=edges, trials=kept,
+        edges=edges, trials=rows,
         device_s=round(math.fsum(t["spent_s"] or 0.0 for t in trials), 3), packed=any(t["packed"] for t in trials), hardware=trials[-1]["hardware"],
         provenance={key: about[key] for key in ("started", "git_commit", "git_dirty", "packages")},
     )
 
 
-def summary(found: tuned.Tuned) -> str:
+def summary(result: tuned.Tuned) -> str:
     """One line on a tuned technique."""
-    chosen = " ".join(f"{key}={number(value)}" for key, value in found.settings.items())
-    lost = f", {found.failed} without a value" if found.failed else ""
-    edge = "".join(f"; {e.key} was at its {e.side} edge" + (" and is again" if e.still else "") for e in found.edges)
-    return f"{chosen}; validation {found.metric} {found.validation:.3f}, {len(found.trials)} of {found.budget} trials{lost}, {found.device_s:.1f} s{edge}"
+    chosen = " ".join(f"{key}={number(value)}" for key, value in result.settings.items())
+    lost = f", {result.failed} without a value" if result.failed else ""
+    edge = "".join(f"; {e.key} was at its {e.side} edge" + (" and is again" if e.still else "") for e in result.edges)
+    return f"{chosen}; validation {result.metric} {result.validation:.3f}, {len(result.trials)} of {result.budget} trials{lost}, {result.device_s:.1f} s{edge}"
 
 
 # edges and widening
@@ -215,30 +215,30 @@ def _beyond(parameter: Parameter, value: Any, side: str) -> Parameter | None:
     if smallest > 0 or parameter.choices is None and smallest == 0:
         least = max(least, 1 if parameter.whole else 0)
     if parameter.choices is not None:
-        found = _further_choices(parameter, side, least, most)
-        return replace(parameter, choices=tuple(found)) if found else None
-    return _further_range(parameter, value, side, least, most)
+        choices = _more_choices(parameter, side, least, most)
+        return replace(parameter, choices=tuple(choices)) if choices else None
+    return _more_range(parameter, value, side, least, most)
 
 
-def _further_choices(parameter: Parameter, side: str, least: float, most: float) -> list[Any]:
+def _more_choices(parameter: Parameter, side: str, least: float, most: float) -> list[Any]:
     """Half as many choices again, by the same ratio or the same step; none where there is neither, or no room."""
     ordered = sorted(parameter.extremes, reverse=side == "low")
     pairs = list(itertools.pairwise(ordered))
     ratios = {round(b / a, 9) for a, b in pairs} if 0 not in ordered else set()
     steps = {round(b - a, 9) for a, b in pairs}
-    found: list[Any] = []
+    choices: list[Any] = []
     if len(ratios) != 1 and len(steps) != 1:
-        return found
+        return choices
     last = ordered[-1]
     for _ in range(max(1, len(ordered) // 2)):
         last = last * ratios.copy().pop() if len(ratios) == 1 else last + steps.copy().pop()
         if not least <= last <= most or parameter.whole and last != round(last):
             break
-        found.append(round(last) if parameter.whole else float(f"{last:.6g}"))
-    return found
+        choices.append(round(last) if parameter.whole else float(f"{last:.6g}"))
+    return choices
 
 
-def _further_range(parameter: Parameter, value: Any, side: str, least: float, most: float) -> Parameter | None:
+def _more_range(parameter: Parameter, value: Any, side: str, least: float, most: float) -> Parameter | None:
     """From the best value to half of the range's width, on its own scale, beyond its end; None where there is no room beyond."""
     (low, high), log = parameter.extremes, parameter.log
     reach = math.sqrt(high / low) if log else (high - low) / 2

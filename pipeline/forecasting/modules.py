@@ -1,4 +1,4 @@
-"""Norms and linear layers under autograd, in bytes: transformers' own, PEFT's around them, bitsandbytes' below them.
+"""What the modules of a decoder layer take and keep under autograd, in bytes: norms, linear layers (transformers', PEFT's, bitsandbytes'), attention.
 
 Library of eager.py, which has the conventions.
 """
@@ -12,6 +12,8 @@ from pipeline.forecasting.allocator import Allocator, Tensor
 from pipeline.forecasting.plan import Constants, Plan
 
 Back = Callable[[list[Any]], Any]
+TIED = "tied"
+"""The gradient of an output layer that shares the embedding's weight."""
 
 
 class Operations:
@@ -30,6 +32,8 @@ class Operations:
         self.hz = 4 if "embedding" in parts else plan.base
         self.soft = plan.trained.kind == "soft"
         self.grads: dict[str, Tensor] = {}
+        self.tied: Tensor | None = None
+        """Of the output layer, while it waits for the embedding's own (autograd adds them before it keeps either)."""
         self.casts: dict[str, Tensor] = {}
         self.workspaces: dict[str, Tensor] = {}
         self.n = self.labels = 0
@@ -49,7 +53,9 @@ class Operations:
     def keep_grad(self, name: str, box: list[Any], numbers: int, z: int) -> None:
         """A gradient is cast to fp32 and kept, or added to the one there is."""
         made = box.pop() if z == 4 else self.new(numbers, 4, "gradients")
-        if self.own_gradients:
+        if name == TIED:
+            self.tied = made
+        elif self.own_gradients:
             self.grads.setdefault(name, made)
 
     def weight_cast(self, name: str, numbers: int) -> Tensor | None:
@@ -64,13 +70,13 @@ class Operations:
         return self.casts[name]
 
     def trains(self, layer: int, part: str = "layers") -> bool:
-        held = self.plan.trained
-        return held.kind == "full" and part in held.parts and layer >= held.first
+        trained = self.plan.trained
+        return trained.kind == "full" and part in trained.parts and layer >= trained.first
 
     def layer_trains(self, layer: int) -> bool:
         """Whether anything of this layer is trained."""
-        held = self.plan.trained
-        return held.kind in ("lora", "ia3", "ln") or self.trains(layer) or self.trains(layer, "biases")
+        trained = self.plan.trained
+        return trained.kind in ("lora", "ia3", "ln") or self.trains(layer) or self.trains(layer, "biases")
 
     def norm(self, x: Tensor, needs: bool, name: str, trained: bool) -> tuple[Tensor, Back]:
         """RMSNorm as LlamaRMSNorm computes it, in fp32."""
@@ -213,9 +219,9 @@ class Operations:
                 dfed = self.new(n * i, wz)
             if wz != xz:
                 dfed = self.new(n * i, xz)
-            held = [dy]
+            gradient = [dy]
             del dy
-            return base_back(held) and dfed  # added in place
+            return base_back(gradient) and dfed  # added in place
 
         return out, back
 
@@ -233,11 +239,11 @@ class Operations:
             out, base_back = self.base_linear(fed, xz, name, True)
             del wide, fed
         else:
-            held, base_back = self.base_linear(x, xz, name, needs)
+            result, base_back = self.base_linear(x, xz, name, needs)
             scaled = self.new(size, 4)
             out = scaled if z == 4 else self.new(size, z)
-            saved = [held]
-            del held, scaled
+            saved = [result]
+            del result, scaled
 
         def scale_back(dy: Tensor) -> Tensor:
             wide = dy if z == 4 else self.new(size, 4)
@@ -245,10 +251,10 @@ class Operations:
             product = self.new(size, 4)
             self.grad(f"{layer}.{name}.ia3", i if inner else o)
             del product
-            found = self.new(size, 4)
+            dx = self.new(size, 4)
             del wide
             saved.clear()
-            return found if z == 4 else self.new(size, z)
+            return dx if z == 4 else self.new(size, z)
 
         def back(box: list[Any]) -> Tensor | None:
             if inner:
@@ -270,8 +276,145 @@ class Operations:
 
     def outputs_need(self, layer: int, name: str, needs: bool) -> bool:
         """Whether a linear map's output needs a gradient, given whether its input does."""
-        held = self.plan.trained
-        if held.kind in ("lora", "ia3"):
-            return needs or name in held.ranks
-        biased = name in self.s.biases or held.added_biases
+        trained = self.plan.trained
+        if trained.kind in ("lora", "ia3"):
+            return needs or name in trained.ranks
+        biased = name in self.s.biases or trained.added_biases
         return needs or self.trains(layer) or (self.trains(layer, "biases") and biased)
+
+
+class Attention:
+    """A layer's attention within `owner`'s walk."""
+
+    def __init__(self, owner: Operations) -> None:
+        self.owner = owner
+        self.rows = self.width = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the scores themselves are kept."""
+        plan = self.owner.plan
+        return plan.gpu and plan.compute == 4 and plan.shape.heads != plan.shape.groups
+
+    def __call__(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
+        """(o(attention(q(x), k(x), v(x))) [N, d], backward)."""
+        me = self.owner
+        need = {name: me.outputs_need(layer, f"{name}_proj", needs) for name in "qkv"}
+        q, q_back = me.linear(x, xz, layer, "q_proj", needs)
+        k, k_back = me.linear(x, xz, layer, "k_proj", needs)
+        v, v_back = me.linear(x, xz, layer, "v_proj", needs)
+        q = self.rotated(q, me.s.heads)
+        k = self.rotated(k, me.s.groups)
+        any_needs = any(need.values())
+        mixed, kernel_back = (self.scores if self.plain else self.fused)(q, k, v, any_needs)
+        del q, k, v
+        out, out_back = me.linear(mixed, me.z, layer, "o_proj", any_needs)
+        del mixed
+
+        def back(box: list[Any]) -> Tensor | None:
+            dmixed = out_back(box)
+            if dmixed is None:
+                return None
+            grads = kernel_back([dmixed])
+            del dmixed
+            dk = self.unrotated(grads, 1, me.s.groups)
+            dq = self.unrotated(grads, 0, me.s.heads)
+            gradient = [grads.pop()]
+            dx = [v_back(gradient) if need["v"] else None]
+            gradient = [dk]
+            del dk
+            dx.append(k_back(gradient) if need["k"] else None)
+            gradient = [dq]
+            del dq
+            dx.append(q_back(gradient) if need["q"] else None)
+            return next((d for d in dx if d is not None), None)  # added in place
+
+        return out, back
+
+    def rotated(self, x: Tensor, heads: int) -> Tensor:
+        """x · cos + rotate_half(x) · sin; nothing but the angles is kept."""
+        me = self.owner
+        size, wide = me.n * heads * me.s.head, max(me.z, me.hz)
+        first = me.new(size, wide)
+        half = me.new(size // 2, me.z)
+        turned = me.new(size, me.z)
+        del half
+        second = me.new(size, wide)
+        del turned
+        out = me.new(size, wide)
+        del first, second, x
+        return out if wide == me.z else me.new(size, me.z)  # autocast, before the kernel
+
+    def unrotated(self, grads: list[Any], at: int, heads: int) -> Tensor:
+        """The gradient through the rotation of grads[at], which is taken out."""
+        me = self.owner
+        size, wide = me.n * heads * me.s.head, max(me.z, me.hz)
+        dy = grads[at]
+        grads[at] = None
+        if wide != me.z:
+            dy = me.new(size, wide)
+        turned = me.new(size, wide)
+        parts = [me.new(size, wide) for _ in range(2)]
+        parts.append(me.new(size // 2, wide))
+        del turned
+        dx = me.new(size, wide)
+        del parts, dy
+        return dx if wide == me.z else me.new(size, me.z)
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, needs: bool) -> tuple[Tensor, Back]:
+        """Flash attention (Dao, 2023)."""
+        me = self.owner
+        s, z, n = me.s, me.z, me.n
+        queries, shared = n * s.heads * s.head, n * s.groups * s.head
+        out, logs = me.new(queries, z), me.new(n * s.heads, 4)
+        saved = [q, k, v, out, logs] if needs else []
+        del logs, q, k, v
+
+        def back(box: list[Any]) -> list[Any]:
+            dy = box.pop()
+            grads: list[Any] = [me.new(queries, z), me.new(shared, z), me.new(shared, z)]
+            sums = me.new(n * s.heads, 4)
+            wide = me.new(queries, 4) if me.plan.gpu else None
+            expanded = [me.new(queries, z), me.new(queries, z)] if me.plan.gpu and s.heads != s.groups else []
+            del sums, wide, expanded, dy
+            saved.clear()
+            return grads
+
+        return out, back
+
+    def scores(self, q: Tensor, k: Tensor, v: Tensor, needs: bool) -> tuple[Tensor, Back]:
+        """torch's plain attention: softmax(q kᵀ) v with key-value heads repeated."""
+        me = self.owner
+        s, z, n = me.s, me.z, me.n
+        queries, square = n * s.heads * s.head, self.rows * s.heads * self.width**2
+        k, v = me.new(queries, z), me.new(queries, z)
+        mask = me.new(self.width**2, z)
+        q, k = me.new(queries, z), me.new(queries, z)
+        raw = me.new(square, z)
+        weights = me.new(square, z)
+        where = me.new(square, 1)
+        weights = me.new(square, z)
+        del where, raw
+        out = me.new(queries, z)
+        saved = [q, k, v, weights] if needs else []
+        del q, k, v, weights, mask
+        out = me.new(queries, z)
+
+        def back(box: list[Any]) -> list[Any]:
+            dy = box.pop()
+            dy = me.new(queries, z)
+            dweights = me.new(square, z)
+            dv = me.new(queries, z)
+            del dy
+            draw = me.new(square, z)
+            del dweights
+            dq, dk = me.new(queries, z), me.new(queries, z)
+            del draw
+            saved.clear()
+            dq = me.new(queries, z)
+            dk = me.new(queries, z)
+            dk = me.new(n * s.groups * s.head, z)
+            dv = me.new(n * s.groups * s.head, z)
+            return [dq, dk, dv]
+
+        return out, back
