@@ -117,7 +117,8 @@ def test_the_loss_on_a_cpu_is_torchs_cross_entropy_there_and_back():
     """Several stretches of rows, a weight of 0 over logits that are no numbers, and an upstream gradient that is not 1."""
     import torch.nn.functional as F
 
-    from pipeline.engine.ops import AT_ONCE, WeightedNll
+    from pipeline.engine.layout import ROWS_AT_ONCE as AT_ONCE
+    from pipeline.engine.layout import WeightedNll
 
     torch.manual_seed(0)
     rows = 2 * AT_ONCE + 3
