@@ -117,11 +117,11 @@ def test_the_loss_on_a_cpu_is_torchs_cross_entropy_there_and_back():
     """Several stretches of rows, a weight of 0 over logits that are no numbers, and an upstream gradient that is not 1."""
     import torch.nn.functional as F
 
-    from pipeline.engine.layout import ROWS_AT_ONCE as AT_ONCE
-    from pipeline.engine.layout import WeightedNll
+    from pipeline.engine.layout import ROWS_AT_ONCE
+    from pipeline.engine.ops import WeightedNll
 
     torch.manual_seed(0)
-    rows = 2 * AT_ONCE + 3
+    rows = 2 * ROWS_AT_ONCE + 3
     logits, targets, weights = 5 * torch.randn(rows, 31), torch.randint(31, (rows,)), torch.rand(rows)
     theirs, ours = (logits.clone().requires_grad_() for _ in range(2))
     expected = 0.3 * (F.cross_entropy(theirs, targets, reduction="none") * weights).sum()

@@ -299,10 +299,10 @@ NOTHING = ["report.target=0.6", "report.train_rows=[64]", "forecast.length=9", "
 
 def as_before(tmp_path: Path, words: list[str]) -> None:
     """Give the study the identity that earlier versions kept: every key of the config by its old name, links beside the space, entries as they were written."""
+    from pipeline.cell.identity import flat
     from pipeline.core.compose import plain
-    from pipeline.search.study import _flat
 
-    old = {key: v for key, v in _flat(plain(compose(words))).items() if key.partition(".")[0] not in ("sweep", "tracking", "paths", "evaluate")}
+    old = {key: v for key, v in flat(plain(compose(words))) if key.partition(".")[0] not in ("sweep", "tracking", "paths", "evaluate")}
     kept = study(tmp_path).user_attrs["identity"]
     old = {key: v for key, v in old.items() if key not in ("method.config.r", "method.config.lora_alpha")}
     old |= {key: v for key, v in kept.items() if key.startswith("sweep.")}

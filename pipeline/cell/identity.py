@@ -296,8 +296,8 @@ def check_adoptable(cells: Sequence[DictConfig]) -> None:
 
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values as dotted keys, in order."""
-    if isinstance(values, dict):
+    """Nested values as dotted keys, in order; an empty mapping is a value."""
+    if isinstance(values, dict) and (values or not prefix):
         for key, value in values.items():
             yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
     else:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from pipeline.cell import identity, inputs
 from pipeline.cell.child import run_in_child
 from pipeline.cell.evaluation import ranked
-from pipeline.core.compose import build, plain
+from pipeline.core.compose import build
 from pipeline.core.files import UserError, atomic_path, read_json, write_json
 from pipeline.data.rows import Encoded, Encoder, Rows, step_rows
 from pipeline.measure import memory as measure_memory
@@ -217,19 +217,13 @@ def _differ(covers: Sequence[DictConfig]) -> str | None:
     """Why these configs cannot share a pack: a key in which they differ."""
     if covers[0].start:
         return "it begins at another cell"
-    first = _flat(plain(covers[0]))
+    first = dict(identity.flat(identity.decides(covers[0])))
     for other in covers[1:]:
-        values = _flat(plain(other))
+        values = dict(identity.flat(identity.decides(other)))
         for key in sorted(first.keys() | values.keys()):
-            if first.get(key) != values.get(key) and not any(key == d or key.startswith(f"{d}.") for d in (*DIFFER, "sweep", "tracking")):
+            if first.get(key) != values.get(key) and not any(key == d or key.startswith(f"{d}.") for d in DIFFER):
                 return f"the runs differ in {key}"
     return None
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {key: value for name, part in values.items() for key, value in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()}
 
 
 def _refusal(method: Method, objective: Objective, checkpointing: bool = False) -> str | None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.core.compose import ROOT, compose, plain
+from pipeline.core import settings
+from pipeline.core.compose import ROOT, compose, literal, plain
 from pipeline.core.files import UserError, read_json
 from pipeline.core.settings import Settings, read
 from pipeline.data.rows import steps_in_epoch
@@ -31,8 +32,8 @@ from pipeline.training.loop import total_steps
 
 FITTED = ROOT / "experiments" / "forecast" / "constants.json"
 MOST_BATCH = 16384
-DECIDING = ("task", "model", "teacher", "method", "objective", "precision", "train", "technique", "paths", "seed", "train_rows", "device", "memory_limit_gb")
-"""Keys of a config that a forecast reads."""
+READ = (*settings.DECIDING, "paths", "memory_limit_gb")
+"""Keys of a result's config that a forecast of it takes over."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,9 @@ def _config_of(config: dict[str, Any]) -> DictConfig:
     """A result's config as this version composes one: keys that came since have their defaults."""
     cfg = copy.deepcopy(_defaults())
     OmegaConf.set_struct(cfg, False)
-    for key in DECIDING:
+    for key in READ:
         if key in config:
-            cfg[key] = config[key]
+            cfg[key] = literal(config[key])
     return cfg
 
 

@@ -410,7 +410,7 @@ def _check_values(result: Result, at: str) -> None:
 
 def _ranges(result: Result) -> Iterator[tuple[str, float, float, float]]:
     """(field, its value, the lowest and the highest that mean anything) of what others divide by or take a logarithm of."""
-    yield "train_rows", result.train_rows, 0, math.inf  # 0: all rows, of a cell that did not come to count them
+    yield "train_rows", result.train_rows, 1 if result.status == "ok" else 0, math.inf  # 0: all, of a cell that did not come to count them
     for split, score in result.scores.items():
         yield f"scores.{split}.rows", score.rows, 1, math.inf
         yield f"scores.{split}.accuracy", score.accuracy, 0, 1

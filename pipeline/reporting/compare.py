@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.cell.identity import deciding, flat
 from pipeline.core.files import UserError
 from pipeline.records.finished import Cell, cells_below, check_comparable
 from pipeline.records.results import Result
@@ -25,8 +26,8 @@ from pipeline.stats import tiers
 from pipeline.stats.tiers import holm
 
 SIDES = ("A", "B")
-UNSAID = ("paths", "tracking", "train.progress", "seed", "train_rows")
-"""Config keys that tell nothing of a result."""
+OF_THE_CELL = ("seed", "train_rows")
+"""Config keys that both sides of a pair share by its name."""
 HARDWARE = ("device", "gpu", "gpu_memory_bytes", "cpu", "cpu_count", "memory_bytes", "platform")
 SAME_MACHINE = ("device", "gpu", "cpu", "cpu_count")
 """Hardware that must be the same for times and memory to be compared."""
@@ -170,15 +171,7 @@ def _facts(result: Result) -> Iterable[tuple[tuple[str, str], Any]]:
     yield from ((("version", name), value) for name, value in {"python": known.get("python"), **(known.get("packages") or {})}.items())
     yield from ((("hardware", name), result.hardware.get(name)) for name in HARDWARE)
     yield from ((("code", name), known.get(name)) for name in ("git_commit", "git_dirty"))
-    yield from ((("config", name), value) for name, value in _flat(result.config) if not name.startswith(UNSAID))
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value
+    yield from ((("config", name), value) for name, value in flat(deciding(result.config)) if name not in OF_THE_CELL)
 
 
 def _accuracies(drift: Drift, pairs: Sequence[tuple[Cell, Cell]]) -> None:

@@ -201,7 +201,7 @@ def _check_same(study: optuna.Study, cfg: DictConfig, sweep: Sweep, folder: Path
 
 def _identity(cfg: DictConfig, sweep: Sweep) -> dict[str, Any]:
     """What must stay the same for a study to go on, flat: what decides its trials but the settings searched, the space, data and model."""
-    decides = {k: v for k, v in _flat(identity.decides(cfg)).items() if k not in sweep.space.keys and not k.startswith("evaluate.")}
+    decides = {k: v for k, v in identity.flat(identity.decides(cfg)) if k not in sweep.space.keys and not k.startswith("evaluate.")}
     share = {"evaluate.validation_share": OmegaConf.select(cfg, "evaluate.validation_share")}  # the only rows that trials score
     searched = {"sweep.space": sweep.space.entries, "sweep.objectives": list(sweep.objectives), "sweep.sampler": sweep.sampler}
     inputs = {"data": Path(cfg.paths.data) / cfg.task.name, "model": Path(cfg.paths.models) / cfg.model.name}
@@ -209,13 +209,6 @@ def _identity(cfg: DictConfig, sweep: Sweep) -> dict[str, Any]:
     digests = {f"the {kind} (sha256)": sha256(path) if path.exists() else None for kind, path in manifests.items()}
     flat: dict[str, Any] = json.loads(json.dumps(decides | share | searched | digests, default=str))
     return flat
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
 
 
 def _unified(stored: Mapping[str, Any]) -> dict[str, Any]:
