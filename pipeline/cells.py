@@ -5,9 +5,9 @@
     python -m pipeline.cells experiments=quick tuned=true      with the settings that pipeline.tune found, beside the untuned ones
     python -m pipeline.cells experiments=quick pack=true       seeds of an adapter trained at once (pipeline/cell/packing.py)
 
-Imports, base model and tokenizer are read once; every cell then goes on in a forked child, so its memory is its own and
+Imports, base model and tokenizer are read once; every cell then runs in a forked child, so its memory is its own and
 one that runs out of it does not stop the others. A finished cell is passed over (unless its config, data or model
-changed, or it ran out of memory on other hardware), a killed one goes on from its checkpoint. `dvc commit` adopts the
+changed, or it ran out of memory on other hardware), a killed one resumes from its checkpoint. `dvc commit` adopts the
 result files.
 """
 

@@ -54,10 +54,10 @@ def test_the_childs_exit_code_comes_back(code):
 
 def test_bad_input_in_the_child_is_one_sentence_and_code_2(capfd):
     def work() -> int:
-        raise UserError("rows.jsonl line 3 is not JSON; mend that line")
+        raise UserError("rows.jsonl line 3 is not JSON; fix that line")
 
     assert run_in_child(work) == Outcome(2)
-    assert capfd.readouterr().err == "error: rows.jsonl line 3 is not JSON; mend that line\n"
+    assert capfd.readouterr().err == "error: rows.jsonl line 3 is not JSON; fix that line\n"
 
 
 def test_any_other_error_is_shown_with_its_trace(capfd):

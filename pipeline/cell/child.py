@@ -117,7 +117,7 @@ def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | Non
         reason = done.out_of_memory
         done = run_in_child(lambda: print(summary(record.write_oom(cfg, reason))) or 0)  # what it imports stays out of this process
     if done.code > 128 and done.code != 130:
-        raise UserError(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it goes on from its last checkpoint")
+        raise UserError(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it resumes from its last checkpoint")
     return done.code
 
 

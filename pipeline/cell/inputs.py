@@ -29,7 +29,7 @@ QUANTISED = ("nf4", "int8")
 
 @dataclass
 class Shared:
-    """What the cells of one experiment read once, before each goes on in a child process of its own."""
+    """What the cells of one experiment read once, before each runs in a child process of its own."""
 
     stored: dict[Path, Any] = field(default_factory=dict)
     tokenizers: dict[Path, Any] = field(default_factory=dict)

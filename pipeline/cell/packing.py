@@ -340,7 +340,7 @@ def attempt(work: Callable[[Callable[[int], None]], None], shared: inputs.Shared
     if done.out_of_memory or done.code == OUT_OF_MEMORY:
         return Ended(said.get("slots", 1), out_of_memory=True)
     if done.code not in (0, REFUSED):
-        raise UserError(f"the packed runs ended with code {done.code} (see above); mend the cause and run again")
+        raise UserError(f"the packed runs ended with code {done.code} (see above); fix the cause and run again")
     return Ended(said.get("slots", 1), said.get("refused"))
 
 

@@ -141,7 +141,11 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Phases:
-    """Seconds of wall clock, disjoint; they add up to `wall_s`. DESIGN section 4 defines each."""
+    """Seconds of wall clock, disjoint; they add up to `wall_s`.
+
+    startup: imports and checks; load: rows, base, encoding; warmup: compilation, captures, what an objective computes once; train: optimiser
+    steps alone; validate: inside and right after training; save: checkpoints and artefact; evaluate: test, latency, probes; other: the rest.
+    """
 
     wall_s: float
     startup_s: float

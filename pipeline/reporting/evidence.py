@@ -27,7 +27,7 @@ from pipeline.training.loop import total_steps
 NEAR = 1.25
 """Sizes that differ by no more than this factor count as the same."""
 UNKNOWN_SPREAD = 0.03
-"""Taken for the spread over seeds where no technique has two: the largest that is usual (DESIGN's 0.5 to 3 points)."""
+"""Taken for the spread over seeds where no technique has two: the largest that is usual (0.5 to 3 points)."""
 LEFT_OUT = ("best",)
 """Variants that are no technique of their own: a sweep's confirm cell."""
 NOT_SETTINGS = ("start",)

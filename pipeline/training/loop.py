@@ -204,7 +204,7 @@ class Loop:
         return {"engine": self.stepping.engine, "engine_reason": self.stepping.reason, "widths": self.stepping.widths, "streams": self.stepping.streams}
 
     def _save(self) -> None:
-        """Write a checkpoint whole or not at all; booked as `save`, out of the training memory."""
+        """Write a checkpoint atomically; booked as `save`, out of the training memory."""
         import torch
 
         if not self.checkpoint:
