@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import base_model, cells, evaluate, export, prepare, serve, train
+from pipeline import advise, base_model, cells, compare, evaluate, export, prepare, report, serve, train
 from pipeline.core.compose import CONF, ROOT, compose, literal, plain
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.core.names import TABLE, build, find, name_of, named
@@ -265,3 +265,25 @@ def test_plain_refuses_a_path_of_another_project():
     for words in (["+objective._target_=os.system"], ["~objective.type", "+objective._target_=os.system"]):
         with pytest.raises(UserError, match=r"config key 'objective\._target_' is 'os\.system', which names no objective of this project"):
             plain(compose(words))
+
+
+@pytest.mark.parametrize("target", TARGETS[:1], ids=lambda t: t["_target_"])
+def test_what_reads_results_for_people_runs_nothing_and_tells_no_secret(hostile, target, tmp_path, capfd, monkeypatch):
+    """Report, advice and comparison of somebody else's results, their configs hostile where a class is named and where a text stands."""
+    words, folder = hostile
+    monkeypatch.setenv("SECRET", "hunter2")
+    monkeypatch.chdir(tmp_path)
+    target = json.loads(json.dumps(target).replace("MARK", str(tmp_path / "mark")))
+    alter(folder, {"config": {"method": {"config": {"target_modules": target, "task_type": "${oc.env:SECRET}"}}, "currency": "${oc.env:SECRET}"}})
+    shutil.move(folder.parent, folder.parent.parent / "quick")
+    theirs = folder.parent.parent / "quick"
+    raw = read_json(theirs / folder.name / "result.json")
+    write_json(theirs / folder.name / "result.json", {**raw, "experiment": "quick"})
+    before = set(tmp_path.rglob("*"))
+    assert report.main(["experiments=quick", f"paths.results={theirs.parent}", f"paths.report={tmp_path}/report", "report.train_rows=[16]"]) == 0
+    assert advise.main(["train_rows=16", f"results={theirs}"]) == 0
+    assert compare.main([str(theirs), str(theirs)]) == 0
+    shown = capfd.readouterr()
+    assert not (tmp_path / "mark").exists() and "hunter2" not in shown.out + shown.err
+    made = set(tmp_path.rglob("*")) - before
+    assert all(p.is_relative_to(tmp_path / "report") for p in made) and not any("hunter2" in p.read_text() for p in made if p.is_file())
