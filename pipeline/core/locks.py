@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 POLL_S = 0.02
-SAY_S = 2
+SAY_S = 5
 """Who waits longer than this says what for."""
 PATIENCE_S = 600
 """A queue that has not moved for so long is stuck."""
