@@ -7,8 +7,8 @@
 
 Imports, base model and tokenizer are read once; every cell then runs in a forked child, so its memory is its own and
 one that runs out of it does not stop the others. A finished cell is passed over (unless its config, data or model
-changed, or it ran out of memory on other hardware), a killed one resumes from its checkpoint. `dvc commit` adopts the
-result files.
+changed, or it ran out of memory on other hardware), a killed one resumes from its checkpoint. Two such commands at once
+share the cells. `dvc commit` adopts the result files.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import sys
 
 from omegaconf import DictConfig
 
-from pipeline.cell import identity
+from pipeline.cell import identity, locks
 from pipeline.cell.child import run_cell
 from pipeline.core.commands import entry
 from pipeline.forecasting.text import warn
@@ -27,9 +27,10 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     cfg = tuned.applied(cfg, overrides)
     watch = Stopwatch()
     warn([cfg])
-    code = run_cell(cfg, None, process_start() + watch.lap())  # the forecast is none of the cell's time
-    if code == 0:
-        tracking.log_cell(identity.folder_of(cfg), cfg)
+    with locks.alone(cfg):
+        code = run_cell(cfg, None, process_start() + watch.lap())  # the forecast is none of the cell's time
+        if code == 0:
+            tracking.log_cell(identity.folder_of(cfg), cfg)
     return code
 
 

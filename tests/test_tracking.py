@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from pipeline import tracking
+from pipeline.core import locks
 from pipeline.core.compose import ROOT, compose
 from pipeline.core.files import write_json, write_jsonl, write_text
 from pipeline.measure.clock import Phases
@@ -319,6 +320,21 @@ def test_a_place_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     assert "was not written" in warning and len(warning.splitlines()) == 1
 
 
+def test_a_lock_that_is_held_for_too_long_is_named_with_its_holder(root, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "SAY_S", 0.01)
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.1)
+    folder = write_cell(root)
+    with locks.held(root / "mlflow.db.lock"):
+        assert tracking.main(["backfill", *paths(root)]) == 2
+        told, error = capsys.readouterr().err.splitlines()
+        records_mlflow.log_cell(folder, config(root))
+        warning = capsys.readouterr().err
+    assert told == f"waiting for the lock {root}/mlflow.db.lock, which process {os.getpid()} holds"
+    assert error == f"error: process {os.getpid()} has held the lock {root}/mlflow.db.lock for 0.1 s; wait for it, or end it, then run again"
+    assert f"was not written (process {os.getpid()} has held the lock" in warning and len(warning.splitlines()) == 1
+    assert runs(root) == []
+
+
 def test_an_interrupted_creation_leaves_no_half_database(tmp_path, capsys, monkeypatch):
     import mlflow
 
@@ -358,7 +374,7 @@ def test_three_first_users_at_once_make_one_database(tmp_path):
     )
     words = [*paths(tmp_path), "experiments=quick"]
     started = [subprocess.Popen([sys.executable, "-c", code, str(c), *words], cwd=ROOT, stderr=subprocess.PIPE, text=True) for c in cells]
-    assert [p.communicate()[1] for p in started] == ["", "", ""]
+    assert not [line for p in started for line in p.communicate()[1].splitlines() if not line.startswith("waiting for the lock")]
     assert {r.data.tags["seed"] for r in runs(tmp_path)} == {"0", "1", "2"}
 
 

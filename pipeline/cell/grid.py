@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig
 
-from pipeline.cell import identity, packing
-from pipeline.cell.child import run_cell
-from pipeline.cell.inputs import preload
+from pipeline.cell import identity, locks, packing
+from pipeline.cell.child import run_cell, run_in_child
+from pipeline.cell.inputs import Shared, preload
+from pipeline.cell.packing import INTERRUPTED
 from pipeline.core.compose import ROOT, SUFFIX, by_key, compose, without
 from pipeline.core.files import UserError
 from pipeline.measure.clock import now
@@ -21,6 +24,8 @@ from pipeline.records import tuned
 from pipeline.records.finished import name as cell_name
 from pipeline.records.results import Result
 from pipeline.teachers.synthetic import rows as synthetic
+
+NO_ANSWER = 3  # exit code of a child that mirrors: nobody is there to write to
 
 
 def compose_cell(overrides: Sequence[str]) -> DictConfig:
@@ -34,31 +39,81 @@ def run_missing(overrides: Sequence[str], warn: Callable[[Sequence[DictConfig]],
 
 
 def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:
-    """Run those of the cells that have no result. Returns 0 if all have one then. warn: is shown the missing ones before the first starts.
+    """Run those of the cells that have no result, and mirror all that have one. Returns 0 if all have one then.
+
+    Cells that another process computes are left to it; what it does not finish is run after all.
+
+    Args:
+        warn: is shown the missing ones before the first starts.
 
     Raises:
         UserError: another cell stands where one would be written, and overwrite=true was not said.
     """
     missing = to_run(cells)
-    print(f"{len(cells) - len(missing)} of {len(cells)} cells are done")
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells are done", flush=True)
+    unfinished = {identity.folder_of(cfg) for cfg in missing}
+    mirror = Mirror()
+    mirror.put([cfg for cfg in cells if identity.folder_of(cfg) not in unfinished])
     if not missing:
         return 0
     if warn:
         warn(missing)
-    shared = preload(missing)
+    return _run(missing, preload(missing), mirror)
+
+
+def _run(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror) -> int:
+    for group in packing.groups(missing):
+        with locks.free(group) as members:
+            packing.train([cfg for cfg in members if not is_done(cfg)], shared)
     code = 0
-    try:
-        packing.train([c for c in missing if c.pack], shared)
-        for number, cfg in enumerate(missing, 1):
-            print(f"[{number}/{len(missing)}] {cell_name(cfg)}", flush=True)
-            code = max(code, run_cell(cfg, shared, now()))
-            if code == 130:
-                break
-    finally:
-        for cfg in missing:
-            if is_done(cfg):
-                tracking.log_cell(identity.folder_of(cfg), cfg)
+    elsewhere: list[DictConfig] = []
+    for number, cfg in enumerate(missing, 1):
+        with locks.free([] if _awaits(cfg, elsewhere) else [cfg]) as members:
+            if not members:
+                elsewhere.append(cfg)
+            elif not is_done(cfg):
+                print(f"[{number}/{len(missing)}] {cell_name(cfg)}", flush=True)
+                code = max(code, _run_one(cfg, shared, mirror))
+        if code == INTERRUPTED:
+            return code
+    for cfg in elsewhere:
+        with locks.waited(cfg):
+            code = max(code, 0 if is_done(cfg) else _run_one(cfg, shared, mirror))
+        if code == INTERRUPTED:
+            return code
+    mirror.put([cfg for cfg in missing if is_done(cfg)])
     return code
+
+
+def _run_one(cfg: DictConfig, shared: Shared, mirror: Mirror) -> int:
+    code = run_cell(cfg, shared, now())
+    if code == 0:
+        mirror.put([cfg])
+    return code
+
+
+def _awaits(cfg: DictConfig, elsewhere: Sequence[DictConfig]) -> bool:
+    """Whether a cell reads another one, such as the one it begins at, that is not finished yet."""
+    return bool(elsewhere) and not {path.parent for path in identity.reads(cfg)}.isdisjoint(identity.folder_of(other) for other in elsewhere)
+
+
+class Mirror:
+    """Mirrors finished cells to MLflow as they come, from child processes: one that has imported mlflow is no longer small and fit to fork."""
+
+    def __init__(self) -> None:
+        self.answers = True
+        self.tried: set[Path] = set()
+
+    def put(self, cells: Sequence[DictConfig]) -> None:
+        """Mirror those of the cells that were not tried before. Raises KeyboardInterrupt: ended by a signal."""
+        new = {identity.folder_of(cfg): cfg for cfg in cells if cfg.tracking.enabled and identity.folder_of(cfg) not in self.tried}
+        if not new or not self.answers:
+            return
+        self.tried |= new.keys()
+        done = run_in_child(lambda: 0 if all(tracking.log_cell(*each) for each in new.items()) else NO_ANSWER)
+        if done.code in (INTERRUPTED, 128 + signal.SIGTERM):
+            raise KeyboardInterrupt
+        self.answers = done.code != NO_ANSWER
 
 
 def grid(experiment: str) -> dict[str, Any]:

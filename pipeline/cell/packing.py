@@ -244,28 +244,34 @@ def _refusal(method: Method, objective: Objective, checkpointing: bool = False) 
 SHARED_ENERGY = "energy was not measured: it was trained at once with others, whose energy is one figure"
 
 
-def train(missing: Sequence[DictConfig], shared: inputs.Shared) -> None:
-    """Train what can be packed; the others are left to train by themselves, and the reason is said.
+def groups(missing: Sequence[DictConfig]) -> list[list[DictConfig]]:
+    """The cells with pack=true that may train at once: those that differ in their seed alone."""
+    found: dict[str, list[DictConfig]] = {}
+    for cfg in missing:
+        if cfg.pack:
+            same = {k: v for k, v in identity.decides(cfg).items() if k != "seed"}
+            found.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(cfg)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def train(group: Sequence[DictConfig], shared: inputs.Shared) -> None:
+    """Train a group at once if it can be packed; otherwise they are left to train by themselves, and the reason is said.
 
     Raises:
         UserError: the packed runs ended with an error. KeyboardInterrupt: ended by a signal.
     """
-    groups: dict[str, list[DictConfig]] = {}
-    for cfg in missing:
-        same = {k: v for k, v in identity.decides(cfg).items() if k != "seed"}
-        groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(cfg)
-    for group in groups.values():
-        slots: int | None = len(group)
-        while slots and slots > 1 and len(left := [c for c in group if not identity.packed_of(c).exists() and not identity.checkpoint_of(c).exists()]) > 1:
-            names = ", ".join(cell_name(c) for c in left)
-            ended = attempt(lambda tell: _train(left, shared, slots, tell), shared, Path(left[0].paths.work) / "pack.json", left[0].memory_limit_gb)  # noqa: B023
-            if ended.refused:
-                print(f"one after another, because {ended.refused}: {names}", flush=True)
-                break
-            if not ended.out_of_memory:
-                break
-            slots = ended.fewer()
-            print(f"{ended.slots} at once ran out of memory: {names}", flush=True)
+    slots: int | None = len(group)
+    while slots and slots > 1 and len(left := [c for c in group if not identity.packed_of(c).exists() and not identity.checkpoint_of(c).exists()]) > 1:
+        names = ", ".join(cell_name(c) for c in left)
+        note = identity.packed_of(left[0]).with_suffix(".json")
+        ended = attempt(lambda tell: _train(left, shared, slots, tell), shared, note, left[0].memory_limit_gb)  # noqa: B023
+        if ended.refused:
+            print(f"one after another, because {ended.refused}: {names}", flush=True)
+            break
+        if not ended.out_of_memory:
+            break
+        slots = ended.fewer()
+        print(f"{ended.slots} at once ran out of memory: {names}", flush=True)
 
 
 def _train(group: Sequence[DictConfig], shared: inputs.Shared, most: int | None, tell: Callable[[int], None]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline.core import locks
 from pipeline.core.compose import plain
 from pipeline.core.files import UserError, atomic_path
 from pipeline.core.settings import build
@@ -26,7 +27,6 @@ from pipeline.records.runs import Dataset, Run, cell_run, sweep_runs
 CELL, DIGEST, PARENT = "alignscope.cell", "alignscope.digest", "mlflow.parentRunId"
 SQLITE = "sqlite:///"
 BATCH = 100  # params or tags that MLflow takes in one call; metrics: 1,000
-LOCK_S = 60
 ENVIRONMENT = {  # what the user has set stays
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -52,9 +52,14 @@ class Tracking:
             raise UserError("tracking.uri is empty; set it (sqlite:///mlflow.db or a server's address), or tracking=none")
 
 
-def log_cell(folder: str | Path, cfg: DictConfig) -> None:
-    """Mirror a finished cell from its folder: its one run is made, or made anew if the files changed. Never raises."""
+def log_cell(folder: str | Path, cfg: DictConfig) -> bool:
+    """Mirror a finished cell from its folder: its one run is made, or made anew if the files changed. Never raises.
+
+    Returns:
+        Whether trying with further cells makes sense: not where MLflow is missing or no server answers.
+    """
     _attempt(cfg, lambda mirror: mirror.cell(Path(folder)))
+    return cfg.tracking.get("uri") not in _unreachable
 
 
 def log_sweep(folder: str | Path, cfg: DictConfig) -> None:
@@ -93,25 +98,22 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _connected(settings: Tracking, work: Path) -> Iterator[Mirror]:
-    """A mirror that nobody else on this machine writes meanwhile; the environment and log levels are put back afterwards."""
-    from filelock import FileLock
-
+    """A mirror whose runs are written one at a time on this machine; the environment and log levels are put back afterwards."""
     local = Path(settings.uri.removeprefix(SQLITE)).absolute() if settings.uri.startswith(SQLITE) else None
     lock = local.with_name(f"{local.name}.lock") if local else work / "tracking.lock"
     added = {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
     levels = {name: logging.getLogger(name).level for name in LOUD}
     os.environ.update(added)
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=LOCK_S):
-            import mlflow
+        import mlflow
 
-            for name in LOUD:
-                logging.getLogger(name).setLevel(logging.CRITICAL)
+        for name in LOUD:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        with locks.in_turn(lock):
             if local:
                 _create_database(local)
             client = mlflow.MlflowClient(tracking_uri=f"{SQLITE}{local}" if local else settings.uri)
-            yield Mirror(client, settings.artifacts if local else None)
+        yield Mirror(client, settings.artifacts if local else None, lock)
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
@@ -130,10 +132,14 @@ def _create_database(path: Path) -> None:
 
 
 class Mirror:
-    """Writes runs through an MLflow client. `counts` says how many runs were written and how many were up to date."""
+    """Writes runs through an MLflow client. `counts` says how many runs were written and how many were up to date.
 
-    def __init__(self, client: Any, artifacts: str | None) -> None:
-        self.client, self.artifacts = client, artifacts
+    Args:
+        lock: held for one run at a time, so that several processes that write many take turns, and write none twice.
+    """
+
+    def __init__(self, client: Any, artifacts: str | None, lock: Path) -> None:
+        self.client, self.artifacts, self.lock = client, artifacts, lock
         self.counts: Counter[str] = Counter()
 
     def cell(self, folder: Path) -> None:
@@ -143,19 +149,26 @@ class Mirror:
         """Parent and children; children that the sweep no longer has (it was started anew) are deleted."""
         parent, children = sweep_runs(folder)
         parent_id = self.put(parent)
-        runs: dict[str, list[Any]] = {child.cell: [] for child in children}
-        for run in self._find(parent.experiment, f"tags.`{CELL}` LIKE '{parent.cell}/%'"):
-            cell = run.data.tags[CELL]
-            if cell in runs:
-                runs[cell].append(run)
-            elif cell.startswith(f"{parent.cell}/"):  # LIKE takes _ for any character
-                self.client.delete_run(run.info.run_id)
+        kept = {child.cell for child in children}
+        with locks.in_turn(self.lock):
+            for run in self._find(parent.experiment, f"tags.`{CELL}` LIKE '{parent.cell}/%'"):
+                cell = run.data.tags[CELL]
+                if cell not in kept and cell.startswith(f"{parent.cell}/"):  # LIKE takes _ for any character
+                    self.client.delete_run(run.info.run_id)
         for child in children:
-            self.put(child, parent_id, runs[child.cell])
+            self.put(child, parent_id)
 
-    def put(self, run: Run, parent_id: str | None = None, runs: list[Any] | None = None) -> str:
-        """Find or create the one run of `run.cell` and bring it up to date. Returns its id."""
-        runs = self._find(run.experiment, f"tags.`{CELL}` = '{run.cell}'") if runs is None else runs
+    def put(self, run: Run, parent_id: str | None = None) -> str:
+        """Find or create the one run of `run.cell` and bring it up to date. Returns its id.
+
+        Raises:
+            locks.Busy: a process that writes a run has kept the others waiting for too long.
+        """
+        with locks.in_turn(self.lock):
+            return self._put(run, parent_id)
+
+    def _put(self, run: Run, parent_id: str | None) -> str:
+        runs = self._find(run.experiment, f"tags.`{CELL}` = '{run.cell}'")
         digest = run.digest()
         if len(runs) == 1 and runs[0].data.tags.get(DIGEST) == digest:
             self.counts["up to date"] += 1
@@ -239,6 +252,8 @@ def backfill(cfg: DictConfig, everything: bool) -> int:
             with _connected(settings, Path(cfg.paths.work)) as mirror:
                 method(mirror, folder)
                 counts += mirror.counts
+        except locks.Busy:
+            raise
         except UserError as error:
             unreadable.append(error)
         except Exception as error:

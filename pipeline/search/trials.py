@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline.cell import child, identity, inputs, record
+from pipeline.cell import child, identity, inputs, locks, record
 from pipeline.cell import grid as cell_grid
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
@@ -303,9 +303,10 @@ def confirm(cfg: DictConfig, best: dict[str, Any], confirmed: list[DictConfig]) 
     for choice in best["front"] or [best]:
         variant = f"{cfg.variant}-{choice['variant']}" if cfg.variant else choice["variant"]
         chosen = at(cfg, {**choice["settings"], "variant": variant})
-        if not cell_grid.is_done(chosen):
-            shared = shared or inputs.preload([chosen])
-            code = max(code, child.run_cell(chosen, shared, now()))
+        with locks.alone(chosen):
+            if not cell_grid.is_done(chosen):
+                shared = shared or inputs.preload([chosen])
+                code = max(code, child.run_cell(chosen, shared, now()))
         if code == 130:
             break
         if cell_grid.is_done(chosen):
