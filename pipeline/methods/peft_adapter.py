@@ -120,6 +120,8 @@ class PeftAdapter(Method):
         if self.merge:
             model.save_pretrained(folder)
         else:
+            for config in model.peft_config.values():
+                _sort_sets(config)
             model.save_pretrained(folder, save_embedding_layers=False)
 
     def load(self, base: Any, folder: Path) -> tuple[Any, Any]:
@@ -141,6 +143,13 @@ class PeftAdapter(Method):
         plain = get_peft_model(model.unload().dequantize(), config)
         set_peft_model_state_dict(plain, weights)
         return plain.merge_and_unload()
+
+
+def _sort_sets(config: Any) -> None:
+    """Make sorted lists of the config's sets, which PEFT writes in the order of their hashes: equal runs leave equal bytes."""
+    for key, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, key, sorted(value))
 
 
 def prompts_on_device(model: Any) -> Any:
