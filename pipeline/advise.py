@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError
 from pipeline.reporting.advice import Need, advise, answer, failures
-from pipeline.reporting.evidence import gather, out_of_memory
+from pipeline.reporting.evidence import gather, without_accuracy
 
 KEYS = ("train_rows", "gpu_memory_gb", "hours", "metric_floor", "task", "model", "results")
 
@@ -49,7 +49,7 @@ def run(words: Sequence[str]) -> int:
     """Print the advice."""
     need, root = parse(words)
     advice = advise(gather([root]), need)
-    print("\n".join([*answer(advice), *failures(out_of_memory([root]), advice)]))
+    print("\n".join([*answer(advice), *failures(without_accuracy([root]), advice)]))
     return 0 if advice.chosen else 1
 
 

@@ -30,7 +30,8 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     if cfg.split == "probes":
         probes = probe_artefact(cell_config(result, cfg), Path(cfg.cell) / "artefact")
         write_json(target / "forgetting.json", {"cell": result.cell, **dataclasses.asdict(probes)})
-        print(f"{result.cell}: perplexity {probes.perplexity:.2f}, the base's {probes.perplexity_base:.2f}; {probes.probes}; {target}/forgetting.json")
+        after, before = ("—" if value is None else f"{value:.2f}" for value in (probes.perplexity, probes.perplexity_base))
+        print(f"{result.cell}: perplexity {after}, the base's {before}; {probes.probes}; {target}/forgetting.json")
         return 0
     predictions, score = score_artefact(cell_config(result, cfg), Path(cfg.cell) / "artefact", cfg.split)
     write_jsonl(target / "predictions.jsonl", predictions)

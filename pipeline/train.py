@@ -4,7 +4,8 @@
     python -m pipeline.train experiments=quick technique=lora+tuned seed=0 train_rows=160     with the settings that pipeline.tune found
 
 Writes results/<experiment>/<cell>/{result.json, predictions.jsonl, history.csv, artefact/} and mirrors them to MLflow
-(off: tracking=none). A killed run resumes from its last checkpoint; out of memory is a result (status oom, exit 0).
+(off: tracking=none). A killed run resumes from its last checkpoint; out of memory is a result (status oom, exit 0), and so is
+a training that diverged (status diverged).
 """
 
 from __future__ import annotations

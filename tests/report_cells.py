@@ -87,6 +87,15 @@ def oom(name: str, seed: int = 0, rows: int = 200) -> Result:
     return Result(**{k: getattr(full, k) for k in kept}, **failed)
 
 
+def diverged(name: str, seed: int = 0, rows: int = 200) -> Result:
+    """A cell whose training diverged; no row of it has an answer."""
+    full = result(name, seed=seed, rows=rows)
+    nothing = {split: Score(s.rows, 0.0, 0.0, 0.02, unanswered=s.rows) for split, s in full.scores.items()}
+    work = dataclasses.replace(full.work or Work(), diverged_at=3)
+    forgotten = Forgetting(None, 31.4, None, 0.94)
+    return dataclasses.replace(full, status="diverged", error="training diverged at step 3", scores=nothing, work=work, forgetting=forgotten, history=[])
+
+
 def resumed(found: Result) -> Result:
     """The same cell, resumed after a kill."""
     assert found.work

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_cells import keep, oom, result
+from report_cells import diverged, keep, oom, result
 
 from benchmarks import advice as judge
 from pipeline import advise as entry
@@ -235,10 +235,12 @@ def test_time_follows_the_optimiser_steps_and_one_run_has_no_interval():
     assert alone and (alone.value, alone.low) == (pytest.approx(118.0), None)
 
 
-def test_cells_that_ended_out_of_memory_are_named(root, capsys):
+def test_cells_that_ended_out_of_memory_or_diverged_are_named(root, capsys):
     keep(root, oom("qlora", 0, 400), with_predictions=False)
+    keep(root, diverged("bitfit", 0, 400))
     assert entry.main(["train_rows=400", f"results={root}"]) == 0
-    assert "Ended out of memory (so without an accuracy):\n  qlora at 400 rows on AMD EPYC: 1 cell\n" in capsys.readouterr().out
+    assert "Ended out of memory (so without an accuracy):\n  qlora at 400 rows on AMD EPYC: 1 cell\n" in (told := capsys.readouterr().out)
+    assert "Diverged (so without an accuracy):\n  bitfit at 400 rows on AMD EPYC: 1 cell\n" in told and told.count("bitfit") == 1
 
 
 @pytest.mark.slow

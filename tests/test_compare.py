@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_cells import HARDWARE, PROVENANCE, keep, oom, result
+from report_cells import HARDWARE, PROVENANCE, diverged, keep, oom, result
 
 from pipeline import compare
 from pipeline.core.files import read_jsonl, write_jsonl
@@ -110,10 +110,13 @@ def test_cells_of_one_side_and_lost_ones_are_named(sides, tmp_path):
     keep(sides[0], result("qlora", 180, 0))
     shutil.rmtree(next(c for c in cells(sides[1]) if c.name == "lora-s2-n200"))
     keep(sides[1], oom("full", 1))
+    keep(sides[1], diverged("full", 2))
     found = drift.compare(*sides)
-    assert found.only == {"A": ["lora-s2-n200", "qlora-s0-n200"], "B": []} and found.lost == {"A": [], "B": ["full-s1-n200"]} and found.shared == 8
+    assert found.only == {"A": ["lora-s2-n200", "qlora-s0-n200"], "B": []}
+    assert found.lost == {"A": {}, "B": {"full-s1-n200": "oom", "full-s2-n200": "diverged"}} and found.shared == 8
     told = drift.markdown(found)
-    assert "In A alone: lora-s2-n200, qlora-s0-n200." in told and "Out of memory in B alone: full-s1-n200." in told
+    assert "In A alone: lora-s2-n200, qlora-s0-n200." in told
+    assert "Out of memory in B alone: full-s1-n200." in told and "Diverged in B alone: full-s2-n200." in told
 
 
 def test_rows_that_both_answered_are_compared(sides):

@@ -97,7 +97,7 @@ def test_a_run_that_diverges_ends_with_a_note(overrides, tmp_path, name):
     pytest.importorskip("trl")
     more = [f"technique={name}", "start=null", "train.lr=1e30", "train.steps=6", "objective.num_generations=4", "train.validations=0"]
     found = cell_run.run(compose([*overrides, *SHORT, *more]), folder=tmp_path / "cell")
-    assert found.status == "ok" and found.work.diverged_at and found.work.engine == "trl" and len(found.history) < 6
+    assert found.status == "diverged" and found.work.diverged_at and found.work.engine == "trl" and len(found.history) < 6
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -104,6 +105,54 @@ def test_a_diverged_run_says_so(overrides, tmp_path):
     assert result.work.diverged_at == result.work.steps < 12
     assert f"training diverged: the loss was not finite at step {result.work.steps} of 12" in result.notes
     assert read(tmp_path / "cell").test.unanswered == 48 and result.test.accuracy == 0 and result.test.nll is None
+    assert read(tmp_path / "cell") == result and (result.status, result.error) == ("diverged", f"training diverged at step {result.work.steps}")
+    assert [p.name for p in (tmp_path / "cell" / "artefact").iterdir()] == ["artefact.json"] and result.size.artefact_bytes == 0
+
+
+PROBED = ["evaluate.forgetting=true", "evaluate.probe_texts=5", "evaluate.probe_pairs=20"]
+
+
+@pytest.mark.parametrize("technique", ["full", "lora"])
+def test_what_a_diverged_model_forgot_was_not_measured(overrides, tmp_path, technique):
+    lambada = tmp_path / "lambada.jsonl"
+    lambada.write_text('{"text": "the cast of the film was fine"}\n')
+    wild = [*PROBED, "evaluate.probe_lambada=1", f"paths.lambada={lambada}", "train.lr=1e30", "train.steps=8", "train.warmup_share=0", "train.validations=2"]
+    result = cell_run.run(compose([*overrides, f"technique={technique}", *wild]), folder=tmp_path / "cell")
+    assert read(tmp_path / "cell") == result and result.status == "diverged"
+    assert (result.forgetting.perplexity, result.forgetting.pairs, result.forgetting.lambada) == (None, None, None)
+    assert result.forgetting.perplexity_base > 0
+
+
+@pytest.mark.parametrize("scoring", ["choice", "generate"])
+def test_divergence_in_the_last_step_is_told_and_no_figure_is_made_up(overrides, tmp_path, scoring):
+    wild = ["technique=lora", f"task.scoring={scoring}", "train.lr=1e30", "train.steps=1", "train.warmup_share=0", "train.validations=1"]
+    result = cell_run.run(compose([*overrides, *wild]), folder=tmp_path / "cell")
+    assert read(tmp_path / "cell") == result and result.status == "diverged" and result.error
+    assert result.history[0]["validation_nll"] is None and (tmp_path / "cell" / "history.csv").read_text().endswith(",\n")
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_a_divergence(overrides, monkeypatch):
+    step = Eager.step
+
+    def poisoned(self, number, factor):
+        taken = step(self, number, factor)
+        with torch.no_grad():
+            self.trained[0].fill_(math.nan)
+        return taken
+
+    monkeypatch.setattr(Eager, "step", poisoned)
+    result = cell_run.run(compose([*overrides, "technique=full", "train.steps=1", "train.validations=0"]))
+    assert result.status == "diverged" and result.work.diverged_at == 1
+    assert "training diverged: the weights were not finite after step 1 of 1" in result.notes
+
+
+@pytest.mark.parametrize("scoring", ["choice", "generate"])
+def test_a_model_that_is_no_better_than_a_uniform_guess_is_noted(overrides, scoring):
+    words = [*overrides, "technique=full", f"task.scoring={scoring}", "train.steps=4", "train.warmup_share=0", "train.validations=0"]
+    sentence = "no better than a uniform guess over its vocabulary"
+    ruined = cell_run.run(compose([*words, "train.lr=1e6"]))
+    assert ruined.status == "ok" and any(sentence in note for note in ruined.notes)
+    assert not any(sentence in note for note in cell_run.run(compose([*words, "train.lr=3e-3"])).notes)
 
 
 @pytest.mark.parametrize("engine", ["eager", "fast"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from report_cells import BASE_NOTE, GRID, PROVENANCE, keep, oom, result, resumed, score, write_experiment
+from report_cells import BASE_NOTE, GRID, PROVENANCE, diverged, keep, oom, result, resumed, score, write_experiment
 
 from pipeline import report
 from pipeline.cell import grid as cells
@@ -144,6 +144,16 @@ def test_missing_and_lost_cells_are_named(home: Path, capsys: pytest.CaptureFixt
     assert "not run: prompt_tuning-s1-n200" in page and "ended beyond the limit of 3.0 GiB" in page
     assert "bitfit" not in printed + page  # out of the grid, still on disk
     assert table(home)["step_by_step"]["status"] == "oom"
+
+
+def test_a_diverged_cell_is_a_row_without_figures(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_grid(home, {"techniques": ["full", "lora"], "seeds": [0], "train_rows": [200]})
+    keep(home / "results", result("full"))
+    keep(home / "results", diverged("lora"))
+    assert run(home) == 0
+    printed, page = capsys.readouterr().out, (home / "report" / "quick" / "index.html").read_text()
+    assert "diverged, so without a figure: lora-s0-n200" in printed and re.search(r"^\| lora .*\| diverged +\|$", printed, re.M)
+    assert "training diverged at step 3" in page and (table(home)["lora"]["status"], table(home)["lora"]["test"]) == ("diverged", "")
 
 
 def test_unmeasured_is_an_em_dash_and_never_zero(home: Path) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from report_cells import BASE_NOTE, PROVENANCE, keep, oom, result, resumed
+from report_cells import BASE_NOTE, PROVENANCE, diverged, keep, oom, result, resumed
 
 from pipeline.core.compose import ROOT
 from pipeline.measure.memory import Memory
@@ -50,6 +50,12 @@ def test_shared_process_marks_the_total_alone(tmp_path: Path) -> None:
 def test_one_seed_out_of_memory(tmp_path: Path) -> None:
     row = rows_of(result("full", 210, 0), oom("full", 1), root=tmp_path)["full"]
     assert (row.status, row.seeds, row.test) == ("oom in 1 of 2 seeds", 1, 210 / 250)
+
+
+def test_diverged_seeds_are_counted_and_give_no_figure(tmp_path: Path) -> None:
+    row = rows_of(result("full", 210, 0), diverged("full", 1), oom("full", 2), root=tmp_path)["full"]
+    assert (row.status, row.seeds, row.test, row.diverged) == ("diverged in 1 of 3 seeds, oom in 1 of 3 seeds", 1, 210 / 250, 1)
+    assert row.perplexity_change == result("full").forgetting.perplexity / 31.4 - 1
 
 
 def test_rows_are_compared_at_the_same_number_of_training_rows(tmp_path: Path) -> None:

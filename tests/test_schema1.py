@@ -134,7 +134,7 @@ def test_a_report_over_old_results(tmp_path):
 def test_a_note_is_no_fact():
     told = results.read(DIVERGED)
     assert told.work and numbers(told)["diverged"] is True
-    free = dataclasses.replace(told, work=dataclasses.replace(told.work, diverged_at=None, engine="eager", engine_reason=None))
+    free = dataclasses.replace(told, status="ok", work=dataclasses.replace(told.work, diverged_at=None, engine="eager", engine_reason=None))
     assert free.notes and numbers(free)["diverged"] is False
 
 

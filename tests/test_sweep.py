@@ -7,6 +7,7 @@ import csv
 import json
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -44,6 +45,9 @@ def fake_cell(cfg: Any, *, shared: Any = None, splits: Any = None, folder: Any =
         out.write(json.dumps(call | {"splits": splits, "folder": folder and str(folder), "variant": cfg.variant}) + "\n")
     if (work / "oom").exists() and r == 32:
         result = results.Result(**identity(cfg), status="oom", error="too big")
+    elif (work / "diverged").exists() and r >= 16:
+        score, work_done = Score(40, 0.0, 0.0, 0.1, unanswered=40), Work(steps=2, diverged_at=2)
+        result = results.Result(**identity(cfg), status="diverged", error="training diverged at step 2", scores={"validation": score}, work=work_done)
     else:
         score = Score(40, ACCURACY[r], 0.0, 1.0)
         phases = Phases(2, 0, 0, 0, 1, 0, 0, 1, 0)
@@ -214,6 +218,34 @@ def test_out_of_memory_is_an_answer(words, tmp_path, capsys):
     assert "r=32 lora_alpha=64: out of memory (too big)" in capsys.readouterr().out
     assert sweep.main(words) == 0
     assert len(calls(tmp_path)) == 2
+
+
+def test_a_trial_that_diverged_is_an_answer_and_never_the_best(words, tmp_path, capsys):
+    (tmp_path / "work" / "diverged").touch()
+    assert sweep.main([*words, "sweep.confirm=false", "sweep.space={method.config.r: {choices: [1, 16]}}"]) == 0
+    assert states(tmp_path) == ["COMPLETE", "FAIL"] and [t["status"] for t in trials(tmp_path)] == ["ok", "diverged"]
+    assert "r=16 lora_alpha=32: diverged (training diverged at step 2)" in capsys.readouterr().out and best(tmp_path)["params"] == {"method.config.r": 1}
+    assert sweep.main([*words, "sweep.confirm=false", "sweep.space={method.config.r: {choices: [1, 16]}}"]) == 0
+    assert len(calls(tmp_path)) == 2, "it is not tried again"
+
+
+def test_a_study_without_a_finite_trial_says_so_and_confirms_nothing(words, tmp_path, capsys):
+    (tmp_path / "work" / "diverged").touch()
+    assert sweep.main([*words, "sweep.space={method.config.r: {choices: [16, 32]}}"]) == 2
+    error = capsys.readouterr().err
+    assert "has a value (2 diverged; see " in error and "nothing to confirm" in error and error.count("\n") == 1
+    assert len(calls(tmp_path)) == 2 and not (tmp_path / "sweeps/tried/lora/best.json").exists() and not (tmp_path / "results").exists()
+
+
+def test_a_diverged_trial_of_an_earlier_study_is_not_the_best(words, tmp_path):
+    """Such a trial was complete, and had the value of whatever was validated."""
+    words = [*words, "sweep.confirm=false", "sweep.space={method.config.r: {choices: [1, 16]}}"]
+    assert sweep.main(words) == 0 and best(tmp_path)["params"] == {"method.config.r": 16}
+    with contextlib.closing(sqlite3.connect(tmp_path / "sweeps/tried/lora/study.db")) as stored, stored:
+        changed = stored.execute("UPDATE trial_user_attributes SET value_json = 'true' WHERE key = 'diverged' AND trial_id = 2")
+        assert changed.rowcount == 1
+    assert sweep.main(words) == 0 and best(tmp_path)["params"] == {"method.config.r": 1}
+    assert [t["status"] for t in trials(tmp_path)] == ["ok", "diverged"]
 
 
 def test_nothing_but_out_of_memory_is_an_error(words, tmp_path, capsys):

@@ -222,6 +222,13 @@ def test_out_of_memory_is_a_failed_run(root):
     assert run.data.metrics == {} and run.info.end_time == run.info.start_time
 
 
+def test_a_diverged_cell_is_a_failed_run_with_what_was_measured(root):
+    records_mlflow.log_cell(write_cell(root, status="diverged", error="training diverged at step 3"), config(root))
+    [run] = runs(root)
+    assert (run.info.status, run.data.tags["status"], run.data.tags["error"]) == ("FAILED", "diverged", "training diverged at step 3")
+    assert "phases/train_s" in run.data.metrics
+
+
 def test_a_sweep_is_a_parent_with_a_child_a_trial(root):
     records_mlflow.log_sweep(write_sweep(root), config(root))
     found = {r.data.tags[records_mlflow.CELL]: r for r in runs(root)}

@@ -217,7 +217,7 @@ class Runs:
                 return record.bare_result(cfg, status="error", error="ended with code 1", precision="fp32")
             work = Work(steps=1, diverged_at=1 if value == 0.0 else None)
             scores = {"validation": Score(32, value, value, value, nll=cfg.train.lr)}
-            return record.bare_result(cfg, status="ok", precision="fp32", scores=scores, work=work)
+            return record.bare_result(cfg, status="diverged" if value == 0.0 else "ok", precision="fp32", scores=scores, work=work)
 
         monkeypatch.setattr(search_trials, "run_trial", run)
         monkeypatch.setattr(inputs, "preload", lambda chosen: None)
@@ -273,11 +273,20 @@ def test_trials_that_fail_are_counted_and_not_replaced(tmp_path, overrides, monk
 def test_without_any_value_it_says_so(tmp_path, overrides, monkeypatch, imports, capsys):
     Runs(monkeypatch, lambda lr, r: None)
     assert tune.main([*words_in(tmp_path, overrides), "tune.trials=2"]) == 2
-    assert "none of 2 trials has a value" in capsys.readouterr().err and not (tmp_path / "tuning").exists()
+    assert "none of 2 trials has a value (2 oom; see above)" in capsys.readouterr().err and not (tmp_path / "tuning").exists()
+
+
+def test_where_every_trial_diverged_nothing_is_tuned(tmp_path, overrides, monkeypatch, imports, capsys):
+    Runs(monkeypatch, lambda lr, r: 0.0)
+    assert tune.main([*words_in(tmp_path, overrides), "tune.trials=2"]) == 2
+    told = capsys.readouterr()
+    assert "none of 2 trials has a value (2 diverged; see above), so nothing is tuned" in told.err and told.err.count("error:") == 1
+    assert "diverged (" in told.out and not (tmp_path / "tuning").exists()
 
 
 def test_equal_figures_are_told_apart_by_the_loss_and_then_the_earlier_wins():
-    trials = [{"number": n, "validation": v, "nll": loss} for n, (v, loss) in enumerate([(None, 0.1), (0.5, 0.9), (0.7, None), (0.7, 0.4), (0.7, 0.4)])]
+    figures = [(None, 0.1), (0.5, 0.9), (0.7, None), (0.7, 0.4), (0.7, 0.4)]
+    trials = [{"number": n, "status": "ok", "validation": v, "nll": loss} for n, (v, loss) in enumerate(figures)]
     assert search_tuning.best_of(trials)["number"] == 3
     with pytest.raises(UserError, match="none of 1 trials has a value"):
         search_tuning.best_of(trials[:1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,10 +17,18 @@ from pipeline.scoring import answers
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.sharing import shared_latency
 
+GENERATED_ROWS = 8
+"""Rows whose right answers' likelihood is asked for where answers are generated."""
+UNIFORM = 0.99
+"""Of ln(vocabulary): a loss above it is a uniform guess's."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """scores: by split. predictions: one a row, with its split. memory: the peak while the last timed split was answered. notes: the cell's."""
+    """scores: by split. predictions: one a row, with its split. memory: the peak while the last timed split was answered. notes: the cell's.
+
+    finite: whether the model gave any answer a finite likelihood.
+    """
 
     scores: dict[str, Score]
     predictions: list[dict]
@@ -27,16 +36,17 @@ class Evaluation:
     inference: Inference | None = None
     forgetting: Forgetting | None = None
     notes: list[str] = field(default_factory=list)
+    finite: bool = True
 
 
-def validate(scorer: Scorer, rows: Sequence[dict]) -> tuple[float, float]:
+def validate(scorer: Scorer, rows: Sequence[dict]) -> tuple[float, float | None]:
     """(metric, nll) of the model as it stands."""
     return ranked(answers.score(scorer.predict(rows), scorer.task), scorer.task.metric)
 
 
-def ranked(score: Score, metric: str) -> tuple[float, float]:
-    """(metric, nll) by which weights are chosen; nll is 0 where answers are generated."""
-    return answers.headline(score, metric), score.nll if score.nll is not None else 0.0
+def ranked(score: Score, metric: str) -> tuple[float, float | None]:
+    """(metric, nll) by which weights are chosen; nll is None where answers are generated, or not finite."""
+    return answers.headline(score, metric), score.nll
 
 
 def score_answers(parts: Parts, rows: Rows, meter: Meter) -> Evaluation:
@@ -83,9 +93,38 @@ def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Eval
                 answer(f"transfer/{split}", asked)
             inference = Inference(latency, len(rows.test) / seconds, peak.peak_bytes, request_peak_bytes=request_bytes)
         forgetting = inputs.probing.forgetting(scorer.model) if inputs.probing else None
+        nats = _nats_per_token(scorer, rows.validation, predictions) if parts.method.trains else None
         if inference is not None:
             inference = _merged(parts, scorer, rows, _many_adapters(parts, scorer, rows, inference))
-    return Evaluation(scores, predictions, peak, inference, forgetting, scorer.notes)
+    finite = answers.finite(predictions) and (nats is None or math.isfinite(nats))
+    if finite and nats is not None and (note := _no_better_than_uniform(nats, scorer.model.config.get_text_config().vocab_size)):
+        scorer.notes.append(note)
+    return Evaluation(scores, predictions, peak, inference, forgetting, scorer.notes, finite)
+
+
+def _nats_per_token(scorer: Scorer, rows: Sequence[dict], predictions: Sequence[dict]) -> float | None:
+    """Mean negative log-likelihood of a token of the right answers: those that were scored, or where answers are generated those of a few rows.
+
+    None where neither tells: the model reasons before it answers, or there are no rows.
+    """
+    encoder = scorer.encoder
+    if scorer.task.scoring == "choice":
+        known = [(p["scores"][p["answer"]], len(encoder.answer(p["answer"]))) for p in predictions if p["answer"] in p["scores"]]
+    elif scorer.reasoning:
+        known = []
+    else:
+        asked = rows[:GENERATED_ROWS]
+        items = [(prompt, [encoder.answer(row["answer"])]) for row, (prompt, _) in zip(asked, scorer.items(asked), strict=True)]
+        known = [(values[0], len(choices[0])) for values, (_, choices) in zip(scorer.log_likelihoods(items), items, strict=True)] if items else []
+    return -sum(value for value, _ in known) / sum(tokens for _, tokens in known) if known else None
+
+
+def _no_better_than_uniform(nats: float, vocabulary: int) -> str | None:
+    """The note of a trained model that any token is as likely for as any other, or worse; None for one that has learnt something."""
+    if nats < UNIFORM * math.log(vocabulary):
+        return None
+    return (f"the trained model is no better than a uniform guess over its vocabulary ({nats:.3g} nats a token of the right answers, "
+            f"ln {vocabulary} is {math.log(vocabulary):.3g}): training has ruined it; lower train.lr")
 
 
 def _requests(parts: Parts, scorer: Scorer, rows: Rows) -> tuple[float | None, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,31 @@ from pipeline.models.base import manifest
 from pipeline.objectives.base import Objective
 from pipeline.records import results, tuned
 from pipeline.records.finished import name
-from pipeline.records.results import Result, Size, Teacher, history_csv, price
+from pipeline.records.results import Result, Size, Teacher, Work, history_csv, price
 from pipeline.training.loop import Trained
 
 
 def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored: Evaluation, meter: Meter, about: dict[str, Any],
              shared_process: bool) -> Result:
     """The result of a cell that went through. about: the process's provenance."""
-    cfg, phases, tuning = parts.cfg, meter.phases(), tuned.effort(parts.cfg)
+    cfg, phases, tuning, error = parts.cfg, meter.phases(), tuned.effort(parts.cfg), diverged(trained.work, scored.finite)
     return Result(
-        **{**_named(cfg, parts.settings, parts.method, parts.objective), "train_rows": inputs.labelled}, precision=parts.precision, status="ok",
-        validation_rows=len(inputs.rows.validation), scores=scored.scores, memory=trained.memory or scored.memory, work=trained.work, size=size,
+        **{**_named(cfg, parts.settings, parts.method, parts.objective), "train_rows": inputs.labelled}, precision=parts.precision,
+        status="diverged" if error else "ok", error=error,
+        validation_rows=len(inputs.rows.validation), scores=scored.scores, memory=trained.memory or scored.memory, work=trained.work,
+        size=dataclasses.replace(size, artefact_bytes=0) if error else size,
         inference=scored.inference, forgetting=scored.forgetting, teacher=_teacher(parts, inputs, trained), synthetic=inputs.synthetic,
         history=trained.history, notes=scored.notes, hardware=machine.hardware(parts.device), provenance={**about, **_origin(parts)}, phases=phases,
         packed=trained.slots is not None, slots=trained.slots, tuning=tuning, cost=price(cfg, phases.wall_s), shared_process=shared_process,
         labelled_rows=labels_used(parts, inputs, bool(tuning)),
     )
+
+
+def diverged(work: Work, finite: bool) -> str | None:
+    """Why a cell that went through has status diverged; None: it has not. finite: whether the model's scores are."""
+    if work.diverged_at is not None:
+        return f"training diverged at step {work.diverged_at}"
+    return None if finite else "the model's scores are not finite"
 
 
 def bare_result(cfg: DictConfig, **measured: Any) -> Result:
@@ -104,7 +114,7 @@ def _origin(parts: Parts) -> dict[str, Any]:
 def write(folder: Path, cfg: DictConfig, result: Result, predictions: Sequence[dict]) -> None:
     """All files of the cell but an artefact that `write_artefact` has written; result.json comes last, so that it stands for a whole cell."""
     (folder / "result.json").unlink(missing_ok=True)
-    if result.status != "ok" or result.kind == "teacher":  # nothing to serve
+    if result.status != "ok" or result.kind == "teacher":  # nothing to serve: of a diverged cell, weights that answer nothing
         write_artefact(folder, cfg)
     write_jsonl(folder / "predictions.jsonl", predictions)
     write_text(folder / "history.csv", history_csv(result.history))

@@ -45,7 +45,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
         started: Unix time from which start-up is counted (the process's start).
 
     Returns:
-        The result; out of memory is one, with status oom.
+        The result; out of memory is one, with status oom, and a training that diverged, with status diverged.
 
     Raises:
         UserError: bad input. KeyboardInterrupt: ended by a signal, a checkpoint was written.
@@ -119,7 +119,7 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     scorer = Scorer(model, inputs.encoder, settings.task, _prompt(parts, state), settings.evaluate.batch_tokens, parts.device, parts.dtype,
                     list(inputs.notes), parts.objective.reasoning)
 
-    def validated(candidate: Any) -> tuple[float, float]:
+    def validated(candidate: Any) -> tuple[float, float | None]:
         scorer.prompt = _prompt(parts, candidate)
         return validate(scorer, rows.validation)
 
@@ -158,7 +158,15 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
                 functools.partial(validate, scorer, rows.validation), checkpoint_of(parts.cfg) if folder is not None else None, meter)
         trained = loop.train()
     scorer.notes += trained.notes
-    return dataclasses.replace(trained, teacher=prepared.teacher)
+    work = trained.work
+    if work.diverged_at is None and not _finite(scorer.model):  # the last step's loss is of the weights before it
+        scorer.notes.append(f"training diverged: the weights were not finite after step {work.steps} of {total}")
+        work = dataclasses.replace(work, diverged_at=work.steps)
+    return dataclasses.replace(trained, teacher=prepared.teacher, work=work)
+
+
+def _finite(model: Any) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 def take_packed(parts: Parts, model: Any, meter: Meter) -> Trained | None:

@@ -69,8 +69,8 @@ class Method:
         """What the method keeps of the training examples besides weights (few-shot: its demonstrations); `base` may embed them, or be changed by them."""
         return None
 
-    def choose(self, state: Any, validate: Callable[[Any], tuple[float, float]]) -> Any:
-        """The state to keep; `validate(state)` gives (metric, nll) on validation rows, which a choice among states may use."""
+    def choose(self, state: Any, validate: Callable[[Any], tuple[float, float | None]]) -> Any:
+        """The state to keep; `validate(state)` gives (metric, nll; None: not measured) on validation rows, which a choice among states may use."""
         return state
 
     def prompt(self, prompt: str, state: Any) -> str:

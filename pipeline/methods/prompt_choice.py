@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.data.rows import Example
 from pipeline.methods.base import Method
+from pipeline.records.results import rank_key
 
 MOST_ANSWERS = 20
 
@@ -41,7 +42,7 @@ class PromptChoice(Method):
         answers = sorted({e.answer for e in examples})
         return {"template": self.templates[0], "answers": answers if len(answers) <= MOST_ANSWERS else [], "tried": []}
 
-    def choose(self, state: dict[str, Any], validate: Callable[[Any], tuple[float, float]]) -> dict[str, Any]:
+    def choose(self, state: dict[str, Any], validate: Callable[[Any], tuple[float, float | None]]) -> dict[str, Any]:
         usable = [t for t in self.templates if state["answers"] or "{answers}" not in t]
         if not usable:
             raise UserError(f"every one of method.templates asks for {{answers}}, but the task has more than {MOST_ANSWERS}; add one without it")
@@ -49,7 +50,7 @@ class PromptChoice(Method):
         for template in usable:
             metric, nll = validate({**state, "template": template})
             tried.append({"template": template, "metric": metric, "nll": nll})
-        best = max(tried, key=lambda t: (t["metric"], -t["nll"]))
+        best = max(tried, key=lambda t: rank_key(t["metric"], t["nll"]))
         return {**state, "template": best["template"], "tried": tried}
 
     def prompt(self, prompt: str, state: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ class Work:
     streams: bool = False
     """Whether its rows lay one after another in streams of tokens, without padding between them."""
     diverged_at: int | None = None
-    """The optimiser step (from 1) whose loss was not finite, which ended training; null: it went through."""
+    """The optimiser step (from 1) whose loss, or the weights after it, were not finite, which ended training; null: it went through."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ class Forgetting:
     """Probes of unrelated text and grammar, after against the untouched base (same precision, and 16 bits).
 
     Perplexity is per token of the probe text; pairs is the share of minimal pairs ranked right; lambada is the share of LAMBADA
-    passages whose last word was said, its perplexity is per such word.
+    passages whose last word was said, its perplexity is per such word. Null: not probed, or what the model said was not finite.
     """
 
-    perplexity: float
-    perplexity_base: float
-    pairs: float
-    pairs_base: float
+    perplexity: float | None
+    perplexity_base: float | None
+    pairs: float | None
+    pairs_base: float | None
     perplexity_base_16bit: float | None = None
     pairs_base_16bit: float | None = None
     probes: str = ""
@@ -216,7 +216,7 @@ class Result:
     seed: int
     train_rows: int
     status: str
-    """ok, or oom (out of memory: a result, keyed with the hardware)."""
+    """ok, oom (out of memory: a result, keyed with the hardware), or diverged (the loss, the weights or the scores were not finite)."""
     kind: str
     """One of KINDS."""
     start: str | None = None
@@ -244,8 +244,8 @@ class Result:
     """None: not tuned by pipeline.tune."""
     cost: Cost | None = None
     """None: the config has no price_per_hour."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """Points of the training curve: step, loss, lr; validation points carry validation_metric and validation_nll."""
+    history: list[dict[str, float | None]] = field(default_factory=list)
+    """Points of the training curve: step, loss, lr; validation points carry validation_metric and validation_nll (null: not measured)."""
     notes: list[str] = field(default_factory=list)
     """Sentences for people: truncated texts, fallbacks. Nothing reads a fact out of them."""
     hardware: dict[str, Any] = field(default_factory=dict)
@@ -293,6 +293,8 @@ def read(path: str | Path) -> Result:
     for name in NAMES:
         check_name(getattr(result, name), f"{path}: {name}")
     _check_values(result, f"{path}: ")
+    if result.status == "ok" and result.work and result.work.diverged_at is not None:  # written before it was a status
+        result = dataclasses.replace(result, status="diverged", error=f"training diverged at step {result.work.diverged_at}")
     return dataclasses.replace(result, config=with_todays_keys(result.config))
 
 
@@ -415,7 +417,12 @@ def _ranges(result: Result) -> Iterator[tuple[str, float, float, float]]:
         yield f"scores.{split}.rows", score.rows, 1, math.inf
         yield f"scores.{split}.accuracy", score.accuracy, 0, 1
     for number, point in enumerate(result.history):
-        yield f"history[{number}].step", point.get("step", 0), 1, math.inf
+        yield f"history[{number}].step", point.get("step") or 0, 1, math.inf
+
+
+def rank_key(metric: float, nll: float | None) -> tuple[float, float]:
+    """What weights, prompts and trials are ranked by, the best the largest: the metric, then the lower nll; one that was not measured is the worst."""
+    return metric, -math.inf if nll is None else -nll
 
 
 def price(cfg: DictConfig, seconds: float) -> Cost | None:
@@ -423,7 +430,7 @@ def price(cfg: DictConfig, seconds: float) -> Cost | None:
     return None if cfg.price_per_hour is None else Cost(cfg.price_per_hour * seconds / 3600, cfg.currency, cfg.price_per_hour)
 
 
-def history_csv(history: list[dict[str, float]]) -> str:
+def history_csv(history: list[dict[str, float | None]]) -> str:
     """The training curve as CSV: step, loss, lr, validation_metric, validation_nll; header alone if nothing was trained."""
     out = io.StringIO()
     writer = csv.DictWriter(out, ["step", "loss", "lr", "validation_metric", "validation_nll"], lineterminator="\n", extrasaction="ignore")

@@ -146,10 +146,11 @@ def _fields(part: Any) -> dict[str, Any]:
 
 def _curves(result: Result, start: int, end: int) -> list[Metric]:
     """history/<name> by training step; a point's time is its share of the run, which any mirror can recompute."""
-    last = max((p["step"] for p in result.history), default=0) or 1
+    steps = [int(point["step"] or 0) for point in result.history]
+    last = max(steps, default=0) or 1
     return [
-        Metric(f"history/{key}", float(value), start + round((end - start) * point["step"] / last), int(point["step"]))
-        for point in result.history
+        Metric(f"history/{key}", float(value), start + round((end - start) * step / last), step)
+        for step, point in zip(steps, result.history, strict=True)
         for key, value in point.items()
         if key != "step" and value is not None
     ]

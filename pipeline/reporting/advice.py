@@ -280,13 +280,16 @@ def answer(advice: Advice) -> list[str]:
 
 
 def failures(results: Sequence[Result], advice: Advice) -> list[str]:
-    """Cells of the advice's task that ended out of memory: a result, but none of accuracy."""
-    groups = Counter(
-        (r.technique, r.train_rows, str(r.hardware.get("gpu") or r.hardware.get("cpu"))) for r in results
-        if r.model == advice.model and r.task in (advice.need.task, *advice.task.split(", "))
-    )
-    lines = [f"  {name} at {rows:,} rows on {machine}: {count} cell{'s' if count > 1 else ''}" for (name, rows, machine), count in sorted(groups.items())]
-    return ["", "Ended out of memory (so without an accuracy):", *lines] if lines else []
+    """Cells of the advice's task that ended out of memory or diverged: a result, but none of accuracy."""
+    lines = []
+    for status, heading in (("oom", "Ended out of memory"), ("diverged", "Diverged")):
+        groups = Counter(
+            (r.technique, r.train_rows, str(r.hardware.get("gpu") or r.hardware.get("cpu"))) for r in results
+            if r.status == status and r.model == advice.model and r.task in (advice.need.task, *advice.task.split(", "))
+        )
+        lines += ["", f"{heading} (so without an accuracy):"] if groups else []
+        lines += [f"  {name} at {rows:,} rows on {machine}: {count} cell{'s' if count > 1 else ''}" for (name, rows, machine), count in sorted(groups.items())]
+    return lines
 
 
 def _facts(chosen: Candidate, rows: int, task: str) -> list[str]:

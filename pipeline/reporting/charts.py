@@ -166,7 +166,7 @@ def _drawable(rows: Sequence[Row], cost: Cost) -> tuple[list[Row], list[str]]:
         if row.teacher:
             continue
         if row.test is None:
-            why = "out of memory" if row.status == "oom" else "no result"
+            why = {"oom": "out of memory", "diverged": "diverged"}.get(row.status, "no result")
         elif cost.value(row) is None:
             why = "not measured"
         elif cost.whole and row.begins:
@@ -328,15 +328,17 @@ def _dots(cell: Cell, name: str, x: Scale, y: Scale, colour: str) -> list[Markup
 
 
 def _losses(cell: Cell) -> list[tuple[float, float]]:
-    points = [(p["step"], p["loss"]) for p in cell.result.history if _finite(p.get("loss"))]
+    points = _points(cell, "loss")
     size = math.ceil(len(points) / MOST_POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(math.fsum(s for s, _ in part) / len(part), math.fsum(v for _, v in part) / len(part)) for part in parts]
 
 
 def _checks(cell: Cell) -> list[tuple[float, float]]:
-    return [(p["step"], p["validation_metric"]) for p in cell.result.history if _finite(p.get("validation_metric"))]
+    return _points(cell, "validation_metric")
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _points(cell: Cell, key: str) -> list[tuple[float, float]]:
+    """(step, value) of the curve's points that have a finite one."""
+    every = ((point["step"], point.get(key)) for point in cell.result.history)
+    return [(step, value) for step, value in every if step is not None and value is not None and math.isfinite(value)]

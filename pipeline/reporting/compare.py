@@ -85,8 +85,8 @@ class Drift:
     shared: int
     only: dict[str, list[str]]
     """Cells that one side alone has a result of, by side."""
-    lost: dict[str, list[str]]
-    """Cells without scores (out of memory), by side."""
+    lost: dict[str, dict[str, str]]
+    """Cells that came to no figure, each with its status (oom, diverged), by side."""
     changes: list[Change]
     techniques: list[Move] = field(default_factory=list)
     cells: list[Move] = field(default_factory=list)
@@ -141,7 +141,7 @@ def compare(a: Path, b: Path, tolerance: float | None = None) -> Drift:
         raise UserError(f"{a} and {b} have no cell in common ({a} has {next(iter(sides[0]))}, {b} has {next(iter(sides[1]))})")
     check_comparable([side[name] for name in both for side in sides], "move that cell out of both folders, or name two folders of the same task and model")
     only = {name: [c for c in side if c not in both] for name, side in zip(SIDES, sides, strict=True)}
-    lost = {name: [c for c in both if side[c].result.status != "ok"] for name, side in zip(SIDES, sides, strict=True)}
+    lost = {name: {c: side[c].result.status for c in both if side[c].result.status != "ok"} for name, side in zip(SIDES, sides, strict=True)}
     drift = Drift(names[0], len(both), only, lost, changes([(sides[0][n].result, sides[1][n].result) for n in both]))
     pairs = [(sides[0][n], sides[1][n]) for n in both if n not in lost["A"] and n not in lost["B"]]
     _accuracies(drift, pairs)
@@ -315,8 +315,9 @@ def _caveats(drift: Drift) -> list[str]:
     for side, other in (("A", "B"), ("B", "A")):
         if drift.only[side]:
             caveats.append(f"In {side} alone: {', '.join(drift.only[side])}.")
-        if gone := [c for c in drift.lost[side] if c not in drift.lost[other]]:
-            caveats.append(f"Out of memory in {side} alone: {', '.join(gone)}.")
+        for status, words in (("oom", "Out of memory"), ("diverged", "Diverged")):
+            if gone := [c for c, what in drift.lost[side].items() if what == status and c not in drift.lost[other]]:
+                caveats.append(f"{words} in {side} alone: {', '.join(gone)}.")
     if any(c.kind == "data" for c in drift.changes):
         caveats.append("The data are not the same: rows are matched by their ids alone, and a move may be the data's.")
     if drift.techniques and not drift.covers_seeds:

@@ -82,7 +82,7 @@ def unmeasured(rows: Sequence[Row]) -> list[str]:
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
-    return [r for r in rows if not r.teacher and r.status != "oom"]
+    return [r for r in rows if not r.teacher and r.status not in ("oom", "diverged")]
 
 
 def _figure(row: Row, measure: Measure, most: float) -> Figure:

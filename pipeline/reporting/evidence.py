@@ -68,9 +68,9 @@ def gather(roots: Iterable[Path]) -> list[Seen]:
     ]))
 
 
-def out_of_memory(roots: Iterable[Path]) -> list[Result]:
-    """Cells below the folders that ended out of memory."""
-    return [r for root in roots for r in results.read_all(root) if r.status == "oom"]
+def without_accuracy(roots: Iterable[Path]) -> list[Result]:
+    """Cells below the folders that ended out of memory or diverged."""
+    return [r for root in roots for r in results.read_all(root) if r.status != "ok"]
 
 
 def _told_apart(seen: Sequence[Seen]) -> list[Seen]:

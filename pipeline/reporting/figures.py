@@ -12,6 +12,7 @@ import functools
 import io
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,8 +173,8 @@ def _rationales(cell: Cell) -> int | None:
 
 def _growth_of(base: str) -> Callable[[Cell], float | None]:
     def of(cell: Cell) -> float | None:
-        before = getattr(cell.result.forgetting, base, None)
-        return cell.result.forgetting.perplexity / before - 1 if cell.result.forgetting and before else None
+        before, after = getattr(cell.result.forgetting, base, None), getattr(cell.result.forgetting, "perplexity", None)
+        return after / before - 1 if before and after is not None else None
 
     return of
 
@@ -192,8 +193,9 @@ def _kind_of_memory(cell: Cell) -> str | None:
 
 
 def _status(each: Sequence[str]) -> str:
-    lost = sum(status != "ok" for status in each)
-    return "ok" if not lost else "oom" if lost == len(each) else f"oom in {lost} of {len(each)} seeds"
+    lost = Counter(status for status in each if status != "ok")
+    words = [status if count == len(each) else f"{status} in {count} of {len(each)} seeds" for status, count in lost.items()]
+    return ", ".join(words) or "ok"
 
 
 def _one_currency(part: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
@@ -222,7 +224,7 @@ class Row:
     train_rows: int = _same("train_rows")
     seeds: int = _figure("seed", "Seeds", "Data", over=shown, seeds=len, last=1, about="Runs with different seeds; the figures are their means.")
     status: str = _figure("status", over=list, seeds=_status)
-    """ok, oom, or "oom in 1 of 3 seeds"."""
+    """ok, oom, diverged, or "oom in 1 of 3 seeds"."""
     metric: str = _same("metric")
     test: float | None = _figure(
         headline("test"), "Test {metric}, %", "Quality", f.percent, small=lambda r: interval(r), last=-1, for_dvc=True,
@@ -333,8 +335,8 @@ class Row:
     currency: str | None = _figure("cost", over=timed, seeds=_one_currency(lambda costs: costs[0].currency))
     engine: str | None = _figure("work.engine", over=list, seeds=lambda each: ", ".join(dict.fromkeys(each)))
     """What did the training steps (results.ENGINES); several seeds' that differ are all named."""
-    diverged: int = _figure("work.diverged_at", over=list, seeds=len, empty=0)
-    """Seeds whose training ended because its loss was not finite."""
+    diverged: int = _figure(lambda c: c.result.status == "diverged", over=list, seeds=sum, empty=0)
+    """Seeds whose loss, weights or scores were not finite."""
     notes: str = _figure(lambda c: notes_of([c]), over=list, seeds=lambda each: "; ".join(dict.fromkeys(itertools.chain(*each))))
     own_notes: tuple[str, ...] = ()
     """Notes that not every row has."""
@@ -407,7 +409,7 @@ def timing_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def remarks(row: Row) -> list[str]:
-    """What the last column says: how the row stands to the best, out of memory, unusual timing."""
+    """What the last column says: how the row stands to the best, out of memory or diverged, unusual timing."""
     standing = {
         "best": "best",
         "near": "not told apart from the best",
@@ -427,7 +429,7 @@ def table_csv(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-def history_csv(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def history_csv(histories: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
     """The training curves of all cells, one line a point: cell, step, loss, lr, validation_metric, validation_nll, and what a technique adds (reward)."""
     out = io.StringIO()
     known = ["cell", "step", "loss", "lr", "validation_metric", "validation_nll"]

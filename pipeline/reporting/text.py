@@ -175,8 +175,10 @@ def _few(names: Sequence[str], most: int = 12) -> str:
 
 
 def warnings(rows: Sequence[Row], missing: Sequence[str]) -> list[str]:
-    """What a reader must know before comparing: cells not run, out of memory, and conditions that differ between cells."""
+    """What a reader must know before comparing: cells not run, diverged, out of memory, and conditions that differ between cells."""
     texts = [f"not run: {_few(missing)}"] if missing else []
+    diverged = [c.result.cell for r in rows for c in r.cells if c.result.status == "diverged"]
+    texts += [f"diverged, so without a figure: {_few(diverged)}"] if diverged else []
     lost = [c.result for r in rows for c in r.cells if c.result.status == "oom"]
     if lost:
         where = ", ".join(sorted({hardware_name(r.hardware) or "unknown hardware" for r in lost}))

@@ -52,6 +52,11 @@ def chosen(rows: Sequence[dict], scores: Sequence[Sequence[float]], task: Task) 
     return predictions
 
 
+def finite(predictions: Sequence[dict]) -> bool:
+    """Whether there is a row whose choices all have a finite log-likelihood; True where answers are generated, or none was asked for."""
+    return not predictions or any(p.get("scores", True) for p in predictions)
+
+
 def score(predictions: Sequence[dict], task: Task) -> Score:
     """The metrics of a split's predictions. A row without an answer counts as wrong.
 

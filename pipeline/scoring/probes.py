@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,9 @@ ENDS = {
 class Probe:
     """What one model knows; the LAMBADA figures are None where its file is not there."""
 
-    perplexity: float
-    """Per token of the news sentences."""
-    pairs: float
+    perplexity: float | None
+    """Per token of the news sentences; None, as every figure, where what the model says is not finite."""
+    pairs: float | None
     """Share of the agreement pairs whose grammatical sentence is the likelier."""
     lambada: float | None = None
     """Share of the passages whose last word is what the model would say (greedily, all its tokens)."""
@@ -110,12 +111,18 @@ def probe(model: Any, tokenizer: Any, texts: int, pairs: int, device: Any, dtype
     good_bad = agreement_pairs(pairs)
     scored = log_likelihoods([s for pair in good_bad for s in pair])
     right = sum(scored[2 * i][0] > scored[2 * i + 1][0] for i in range(len(good_bad)))
-    result = Probe(math.exp(-sum(v for v, _ in news) / sum(n for _, n in news)), right / len(good_bad))
-    return Probe(result.perplexity, result.pairs, *last_words(model, tokenizer, passages, device, dtype)) if passages else result
+    known = all(math.isfinite(value) for value, _ in scored)
+    last = last_words(model, tokenizer, passages, device, dtype) if passages else (None, None)
+    return Probe(_perplexity(-sum(v for v, _ in news) / sum(n for _, n in news)), right / len(good_bad) if known else None, *last)
 
 
-def last_words(model: Any, tokenizer: Any, passages: Sequence[tuple[str, str]], device: Any, dtype: Any) -> tuple[float, float]:
-    """(accuracy, perplexity per word) of the passages' last words, as lm-evaluation-harness's lambada_openai has them."""
+def _perplexity(nats: float) -> float | None:
+    """e to the nats; None where they are not finite, or it is beyond what a float holds."""
+    return math.exp(nats) if math.isfinite(nats) and nats < math.log(sys.float_info.max) else None
+
+
+def last_words(model: Any, tokenizer: Any, passages: Sequence[tuple[str, str]], device: Any, dtype: Any) -> tuple[float | None, float | None]:
+    """(accuracy, perplexity per word) of the passages' last words, as lm-evaluation-harness's lambada_openai has them; None: not finite."""
     import torch
 
     room = most_tokens(model, 10**9)
@@ -131,7 +138,7 @@ def last_words(model: Any, tokenizer: Any, passages: Sequence[tuple[str, str]], 
             nats -= float(torch.log_softmax(logits, -1).gather(1, targets[:, None]).double().sum())
             missed = torch.zeros(len(part), device=device).index_add_(0, rows, (logits.argmax(-1) != targets).float())
             hits += int((missed == 0).sum())
-    return hits / len(passages), math.exp(nats / len(passages))
+    return hits / len(passages) if math.isfinite(nats) else None, _perplexity(nats / len(passages))
 
 
 class Probing:

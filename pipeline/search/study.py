@@ -10,7 +10,8 @@ import functools
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -251,7 +252,7 @@ class Study:
 
     @property
     def answered(self) -> int:
-        """Trials that completed, were pruned, ran out of memory or ended with an error that counts. One that died has no answer."""
+        """Trials that completed, were pruned, ran out of memory, diverged or ended with an error that counts. One that died has no answer."""
         return sum(_has_answer(trial) for trial in self.stored.trials)
 
     def revive(self) -> None:
@@ -305,14 +306,16 @@ class Study:
         return [values[name] for name in self.sweep.objectives]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Finished trials as rows: number, state, status (ok, pruned, oom, error, died), settings, objectives, seconds, started, numbers."""
+        """Finished trials as rows: number, state, status (ok, pruned, oom, diverged, error, died), settings, objectives, seconds, started, numbers."""
         return [self._row(t) for t in self.stored.trials if t.state.is_finished() and set(_point(t)) == set(self.sweep.space.searched)]
 
     def _row(self, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         has_answer, objectives = _has_answer(trial), self.sweep.objectives
+        status = "diverged" if _diverged(trial) else trial.user_attrs["status"] if has_answer else "died"
+        values = None if _diverged(trial) else trial.values
         return {
-            "number": trial.number, "state": trial.state.name, "status": trial.user_attrs["status"] if has_answer else "died",
-            **self.sweep.space.complete(_point(trial)), **dict(zip(objectives, trial.values or [None] * len(objectives), strict=True)),
+            "number": trial.number, "state": trial.state.name, "status": status,
+            **self.sweep.space.complete(_point(trial)), **dict(zip(objectives, values or [None] * len(objectives), strict=True)),
             "seconds": trial.duration.total_seconds() if has_answer and trial.duration else None, "started": _utc(trial.datetime_start),
             **{key: trial.user_attrs.get(key) for key in NUMBERS},
         }
@@ -336,11 +339,13 @@ class Study:
     def write_best(self) -> dict[str, Any]:
         """best.json: the highest validation score (ties: the smaller memory objective, then the choice listed first); and the front."""
         trials, sweep = self.stored.trials, self.sweep
-        complete = [t for t in trials if t.state.name == "COMPLETE"]
+        complete = [t for t in trials if t.state.name == "COMPLETE" and not _diverged(t)]
         if not complete:
-            raise UserError(f"no trial of {self.folder} completed (see {self.folder / 'trials.csv'}); choose smaller settings or a bigger machine")
+            raise UserError(f"no trial of {self.folder} has a value ({counted(row['status'] for row in self.rows())}; see {self.folder / 'trials.csv'}), "
+                            "so there is nothing to confirm; search lower learning rates, smaller settings or a bigger machine")
         several = len(sweep.objectives) > 1
-        front = sorted(self.stored.best_trials if several else complete, key=lambda t: (-t.values[0], *t.values[1:], sweep.space.order(t.params)))
+        candidates = [t for t in self.stored.best_trials if not _diverged(t)] or complete if several else complete
+        front = sorted(candidates, key=lambda t: (-t.values[0], *t.values[1:], sweep.space.order(t.params)))
         last = max(t.datetime_complete for t in trials if _has_answer(t) and t.datetime_complete)
         best = {
             **_choice(front[0], sweep),
@@ -353,7 +358,17 @@ class Study:
 
 
 def _has_answer(trial: optuna.trial.FrozenTrial) -> bool:
-    return trial.state.name in ("COMPLETE", "PRUNED") or trial.user_attrs.get("status") in ("oom", "error")
+    return trial.state.name in ("COMPLETE", "PRUNED") or trial.user_attrs.get("status") in ("oom", "diverged", "error")
+
+
+def _diverged(trial: optuna.trial.FrozenTrial) -> bool:
+    """Of earlier studies, too, where such a trial is complete and has a value."""
+    return bool(trial.user_attrs.get("diverged"))
+
+
+def counted(statuses: Iterable[str]) -> str:
+    """How many there are of each: 3 diverged, 1 oom."""
+    return ", ".join(f"{count} {status}" for status, count in Counter(statuses).items())
 
 
 def _point(trial: optuna.trial.FrozenTrial) -> Point:
@@ -371,7 +386,7 @@ def numbers(result: Result) -> dict[str, Any]:
         "slots": result.slots,
         "nll": nll if nll is not None and math.isfinite(nll) else None,
         "hardware": result.hardware.get("gpu") or result.hardware.get("cpu"),
-        "diverged": result.work is not None and result.work.diverged_at is not None,
+        "diverged": result.status == "diverged",
     }
 
 

@@ -23,6 +23,7 @@ from pipeline.measure.clock import Phases, Stopwatch, now
 from pipeline.measure.machine import hardware, provenance
 from pipeline.records import results
 from pipeline.records.results import Result, Work
+from pipeline.scoring import answers
 from pipeline.search.space import Point, at
 from pipeline.search.study import Study, Sweep, open_study, short
 
@@ -127,7 +128,7 @@ def _outcome(result: Result, pruned: bool) -> str:
     if result.status == "error":
         return f"{result.error}; it counts as a trial without a value"
     if result.status != "ok":
-        return f"out of memory ({result.error})"
+        return f"{'diverged' if result.status == 'diverged' else 'out of memory'} ({result.error})"
     value = f"validation {result.metric} {getattr(result.scores['validation'], result.metric):.3f}"
     train_s = result.phases.train_s if result.phases and result.phases.train_s else 0
     if result.packed:
@@ -277,10 +278,12 @@ class PackedTrials(Trials):
         seen = run.tokens + run.padding
         work = Work(steps=run.step, tokens=run.tokens, padding_share=run.padding / seen if seen else None, engine="handwritten",
                     diverged_at=run.diverged_at)
+        error = record.diverged(work, answers.finite(run.scores[1]))
         phases = Phases(run.seconds, 0, 0, 0, run.seconds, 0, 0, 0, 0)
         return record.bare_result(
-            member.cfg, status="ok", precision=self.packing.parts.precision, scores={"validation": run.scores[0]}, phases=phases, work=work,
-            history=run.history, notes=run.notes, packed=True, slots=self.slots, hardware=hardware(self.packing.parts.device), provenance=self.about,
+            member.cfg, status="diverged" if error else "ok", error=error, precision=self.packing.parts.precision, scores={"validation": run.scores[0]},
+            phases=phases, work=work, history=run.history, notes=run.notes, packed=True, slots=self.slots,
+            hardware=hardware(self.packing.parts.device), provenance=self.about,
         )
 
 

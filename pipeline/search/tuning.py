@@ -20,9 +20,10 @@ from pipeline.core.settings import build
 from pipeline.measure.machine import provenance
 from pipeline.records import mlflow as tracking
 from pipeline.records import tuned
+from pipeline.records.results import rank_key
 from pipeline.records.tuned import Edge
 from pipeline.search.space import Parameter, Space, declared, is_number
-from pipeline.search.study import Sweep, number, open_study
+from pipeline.search.study import Sweep, counted, number, open_study
 from pipeline.search.trials import alone, search
 
 FIRST_SHARE = 2 / 3
@@ -136,8 +137,9 @@ def best_of(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The trial with the highest validation metric (ties: the lower loss of the right answers, then the earlier). Raises UserError if none has one."""
     valued = [t for t in trials if t["validation"] is not None]
     if not valued:
-        raise UserError(f"none of {len(trials)} trials has a value (see above); fix the cause, delete their folder under sweeps/ and run again")
-    return max(valued, key=lambda t: (t["validation"], -math.inf if t["nll"] is None else -t["nll"]))
+        raise UserError(f"none of {len(trials)} trials has a value ({counted(t['status'] for t in trials)}; see above), so nothing is tuned; "
+                        "fix the cause, delete their folder under sweeps/ and run again")
+    return max(valued, key=lambda t: rank_key(t["validation"], t["nll"]))
 
 
 def _tried(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

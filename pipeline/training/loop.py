@@ -23,7 +23,7 @@ from pipeline.data.rows import steps_in_epoch
 from pipeline.measure.clock import Meter, Stopwatch
 from pipeline.measure.energy import Energy
 from pipeline.measure.memory import Memory, PeakMemory
-from pipeline.records.results import Teacher, Work
+from pipeline.records.results import Teacher, Work, rank_key
 from pipeline.training.stepping import Run, Stepping, choose
 
 LOSS_EVERY = 10  # steps between readings of the loss on a GPU, where each reading waits for the device
@@ -41,9 +41,9 @@ class State:
     host_energy_j: float | None = None
     resumed: bool = False
     best: tuple[float, float] | None = None
-    """(metric, -nll) of the best validation so far; compared in this order."""
+    """results.rank_key of the best validation so far."""
     best_weights: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Trained:
 
     work: Work
     memory: Memory | None
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
     notes: list[str]
     slots: int | None = None
     """How many cells were trained at once; None: this one alone."""
@@ -92,7 +92,7 @@ class Loop:
         checkpoint: where to keep the state to resume from; None: nowhere.
     """
 
-    def __init__(self, run: Run, validate: Callable[[], tuple[float, float]], checkpoint: Path | None, meter: Meter) -> None:
+    def __init__(self, run: Run, validate: Callable[[], tuple[float, float | None]], checkpoint: Path | None, meter: Meter) -> None:
         self.run, self.validate, self.checkpoint, self.meter = run, validate, checkpoint, meter
         self.notes: list[str] = []
         self.diverged_at: int | None = None
@@ -124,14 +124,12 @@ class Loop:
                 state.step, state.tokens, state.padding = step + 1, state.tokens + tokens, state.padding + padding
                 self._pending.append((state.step, loss))
                 times.append(lap.lap(wait=not on_gpu))
-                if not on_gpu or state.step % LOSS_EVERY == 0:
+                if not on_gpu or state.step % LOSS_EVERY == 0 or state.step in marks:
                     self._read_losses(bar)
-                    if not math.isfinite(state.history[-1]["loss"]):
-                        state.history = [h for h in state.history if math.isfinite(h["loss"])]
-                        self._mark_diverged("the loss", state.step)
+                    if self.diverged_at is not None:
                         break
                 if state.step in marks:
-                    self._validate(bar)
+                    self._validate()
                 if self._stop or saved.peek() >= run.settings.checkpoint_every_s:
                     self._save()
                     saved.lap()
@@ -157,23 +155,26 @@ class Loop:
         self.notes.append(f"training diverged: {what} was not finite at step {step} of {self.run.total}")
 
     def _read_losses(self, bar: Any) -> None:
+        """Add the losses to the history, up to one that is not finite."""
         for step, loss in self._pending:
-            self.state.history.append({"step": step, "loss": float(loss), "lr": self.run.settings.lr * self._factor(step - 1)})
+            if not math.isfinite(value := float(loss)):
+                self._mark_diverged("the loss", step)
+                break
+            self.state.history.append({"step": step, "loss": value, "lr": self.run.settings.lr * self._factor(step - 1)})
         self._pending.clear()
         if self.state.history:
             seconds = self.state.train_s + self.meter.seconds("train")
             bar.set_postfix(loss=f"{self.state.history[-1]['loss']:.3f}", tokens_per_s=f"{self.state.tokens / max(seconds, 1e-9):.0f}", refresh=False)
 
-    def _validate(self, bar: Any) -> None:
+    def _validate(self) -> None:
         """Score validation and keep the weights if they are the best so far (ties: the lower nll)."""
-        self._read_losses(bar)
         self.memory.pause()
         self.energy.pause()
         with self.meter.phase("validate"):
             metric, nll = self.validate()
             self.state.history[-1].update({"validation_metric": metric, "validation_nll": nll})
-            if self.state.best is None or (metric, -nll) > self.state.best:
-                self.state.best = (metric, -nll)
+            if self.state.best is None or rank_key(metric, nll) > self.state.best:
+                self.state.best = rank_key(metric, nll)
                 self.state.best_weights = self._weights() if self.state.step < self.run.total else {}
         self.memory.resume()
         self.energy.resume()

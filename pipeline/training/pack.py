@@ -23,6 +23,7 @@ from pipeline.engine.score import choice_scorer
 from pipeline.engine.steps import ByHand, Stepper
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.memory import PeakMemory
+from pipeline.records.results import rank_key
 from pipeline.training.adapter_init import AdapterInit, Slots, Weights
 from pipeline.training.loop import LOSS_EVERY, lr_factor, validation_steps
 
@@ -57,9 +58,9 @@ class Running:
     """Its share of the pack's padding."""
     seconds: float = 0.0
     """Its share of the pack's time in steps."""
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[float, float] | None = None
-    """(metric, -nll) of the best validation so far."""
+    """results.rank_key of the best validation so far."""
     scores: Any = None
     """What `score` returned there."""
     weights: Weights = field(default_factory=dict)
@@ -86,7 +87,7 @@ class Scored:
     """A validation: the metric and nll that choose among weights, and scores for the caller."""
 
     metric: float
-    nll: float
+    nll: float | None
     scores: Any = None
 
 
@@ -202,8 +203,8 @@ class Pack:
     def _validate(self, due: list[Running]) -> None:
         for run, scored in zip(due, self.score(self, due) if due else [], strict=True):
             run.history[-1].update({"validation_metric": scored.metric, "validation_nll": scored.nll})
-            if run.best is None or (scored.metric, -scored.nll) > run.best:
-                run.best, run.scores = (scored.metric, -scored.nll), scored.scores
+            if run.best is None or rank_key(scored.metric, scored.nll) > run.best:
+                run.best, run.scores = rank_key(scored.metric, scored.nll), scored.scores
                 run.weights = self.adapters.take(run.slot, run.init.weights) if self.keep else {}
             run.pruned = run.step < run.job.total and self.prune(run)
 

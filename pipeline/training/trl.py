@@ -128,7 +128,7 @@ class TrlLoop(Loop):
                 bar.update()
                 loop.energy.tick()
                 if state.global_step in marks:
-                    loop._validate(bar)
+                    loop._validate()
                     loop.run.model.train()
                 control.should_training_stop = control.should_training_stop or loop._stop
 
