@@ -243,6 +243,14 @@ def test_cells_that_ended_out_of_memory_or_diverged_are_named(root, capsys):
     assert "Diverged (so without an accuracy):\n  bitfit at 400 rows on AMD EPYC: 1 cell\n" in told and told.count("bitfit") == 1
 
 
+def test_a_damaged_result_is_named_and_left_out(root, capsys):
+    path = sorted(root.rglob("result.json"))[0]
+    path.write_text("")
+    assert entry.main(["train_rows=400", f"results={root}"]) == 0
+    told = capsys.readouterr()
+    assert told.err.count(f"warning: {path} is not JSON") == 1 and told.err.count("\n") == 1 and "expected accuracy" in told.out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tasks", "covered", "regret"), [(3, 98.3, 0.21), (6, 95.2, 0.04), (10, 95.5, 0.03)])
 def test_the_documents_table_of_made_up_tasks(tasks, covered, regret):

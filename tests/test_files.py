@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,38 @@ def test_a_folder_replaces_the_one_before_it(tmp_path):
             (beside / name).touch()
             write_json(beside / "artefact.json", {"cell": name})
     assert names(tmp_path / "artefact") == ["artefact.json", "new"] and names(tmp_path) == ["artefact"]
+
+
+def test_what_is_renamed_is_on_the_disk_before_and_its_name_after(tmp_path, monkeypatch):
+    """A loss of power then leaves the old one or the new one."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda number: (calls.append(Path(os.readlink(f"/proc/self/fd/{number}")).name), fsync(number)))
+    monkeypatch.setattr(files.os, "replace", lambda *names: (calls.append("rename"), replace(*names)))
+    with atomic_path(tmp_path / "file") as beside:
+        beside.write_bytes(b"weights")
+    assert calls == [f".file.{os.getpid()}.partial", "rename", tmp_path.name]
+    calls.clear()
+    with atomic_folder(tmp_path / "artefact", "artefact.json", "cell") as beside:
+        (beside / "deep").mkdir(parents=True)
+        (beside / "deep/weights").touch()
+    assert sorted(calls[:3]) == sorted(["deep", "weights", f".artefact.{os.getpid()}.partial"]) and calls[3:] == ["rename", tmp_path.name]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for name in ("file", "file-journal", "other"):
+        stem, _, journal = name.partition("-")
+        (tmp_path / f".{stem}.{ended.pid}.partial{'-' + journal if journal else ''}").write_text("half")
+    (tmp_path / f".folder.{ended.pid}.partial").mkdir()
+    (tmp_path / f".folder.{ended.pid}.partial/weights").touch()
+    alive = f".file.{os.getppid()}.partial"
+    (tmp_path / alive).touch()
+    write_text(tmp_path / "file", "whole")
+    with atomic_folder(tmp_path / "folder", "artefact.json") as beside:
+        beside.mkdir()
+    assert names(tmp_path) == sorted([alive, f".other.{ended.pid}.partial", "file", "folder"]), "another file's is its own writer's to remove"
 
 
 @pytest.mark.parametrize("held", [{}, {"artefact.json": "[]"}, {"artefact.json": '{"task": 1}'}, {"artefact.json": "{"}, {"other.json": '{"cell": 1}'}])

@@ -18,6 +18,7 @@ from pipeline.core.compose import CONF, ROOT, compose
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.core.names import TABLE
 from pipeline.data.recipe import Recipe
+from pipeline.records import results
 
 LORA = ["experiments=quick", "technique=lora", "train_rows=200"]
 
@@ -228,6 +229,18 @@ def test_cells_refuse_before_anything_runs(overrides, tmp_path, capsys, monkeypa
     monkeypatch.setattr(grid, "run_cell", lambda *_: pytest.fail("nothing runs"))
     assert cells.main(["experiments=quick", *(w for w in cell if not w.startswith(("experiments", "technique", "seed", "train_rows")))]) == 2
     assert "holds another cell (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("held", [b"", b'{"schema": 2, "cell', b"\xff\xfe"])
+def test_a_damaged_result_is_named_and_its_cell_runs_again(done, capsys, monkeypatch, held):
+    path = result_of(done)
+    path.write_bytes(held)
+    monkeypatch.setattr(results, "_named", set())
+    capsys.readouterr()
+    cfg = compose(done)
+    assert grid.to_run([cfg]) == [cfg] and not grid.is_done(cfg)
+    assert capsys.readouterr().err.count(f"warning: {path} is not ") == 1
+    assert train.main(done) == 0 and grid.is_done(cfg)
 
 
 # Adopting

@@ -63,6 +63,22 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_
     assert result.history == read(tmp_path / "whole").history
 
 
+@pytest.mark.parametrize("damage", [lambda held: held[: len(held) // 2], lambda held: b"", lambda held: bytes(len(held)), lambda held: held[:3]],
+                         ids=["truncated", "empty", "zeros", "three bytes"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_training_begins_anew(overrides, tmp_path, capsys, damage):
+    cfg = compose([*overrides, *DROPOUT, "train.steps=3", "train.validations=1"])
+    whole = finished(cfg, tmp_path / "whole")
+    path = identity.checkpoint_of(cfg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"weights": torch.zeros(2000)}, path)
+    path.write_bytes(damage(path.read_bytes()))
+    capsys.readouterr()
+    assert finished(cfg, tmp_path / "again") == whole
+    [warning] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert f"{path} is damaged (" in warning and "begins anew" in warning
+    assert [p.name for p in path.parent.iterdir()] == [f"{path.name}.damaged"] and not read(tmp_path / "again").work.resumed
+
+
 @pytest.mark.slow
 def test_a_killed_process_goes_on_and_ends_alike(overrides, tmp_path):
     """SIGKILL to a real `python -m pipeline.train`, twice, then once to the end: the weights of an undisturbed run."""

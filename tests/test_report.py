@@ -156,6 +156,17 @@ def test_a_diverged_cell_is_a_row_without_figures(home: Path, capsys: pytest.Cap
     assert "training diverged at step 3" in page and (table(home)["lora"]["status"], table(home)["lora"]["test"]) == ("diverged", "")
 
 
+def test_a_damaged_result_is_named_and_left_out(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_grid(home, {"techniques": ["full", "lora"], "seeds": [0], "train_rows": [200]})
+    for name in ("full", "lora"):
+        keep(home / "results", result(name))
+    path = next((home / "results").rglob("lora-s0-n200")) / "result.json"
+    path.write_text(path.read_text()[:100])
+    assert run(home) == 0
+    told = capsys.readouterr()
+    assert told.err.count(f"warning: {path} is not JSON") == 1 and "not run: lora-s0-n200" in told.out and set(table(home)) == {"full"}
+
+
 def test_unmeasured_is_an_em_dash_and_never_zero(home: Path) -> None:
     write_experiment(home / "results")
     run(home)

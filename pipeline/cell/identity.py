@@ -24,7 +24,7 @@ from pipeline.core.compose import ROOT, build, plain
 from pipeline.core.files import UserError, sha256
 from pipeline.data.recipe import Recipe
 from pipeline.records.finished import cell_at, name
-from pipeline.records.results import Result
+from pipeline.records.results import Result, read_or_name
 from pipeline.records.results import read as read_result
 from pipeline.teachers.synthetic import rows as synthetic
 
@@ -262,11 +262,11 @@ def _inputs_of(result: Result) -> dict[str, Any]:
 
 
 def standing(cfg: DictConfig) -> tuple[Result, Difference] | None:
-    """The result that stands where the cell's would, and what the two differ in; None where there is none."""
+    """The result that stands where the cell's would, and what the two differ in; None where there is none, or a damaged one, which is named."""
     path = folder_of(cfg) / "result.json"
-    if not path.exists():
+    result = read_or_name(path) if path.exists() else None
+    if result is None:
         return None
-    result = read_result(path)
     return result, difference(result, cfg)
 
 

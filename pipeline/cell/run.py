@@ -27,7 +27,7 @@ from pipeline.records.results import Result, Size, Work
 from pipeline.scoring import answers
 from pipeline.scoring.scorer import Scorer
 from pipeline.serving.artefact import scorer_of
-from pipeline.training.loop import Loop, Trained, total_steps
+from pipeline.training.loop import Loop, Trained, load_state, total_steps
 from pipeline.training.stepping import Run
 from pipeline.training.trl import TrlLoop
 
@@ -170,14 +170,13 @@ def _finite(model: Any) -> bool:
 
 
 def take_packed(parts: Parts, model: Any, meter: Meter) -> Trained | None:
-    """Give the model what a training that was packed with others (cell/packing.py) left for it; None where none waits."""
-    path = packed_of(parts.cfg)
-    if not parts.cfg.pack or not path.exists():
-        return None
+    """Give the model what a training that was packed with others (cell/packing.py) left for it; None where none waits, or it is damaged."""
     import torch
 
     with meter.phase("load"), torch.no_grad():
-        packed = torch.load(path, map_location="cpu", weights_only=True)
+        packed = load_state(packed_of(parts.cfg)) if parts.cfg.pack else None
+        if packed is None:
+            return None
         for name, parameter in model.named_parameters():
             if name in packed["weights"]:
                 parameter.copy_(packed["weights"][name])

@@ -25,6 +25,10 @@ class Unsuited(UserError):
     """Settings that this input does not suit (texts longer than they allow, more demonstrations than rows); others might do."""
 
 
+class Damaged(UserError):
+    """A file that is not what its name says: empty, cut off, overwritten. Making it anew is the fix."""
+
+
 def closest(word: str, options: Iterable[str]) -> str:
     """The words that follow a mistyped word in a message, naming the option that it is like; none where it is like none."""
     near = difflib.get_close_matches(word, list(options), n=1)
@@ -52,13 +56,15 @@ def check_name(value: Any, key: str) -> str:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write a file at; rename it into place on success.
 
-    On any error the sibling is removed and `path` is as it was. An existing file is replaced, a folder is not.
+    On any error the sibling is removed and `path` is as it was. An existing file is replaced, a folder is not. The file is on the disk before
+    it has its name, so that no loss of power leaves half of one; what a process that was killed here left beside `path` is removed first.
 
     Raises:
         UserError: the place cannot be written (missing rights, a folder in the way, a full disk).
     """
     with _written_beside(Path(path)) as beside:
         yield beside
+        _sync(beside)
 
 
 @contextlib.contextmanager
@@ -77,6 +83,7 @@ def atomic_folder(path: str | Path, manifest: str, *keys: str) -> Iterator[Path]
     with _written_beside(path) as beside:
         yield beside
         _check_replaceable(path, manifest, keys)
+        _sync(beside)
         if path.is_dir():
             shutil.rmtree(path)
 
@@ -101,8 +108,10 @@ def _written_beside(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leavings(path)
         yield beside
         os.replace(beside, path)
+        _sync_one(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -112,11 +121,49 @@ def _written_beside(path: Path) -> Iterator[Path]:
             raise
         raise UserError(f"cannot write {path}: no space left on the disk; free space, then run again") from error
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
+        _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder as far as that is possible; it need not be there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _remove_leavings(path: Path) -> None:
+    """Remove what processes that are no more left while they wrote `path`, the journal of a database among it."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.partial(-\w+)?")
+    for beside in path.parent.iterdir():
+        if (left := name.fullmatch(beside.name)) and not _is_alive(int(left[1])):
+            _remove(beside)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    for member in path.rglob("*") if path.is_dir() else ():
+        _sync_one(member)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(path: str | Path) -> None:
@@ -133,10 +180,8 @@ def _disk_is_full(folder: Path, error: Exception) -> bool:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically. Raises UserError where the place cannot be written."""
-    with atomic_path(path) as beside, open(beside, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
+    with atomic_path(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -176,15 +221,15 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def read_json(path: str | Path) -> Any:
-    """One JSON value. Raises UserError if the file is missing or is not JSON."""
+    """One JSON value. Raises UserError if the file is missing, Damaged if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; run the stage that writes it") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error.msg}, line {error.lineno}); delete it and run its stage again") from error
+        raise Damaged(f"{path} is not JSON ({error.msg}, line {error.lineno}); delete it and run its stage again") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); delete it and run its stage again") from error
+        raise Damaged(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); delete it and run its stage again") from error
 
 
 def sha256(path: str | Path) -> str:

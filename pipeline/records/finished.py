@@ -82,13 +82,17 @@ def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:
 
 
 def cells_below(root: Path, wanted: Callable[[re.Match[str]], object] = bool) -> list[Cell]:
-    """Finished cells below a folder, in path order. wanted: by a name's parts (technique, variant, seed, rows), whether to read the cell at all."""
+    """Finished cells below a folder, in path order; a damaged result is named and left out.
+
+    Args:
+        wanted: by a name's parts (technique, variant, seed, rows), whether to read the cell at all.
+    """
     cells = []
     for path in sorted(root.rglob("result.json")):
         parts = NAME.fullmatch(path.parent.name)
-        if parts and wanted(parts):
+        if parts and wanted(parts) and (result := results.read_or_name(path)):
             label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
-            cells.append(Cell(results.read(path), path.parent, label, parts["rows"]))
+            cells.append(Cell(result, path.parent, label, parts["rows"]))
     return cells
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.core.compose import with_todays_keys
-from pipeline.core.files import UserError, check_name, read_json, write_json
+from pipeline.core.files import Damaged, UserError, check_name, read_json, write_json
 from pipeline.measure.clock import Phases
 from pipeline.measure.memory import Memory
 
@@ -277,7 +278,7 @@ def read(path: str | Path) -> Result:
     """Read a result.json (or the cell's folder that holds it).
 
     Raises:
-        UserError: missing, not JSON, of another schema, or with a field that is unknown, missing or of another type; it names the file and the field.
+        UserError: missing, not JSON (Damaged), of another schema, or with a field that is unknown, missing or of another type; it names the file and the field.
     """
     path = Path(path)
     if path.is_dir():
@@ -348,8 +349,22 @@ def _steps_1(raw: dict, notes: list[str]) -> dict[str, Any]:
 
 
 def read_all(root: str | Path) -> list[Result]:
-    """Every result below a folder, in path order."""
-    return [read(p) for p in sorted(Path(root).rglob("result.json"))]
+    """Every result below a folder, in path order; a damaged one is named and left out."""
+    return [result for p in sorted(Path(root).rglob("result.json")) if (result := read_or_name(p))]
+
+
+_named: set[Path] = set()
+
+
+def read_or_name(path: Path) -> Result | None:
+    """As `read`, but a file that is empty or no JSON is named, once, in a warning, and None."""
+    try:
+        return read(path)
+    except Damaged as error:
+        if path not in _named:
+            _named.add(path)
+            print(f"warning: {error}", file=sys.stderr)
+        return None
 
 
 def _build(cls: Any, raw: dict, at: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from pipeline.core.settings import Train
 from pipeline.data.rows import steps_in_epoch
 from pipeline.measure.clock import Meter, Stopwatch
 from pipeline.measure.energy import Energy
-from pipeline.measure.memory import Memory, PeakMemory
+from pipeline.measure.memory import Memory, PeakMemory, out_of_memory
 from pipeline.records.results import Teacher, Work, rank_key
 from pipeline.training.stepping import Run, Stepping, choose
 
@@ -82,6 +83,24 @@ def lr_factor(step: int, total: int, schedule: str, warmup_share: float) -> floa
 def validation_steps(total: int, validations: int) -> set[int]:
     """After which optimiser steps (counted from 1) validation runs: evenly spread, the last after the last step."""
     return {math.ceil(total * (i + 1) / validations) for i in range(validations)} if total else set()
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    """What torch.save wrote at `path`; None where nothing is there, or what is there is damaged: that is set aside, with a warning."""
+    import torch
+
+    if not path.exists():
+        return None
+    try:
+        held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+        if out_of_memory(error) or isinstance(error, PermissionError):
+            raise
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        print(f"warning: {path} is damaged ({type(error).__name__}) and was set aside as {aside.name}; the training begins anew", file=sys.stderr)
+        return None
+    return held
 
 
 class Loop:
@@ -224,10 +243,10 @@ class Loop:
     def _resume(self) -> None:
         import torch
 
-        if not self.checkpoint or not self.checkpoint.exists():
-            return
         with self.meter.phase("load"):
-            held = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            held = load_state(self.checkpoint) if self.checkpoint else None
+            if held is None:
+                return
             self._put(held["weights"])
             self.stepping.load_state_dict(held["optimizer"])
             torch.set_rng_state(held["rng"]["cpu"])
