@@ -18,7 +18,7 @@ from pipeline.core.compose import CONF, ROOT, compose
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.core.names import TABLE
 from pipeline.data.recipe import Recipe
-from pipeline.records import results
+from pipeline.records import finished
 
 LORA = ["experiments=quick", "technique=lora", "train_rows=200"]
 
@@ -235,7 +235,7 @@ def test_cells_refuse_before_anything_runs(overrides, tmp_path, capsys, monkeypa
 def test_a_damaged_result_is_named_and_its_cell_runs_again(done, capsys, monkeypatch, held):
     path = result_of(done)
     path.write_bytes(held)
-    monkeypatch.setattr(results, "_named", set())
+    monkeypatch.setattr(finished, "_named", set())
     capsys.readouterr()
     cfg = compose(done)
     assert grid.to_run([cfg]) == [cfg] and not grid.is_done(cfg)

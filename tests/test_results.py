@@ -13,7 +13,8 @@ from pipeline.core.files import UserError
 from pipeline.measure.clock import Phases
 from pipeline.measure.memory import Memory
 from pipeline.records import results
-from pipeline.records.results import Forgetting, Inference, Result, Score, Size, Teacher, Work, read, read_all, write
+from pipeline.records.finished import read_all
+from pipeline.records.results import Forgetting, Inference, Result, Score, Size, Teacher, Work, read, write
 
 
 def result(**changes: Any) -> Result:

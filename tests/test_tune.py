@@ -279,9 +279,7 @@ def test_without_any_value_it_says_so(tmp_path, overrides, monkeypatch, imports,
 def test_where_every_trial_diverged_nothing_is_tuned(tmp_path, overrides, monkeypatch, imports, capsys):
     Runs(monkeypatch, lambda lr, r: 0.0)
     assert tune.main([*words_in(tmp_path, overrides), "tune.trials=2"]) == 2
-    told = capsys.readouterr()
-    assert "none of 2 trials has a value (2 diverged; see above), so nothing is tuned" in told.err and told.err.count("error:") == 1
-    assert "diverged (" in told.out and not (tmp_path / "tuning").exists()
+    assert "none of 2 trials has a value (2 diverged; see above), so nothing is tuned" in capsys.readouterr().err and not (tmp_path / "tuning").exists()
 
 
 def test_equal_figures_are_told_apart_by_the_loss_and_then_the_earlier_wins():

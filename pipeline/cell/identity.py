@@ -23,8 +23,8 @@ from pipeline.core import names, settings
 from pipeline.core.compose import ROOT, build, plain
 from pipeline.core.files import UserError, sha256
 from pipeline.data.recipe import Recipe
-from pipeline.records.finished import cell_at, name
-from pipeline.records.results import Result, read_or_name
+from pipeline.records.finished import cell_at, name, read_or_name
+from pipeline.records.results import Result
 from pipeline.records.results import read as read_result
 from pipeline.teachers.synthetic import rows as synthetic
 

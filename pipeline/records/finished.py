@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.compose import literal
-from pipeline.core.files import UserError, read_jsonl
-from pipeline.records import results
+from pipeline.core.files import Damaged, UserError, read_jsonl
 from pipeline.records.results import ENGINES, Result
 from pipeline.records.results import read as read_result
 
@@ -90,10 +90,29 @@ def cells_below(root: Path, wanted: Callable[[re.Match[str]], object] = bool) ->
     cells = []
     for path in sorted(root.rglob("result.json")):
         parts = NAME.fullmatch(path.parent.name)
-        if parts and wanted(parts) and (result := results.read_or_name(path)):
+        if parts and wanted(parts) and (result := read_or_name(path)):
             label = parts["technique"] + (f"+{parts['variant']}" if parts["variant"] else "")
             cells.append(Cell(result, path.parent, label, parts["rows"]))
     return cells
+
+
+def read_all(root: str | Path) -> list[Result]:
+    """Every result below a folder, in path order; a damaged one is named and left out."""
+    return [result for p in sorted(Path(root).rglob("result.json")) if (result := read_or_name(p))]
+
+
+_named: set[Path] = set()
+
+
+def read_or_name(path: Path) -> Result | None:
+    """As results.read, but a file that is empty or no JSON is named, once, in a warning, and None."""
+    try:
+        return read_result(path)
+    except Damaged as error:
+        if path not in _named:
+            _named.add(path)
+            print(f"warning: {error}", file=sys.stderr)
+        return None
 
 
 def check_comparable(cells: Iterable[Cell], fix: str) -> None:

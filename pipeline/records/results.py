@@ -11,7 +11,6 @@ import dataclasses
 import io
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.core.compose import with_todays_keys
-from pipeline.core.files import Damaged, UserError, check_name, read_json, write_json
+from pipeline.core.files import UserError, check_name, read_json, write_json
 from pipeline.measure.clock import Phases
 from pipeline.measure.memory import Memory
 
@@ -346,25 +345,6 @@ def _steps_1(raw: dict, notes: list[str]) -> dict[str, Any]:
     name = {"autograd": "captured", "hand-written step": "handwritten"}.get(engine["way"], "eager")
     widths = [int(w) for w in engine["widths"].split(", ")] if engine["widths"] else None
     return at | {"engine": name, "engine_reason": engine["reason"], "widths": widths, "streams": engine["kind"] not in (None, "widths")}
-
-
-def read_all(root: str | Path) -> list[Result]:
-    """Every result below a folder, in path order; a damaged one is named and left out."""
-    return [result for p in sorted(Path(root).rglob("result.json")) if (result := read_or_name(p))]
-
-
-_named: set[Path] = set()
-
-
-def read_or_name(path: Path) -> Result | None:
-    """As `read`, but a file that is empty or no JSON is named, once, in a warning, and None."""
-    try:
-        return read(path)
-    except Damaged as error:
-        if path not in _named:
-            _named.add(path)
-            print(f"warning: {error}", file=sys.stderr)
-        return None
 
 
 def _build(cls: Any, raw: dict, at: str) -> Any:

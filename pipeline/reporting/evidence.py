@@ -18,8 +18,7 @@ from typing import Any
 from pipeline.core.compose import ROOT
 from pipeline.core.files import read_json
 from pipeline.core.settings import Train
-from pipeline.records import results
-from pipeline.records.finished import Cell, cells_below
+from pipeline.records.finished import Cell, cells_below, read_all
 from pipeline.records.results import Result
 from pipeline.stats import learning_curve
 from pipeline.training.loop import total_steps
@@ -70,7 +69,7 @@ def gather(roots: Iterable[Path]) -> list[Seen]:
 
 def without_accuracy(roots: Iterable[Path]) -> list[Result]:
     """Cells below the folders that ended out of memory or diverged."""
-    return [r for root in roots for r in results.read_all(root) if r.status != "ok"]
+    return [r for root in roots for r in read_all(root) if r.status != "ok"]
 
 
 def _told_apart(seen: Sequence[Seen]) -> list[Seen]:
