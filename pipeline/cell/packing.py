@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from pipeline.records.finished import name as cell_name
 from pipeline.records.results import Work
 from pipeline.scoring import answers, scorer
 from pipeline.teachers.synthetic import rows as synthetic
-from pipeline.training.loop import total_steps
+from pipeline.training.loop import stop_on_signals, total_steps
 
 if TYPE_CHECKING:
     from pipeline.engine.layout import OpenShapes
@@ -373,12 +372,8 @@ def _child(work: Callable[[Callable[[int], None]], None], shared: inputs.Shared,
 def signals(pack: Pack) -> Iterator[None]:
     """SIGTERM and SIGINT end the pack after the step at hand."""
 
-    def stop(*_: Any) -> None:
+    def stop() -> None:
         pack.stopped = True
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with stop_on_signals(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

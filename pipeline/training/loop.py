@@ -135,7 +135,7 @@ class Loop:
         self._resume()
         marks, state, saved = validation_steps(run.total, run.settings.validations), self.state, Stopwatch()
         times: list[float] = []
-        with self._signals(), self._bar() as bar, self.meter.phase("train"):
+        with stop_on_signals(self._request_stop), self._bar() as bar, self.meter.phase("train"):
             self.energy.start()
             lap = Stopwatch(run.device)
             for step in range(state.step, run.total):
@@ -258,22 +258,8 @@ class Loop:
         self.notes.append(f"resumed at step {self.state.step} of {self.run.total}")
         print(f"resuming at step {self.state.step} of {self.run.total}", file=sys.stderr)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the step at hand, with a checkpoint written."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(*_: Any) -> None:
-            self._stop = True
-
-        before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _request_stop(self) -> None:
+        self._stop = True
 
     def _bar(self) -> Any:
         from tqdm import tqdm
@@ -282,3 +268,17 @@ class Loop:
             total=self.run.total, initial=self.state.step, unit="step", disable=not self.run.settings.progress, leave=False,
             mininterval=0.5 if sys.stderr.isatty() else 20, desc="train",
         )
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `stop`, which ends a run after the step at hand; outside the main thread, where Python has no handlers, they do not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, lambda *_: stop()) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
