@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.data.rows import Encoder
-from pipeline.training.loop import Loop, Trained, lr_factor, validation_steps
+from pipeline.training.loop import Loop, Trained, lr_factor, stop_on_signals, validation_steps
 
 
 class Rewarded(Protocol):
@@ -42,7 +42,7 @@ class TrlLoop(Loop):
         with tempfile.TemporaryDirectory() as folder:
             with self.meter.phase("warmup"):
                 trainer = self._trainer(folder)
-            with self._signals(), self._bar() as bar, self.meter.phase("train"):
+            with stop_on_signals(self._request_stop), self._bar() as bar, self.meter.phase("train"):
                 self.energy.start()
                 trainer.add_callback(self._callback(bar))
                 if self.run.total:
