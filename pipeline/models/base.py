@@ -68,6 +68,9 @@ def load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
 def _pretrained(folder: Path, trust_remote_code: bool, **how: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from pipeline.models import attention
+
+    attention.register()
     try:
         with quiet():
             return AutoModelForCausalLM.from_pretrained(
