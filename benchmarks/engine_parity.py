@@ -2,15 +2,18 @@
 
     python -m benchmarks.engine_parity out=FILE.jsonl techniques=ia3,dora,full rows=4000,1000,400 -- task=cqa model=local model.source.path=… model.name=…
 
-For each technique and number of rows (which decides how many widths the run has): STEPS optimiser steps by train.engine=eager and by
-train.engine=fast; a line a pair with the engine, its reason, the widths, and the largest relative difference of a step's loss. Lines that
-stand in the file are not run again. docs/fast.md shows the table (`python -m benchmarks.engine_parity table=FILE.jsonl`).
+For each technique and number of rows (which decides how many widths the run has): STEPS optimiser steps by train.engine=eager, by
+train.engine=fast, and eagerly once more with torch's plain attention, which says how far rounding alone takes two runs apart. A line a
+technique and number of rows: engine, reason, widths, losses. Lines that stand in the file are not run again. docs/fast.md shows the
+table (`python -m benchmarks.engine_parity table=FILE.jsonl`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -46,9 +49,10 @@ def set_up(overrides: list[str]) -> Any:
     return Run(model, parts.method, parts.objective, prepared.examples, train, cfg.seed, total, parts.device, parts.dtype, inputs.encoder.pad_id)
 
 
-def trained(overrides: list[str], engine: str) -> dict[str, Any]:
+def trained(overrides: list[str], engine: str, plain_attention: bool = False) -> dict[str, Any]:
     """Train STEPS steps: engine, reason, widths, losses (nats), seconds a step (median)."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from pipeline.measure.clock import Stopwatch
     from pipeline.training.loop import lr_factor
@@ -58,10 +62,11 @@ def trained(overrides: list[str], engine: str) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     stepping = choose(run)
     losses, seconds, lap = [], [], Stopwatch(run.device)
-    for step in range(min(STEPS, run.total)):
-        losses.append(float(stepping.step(step, lr_factor(step, run.total, run.settings.schedule, run.settings.warmup_share))[0]))
-        seconds.append(lap.lap())
-    of = {"engine": stepping.engine, "reason": stepping.reason, "widths": stepping.widths, "losses": losses, "step_s": statistics.median(seconds)}
+    with sdpa_kernel([SDPBackend.MATH]) if plain_attention else contextlib.nullcontext():
+        for step in range(min(STEPS, run.total)):
+            losses.append(round(float(stepping.step(step, lr_factor(step, run.total, run.settings.schedule, run.settings.warmup_share))[0]), 4))
+            seconds.append(lap.lap())
+    of = {"engine": stepping.engine, "reason": stepping.reason, "widths": stepping.widths, "losses": losses, "step_s": round(statistics.median(seconds), 4)}
     stepping.close()
     del run, stepping
     gc.collect()
@@ -70,10 +75,12 @@ def trained(overrides: list[str], engine: str) -> dict[str, Any]:
     return of
 
 
-def apart(one: list[float], other: list[float]) -> float | None:
-    """The largest |a - b| / |b| of a step; None where a loss is not finite."""
-    pairs = list(zip(one, other, strict=True))
-    return max(abs(a - b) / abs(b) for a, b in pairs) if all(a - a == 0 == b - b for a, b in pairs) else None
+def apart(one: list[float], other: list[float]) -> tuple[float, float] | None:
+    """|a - b| / |b| of a step's loss: the largest of the first ten steps, and the mean of all; None where a loss is not finite."""
+    if not all(map(math.isfinite, (*one, *other))):
+        return None
+    shares = [abs(a - b) / abs(b) for a, b in zip(one, other, strict=True)]
+    return max(shares[:10]), statistics.mean(shares)
 
 
 def compare(model: str, technique: str, rows: int, overrides: list[str]) -> dict[str, Any]:
@@ -83,25 +90,32 @@ def compare(model: str, technique: str, rows: int, overrides: list[str]) -> dict
     words = [*overrides, f"technique={technique}", "seed=0", f"train_rows={rows}", "train.epochs=1", "evaluate.forgetting=false", "tracking=none"]
     line: dict[str, Any] = {"model": model, "technique": technique, "rows": rows}
     try:
-        eager, fast = trained(words, "eager"), trained(words, "fast")
+        eager, fast, again = trained(words, "eager"), trained(words, "fast"), trained(words, "eager", plain_attention=True)
     except (UserError, RuntimeError, ValueError) as error:
         return line | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    return line | {"apart": apart(fast["losses"], eager["losses"]), "steps": len(eager["losses"]), "eager": eager, "fast": fast}
+    return line | {"eager": eager, "fast": fast, "again": again}
 
 
 def table(path: Path) -> str:
     """Markdown: a row a model, technique and number of widths."""
-    lines = ["| model | technique | widths | engine | largest difference of a step's loss | last loss, fast / eager |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| model | technique | widths | engine | first ten steps | all | two eager runs: first ten | all | mean loss, fast / eager |", "| --- " * 9 + "|"]
     for row in sorted(map(json.loads, path.read_text().splitlines()), key=lambda r: (r["model"], r["technique"], -r["rows"])):
+        head = f"| {row['model']} | {row['technique']} |"
         if "error" in row:
-            lines.append(f"| {row['model']} | {row['technique']} | | | {row['error']} | |")
+            lines.append(f"{head} | {row['error']} | | | | | |")
             continue
         fast, eager = row["fast"], row["eager"]
-        difference = "not finite" if row["apart"] is None else f"{100 * row['apart']:.2f}%"
         engine = fast["engine"] if fast["engine"] != "eager" else f"eager: {fast['reason']}"
-        widths = len(fast["widths"]) if fast["widths"] else "any"
-        lines.append(f"| {row['model']} | {row['technique']} | {widths} | {engine} | {difference} | {fast['losses'][-1]:.3f} / {eager['losses'][-1]:.3f} |")
+        apart_again = _shown(row["again"]["losses"], eager["losses"]) if "again" in row else "| "
+        means = " / ".join(f"{statistics.mean(side['losses']):.3f}" for side in (fast, eager))
+        lines.append(f"{head} {len(fast['widths'] or []) or 'any'} | {engine} | {_shown(fast['losses'], eager['losses'])} | {apart_again} | {means} |")
     return "\n".join(lines)
+
+
+def _shown(one: list[float], other: list[float]) -> str:
+    """Both shares as two cells."""
+    shares = apart(one, other)
+    return " | ".join(f"{100 * share:.2f}%" for share in shares) if shares else "not finite | "
 
 
 def main(words: list[str]) -> int:
@@ -119,7 +133,7 @@ def main(words: list[str]) -> int:
                 line = compare(model, technique, rows, overrides)
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(technique, rows, line.get("error") or (line["apart"], line["fast"]["engine"], line["fast"]["reason"]), flush=True)
+                print(technique, rows, line.get("error") or (line["fast"]["engine"], line["fast"]["reason"]), flush=True)
     return 0
 
 

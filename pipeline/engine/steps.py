@@ -192,10 +192,13 @@ class ByAutograd:
 
 def overlap(some: Sequence[torch.Tensor], every: Iterable[torch.Tensor]) -> bool:
     """Whether any of `some` shares memory with another tensor of `every`, which has them, too; the same tensor twice is no other."""
-    tensors = {id(t): t for t in every if t.numel()}
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i) for i, t in tensors.items())
-    asked = {id(t) for t in some}
-    return any(start < end and {one, other} & asked for (_, end, one), (start, _, other) in itertools.pairwise(spans))
+    tensors, asked = {id(t): t for t in every if t.numel()}, {id(t) for t in some}
+    furthest = 0, 0  # where the memory seen so far ends, and whose it is
+    for start, end, tensor in sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i) for i, t in tensors.items()):
+        if start < furthest[0] and asked & {tensor, furthest[1]}:
+            return True
+        furthest = max(furthest, (end, tensor))
+    return False
 
 
 def fastest_attention(rows: int, heads: Heads, width: int, like: torch.Tensor) -> list[Any] | None:
