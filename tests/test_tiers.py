@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import norm
 
 from benchmarks.tiers import MIXED, Setting, simulate
-from pipeline.stats.tiers import FEW, Spreads, Technique, compare, correct, holm, letters, p_values, sign_flip
+from pipeline.stats.tiers import FEW, Spreads, Technique, compare, correct, holm, letters, pairs_of, sign_flip
 
 
 def runs(*accuracies: float, rows: int = 1000, seed: int = 0) -> dict[int, dict[str, bool]]:
@@ -64,7 +64,7 @@ def test_p_values_are_of_the_normal_where_only_the_rows_vary():
     rng = np.random.default_rng(3)
     one, other = (np.repeat((rng.random((1, 4000)) < p).astype(float), 2, 0) for p in (0.52, 0.5))
     third = (rng.random((3, 4000)) < 0.5).astype(float)
-    ((_, _, p), *_) = p_values([Technique.of(one), Technique.of(other), Technique.of(third)])
+    p = pairs_of([Technique.of(one), Technique.of(other), Technique.of(third)])[0].p
     d = one[0] - other[0]
     assert p == pytest.approx(2 * norm.sf(abs(d.mean()) / (d.std(ddof=1) / 4000**0.5)), rel=1e-6)
 

@@ -16,14 +16,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from pipeline.stats.learning_noise import Key, Measured, Spread, errors, spreads
-
-if TYPE_CHECKING:
-    import numpy as np
-
-__all__ = ["Crossover", "Curve", "Estimate", "Measured", "RowsFor", "crossover", "fit"]
 
 SMALLEST, LARGEST, SHAPES = 0.1, 2.0, 40
 """Range of the exponent c and how many values of it are tried first, evenly in its logarithm."""
@@ -37,12 +34,11 @@ STEPS = 240
 
 @dataclass(frozen=True)
 class Estimate:
-    """An accuracy with its 95% interval, fractions; `extrapolated`: outside the sizes measured."""
+    """An accuracy with its 95% interval, fractions."""
 
     value: float
     low: float
     high: float
-    extrapolated: bool
 
 
 @dataclass(frozen=True)
@@ -91,16 +87,11 @@ class Curve:
 
     def at(self, rows: float) -> Estimate:
         """The technique's expected accuracy at a number of labelled rows."""
-        import numpy as np
-
         low, high = np.percentile(self.drawn([rows])[:, 0], [TAIL, 100 - TAIL])
-        outside = self.kind == "power" and not self.sizes[0] <= rows <= self.sizes[-1]
-        return Estimate(self.value(rows), float(low), float(high), outside)
+        return Estimate(self.value(rows), float(low), float(high))
 
     def rows_for(self, target: float) -> RowsFor:
         """The labelled rows at which the curve reaches an accuracy."""
-        import numpy as np
-
         grid = _grid(self.sizes[0], self.sizes[-1])
         crossings = np.array([_last_crossing(grid, self._values(grid)[None] - target)[0], *_last_crossing(grid, self.drawn(grid) - target)])
         ends = [None if np.isinf(v) else float(v) for v in (crossings[0], *_quantiles(crossings[1:]))]
@@ -108,14 +99,10 @@ class Curve:
 
     def drawn(self, rows: Sequence[float] | np.ndarray) -> np.ndarray:
         """[draws, len(rows)] accuracies of the bootstrap draws."""
-        import numpy as np
-
         a, drop, c = self.draws.T[:, :, None]
         return np.clip(a - drop * (np.asarray(rows, dtype=float) / self.sizes[0]) ** -c, 0, 1)
 
     def _values(self, rows: np.ndarray) -> np.ndarray:
-        import numpy as np
-
         return np.array([self.value(n) for n in rows])
 
 
@@ -166,8 +153,6 @@ class _Fit:
     """One technique's means, weights and fitted curve."""
 
     def __init__(self, cells: Mapping[Key, Sequence[Measured]], technique: str, sizes: tuple[int, ...], spread: Spread, constant: bool) -> None:
-        import numpy as np
-
         groups = [cells[technique, n] for n in sizes]
         self.technique, self.sizes, self.spread, self.constant = technique, sizes, spread, constant
         self.seeds = max(map(len, groups))
@@ -178,11 +163,11 @@ class _Fit:
         self.misfit_p, self.inflation = self._misfit()
 
     def _fitted(self, means: np.ndarray) -> np.ndarray:
-        return fit_constant(means, self.weights) if self.constant else fit_power(self.sizes, means, self.weights)
+        if not self.constant:
+            return fit_power(self.sizes, means, self.weights)
+        return np.stack([means @ self.weights / self.weights.sum(), np.zeros(len(means)), np.ones(len(means))], 1)
 
     def _values(self) -> np.ndarray:
-        import numpy as np
-
         a, drop, c = self.found
         return a - drop * (np.array(self.sizes) / self.sizes[0]) ** -c
 
@@ -202,21 +187,12 @@ class _Fit:
                      self.misfit_p, self.spread, draws)
 
 
-def fit_constant(means: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[B, K] means to [B, 3] curves that do not depend on the rows."""
-    import numpy as np
-
-    return np.stack([means @ weights / weights.sum(), np.zeros(len(means)), np.ones(len(means))], 1)
-
-
 def fit_power(sizes: Sequence[int], means: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[B, K] means at K sizes to [B, 3]: a, b · sizes[0]^(-c), c of the least weighted squares.
 
     For a given c the curve is linear in a and b, and with two bounds the best pair is in closed form. Values of c are tried over their
     range, then the lowest point of the parabola through the best and its neighbours.
     """
-    import numpy as np
-
     n, w = np.asarray(sizes, dtype=float) / sizes[0], weights / weights.sum()
     logs = np.linspace(np.log(SMALLEST), np.log(LARGEST), SHAPES)
     missed = np.stack([_pair(np.array([np.exp(v)]), n, means, w)[2] for v in logs], 1)
@@ -236,8 +212,6 @@ def fit_power(sizes: Sequence[int], means: np.ndarray, weights: np.ndarray) -> n
 
 def _pair(c: np.ndarray, n: np.ndarray, means: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The best a and drop, 0 <= drop and a <= 1, for exponents c [B] or [1], and the weighted squares that they leave."""
-    import numpy as np
-
     x = n ** -c[:, None]
     mean = (x @ w)[:, None]
     drop = np.maximum(0.0, -(means * (w * (x - mean))).sum(1) / ((x - mean) ** 2 @ w))
@@ -249,8 +223,6 @@ def _pair(c: np.ndarray, n: np.ndarray, means: np.ndarray, w: np.ndarray) -> tup
 
 def crossover(one: Curve, other: Curve) -> Crossover:
     """Where one of two curves of the same fit overtakes the other for good, within the sizes that both were measured at."""
-    import numpy as np
-
     ranged = [c for c in (one, other) if c.kind == "power"] or [one, other]
     smallest, largest = max(c.sizes[0] for c in ranged), min(c.sizes[-1] for c in ranged)
     ahead, behind = (one, other) if one.value(largest) >= other.value(largest) else (other, one)
@@ -268,15 +240,11 @@ def crossover(one: Curve, other: Curve) -> Crossover:
 
 
 def _grid(smallest: float, largest: float) -> np.ndarray:
-    import numpy as np
-
     return np.geomspace(smallest, largest, STEPS) if largest > smallest else np.array([float(smallest)])
 
 
 def _last_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     """[B]: from where to the grid's end each row of gaps [B, G] stays at or above 0; its start if everywhere, infinite if not at its end."""
-    import numpy as np
-
     under = gaps < 0
     last = len(grid) - 1 - np.argmax(under[:, ::-1], 1)
     edge = np.where(under.any(1), np.inf, grid[0])
@@ -286,8 +254,6 @@ def _last_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
 
 def _first_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     """[B]: up to where from the grid's start each row of gaps stays below 0; its start if nowhere, its end if everywhere."""
-    import numpy as np
-
     over = gaps >= 0
     first = np.argmax(over, 1)
     edge = np.where(over.any(1), grid[0], grid[-1])
@@ -296,8 +262,6 @@ def _first_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
 
 def _between(grid: np.ndarray, gaps: np.ndarray, index: np.ndarray, inside: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
     """`found`, where `inside` with the zero between grid[index] and the next point, in the logarithm of the rows."""
-    import numpy as np
-
     rows, at = np.nonzero(inside)[0], index[inside]
     before, after = gaps[rows, at], gaps[rows, at + 1]
     share = before / np.where(before == after, 1, before - after)
@@ -308,7 +272,5 @@ def _between(grid: np.ndarray, gaps: np.ndarray, index: np.ndarray, inside: np.n
 
 def _quantiles(values: np.ndarray) -> tuple[float, float]:
     """The 95% interval's ends; an end among infinite values is infinite."""
-    import numpy as np
-
     low, high = np.percentile(values, [TAIL, 100 - TAIL], method="closest_observation")
     return float(low), float(high)

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 SLOPES = tuple(i / 50 for i in range(26))
 """The slopes tried; 0.5 is a spread that falls with the square root of the rows."""
@@ -69,8 +67,6 @@ class Spread:
 
 def spreads(cells: Mapping[Key, Sequence[Measured]]) -> dict[str, Spread]:
     """Every technique's spread, from the cells of a size that differ in the seed alone; the slope by maximum likelihood over all of them."""
-    import numpy as np
-
     parts: dict[str, list[tuple[int, int, float]]] = {technique: [] for technique, _ in cells}
     for (technique, rows), group in cells.items():
         if len(group) > 1:
@@ -82,8 +78,6 @@ def spreads(cells: Mapping[Key, Sequence[Measured]]) -> dict[str, Spread]:
 
 def _likelihoods(spread: Mapping[str, Spread]) -> np.ndarray:
     """The likelihood of every slope over that of the likeliest, all techniques taken together."""
-    import numpy as np
-
     known = [s for s in spread.values() if s.sigma()]
     logs = [-sum(s.df * np.log(s.sigma(g)) - g * sum(df * np.log(n) for n, df, _ in s.parts) for s in known) for g in SLOPES]
     return np.exp(np.array(logs, dtype=float) - max(logs))
@@ -91,8 +85,6 @@ def _likelihoods(spread: Mapping[str, Spread]) -> np.ndarray:
 
 def common_share(cells: Mapping[Key, Sequence[Measured]], spread: Mapping[str, Spread]) -> tuple[float, int, int]:
     """(Q, df, sizes): Q, with df degrees of freedom, expects 1 + (sizes - 1) · the share of the seed variance that all sizes of a seed have in common."""
-    import numpy as np
-
     total, df, most = 0.0, 0, 1
     for technique, one in spread.items():
         groups = {n: {c.seed: c.accuracy for c in group} for (t, n), group in cells.items() if t == technique}
@@ -107,8 +99,6 @@ def common_share(cells: Mapping[Key, Sequence[Measured]], spread: Mapping[str, S
 
 def row_covariance(cells: Mapping[Key, Sequence[Measured]]) -> np.ndarray:
     """[M, M] covariance that the choice of test rows gives to the means of the M groups of cells, in their order."""
-    import numpy as np
-
     keys = list(cells)
     known = [c for group in cells.values() for c in group]
     ids = sorted(set.intersection(*(set(c.right or ()) for c in known)))
@@ -136,8 +126,6 @@ def errors(cells: Mapping[Key, Sequence[Measured]], spread: Mapping[str, Spread]
     Args:
         inflation: what a technique's seed error is multiplied by (1 where its curve fits).
     """
-    import numpy as np
-
     rng = np.random.default_rng(seed)
     keys = list(cells)
     values, vectors = np.linalg.eigh(row_covariance(cells))
