@@ -96,7 +96,7 @@ def test_a_figure_that_was_not_finite_is_null(tmp_path):
     forgotten = dataclasses.replace(result().forgetting, perplexity=None, pairs=None)
     held = result(forgetting=forgotten, history=[{"step": 1, "loss": 1.0, "lr": 0.1, "validation_metric": 0.5, "validation_nll": None}])
     write(tmp_path, held)
-    assert read(tmp_path) == held and results.history_csv(held.history).splitlines()[1] == "1,1.0,0.1,0.5,"
+    assert read(tmp_path) == held and results.csv_text(results.HISTORY, held.history).splitlines()[1] == "1,1.0,0.1,0.5,"
 
 
 def test_what_was_not_measured_ranks_last():

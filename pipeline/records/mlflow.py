@@ -110,8 +110,9 @@ def _connected(settings: Tracking, work: Path) -> Iterator[Mirror]:
         for name in LOUD:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         with locks.in_turn(lock):
-            if local:
-                _create_database(local)
+            if local and not local.exists():  # made under another name: no other process, nor a kill half-way, leaves or meets half a schema
+                with atomic_path(local) as beside:
+                    mlflow.MlflowClient(tracking_uri=f"{SQLITE}{beside}").search_experiments()
             client = mlflow.MlflowClient(tracking_uri=f"{SQLITE}{local}" if local else settings.uri)
         yield Mirror(client, settings.artifacts if local else None, lock)
     finally:
@@ -119,16 +120,6 @@ def _connected(settings: Tracking, work: Path) -> Iterator[Mirror]:
             logging.getLogger(name).setLevel(level)
         for key in added:
             os.environ.pop(key, None)
-
-
-def _create_database(path: Path) -> None:
-    """Made under another name and renamed: no other process, nor a kill half-way, leaves or meets half a schema."""
-    if path.exists():
-        return
-    import mlflow
-
-    with atomic_path(path) as beside:
-        mlflow.MlflowClient(tracking_uri=f"{SQLITE}{beside}").search_experiments()
 
 
 class Mirror:
@@ -222,11 +213,8 @@ def _input(dataset: Dataset) -> Any:
 
     about = {"uri": dataset.uri, "sha256": dataset.sha256}
     entity = Entity(
-        name=dataset.name,
-        digest=dataset.sha256[:36],  # the longest that MLflow takes
-        source_type="local",
-        source=json.dumps(about),
-        profile=json.dumps({"rows": dataset.rows, "sha256": dataset.sha256}),
+        name=dataset.name, digest=dataset.sha256[:36],  # the longest that MLflow takes
+        source_type="local", source=json.dumps(about), profile=json.dumps({"rows": dataset.rows, "sha256": dataset.sha256}),
     )
     return DatasetInput(entity, [InputTag("mlflow.data.context", dataset.context)])
 
@@ -257,9 +245,7 @@ def backfill(cfg: DictConfig, everything: bool) -> int:
         except UserError as error:
             unreadable.append(error)
         except Exception as error:
-            raise UserError(
-                f"{settings.uri} cannot be written ({_reason(error)}); start it or fix tracking.uri, then run again"
-            ) from error
+            raise UserError(f"{settings.uri} cannot be written ({_reason(error)}); start it or fix tracking.uri, then run again") from error
     done = ", ".join(f"{counts[what]} {what}" for what in ("written", "up to date"))
     print(f"{len(cells)} cells and {len(sweeps)} sweeps in {settings.uri}; runs: {done}")
     for each in unreadable:

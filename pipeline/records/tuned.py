@@ -127,11 +127,8 @@ def read(path: Path) -> Tuned:
 
 def read_all(folder: Path) -> dict[tuple[str, str], Tuned]:
     """The tuned files of an experiment (tuning/<experiment>) by technique (with its variant) and train_rows ("160" or "all")."""
-    tunings = {}
-    for path in sorted(folder.glob("*.yaml")):
-        technique, _, rows = path.stem.rpartition("-n")
-        tunings[technique, rows] = read(path)
-    return tunings
+    names = {path: path.stem.rpartition("-n") for path in sorted(folder.glob("*.yaml"))}
+    return {(technique, rows): read(path) for path, (technique, _, rows) in names.items()}
 
 
 def applied(cfg: DictConfig, words: Sequence[str]) -> DictConfig:

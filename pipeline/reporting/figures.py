@@ -6,10 +6,8 @@ Library. rows.py makes rows by it; the columns of table.md and index.html, table
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import itertools
 import math
 from collections import Counter
@@ -18,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.records.finished import Cell
-from pipeline.records.results import Result
+from pipeline.records.results import HISTORY, Result, csv_text
 from pipeline.reporting import words as f
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L"}
@@ -421,24 +419,13 @@ def remarks(row: Row) -> list[str]:
 
 def table_csv(rows: Sequence[Row]) -> str:
     """One line a row, plain numbers (fractions, seconds, bytes), empty where nothing was measured or a time is no single run's."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(FIGURES)
-    for row in rows:
-        writer.writerow([_plain(None if one.single and row.timing else one.value(row)) for one in FIGURES.values()])
-    return out.getvalue()
+    return csv_text(FIGURES, ({key: _plain(None if one.single and row.timing else one.value(row)) for key, one in FIGURES.items()} for row in rows))
 
 
 def history_csv(histories: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
-    """The training curves of all cells, one line a point: cell, step, loss, lr, validation_metric, validation_nll, and what a technique adds (reward)."""
-    out = io.StringIO()
-    known = ["cell", "step", "loss", "lr", "validation_metric", "validation_nll"]
-    extra = sorted({key for points in histories.values() for point in points for key in point} - set(known))
-    writer = csv.DictWriter(out, [*known, *extra], lineterminator="\n")
-    writer.writeheader()
-    for cell, points in histories.items():
-        writer.writerows({"cell": cell, **point} for point in points)
-    return out.getvalue()
+    """The training curves of all cells, one line a point: the cell, the columns of results.HISTORY, and what a technique adds (reward)."""
+    extra = sorted({key for points in histories.values() for point in points for key in point} - set(HISTORY))
+    return csv_text(["cell", *HISTORY, *extra], ({"cell": cell, **point} for cell, points in histories.items() for point in points))
 
 
 def _plain(value: object) -> str:

@@ -5,9 +5,7 @@ Library of `python -m pipeline.sweep` and `python -m pipeline.tune`.
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import json
 import math
 from collections import Counter
@@ -24,7 +22,7 @@ from pipeline.core.compose import RENAMED, plain
 from pipeline.core.files import UserError, sha256, write_json, write_text
 from pipeline.core.settings import Within, build
 from pipeline.measure.machine import provenance
-from pipeline.records.results import Result
+from pipeline.records.results import Result, csv_text
 from pipeline.search.space import Point, Space, at, overrides, parse
 
 if TYPE_CHECKING:
@@ -323,11 +321,7 @@ class Study:
     def write_trials(self) -> None:
         """trials.csv."""
         columns = ["number", "state", "status", *self.sweep.space.keys, *self.sweep.objectives, "seconds", "started", *NUMBERS]
-        out = io.StringIO()
-        writer = csv.DictWriter(out, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows())
-        write_text(self.folder / "trials.csv", out.getvalue())
+        write_text(self.folder / "trials.csv", csv_text(columns, self.rows()))
 
     def table(self) -> str:
         shown = ["number", "status", *self.sweep.space.keys, *self.sweep.objectives, "seconds"]
