@@ -128,7 +128,7 @@ def test_what_autograd_saves_grows_as_the_walk_says(imports):
         plan = training_plan(shape, trained(METHODS["lora"], shape), train(), Precision("fp32"), equal_rows(ROWS, WIDTH, 8), 0, 1, gpu=False)
         memory = Heap()
         walk = Eager(plan, memory, Constants())
-        walk.n, walk.attention.rows, walk.attention.width = ROWS * WIDTH, ROWS, WIDTH
+        walk.n, walk.rows, walk.width = ROWS * WIDTH, ROWS, WIDTH
         x, backs, needs = walk.new(ROWS * WIDTH * shape.width, 4), [], False
         for layer in range(layers):
             x, back = walk.layer(x, layer, needs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.core.compose import CONF, build, compose, plain
-from pipeline.forecasting.shape import NoForecast, matrix_parts, nf4_parts, read_shape, shape_of, weight_bytes
+from pipeline.forecasting.shape import NoForecast, matrix_parts, nf4_parts, read_shape, shape_of, tensors
 from pipeline.forecasting.trained import parameter_sizes, trained
 
 SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
@@ -34,7 +34,7 @@ def test_the_tiny_models_parameters_and_bytes_are_the_real_ones(tiny):
     folder = tiny / "models" / "smollm2_135m"
     shape, model = read_shape(folder / "config.json"), load_stored(folder)
     assert shape.parameters == parameters(model)[1]
-    assert weight_bytes(shape, "fp32") == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sum(size for *_, size in tensors(shape, "fp32")) == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -57,7 +57,7 @@ def test_a_quantised_models_bytes_are_the_real_ones(tiny, precision):
     folder = tiny / "models" / "smollm2_135m"
     model = load_model(folder, Precision(precision), device_of("cpu"))
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    assert weight_bytes(read_shape(folder / "config.json"), precision, compute=4) == memory_bytes(model) - buffers
+    assert sum(size for *_, size in tensors(read_shape(folder / "config.json"), precision, compute=4)) == memory_bytes(model) - buffers
 
 
 def test_int8_keeps_a_scale_a_row():

@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.engine.layout import ROWS_AT_ONCE
-from pipeline.forecasting.allocator import Allocator, Tensor
-from pipeline.forecasting.modules import TIED, Attention, Back, Operations
-from pipeline.forecasting.plan import Constants, MicroBatch, Plan
+from pipeline.forecasting.allocator import Tensor
+from pipeline.forecasting.modules import TIED, Back, Operations
+from pipeline.forecasting.plan import MicroBatch
 from pipeline.forecasting.trained import parameter_sizes
 
 PAGED_FROM = 100_000
@@ -24,10 +24,6 @@ PAGED_FROM = 100_000
 
 class Eager(Operations):
     """Walks through micro-batches and steps."""
-
-    def __init__(self, plan: Plan, memory: Allocator, constants: Constants, keep_casts: bool = True, own_gradients: bool = True) -> None:
-        super().__init__(plan, memory, constants, keep_casts, own_gradients)
-        self.attention = Attention(self)
 
     def feed_forward(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
         """down(silu(gate(x)) · up(x))."""
@@ -116,8 +112,7 @@ class Eager(Operations):
         virtual = self.plan.trained.virtual
         cells = micro.rows * micro.width
         self.n = micro.rows * (micro.width + virtual)
-        self.attention.rows, self.attention.width = micro.rows, micro.width + virtual
-        self.labels = micro.labels
+        self.rows, self.width, self.labels = micro.rows, micro.width + virtual, micro.labels
         inputs = [self.new(cells, 8, "inputs"), *(self.new(micro.labels, 8, "inputs") for _ in range(3)), self.new(micro.labels, 4, "inputs")]
         trained = self.plan.trained
         x: Any = self.new(cells * self.s.width, self.hz)
@@ -145,15 +140,16 @@ class Eager(Operations):
         while backs:
             box = [backs.pop()(box) if box[0] is not None else None]
         if "embedding" in trained.parts:
-            self.embedding_grad(self.s.vocabulary * self.s.width)
+            self.embedding_grad()
         if self.soft:
             for number, size in enumerate(trained.sizes):
                 self.grad(f"soft.{number}", size)
         del inputs, angles
         self.memory.graph_freed()
 
-    def embedding_grad(self, numbers: int) -> None:
+    def embedding_grad(self) -> None:
         """The input embedding's gradient. A tied output layer's is added to it: in place where autocast made that one, else a third tensor."""
+        numbers = self.s.vocabulary * self.s.width
         made = self.new(numbers, 4, "gradients")
         if self.tied is not None:
             made, self.tied = self.new(numbers, 4, "gradients") if self.z == 4 else self.tied, None

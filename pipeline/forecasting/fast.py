@@ -53,18 +53,14 @@ class ByHand:
         if self.plan.accumulates:
             self.static.append(self.new(size, 4, "gradients"))
         if self.full:
-            for name in list(parameters):
-                del parameters[name]
+            parameters.clear()
             return
-        self._adopt_adapter(parameters)
+        for name in [n for n in parameters if n.startswith("adapter")]:
+            del parameters[name]
         if self.plan.precision in ("bf16", "fp32"):
             for layer in range(self.s.layers):
                 for index, group in enumerate(GROUPS):
                     self._stack(parameters, [f"{layer}.{name}" for name in group], index)
-
-    def _adopt_adapter(self, parameters: dict[str, Tensor]) -> None:
-        for name in [n for n in parameters if n.startswith("adapter")]:
-            del parameters[name]
 
     def _stack(self, parameters: dict[str, Tensor], names: list[str], index: int) -> None:
         if len(names) == 1 and not self.room[index] and not self.under[index]:

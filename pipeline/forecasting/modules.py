@@ -36,7 +36,7 @@ class Operations:
         """Of the output layer, while it waits for the embedding's own (autograd adds them before it keeps either)."""
         self.casts: dict[str, Tensor] = {}
         self.workspaces: dict[str, Tensor] = {}
-        self.n = self.labels = 0
+        self.n = self.labels = self.rows = self.width = 0
 
     def new(self, numbers: int, z: int, kind: str = "activations") -> Tensor:
         return self.memory.new(numbers * z, kind)
@@ -282,33 +282,23 @@ class Operations:
         biased = name in self.s.biases or trained.added_biases
         return needs or self.trains(layer) or (self.trains(layer, "biases") and biased)
 
-
-class Attention:
-    """A layer's attention within `owner`'s walk."""
-
-    def __init__(self, owner: Operations) -> None:
-        self.owner = owner
-        self.rows = self.width = 0
-
     @property
-    def plain(self) -> bool:
+    def plain_attention(self) -> bool:
         """Whether the scores themselves are kept."""
-        plan = self.owner.plan
-        return plan.gpu and plan.compute == 4 and plan.shape.heads != plan.shape.groups
+        return self.plan.gpu and self.z == 4 and self.s.heads != self.s.groups
 
-    def __call__(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
+    def attention(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
         """(o(attention(q(x), k(x), v(x))) [N, d], backward)."""
-        me = self.owner
-        need = {name: me.outputs_need(layer, f"{name}_proj", needs) for name in "qkv"}
-        q, q_back = me.linear(x, xz, layer, "q_proj", needs)
-        k, k_back = me.linear(x, xz, layer, "k_proj", needs)
-        v, v_back = me.linear(x, xz, layer, "v_proj", needs)
-        q = self.rotated(q, me.s.heads)
-        k = self.rotated(k, me.s.groups)
+        need = {name: self.outputs_need(layer, f"{name}_proj", needs) for name in "qkv"}
+        q, q_back = self.linear(x, xz, layer, "q_proj", needs)
+        k, k_back = self.linear(x, xz, layer, "k_proj", needs)
+        v, v_back = self.linear(x, xz, layer, "v_proj", needs)
+        q = self.rotated(q, self.s.heads)
+        k = self.rotated(k, self.s.groups)
         any_needs = any(need.values())
-        mixed, kernel_back = (self.scores if self.plain else self.fused)(q, k, v, any_needs)
+        mixed, kernel_back = (self.scores if self.plain_attention else self.fused)(q, k, v, any_needs)
         del q, k, v
-        out, out_back = me.linear(mixed, me.z, layer, "o_proj", any_needs)
+        out, out_back = self.linear(mixed, self.z, layer, "o_proj", any_needs)
         del mixed
 
         def back(box: list[Any]) -> Tensor | None:
@@ -317,8 +307,8 @@ class Attention:
                 return None
             grads = kernel_back([dmixed])
             del dmixed
-            dk = self.unrotated(grads, 1, me.s.groups)
-            dq = self.unrotated(grads, 0, me.s.heads)
+            dk = self.unrotated(grads, 1, self.s.groups)
+            dq = self.unrotated(grads, 0, self.s.heads)
             gradient = [grads.pop()]
             dx = [v_back(gradient) if need["v"] else None]
             gradient = [dk]
@@ -333,49 +323,46 @@ class Attention:
 
     def rotated(self, x: Tensor, heads: int) -> Tensor:
         """x · cos + rotate_half(x) · sin; nothing but the angles is kept."""
-        me = self.owner
-        size, wide = me.n * heads * me.s.head, max(me.z, me.hz)
-        first = me.new(size, wide)
-        half = me.new(size // 2, me.z)
-        turned = me.new(size, me.z)
+        size, wide = self.n * heads * self.s.head, max(self.z, self.hz)
+        first = self.new(size, wide)
+        half = self.new(size // 2, self.z)
+        turned = self.new(size, self.z)
         del half
-        second = me.new(size, wide)
+        second = self.new(size, wide)
         del turned
-        out = me.new(size, wide)
+        out = self.new(size, wide)
         del first, second, x
-        return out if wide == me.z else me.new(size, me.z)  # autocast, before the kernel
+        return out if wide == self.z else self.new(size, self.z)  # autocast, before the kernel
 
     def unrotated(self, grads: list[Any], at: int, heads: int) -> Tensor:
         """The gradient through the rotation of grads[at], which is taken out."""
-        me = self.owner
-        size, wide = me.n * heads * me.s.head, max(me.z, me.hz)
+        size, wide = self.n * heads * self.s.head, max(self.z, self.hz)
         dy = grads[at]
         grads[at] = None
-        if wide != me.z:
-            dy = me.new(size, wide)
-        turned = me.new(size, wide)
-        parts = [me.new(size, wide) for _ in range(2)]
-        parts.append(me.new(size // 2, wide))
+        if wide != self.z:
+            dy = self.new(size, wide)
+        turned = self.new(size, wide)
+        parts = [self.new(size, wide) for _ in range(2)]
+        parts.append(self.new(size // 2, wide))
         del turned
-        dx = me.new(size, wide)
+        dx = self.new(size, wide)
         del parts, dy
-        return dx if wide == me.z else me.new(size, me.z)
+        return dx if wide == self.z else self.new(size, self.z)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, needs: bool) -> tuple[Tensor, Back]:
         """Flash attention (Dao, 2023)."""
-        me = self.owner
-        s, z, n = me.s, me.z, me.n
+        s, z, n = self.s, self.z, self.n
         queries, shared = n * s.heads * s.head, n * s.groups * s.head
-        out, logs = me.new(queries, z), me.new(n * s.heads, 4)
+        out, logs = self.new(queries, z), self.new(n * s.heads, 4)
         saved = [q, k, v, out, logs] if needs else []
         del logs, q, k, v
 
         def back(box: list[Any]) -> list[Any]:
             dy = box.pop()
-            grads: list[Any] = [me.new(queries, z), me.new(shared, z), me.new(shared, z)]
-            sums = me.new(n * s.heads, 4)
-            wide = me.new(queries, 4) if me.plan.gpu else None
-            expanded = [me.new(queries, z), me.new(queries, z)] if me.plan.gpu and s.heads != s.groups else []
+            grads: list[Any] = [self.new(queries, z), self.new(shared, z), self.new(shared, z)]
+            sums = self.new(n * s.heads, 4)
+            wide = self.new(queries, 4) if self.plan.gpu else None
+            expanded = [self.new(queries, z), self.new(queries, z)] if self.plan.gpu and s.heads != s.groups else []
             del sums, wide, expanded, dy
             saved.clear()
             return grads
@@ -384,37 +371,36 @@ class Attention:
 
     def scores(self, q: Tensor, k: Tensor, v: Tensor, needs: bool) -> tuple[Tensor, Back]:
         """torch's plain attention: softmax(q kᵀ) v with key-value heads repeated."""
-        me = self.owner
-        s, z, n = me.s, me.z, me.n
+        s, z, n = self.s, self.z, self.n
         queries, square = n * s.heads * s.head, self.rows * s.heads * self.width**2
-        k, v = me.new(queries, z), me.new(queries, z)
-        mask = me.new(self.width**2, z)
-        q, k = me.new(queries, z), me.new(queries, z)
-        raw = me.new(square, z)
-        weights = me.new(square, z)
-        where = me.new(square, 1)
-        weights = me.new(square, z)
+        k, v = self.new(queries, z), self.new(queries, z)
+        mask = self.new(self.width**2, z)
+        q, k = self.new(queries, z), self.new(queries, z)
+        raw = self.new(square, z)
+        weights = self.new(square, z)
+        where = self.new(square, 1)
+        weights = self.new(square, z)
         del where, raw
-        out = me.new(queries, z)
+        out = self.new(queries, z)
         saved = [q, k, v, weights] if needs else []
         del q, k, v, weights, mask
-        out = me.new(queries, z)
+        out = self.new(queries, z)
 
         def back(box: list[Any]) -> list[Any]:
             dy = box.pop()
-            dy = me.new(queries, z)
-            dweights = me.new(square, z)
-            dv = me.new(queries, z)
+            dy = self.new(queries, z)
+            dweights = self.new(square, z)
+            dv = self.new(queries, z)
             del dy
-            draw = me.new(square, z)
+            draw = self.new(square, z)
             del dweights
-            dq, dk = me.new(queries, z), me.new(queries, z)
+            dq, dk = self.new(queries, z), self.new(queries, z)
             del draw
             saved.clear()
-            dq = me.new(queries, z)
-            dk = me.new(queries, z)
-            dk = me.new(n * s.groups * s.head, z)
-            dv = me.new(n * s.groups * s.head, z)
+            dq = self.new(queries, z)
+            dk = self.new(queries, z)
+            dk = self.new(n * s.groups * s.head, z)
+            dv = self.new(n * s.groups * s.head, z)
             return [dq, dk, dv]
 
         return out, back

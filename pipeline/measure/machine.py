@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,15 @@ def hardware(device: Any) -> dict[str, Any]:
         "gpu": gpu,
         "gpu_memory_bytes": memory,
         "cpu": cpu_name(),
-        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_count": cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def cpu_count() -> int | None:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def cpu_name() -> str:
@@ -90,31 +96,30 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def provenance() -> dict[str, Any]:
-    """Package versions, code version, start time and command of this process."""
-    versions = {}
-    for name in PACKAGES:
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those that are installed."""
+    installed = {}
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
+    return installed
+
+
+def provenance() -> dict[str, Any]:
+    """Package versions, code version, start time and command of this process.
+
+    git_dirty: whether tracked files differ from the commit; dvc.lock files record results and are no part of what made them.
+    """
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*dvc.lock")
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return {
-        "packages": versions,
+        "packages": versions(PACKAGES),
         "python": platform.python_version(),
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": _dirty(),
+        "git_dirty": None if changed is None else bool(changed),
         "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
+        "command": " ".join(["python -m", spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-
-
-def _dirty() -> bool | None:
-    """Whether tracked files differ from the commit; dvc.lock files record results and are no part of what made them."""
-    out = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*dvc.lock")
-    return None if out is None else bool(out)
-
-
-def _module() -> str:
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).name
 
 
 def _git(*args: str) -> str | None:
