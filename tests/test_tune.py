@@ -145,7 +145,7 @@ def test_the_edge_of_a_range(given, value, tried, side):
 ])
 def test_what_is_added_at_an_edge(given, limits, value, part):
     before = Space({"key": parameter(given | limits), "other": Parameter(choices=(1, 2, 3))})
-    after, edges = search_tuning.widened(before, {"key": value, "other": 2}, [{"key": value, "other": 2}])
+    after, edges = search_tuning.widened(before, [{"params": {"key": value, "other": 2}, "validation": 0.5, "nll": None}])
     assert [e.key for e in edges] == ["key"] and edges[0].widened == part
     assert after.entries == {"key": part or given, "other": {"choices": [1, 2, 3]}}
 

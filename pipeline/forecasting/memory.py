@@ -1,7 +1,4 @@
-"""Peak memory of a training run: the load, what the engine holds, and its steps, on a simulated allocator.
-
-Library of cell.py.
-"""
+"""Peak memory of a training run: the load, what the engine holds, and its steps, on a simulated allocator."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A forecast in words: the command's table, and a line for every cell that will not fit, before it starts.
-
-Library of `python -m pipeline.forecast`, `train` and `cells`.
-"""
+"""A forecast in words: the command's table, and a line for every cell that will not fit, before it starts."""
 
 from __future__ import annotations
 

@@ -70,13 +70,8 @@ def hardware(device: Any) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         gpu, memory = properties.name, properties.total_memory
     return {
-        "device": getattr(device, "type", device),
-        "gpu": gpu,
-        "gpu_memory_bytes": memory,
-        "cpu": cpu_name(),
-        "cpu_count": cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "platform": f"{platform.system()} {platform.machine()}",
+        "device": getattr(device, "type", device), "gpu": gpu, "gpu_memory_bytes": memory, "cpu": cpu_name(), "cpu_count": cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total, "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
@@ -113,11 +108,8 @@ def provenance() -> dict[str, Any]:
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*dvc.lock")
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return {
-        "packages": versions(PACKAGES),
-        "python": platform.python_version(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if changed is None else bool(changed),
-        "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "packages": versions(PACKAGES), "python": platform.python_version(), "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if changed is None else bool(changed), "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "command": " ".join(["python -m", spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -309,7 +310,7 @@ def _losses(cell: Cell) -> list[tuple[float, float]]:
     points = _points(cell, "loss")
     size = math.ceil(len(points) / MOST_POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(math.fsum(s for s, _ in part) / len(part), math.fsum(v for _, v in part) / len(part)) for part in parts]
+    return [(statistics.fmean(s for s, _ in part), statistics.fmean(v for _, v in part)) for part in parts]
 
 
 def _points(cell: Cell, key: str) -> list[tuple[float, float]]:

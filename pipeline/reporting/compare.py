@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,8 +110,7 @@ TOLERANCES = {"train_s": 0.10, "latency_s": 0.10, "energy_j": 0.10, "peak_bytes"
 
 
 def _figure(cell: Cell, key: str) -> float | None:
-    value = None if key == "train_s" and cell.timing else FIGURES[key].of(cell)
-    return None if value is None else float(value)
+    return None if key == "train_s" and cell.timing else FIGURES[key].of(cell)
 
 
 def load(root: Path) -> dict[str, Cell]:
@@ -236,7 +235,7 @@ def _costs(drift: Drift, pairs: Sequence[tuple[Cell, Cell]], tolerance: float | 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+    return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 SHOWN_CONFIG = 30

@@ -1,11 +1,8 @@
-"""What a technique costs besides its training run: one panel a technique, from trainable parameters to many adapters on one base.
-
-Library of `python -m pipeline.report`.
-"""
+"""What a technique costs besides its training run: one panel a technique, from trainable parameters to many adapters on one base."""
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -110,4 +107,4 @@ def _many(row: Row) -> tuple[list[str], dict[str, list[str]], str]:
 
 def _texts(measured: Sequence[dict[str, float]], numbers: Sequence[str]) -> list[str]:
     by_number = [[m[n] for m in measured if n in m] for n in numbers]
-    return [_milliseconds(math.fsum(values) / len(values) if values else None) for values in by_number]
+    return [_milliseconds(statistics.fmean(values) if values else None) for values in by_number]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
+import operator
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,12 +47,7 @@ def with_model(cells: Sequence[Cell]) -> list[Cell]:
     return [c for c in finished(cells) if c.result.size and c.result.size.total]
 
 
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def first(values: Sequence[Any]) -> Any:
-    return values[0]
+first = operator.itemgetter(0)
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class Figure:
     """Columns of a section are sorted by it; those that are equal keep this table's order."""
     over: Callable[[Sequence[Cell]], list[Cell]] = finished
     """Which cells of a row count."""
-    seeds: Callable[[Sequence[Any]], Any] = mean
+    seeds: Callable[[Sequence[Any]], Any] = statistics.fmean
     """What makes one value of theirs that are known."""
     empty: Any = None
     """The value where none is known."""
@@ -156,7 +152,7 @@ def headline(split: str) -> Callable[[Cell], float | None]:
 
 def _transfer(cell: Cell) -> float | None:
     values = [v for split in cell.result.scores if split.startswith("transfer/") and (v := headline(split)(cell)) is not None]
-    return mean(values) if values else None
+    return statistics.fmean(values) if values else None
 
 
 def _teacher_s(cell: Cell) -> float | None:
@@ -328,7 +324,7 @@ class Row:
     host_energy_j: float | None = _figure("work.host_energy_j", over=timed, single=True)
     cost: float | None = _figure(
         "cost", "Cost", "Training", main=lambda r: f.DASH if r.cost is None else f"{r.cost:.3g} {r.currency}", optional=True, over=timed, single=True,
-        seeds=_one_currency(lambda costs: mean([cost.amount for cost in costs])), about="Wall clock of the whole cell at the config's price_per_hour.")
+        seeds=_one_currency(lambda costs: statistics.fmean(c.amount for c in costs)), about="Wall clock of the whole cell at the config's price_per_hour.")
     """Of a cell, in `currency`; None without a price, or where its seeds were priced in several."""
     currency: str | None = _figure("cost", over=timed, seeds=_one_currency(lambda costs: costs[0].currency))
     engine: str | None = _figure("work.engine", over=list, seeds=lambda each: ", ".join(dict.fromkeys(each)))

@@ -6,7 +6,7 @@ Library of `python -m pipeline.report`. A part of the report where some techniqu
 from __future__ import annotations
 
 import itertools
-import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -300,7 +300,7 @@ def _points(one: Line, x: Scale, y: Scale, colour: str) -> list[Markup]:
     for n, cells in one.cells.items():
         if not x.low <= n <= x.high:
             continue
-        mean = math.fsum(c.accuracy for c in cells) / len(cells)
+        mean = statistics.fmean(c.accuracy for c in cells)
         same = len({c.accuracy for c in cells}) == 1
         parts += [tag("circle", class_=f"seed-dot {colour}", cx=x(n), cy=y(c.accuracy), r=1.8) for c in cells if not same]
         parts.append(plot.dot(x(n), y(mean), colour, tag("title", _tip(one, n, mean)), f"#{f.anchor(one.name)}", 3.5, 11))

@@ -1,7 +1,4 @@
-"""How the report writes numbers. What was not measured is an em dash, never a zero.
-
-Library of `python -m pipeline.report`.
-"""
+"""How the report writes numbers. What was not measured is an em dash, never a zero."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.core.files import UserError
-from pipeline.core.settings import Task
+from pipeline.core.settings import AtLeast1, Task, check_fields
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,11 @@ class Teacher:
     """
 
     name: str
-    batch_size: int = 256
+    batch_size: AtLeast1 = 256
     row_seeds: list[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"config key 'teacher.batch_size' is {self.batch_size}; it must be at least 1")
+        check_fields(self, "teacher")
 
     @property
     def works_here(self) -> bool:
