@@ -86,11 +86,9 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
     random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.rows.load_rows draws them
     rows = rows[: cfg.train_rows]
     rows += synthetic.extra(cfg, rows)[0]
-    return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), _source(len(rows), data), True)
-
-
-def _source(rows: int, data: Path) -> str:
-    return f"the {'first ' + str(MOST_ROWS) + ' of the ' if rows > MOST_ROWS else ''}{rows} training rows of {data} in the model's own tokens"
+    first = f"first {MOST_ROWS} of the " if len(rows) > MOST_ROWS else ""
+    source = f"the {first}{len(rows)} training rows of {data} in the model's own tokens"
+    return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), source, True)
 
 
 def _encoded(cfg: DictConfig, settings: Settings, objective: Objective, rows: list[dict[str, Any]], model: Path) -> list[list[Encoded]]:

@@ -161,10 +161,6 @@ def _teacher_s(cell: Cell) -> float | None:
     return sum(known) if known else None
 
 
-def _rationales(cell: Cell) -> int | None:
-    return cell.result.teacher.rows if cell.result.teacher and cell.result.kind != "teacher" else None
-
-
 def _growth_of(base: str) -> Callable[[Cell], float | None]:
     def of(cell: Cell) -> float | None:
         before, after = getattr(cell.result.forgetting, base, None), getattr(cell.result.forgetting, "perplexity", None)
@@ -179,11 +175,6 @@ def _change_of(probe: str, base: str) -> Callable[[Cell], float | None]:
         return after - before if before is not None and after is not None else None
 
     return of
-
-
-def _kind_of_memory(cell: Cell) -> str | None:
-    memory = cell.result.memory
-    return memory.kind if memory and memory.peak_bytes is not None else None
 
 
 def _status(each: Sequence[str]) -> str:
@@ -261,7 +252,8 @@ class Row:
         about="Labelled rows that the technique used: training rows, plus the validation rows that chose the checkpoint; "
         "demonstrations alone for few-shot, all rows that retrieval searches or a choice of prompt is scored on; none for an untouched base.")
     rationale_rows: int | None = _figure(
-        _rationales, "Rationale rows", "Data", _whole, seeds=first, optional=True, about="Training rows with a rationale of the teacher.")
+        lambda c: c.result.teacher.rows if c.result.teacher and c.result.kind != "teacher" else None, "Rationale rows", "Data", _whole,
+        seeds=first, optional=True, about="Training rows with a rationale of the teacher.")
     synthetic_rows: int | None = _figure(
         "synthetic.rows", "Synthetic rows", "Data", _whole, seeds=first, optional=True,
         about="Rows that a teacher wrote (pipeline.synthesize), trained on beside the labelled ones, which alone count as labelled.")
@@ -286,7 +278,7 @@ class Row:
         "memory.peak_bytes", "Peak memory", "Training", f.size, small=lambda r: memory_kind(r), last=1, for_dvc=True,
         about="Peak while training, validation kept out; while evaluating for a technique that trains nothing. "
         "RSS: resident memory of the process on the CPU; GPU: what the allocator reserved.")
-    memory_kind: str | None = _figure(_kind_of_memory, seeds=first)
+    memory_kind: str | None = _figure(lambda c: c.result.memory.kind if c.result.memory and c.result.memory.peak_bytes is not None else None, seeds=first)
     trainable: float | None = _figure(
         "size.trainable", "Trainable", "Model", f.count, small=lambda r: f.share(r.trainable_share), over=with_model, for_dvc=True,
         about="Parameters that are trained, and their share of all.")

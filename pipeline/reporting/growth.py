@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -68,12 +68,13 @@ def growth(rows: Sequence[Row], target: float | None = None) -> Growth | None:
     if target is not None and not 0 < target < 1:
         raise UserError(f"report.target is {target:g}; it is an accuracy between 0 and 1, such as 0.6")
     shown = [r for r in rows if not r.teacher and r.test is not None]
-    constant = {r.technique for r in shown if _constant(r.cells[0])}
+    constant = {r.technique for r in shown if not r.cells[0].result.takes_rows}  # nothing, or a number of demonstrations
     measured = [m for row in shown for cell in row.cells if (m := _measured(cell))]
     curves = fit(measured, constant)
     if not any(c.kind == "power" for c in curves.values()):
         return None
-    smallest, largest = _range(curves.values())
+    sizes = [n for c in curves.values() if c.kind == "power" for n in c.sizes]
+    smallest, largest = min(sizes), max(sizes)
     rows_of = {r.technique: r for r in shown}
     untouched = zero_shot([r for r in shown if r.technique in curves])
     base = untouched.technique if untouched else None
@@ -89,11 +90,6 @@ def growth(rows: Sequence[Row], target: float | None = None) -> Growth | None:
     )
 
 
-def _constant(cell: Cell) -> bool:
-    """Whether the technique takes no more rows than it has at every size: nothing, or a number of demonstrations."""
-    return not cell.result.takes_rows
-
-
 def _measured(cell: Cell) -> Measured | None:
     result = cell.result
     if result.test is None:
@@ -103,18 +99,10 @@ def _measured(cell: Cell) -> Measured | None:
     return Measured(cell.label, result.train_rows + result.validation_rows, result.seed, value, result.test.rows, right or None)
 
 
-def _range(curves: Iterable[Curve]) -> tuple[int, int]:
-    sizes = [n for c in curves if c.kind == "power" for n in c.sizes]
-    return min(sizes), max(sizes)
-
-
 def _line(curve: Curve, row: Row, measured: Sequence[Measured], target: float, smallest: int, largest: int) -> Line:
-    cells: dict[int, list[Measured]] = {}
-    for one in measured:
-        if one.technique == curve.technique:
-            cells.setdefault(one.rows, []).append(one)
+    cells = {n: [one for one in measured if (one.technique, one.rows) == (curve.technique, n)] for n in curve.sizes}
     low, high = (smallest, largest) if curve.kind == "constant" else (curve.sizes[0], curve.sizes[-1])
-    return Line(curve, row.family, row.kind, dict(sorted(cells.items())), curve.at(low), curve.at(high), curve.rows_for(target))
+    return Line(curve, row.family, row.kind, cells, curve.at(low), curve.at(high), curve.rows_for(target))
 
 
 def _halfway(base: str | None, start: float, best: Curve, largest: int) -> str:

@@ -64,19 +64,17 @@ def summary(rows: Sequence[Row], tunings: Tunings) -> list[str]:
 
 
 def _lines(rows: Sequence[Row], tunings: Tunings) -> list[Line]:
-    by_name = {(r.technique, r.group): r for r in rows}
-    every = [Line(t, group, by_name.get((name, group)), by_name.get((_after(name), group))) for (name, group), t in tunings.items()]
-    lines = [line for line in every if line.before or line.after]
+    by_name, lines = {(r.technique, r.group): r for r in rows}, []
+    for (name, group), tuned in tunings.items():
+        after = f"{name}-tuned" if "+" in name else f"{name}{SUFFIX}"
+        line = Line(tuned, group, by_name.get((name, group)), by_name.get((after, group)))
+        lines += [line] if line.before or line.after else []
     for line, key in itertools.product(lines, COMPARABLE):
-        tuned, reported = getattr(line.tuned, key), getattr(rows[0].results[0], key)
-        if tuned != reported:
+        ours, reported = getattr(line.tuned, key), getattr(rows[0].results[0], key)
+        if ours != reported:
             path = f"{line.tuned.experiment}/{line.tuned.technique}-n{line.group}.yaml"
-            raise UserError(f"the tuned file {path} has {key}={tuned}, the cells {key}={reported}, which no ranking may mix; move the file away or tune again")
+            raise UserError(f"the tuned file {path} has {key}={ours}, the cells {key}={reported}, which no ranking may mix; move the file away or tune again")
     return sorted(lines, key=lambda line: (line.group, -line.tuned.validation, line.tuned.technique))
-
-
-def _after(technique: str) -> str:
-    return f"{technique}-tuned" if "+" in technique else f"{technique}{SUFFIX}"
 
 
 def _cells(line: Line, several: bool) -> list[tuple[str, str]]:
@@ -129,8 +127,8 @@ def _charts(lines: Sequence[Line], colour: Mapping[str, str]) -> list[tuple[str,
         if len(line.tuned.values) > 1:
             groups.setdefault(line.group, []).append(line)
     several = len(groups) > 1
-    return [(rows_in_words(group) if several else "", [("wide", _chart(part, colour, *WIDE)), ("narrow", _chart(part, colour, *NARROW))])
-            for group, part in groups.items()]
+    sizes = {"wide": WIDE, "narrow": NARROW}
+    return [(rows_in_words(group) if several else "", [(name, _chart(part, colour, *size)) for name, size in sizes.items()]) for group, part in groups.items()]
 
 
 def _chart(lines: Sequence[Line], colour: Mapping[str, str], width: int, height: int) -> Markup:

@@ -186,7 +186,8 @@ class Multiplexer:
         """Rows of several artefacts in one batch, choices and generated answers apart."""
         loaded = [n for n in names if self.artefacts[n].method.peft]
         labels = {n: f"a{i}" for i, n in enumerate(loaded)}
-        scorers = {n: self.artefacts[n].scorer(self.base, self.base.model, self._state(n)) for n in names}
+        states = {n: None if n in loaded else self.artefacts[n].load(self.base)[1] for n in names}
+        scorers = {n: self.artefacts[n].scorer(self.base, self.base.model, states[n]) for n in names}
         items = [scorers[row["adapter"]].items([row])[0] for row in rows]  # before any adapter is there: retrieval embeds with the base
         kinds: dict[tuple[str, int], list[int]] = {}
         for index, row in enumerate(rows):
@@ -211,10 +212,6 @@ class Multiplexer:
             return [p for row, values in zip(batch, sums, strict=True) for p in answers.chosen([row], [values], scorers[row["adapter"]].task)]
         return [{"id": row["id"], "prediction": answers.extract(text, scorers[row["adapter"]].task.answer_pattern), "output": text}
                 for row, text in zip(batch, scorer.texts(asked, owners), strict=True)]
-
-    def _state(self, name: str) -> Any:
-        artefact = self.artefacts[name]
-        return None if artefact.method.peft else artefact.load(self.base)[1]
 
     def _attached(self, labels: dict[str, str]) -> Any:
         from peft import PeftModel

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.core.settings import AtLeast1, Task, check_fields
 
@@ -30,17 +30,15 @@ class Teacher:
         row_seeds: with train_rows=n, the seeds whose n training rows are explained; None: of the config's seed alone.
     """
 
+    works_here: ClassVar[bool] = True
+    """Whether the time that `explain` takes is what the rationales cost; if not, their cost is not known."""
+
     name: str
     batch_size: AtLeast1 = 256
     row_seeds: list[int] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "teacher")
-
-    @property
-    def works_here(self) -> bool:
-        """Whether the time that `explain` takes is what the rationales cost; if not, their cost is not known."""
-        return True
 
     def check(self, task: str, row: dict) -> None:
         """Raise UserError, naming what to change, if the teacher cannot explain this task. `row` is a training row."""

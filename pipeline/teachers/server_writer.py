@@ -37,6 +37,8 @@ class ServerWriter(Writer):
         input_price, output_price: per million tokens, in `currency`; null: no price is reported.
     """
 
+    kind = "server"
+
     base_url: str
     model: str | None = None
     api: Literal["chat", "completions"] = "chat"
@@ -57,10 +59,6 @@ class ServerWriter(Writer):
         if len({value is None for value in (self.input_price, self.output_price, self.currency)}) > 1:
             raise UserError("writer.input_price, writer.output_price (per million tokens) and writer.currency go together; set all three, or none")
         Patience(**self.patience)
-
-    @property
-    def kind(self) -> str:
-        return "server"
 
     def check(self) -> None:
         if not self.model:

@@ -18,12 +18,10 @@ class Stored(Teacher):
         rationale_column, answer_column: names in a row's `fields`.
     """
 
+    works_here = False
+
     rationale_column: str = "teacher_rationale"
     answer_column: str = "teacher_answer"
-
-    @property
-    def works_here(self) -> bool:
-        return False
 
     def check(self, task: str, row: dict) -> None:
         for key in ("rationale_column", "answer_column"):

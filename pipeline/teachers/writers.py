@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import AtLeast1, NotNegative, Within, check_fields
@@ -58,6 +58,7 @@ class Writer:
         top_p: sampling keeps to the likeliest tokens of this share (Holtzman et al., 2020); 1: to all.
     """
 
+    kind: ClassVar[str]
     cache: str
     max_new_tokens: AtLeast1
     temperature: NotNegative = 0.0
@@ -66,10 +67,6 @@ class Writer:
 
     def __post_init__(self) -> None:
         check_fields(self, "writer")
-
-    @property
-    def kind(self) -> str:
-        raise NotImplementedError
 
     def check(self) -> None:
         """Raise UserError, naming what to change, if it cannot write: no such model, no key."""
