@@ -95,7 +95,6 @@ def card_at_hand(cfg: DictConfig) -> Card:
 
 @functools.cache
 def constants() -> Constants:
-    """The fitted ones where they have been fitted."""
     if not FITTED.exists():
         return Constants()
     known = {f.name for f in dataclasses.fields(Constants)}

@@ -23,8 +23,6 @@ PAGED_FROM = 100_000
 
 
 class Eager(Operations):
-    """Walks through micro-batches and steps."""
-
     def feed_forward(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
         """down(silu(gate(x)) · up(x))."""
         size, z = self.n * self.s.inner, self.z
@@ -108,7 +106,6 @@ class Eager(Operations):
         return y, again
 
     def micro_batch(self, micro: MicroBatch) -> None:
-        """Forward, loss and backward of one micro-batch."""
         virtual = self.plan.trained.virtual
         cells = micro.rows * micro.width
         self.n = micro.rows * (micro.width + virtual)

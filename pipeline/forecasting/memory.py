@@ -121,7 +121,6 @@ def _captured(plan: Plan, memory: Allocator, constants: Constants, parameters: d
 
 
 def forecast(plan: Plan, constants: Constants) -> Memory:
-    """The peak of a run."""
     memory, loaded = walk(plan, constants)
     live = {name: memory.peak.live.get(name, 0) for name in KINDS}
     reserved = memory.peak.reserved

@@ -74,7 +74,6 @@ class Operations:
         return trained.kind == "full" and part in trained.parts and layer >= trained.first
 
     def layer_trains(self, layer: int) -> bool:
-        """Whether anything of this layer is trained."""
         trained = self.plan.trained
         return trained.kind in ("lora", "ia3", "ln") or self.trains(layer) or self.trains(layer, "biases")
 
@@ -264,7 +263,6 @@ class Operations:
         return out, back
 
     def linear(self, x: Tensor, xz: int, layer: int, name: str, needs: bool) -> tuple[Tensor, Back]:
-        """One of a layer's linear maps, whatever holds it."""
         kind, ranks = self.plan.trained.kind, self.plan.trained.ranks
         if kind == "lora" and name in ranks:
             return self.lora_linear(x, xz, layer, name, needs)

@@ -29,8 +29,6 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training run as the forecast sees it."""
-
     shape: Shape
     trained: Trained
     precision: str

@@ -48,7 +48,6 @@ class Shape:
 
     @property
     def layer_matrices(self) -> int:
-        """Numbers in a layer's linear maps."""
         return sum(i * o for i, o in map(self.linear, LINEAR))
 
     @property

@@ -43,7 +43,6 @@ class Point:
 
 
 def file_of(work: str | Path) -> Path:
-    """Where calibrations are kept."""
     return Path(work) / "throughput.json"
 
 

@@ -40,8 +40,6 @@ _unreachable: set[str] = set()
 
 @dataclass(frozen=True)
 class Tracking:
-    """The config group tracking."""
-
     enabled: bool
     uri: str = ""
     artifacts: str | None = None

@@ -271,7 +271,6 @@ class Result:
 
 
 def write(folder: str | Path, result: Result) -> None:
-    """Write result.json in a cell's folder, atomically."""
     write_json(Path(folder) / "result.json", dataclasses.asdict(result))
 
 

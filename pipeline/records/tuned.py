@@ -104,13 +104,11 @@ def searches(cfg: DictConfig) -> Any:
 
 
 def path_of(cfg: DictConfig) -> Path:
-    """The tuned file of a cell's technique and train_rows."""
     rows = "all" if cfg.train_rows is None else cfg.train_rows
     return Path(cfg.paths.tuning) / cfg.experiment / f"{label(cfg)}-n{rows}.yaml"
 
 
 def write(path: Path, tuned: Tuned) -> None:
-    """Write the file, atomically."""
     raw = dataclasses.asdict(tuned)
     head = HEAD.format(**raw | {"train_rows": "null" if tuned.train_rows is None else tuned.train_rows})
     write_text(path, head + yaml.safe_dump(raw, sort_keys=False, width=140))

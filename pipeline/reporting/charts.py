@@ -80,7 +80,6 @@ def colours(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def tip(row: Row, *lines: str) -> Markup:
-    """A point's tooltip."""
     bounds = f" [{interval(row)}]" if interval(row) else ""
     return tag("title", "\n".join([row.name, f"test {f.percent(row.test)}%{bounds}", *lines, *remarks(row)]))
 

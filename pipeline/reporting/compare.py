@@ -242,7 +242,6 @@ SHOWN_CONFIG = 30
 
 
 def headline(drift: Drift) -> str:
-    """One sentence."""
     moved = [m.name for m in drift.techniques if m.moved]
     alone = [m.name for m in drift.cells if m.moved]
     compared = len(drift.cells)

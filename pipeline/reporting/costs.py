@@ -12,8 +12,6 @@ from pipeline.reporting.figures import Row
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a panel."""
-
     title: str
     text: str
     small: str = ""
@@ -23,8 +21,6 @@ class Figure:
 
 @dataclass(frozen=True)
 class Panel:
-    """A technique's panel."""
-
     row: Row
     figures: list[Figure]
     numbers: list[str]
@@ -37,8 +33,6 @@ class Panel:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of all panels."""
-
     title: str
     scale: str
     """Measures of one scale share the full length of their bars, so that attached and merged compare."""

@@ -36,8 +36,6 @@ NOT_SETTINGS = ("start",)
 
 @dataclass(frozen=True)
 class Seen:
-    """One cell as evidence."""
-
     technique: str
     """With the settings in which it differs from other cells of the technique on the model: "lora [epochs=3.0 r=8]"."""
     task: str

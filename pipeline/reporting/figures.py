@@ -92,7 +92,6 @@ class Figure:
         return functools.reduce(lambda part, name: None if part is None else getattr(part, name), self.where.split("."), cell.result)
 
     def over_seeds(self, cells: Sequence[Cell]) -> Any:
-        """The value of a row's cells."""
         known = [value for cell in self.over(cells) if (value := self.of(cell)) is not None]
         return self.seeds(known) if known else self.empty
 
@@ -101,7 +100,6 @@ class Figure:
         return getattr(row, self.key)
 
     def text(self, row: Row) -> str:
-        """The column's cell."""
         text = self.main(row) if self.main else self.show(self.value(row))
         mark = self.mark(row)
         return f"{text} {mark}" if mark and text != f.DASH else text

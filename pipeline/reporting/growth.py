@@ -37,7 +37,6 @@ class Line:
 
     @property
     def name(self) -> str:
-        """The technique."""
         return self.curve.technique
 
 

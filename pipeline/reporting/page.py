@@ -40,7 +40,6 @@ PHASES = {
 
 
 def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Growth | None = None, tunings: tuning.Tunings | None = None) -> str:
-    """The HTML page."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -34,7 +34,6 @@ def svg(width: int, height: float, parts: Sequence[Markup], about: str) -> Marku
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:
-    """A line through points, as the attribute d of a path."""
     return "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
@@ -130,12 +129,10 @@ def tick(x: float, text: str, frame: Box, marked: bool = True) -> list[Markup]:
 
 
 def base_line(frame: Box) -> Markup:
-    """The x axis."""
     return tag("line", class_="axis", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom)
 
 
 def axis_title(text: str, frame: Box, below: float = 37) -> Markup:
-    """What the x axis shows."""
     return tag("text", text, class_="title", x=(frame.left + frame.right) / 2, y=frame.bottom + below, text_anchor="middle")
 
 

@@ -110,7 +110,6 @@ class Space:
 
     @property
     def size(self) -> float:
-        """How many points there are."""
         return math.prod(p.size for p in self.searched.values())
 
     @property
@@ -203,7 +202,6 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
 
 
 def _around(where: str, parameter: Parameter, value: Any) -> Parameter:
-    """The range around the cell's own value."""
     factor = parameter.factor
     if not is_number(value) or factor is None or factor <= 1 or value <= 0:
         raise UserError(f"{where} has factor {factor!r} of {value!r}; write a factor above 1 of a number above 0, or low and high")
@@ -253,5 +251,4 @@ def at(cfg: DictConfig, settings: Mapping[str, Any], new_keys: bool = False) -> 
 
 
 def overrides(settings: Mapping[str, Any]) -> list[str]:
-    """The settings as Hydra overrides."""
     return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]

@@ -39,8 +39,6 @@ so that their sum is what the search took.
 
 @dataclass(frozen=True)
 class Sweep:
-    """The config group sweep."""
-
     sampler: Literal["brute_force", "tpe", "random"]
     """brute_force (every point of the choices once, in their order), tpe, or random (n_trials points drawn beforehand, none twice)."""
     space: Space
@@ -288,7 +286,6 @@ class Study:
         }
 
     def write_trials(self) -> None:
-        """trials.csv."""
         columns = ["number", "state", "status", *self.sweep.space.keys, *self.sweep.objectives, "seconds", "started", *NUMBERS]
         write_text(self.folder / "trials.csv", csv_text(columns, self.rows()))
 
@@ -349,7 +346,6 @@ def short(values: Point) -> str:
 
 
 def number(value: Any) -> str:
-    """A figure of a setting for people."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -155,7 +155,6 @@ def _tuned(cfg: DictConfig, space: Space, budget: int, trials: Sequence[dict[str
 
 
 def summary(result: tuned.Tuned) -> str:
-    """One line on a tuned technique."""
     chosen = " ".join(f"{key}={number(value)}" for key, value in result.settings.items())
     lost = f", {result.failed} without a value" if result.failed else ""
     edge = "".join(f"; {e.key} was at its {e.side} edge" + (" and is again" if e.still else "") for e in result.edges)

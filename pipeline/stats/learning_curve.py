@@ -58,8 +58,6 @@ class RowsFor:
 
 @dataclass(frozen=True)
 class Curve:
-    """A technique's fitted learning curve."""
-
     technique: str
     kind: str
     """power, or constant."""
@@ -82,7 +80,6 @@ class Curve:
         return self.misfit_p is None or self.misfit_p >= MISFIT
 
     def value(self, rows: float) -> float:
-        """The fitted accuracy."""
         return min(1.0, max(0.0, self.a - self.b * rows**-self.c))
 
     def at(self, rows: float) -> Estimate:

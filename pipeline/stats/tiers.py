@@ -61,7 +61,6 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the data tell the two apart."""
         return self.corrected < SIGNIFICANT
 
 

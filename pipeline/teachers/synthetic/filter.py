@@ -120,7 +120,6 @@ def _ended(text: str) -> bool:
 
 
 def near_texts(texts: Iterable[str], least: float) -> Near:
-    """An index of these texts."""
     index = Near(least)
     for text in texts:
         index.add(text)

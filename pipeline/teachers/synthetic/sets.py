@@ -37,7 +37,6 @@ class Form:
     context: str | None
 
     def row(self, name: str, number: int, draft: Draft) -> dict[str, Any]:
-        """The task's row of a draft."""
         question = draft.question
         if self.context is None and draft.branch.leaf.kind == "skill" and draft.context:
             question = f"{draft.context}\n\n{question}"
@@ -125,7 +124,6 @@ def check(cfg: DictConfig, wanted: Synthesis) -> None:
 
 
 def held_out_rows(data: Path, recipe: Recipe) -> Rows:
-    """Validation, test and transfer rows."""
     files = [data / "validation.jsonl", data / "test.jsonl", *(data / "transfer" / f"{name}.jsonl" for name in recipe.transfer)]
     return [row for file in files for row in read_jsonl(file)]
 

@@ -39,8 +39,6 @@ class Branch:
 
 @dataclass(frozen=True)
 class Draft:
-    """A row being written."""
-
     branch: Branch
     shots: tuple[SeedExample, ...]
     context: str = ""
