@@ -102,9 +102,9 @@ def test_the_loss_is_the_labels_plus_the_weighted_rationales(model, encoder, wei
 
 
 def test_a_negative_weight_and_an_unknown_policy_are_refused():
-    with pytest.raises(UserError, match=r"objective\.rationale_weight is -1; it must be at least 0"):
+    with pytest.raises(UserError, match=r"'objective\.rationale_weight' is -1.0; it must be at least 0"):
         StepByStep(-1)
-    with pytest.raises(UserError, match=r"objective\.wrong_rationales is 'fix'; choose keep or drop"):
+    with pytest.raises(UserError, match=r"'objective\.wrong_rationales' is 'fix'; choose one of keep, drop"):
         StepByStep(1, wrong_rationales="fix")
 
 

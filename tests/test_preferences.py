@@ -164,7 +164,7 @@ def test_a_pairs_file_is_drawn_from_as_rows_are(tmp_path, overrides):
      "technique=dpo objective.wrong_choices=0"],
 )
 def test_values_out_of_range_are_refused(change):
-    with pytest.raises(UserError, match=r"objective\.\w+ is -?\d"):
+    with pytest.raises(UserError, match=r"'objective\.\w+' is -?\d"):
         build(compose(change.split()).objective, "objective")
 
 

@@ -254,10 +254,14 @@ def build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
 
 
 def check_fields(made: Any, prefix: str) -> None:
-    """Raise UserError where a field of a dataclass has a value that its type does not take. prefix: the config group, for the message."""
+    """Raise UserError where a field of a dataclass has a value that its type does not take; a dataclass inside checks its own.
+
+    prefix: the config group, for the message.
+    """
     hints = typing.get_type_hints(type(made), include_extras=True)
     for field in dataclasses.fields(made):
-        checked(getattr(made, field.name), hints[field.name], f"{prefix}.{field.name}")
+        if not dataclasses.is_dataclass(hints[field.name]):
+            checked(getattr(made, field.name), hints[field.name], f"{prefix}.{field.name}")
 
 
 def checked(value: Any, hint: Any, key: str) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pipeline.core.files import UserError
-from pipeline.core.settings import Task, Within
+from pipeline.core.settings import AtLeast1, Task, Within
 from pipeline.data.rows import Encoded, Example
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext, rationale_text
 from pipeline.scoring.answers import Reasoning
@@ -26,16 +26,12 @@ class RationaleFirst(Objective):
     prepares = True
 
     rationale_weight: Annotated[float, Within(0, above=True, why="reasoning that is not learnt cannot come first")]
-    max_new_tokens: int
+    max_new_tokens: AtLeast1
     """Most tokens of reasoning at test."""
     cue: str = " So the answer is"
     """Comes between reasoning and answer."""
     wrong_rationales: Literal["keep", "drop"] = "drop"
     """drop: a reasoning that ends in a wrong answer is not learnt, its row's label is; keep: it is learnt, with the right label after it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Reasoning(self.max_new_tokens, self.cue)
 
     @property
     def needs_rationales(self) -> bool:
