@@ -44,8 +44,8 @@ def test_four_bit_bytes_are_those_of_bitsandbytes_tensors(size, double):
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(torch.randn(size), quant_type="nf4", compress_statistics=double)
-    held = [packed, state.absmax, state.code, *([state.state2.absmax, state.state2.code, state.offset.reshape(1)] if double else [])]
-    assert nf4_parts(size[0] * size[1], double) == [t.numel() * t.element_size() for t in held]
+    stored = [packed, state.absmax, state.code, *([state.state2.absmax, state.state2.code, state.offset.reshape(1)] if double else [])]
+    assert nf4_parts(size[0] * size[1], double) == [t.numel() * t.element_size() for t in stored]
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_a_technique_trains_as_many_numbers_as_the_arithmetic_says(tiny, techniq
     shape = read_shape(folder / "config.json")
     cfg = compose([f"technique={technique}", *NEEDED.get(technique, [])])
     try:
-        found = trained(plain(cfg)["method"], shape)
+        actual = trained(plain(cfg)["method"], shape)
     except NoForecast as reason:
         pytest.skip(str(reason))
     method = build(cfg.method, "method")
@@ -82,11 +82,11 @@ def test_a_technique_trains_as_many_numbers_as_the_arithmetic_says(tiny, techniq
     try:
         model = PeftAdapter.wrap(method, base) if technique == "loftq" else method.wrap(base)
     except UserError:
-        assert found.count == 0
+        assert actual.count == 0
         return
-    assert found.count == (parameters(model)[0] if method.trains else 0)
-    if found.kind in ("lora", "full", "soft", "ia3", "ln"):
-        assert sorted(parameter_sizes(found, shape)) == sorted(p.numel() for p in model.parameters() if p.requires_grad)
+    assert actual.count == (parameters(model)[0] if method.trains else 0)
+    if actual.kind in ("lora", "full", "soft", "ia3", "ln"):
+        assert sorted(parameter_sizes(actual, shape)) == sorted(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(("config", "reason"), [

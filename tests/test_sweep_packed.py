@@ -168,6 +168,6 @@ def test_auto_without_a_gpu_is_sequential_and_says_why(words):
 
 def test_the_covers_hold_every_extreme(words):
     cfg = compose([*words, "sweep=rank_alpha_lr", "+sweep.space={train.batch_size: {times: 4, of: method.config.r}}"])
-    found = read_space(cfg).space.covers()
-    assert max(at(cfg, p).method.config.r for p in found) == 32 and max(at(cfg, p).train.batch_size for p in found) == 128
-    assert {p["train.lr"] for p in found if "train.lr" in p} == {1e-4, 1e-2}
+    actual = read_space(cfg).space.covers()
+    assert max(at(cfg, p).method.config.r for p in actual) == 32 and max(at(cfg, p).train.batch_size for p in actual) == 128
+    assert {p["train.lr"] for p in actual if "train.lr" in p} == {1e-4, 1e-2}
