@@ -8,8 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from pipeline.stats.learning_curve import crossover, fit, fit_power
-from pipeline.stats.learning_noise import Measured, common_share, row_covariance, spreads
+from pipeline.stats.learning_curve import Measured, common_share, crossover, fit, fit_power, row_covariance, spreads
 
 SIZES = (19, 48, 120, 300, 720, 1800)
 MANY = 10**9  # test rows: their draw no longer matters

@@ -13,10 +13,9 @@ from pipeline.core.compose import CONF
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.data.near import Near, own_nearness, rouge_l
-from pipeline.teachers.synthetic.filter import Filter, near_texts
 from pipeline.teachers.synthetic.rows import Synthesis
 from pipeline.teachers.synthetic.taxonomy import Leaf, SeedExample
-from pipeline.teachers.synthetic.writing import Writing, branches, check_words
+from pipeline.teachers.synthetic.writing import Filter, Writing, branches, check_words, near_texts
 
 # duplicates
 

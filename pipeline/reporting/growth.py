@@ -19,8 +19,7 @@ from pipeline.reporting import words as f
 from pipeline.reporting.figures import Row, metric_name
 from pipeline.reporting.plot import Box, Scale, tag
 from pipeline.reporting.rows import zero_shot
-from pipeline.stats.learning_curve import Crossover, Curve, Estimate, RowsFor, crossover, fit
-from pipeline.stats.learning_noise import Measured
+from pipeline.stats.learning_curve import Crossover, Curve, Estimate, Measured, RowsFor, crossover, fit
 
 
 @dataclass(frozen=True)

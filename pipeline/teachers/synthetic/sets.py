@@ -19,10 +19,9 @@ from pipeline.data.recipe import Recipe
 from pipeline.data.rows import load_rows
 from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.teachers.synthetic import taxonomy
-from pipeline.teachers.synthetic.filter import Filter
 from pipeline.teachers.synthetic.rows import Synthesis
 from pipeline.teachers.synthetic.taxonomy import Leaf, SeedExample
-from pipeline.teachers.synthetic.writing import Draft, Writing, branches, check_words
+from pipeline.teachers.synthetic.writing import Draft, Filter, Writing, branches, check_words
 from pipeline.teachers.writers import Writer
 
 Rows = list[dict[str, Any]]
