@@ -138,11 +138,11 @@ class Mirror:
         """Parent and children; children that the sweep no longer has (it was started anew) are deleted."""
         parent, children = sweep_runs(folder)
         parent_id = self.put(parent)
-        kept = {child.cell for child in children}
+        current = {child.cell for child in children}
         with locks.in_turn(self.lock):
             for run in self._find(parent.experiment, f"tags.`{CELL}` LIKE '{parent.cell}/%'"):
                 cell = run.data.tags[CELL]
-                if cell not in kept and cell.startswith(f"{parent.cell}/"):  # LIKE takes _ for any character
+                if cell not in current and cell.startswith(f"{parent.cell}/"):  # LIKE takes _ for any character
                     self.client.delete_run(run.info.run_id)
         for child in children:
             self.put(child, parent_id)

@@ -2,7 +2,7 @@
 
 Library of `python -m pipeline.compare`. Two runs of a technique are compared as two techniques are in the report (tiers.py): on the rows that
 both answered, with the spread that the seeds of all techniques show, corrected for being many (Holm 1979). What ran twice with the same seed
-on the same machine differs by less than that; what is told here would be remarkable even for other seeds.
+on the same machine differs by less than that; what is reported here would be remarkable even for other seeds.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Drift:
 
 
 TOLERANCES = {"train_s": 0.10, "latency_s": 0.10, "energy_j": 0.10, "peak_bytes": 0.02, "artefact_bytes": 0.0}
-"""Relative changes that are not told. Artefacts are the same on every machine."""
+"""Relative changes that are not reported. Artefacts are the same on every machine."""
 
 
 def _figure(cell: Cell, key: str) -> float | None:

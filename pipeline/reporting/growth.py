@@ -125,15 +125,15 @@ def rows_in_words(needed: RowsFor, constant: bool = False) -> str:
 def sentences(grown: Growth) -> list[str]:
     """The crossovers in words: those that the data can tell, who is ahead throughout, what they cannot tell."""
     texts = [
-        f"`{name}` overtakes {_joined([f'`{c.behind}` at n = {c.rows:,.0f} [{c.low:,.0f}–{c.high:,.0f}]' for c in group])} labelled rows."
+        f"`{name}` overtakes {f.listed([f'`{c.behind}` at n = {c.rows:,.0f} [{c.low:,.0f}–{c.high:,.0f}]' for c in group])} labelled rows."
         for name, group in _by_ahead(grown, "crosses")
     ]
     texts += [
-        f"`{name}` is ahead of {_joined([f'`{c.behind}`' for c in group])} at every size from {group[0].smallest:,} to {group[0].largest:,} rows."
+        f"`{name}` is ahead of {f.listed([f'`{c.behind}`' for c in group])} at every size from {group[0].smallest:,} to {group[0].largest:,} rows."
         for name, group in _by_ahead(grown, "ahead")
     ]
     texts += [
-        f"`{name}` is ahead of {_joined([f'`{c.behind}` from {c.high:,.0f}' for c in group])} rows on; with fewer the data cannot tell."
+        f"`{name}` is ahead of {f.listed([f'`{c.behind}` from {c.high:,.0f}' for c in group])} rows on; with fewer the data cannot tell."
         for name, group in _by_ahead(grown, "ahead_from")
     ]
     untold = [c for c in grown.crossovers if c.verdict == "unclear"]
@@ -154,10 +154,6 @@ def _by_ahead(grown: Growth, verdict: str) -> list[tuple[str, list[Crossover]]]:
     return list(groups.items())
 
 
-def _joined(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def remarks(grown: Growth) -> list[str]:
     """What a reader of the curves should know, as far as it holds here."""
     power = [one for one in grown.lines if one.curve.kind == "power"]
@@ -175,7 +171,7 @@ def remarks(grown: Growth) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return _joined([f"`{name}`" for name in names])
+    return f.listed([f"`{name}`" for name in names])
 
 
 def table(grown: Growth) -> tuple[list[str], list[list[str]]]:

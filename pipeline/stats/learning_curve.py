@@ -180,7 +180,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class RowsFor:
-    """Labelled rows that an accuracy takes, with a 95% interval, told within the sizes measured.
+    """Labelled rows that an accuracy takes, with a 95% interval, within the sizes measured.
 
     A number equal to `smallest` stands for that many or fewer; None for not reached at `largest`.
     """
@@ -242,7 +242,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where one technique overtakes another, told within the sizes that both were measured at."""
+    """Where one technique overtakes another, within the sizes that both were measured at."""
 
     ahead: str
     """The technique whose curve is the higher one at `largest`."""
@@ -293,7 +293,7 @@ class _Fit:
         self.means = np.array([sum(c.accuracy for c in g) / len(g) for g in groups])
         sd = np.array([spread.sd(n) or 1.0 for n in sizes])
         self.weights = np.array([len(g) for g in groups]) / sd**2
-        self.found = self._fitted(self.means[None])[0]
+        self.fitted = self._fitted(self.means[None])[0]
         self.misfit_p, self.inflation = self._misfit()
 
     def _fitted(self, means: np.ndarray) -> np.ndarray:
@@ -302,7 +302,7 @@ class _Fit:
         return np.stack([means @ self.weights / self.weights.sum(), np.zeros(len(means)), np.ones(len(means))], 1)
 
     def _values(self) -> np.ndarray:
-        a, drop, c = self.found
+        a, drop, c = self.fitted
         return a - drop * (np.array(self.sizes) / self.sizes[0]) ** -c
 
     def _misfit(self) -> tuple[float | None, float]:
@@ -315,7 +315,7 @@ class _Fit:
         return float(fdtrc(free, self.spread.df, ratio)), max(1.0, ratio) ** 0.5
 
     def curve(self, errors: np.ndarray) -> Curve:
-        a, drop, c = map(float, self.found)
+        a, drop, c = map(float, self.fitted)
         draws = self._fitted(self._values() + errors)
         return Curve(self.technique, "constant" if self.constant else "power", a, drop * self.sizes[0] ** c, c, self.sizes, self.seeds,
                      self.misfit_p, self.spread, draws)
@@ -395,7 +395,7 @@ def _first_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
 
 
 def _between(grid: np.ndarray, gaps: np.ndarray, index: np.ndarray, inside: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """`found`, where `inside` with the zero between grid[index] and the next point, in the logarithm of the rows."""
+    """`otherwise`; where `inside`, the zero between grid[index] and the next point, in the logarithm of the rows."""
     rows, at = np.nonzero(inside)[0], index[inside]
     before, after = gaps[rows, at], gaps[rows, at + 1]
     share = before / np.where(before == after, 1, before - after)

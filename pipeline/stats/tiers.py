@@ -13,8 +13,8 @@ little of sigma_t, so it is not put in as if it were known: the p-value is avera
 allow (a hierarchical model: sigma_t is log-normal around a spread that all techniques share, with a heterogeneity of its own; TILT and
 HETEROGENEITIES are their priors). Averaging over what is not known is Behrens' and Fisher's answer to unequal variances; sharing it over
 techniques is Smyth's (2004). All pairs are corrected: comparisons with a best that the same data chose, corrected for those alone, find too
-much. Up to FEW techniques hardly any experiment tells a single pair apart falsely (Holm 1979); beyond, pairs are so many that nothing would be
-told at all, and what is kept small is the share of false ones among the differences that are told (Benjamini and Hochberg 1995).
+much. Up to FEW techniques the chance of any false difference is bounded (family-wise, Holm 1979); beyond, pairs are so many that nothing would
+be significant at all, and the share of false ones among the significant differences is bounded (false discovery rate, Benjamini and Hochberg 1995).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 
 SIGNIFICANT = 0.05
 FEW = 10
-"""Techniques up to which at most one experiment in twenty tells any false difference; beyond, at most one in twenty of the differences told is false."""
+"""Techniques up to which at most one experiment in twenty has any false difference; beyond, at most one in twenty of the significant ones is false."""
 SPREADS = (0.0015, 0.1, 20)
 """The shared spreads over seeds that are tried: lowest, highest (fractions), how many, evenly in the logarithm."""
 TILT = 0.5

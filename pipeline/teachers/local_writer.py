@@ -60,8 +60,8 @@ class LocalWriter(Writer):
     @property
     def settings(self) -> Precision:
         """Raises UserError for a precision that there is not."""
-        found: Precision = build(Precision, {"name": self.precision}, "precision")
-        return found
+        precision: Precision = build(Precision, {"name": self.precision}, "precision")
+        return precision
 
     def identity(self) -> dict[str, Any]:
         files = [self.folder / name for name in TOKENIZER]
