@@ -60,7 +60,6 @@ class Forecast:
     technique: str
     card: Card
     memory: Memory | None = None
-    memory_kind: str = "gpu_reserved"
     fits: bool | None = None
     largest_batch: int | None = None
     """Rows as long as the longest that fit into one forward and backward pass; None: not asked for."""
@@ -143,12 +142,11 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
         UserError: bad input, or a model whose config.json is not there.
     """
     card = card or card_at_hand(cfg)
-    kind = "gpu_reserved" if card.gpu else "cpu_rss"
     try:
         prepared = prepare(cfg, card.gpu)
         peak = memory.forecast(prepared.plan, constants())
     except NoForecast as error:
-        return Forecast(cfg.technique.name, card, memory_kind=kind, reason=str(error))
+        return Forecast(cfg.technique.name, card, reason=str(error))
     plan = prepared.plan
     longest = max(len(e.ids) - 1 for row in prepared.rows.examples for e in row)
     fields: dict[str, Any] = {
@@ -163,7 +161,7 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
     notes = ["the paged optimiser's state can move to the machine's memory; it is not counted"] if plan.paged else []
     if not FITTED.exists():
         notes.append("the constants have not been fitted to measurements: run python -m benchmarks.forecast on a GPU")
-    return Forecast(cfg.technique.name, card, memory_kind=kind, notes=notes, **fields)
+    return Forecast(cfg.technique.name, card, notes=notes, **fields)
 
 
 def forecast_of(result: Result) -> Forecast | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from pipeline.forecasting.allocator import Allocator, Heap, OutOfMemory, Tensor
@@ -17,27 +16,14 @@ KINDS = ("weights", "adapter", "gradients", "optimiser", "activations", "logits"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, by what holds them. allocator: reserved and not in use (segments' rounding, holes); fixed: of the process."""
+    """Bytes at the peak."""
 
-    weights: int
-    adapter: int
-    gradients: int
-    optimiser: int
-    activations: int
-    logits: int
-    workspace: int
-    inputs: int
-    allocator: int
-    fixed: int
+    parts: dict[str, int]
+    """By what holds them: KINDS, allocator (reserved and not in use: segments' rounding, holes) and fixed (of the process)."""
     total: int
     """What a result has as memory.peak_bytes: reserved by PyTorch on a GPU, resident on a CPU."""
     loaded: int
     """The same counter after loading, before training."""
-
-    @property
-    def parts(self) -> dict[str, int]:
-        sizes = dataclasses.asdict(self)
-        return {name: sizes[name] for name in (*KINDS, "allocator", "fixed")}
 
 
 def walk(plan: Plan, constants: Constants, capacity: int | None = None) -> tuple[Allocator, int]:
@@ -126,8 +112,8 @@ def forecast(plan: Plan, constants: Constants) -> Memory:
     reserved = memory.peak.reserved
     scale, fixed = constants.of(plan)
     extra = round((scale - 1.0) * (reserved - loaded)) if plan.gpu else 0
-    allocator = reserved - sum(live.values()) + extra
-    return Memory(**live, allocator=allocator, fixed=fixed, total=reserved + extra + fixed, loaded=loaded + (fixed if not plan.gpu else 0))
+    parts = {**live, "allocator": reserved - sum(live.values()) + extra, "fixed": fixed}
+    return Memory(parts, reserved + extra + fixed, loaded + (fixed if not plan.gpu else 0))
 
 
 def fits(plan: Plan, constants: Constants, capacity: int, peak: Memory | None = None) -> bool:

@@ -34,8 +34,6 @@ class TrainingRows:
     examples: Sequence[Sequence[Encoded]]
     count: int
     source: str
-    measured: bool
-    """Whether the lengths are the data's."""
 
 
 class FastTokenizer:
@@ -88,7 +86,7 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
     rows += synthetic.extra(cfg, rows)[0]
     first = f"first {MOST_ROWS} of the " if len(rows) > MOST_ROWS else ""
     source = f"the {first}{len(rows)} training rows of {data} in the model's own tokens"
-    return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), source, True)
+    return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), source)
 
 
 def _encoded(cfg: DictConfig, settings: Settings, objective: Objective, rows: list[dict[str, Any]], model: Path) -> list[list[Encoded]]:
@@ -111,4 +109,4 @@ def _as_configured(cfg: DictConfig, settings: Settings, objective: Objective) ->
     labels = min(fed, settings.task.max_new_tokens if settings.task.scoring == "generate" else LABELS)
     count = cfg.train_rows or settings.train.batch_size
     row = [Encoded(range(fed + 1), fed + 1 - labels)] * (2 if objective.needs_rationales else 1)  # type: ignore[arg-type]
-    return TrainingRows([row] * min(count, max(MOST_ROWS, settings.train.batch_size)), count, source, False)
+    return TrainingRows([row] * min(count, max(MOST_ROWS, settings.train.batch_size)), count, source)
