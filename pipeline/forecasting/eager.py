@@ -34,7 +34,6 @@ class Eager(Operations):
         h = self.new(size, z)
         y, down_back = self.linear(h, z, layer, "down_proj", ours or also)
         saved = [*([gate, up] if ours else []), *([act] if also else [])]
-        del gate, act, up, h
 
         def back(box: list[Any]) -> Tensor | None:
             dh = down_back(box)
@@ -68,7 +67,6 @@ class Eager(Operations):
         fed, forward_back = self.feed_forward(n2, xz, layer, inside or norms)
         del n2
         y = self.new(size, self.hz)
-        del fed, x2
 
         def narrow(dy: Tensor) -> Tensor:
             return dy if self.hz == self.z else self.new(size, self.z)
@@ -114,9 +112,8 @@ class Eager(Operations):
         trained = self.plan.trained
         x: Any = self.new(cells * self.s.width, self.hz)
         if virtual:
-            prompts = self.new(micro.rows * virtual * self.s.width, self.hz)
-            x = self.new(self.n * self.s.width, self.hz)
-            del prompts
+            with self.new(micro.rows * virtual * self.s.width, self.hz):
+                x = self.new(self.n * self.s.width, self.hz)
         angles = [self.new((micro.width + virtual) * self.s.head, self.hz) for _ in range(2)]
         first = x  # a local of the model's forward pass
         needs = "embedding" in trained.parts or self.soft
@@ -175,18 +172,15 @@ class Eager(Operations):
         if self.plan.gpu:
             saved = [self.new(m * v, 4, "logits")]
         else:  # ops.WeightedNll: a stretch of rows at a time, the gradient in the logits' place
-            stretch = self.new(min(m, ROWS_AT_ONCE) * v, 4, "logits")
+            self.new(min(m, ROWS_AT_ONCE) * v, 4, "logits")
             saved = [scores]
-            del stretch
-        del scores
 
         def back(box: list[Any]) -> Tensor | None:
             box.clear()
             if self.plan.gpu:
-                dsaved = self.new(m * v, 4, "logits")
-                dscores = self.new(m * v, 4, "logits")
-                saved.clear()
-                del dsaved
+                with self.new(m * v, 4, "logits"):
+                    dscores = self.new(m * v, 4, "logits")
+                    saved.clear()
             else:
                 dscores = saved.pop()
             if z != 4:
@@ -204,10 +198,9 @@ class Eager(Operations):
 
     def _frozen_head(self, picked: Tensor, xz: int) -> tuple[Tensor, Back]:
         m, v, d, z = self.labels, self.s.vocabulary, self.s.width, self.z
-        fed = picked if xz == z else self.new(m * d, z)
-        self.product("forward")
-        out = self.new(m * v, z, "logits")
-        del fed
+        with self.new(0 if xz == z else m * d, z):
+            self.product("forward")
+            out = self.new(m * v, z, "logits")
 
         def back(box: list[Any]) -> Tensor:
             dy = box.pop()

@@ -82,22 +82,19 @@ class Operations:
         size, hz = self.n * self.s.width, self.hz
         oz = 4 if trained else max(hz, self.plan.base)
         wide = x if hz == 4 else self.new(size, 4)
-        square = self.new(size, 4)
-        root = self.new(self.n, 4)
-        del square
+        with self.new(size, 4):
+            root = self.new(self.n, 4)
         scaled = self.new(size, 4)
         narrow = scaled if hz == 4 else self.new(size, hz)
         del scaled
         out = self.new(size, oz)
         saved = [*([wide, root] if needs else []), *([narrow] if trained else [])]
-        del wide, root, narrow
 
         def back(box: list[Any]) -> Tensor | None:
             dy = box.pop()
             if trained:
-                product = self.new(size, oz)
-                self.grad(name, self.s.width)
-                del product
+                with self.new(size, oz):
+                    self.grad(name, self.s.width)
             if not needs:
                 saved.clear()
                 return None
@@ -110,10 +107,8 @@ class Operations:
             droot = self.new(size, 4)
             dwide = self.new(size, 4)
             del droot, dscaled
-            spread = self.new(size, 4)
-            power = self.new(size, 4)
-            power = self.new(size, 4)
-            del spread, power
+            with self.new(size, 4), self.new(size, 4):
+                self.new(size, 4)
             saved.clear()
             return dwide if hz == 4 else self.new(size, hz)
 
@@ -126,28 +121,24 @@ class Operations:
         self.product("forward")
         saved: list[Tensor] = []
         if precision == "int8":
-            half, small = self.new(self.n * i, 2), self.new(self.n * i, 1)
-            summed = self.new(self.n * o, 4)
-            out = self.new(self.n * o, z)
-            del half, small, summed
+            with self.new(self.n * i, 2), self.new(self.n * i, 1), self.new(self.n * o, 4):
+                out = self.new(self.n * o, z)
             if needs:
                 saved.append(fed)
         elif precision == "nf4":
-            dequantised = self.new(i * o, z)
-            out = self.new(self.n * o, z)
-            del dequantised
+            with self.new(i * o, z):
+                out = self.new(self.n * o, z)
         else:
             out = self.new(self.n * o, z)
-        del fed
 
         def back(box: list[Any]) -> Tensor | None:
             dy = box.pop()
             if not needs:
                 return None
             self.product("backward")
-            dequantised = self.new(i * o, z) if precision in ("nf4", "int8") else None
-            dx = self.new(self.n * i, z)
-            del dequantised, dy
+            with self.new(i * o if precision in ("nf4", "int8") else 0, z):
+                dx = self.new(self.n * i, z)
+            del dy
             saved.clear()
             return dx if xz == z else self.new(self.n * i, xz)
 
@@ -161,7 +152,6 @@ class Operations:
         self.product("forward")
         out = self.new(tokens * o, z, "logits" if key == "head" else "activations")
         saved = [fed, cast if needs else None]
-        del fed, cast
 
         def back(box: list[Any]) -> Tensor | None:
             dy = box.pop()
@@ -191,13 +181,12 @@ class Operations:
         fed = dropped if wz == z else self.new(n * i, z)
         casts = [self.weight_cast(f"{layer}.{name}.{part}", rank * size) for part, size in (("A", i), ("B", o))]
         down = self.new(n * rank, z)
-        up = self.new(n * o, z)
-        scaled = self.new(n * o, z)
-        del up
-        out = self.new(n * o, z)
-        del scaled, result
+        with self.new(n * o, z):
+            scaled = self.new(n * o, z)
+        with scaled:
+            out = self.new(n * o, z)
+        del result
         saved = [mask if needs else None, fed, down, *casts]
-        del mask, dropped, fed, wide, down, casts
 
         def back(box: list[Any]) -> Tensor | None:
             dy = box.pop()
@@ -236,20 +225,17 @@ class Operations:
             del scaled
             saved = [wide]
             out, base_back = self.base_linear(fed, xz, name, True)
-            del wide, fed
         else:
             result, base_back = self.base_linear(x, xz, name, needs)
             scaled = self.new(size, 4)
             out = scaled if z == 4 else self.new(size, z)
             saved = [result]
-            del result, scaled
 
         def scale_back(dy: Tensor) -> Tensor:
             wide = dy if z == 4 else self.new(size, 4)
             del dy
-            product = self.new(size, 4)
-            self.grad(f"{layer}.{name}.ia3", i if inner else o)
-            del product
+            with self.new(size, 4):
+                self.grad(f"{layer}.{name}.ia3", i if inner else o)
             dx = self.new(size, 4)
             del wide
             saved.clear()
@@ -297,7 +283,6 @@ class Operations:
         mixed, kernel_back = (self.scores if self.plain_attention else self.fused)(q, k, v, any_needs)
         del q, k, v
         out, out_back = self.linear(mixed, self.z, layer, "o_proj", any_needs)
-        del mixed
 
         def back(box: list[Any]) -> Tensor | None:
             dmixed = out_back(box)
@@ -353,15 +338,14 @@ class Operations:
         queries, shared = n * s.heads * s.head, n * s.groups * s.head
         out, logs = self.new(queries, z), self.new(n * s.heads, 4)
         saved = [q, k, v, out, logs] if needs else []
-        del logs, q, k, v
 
         def back(box: list[Any]) -> list[Any]:
             dy = box.pop()
             grads: list[Any] = [self.new(queries, z), self.new(shared, z), self.new(shared, z)]
-            sums = self.new(n * s.heads, 4)
-            wide = self.new(queries, 4) if self.plan.gpu else None
-            expanded = [self.new(queries, z), self.new(queries, z)] if self.plan.gpu and s.heads != s.groups else []
-            del sums, wide, expanded, dy
+            expanded = queries if self.plan.gpu and s.heads != s.groups else 0
+            with self.new(n * s.heads, 4), self.new(queries if self.plan.gpu else 0, 4), self.new(expanded, z):
+                self.new(expanded, z)
+            del dy
             saved.clear()
             return grads
 
