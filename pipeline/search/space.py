@@ -196,8 +196,9 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
             raise UserError(f"{where} is {entry!r}; write {{times: <number>, of: <a key that is searched>}}")
         return parameter
     _check_values(where, entry, parameter)
-    if key.rpartition(".")[2] == "r":
-        _check_ranks(where, parameter)
+    for number in parameter.extremes if key.rpartition(".")[2] == "r" else ():
+        if type(number) is not int or number < 1:
+            raise UserError(f"{where} contains {number!r}; a rank is a whole number of at least 1")
     return parameter
 
 
@@ -223,12 +224,6 @@ def _check_values(where: str, entry: Any, parameter: Parameter) -> None:
         raise UserError(f"{where} is {entry!r}; write choices, or low and high with low <= high (above 0 for log)")
     if parameter.step is not None and (parameter.step <= 0 or parameter.log):
         raise UserError(f"{where} has step {parameter.step}; a step is above 0, and does not go with log")
-
-
-def _check_ranks(where: str, parameter: Parameter) -> None:
-    for number in parameter.extremes:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise UserError(f"{where} contains {number!r}; a rank is a whole number of at least 1")
 
 
 def _check_exists(cfg: DictConfig, key: str, name: str) -> None:
