@@ -27,11 +27,7 @@ class Memory:
 
 
 def walk(plan: Plan, constants: Constants, capacity: int | None = None) -> tuple[Allocator, int]:
-    """(the allocator after loading and training, what was reserved after loading).
-
-    Raises:
-        OutOfMemory: the capacity does not suffice.
-    """
+    """(the allocator after loading and training, what was reserved after loading). Raises OutOfMemory: the capacity does not suffice."""
     memory = Allocator(capacity) if plan.gpu else Heap()
     parameters = load(plan, memory)
     memory.empty_cache()

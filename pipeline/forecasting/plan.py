@@ -104,11 +104,7 @@ def engine_of(train: Train, trained: Trained, model: Shape, precision: str, gpu:
 
 def training_plan(model: Shape, trained: Trained, train: Train, precision: Precision, examples: Sequence[Sequence[Encoded]], seed: int, total: int,
                   gpu: bool) -> Plan:
-    """The plan of a run of `total` steps over these rows.
-
-    Raises:
-        NoForecast: no rows.
-    """
+    """The plan of a run of `total` steps over these rows. Raises NoForecast: no rows."""
     if not examples or not total:
         raise NoForecast("there is nothing to train on")
     base, compute = precision_of(precision, gpu)

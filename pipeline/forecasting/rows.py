@@ -69,11 +69,7 @@ class FastTokenizer:
 
 
 def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
-    """The cell's rows, as far as they are known.
-
-    Raises:
-        NoForecast: an objective with a loss or batches of its own, or a teacher's text that is not there.
-    """
+    """The cell's rows, as far as they are known. Raises NoForecast: an objective with a loss or batches of its own, or a teacher's text that is not there."""
     objective: Objective = build(cfg.objective, "objective")
     if objective.own_part:
         raise NoForecast(f"no forecast for objective {objective.name}, whose {objective.own_part} is its own")

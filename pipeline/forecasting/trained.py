@@ -45,11 +45,7 @@ class Trained:
 
 
 def trained(method: dict[str, Any], shape: Shape) -> Trained:
-    """What a method's config (with its `type`) trains of a model.
-
-    Raises:
-        NoForecast: a method that this file does not know.
-    """
+    """What a method's config (with its `type`) trains of a model. Raises NoForecast: a method that this file does not know."""
     owner = name_of(method, "method")
     if owner in NOTHING:
         return Trained("none", 0, owner)

@@ -154,11 +154,7 @@ class Space:
 
 
 def declared(cfg: DictConfig) -> Space:
-    """What a technique declares to be searched.
-
-    Raises:
-        UserError: an entry of another form, or of a key that the cell does not have.
-    """
+    """What a technique declares to be searched. Raises UserError: an entry of another form, or of a key that the cell does not have."""
     try:
         return parse(tuned.searches(cfg), "search", cfg)
     except UserError as error:

@@ -12,11 +12,7 @@ from pipeline.teachers.base import Explanation, Teacher
 
 @dataclass(frozen=True)
 class Stored(Teacher):
-    """Columns of the task's source: a larger model's answers, or people's.
-
-    Args:
-        rationale_column, answer_column: names in a row's `fields`.
-    """
+    """Columns of the task's source: a larger model's answers, or people's. rationale_column, answer_column: names in a row's `fields`."""
 
     works_here = False
 
