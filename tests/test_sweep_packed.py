@@ -145,9 +145,9 @@ def test_tpe_asks_while_others_run_and_the_pruner_is_told(words, tmp_path):
 
 @pytest.mark.parametrize(("more", "message"), [
     (["sweep.executor=parallel"], "choose one of auto, packed, sequential"),
-    (["sweep.slots=0"], "sweep.slots is 0"),
+    (["sweep.slots=0"], "sweep.slots' is 0"),
     (["sweep=rank_memory", "sweep.executor=packed"], "cannot measure peak_memory"),
-    (["sweep.pruner=best"], "choose null or one of median"),
+    (["sweep.pruner=best"], "choose one of median"),
     (["sweep.pruner=median", "sweep.executor=sequential"], "sweep.pruner needs packed trials"),
     (["sweep.pruner=median", "sweep.executor=auto"], "sweep.pruner needs packed trials, but there is no GPU here"),
     (["method.config.use_dora=true"], "sweep.executor=packed, but LoRA with use_dora has no hand-written step; choose auto or sequential"),
