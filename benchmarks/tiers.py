@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.measure import machine
-from pipeline.stats.tiers import FEW, SIGNIFICANT, Technique, correct, p_values
+from pipeline.stats.tiers import FEW, SIGNIFICANT, Technique, correct, pairs_of
 
 ROWS = (499, 254, 154, 127, 152, 156, 228, 430)
 """Test rows of vader_movies_5 that 0, 1, … 7 of seven runs (full and LoRA with three seeds, QLoRA with one; 200 training rows, one NVIDIA H200,
@@ -75,10 +75,10 @@ def simulate(setting: Setting, experiments: int, seed: int) -> dict[str, Any]:
     pairs = any_pair = first = false = 0.0
     lead, others = setting.lead, setting.techniques - setting.lead
     for ranked in experiments_of(setting, experiments, rng):
-        found = p_values(ranked)
-        apart = [p < SIGNIFICANT for p in correct([p for _, _, p in found], setting.techniques)]
-        across = [told for (a, b, _), told in zip(found, apart, strict=True) if a < lead <= b]
-        pairs += sum(p < SIGNIFICANT for _, _, p in found) / len(found)
+        raw = [pair.p for pair in pairs_of(ranked)]
+        apart = [p < SIGNIFICANT for p in correct(raw, setting.techniques)]
+        across = [told for (a, b), told in zip(itertools.combinations(range(len(ranked)), 2), apart, strict=True) if a < lead <= b]
+        pairs += sum(p < SIGNIFICANT for p in raw) / len(raw)
         any_pair += any(apart)
         first += sum(across) / (lead * others)
         false += (sum(apart) - (sum(across) if setting.ahead else 0)) / max(1, sum(apart))

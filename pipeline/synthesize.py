@@ -21,8 +21,8 @@ from pipeline.core.compose import build
 from pipeline.core.files import UserError, atomic_folder, read_jsonl, sha256, write_json, write_jsonl
 from pipeline.data import recipe as tasks
 from pipeline.teachers.synthetic import rows as synthetic
-from pipeline.teachers.synthetic.filter import near_texts
 from pipeline.teachers.synthetic.sets import Rows, check, form_of, held_out_rows, in_words, manifest_of, sets_of, whole, write_set
+from pipeline.teachers.synthetic.writing import near_texts
 from pipeline.teachers.writers import Writer
 
 

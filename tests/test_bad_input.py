@@ -158,10 +158,10 @@ def long_data(folder: Path, split: str, rows: int) -> str:
     """A task with a few texts of 300 tokens and more in one split, beyond the tiny model's context of 256."""
     write_task(folder / "vader_movies")
     path = folder / "vader_movies" / f"{split}.jsonl"
-    held = read_jsonl(path)
-    for row in held[:rows]:
+    stored = read_jsonl(path)
+    for row in stored[:rows]:
         row["prompt"] = "film plot " * 150 + row["prompt"]
-    path.write_text("".join(json.dumps(r) + "\n" for r in held))
+    path.write_text("".join(json.dumps(r) + "\n" for r in stored))
     return f"paths.data={folder}"
 
 

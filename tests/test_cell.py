@@ -50,15 +50,15 @@ def test_an_untrained_lora_is_the_base(overrides, tmp_path):
                f"paths.lambada={tmp_path}/lambada.jsonl"]
     base = run(overrides, "technique=zero_shot", *probing, folder=tmp_path / "base")
     lora = run(overrides, "technique=lora", "train.steps=0", *probing, folder=tmp_path / "lora")
-    held = read_jsonl(tmp_path / "base" / "predictions.jsonl")
-    assert read_jsonl(tmp_path / "lora" / "predictions.jsonl") == held
+    stored = read_jsonl(tmp_path / "base" / "predictions.jsonl")
+    assert read_jsonl(tmp_path / "lora" / "predictions.jsonl") == stored
     assert lora.forgetting == base.forgetting
     for probe in ("perplexity", "pairs", "lambada", "lambada_perplexity"):
         assert getattr(lora.forgetting, probe) == getattr(lora.forgetting, f"{probe}_base") is not None
     assert lora.work.steps == 0 and lora.phases.train_s < 0.5
     cfg = compose([*overrides, "technique=lora", "train.steps=0"])
     loaded, _ = evaluate.score_artefact(cfg, tmp_path / "lora" / "artefact", "test")
-    assert loaded == [p for p in held if p["split"] == "test"]
+    assert loaded == [p for p in stored if p["split"] == "test"]
 
 
 def test_the_files_of_a_cell(overrides, tmp_path):

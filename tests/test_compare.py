@@ -178,5 +178,5 @@ def test_sets_with_the_same_truth_are_seldom_told_apart():
         hard = draw.normal(0, 1, 500)
         runs = [np.array([hard + draw.normal(0, 1, 500) < draw.normal(level, 0.05) for _ in SEEDS], dtype=float) for level in (0.3, 0.3, 0.6, 0.6, 0.0, 0.0)]
         ranked = [tiers.Technique.of(r) for r in runs]
-        false += min(holm([p for _, _, p in tiers.differences(ranked, [(1, 0), (3, 2), (5, 4)])])) < tiers.SIGNIFICANT
+        false += min(holm([pair.p for pair in tiers.pairs_of(ranked, [(1, 0), (3, 2), (5, 4)])])) < tiers.SIGNIFICANT
     assert false / 1000 <= 0.05 + 2 * 0.007

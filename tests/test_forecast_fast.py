@@ -26,8 +26,8 @@ def settings(**more):
 def plan_of(method, precision="fp32", **more):
     shape = shape_of({**BASE, "model_type": "llama"})
     train, rows = settings(**more), equal_rows(more.get("batch_size", ROWS), WIDTH, LABELS)
-    found = training_plan(shape, trained(METHODS[method], shape), train, Precision(precision), rows, 0, 4, gpu=True)
-    return dataclasses.replace(found, compute=4 if precision != "bf16" else 2)
+    actual = training_plan(shape, trained(METHODS[method], shape), train, Precision(precision), rows, 0, 4, gpu=True)
+    return dataclasses.replace(actual, compute=4 if precision != "bf16" else 2)
 
 
 def size(*tensors):
@@ -54,11 +54,11 @@ def hand(plan, memory):
 
 @pytest.mark.parametrize(("method", "accumulate"), [("lora", False), ("lora", True), ("full", False), ("prompt", False)])
 def test_what_is_bound_stands_as_the_walk_says(imports, method, accumulate):
-    held = bound(method, accumulate=accumulate)
+    stored = bound(method, accumulate=accumulate)
     plan = dataclasses.replace(plan_of(method), accumulates=accumulate)
     memory = Heap()
     made, parameters = hand(plan, memory)
-    buffer, llama = held.buffer, held.llama
+    buffer, llama = stored.buffer, stored.llama
     buffers = [buffer.master, *buffer.moments, buffer.compute, buffer.raw, *([buffer.sum] if buffer.sum is not None else [])]
     assert all(b.numel() == plan.trained.count for b in buffers)
     weights = [g.weight() for layer in llama.layers for g in (layer.qkv, layer.out, layer.gate_up, layer.down)]
@@ -73,25 +73,25 @@ def test_what_is_held_and_kept_by_a_layer_is_as_the_walk_says(imports):
 
     from pipeline.engine.attention import Rows
 
-    held, plan = bound("lora"), plan_of("lora")
+    stored, plan = bound("lora"), plan_of("lora")
     memory = Heap()
     made, parameters = hand(plan, memory)
-    n, layer = ROWS * WIDTH, held.llama.layers[1]
+    n, layer = ROWS * WIDTH, stored.llama.layers[1]
     before = memory.allocated
     made.hold(n)
-    held.llama.reserve(n)
-    assert memory.allocated - before == size(*(t for one in held.llama.layers for t in one.reserved))
+    stored.llama.reserve(n)
+    assert memory.allocated - before == size(*(t for one in stored.llama.layers for t in one.reserved))
     made.n, made.width = n, WIDTH
     made.attend = lambda tokens: [made.new(tokens * plan.shape.heads * plan.shape.head, 4)]
     before = memory.allocated
-    kept = made.forward(True)
-    cos, sin = held.llama.angles(WIDTH)
+    retained = made.forward(True)
+    cos, sin = stored.llama.angles(WIDTH)
     with torch.no_grad():
         _, saved = layer.forward(torch.randn(n, plan.shape.width), cos, sin, Rows(WIDTH), True)
     own = {t.untyped_storage().data_ptr() for t in layer.reserved}
-    found = [t for item in saved for t in (item if isinstance(item, tuple) else (item,)) if t is not None and t.untyped_storage().data_ptr() not in own]
-    assert memory.allocated - before == size(*found)
-    del kept, parameters
+    actual = [t for item in saved for t in (item if isinstance(item, tuple) else (item,)) if t is not None and t.untyped_storage().data_ptr() not in own]
+    assert memory.allocated - before == size(*actual)
+    del retained, parameters
 
 
 def test_a_step_gives_everything_back():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.core.compose import CONF, build, compose, plain
-from pipeline.forecasting.shape import NoForecast, matrix_parts, nf4_parts, read_shape, shape_of, weight_bytes
+from pipeline.forecasting.shape import NoForecast, matrix_parts, nf4_parts, read_shape, shape_of, tensors
 from pipeline.forecasting.trained import parameter_sizes, trained
 
 SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
@@ -34,7 +34,7 @@ def test_the_tiny_models_parameters_and_bytes_are_the_real_ones(tiny):
     folder = tiny / "models" / "smollm2_135m"
     shape, model = read_shape(folder / "config.json"), load_stored(folder)
     assert shape.parameters == parameters(model)[1]
-    assert weight_bytes(shape, "fp32") == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sum(size for *_, size in tensors(shape, "fp32")) == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -44,8 +44,8 @@ def test_four_bit_bytes_are_those_of_bitsandbytes_tensors(size, double):
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(torch.randn(size), quant_type="nf4", compress_statistics=double)
-    held = [packed, state.absmax, state.code, *([state.state2.absmax, state.state2.code, state.offset.reshape(1)] if double else [])]
-    assert nf4_parts(size[0] * size[1], double) == [t.numel() * t.element_size() for t in held]
+    stored = [packed, state.absmax, state.code, *([state.state2.absmax, state.state2.code, state.offset.reshape(1)] if double else [])]
+    assert nf4_parts(size[0] * size[1], double) == [t.numel() * t.element_size() for t in stored]
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_a_quantised_models_bytes_are_the_real_ones(tiny, precision):
     folder = tiny / "models" / "smollm2_135m"
     model = load_model(folder, Precision(precision), device_of("cpu"))
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    assert weight_bytes(read_shape(folder / "config.json"), precision, compute=4) == memory_bytes(model) - buffers
+    assert sum(size for *_, size in tensors(read_shape(folder / "config.json"), precision, compute=4)) == memory_bytes(model) - buffers
 
 
 def test_int8_keeps_a_scale_a_row():
@@ -74,7 +74,7 @@ def test_a_technique_trains_as_many_numbers_as_the_arithmetic_says(tiny, techniq
     shape = read_shape(folder / "config.json")
     cfg = compose([f"technique={technique}", *NEEDED.get(technique, [])])
     try:
-        found = trained(plain(cfg)["method"], shape)
+        actual = trained(plain(cfg)["method"], shape)
     except NoForecast as reason:
         pytest.skip(str(reason))
     method = build(cfg.method, "method")
@@ -82,11 +82,11 @@ def test_a_technique_trains_as_many_numbers_as_the_arithmetic_says(tiny, techniq
     try:
         model = PeftAdapter.wrap(method, base) if technique == "loftq" else method.wrap(base)
     except UserError:
-        assert found.count == 0
+        assert actual.count == 0
         return
-    assert found.count == (parameters(model)[0] if method.trains else 0)
-    if found.kind in ("lora", "full", "soft", "ia3", "ln"):
-        assert sorted(parameter_sizes(found, shape)) == sorted(p.numel() for p in model.parameters() if p.requires_grad)
+    assert actual.count == (parameters(model)[0] if method.trains else 0)
+    if actual.kind in ("lora", "full", "soft", "ia3", "ln"):
+        assert sorted(parameter_sizes(actual, shape)) == sorted(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(("config", "reason"), [

@@ -53,7 +53,6 @@ HEAVY = {
     "sklearn",
     "scipy",
     "pandas",
-    "numpy",
 }
 
 

@@ -158,11 +158,11 @@ def test_what_is_saved_is_what_was_scored(overrides, tmp_path, name):
     cfg = compose([*overrides, *given, "train_rows=16", "train.epochs=2", "train.batch_size=8", "train.lr=5e-3"])
     result = cell_run.run(cfg, folder=tmp_path / "cell")
     assert result.test and result.test.nll and result.size
-    held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    found, score = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
-    assert [p["prediction"] for p in found] == [p["prediction"] for p in held]
+    stored = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    actual, score = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
+    assert [p["prediction"] for p in actual] == [p["prediction"] for p in stored]
     assert score.accuracy == result.test.accuracy and score.nll == pytest.approx(result.test.nll, abs=1e-6)
-    for one, other in zip(found, held, strict=True):
+    for one, other in zip(actual, stored, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=2e-6)
     written = folder_bytes(tmp_path / "cell" / "artefact") - (tmp_path / "cell" / "artefact" / "artefact.json").stat().st_size
     assert result.size.artefact_bytes == written
@@ -237,9 +237,9 @@ def test_equal_runs_leave_equal_bytes(load, tmp_path):
     """PEFT writes its sets in the order of hashes, which differs from process to process: many names are hardly ever in order by chance."""
     method = lora(target_modules="all-linear")
     method.save(method.wrap(load()), None, tmp_path)
-    held = read_json(tmp_path / "adapter_config.json")["target_modules"]
-    assert len(held) > 6 and held == sorted(held)
-    assert method.load(load(), tmp_path)[0].peft_config["default"].target_modules == set(held)
+    stored = read_json(tmp_path / "adapter_config.json")["target_modules"]
+    assert len(stored) > 6 and stored == sorted(stored)
+    assert method.load(load(), tmp_path)[0].peft_config["default"].target_modules == set(stored)
 
 
 def test_two_cells_can_wrap_with_one_config(load):

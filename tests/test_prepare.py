@@ -248,6 +248,6 @@ def test_the_default_task_from_the_registry(task, tmp_path):
     assert (manifest["rows"]["validation"], manifest["rows"]["test"]) == (1000, 2000) and manifest["rows"]["train"] >= 7000
     left_out = sum(counts.get("train", 0) for counts in manifest["left_out"].values())
     assert sum(manifest["rows"][s] for s in data_splits.SPLITS) == 10605 - left_out
-    kept = [row for name in data_splits.SPLITS for row in read_jsonl(tmp_path / task / f"{name}.jsonl")]
-    assert len({near.normalised(row["prompt"]) for row in kept}) == len(kept)
-    assert "clichés disappear" in " ".join(row["prompt"] for row in kept)  # the file is UTF-8, whatever its README's encoding
+    saved = [row for name in data_splits.SPLITS for row in read_jsonl(tmp_path / task / f"{name}.jsonl")]
+    assert len({near.normalised(row["prompt"]) for row in saved}) == len(saved)
+    assert "clichés disappear" in " ".join(row["prompt"] for row in saved)  # the file is UTF-8, whatever its README's encoding

@@ -22,7 +22,7 @@ from pipeline.models.base import manifest
 from pipeline.objectives.base import Objective
 from pipeline.records import results, tuned
 from pipeline.records.finished import name
-from pipeline.records.results import Result, Size, Teacher, Work, history_csv, price
+from pipeline.records.results import HISTORY, Result, Size, Teacher, Work, csv_text, price
 from pipeline.training.loop import Trained
 
 
@@ -117,7 +117,7 @@ def write(folder: Path, cfg: DictConfig, result: Result, predictions: Sequence[d
     if result.status != "ok" or result.kind == "teacher":  # nothing to serve: of a diverged cell, weights that answer nothing
         write_artefact(folder, cfg)
     write_jsonl(folder / "predictions.jsonl", predictions)
-    write_text(folder / "history.csv", history_csv(result.history))
+    write_text(folder / "history.csv", csv_text(HISTORY, result.history))
     results.write(folder, result)
 
 

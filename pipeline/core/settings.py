@@ -253,6 +253,17 @@ def build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     return made
 
 
+def check_fields(made: Any, prefix: str) -> None:
+    """Raise UserError where a field of a dataclass has a value that its type does not take; a dataclass inside checks its own.
+
+    prefix: the config group, for the message.
+    """
+    hints = typing.get_type_hints(type(made), include_extras=True)
+    for field in dataclasses.fields(made):
+        if not dataclasses.is_dataclass(hints[field.name]):
+            checked(getattr(made, field.name), hints[field.name], f"{prefix}.{field.name}")
+
+
 def checked(value: Any, hint: Any, key: str) -> Any:
     """The value, if it is of the type and within its bounds: an int passes for a float, a list for a tuple, no float is nan or infinite.
 

@@ -53,18 +53,14 @@ class ByHand:
         if self.plan.accumulates:
             self.static.append(self.new(size, 4, "gradients"))
         if self.full:
-            for name in list(parameters):
-                del parameters[name]
+            parameters.clear()
             return
-        self._adopt_adapter(parameters)
+        for name in [n for n in parameters if n.startswith("adapter")]:
+            del parameters[name]
         if self.plan.precision in ("bf16", "fp32"):
             for layer in range(self.s.layers):
                 for index, group in enumerate(GROUPS):
                     self._stack(parameters, [f"{layer}.{name}" for name in group], index)
-
-    def _adopt_adapter(self, parameters: dict[str, Tensor]) -> None:
-        for name in [n for n in parameters if n.startswith("adapter")]:
-            del parameters[name]
 
     def _stack(self, parameters: dict[str, Tensor], names: list[str], index: int) -> None:
         if len(names) == 1 and not self.room[index] and not self.under[index]:
@@ -104,12 +100,10 @@ class ByHand:
 
     # -- a step
 
-    def weight(self, index: int) -> Tensor | None:
+    def weight(self, index: int) -> Tensor:
         """What a group's weight takes for the call: a 4-bit one is dequantised into room of its own."""
-        if self.plan.precision != "nf4":
-            return None
         i, o = self.sizes[index]
-        return self.new(o * (i + self.room[index]), self.z, "weights")
+        return self.new(o * (i + self.room[index]) if self.plan.precision == "nf4" else 0, self.z, "weights")
 
     def attend(self, n: int) -> list[Tensor]:
         """The kernel's output and its number a row (plain attention in fp32: its scores too)."""
@@ -149,24 +143,18 @@ class ByHand:
         n, s, z = self.n, self.s, self.z
         saved: list[Any] = [self.new(n, 4)]
         loose = [] if save else [self.new(n * (self.sizes[QKV][0] + self.room[QKV]), z)]
-        w = self.weight(QKV)
-        loose += [] if save else [self.new(n * self.sizes[QKV][1], z)]
-        del w
+        with self.weight(QKV):
+            loose += [] if save else [self.new(n * self.sizes[QKV][1], z)]
         attended = self.attend(n)
-        w = self.weight(OUT)
-        if self.down[OUT]:
+        with self.weight(OUT):
             saved.append(self.new(n * self.down[OUT], z))
-        del w
         saved.append(self.new(n, 4))
         loose += [] if save else [self.new(n * (self.sizes[GATE_UP][0] + self.room[GATE_UP]), z)]
-        w = self.weight(GATE_UP)
-        loose += [] if save else [self.new(n * self.sizes[GATE_UP][1], z)]
-        del w
-        h = self.new(n * (s.inner + self.room[DOWN]), z)
-        if self.down[DOWN]:
+        with self.weight(GATE_UP):
+            loose += [] if save else [self.new(n * self.sizes[GATE_UP][1], z)]
+        with self.new(n * (s.inner + self.room[DOWN]), z):
             saved.append(self.new(n * self.down[DOWN], z))
-        w = self.weight(DOWN)
-        del w, h, loose
+            self.weight(DOWN)
         return [*saved, *attended] if save else []
 
     def backward(self, box: list[Any], saved: list[Any], wanted: bool) -> Tensor | None:
@@ -174,28 +162,25 @@ class ByHand:
         n, s, z = self.n, self.s, self.z
         partial = NORM_PROGRAMS * s.width if self.full else 0
         beside = [0 if under else room for room, under in zip(self.room, self.under, strict=True)]
-        w = self.weight(DOWN)
-        dh = self.new(n * (s.inner + beside[DOWN]), z)
-        del w
-        w = self.weight(GATE_UP)
-        dn = self.new(n * (s.width + beside[GATE_UP]), z)
-        del w
+        with self.weight(DOWN):
+            dh = self.new(n * (s.inner + beside[DOWN]), z)
+        with self.weight(GATE_UP):
+            dn = self.new(n * (s.width + beside[GATE_UP]), z)
         dx2 = self.new(n * (s.width + self.under[OUT]), z)
-        part = self.new(partial, 4)
-        del part
+        self.new(partial, 4)
         low = dn if beside[GATE_UP] else None  # a view of dn: it stays until the next product's is there
         del dn
-        w = self.weight(OUT)
-        dmixed = self.new(n * self.sizes[OUT][0], z)
-        dxa = self.new(0 if self.under[OUT] else n * self.down[OUT], z)
-        del w, low, dh
+        with self.weight(OUT):
+            dmixed = self.new(n * self.sizes[OUT][0], z)
+            dxa = self.new(0 if self.under[OUT] else n * self.down[OUT], z)
+        del low, dh
         grads = self.attend_back(n)
         dqkv = self.new(n * (self.sizes[QKV][1] + self.under[QKV]), z)
         del grads
-        w = self.weight(QKV)
         columns = 0 if self.under[QKV] else n * self.down[QKV]
-        dn = self.new(n * (s.width + beside[QKV]), z) if wanted or self.full else self.new(columns, z)
-        del w, dxa
+        with self.weight(QKV):
+            dn = self.new(n * (s.width + beside[QKV]) if wanted or self.full else columns, z)
+        del dxa
         dx = self.new(n * (s.width + self.under[DOWN]), z) if wanted or self.full else None
         del dn, dqkv, dmixed, dx2
         box.clear()
@@ -230,8 +215,8 @@ class ByHand:
             dx = self.backward(box, saved.pop(), layer > self.lowest or below)
         del rstd
         if self.full:
-            fresh, wide = self.new(s.vocabulary * d, 4), self.new(micro.rows * micro.width * d, 4)
-            del fresh, wide
+            with self.new(s.vocabulary * d, 4):
+                self.new(micro.rows * micro.width * d, 4)
         del dx
 
     def loss(self, m: int) -> Tensor:

@@ -34,8 +34,6 @@ class TrainingRows:
     examples: Sequence[Sequence[Encoded]]
     count: int
     source: str
-    measured: bool
-    """Whether the lengths are the data's."""
 
 
 class FastTokenizer:
@@ -71,11 +69,7 @@ class FastTokenizer:
 
 
 def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
-    """The cell's rows, as far as they are known.
-
-    Raises:
-        NoForecast: an objective with a loss or batches of its own, or a teacher's text that is not there.
-    """
+    """The cell's rows, as far as they are known. Raises NoForecast: an objective with a loss or batches of its own, or a teacher's text that is not there."""
     objective: Objective = build(cfg.objective, "objective")
     if objective.own_part:
         raise NoForecast(f"no forecast for objective {objective.name}, whose {objective.own_part} is its own")
@@ -86,11 +80,9 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
     random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.rows.load_rows draws them
     rows = rows[: cfg.train_rows]
     rows += synthetic.extra(cfg, rows)[0]
-    return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), _source(len(rows), data), True)
-
-
-def _source(rows: int, data: Path) -> str:
-    return f"the {'first ' + str(MOST_ROWS) + ' of the ' if rows > MOST_ROWS else ''}{rows} training rows of {data} in the model's own tokens"
+    first = f"first {MOST_ROWS} of the " if len(rows) > MOST_ROWS else ""
+    source = f"the {first}{len(rows)} training rows of {data} in the model's own tokens"
+    return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), source)
 
 
 def _encoded(cfg: DictConfig, settings: Settings, objective: Objective, rows: list[dict[str, Any]], model: Path) -> list[list[Encoded]]:
@@ -113,4 +105,4 @@ def _as_configured(cfg: DictConfig, settings: Settings, objective: Objective) ->
     labels = min(fed, settings.task.max_new_tokens if settings.task.scoring == "generate" else LABELS)
     count = cfg.train_rows or settings.train.batch_size
     row = [Encoded(range(fed + 1), fed + 1 - labels)] * (2 if objective.needs_rationales else 1)  # type: ignore[arg-type]
-    return TrainingRows([row] * min(count, max(MOST_ROWS, settings.train.batch_size)), count, source, False)
+    return TrainingRows([row] * min(count, max(MOST_ROWS, settings.train.batch_size)), count, source)

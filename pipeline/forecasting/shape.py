@@ -48,7 +48,6 @@ class Shape:
 
     @property
     def layer_matrices(self) -> int:
-        """Numbers in a layer's linear maps."""
         return sum(i * o for i, o in map(self.linear, LINEAR))
 
     @property
@@ -135,9 +134,3 @@ def tensors(shape: Shape, precision: str, double: bool = True, compute: int = 2)
     yield "norm", shape.width, shape.width * z
     if not shape.tied:
         yield "head", whole, whole * z
-
-
-def weight_bytes(shape: Shape, precision: str, double: bool = True, compute: int = 2) -> int:
-    """Bytes of the loaded base, quantisation constants and code tables included (results have it as size.model_bytes, with the
-    rotary frequencies on top)."""
-    return sum(size for _, _, size in tensors(shape, precision, double, compute))

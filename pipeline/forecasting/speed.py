@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
 import statistics
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from pipeline.data.rows import Encoded
 from pipeline.forecasting.plan import MicroBatch, Plan
 from pipeline.forecasting.shape import Shape
 from pipeline.measure.clock import Stopwatch
+from pipeline.measure.machine import cpu_count, versions
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 MODEL_ERROR = 0.15
@@ -43,18 +43,13 @@ class Point:
 
 
 def file_of(work: str | Path) -> Path:
-    """Where calibrations are kept."""
     return Path(work) / "throughput.json"
 
 
 def machine(hardware: str) -> str:
     """What a calibration holds for: the device, its threads, and versions."""
-    versions = []
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    return "; ".join([hardware, f"{threads} threads", *versions])
+    threads = os.environ.get("OMP_NUM_THREADS") or cpu_count()
+    return "; ".join([hardware, f"{threads} threads", *(f"{name} {version}" for name, version in versions(PACKAGES).items())])
 
 
 def work(plan: Plan) -> str:

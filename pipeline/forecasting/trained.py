@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,7 @@ class Trained:
 
 
 def trained(method: dict[str, Any], shape: Shape) -> Trained:
-    """What a method's config (with its `type`) trains of a model.
-
-    Raises:
-        NoForecast: a method that this file does not know.
-    """
+    """What a method's config (with its `type`) trains of a model. Raises NoForecast: a method that this file does not know."""
     owner = name_of(method, "method")
     if owner in NOTHING:
         return Trained("none", 0, owner)
@@ -58,7 +54,8 @@ def trained(method: dict[str, Any], shape: Shape) -> Trained:
     if owner == "selective":
         return _selective(method, shape)
     if owner == "from_file":
-        return _adapter(_stored(method["path"]), shape, True)
+        path = Path(method["path"])
+        return _adapter(read_json(path / "adapter_config.json" if path.is_dir() else path), shape, True)
     declared = class_of(method, "method")
     if declared.peft:
         kind = name_of(method["config"], "peft", "method.config").removesuffix("Config")
@@ -67,42 +64,20 @@ def trained(method: dict[str, Any], shape: Shape) -> Trained:
     raise NoForecast(f"no forecast for method {owner}")
 
 
-PEFT_NAMES = {
-    "Lora": "LORA", "PromptTuning": "PROMPT_TUNING", "PromptEncoder": "P_TUNING", "PrefixTuning": "PREFIX_TUNING", "IA3": "IA3", "LNTuning": "LN_TUNING",
-    "MultitaskPromptTuning": "MULTITASK_PROMPT_TUNING", "AdaLora": "ADALORA", "LoHa": "LOHA", "LoKr": "LOKR", "Vera": "VERA", "OFT": "OFT",
-}
-"""PEFT's config classes and the peft_type that its files name."""
-
-
-def _stored(path: str) -> dict[str, Any]:
-    folder = Path(path)
-    return read_json(folder / "adapter_config.json" if folder.is_dir() else folder)
+PEFT_NAMES = {"PromptTuning": "PROMPT_TUNING", "PromptEncoder": "P_TUNING", "PrefixTuning": "PREFIX_TUNING", "LNTuning": "LN_TUNING",
+              "MultitaskPromptTuning": "MULTITASK_PROMPT_TUNING"}
+"""PEFT's config classes whose peft_type in its files is not their name in capitals."""
 
 
 def _selective(method: dict[str, Any], shape: Shape) -> Trained:
-    parts = set(method["parts"])
-    top = method.get("top_layers") or shape.layers
-    first = shape.layers - top
-    biases = shape.layer_biases
-    if method.get("add_biases"):
-        biases = sum(shape.linear(name)[1] for name in LINEAR)
-    count = 0
-    if "layers" in parts:
-        count += top * (shape.layer_matrices + biases + 2 * shape.width)
-    elif "biases" in parts:
-        count += top * biases
-    whole = shape.vocabulary * shape.width
-    count += shape.width if "final_norm" in parts else 0
-    both = {"head", "embeddings"} <= parts and shape.tied
-    count += whole * (len({"head", "embeddings"} & parts) - both)
-    names = {"layers": "layers", "biases": "biases", "final_norm": "norm", "head": "head", "embeddings": "embedding"}
-    label = method.get("label", "selective")
-    if "embeddings" in parts:
-        first = 0
-    elif not parts & {"layers", "biases"}:
+    parts = {{"final_norm": "norm", "embeddings": "embedding"}.get(part, part) for part in method["parts"]}
+    first = shape.layers - (method.get("top_layers") or shape.layers)
+    if not parts & {"layers", "biases"}:
         first = shape.layers
-    return Trained("full", count, label, frozenset(names[p] for p in parts), first, own_head="head" in parts and "embeddings" not in parts and shape.tied,
-                   added_biases=bool(method.get("add_biases")))
+    own_head = "head" in parts and "embedding" not in parts and shape.tied
+    what = Trained("full", 0, method.get("label", "selective"), frozenset(parts), first, own_head, added_biases=bool(method.get("add_biases")))
+    what = replace(what, count=sum(_base_sizes(what, shape)))
+    return replace(what, first=0) if "embedding" in parts else what
 
 
 def _targets(config: dict[str, Any], shape: Shape) -> tuple[str, ...]:
@@ -138,7 +113,9 @@ def _adapter(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
     if kind == "LN_TUNING" and config.get("target_modules") is None:
         return Trained("ln", (2 * shape.layers + 1) * shape.width, "ln_tuning")
     if kind == "PREFIX_TUNING":
-        return Trained("other", _prefix(config, shape), "prefix_tuning")
+        if config.get("prefix_projection"):
+            raise NoForecast("no forecast for prefix tuning with a projection")
+        return Trained("other", config["num_virtual_tokens"] * shape.layers * 2 * shape.groups * shape.head, "prefix_tuning")
     if kind not in COUNTS:
         raise NoForecast(f"no forecast for method {kind.lower()}")
     each = sum(COUNTS[kind](config, *shape.linear(name)) for name in _targets(config, shape))
@@ -158,10 +135,6 @@ def _lora(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
                    by_hand=one_rate)
 
 
-def _prompt(config: dict[str, Any], shape: Shape) -> list[int]:
-    return [config["num_virtual_tokens"] * shape.width]
-
-
 def _multitask(config: dict[str, Any], shape: Shape) -> list[int]:
     n, tasks, ranks = config["num_virtual_tokens"], config.get("num_tasks", 1), config.get("num_ranks", 1)
     return [n * shape.width, tasks * n * ranks, tasks * ranks * shape.width]
@@ -172,12 +145,6 @@ def _encoder(config: dict[str, Any], shape: Shape) -> list[int]:
     if config.get("encoder_reparameterization_type", "MLP") != "MLP":
         raise NoForecast("no forecast for P-tuning with an LSTM")
     return [config["num_virtual_tokens"] * d, d * h, h, h * h, h, h * d, d]
-
-
-def _prefix(config: dict[str, Any], shape: Shape) -> int:
-    if config.get("prefix_projection"):
-        raise NoForecast("no forecast for prefix tuning with a projection")
-    return config["num_virtual_tokens"] * shape.layers * 2 * shape.groups * shape.head
 
 
 def _factors(size: int, wanted: int) -> tuple[int, int]:
@@ -203,7 +170,7 @@ def _oft(config: dict[str, Any], i: int, o: int) -> int:
 
 
 SOFT: dict[str, Callable[[dict[str, Any], Shape], list[int]]] = {
-    "PROMPT_TUNING": _prompt, "MULTITASK_PROMPT_TUNING": _multitask, "P_TUNING": _encoder,
+    "PROMPT_TUNING": lambda config, shape: [config["num_virtual_tokens"] * shape.width], "MULTITASK_PROMPT_TUNING": _multitask, "P_TUNING": _encoder,
 }
 COUNTS: dict[str, Callable[[dict[str, Any], int, int], int]] = {
     "ADALORA": lambda c, i, o: c["init_r"] * (i + o + 1),

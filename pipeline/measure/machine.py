@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,18 +70,16 @@ def hardware(device: Any) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         gpu, memory = properties.name, properties.total_memory
     return {
-        "device": getattr(device, "type", device),
-        "gpu": gpu,
-        "gpu_memory_bytes": memory,
-        "cpu": cpu_name(),
-        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "platform": f"{platform.system()} {platform.machine()}",
+        "device": getattr(device, "type", device), "gpu": gpu, "gpu_memory_bytes": memory, "cpu": cpu_name(), "cpu_count": cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total, "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
+def cpu_count() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def cpu_name() -> str:
-    """The processor's model."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -90,31 +89,26 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def provenance() -> dict[str, Any]:
-    """Package versions, code version, start time and command of this process."""
-    versions = {}
-    for name in PACKAGES:
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    installed = {}
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "packages": versions,
-        "python": platform.python_version(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": _dirty(),
-        "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
-    }
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
-def _dirty() -> bool | None:
-    """Whether tracked files differ from the commit; dvc.lock files record results and are no part of what made them."""
-    out = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*dvc.lock")
-    return None if out is None else bool(out)
+def provenance() -> dict[str, Any]:
+    """Package versions, code version, start time and command of this process.
 
-
-def _module() -> str:
+    git_dirty: whether tracked files differ from the commit; dvc.lock files record results and are no part of what made them.
+    """
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*dvc.lock")
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).name
+    return {
+        "packages": versions(PACKAGES), "python": platform.python_version(), "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if changed is None else bool(changed), "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "command": " ".join(["python -m", spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def _git(*args: str) -> str | None:

@@ -15,12 +15,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.files import UserError, atomic_path, sha256
-from pipeline.core.settings import Train
+from pipeline.core.settings import Positive, Train
 from pipeline.data.rows import Batch, Encoded, Example, by_length, collate
 from pipeline.measure.clock import Stopwatch
 from pipeline.models.base import autocast
@@ -33,10 +33,7 @@ from pipeline.scoring.scorer import Scorer, logits_at
 if TYPE_CHECKING:
     import torch
 
-UNTOUCHED: dict[Any, Any] = {
-    "start": None, "method": {"type": "untouched"}, "objective": {"type": "labels"},
-    "precision": {"name": "auto"},
-}
+UNTOUCHED: dict[Any, Any] = {"start": None, "method": {"type": "untouched"}, "objective": {"type": "labels"}, "precision": {"name": "auto"}}
 """The config of a base model that teaches as it is."""
 
 
@@ -99,16 +96,13 @@ class LogitDistillation(Objective):
 
     teacher: str
     label_weight: float
-    temperature: float
-    divergence: str = "forward"
+    temperature: Positive
+    divergence: Literal["forward", "reverse"] = "forward"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.label_weight < 1:
             raise UserError(f"objective.label_weight is {self.label_weight}; from 0 to below 1 (1 would leave the teacher out: objective=labels)")
-        if not self.temperature > 0:
-            raise UserError(f"objective.temperature is {self.temperature}; it must be above 0")
-        if self.divergence not in ("forward", "reverse"):
-            raise UserError(f"objective.divergence is {self.divergence!r}; choose forward or reverse")
 
     def reads(self, cfg: DictConfig) -> list[Path]:
         return [source(self.teacher, cfg)]

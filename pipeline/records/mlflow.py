@@ -40,8 +40,6 @@ _unreachable: set[str] = set()
 
 @dataclass(frozen=True)
 class Tracking:
-    """The config group tracking."""
-
     enabled: bool
     uri: str = ""
     artifacts: str | None = None
@@ -110,8 +108,9 @@ def _connected(settings: Tracking, work: Path) -> Iterator[Mirror]:
         for name in LOUD:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         with locks.in_turn(lock):
-            if local:
-                _create_database(local)
+            if local and not local.exists():  # made under another name: no other process, nor a kill half-way, leaves or meets half a schema
+                with atomic_path(local) as beside:
+                    mlflow.MlflowClient(tracking_uri=f"{SQLITE}{beside}").search_experiments()
             client = mlflow.MlflowClient(tracking_uri=f"{SQLITE}{local}" if local else settings.uri)
         yield Mirror(client, settings.artifacts if local else None, lock)
     finally:
@@ -119,16 +118,6 @@ def _connected(settings: Tracking, work: Path) -> Iterator[Mirror]:
             logging.getLogger(name).setLevel(level)
         for key in added:
             os.environ.pop(key, None)
-
-
-def _create_database(path: Path) -> None:
-    """Made under another name and renamed: no other process, nor a kill half-way, leaves or meets half a schema."""
-    if path.exists():
-        return
-    import mlflow
-
-    with atomic_path(path) as beside:
-        mlflow.MlflowClient(tracking_uri=f"{SQLITE}{beside}").search_experiments()
 
 
 class Mirror:
@@ -149,11 +138,11 @@ class Mirror:
         """Parent and children; children that the sweep no longer has (it was started anew) are deleted."""
         parent, children = sweep_runs(folder)
         parent_id = self.put(parent)
-        kept = {child.cell for child in children}
+        current = {child.cell for child in children}
         with locks.in_turn(self.lock):
             for run in self._find(parent.experiment, f"tags.`{CELL}` LIKE '{parent.cell}/%'"):
                 cell = run.data.tags[CELL]
-                if cell not in kept and cell.startswith(f"{parent.cell}/"):  # LIKE takes _ for any character
+                if cell not in current and cell.startswith(f"{parent.cell}/"):  # LIKE takes _ for any character
                     self.client.delete_run(run.info.run_id)
         for child in children:
             self.put(child, parent_id)
@@ -222,11 +211,8 @@ def _input(dataset: Dataset) -> Any:
 
     about = {"uri": dataset.uri, "sha256": dataset.sha256}
     entity = Entity(
-        name=dataset.name,
-        digest=dataset.sha256[:36],  # the longest that MLflow takes
-        source_type="local",
-        source=json.dumps(about),
-        profile=json.dumps({"rows": dataset.rows, "sha256": dataset.sha256}),
+        name=dataset.name, digest=dataset.sha256[:36],  # the longest that MLflow takes
+        source_type="local", source=json.dumps(about), profile=json.dumps({"rows": dataset.rows, "sha256": dataset.sha256}),
     )
     return DatasetInput(entity, [InputTag("mlflow.data.context", dataset.context)])
 
@@ -257,9 +243,7 @@ def backfill(cfg: DictConfig, everything: bool) -> int:
         except UserError as error:
             unreadable.append(error)
         except Exception as error:
-            raise UserError(
-                f"{settings.uri} cannot be written ({_reason(error)}); start it or fix tracking.uri, then run again"
-            ) from error
+            raise UserError(f"{settings.uri} cannot be written ({_reason(error)}); start it or fix tracking.uri, then run again") from error
     done = ", ".join(f"{counts[what]} {what}" for what in ("written", "up to date"))
     print(f"{len(cells)} cells and {len(sweeps)} sweeps in {settings.uri}; runs: {done}")
     for each in unreadable:

@@ -26,7 +26,7 @@ from pipeline.reporting.evidence import (
     sizes_in_words,
     takes_no_rows,
 )
-from pipeline.stats import learning_curve, learning_noise, tiers
+from pipeline.stats import learning_curve, tiers
 
 SLACK = 0.02
 """What is expected this much below the most accurate, and is not told apart from it, may be recommended for costing less. Not being told apart alone
@@ -171,7 +171,7 @@ def _pair(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
 
 def _curves(seen: Sequence[Seen]) -> dict[str, learning_curve.Curve]:
     """Learning curves over training rows of every technique with three sizes; those that take no rows have none here."""
-    measured = [learning_noise.Measured(s.technique, s.rows, s.seed, s.accuracy, s.test_rows) for s in seen if not takes_no_rows(s)]
+    measured = [learning_curve.Measured(s.technique, s.rows, s.seed, s.accuracy, s.test_rows) for s in seen if not takes_no_rows(s)]
     return learning_curve.fit(measured) if measured else {}
 
 

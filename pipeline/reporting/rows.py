@@ -1,7 +1,4 @@
-"""The rows of the comparison: one a technique and number of training rows, means over its seeds, and how they stand to each other.
-
-Library of `python -m pipeline.report`.
-"""
+"""The rows of the comparison: one a technique and number of training rows, means over its seeds, and how they stand to each other."""
 
 from __future__ import annotations
 

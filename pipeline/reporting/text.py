@@ -136,7 +136,7 @@ def _costs(ranked: list[Row]) -> str:
         return ""
     which = "that hold up with the best, itself included" if len(near) <= MANY else f"within {f.percent(CLOSE)} points of the best, itself included"
     whom = f"Of the trained techniques {which}" if pool is good else "Of the trained techniques"
-    return f"{whom}, " + "; ".join(f"`{name}` {_and(parts)}" for name, parts in by_name.items()) + "."
+    return f"{whom}, " + "; ".join(f"`{name}` {f.listed(parts)}" for name, parts in by_name.items()) + "."
 
 
 def _one_kind(rows: list[Row]) -> list[Row]:
@@ -153,10 +153,6 @@ def _cheapest(rows: list[Row], cost: Callable[[Row], float | None], show: Callab
     return cheap, f"{claim} ({show(low)}; `{dear}`: {show(high)}, {f.times(high / low)} times as much)"
 
 
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def _teacher(rows: Sequence[Row]) -> str:
     row = next((r for r in rows if r.teacher and r.test is not None), None)
     if row is None:
@@ -167,7 +163,7 @@ def _teacher(rows: Sequence[Row]) -> str:
 
 
 def _listed(rows: Sequence[Row]) -> str:
-    return _and([f"`{r.technique}`" for r in rows])
+    return f.listed([f"`{r.technique}`" for r in rows])
 
 
 def _few(names: Sequence[str], most: int = 12) -> str:

@@ -77,7 +77,6 @@ class Trials:
         return in_time and self.study.answered + running < self.study.sweep.target
 
     def ended(self, trial: optuna.Trial, chosen: Point, result: Result, pruned: bool = False) -> None:
-        """Keep and show what became of a trial."""
         self.study.tell(trial, result, self.lap.lap(), pruned)
         self.study.write_trials()
         print(f"trial {self.study.answered} of {self.study.sweep.target}: {short(chosen)}: {_outcome(result, pruned)}", flush=True)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pipeline.core.files import UserError
+from pipeline.core.settings import AtLeast1, NotNegative, Within, check_fields
 
 Messages = list[dict[str, str]]
 """[{"role": "system" | "user" | "assistant", "content": text}, …]"""
@@ -57,23 +58,15 @@ class Writer:
         top_p: sampling keeps to the likeliest tokens of this share (Holtzman et al., 2020); 1: to all.
     """
 
+    kind: ClassVar[str]
     cache: str
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
+    max_new_tokens: AtLeast1
+    temperature: NotNegative = 0.0
+    top_p: Annotated[float, Within(0, 1, above=True)] = 1.0
     spent: Spent = field(default_factory=Spent, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"config key 'writer.max_new_tokens' is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"config key 'writer.temperature' is {self.temperature}; it must be at least 0 (0 is greedy)")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"config key 'writer.top_p' is {self.top_p}; it is a share above 0, at most 1")
-
-    @property
-    def kind(self) -> str:
-        raise NotImplementedError
+        check_fields(self, "writer")
 
     def check(self) -> None:
         """Raise UserError, naming what to change, if it cannot write: no such model, no key."""
