@@ -31,6 +31,10 @@ OF_THE_CELL = ("seed", "train_rows")
 HARDWARE = ("device", "gpu", "gpu_memory_bytes", "cpu", "cpu_count", "memory_bytes", "platform")
 SAME_MACHINE = ("device", "gpu", "cpu", "cpu_count")
 """Hardware that must be the same for times and memory to be compared."""
+ARITHMETIC = {"cpu": ("cpu", "cpu_model", "threads", "cpu_capability", "blas"), "cuda": ("gpu",)}
+"""Hardware that decides in which order a device adds, by device."""
+ROUNDED_ROWS = (0, 200)
+"""(rows, of so many) that one seed of `quick` answered right on one side alone when a CPU cell was rounded otherwise, at most: benchmarks/results/rounding.json."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,18 @@ class Cost:
     after: float
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """The sides' sums are not made in the same order, so that equal code, data and seeds do not give equal bits."""
+
+    keys: list[str]
+    """Hardware that differs."""
+    alone: bool
+    """Data, model, versions, code and settings are the same: what differs between equal cells is rounding and nothing else."""
+    flips: int
+    """Most test rows of a cell that are right on one side and wrong on the other."""
+
+
 @dataclass
 class Drift:
     """All that was found."""
@@ -99,6 +115,8 @@ class Drift:
     costs: list[Cost] = field(default_factory=list)
     uncosted: str | None = None
     """Why times and memory were not compared."""
+    rounding: Rounding | None = None
+    """None: the sides' arithmetic is the same, as far as their results say."""
 
     @property
     def moved(self) -> bool:
@@ -146,6 +164,7 @@ def compare(a: Path, b: Path, tolerance: float | None = None) -> Drift:
     pairs = [(sides[0][n], sides[1][n]) for n in both if n not in lost["A"] and n not in lost["B"]]
     _accuracies(drift, pairs)
     _costs(drift, pairs, tolerance)
+    drift.rounding = _rounding(drift, pairs)
     return drift
 
 
@@ -157,7 +176,8 @@ def changes(pairs: Sequence[tuple[Result, Result]]) -> list[Change]:
         first, second = dict(_facts(one)), dict(_facts(other))
         for kind, what in dict.fromkeys([*first, *second]):
             before, after = first.get((kind, what)), second.get((kind, what))
-            if before != after:
+            unknown = what in ARITHMETIC["cpu"] and None in (before, after)  # a result from before this was recorded
+            if before != after and not unknown:
                 key = (kind, what, repr(before), repr(after))
                 counted[key] += 1
                 values[key] = (before, after)
@@ -170,6 +190,7 @@ def _facts(result: Result) -> Iterable[tuple[tuple[str, str], Any]]:
     yield ("model", "model_sha256"), known.get("model_sha256")
     yield from ((("version", name), value) for name, value in {"python": known.get("python"), **(known.get("packages") or {})}.items())
     yield from ((("hardware", name), result.hardware.get(name)) for name in HARDWARE)
+    yield from ((("hardware", name), result.hardware[name]) for name in ARITHMETIC["cpu"] if name in result.hardware and name not in HARDWARE)
     yield from ((("code", name), known.get(name)) for name in ("git_commit", "git_dirty"))
     yield from ((("config", name), value) for name, value in flat(deciding(result.config)) if name not in OF_THE_CELL)
 
@@ -257,6 +278,15 @@ def _costs(drift: Drift, pairs: Sequence[tuple[Cell, Cell]], tolerance: float | 
                 drift.costs.append(Cost(name, figure, before, after))
 
 
+def _rounding(drift: Drift, pairs: Sequence[tuple[Cell, Cell]]) -> Rounding | None:
+    """What the results say of the sides' arithmetic; of two devices everything is other."""
+    devices = {side.result.hardware.get("device") for pair in pairs for side in pair}
+    decisive = ARITHMETIC.get(next(iter(devices)), ()) if len(devices) == 1 else ("device",)
+    keys = [c.what for c in drift.changes if c.kind == "hardware" and c.what in decisive]
+    alone = all(c.kind == "hardware" for c in drift.changes)
+    return Rounding(keys, alone, max((m.flips for m in drift.cells), default=0)) if keys else None
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return math.fsum(known) / len(known) if known and len(known) == len(values) else None
@@ -323,9 +353,20 @@ def _caveats(drift: Drift) -> list[str]:
     if drift.techniques and not drift.covers_seeds:
         caveats.append("No technique has two seeds, so nothing is known of how much a seed matters: p is over test rows alone (McNemar's test) and calls more "
                        "a move than there is.")
+    if drift.rounding:
+        caveats.append(_rounded(drift.rounding, drift.rows))
     if drift.uncosted:
         caveats.append(f"{drift.uncosted[0].upper()}{drift.uncosted[1:]}.")
     return caveats
+
+
+def _rounded(rounding: Rounding, rows: int) -> str:
+    """What other arithmetic means for the figures."""
+    what = {"device": "another device", "gpu": "another GPU"}.get(rounding.keys[0], "another CPU or other threads")
+    usual = f"; on one seed of quick by up to {ROUNDED_ROWS[0]} of {ROUNDED_ROWS[1]} rows (docs/statistics.md)" if what.startswith("another CPU") else ""
+    cause = "which is all that differs here" if rounding.alone else "beside what else is not the same"
+    return (f"B ran on {what} ({', '.join(rounding.keys)}): figures may differ by rounding{usual}, {cause}. "
+            f"Up to {rounding.flips} of a cell's {rows:,} rows are right on one side and wrong on the other.")
 
 
 def _shown(changes: Sequence[Change]) -> list[Change]:
