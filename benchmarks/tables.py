@@ -3,9 +3,10 @@
     python -m benchmarks.tables                 judge the speed files by today's rule, then write every table anew
     python -m benchmarks.tables check=true      write nothing; exit code 1, naming them, if a table or a figure is not its file's
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A figure in a sentence is followed by `<!-- FILE | ROW | FIELD -->`: FILE holds JSON or Markdown
-tables, ROW is an entry's `id` or the first cell of a table's line (left empty: the file is one object), FIELD a path a.b or a column's head. The figure is then that
-value, rounded to the digits it is written with; of JSON, % stands for a share of 1, ms for seconds, GiB for bytes. tests/test_prose.py checks all of them.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A figure in a sentence is followed by `<!-- FILE | ROW | FIELD -->`: FILE holds JSON or
+Markdown tables, ROW is an entry's `id` or the first cell of a table's line (left empty: the file is one object), FIELD a path a.b or a column's head. The
+figure is then that value, rounded to the digits it is written with; of JSON, % stands for a share of 1, ms for seconds, GiB for bytes. tests/test_prose.py
+checks all of them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def run(words: Sequence[str]) -> int:
     stale = []
     for path in pages():
         text = path.read_text()
-        new = BLOCK.sub(lambda block: f"{block[1]}\n{_table(block[2], path)}\n\n{block[4]}", text)
+        new = BLOCK.sub(_filled, text)
         if new != text and not check:
             write_text(path, new)
         stale += [f"{path.relative_to(ROOT)}: the table {block[2]!r}" for block in BLOCK.finditer(text) if block[0] not in new and check]
@@ -58,10 +59,10 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/*.md"))]
 
 
-def _table(name: str, path: Path) -> str:
-    if name not in TABLES:
-        raise UserError(f"{path} asks for the table {name!r}; there are {', '.join(TABLES)}")
-    return TABLES[name]()
+def _filled(block: re.Match[str]) -> str:
+    if block[2] not in TABLES:
+        raise UserError(f"a page asks for the table {block[2]!r}; there are {', '.join(TABLES)}")
+    return f"{block[1]}\n{TABLES[block[2]]()}\n\n{block[4]}"
 
 
 def wrong_claims(text: str) -> Iterator[str]:

@@ -231,6 +231,8 @@ def test_hardware_and_provenance_name_the_machine_and_the_code():
 
 
 def test_what_decides_the_order_of_sums_is_told(monkeypatch):
+    import torch
+
     threads = torch.get_num_threads()
     found = machine.arithmetic()
     assert found["threads"] == threads and found["cpu_capability"] == torch.backends.cpu.get_cpu_capability()

@@ -34,7 +34,7 @@ SAME_MACHINE = ("device", "gpu", "cpu", "cpu_count")
 ARITHMETIC = {"cpu": ("cpu", "cpu_model", "threads", "cpu_capability", "blas"), "cuda": ("gpu",)}
 """Hardware that decides in which order a device adds, by device."""
 ROUNDED_ROWS = (0, 200)
-"""(rows, of so many) that one seed of `quick` answered right on one side alone when a CPU cell was rounded otherwise, at most: benchmarks/results/rounding.json."""
+"""At most so many of so many test rows of `quick` were right on one side alone where a CPU cell was rounded otherwise: benchmarks/results/rounding.json."""
 
 
 @dataclass(frozen=True)
@@ -305,10 +305,15 @@ def headline(drift: Drift) -> str:
     if not compared:
         return f"No shared cell of {drift.experiment} has predictions on both sides, so no accuracy can be compared."
     if not moved and not alone:
-        return f"No technique of {drift.experiment} moved by more than seed noise ({compared} cells, {drift.identical} with the same answers)."
+        return f"No technique of {drift.experiment} moved by more than {_noise(drift)} ({compared} cells, {drift.identical} with the same answers)."
     parts = [f"{len(moved)} of {len(drift.techniques)} techniques ({', '.join(moved)})"] if moved else []
     parts += [f"{len(alone)} of {compared} cells ({', '.join(alone)})"] if alone else []
-    return f"Moved by more than seed noise in {drift.experiment}: {' and '.join(parts)}."
+    return f"Moved by more than {_noise(drift)} in {drift.experiment}: {' and '.join(parts)}."
+
+
+def _noise(drift: Drift) -> str:
+    """What a move has to exceed: with one seed a side, only that of drawing test rows is known."""
+    return "seed noise" if drift.covers_seeds else "the test rows' noise (one seed: these weights, not the techniques)"
 
 
 def markdown(drift: Drift) -> str:
@@ -351,8 +356,8 @@ def _caveats(drift: Drift) -> list[str]:
     if any(c.kind == "data" for c in drift.changes):
         caveats.append("The data are not the same: rows are matched by their ids alone, and a move may be the data's.")
     if drift.techniques and not drift.covers_seeds:
-        caveats.append("No technique has two seeds, so nothing is known of how much a seed matters: p is over test rows alone (McNemar's test) and calls more "
-                       "a move than there is.")
+        caveats.append("No technique has two seeds, so nothing is known of how much a seed matters: p is over test rows alone (McNemar's test), compares these "
+                       "weights, not the techniques, and calls more a move than there is.")
     if drift.rounding:
         caveats.append(_rounded(drift.rounding, drift.rows))
     if drift.uncosted:
@@ -363,7 +368,8 @@ def _caveats(drift: Drift) -> list[str]:
 def _rounded(rounding: Rounding, rows: int) -> str:
     """What other arithmetic means for the figures."""
     what = {"device": "another device", "gpu": "another GPU"}.get(rounding.keys[0], "another CPU or other threads")
-    usual = f"; on one seed of quick by up to {ROUNDED_ROWS[0]} of {ROUNDED_ROWS[1]} rows (docs/statistics.md)" if what.startswith("another CPU") else ""
+    measured = f"; on one seed of quick by up to {ROUNDED_ROWS[0]} of {ROUNDED_ROWS[1]} rows (docs/statistics.md)"
+    usual = measured if what.startswith("another CPU") else ""
     cause = "which is all that differs here" if rounding.alone else "beside what else is not the same"
     return (f"B ran on {what} ({', '.join(rounding.keys)}): figures may differ by rounding{usual}, {cause}. "
             f"Up to {rounding.flips} of a cell's {rows:,} rows are right on one side and wrong on the other.")
