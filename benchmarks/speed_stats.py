@@ -24,14 +24,15 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
     """Repeat by repeat over / under: `ratio` is the geometric mean of these `ratios`, and so the ratio of the sides' geometric means.
 
-    `spread` is [lowest, highest], `interval` Student's 95% of the mean of their logarithms. Repeats that one side alone has do not count; a side that
+    `means` are these. `spread` is [lowest, highest], `interval` Student's 95% of the mean of their logarithms. Repeats that one side alone has do not count; a side that
     ran once stands for every repeat of the other. Then, as with one repeat, `interval` is null: nothing is known of how much that side varies.
     """
     once = min(len(over), len(under)) == 1
     over, under = ([*side] * (max(len(over), len(under)) if once and len(side) == 1 else 1) for side in (over, under))
     paired = [a / b for a, b in zip(over, under, strict=False)]
     interval = None if once else [math.exp(bound) for bound in _student([math.log(r) for r in paired])]
-    return {"ratio": geometric_mean(paired), "spread": [min(paired), max(paired)], "interval": interval, "ratios": paired}
+    means = [geometric_mean(side[: len(paired)]) for side in (over, under)]
+    return {"ratio": geometric_mean(paired), "means": means, "spread": [min(paired), max(paired)], "interval": interval, "ratios": paired}
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -3,7 +3,7 @@
     python -m benchmarks.tables                 judge the speed files by today's rule, then write every table anew
     python -m benchmarks.tables check=true      write nothing; exit code 1, naming them, if a table or a figure is not its file's
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A figure in a sentence is followed by `<!-- FILE | ROW | FIELD -->`: FILE holds JSON or
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A figure in a sentence is followed by `<!-- FILE :: ROW :: FIELD -->`: FILE holds JSON or
 Markdown tables, ROW is an entry's `id` or the first cell of a table's line (left empty: the file is one object), FIELD a path a.b or a column's head. The
 figure is then that value, rounded to the digits it is written with; of JSON, % stands for a share of 1, ms for seconds, GiB for bytes. tests/test_prose.py
 checks all of them.
@@ -33,7 +33,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quick, cost": lambda: markdown_tables(QUICK)[1],
 }
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
-CLAIM = re.compile(r"([-+−]?[\d,]*\.?\d+)\**\s?(%|x|ms|GiB)?\**(?:[ \w]{0,24})<!-- ([^|>]+?) \| ([^|>]*?) ?\| ([^|>]+?) -->")
+CLAIM = re.compile(r"([-+−]?[\d,]*\.?\d+)\**\s?(%|x|ms|GiB)?\**<!-- (\S+) :: ([^>]*?) ?:: (\S[^>]*?) -->")
 SCALE = {"%": 100.0, "ms": 1e3, "GiB": 2.0**-30}
 
 
