@@ -4,26 +4,29 @@
     python -m benchmarks.tables check=true      write nothing; exit code 1, naming them, if a table or a figure is not its file's
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A figure in a sentence is followed by `<!-- FILE :: ROW :: FIELD -->`: FILE holds JSON or
-Markdown tables, ROW is an entry's `id` or the first cell of a table's line (left empty: the file is one object), FIELD a path a.b or a column's head. The
+Markdown tables, ROW is an entry's `id` or the first cell of a table's line (-: the file is one object), FIELD a path a.b or a column's head. The
 figure is then that value, rounded to the digits it is written with; of JSON, % stands for a share of 1, ms for seconds, GiB for bytes. tests/test_prose.py
 checks all of them.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rounding, speed_files
+from benchmarks import rounding, speed_files, tiers
 from benchmarks.speed_files import FOLDER
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError, read_json, write_text
 
 ROOT = Path(__file__).parent.parent
 QUICK = ROOT / "experiments/quick/table_cpu.md"
+SIMULATED = ("level", "one seed", "power", "many, level", "many, false", "many, any false", "many, power")
+"""The tables of benchmarks.tiers, in its order."""
 TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: speed_files.table(FOLDER),
     "speed, short": lambda: speed_files.table(FOLDER, speed_files.README_COLUMNS, speed_files.README),
@@ -31,9 +34,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "rounding": lambda: rounding.table(FOLDER / "rounding.json"),
     "quick, result": lambda: markdown_tables(QUICK)[0],
     "quick, cost": lambda: markdown_tables(QUICK)[1],
+    **{f"tiers, {name}": functools.partial(lambda at: tiers.tables(read_json(FOLDER / "tiers.json")).split("\n\n")[2 * at + 1], at)
+       for at, name in enumerate(SIMULATED)},
 }
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
-CLAIM = re.compile(r"([-+−]?[\d,]*\.?\d+)\**\s?(%|x|ms|GiB)?\**<!-- (\S+) :: ([^>]*?) ?:: (\S[^>]*?) -->")
+CLAIM = re.compile(r"([-+−]?[\d,]*\.?\d+)\**\s?(%|x|ms|GiB)?\**<!-- (\S+) :: (\S[^>]*?) :: (\S[^>]*?) -->")
+WHOLE = "-"
 SCALE = {"%": 100.0, "ms": 1e3, "GiB": 2.0**-30}
 
 
@@ -73,7 +79,7 @@ def wrong_claims(text: str) -> Iterator[str]:
         digits = len(figure.partition(".")[2])
         scale = SCALE.get(unit, 1.0) if file.endswith(".json") else 1.0
         if abs(told - found * scale) > 0.5000001 * 10**-digits:
-            yield f"{figure}{unit} is written where {file}, {row or 'the whole'}, has {found * scale:.6g} as {field}"
+            yield f"{figure}{unit} is written where {file}, {row}, has {found * scale:.6g} as {field}"
 
 
 def value(file: str, row: str, field: str) -> float:
@@ -84,14 +90,14 @@ def value(file: str, row: str, field: str) -> float:
     at: Any = None
     if path.suffix == ".json":
         at = read_json(path)
-        at = at if not row else next((entry for entry in at if entry["id"] == row), None)
+        at = at if row == WHOLE else next((entry for entry in at if entry["id"] == row), None)
         for part in field.split("."):
             at = at[int(part)] if isinstance(at, list) else (at or {}).get(part)
     else:
         cells = (_line(table, row, field) for table in markdown_tables(path))
         at = next((float(number[0].replace(",", "")) for cell in cells if cell and (number := re.search(r"[-+]?[\d,]*\.?\d+", cell))), None)
     if not isinstance(at, int | float):
-        raise UserError(f"{file} has no number {field} of {row or 'the whole'}")
+        raise UserError(f"{file} has no number {field} of {row}")
     return float(at)
 
 
