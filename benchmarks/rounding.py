@@ -46,7 +46,8 @@ def run(words: Sequence[str]) -> int:
     about = origin("cpu")
     for technique, variant in itertools.product(keys["techniques"].split(","), VARIANTS):
         one, other = (_cell(Path(keys["work"]), technique, name) for name in (FIRST, variant))
-        record = {"id": f"{technique}, {variant}", "technique": technique, "variant": variant, "environment": VARIANTS[variant], **apart(one, other), **about}
+        record = {"id": f"{technique}, {variant}", "technique": technique, "variant": variant, "environment": VARIANTS[variant], **apart(one, other)}
+        record |= {**about, "hardware": other.result.hardware}
         write_json(out, [*(row for row in rows(out) if row["id"] != record["id"]), record])
         print(" | ".join(_line(record)), flush=True)
     return 0

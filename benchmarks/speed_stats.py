@@ -22,10 +22,10 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
-    """Repeat by repeat over / under: `ratio` is the geometric mean of these `ratios`, and so the ratio of the sides' geometric means.
+    """Repeat by repeat over / under: `ratio` is the geometric mean of these `ratios`, and so the ratio of the sides' geometric means, `means`.
 
-    `means` are these. `spread` is [lowest, highest], `interval` Student's 95% of the mean of their logarithms. Repeats that one side alone has do not count; a side that
-    ran once stands for every repeat of the other. Then, as with one repeat, `interval` is null: nothing is known of how much that side varies.
+    `spread` is [lowest, highest], `interval` Student's 95% of the mean of the ratios' logarithms. Repeats that one side alone has do not count; a side
+    that ran once stands for every repeat of the other. Then, as with one repeat, `interval` is null: nothing is known of how much that side varies.
     """
     once = min(len(over), len(under)) == 1
     over, under = ([*side] * (max(len(over), len(under)) if once and len(side) == 1 else 1) for side in (over, under))
