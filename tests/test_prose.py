@@ -10,6 +10,7 @@ import pytest
 from benchmarks import rounding, speed_files, tables
 from pipeline.core.files import UserError
 from pipeline.reporting.compare import ROUNDED_ROWS
+from pipeline.stats.tiers import FEW
 
 
 def test_every_table_and_marked_figure_is_its_files(capsys):
@@ -26,6 +27,14 @@ def test_targets_are_the_speed_files_judged_by_todays_rule():
     stored = {r["id"]: r for path in speed_files.FOLDER.glob("speed-*.json") for r in speed_files.rows(path)}
     for row in speed_files.rows(speed_files.FOLDER / "targets.json"):
         assert row == {key: speed_files.judged(stored[row["id"]])[key] for key in speed_files.TARGET_KEYS}, "run: python -m benchmarks.tables"
+
+
+def test_what_is_said_of_false_pairs_is_what_was_simulated():
+    settings = json.loads((speed_files.FOLDER / "tiers.json").read_text())["settings"]
+    worst, alone = max(s["wrong"] for s in settings if s["techniques"] > FEW and s["ahead"]), next(s["any"] for s in settings if s["techniques"] == 7)
+    for page in ("README.md", "docs/statistics.md"):
+        text = " ".join((tables.ROOT / page).read_text().split())
+        assert f"in up to {worst:.0%} of experiments" in text and f"in {alone:.0%} of" in text
 
 
 def test_what_compare_says_of_rounding_is_what_was_measured():
