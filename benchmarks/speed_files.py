@@ -59,7 +59,7 @@ def judged(record: dict[str, Any]) -> dict[str, Any]:
     if record.get("ratio") is None:
         return record
     sides = [values(record, side) for side in ("over", "under")]
-    found = speed_stats.ratio(*sides) if all(sides) else {"interval": None, **{key: record[key] for key in ("ratio", "spread")}}
+    found = speed_stats.ratio(*sides) if all(sides) else {"ratio": record["ratio"], "interval": None}
     kept = {key: value for key, value in record.items() if key != "iqr"}
     return {**kept, **found, "verdict": speed_stats.verdict(found, record.get("required"))}
 

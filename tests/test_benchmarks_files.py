@@ -24,7 +24,7 @@ def test_a_row_is_kept_beside_the_others(tmp_path):
     speed_files.keep(tmp_path, rows["lora-135m-step"], {**first, "id": "lora-135m-step", "ratio": 8.8, **nine}, {**about, "date": "2026-01-02"})
     speed_files.keep(tmp_path, rows["lora-1b-small"], {"id": "lora-1b-small", "error": "lost"}, about)
     held = json.loads((tmp_path / "targets.json").read_text())
-    assert [(row["id"], row["ratio"], row["date"]) for row in held] == [("lora-135m-step", 9.0, "2026-01-02"), ("lora-1b-small", 2.0, "2026-01-01")]
+    assert [(row["id"], round(row["ratio"], 9), row["date"]) for row in held] == [("lora-135m-step", 9.0, "2026-01-02"), ("lora-1b-small", 2.0, "2026-01-01")]
     assert all(tuple(row) == speed_files.TARGET_KEYS for row in held)
     record = speed_files.rows(tmp_path / "speed-step.json")[1]
     assert record["ratio"] == 2.0 and record["last_failure"]["error"] == "lost", "a failed run does not displace a good one"

@@ -72,7 +72,8 @@ def test_a_figure_or_table_that_is_another_is_named(page, capsys, text, wrong):
 
 def test_a_table_is_written_in_its_place(page):
     page.write_text("a\n<!-- table: one -->\n| b |\n\n<!-- end -->\nz\n")
-    assert tables.main([]) == 0 and page.read_text() == "a\n<!-- table: one -->\n| a |\n\n<!-- end -->\nz\n"
+    assert tables.main([]) == 0 and page.read_text() == "a\n<!-- table: one -->\n\n| a |\n\n<!-- end -->\nz\n"
+    assert tables.main(["check=true"]) == 0
 
 
 @pytest.mark.parametrize(("text", "said"), [

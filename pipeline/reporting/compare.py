@@ -33,7 +33,7 @@ SAME_MACHINE = ("device", "gpu", "cpu", "cpu_count")
 """Hardware that must be the same for times and memory to be compared."""
 ARITHMETIC = {"cpu": ("cpu", "cpu_model", "threads", "cpu_capability", "blas"), "cuda": ("gpu",)}
 """Hardware that decides in which order a device adds, by device."""
-ROUNDED_ROWS = (0, 200)
+ROUNDED_ROWS = (19, 200)
 """At most so many of so many test rows of `quick` were right on one side alone where a CPU cell was rounded otherwise: benchmarks/results/rounding.json."""
 
 
