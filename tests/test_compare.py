@@ -117,7 +117,8 @@ def test_another_cpu_or_other_threads_are_called_rounding(sides):
     flips = max(m.flips for m in found.cells)
     assert found.rounding == drift.Rounding(["threads"], True, flips) and flips > 0
     assert [(c.what, c.before, c.after) for c in found.changes] == [("threads", 1, 2)]
-    assert f"other threads (threads): figures may differ by rounding; on one seed of quick by up to {drift.ROUNDED_ROWS[0]} of 200 rows" in drift.text(found)
+    assert f"other threads (threads): figures may differ by rounding (one seed of quick: up to {drift.ROUNDED_ROWS[0]} of 200 rows," in drift.text(found)
+    assert "and nothing else differs" in drift.text(found) and found.uncosted == "the machines differ (threads), so times, energy and memory are not comparable"
     assert f"Up to {flips} of a cell's 250 rows" in drift.text(found)
     change(sides[1], "lora", config={"train": {"lr": 0.5}})
     settings = drift.compare(*sides)

@@ -29,7 +29,7 @@ SIDES = ("A", "B")
 OF_THE_CELL = ("seed", "train_rows")
 """Config keys that both sides of a pair share by its name."""
 HARDWARE = ("device", "gpu", "gpu_memory_bytes", "cpu", "cpu_count", "memory_bytes", "platform")
-SAME_MACHINE = ("device", "gpu", "cpu", "cpu_count")
+SAME_MACHINE = ("device", "gpu", "cpu", "cpu_model", "cpu_count", "threads")
 """Hardware that must be the same for times and memory to be compared."""
 ARITHMETIC = {"cpu": ("cpu", "cpu_model", "threads", "cpu_capability", "blas"), "cuda": ("gpu",)}
 """Hardware that decides in which order a device adds, by device."""
@@ -262,7 +262,7 @@ def _corrected(moves: Sequence[tuple[Move, float]]) -> list[Move]:
 
 def _costs(drift: Drift, pairs: Sequence[tuple[Cell, Cell]], tolerance: float | None) -> None:
     """Fill in what costs more or less than before; of times and memory only where the machines are the same."""
-    other = next((k for k in SAME_MACHINE for one, two in pairs if one.result.hardware.get(k) != two.result.hardware.get(k)), None)
+    other = next((c.what for c in drift.changes if c.kind == "hardware" and c.what in SAME_MACHINE), None)
     if other:
         drift.uncosted = f"the machines differ ({other}), so times, energy and memory are not comparable"
     by_name: dict[str, list[tuple[Cell, Cell]]] = defaultdict(list)
@@ -368,9 +368,9 @@ def _caveats(drift: Drift) -> list[str]:
 def _rounded(rounding: Rounding, rows: int) -> str:
     """What other arithmetic means for the figures."""
     what = {"device": "another device", "gpu": "another GPU"}.get(rounding.keys[0], "another CPU or other threads")
-    measured = f"; on one seed of quick by up to {ROUNDED_ROWS[0]} of {ROUNDED_ROWS[1]} rows (docs/statistics.md)"
+    measured = f" (one seed of quick: up to {ROUNDED_ROWS[0]} of {ROUNDED_ROWS[1]} rows, docs/statistics.md)"
     usual = measured if what.startswith("another CPU") else ""
-    cause = "which is all that differs here" if rounding.alone else "beside what else is not the same"
+    cause = "and nothing else differs" if rounding.alone else "beside what else is not the same"
     return (f"B ran on {what} ({', '.join(rounding.keys)}): figures may differ by rounding{usual}, {cause}. "
             f"Up to {rounding.flips} of a cell's {rows:,} rows are right on one side and wrong on the other.")
 
