@@ -87,6 +87,8 @@ def table(path: Path) -> str:
     measured = [row for row in rows(path) if row["variant"] != FIRST]
     if not measured:
         raise UserError(f"{path} holds no rows; run: python -m benchmarks.rounding")
+    places = [list(VARIANTS), TECHNIQUES.split(",")]
+    measured.sort(key=lambda row: [place.index(row[key]) for key, place in zip(("technique", "variant"), reversed(places), strict=True)])
     return "\n".join(f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *map(_line, measured)))
 
 

@@ -38,7 +38,8 @@ TABLES: dict[str, Callable[[], str]] = {
        for at, name in enumerate(SIMULATED)},
 }
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
-CLAIM = re.compile(r"([-+−]?[\d,]*\.?\d+)\**\s?(%|x|ms|GiB)?\**<!-- (\S+) :: (\S[^>]*?) :: (\S[^>]*?) -->")
+NUMBER = r"[-+−]?[\d,]*\.?\d+"
+CLAIM = re.compile(rf"({NUMBER})\**\s?(%|x|ms|GiB)?\**<!-- (\S+) :: (\S[^>]*?) :: (\S[^>]*?) -->")
 WHOLE = "-"
 SCALE = {"%": 100.0, "ms": 1e3, "GiB": 2.0**-30}
 
@@ -75,7 +76,7 @@ def wrong_claims(text: str) -> Iterator[str]:
     """A sentence for every marked figure that is not its file's."""
     for figure, unit, file, row, field in CLAIM.findall(text):
         found = value(file, row, field)
-        told = float(figure.replace(",", "").replace("−", "-"))
+        told = _number(figure)
         digits = len(figure.partition(".")[2])
         scale = SCALE.get(unit, 1.0) if file.endswith(".json") else 1.0
         if abs(told - found * scale) > 0.5000001 * 10**-digits:
@@ -95,10 +96,14 @@ def value(file: str, row: str, field: str) -> float:
             at = at[int(part)] if isinstance(at, list) else (at or {}).get(part)
     else:
         cells = (_line(table, row, field) for table in markdown_tables(path))
-        at = next((float(number[0].replace(",", "")) for cell in cells if cell and (number := re.search(r"[-+]?[\d,]*\.?\d+", cell))), None)
+        at = next((_number(found[0]) for cell in cells if cell and (found := re.search(NUMBER, cell))), None)
     if not isinstance(at, int | float):
         raise UserError(f"{file} has no number {field} of {row}")
     return float(at)
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", "").replace("−", "-"))
 
 
 def _line(table: str, row: str, field: str) -> str | None:
