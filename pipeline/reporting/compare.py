@@ -280,7 +280,7 @@ def _costs(drift: Drift, pairs: Sequence[tuple[Cell, Cell]], tolerance: float | 
 
 def _rounding(drift: Drift, pairs: Sequence[tuple[Cell, Cell]]) -> Rounding | None:
     """What the results say of the sides' arithmetic; of two devices everything is other."""
-    devices = {side.result.hardware.get("device") for pair in pairs for side in pair}
+    devices = {str(side.result.hardware.get("device")) for pair in pairs for side in pair}
     decisive = ARITHMETIC.get(next(iter(devices)), ()) if len(devices) == 1 else ("device",)
     keys = [c.what for c in drift.changes if c.kind == "hardware" and c.what in decisive]
     alone = all(c.kind == "hardware" for c in drift.changes)
