@@ -15,7 +15,7 @@ from benchmarks import advice as judge
 from pipeline import advise as entry
 from pipeline.core.files import UserError
 from pipeline.records.finished import Cell
-from pipeline.reporting.advice import Advice, Need, advise
+from pipeline.reporting.advice import Advice, Need, advise, answer
 from pipeline.reporting.evidence import Expected, Seen, Spread, expected_time, gather, other_task, paired_apart
 
 SIZES = (50, 100, 400, 1600)
@@ -83,6 +83,17 @@ def test_beyond_the_sizes_measured_nothing_is_said(root, rows, capsys):
     actual = of(root, rows)
     assert actual.chosen is None and "nothing is said" in actual.reason
     assert entry.main([f"train_rows={rows}", f"results={root}"]) == 1 and "No evidence fits" in capsys.readouterr().out
+
+
+def test_with_one_seed_told_apart_is_said_of_these_weights(tmp_path):
+    for seeds in (1, 3):
+        for name, right in (("full", 240), ("lora", 150)):
+            for seed in range(seeds):
+                keep(tmp_path / str(seeds), result(name, right + seed, seed))
+    single, several = (of(tmp_path / str(seeds), 200) for seeds in (1, 3))
+    assert single.reason == "the most accurate, and told apart from the others (with one seed: these weights, another may come in another order)"
+    assert "told apart from the most accurate (one seed: these weights, not the techniques)" in "\n".join(answer(single))
+    assert several.reason == "the most accurate, and told apart from the others" and "these weights" not in "\n".join(answer(several))
 
 
 def test_the_cheaper_of_two_that_are_alike_is_taken_and_a_worse_one_is_not(root):

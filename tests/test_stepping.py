@@ -208,7 +208,12 @@ def test_a_captured_model_makes_no_mask_where_it_makes_none_uncaptured(overrides
     cfg = compose(overrides)
     model = load_stored(Path(cfg.paths.models) / cfg.model.name).eval()
     masks, real = [], sdpa_attention.sdpa_attention_forward
-    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", lambda module, q, k, v, mask, **how: (masks.append(mask), real(module, q, k, v, mask, **how))[1])
+
+    def spied(module, q, k, v, mask, **how):
+        masks.append(mask)
+        return real(module, q, k, v, mask, **how)
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", spied)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         expected = model(ids).logits

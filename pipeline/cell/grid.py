@@ -196,4 +196,5 @@ def counts_here(result: Result, cfg: DictConfig) -> bool:
     """Whether a result says what this machine would: one that ran out of memory, of its own hardware and limit alone."""
     if result.status != "oom":
         return True
-    return result.config.get("memory_limit_gb") == cfg.memory_limit_gb and result.hardware == hardware_here(result.hardware.get("device", "cpu"))
+    here = hardware_here(result.hardware.get("device", "cpu"))
+    return result.config.get("memory_limit_gb") == cfg.memory_limit_gb and bool(here) and all(result.hardware.get(key) == here[key] for key in here)

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "evaluate", "numpy")
+CPU_MODEL = ("cpu family", "model", "stepping")
+BLAS_VARIABLES = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
 
 def nvml(device: Any) -> Any:
@@ -79,14 +82,36 @@ def cpu_count() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def arithmetic() -> dict[str, Any]:
+    """What decides in which order this process adds on the CPU, and so the last bits of its figures (docs/statistics.md); no part of a cell's identity.
+
+    cpu_model: family, model and stepping, which a name such as "AMD EPYC" does not tell; cpu_capability: the vector code that torch chose;
+    blas: the library of the matrix products, with the variables that choose its code.
+    """
+    import torch
+
+    config = torch.__config__.show()
+    name, version = re.search(r"BLAS_INFO=(\w+)", config), re.search(r"Math Kernel Library Version (\S+?)-", config)
+    chosen = [f"{key}={os.environ[key]}" for key in BLAS_VARIABLES if key in os.environ]
+    return {
+        "cpu_model": ", ".join(f"{key.split()[-1]} {value}" for key in CPU_MODEL if (value := _cpuinfo(key))) or None,
+        "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "blas": " ".join([*(found[1] for found in (name, version) if found), *chosen]) or None,
+    }
+
+
 def cpu_name() -> str:
-    try:
+    """The processor's model."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str | None:
+    """The first processor's value in /proc/cpuinfo; None where there is none."""
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.partition(":")[0].strip() == key:
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return None
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

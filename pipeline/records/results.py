@@ -36,8 +36,8 @@ ENGINES = {"eager": "eager", "captured": "autograd", "handwritten": "hand-writte
 NAMES = ("experiment", "cell", "technique", "task", "model")
 """Fields that become parts of paths."""
 FACTS: dict[str, Any] = {
-    **dict.fromkeys([f"hardware.{key}" for key in ("device", "gpu", "cpu", "platform")], str | None),
-    **dict.fromkeys([f"hardware.{key}" for key in ("gpu_memory_bytes", "memory_bytes", "cpu_count")], float | None),
+    **dict.fromkeys([f"hardware.{key}" for key in ("device", "gpu", "cpu", "platform", "cpu_model", "cpu_capability", "blas")], str | None),
+    **dict.fromkeys([f"hardware.{key}" for key in ("gpu_memory_bytes", "memory_bytes", "cpu_count", "threads")], float | None),
     **dict.fromkeys([f"provenance.{key}" for key in ("git_commit", "data_sha256", "model_sha256", "started", "command", "python")], str | None),
     "provenance.packages": dict[str, Any] | None,
     **dict.fromkeys([f"config.{key}" for key in ("task", "model", "train", "evaluate", "precision", "technique", "paths")], dict[str, Any]),

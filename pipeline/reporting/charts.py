@@ -282,9 +282,10 @@ def _curve(row: Row, loss: Scale, metric: Scale | None, colour: str) -> Markup:
         parts += _grid(metric, lambda v: f"{100 * v:g}", "validation, %", CHECKS[1])
         for cell in row.cells:
             parts += _dots(cell, row.name, x, metric, colour)
+    height = CURVE[1] if metric else CURVE[1] - (CHECKS[0] - LOSS[0])  # no room for checks that there are none of
     for step, anchor in ((0, "start"), (last, "end")):
-        parts.append(tag("text", f"{step:,.0f}{' steps' if step else ''}", class_="tick", x=x(step), y=CURVE[1] - 8, text_anchor=anchor))
-    return plot.svg(*CURVE, parts, f"Training curve of {row.name}")
+        parts.append(tag("text", f"{step:,.0f}{' steps' if step else ''}", class_="tick", x=x(step), y=height - 8, text_anchor=anchor))
+    return plot.svg(CURVE[0], height, parts, f"Training curve of {row.name}")
 
 
 def _grid(y: Scale, show: Callable[[float], str], caption: str, top: float) -> list[Markup]:

@@ -28,8 +28,12 @@ SIDES = ("A", "B")
 OF_THE_CELL = ("seed", "train_rows")
 """Config keys that both sides of a pair share by its name."""
 HARDWARE = ("device", "gpu", "gpu_memory_bytes", "cpu", "cpu_count", "memory_bytes", "platform")
-SAME_MACHINE = ("device", "gpu", "cpu", "cpu_count")
+SAME_MACHINE = ("device", "gpu", "cpu", "cpu_model", "cpu_count", "threads")
 """Hardware that must be the same for times and memory to be compared."""
+ARITHMETIC = {"cpu": ("cpu", "cpu_model", "threads", "cpu_capability", "blas"), "cuda": ("gpu",)}
+"""Hardware that decides in which order a device adds, by device."""
+ROUNDED_ROWS = (19, 200)
+"""At most so many of so many test rows of `quick` were right on one side alone where a CPU cell was rounded otherwise: benchmarks/results/rounding.json."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,18 @@ class Cost:
     after: float
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """The sides' sums are not made in the same order, so that equal code, data and seeds do not give equal bits."""
+
+    keys: list[str]
+    """Hardware that differs."""
+    alone: bool
+    """Data, model, versions, code and settings are the same: what differs between equal cells is rounding and nothing else."""
+    flips: int
+    """Most test rows of a cell that are right on one side and wrong on the other."""
+
+
 @dataclass
 class Drift:
     """All that was found."""
@@ -98,6 +114,8 @@ class Drift:
     costs: list[Cost] = field(default_factory=list)
     uncosted: str | None = None
     """Why times and memory were not compared."""
+    rounding: Rounding | None = None
+    """None: the sides' arithmetic is the same, as far as their results say."""
 
     @property
     def moved(self) -> bool:
@@ -144,6 +162,7 @@ def compare(a: Path, b: Path, tolerance: float | None = None) -> Drift:
     pairs = [(sides[0][n], sides[1][n]) for n in both if n not in lost["A"] and n not in lost["B"]]
     _accuracies(drift, pairs)
     _costs(drift, pairs, tolerance)
+    drift.rounding = _rounding(drift, pairs)
     return drift
 
 
@@ -155,7 +174,8 @@ def changes(pairs: Sequence[tuple[Result, Result]]) -> list[Change]:
         first, second = dict(_facts(one)), dict(_facts(other))
         for kind, what in dict.fromkeys([*first, *second]):
             before, after = first.get((kind, what)), second.get((kind, what))
-            if before != after:
+            unknown = what in ARITHMETIC["cpu"] and None in (before, after)  # a result from before this was recorded
+            if before != after and not unknown:
                 key = (kind, what, repr(before), repr(after))
                 counted[key] += 1
                 values[key] = (before, after)
@@ -168,6 +188,7 @@ def _facts(result: Result) -> Iterable[tuple[tuple[str, str], Any]]:
     yield ("model", "model_sha256"), known.get("model_sha256")
     yield from ((("version", name), value) for name, value in {"python": known.get("python"), **(known.get("packages") or {})}.items())
     yield from ((("hardware", name), result.hardware.get(name)) for name in HARDWARE)
+    yield from ((("hardware", name), result.hardware[name]) for name in ARITHMETIC["cpu"] if name in result.hardware and name not in HARDWARE)
     yield from ((("code", name), known.get(name)) for name in ("git_commit", "git_dirty"))
     yield from ((("config", name), value) for name, value in flat(deciding(result.config)) if name not in OF_THE_CELL)
 
@@ -217,7 +238,7 @@ def _corrected(moves: Sequence[Move]) -> list[Move]:
 
 def _costs(drift: Drift, pairs: Sequence[tuple[Cell, Cell]], tolerance: float | None) -> None:
     """Fill in what costs more or less than before; of times and memory only where the machines are the same."""
-    other = next((k for k in SAME_MACHINE for one, two in pairs if one.result.hardware.get(k) != two.result.hardware.get(k)), None)
+    other = next((c.what for c in drift.changes if c.kind == "hardware" and c.what in SAME_MACHINE), None)
     if other:
         drift.uncosted = f"the machines differ ({other}), so times, energy and memory are not comparable"
     by_name: dict[str, list[tuple[Cell, Cell]]] = defaultdict(list)
@@ -231,6 +252,15 @@ def _costs(drift: Drift, pairs: Sequence[tuple[Cell, Cell]], tolerance: float | 
             limit = usual if tolerance is None or not usual else tolerance
             if before is not None and after is not None and abs(after - before) > limit * abs(before):
                 drift.costs.append(Cost(name, figure, before, after))
+
+
+def _rounding(drift: Drift, pairs: Sequence[tuple[Cell, Cell]]) -> Rounding | None:
+    """What the results say of the sides' arithmetic; of two devices everything is other."""
+    devices = {str(side.result.hardware.get("device")) for pair in pairs for side in pair}
+    decisive = ARITHMETIC.get(next(iter(devices)), ()) if len(devices) == 1 else ("device",)
+    keys = [c.what for c in drift.changes if c.kind == "hardware" and c.what in decisive]
+    alone = all(c.kind == "hardware" for c in drift.changes)
+    return Rounding(keys, alone, max((m.flips for m in drift.cells), default=0)) if keys else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -250,10 +280,15 @@ def headline(drift: Drift) -> str:
     if not compared:
         return f"No shared cell of {drift.experiment} has predictions on both sides, so no accuracy can be compared."
     if not moved and not alone:
-        return f"No technique of {drift.experiment} moved by more than seed noise ({compared} cells, {drift.identical} with the same answers)."
+        return f"No technique of {drift.experiment} moved by more than {_noise(drift)} ({compared} cells, {drift.identical} with the same answers)."
     parts = [f"{len(moved)} of {len(drift.techniques)} techniques ({', '.join(moved)})"] if moved else []
     parts += [f"{len(alone)} of {compared} cells ({', '.join(alone)})"] if alone else []
-    return f"Moved by more than seed noise in {drift.experiment}: {' and '.join(parts)}."
+    return f"Moved by more than {_noise(drift)} in {drift.experiment}: {' and '.join(parts)}."
+
+
+def _noise(drift: Drift) -> str:
+    """What a move has to exceed: with one seed a side, only that of drawing test rows is known."""
+    return "seed noise" if drift.covers_seeds else "the test rows' noise (one seed: these weights, not the techniques)"
 
 
 def markdown(drift: Drift) -> str:
@@ -296,11 +331,23 @@ def _caveats(drift: Drift) -> list[str]:
     if any(c.kind == "data" for c in drift.changes):
         caveats.append("The data are not the same: rows are matched by their ids alone, and a move may be the data's.")
     if drift.techniques and not drift.covers_seeds:
-        caveats.append("No technique has two seeds, so nothing is known of how much a seed matters: p is over test rows alone (McNemar's test) and calls more "
-                       "a move than there is.")
+        caveats.append("No technique has two seeds, so nothing is known of how much a seed matters: p is over test rows alone (McNemar's test), compares these "
+                       "weights, not the techniques, and calls more a move than there is.")
+    if drift.rounding:
+        caveats.append(_rounded(drift.rounding, drift.rows))
     if drift.uncosted:
         caveats.append(f"{drift.uncosted[0].upper()}{drift.uncosted[1:]}.")
     return caveats
+
+
+def _rounded(rounding: Rounding, rows: int) -> str:
+    """What other arithmetic means for the figures."""
+    what = {"device": "another device", "gpu": "another GPU"}.get(rounding.keys[0], "another CPU or other threads")
+    measured = f" (one seed of quick: up to {ROUNDED_ROWS[0]} of {ROUNDED_ROWS[1]} rows, docs/statistics.md)"
+    usual = measured if what.startswith("another CPU") else ""
+    cause = "and nothing else differs" if rounding.alone else "beside what else is not the same"
+    return (f"B ran on {what} ({', '.join(rounding.keys)}): figures may differ by rounding{usual}, {cause}. "
+            f"Up to {rounding.flips} of a cell's {rows:,} rows are right on one side and wrong on the other.")
 
 
 def _shown(changes: Sequence[Change]) -> list[Change]:

@@ -225,10 +225,9 @@ class Row:
     standing: str = _figure(empty="")
     """To the best one at the same number of training rows. best; near: not told apart from it; below; empty: not compared."""
     letters: str = _figure(
-        None, "Tier", "Quality", lambda v: v or f.DASH, small=lambda r: "" if r.covers_seeds in (None, True) else "one seed", optional=True, last=-1, empty="",
-        about="Techniques that share a letter cannot be told apart by these runs; a is the best one's. Tested over seeds and test rows, corrected for "
-        "all pairs (docs/statistics.md); of more than ten techniques, at most 5% of the differences shown should be chance. "
-        "One seed: how much a technique's figure moves from seed to seed is not known, and the test is over the rows alone.")
+        None, "Tier", "Quality", lambda v: v or f.DASH, small=lambda r: "one seed" if r.one_seed else "", optional=True, last=-1, empty="",
+        about="Techniques that share a letter cannot be told apart by these runs; a is the best one's (docs/statistics.md). What the letters rest on "
+        "stands under the table.")
     against_best_p: float | None = _figure()
     """Corrected for all pairs of the group."""
     covers_seeds: bool | None = _figure()
@@ -332,6 +331,11 @@ class Row:
         return self.kind == "teacher"
 
     @property
+    def one_seed(self) -> bool:
+        """Whether its letter speaks of these weights alone: no technique beside it has several seeds."""
+        return self.covers_seeds is False
+
+    @property
     def begins(self) -> bool:
         """Whether it begins at what another cell trained, whose cost is not in its own."""
         return any(r.start for r in self.results)
@@ -365,7 +369,8 @@ def metrics(cell: Cell) -> dict[str, float]:
 def columns(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
     """(columns of which some row has a value, columns that were not measured at all)."""
     metric = metric_name(rows)
-    every = [dataclasses.replace(c, title=c.title.format(metric=metric)) for c in COLUMNS]
+    weights = " of these weights" if any(r.one_seed for r in rows) and not any(r.covers_seeds for r in rows) else ""
+    every = [dataclasses.replace(c, title=c.title.format(metric=metric) + weights * (c.key == "letters")) for c in COLUMNS]
     empty = [c for c in every if all(c.value(r) is None for r in rows)]
     return [c for c in every if c not in empty], [c for c in empty if not c.optional]
 
@@ -385,20 +390,14 @@ def interval(row: Row) -> str:
     return f.span(row.accuracy_low, row.accuracy_high) if row.metric == "accuracy" else ""
 
 
-def timing_notes(rows: Sequence[Row]) -> list[str]:
-    """What the marks at times stand for, those that occur."""
-    resumed = [f"{RESUMED} resumed, or packed with other cells: no single run's time"]
-    shared = [f"{SHARED} imports and base were read once for several cells: their start-up and load are missing from the total"]
-    return resumed * any(r.timing for r in rows) + shared * any(r.shared_process for r in rows)
-
-
 def remarks(row: Row) -> list[str]:
     """What the last column says: how the row stands to the best, out of memory or diverged, unusual timing."""
     standing = {
-        "best": "best",
+        "best": "best of these weights" if row.one_seed else "best",
         "near": "not told apart from the best",
         "below": f"below the best ({f.p_value(row.against_best_p)})",
     }.get(row.standing, "")
+    standing += ", these weights" if row.one_seed and row.standing != "best" else ""
     status = "" if row.status == "ok" else row.status.replace("oom", "out of memory", 1)
     return [text for text in (standing, "teacher" if row.teacher else "", status, row.timing) if text]
 

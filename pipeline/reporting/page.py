@@ -24,11 +24,11 @@ from pipeline.reporting import costs as report_complexity
 from pipeline.reporting import forgetting, tuning
 from pipeline.reporting import words as f
 from pipeline.reporting.charts import by_rows, colours, costs, forest, scatter, training_curves
-from pipeline.reporting.figures import RESUMED, SHARED, Row, columns, metric_name, remarks, timing_notes
+from pipeline.reporting.figures import RESUMED, SHARED, Row, columns, metric_name, remarks
 from pipeline.reporting.growth import Growth, charts, sentences
 from pipeline.reporting.growth import remarks as growth_remarks
 from pipeline.reporting.growth import table as growth_table
-from pipeline.reporting.rows import by_group
+from pipeline.reporting.rows import by_group, tier_notes, timing_notes
 from pipeline.reporting.text import opening, provenance, rows_in_words, warnings
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -93,6 +93,7 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
         "forest_rows": rows_in_words(largest) if len(groups) > 1 else "",
         "charts": [(name, charts) for name, charts in costly if charts],
         "curves": training_curves(rows, colour),
+        "curve_checks": any(point.get("validation_metric") is not None for r in rows for c in r.cells for point in c.result.history),
         "forgetting": [(rows_in_words(name), charts) for name, group in groups.items() if (charts := forgetting.charts(group, colour))],
         "probed": forgetting.probes(rows),
         "complexity": report_complexity.panels(first), "complexity_missing": report_complexity.unmeasured(first),
@@ -105,7 +106,8 @@ def _cells(rows: Sequence[Row]) -> dict[str, Any]:
         alias = f.anchor(row.technique)  # where a learning curve's point leads
         details.append((row, [_detail(c, row.own_notes) for c in row.cells], "" if alias in names else alias))
         names.add(alias)
-    return {"phase_names": PHASES, "timelines": _timelines(rows), "timing_notes": timing_notes(rows), "details": details}
+    notes = {"tier_notes": tier_notes(rows), "timing_notes": timing_notes(rows)}
+    return {"phase_names": PHASES, "timelines": _timelines(rows), **notes, "details": details}
 
 
 def _asset(name: str) -> Markup:
