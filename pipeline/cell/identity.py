@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from pipeline.core import names, settings
 from pipeline.core.compose import ROOT, build, plain
-from pipeline.core.files import UserError, sha256
+from pipeline.core.files import UserError, discard, sha256
 from pipeline.data.recipe import Recipe
 from pipeline.records.finished import cell_at, name, read_or_name
 from pipeline.records.results import Result
@@ -335,6 +335,12 @@ def checkpoint_of(cfg: DictConfig) -> Path:
 def packed_of(cfg: DictConfig) -> Path:
     """Where the training of a cell that was packed with others (pack=true) waits for the cell to take it up."""
     return checkpoint_of(cfg).with_suffix(".packed")
+
+
+def discard_training(cfg: DictConfig) -> None:
+    """Remove what a training left to be resumed from: the cell's result stands for it now."""
+    for left in (checkpoint_of(cfg), packed_of(cfg)):
+        discard(left)
 
 
 # Plans, for DVC

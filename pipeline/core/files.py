@@ -84,8 +84,10 @@ def atomic_folder(path: str | Path, manifest: str, *keys: str) -> Iterator[Path]
         yield beside
         _check_replaceable(path, manifest, keys)
         _sync(beside)
+        before = beside.with_name(f"{beside.name}-before")
         if path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, before)  # whole, so that who is killed here leaves no half of a folder under the name
+    _remove(before)
 
 
 def _check_replaceable(path: Path, manifest: str, keys: Sequence[str]) -> None:
@@ -122,6 +124,13 @@ def _written_beside(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: no space left on the disk; free space, then run again") from error
     finally:
         _remove(beside)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, and what processes that are no more left while they wrote it; it need not be there."""
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir():
+        _remove_leavings(path)
 
 
 def _remove(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from pipeline.core.compose import SUFFIX, by_key, without
 from pipeline.core.files import UserError
 from pipeline.core.settings import build
 from pipeline.measure.machine import provenance
-from pipeline.records import mlflow as tracking
 from pipeline.records import tuned
 from pipeline.records.results import rank_key
 from pipeline.records.tuned import Edge
@@ -62,10 +61,11 @@ def each_technique(cfg: DictConfig, words: Sequence[str]) -> list[list[str]]:
 
 @dataclass
 class Shared:
-    """What the searches of one base model read once."""
+    """What searches share: what those of one base model read once, and the mirror."""
 
     model: str | None = None
     loaded: inputs.Shared | None = None
+    mirror: cell_grid.Mirror = field(default_factory=cell_grid.Mirror)
 
     def of(self, cfg: DictConfig) -> inputs.Shared:
         if self.loaded is None or self.model != cfg.model.name:
@@ -100,9 +100,8 @@ def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
             trials = _part("declared", cfg, space, budget, shared)
             edges = [replace(e, widened=None) for e in widened(space, best_of(trials)["params"], _tried(trials))[1]]
     finally:
-        for folder in (_folder(cfg, part) for part in PARTS):
-            if (folder / "sweep.json").exists():
-                tracking.log_sweep(folder, cfg)
+        for part in PARTS:
+            shared.mirror.sweep(_folder(cfg, part), cfg)
     result = _tuned(cfg, space, budget, trials, edges)
     tuned.write(tuned.path_of(cfg), result)
     return result
