@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ def measure_all(configs: Sequence[Config], out: Path, seconds: float, device: st
     while (left := missing(configs, out)) and clock.peek() < seconds:
         marker.unlink(missing_ok=True)
         code = run_in_child(lambda: _measure(left, out, marker, seconds - clock.peek(), device)).code  # noqa: B023
+        if code in (130, 128 + signal.SIGTERM):
+            raise KeyboardInterrupt
         if code not in (0, RESTART):
             name = marker.read_text() if marker.exists() else None
             if name is None:

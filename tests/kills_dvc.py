@@ -1,0 +1,163 @@
+"""Real `dvc repro` over the tiny model in a temporary clone, whose `python` hands each stage to a warm process.
+
+A stage's own process would spend most of its life on imports, and kills would only hit those. So `python` on PATH is a client of a few lines: it
+tells a server, which has imported everything from the clone, to run the stage's command in a fork, in the client's process group and with its
+standard output. Stages that fetch (task, model, rationales) copy the tiny ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import yaml
+
+from pipeline.core.compose import ROOT
+
+CLIENT = '''#!{python} -ISs
+import array, json, os, socket, sys
+there = socket.socket(socket.AF_UNIX)
+there.connect("{server}")
+asked = json.dumps([os.getpgrp(), sys.argv[2], sys.argv[3:]]).encode()
+there.sendmsg([asked], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [1, 2]))])
+said = there.recv(16)
+sys.exit(int(said) if said else 1)
+'''
+COPIED = {"pipeline.prepare": "data/{task}", "pipeline.base_model": "models/{model}", "pipeline.rationales": "rationales/{task}/{teacher}"}
+EXPERIMENT = '''# @package _global_
+defaults:
+  - override /task: vader_movies
+  - override /model: smollm2_135m
+  - override /teacher: lexicon
+  - override /precision: fp32
+
+experiment: kills
+device: cpu
+train: {epochs: 12, batch_size: 8, validations: 4, checkpoint_every_s: 0.05, progress: false}
+evaluate: {forgetting: false, transfer_rows: 0, latency_rows: 2, adapters: []}
+model: {note: null}
+'''
+
+
+class Clone:
+    """A copy of the project with the experiment kills alone, and its server.
+
+    Args:
+        tiny: the folder with data/, models/ and rationales/ that the stages copy. techniques: the grid's.
+    """
+
+    def __init__(self, root: Path, tiny: Path, techniques: list[str]) -> None:
+        self.root = root
+        listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in filter(None, listed.split("\0")):
+            wanted = name.startswith(("conf/", "pipeline/", "tuning/", ".dvc/", "experiments/shared/")) or name in ("dvc.yaml", ".dvcignore", ".gitignore")
+            if wanted and not name.endswith("dvc.lock") and (ROOT / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, root / name)
+        folder = root / "experiments/kills"
+        folder.mkdir(parents=True)
+        shutil.copyfile(ROOT / "experiments/quick/dvc.yaml", folder / "dvc.yaml")
+        known = yaml.safe_load((ROOT / "experiments/quick/params.yaml").read_text())
+        grid = {"techniques": techniques, "synthetic": [], "first": "full", "after": [], "seeds": [0], "train_rows": [64]}
+        (folder / "params.yaml").write_text(yaml.safe_dump(known | {"experiment": "kills", "task": "vader_movies", "teacher": "lexicon", "grid": grid}))
+        (folder.parent / "kills.yaml").write_text(EXPERIMENT)
+        (root / "params.yaml").write_text("experiment: kills\n")
+        subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+        self._serve(tiny)
+
+    def _serve(self, tiny: Path) -> None:
+        address = self.root / ".bin/s"
+        address.parent.mkdir()
+        (self.root / ".bin/python").write_text(CLIENT.format(python=sys.executable, server=address))
+        (self.root / ".bin/python").chmod(0o755)
+        command = [sys.executable, str(Path(__file__)), str(address), str(tiny)]
+        self.server = subprocess.Popen(command, cwd=self.root, env=self.environment() | {"PYTHONPATH": str(self.root)})
+        end = time.monotonic() + 240
+        while not address.exists():
+            assert self.server.poll() is None and time.monotonic() < end, "the server does not start"
+            time.sleep(0.1)
+
+    def environment(self) -> dict[str, str]:
+        own = {f"DVC_{name}_DIR": str(self.root / f".work/{name}") for name in ("SITE_CACHE", "GLOBAL_CONFIG", "SYSTEM_CONFIG")}
+        own |= {"PATH": f"{self.root}/.bin{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+        return {key: value for key, value in os.environ.items() if key != "ALIGNSCOPE_ROOT"} | own
+
+    def repro(self, words: list[str]) -> int:
+        """Become `dvc repro`; does not return."""
+        os.chdir(self.root)
+        os.execve(sys.executable, [sys.executable, "-m", "dvc", "repro", *words], self.environment())
+
+    def close(self) -> None:
+        self.server.terminate()
+        self.server.wait()
+
+
+def serve(address: str, tiny: Path) -> None:
+    """Run the commands that clients ask for, each in a fork, until this process is ended."""
+    mains = {name: importlib.import_module(name).main for name in ("pipeline.plan", "pipeline.train", "pipeline.report")}
+    for module in ("pipeline.cell.run", "torch", "transformers", "peft", "optuna", "sklearn.metrics", "mlflow.store.tracking.sqlalchemy_store", "pandas"):
+        importlib.import_module(module)
+    from pipeline.core.settings import Task
+    from pipeline.scoring import answers
+
+    answers.preload(Task("any", "choice", metric="rouge_l"))
+    here = socket.socket(socket.AF_UNIX)
+    here.bind(f"{address}.new")
+    here.listen()
+    os.rename(f"{address}.new", address)
+    here.settimeout(0.2)
+    while True:
+        try:
+            there = here.accept()[0]
+        except TimeoutError:
+            _reap()
+            continue
+        if os.fork() == 0:
+            here.close()
+            _run(there, mains, tiny)
+        there.close()
+
+
+def _reap() -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+def _run(there: socket.socket, mains: dict, tiny: Path) -> None:
+    code = 1
+    try:
+        there.setblocking(True)
+        asked, descriptors, _, _ = socket.recv_fds(there, 1 << 16, 2)
+        group, name, words = json.loads(asked)
+        os.setpgid(0, group)  # killed with the stage that asked
+        for number, descriptor in enumerate(descriptors, 1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        if name in COPIED:
+            to = COPIED[name].format_map(dict(word.split("=", 1) for word in words))
+            shutil.copytree(tiny / to, to)
+            code = 0
+        else:
+            code = mains[name](words)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        there.sendall(str(code).encode())
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]))

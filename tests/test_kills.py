@@ -1,0 +1,164 @@
+"""Commands killed (SIGKILL to the process group) at random moments and started again: nothing is lost, doubled or left over.
+
+    python -m pytest -m slow tests/test_kills.py        prints the table of docs/reliability.md; 15 minutes on two cores
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kills
+import pytest
+import yaml
+from kills import Command, Counts, cell_facts, forked
+from kills_dvc import Clone
+
+from pipeline import cells, sweep, tune
+from pipeline.cell import grid
+
+pytestmark = pytest.mark.slow
+SEED = 20261129
+TECHNIQUES = ["zero_shot", "full", "lora", "prompt_tuning", "step_by_step", "dora"]
+TUNED = ["lora", "prompt_tuning"]
+LONGER = ["precision=fp32", "train_rows=64", "train.batch_size=8", "train.epochs=12", "train.validations=4", "train.checkpoint_every_s=0.05"]
+SHORTER = ["precision=fp32", "train_rows=64", "train.batch_size=8", "train.epochs=3", "train.validations=1", "train.checkpoint_every_s=0.05"]
+RANKS = [1, 2, 4, 8]
+TRIALS = 6
+
+counted: dict[str, Counts] = {}
+
+
+@pytest.fixture(scope="module")
+def warm(imports: None) -> None:
+    """What commands import, read once, so that kills do not hit imports alone."""
+    import mlflow.store.tracking.sqlalchemy_store
+    import mlflow.tracking.client  # noqa: F401
+    import optuna.storages  # noqa: F401
+    import sklearn.metrics  # noqa: F401
+
+
+@pytest.fixture
+def words(overrides: list[str], warm: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[str]]:
+    """Overrides that write below a folder, MLflow's database too; experiments=quick has a grid of its own."""
+    monkeypatch.setattr(grid, "grid", lambda name: {"grid": {"techniques": TECHNIQUES, "seeds": [0], "train_rows": [64]}})
+
+    def below(root: Path) -> list[str]:
+        places = [f"paths.{name}={root}/{name}" for name in ("results", "work", "report", "sweeps", "tuning")]
+        mlflow = [f"tracking.uri=sqlite:///{root}/mlflow.db", f"tracking.artifacts={root}/mlartifacts"]
+        kept = [w for w in overrides if w != "tracking=none" and w.partition("=")[0] not in {place.partition("=")[0] for place in places}]
+        return ["experiments=quick", *kept, *places, *mlflow]
+
+    return below
+
+
+def cells_command(root: Path, words: list[str]) -> Command:
+    folder = root / "results"
+
+    def again() -> list[str]:
+        said = [line.partition(":")[0] for line in (root / "log.txt").read_text().splitlines() if ": test " in line]
+        return [cell for cell, times in Counter(said).items() if times > 1]
+
+    return Command(
+        root, lambda: forked(cells.main, words, root / "log.txt"), lambda: cell_facts(folder),
+        lambda: [f"quick/{path.parent.name}" for path in folder.rglob("result.json")], again,
+        lambda: any((root / "work/checkpoints").glob("*.pt")) or any(folder.rglob("result.json")),
+    )
+
+
+def trials(root: Path) -> list[tuple[str, dict[str, str]]]:
+    """(study, row) of every finished trial, from trials.csv."""
+    found = []
+    for path in sorted(root.glob("sweeps/*/*/trials.csv")):
+        with open(path, newline="") as lines:
+            found += [(f"{path.parent.parent.name}/sweep/{path.parent.name}", row) for row in csv.DictReader(lines)]
+    return found
+
+
+def answers(root: Path) -> list[tuple[str, list[str]]]:
+    """(study and settings, answer) of the trials that have one."""
+    keys = [name for name in ("method.config.r", "method.config.num_virtual_tokens", "train.lr")]
+    return [(f"{study} {[row.get(key) for key in keys]}", [row["status"], row["validation"], row["nll"]]) for study, row in trials(root) if row["status"] != "died"]
+
+
+def search_command(main: Callable[[list[str]], int], root: Path, words: list[str]) -> Command:
+    """A sweep or a tuning; both leave studies and what they chose."""
+
+    def facts() -> dict[str, Any]:
+        chosen = {f"{p.parent.name} best": [(b := yaml.safe_load(p.read_text()))["settings"], b["value"]] for p in root.glob("sweeps/*/*/best.json")}
+        tuned = {p.name: [(t := yaml.safe_load(p.read_text()))["settings"], t["validation"], [[r["settings"], r["validation"]] for r in t["trials"]]]
+                 for p in root.glob("tuning/*/*.yaml")}
+        return {**dict(answers(root)), **chosen, **tuned, **cell_facts(root / "results")}
+
+    def runs() -> list[str]:
+        studies = [f"{path.parent.parent.name}/sweep/{path.parent.name}" for path in root.glob("sweeps/*/*/sweep.json")]
+        cells = [f"{path.parent.parent.name}/{path.parent.name}" for path in root.rglob("results/*/*/result.json")]
+        return studies + [f"{study}/{row['number']}" for study, row in trials(root)] + cells
+
+    return Command(
+        root, lambda: forked(main, words, root / "log.txt"), facts, runs,
+        lambda: [name for name, times in Counter(name for name, _ in answers(root)).items() if times > 1],
+        lambda: any(row["status"] != "died" for _, row in trials(root)) or any(root.glob("sweeps/*/*/.trial")),
+    )
+
+
+def kill_often(name: str, make: Callable[[Path], Command], tmp_path: Path, wanted: int, each: int, wait_s: float) -> None:
+    """Rounds of `each` kills until there are as many as wanted; everything that is wrong is shown."""
+    counts, draw = counted.setdefault(name, Counts()), random.Random(f"{SEED} {name}")
+    reference, notes = make(tmp_path / "unkilled").unkilled(), []
+    for number in itertools.count():
+        if counts.kills >= wanted:
+            break
+        command = make(tmp_path / f"round{number}")
+        command.killed(draw, min(each, wanted - counts.kills), counts, wait_s)
+        command.judge(reference, counts)
+        notes += command.notes or ([command.log.read_text()[-3000:]] if counts.bad_exits else [])
+    assert not counts.faults and reference, (counts, notes)
+
+
+def test_cells(words, tmp_path):
+    kill_often("pipeline.cells", lambda root: cells_command(root, [*words(root), *LONGER]), tmp_path, 48, 16, 1.5)
+
+
+def test_a_sweep(words, tmp_path):
+    more = ["experiment=kills", "technique=lora", f"sweep.space={{method.config.r: {{choices: {RANKS}}}}}", *SHORTER]
+
+    def make(root: Path) -> Command:
+        return search_command(sweep.main, root, [w for w in words(root) if not w.startswith("experiments=")] + more)
+
+    kill_often("pipeline.sweep", make, tmp_path, 28, 14, 1.0)
+
+
+def test_tuning(words, tmp_path):
+    more = [f"tune.techniques=[{','.join(TUNED)}]", f"tune.trials={TRIALS}", *SHORTER]
+    kill_often("pipeline.tune", lambda root: search_command(tune.main, root, [*words(root), *more]), tmp_path, 24, 12, 1.0)
+
+
+def test_dvc_repro(tiny, tmp_path, warm):
+    clones: list[Clone] = []
+
+    def make(root: Path) -> Command:
+        clones.append(Clone(root, tiny, ["full", "lora", "prompt_tuning"]))
+        results = root / "results"
+        return Command(
+            root, lambda: forked(clones[-1].repro, [], root / "log.txt"), lambda: cell_facts(results),
+            lambda: [f"kills/{path.parent.name}" for path in results.rglob("result.json")], list,
+            lambda: any((root / ".work/checkpoints").glob("*.pt")) or any(results.rglob("result.json")),
+        )
+
+    try:
+        kill_often("dvc repro", make, tmp_path, 12, 12, 6.0)
+    finally:
+        for clone in clones:
+            clone.close()
+
+
+def test_the_table(capsys):
+    with capsys.disabled():
+        print(f"\n{kills.table(counted)}")
+    assert sum(c.kills for c in counted.values()) >= 100 and sum(c.at_work for c in counted.values()) >= 80
