@@ -272,6 +272,8 @@ def standing(cfg: DictConfig) -> tuple[Result, Difference] | None:
 
 def check_free(cfg: DictConfig) -> None:
     """Raise UserError where another cell stands in the cell's folder and overwrite=true was not said."""
+    if folder_of(cfg).is_symlink():
+        raise UserError(f"{folder_of(cfg)} is a symbolic link, through which nothing is written; remove it, or keep it and choose variant=<a word>")
     there = standing(cfg)
     if there is None or not there[1].other or cfg.overwrite:
         return

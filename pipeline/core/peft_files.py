@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, closest, read_json
+from pipeline.core.files import UserError, closest, read_object
 
 ADAPTER = "adapter_config.json"
 TRAINING = "training_params.json"
@@ -113,7 +113,4 @@ def find(path: str) -> list[Path]:
 def _json(file: Path, key: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{key}={file} is not a file; name an {ADAPTER}")
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a JSON object; write the keys of PEFT's own config there")
-    return values
+    return read_object(file)

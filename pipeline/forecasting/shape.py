@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, read_json
+from pipeline.core.files import UserError, read_object
 
 FAMILIES = ("llama", "mistral", "qwen2")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -70,7 +70,7 @@ def read_shape(path: Path) -> Shape:
     """
     if not path.exists():
         raise UserError(f"{path} is not there; run python -m pipeline.base_model for it, or set forecast.model_config to a model's config.json")
-    return shape_of(read_json(path))
+    return shape_of(read_object(path))
 
 
 def shape_of(config: dict[str, Any]) -> Shape:

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, read_json
+from pipeline.core.files import UserError, read_object
 from pipeline.core.settings import Precision
 
 
@@ -49,7 +49,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     """A prepared model's manifest. Raises UserError if the model stage has not run."""
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is not there; run: python -m pipeline.base_model model={folder.name}")
-    return read_json(folder / "manifest.json")
+    return read_object(folder / "manifest.json")
 
 
 def load_stored(folder: Path, trust_remote_code: bool = False) -> Any:

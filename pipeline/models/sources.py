@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, read_json
+from pipeline.core.files import UserError, read_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -92,11 +92,11 @@ def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: 
 
     from pipeline.models.base import quiet
 
-    tokenizer = _tokenizer(folder, shown, trust_remote_code)
     config = Path(folder) / "config.json"
-    if config.exists() and read_json(config).get("is_encoder_decoder"):
+    if config.exists() and read_object(config).get("is_encoder_decoder"):
         raise UserError(f"the model {shown} is an encoder-decoder, and every technique here is for decoder-only models; choose a causal language model")
     try:
+        tokenizer = _tokenizer(folder, shown, trust_remote_code)
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True
