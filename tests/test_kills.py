@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
+import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +19,12 @@ from typing import Any
 import kills
 import pytest
 import yaml
-from kills import Command, Counts, cell_facts, forked
+from kills import Command, Counts, cell_facts, ended, forked, mlflow_runs
 from kills_dvc import Clone
 
-from pipeline import cells, sweep, tune
+from pipeline import cells, sweep, train, tune
 from pipeline.cell import grid
+from pipeline.records import mlflow
 
 pytestmark = pytest.mark.slow
 SEED = 20261129
@@ -29,6 +33,7 @@ TUNED = ["lora", "prompt_tuning"]
 LONGER = ["precision=fp32", "train_rows=64", "train.batch_size=8", "train.epochs=12", "train.validations=4", "train.checkpoint_every_s=0.05"]
 SHORTER = ["precision=fp32", "train_rows=64", "train.batch_size=8", "train.epochs=3", "train.validations=1", "train.checkpoint_every_s=0.05"]
 RANKS = [1, 2, 4, 8]
+SEARCHED = ("method.config.r", "method.config.num_virtual_tokens", "train.lr")
 TRIALS = 6
 
 counted: dict[str, Counts] = {}
@@ -71,6 +76,10 @@ def cells_command(root: Path, words: list[str]) -> Command:
     )
 
 
+def train_command(root: Path, words: list[str]) -> Command:
+    return dataclasses.replace(cells_command(root, words), start=lambda: forked(train.main, words, root / "log.txt"), doubled=list)  # it measures anew
+
+
 def trials(root: Path) -> list[tuple[str, dict[str, str]]]:
     """(study, row) of every finished trial, from trials.csv."""
     found = []
@@ -82,8 +91,8 @@ def trials(root: Path) -> list[tuple[str, dict[str, str]]]:
 
 def answers(root: Path) -> list[tuple[str, list[str]]]:
     """(study and settings, answer) of the trials that have one."""
-    keys = [name for name in ("method.config.r", "method.config.num_virtual_tokens", "train.lr")]
-    return [(f"{study} {[row.get(key) for key in keys]}", [row["status"], row["validation"], row["nll"]]) for study, row in trials(root) if row["status"] != "died"]
+    known = [(f"{study} {[row.get(key) for key in SEARCHED]}", row) for study, row in trials(root) if row["status"] != "died"]
+    return [(name, [row["status"], row["validation"], row["nll"]]) for name, row in known]
 
 
 def search_command(main: Callable[[list[str]], int], root: Path, words: list[str]) -> Command:
@@ -122,7 +131,7 @@ def kill_often(name: str, make: Callable[[Path], Command], tmp_path: Path, wante
 
 
 def test_cells(words, tmp_path):
-    kill_often("pipeline.cells", lambda root: cells_command(root, [*words(root), *LONGER]), tmp_path, 48, 16, 1.5)
+    kill_often("pipeline.cells", lambda root: cells_command(root, [*words(root), *LONGER]), tmp_path, 48, 16, 3.0)
 
 
 def test_a_sweep(words, tmp_path):
@@ -137,6 +146,28 @@ def test_a_sweep(words, tmp_path):
 def test_tuning(words, tmp_path):
     more = [f"tune.techniques=[{','.join(TUNED)}]", f"tune.trials={TRIALS}", *SHORTER]
     kill_often("pipeline.tune", lambda root: search_command(tune.main, root, [*words(root), *more]), tmp_path, 24, 12, 1.0)
+
+
+@pytest.mark.parametrize("name", ["train", "cells", "sweep", "tune"])
+def test_a_kill_between_a_result_and_its_mirror_loses_no_run(name, words, tmp_path, monkeypatch):
+    """At the first call of the mirror, the second and so on, until the command gets through."""
+    mine, search = [*words(tmp_path), *SHORTER, "train.epochs=1"], ["experiment=kills", "technique=lora", "sweep.space={method.config.r: {choices: [1, 2]}}"]
+    command = {
+        "train": lambda: train_command(tmp_path, [*mine, "technique=lora", "seed=0"]), "cells": lambda: cells_command(tmp_path, mine),
+        "sweep": lambda: search_command(sweep.main, tmp_path, [w for w in mine if not w.startswith("experiments=")] + search),
+        "tune": lambda: search_command(tune.main, tmp_path, [*mine, f"tune.techniques=[{','.join(TUNED)}]", "tune.trials=2"]),
+    }[name]()
+    real, counts, killed = (mlflow.log_cell, mlflow.log_sweep), Counts(), 0
+    for log in ("log_cell", "log_sweep"):
+        if (log, name) not in (("log_sweep", "train"), ("log_sweep", "cells"), ("log_cell", "tune")):
+            monkeypatch.setattr(mlflow, log, lambda *_: os.killpg(os.getpgrp(), signal.SIGKILL))
+            assert ended(command.start(), kills.HUNG_S) == -signal.SIGKILL and not mlflow_runs(tmp_path) == command.runs()
+            monkeypatch.setattr(mlflow, "log_cell", real[0])
+            killed += 1
+    monkeypatch.setattr(mlflow, "log_sweep", real[1])
+    assert killed and ended(command.start(), kills.HUNG_S) == 0
+    command.judge(command.facts(), counts)
+    assert not counts.faults and command.runs(), (counts, command.notes)
 
 
 def test_dvc_repro(tiny, tmp_path, warm):

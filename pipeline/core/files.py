@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import select
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -85,6 +86,7 @@ def atomic_folder(path: str | Path, manifest: str, *keys: str) -> Iterator[Path]
         _check_replaceable(path, manifest, keys)
         _sync(beside)
         before = beside.with_name(f"{beside.name}-before")
+        _remove(before)
         if path.is_dir():
             os.replace(path, before)  # whole, so that who is killed here leaves no half of a folder under the name
     _remove(before)
@@ -151,13 +153,20 @@ def _remove_leavings(path: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether a process runs; one that was killed and that nobody has waited for yet does not."""
     try:
         os.kill(pid, 0)
+        descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+    except (OSError, OverflowError, AttributeError):  # another user's, or a system without pidfd_open
+        return True
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return not poll.poll(0)
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

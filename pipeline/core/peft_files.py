@@ -35,7 +35,7 @@ def read_adapter(path: str) -> Any:
     if Path(path).name != ADAPTER:
         raise UserError(f"technique.path={path} is not named {ADAPTER}; PEFT reads files of that name, one a folder")
     kind = _json(Path(path), "technique.path").get("peft_type")
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = sorted(str(getattr(k, "value", k)) for k in PEFT_TYPE_TO_CONFIG_MAPPING)
         raise UserError(f"{path} has peft_type {kind!r}, which this version of PEFT does not know; it knows {', '.join(known)}")
     try:
