@@ -143,7 +143,9 @@ def test_a_cell_that_begins_at_one_that_another_process_computes_waits_for_it(wo
     assert read(identity.folder_of(second)).start == "lora"
 
 
-@pytest.mark.parametrize(("command", "says"), [(train, r"cell lora-s0-n16 is being computed by process \d+"), (sweep, r"another sweep is at work in .*, in process \d+")])
+@pytest.mark.parametrize(("command", "says"), [
+    (train, r"cell lora-s0-n16 is being computed by process \d+"), (sweep, r"another sweep is at work in .*, in process \d+"),
+])
 def test_of_two_that_do_the_same_at_once_one_is_refused(command, says, words, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(locks, "DYING_S", 0.1)
     monkeypatch.setattr(search_trials, "LOCK_S", 0.1)

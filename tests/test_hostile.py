@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import sqlite3
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,18 @@ from pipeline.teachers.writers import Cache
 
 DEEP = "[" * 200_000
 """Nested deeper than any reader of JSON goes."""
+counted: Counter[str] = Counter()
+"""Command -> how often one met something hostile and did as it has to."""
+
+
+def backfill(words: list[str]) -> int:
+    return tracking.main(["backfill", *words])
+
+
+MODULES = (
+    advise, base_model, cells, compare, evaluate, export, forecast, peft_configs, plan, prepare, rationales, report, serve, sweep, synthesize, train, tune,
+)
+NAMES = {module.main: module.__name__ for module in MODULES} | {backfill: "pipeline.tracking backfill"}
 
 
 # Results: commands that load a cell, and those that show results
@@ -74,6 +87,7 @@ def alter(folder: Path, change: dict) -> None:
 
 def commands(words: list[str], folder: Path, tmp_path: Path) -> dict[str, int]:
     requests = tmp_path / "requests.jsonl"
+    counted.update(NAMES[module.main] for module in (evaluate, export, serve, train))  # their tests check what they return
     requests.write_text(json.dumps({"adapter": folder.name, "prompt": "Review: fine film\nSentiment:", "choices": ["negative", "positive"]}) + "\n")
     return {
         "evaluate": evaluate.main([*words, f"cell={folder}", "split=test"]),
@@ -140,6 +154,7 @@ def test_what_reads_results_for_people_runs_nothing_and_tells_no_secret(hostile,
     assert report.main(["experiments=quick", f"paths.results={theirs.parent}", f"paths.report={tmp_path}/report", "report.train_rows=[16]"]) == 0
     assert advise.main(["train_rows=16", f"results={theirs}"]) == 0
     assert compare.main([str(theirs), str(theirs)]) == 0
+    counted.update(NAMES[module.main] for module in (report, advise, compare))
     shown = capfd.readouterr()
     assert not (tmp_path / "mark").exists() and "hunter2" not in shown.out + shown.err
     made = set(tmp_path.rglob("*")) - before
@@ -171,6 +186,7 @@ class Guard:
         assert says in said.err and "Traceback" not in said.err and "hunter2" not in said.out + said.err
         assert said.err.count("error: ") == (code == 2), said.err
         assert self.files(own) == before and not self.mark.exists()
+        counted[NAMES[main]] += 1
 
     def files(self, own: str) -> dict[Path, bytes | None]:
         skipped = {self.root / name for name in (own, "work", "mlflow.db", "mlartifacts")}
@@ -222,7 +238,7 @@ def test_results_of_somebody_else_stop_what_would_take_them_over(grid_cell, whic
     guard.refuses(plan.main, [*words, "adopt=true"], says)
     mirrored = [w for w in words if w != "tracking=none"] + [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path}/mlartifacts"]
     if which not in ("_target_", "type", "secret"):  # the mirror shows a config and makes nothing of it
-        guard.refuses(lambda w: tracking.main(["backfill", *w]), mirrored, says)
+        guard.refuses(backfill, mirrored, says)
 
 
 @pytest.mark.parametrize("text", [DEEP, "", "\0" * 300, "1" * 5000, '{"schema": NaN', "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")])
@@ -250,7 +266,7 @@ def test_a_link_out_of_a_cell_is_not_sent_to_mlflow(grid_cell, tmp_path, guard):
     (folder / "predictions.jsonl").unlink()
     (folder / "predictions.jsonl").symlink_to(tmp_path / "private")
     mirrored = [w for w in words if w != "tracking=none"] + [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path}/mlartifacts"]
-    guard.refuses(lambda w: tracking.main(["backfill", *w]), mirrored, "predictions.jsonl is a symbolic link")
+    guard.refuses(backfill, mirrored, "predictions.jsonl is a symbolic link")
     assert not any("hunter2" in p.read_text(errors="replace") for p in tmp_path.rglob("mlartifacts/**/*") if p.is_file())
 
 
@@ -265,7 +281,7 @@ def test_a_sweep_of_somebody_else_is_named_by_the_backfill(grid_cell, text, says
     (folder / "sweep.json").write_text(text)
     (folder / "trials.csv").write_text("number,status\n=HYPERLINK(1),ok\n")
     mirrored = [w for w in words if w != "tracking=none"] + [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path}/mlartifacts"]
-    guard.refuses(lambda w: tracking.main(["backfill", *w]), mirrored, says)
+    guard.refuses(backfill, mirrored, says)
 
 
 def other_database(path: Path) -> None:
@@ -369,13 +385,15 @@ def test_a_folder_of_rationales_or_rows_of_somebody_else_is_left(tiny, tmp_path,
     guard.refuses(rationales.main, [f"paths.data={tiny}/data", f"paths.rationales={tmp_path}/rationales", "task=vader_movies", "teacher=lexicon"],
                   "was not written by this command")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {i}", "label": "ab"[i % 2]}) + "\n" for i in range(40)))
-    rows = ["task=instruct", "task.source={type: files, files: %s}" % (tmp_path / "rows.jsonl"), "task.prompt='{text}'", "task.answer='{label}'", "+task.columns={}"]
+    source = "task.source={type: files, files: %s}" % (tmp_path / "rows.jsonl")
+    rows = ["task=instruct", source, "task.prompt='{text}'", "task.answer='{label}'", "+task.columns={}"]
     guard.refuses(prepare.main, [*rows, f"paths.data={tmp_path}/data"], "was not written by this command")
 
 
 def test_a_cache_of_answers_of_somebody_else_is_told_and_asked_anew(tmp_path, capfd):
     path = tmp_path / "local-0.jsonl"
-    path.write_text(f'{DEEP}\n{{"key": "a", "text": 5, "seconds": 1}}\n{{"key": "b", "text": "t", "seconds": "x"}}\n{{"key": "c", "text": "t", "seconds": 1}}\n\0\0')
+    lines = [{"key": "a", "text": 5, "seconds": 1}, {"key": "b", "text": "t", "seconds": "x"}, {"key": "c", "text": "t", "seconds": 1}]
+    path.write_text("\n".join([DEEP, *map(json.dumps, lines), "\0\0"]))
     with Cache.open(path) as cache:
         assert [key in cache for key in "abc"] == [False, False, True]
     assert capfd.readouterr().err == f"warning: {path} has 4 damaged lines (the first: line 1); what they held is asked for again\n"
@@ -394,8 +412,17 @@ def test_configurations_of_peft_of_somebody_else(overrides, which, tmp_path, gua
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(text)
     words = [*overrides, "experiments=quick", "task=vader_movies", "seed=0", "train_rows=16", f"paths.peft_results={tmp_path}/peft", "technique=peft_config"]
-    assert peft_configs.main([*words, f"technique.path={tmp_path}/configs"]) == 2
-    said = guard.capfd.readouterr().err
-    assert says in said and "Traceback" not in said and not (tmp_path / "peft").exists()
-    shutil.move(folder, folder.parent / "<b>")
-    guard.refuses(peft_configs.main, [*words, f"technique.path={tmp_path}/configs"], "which cannot name a folder")
+    for name in ("x", "<b>", "${oc.env:SECRET}"):
+        folder = folder.rename(folder.parent / name)
+        assert peft_configs.main([*words, f"technique.path={tmp_path}/configs"]) == 2
+        said = guard.capfd.readouterr().err
+        assert (says if name == "x" else f"passed over: the name of {folder}") in said and "Traceback" not in said and "hunter2" not in said
+        assert not (tmp_path / "peft").exists() and not (tmp_path / "results").exists()
+        counted[NAMES[peft_configs.main]] += 1
+
+
+@pytest.mark.slow
+def test_the_table(capsys):
+    with capsys.disabled():
+        print("\n| command | hostile folders |\n| --- | --- |\n" + "\n".join(f"| `{name}` | {counted[name]} |" for name in sorted(NAMES.values())))
+    assert all(counted[name] for name in NAMES.values())

@@ -161,7 +161,7 @@ def test_a_kill_between_a_result_and_its_mirror_loses_no_run(name, words, tmp_pa
     for log in ("log_cell", "log_sweep"):
         if (log, name) not in (("log_sweep", "train"), ("log_sweep", "cells"), ("log_cell", "tune")):
             monkeypatch.setattr(mlflow, log, lambda *_: os.killpg(os.getpgrp(), signal.SIGKILL))
-            assert ended(command.start(), kills.HUNG_S) == -signal.SIGKILL and not mlflow_runs(tmp_path) == command.runs()
+            assert ended(command.start(), kills.HUNG_S) == -signal.SIGKILL and mlflow_runs(tmp_path) != command.runs()
             monkeypatch.setattr(mlflow, "log_cell", real[0])
             killed += 1
     monkeypatch.setattr(mlflow, "log_sweep", real[1])
