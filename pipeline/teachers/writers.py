@@ -213,9 +213,10 @@ def _read(path: Path) -> dict[str, Completion]:
     answers, bad = {}, []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            answer = json.loads(line) if line else None
-            if answer is not None:
-                answers[str(answer.pop("key"))] = Completion(**answer)
+            if line:
+                answer = json.loads(line)
+                key = str(answer.pop("key"))
+                answers[key] = Completion(**answer)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             bad.append(number)
     if bad:
