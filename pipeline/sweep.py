@@ -43,7 +43,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
             print(f"best: {' '.join(best['overrides'])} (trial {best['trial']}), in {folder / 'best.json'}")
             return confirm(cfg, best, mirror) if sweep.confirm else 0
         finally:
-            mirror.sweep(folder, cfg)
+            mirror.sweeps(cfg, folder)
 
 
 main = entry(run)

@@ -122,10 +122,11 @@ class Mirror:
         self.tried |= new.keys()
         self._in_child(lambda: all(tracking.log_cell(*each) for each in new.items()))
 
-    def sweep(self, folder: Path, cfg: DictConfig) -> None:
-        """Mirror a sweep, as far as it has come. Raises KeyboardInterrupt: ended by a signal."""
-        if cfg.tracking.enabled and self.answers and (folder / "sweep.json").exists():
-            self._in_child(lambda: tracking.log_sweep(folder, cfg))
+    def sweeps(self, cfg: DictConfig, *folders: Path) -> None:
+        """Mirror those of the sweeps that have begun, as far as they have come. Raises KeyboardInterrupt: ended by a signal."""
+        begun = [folder for folder in folders if (folder / "sweep.json").exists()]
+        if begun and cfg.tracking.enabled and self.answers:
+            self._in_child(lambda: all(tracking.log_sweep(folder, cfg) for folder in begun))
 
     def _in_child(self, work: Callable[[], bool]) -> None:
         done = run_in_child(lambda: 0 if work() else NO_ANSWER)

@@ -100,8 +100,7 @@ def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
             trials = _part("declared", cfg, space, budget, shared)
             edges = [replace(e, widened=None) for e in widened(space, best_of(trials)["params"], _tried(trials))[1]]
     finally:
-        for part in PARTS:
-            shared.mirror.sweep(_folder(cfg, part), cfg)
+        shared.mirror.sweeps(cfg, *(_folder(cfg, part) for part in PARTS))
     result = _tuned(cfg, space, budget, trials, edges)
     tuned.write(tuned.path_of(cfg), result)
     return result
