@@ -19,8 +19,7 @@ import traceback
 from pathlib import Path
 
 import yaml
-
-from pipeline.core.compose import ROOT
+from test_dvc import Clone
 
 CLIENT = '''#!{python} -ISs
 import array, json, os, socket, sys
@@ -47,35 +46,25 @@ model: {note: null}
 '''
 
 
-class Clone:
-    """A copy of the project with the experiment kills alone, and its server.
+class WarmClone(Clone):
+    """A clone whose experiment kills is run for real, and its server.
 
     Args:
         tiny: the folder with data/, models/ and rationales/ that the stages copy. techniques: the grid's.
     """
 
     def __init__(self, root: Path, tiny: Path, techniques: list[str]) -> None:
-        self.root = root
-        listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in filter(None, listed.split("\0")):
-            wanted = name.startswith(("conf/", "pipeline/", "tuning/", ".dvc/", "experiments/shared/")) or name in ("dvc.yaml", ".dvcignore", ".gitignore")
-            if wanted and not name.endswith("dvc.lock") and (ROOT / name).is_file():
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, root / name)
-        folder = root / "experiments/kills"
-        folder.mkdir(parents=True)
-        shutil.copyfile(ROOT / "experiments/quick/dvc.yaml", folder / "dvc.yaml")
-        known = yaml.safe_load((ROOT / "experiments/quick/params.yaml").read_text())
-        grid = {"techniques": techniques, "synthetic": [], "first": "full", "after": [], "seeds": [0], "train_rows": [64]}
-        (folder / "params.yaml").write_text(yaml.safe_dump(known | {"experiment": "kills", "task": "vader_movies", "teacher": "lexicon", "grid": grid}))
-        (folder.parent / "kills.yaml").write_text(EXPERIMENT)
-        (root / "params.yaml").write_text("experiment: kills\n")
-        subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+        super().__init__(root)
+        self.experiment("kills", techniques)
+        (root / "experiments/kills.yaml").write_text(EXPERIMENT)
+        params = root / "experiments/kills/params.yaml"
+        known = yaml.safe_load(params.read_text())
+        params.write_text(yaml.safe_dump(known | {"task": "vader_movies", "teacher": "lexicon", "grid": known["grid"] | {"train_rows": [64]}}))
+        self.choose("kills")
         self._serve(tiny)
 
     def _serve(self, tiny: Path) -> None:
         address = self.root / ".bin/s"
-        address.parent.mkdir()
         (self.root / ".bin/python").write_text(CLIENT.format(python=sys.executable, server=address))
         (self.root / ".bin/python").chmod(0o755)
         command = [sys.executable, str(Path(__file__)), str(address), str(tiny)]
@@ -85,15 +74,10 @@ class Clone:
             assert self.server.poll() is None and time.monotonic() < end, "the server does not start"
             time.sleep(0.1)
 
-    def environment(self) -> dict[str, str]:
-        own = {f"DVC_{name}_DIR": str(self.root / f".work/{name}") for name in ("SITE_CACHE", "GLOBAL_CONFIG", "SYSTEM_CONFIG")}
-        own |= {"PATH": f"{self.root}/.bin{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-        return {key: value for key, value in os.environ.items() if key != "ALIGNSCOPE_ROOT"} | own
-
-    def repro(self, words: list[str]) -> int:
-        """Become `dvc repro`; does not return."""
+    def become(self, words: list[str]) -> int:
+        """Become `dvc` with these words; does not return."""
         os.chdir(self.root)
-        os.execve(sys.executable, [sys.executable, "-m", "dvc", "repro", *words], self.environment())
+        os.execve(sys.executable, [sys.executable, "-m", "dvc", *words], self.environment())
 
     def close(self) -> None:
         self.server.terminate()

@@ -9,7 +9,7 @@ import pickle
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,18 @@ from pipeline import (
     tune,
 )
 from pipeline.core.files import read_json, write_json
+from pipeline.records import finished as finished_cells
 from pipeline.teachers.writers import Cache
 
 DEEP = "[" * 200_000
 """Nested deeper than any reader of JSON goes."""
 counted: Counter[str] = Counter()
 """Command -> how often one met something hostile and did as it has to."""
+
+
+def few(values: Iterable[Any], fast: int) -> list[Any]:
+    """As parameters, of which so many are for the fast tests."""
+    return [pytest.param(value, marks=[pytest.mark.slow] * (number >= fast)) for number, value in enumerate(values)]
 
 
 def backfill(words: list[str]) -> int:
@@ -169,13 +175,22 @@ def test_the_names_in_a_cell_s_result_are_those_of_the_table(finished):
 # Every other command that reads a folder
 
 
+class _Forgetful(set):
+    """So that a file is named by every command, not only by the first of a process."""
+
+    def add(self, element: object) -> None:
+        pass
+
+
 class Guard:
     """What is around a hostile folder: files that must stay as they are, a mark that code would leave, a secret."""
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self.root, self.capfd, self.mark = tmp_path, capfd, tmp_path / "mark"
+        monkeypatch.setattr(finished_cells, "_named", _Forgetful())
         monkeypatch.setenv("SECRET", "hunter2")
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(plan, "check_params", lambda *_: None)  # the tiny task is not the one that params.yaml names
 
     def refuses(self, main: Callable[[list[str]], int], words: list[str], says: str, own: str = "-", code: int = 2) -> None:
         """The command ends with this code and one sentence, runs nothing, tells no secret, and changes nothing outside of the folder `own`."""
@@ -190,7 +205,7 @@ class Guard:
 
     def files(self, own: str) -> dict[Path, bytes | None]:
         skipped = {self.root / name for name in (own, "work", "mlflow.db", "mlartifacts")}
-        kept = [p for p in self.root.rglob("*") if p.suffix != ".lock" and not skipped & {p, *p.parents}]
+        kept = [p for p in self.root.rglob("*") if not p.name.endswith(".lock") and not skipped & {p, *p.parents}]
         return {p: p.read_bytes() if p.is_file() else None for p in kept}
 
 
@@ -229,7 +244,7 @@ RESULTS: dict[str, tuple[Any, str]] = {
 """What stands in a result.json, and what the sentence about it says."""
 
 
-@pytest.mark.parametrize("which", RESULTS)
+@pytest.mark.parametrize("which", few(RESULTS, 2))
 def test_results_of_somebody_else_stop_what_would_take_them_over(grid_cell, which, tmp_path, guard):
     words, folder = theirs(grid_cell, tmp_path)
     change, says = RESULTS[which]
@@ -241,7 +256,7 @@ def test_results_of_somebody_else_stop_what_would_take_them_over(grid_cell, whic
         guard.refuses(backfill, mirrored, says)
 
 
-@pytest.mark.parametrize("text", [DEEP, "", "\0" * 300, "1" * 5000, '{"schema": NaN', "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")])
+@pytest.mark.parametrize("text", few([DEEP, "1" * 5000, "", "\0" * 300, '{"schema": NaN', "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")], 2))
 def test_a_result_that_is_no_result_is_named_and_its_cell_run_again(grid_cell, text, tmp_path, guard):
     words, folder = theirs(grid_cell, tmp_path)
     (folder / "result.json").write_text(text)
@@ -289,8 +304,8 @@ def other_database(path: Path) -> None:
         database.execute("CREATE TABLE diary (day TEXT)")
 
 
-@pytest.mark.parametrize("which", ["text", "empty", "other", "link", "pickle"])
-@pytest.mark.parametrize("main", [sweep.main, tune.main], ids=["sweep", "tune"])
+@pytest.mark.parametrize("which", few(["other", "link", "text", "empty", "pickle"], 2))
+@pytest.mark.parametrize("main", few([sweep.main, tune.main], 1))
 def test_a_study_of_somebody_else_is_named_and_left_as_it_is(grid_cell, which, main, tmp_path, guard):
     words, _ = theirs(grid_cell, tmp_path)
     path = tmp_path / "sweeps/quick" / ("lora" if main is sweep.main else "lora-n16-tune") / "study.db"
@@ -318,7 +333,7 @@ def test_a_folder_of_plans_of_somebody_else_is_left(grid_cell, held, tmp_path, g
 CONFIGS = {"deep": DEEP, "list": "[1]", "text": '{"model_type": "llama", "hidden_size": "${oc.env:SECRET}"}', "empty": ""}
 
 
-@pytest.mark.parametrize("which", CONFIGS)
+@pytest.mark.parametrize("which", few(CONFIGS, 1))
 def test_a_model_of_somebody_else(tiny, which, tmp_path, guard):
     """Forecast it, fetch it, train on it."""
     folder = tmp_path / "models/smollm2_135m"
@@ -405,7 +420,7 @@ PEFT = {
 }
 
 
-@pytest.mark.parametrize("which", PEFT)
+@pytest.mark.parametrize("which", few(PEFT, 2))
 def test_configurations_of_peft_of_somebody_else(overrides, which, tmp_path, guard):
     text, says = PEFT[which]
     folder = tmp_path / "configs/lora/x"

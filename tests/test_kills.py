@@ -20,7 +20,7 @@ import kills
 import pytest
 import yaml
 from kills import Command, Counts, cell_facts, ended, forked, mlflow_runs
-from kills_dvc import Clone
+from kills_dvc import WarmClone
 
 from pipeline import cells, sweep, train, tune
 from pipeline.cell import grid
@@ -171,13 +171,13 @@ def test_a_kill_between_a_result_and_its_mirror_loses_no_run(name, words, tmp_pa
 
 
 def test_dvc_repro(tiny, tmp_path, warm):
-    clones: list[Clone] = []
+    clones: list[WarmClone] = []
 
     def make(root: Path) -> Command:
-        clones.append(Clone(root, tiny, ["full", "lora", "prompt_tuning"]))
+        clones.append(WarmClone(root, tiny, ["full", "lora", "prompt_tuning"]))
         results = root / "results"
         return Command(
-            root, lambda: forked(clones[-1].repro, [], root / "log.txt"), lambda: cell_facts(results),
+            root, lambda: forked(clones[-1].become, ["repro"], root / "log.txt"), lambda: cell_facts(results),
             lambda: [f"kills/{path.parent.name}" for path in results.rglob("result.json")], list,
             lambda: any((root / ".work/checkpoints").glob("*.pt")) or any(results.rglob("result.json")),
         )

@@ -102,7 +102,7 @@ def _check_replaceable(path: Path, manifest: str, keys: Sequence[str]) -> None:
 def _has(file: Path, keys: Sequence[str]) -> bool:
     try:
         values = json.loads(file.read_text(encoding="utf-8")) if keys else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and all(key in values for key in keys)
 
