@@ -7,15 +7,10 @@ standard output. Stages that fetch (task, model, rationales) copy the tiny ones.
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import yaml
@@ -30,7 +25,6 @@ there.sendmsg([asked], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", 
 said = there.recv(16)
 sys.exit(int(said) if said else 1)
 '''
-COPIED = {"pipeline.prepare": "data/{task}", "pipeline.base_model": "models/{model}", "pipeline.rationales": "rationales/{task}/{teacher}"}
 EXPERIMENT = '''# @package _global_
 defaults:
   - override /task: vader_movies
@@ -67,7 +61,7 @@ class WarmClone(Clone):
         address = self.root / ".bin/s"
         (self.root / ".bin/python").write_text(CLIENT.format(python=sys.executable, server=address))
         (self.root / ".bin/python").chmod(0o755)
-        command = [sys.executable, str(Path(__file__)), str(address), str(tiny)]
+        command = [sys.executable, str(Path(__file__).with_name("kills_server.py")), str(address), str(tiny)]
         self.server = subprocess.Popen(command, cwd=self.root, env=self.environment() | {"PYTHONPATH": str(self.root)})
         end = time.monotonic() + 240
         while not address.exists():
@@ -82,66 +76,3 @@ class WarmClone(Clone):
     def close(self) -> None:
         self.server.terminate()
         self.server.wait()
-
-
-def serve(address: str, tiny: Path) -> None:
-    """Run the commands that clients ask for, each in a fork, until this process is ended."""
-    mains = {name: importlib.import_module(name).main for name in ("pipeline.plan", "pipeline.train", "pipeline.report")}
-    for module in ("pipeline.cell.run", "torch", "transformers", "peft", "optuna", "sklearn.metrics", "mlflow.store.tracking.sqlalchemy_store", "pandas"):
-        importlib.import_module(module)
-    from pipeline.core.settings import Task
-    from pipeline.scoring import answers
-
-    answers.preload(Task("any", "choice", metric="rouge_l"))
-    here = socket.socket(socket.AF_UNIX)
-    here.bind(f"{address}.new")
-    here.listen()
-    os.rename(f"{address}.new", address)
-    here.settimeout(0.2)
-    while True:
-        try:
-            there = here.accept()[0]
-        except TimeoutError:
-            _reap()
-            continue
-        if os.fork() == 0:
-            here.close()
-            _run(there, mains, tiny)
-        there.close()
-
-
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return
-
-
-def _run(there: socket.socket, mains: dict, tiny: Path) -> None:
-    code = 1
-    try:
-        there.setblocking(True)
-        asked, descriptors, _, _ = socket.recv_fds(there, 1 << 16, 2)
-        group, name, words = json.loads(asked)
-        os.setpgid(0, group)  # killed with the stage that asked
-        for number, descriptor in enumerate(descriptors, 1):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        if name in COPIED:
-            to = COPIED[name].format_map(dict(word.split("=", 1) for word in words))
-            shutil.copytree(tiny / to, to)
-            code = 0
-        else:
-            code = mains[name](words)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        there.sendall(str(code).encode())
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]))

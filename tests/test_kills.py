@@ -140,12 +140,12 @@ def test_a_sweep(words, tmp_path):
     def make(root: Path) -> Command:
         return search_command(sweep.main, root, [w for w in words(root) if not w.startswith("experiments=")] + more)
 
-    kill_often("pipeline.sweep", make, tmp_path, 28, 14, 1.0)
+    kill_often("pipeline.sweep", make, tmp_path, 28, 14, 2.5)
 
 
 def test_tuning(words, tmp_path):
     more = [f"tune.techniques=[{','.join(TUNED)}]", f"tune.trials={TRIALS}", *SHORTER]
-    kill_often("pipeline.tune", lambda root: search_command(tune.main, root, [*words(root), *more]), tmp_path, 24, 12, 1.0)
+    kill_often("pipeline.tune", lambda root: search_command(tune.main, root, [*words(root), *more]), tmp_path, 24, 12, 3.0)
 
 
 @pytest.mark.parametrize("name", ["train", "cells", "sweep", "tune"])

@@ -120,12 +120,14 @@ def _sweep(cfg: DictConfig, space: Space, trials: int, part: str = "declared") -
 
 
 def _part(part: str, cfg: DictConfig, space: Space, trials: int, shared: Shared) -> list[dict[str, Any]]:
-    """Trials over one space, those that were made before included. Every one that counts, in the order they were asked for."""
+    """Trials over one space, those that were made before included. Every one that counts, in the order of the draws: a kill changes nothing."""
     folder = _folder(cfg, part)
     with alone(folder):
         study = open_study(folder, cfg, _sweep(cfg, space, trials, part))
         search(study, cfg, lambda: shared.of(cfg))
+        drawn = study.sweep.points or []
         rows = [row for row in study.rows() if row["status"] != "died"]
+        rows.sort(key=lambda row: drawn.index(point) if (point := space.point(row)) in drawn else len(drawn))
         if any(row["validation"] is not None for row in rows):
             study.write_best()
     return [{**row, "part": part, "params": space.point(row), "settings": {key: row[key] for key in space.keys}} for row in rows]
