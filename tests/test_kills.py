@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import math
 import os
 import random
 import signal
@@ -21,10 +22,11 @@ import pytest
 import yaml
 from kills import Command, Counts, cell_facts, ended, forked, mlflow_runs
 from kills_dvc import WarmClone
+from test_tune import Runs, tuned_file, words_in
 
 from pipeline import cells, sweep, train, tune
 from pipeline.cell import grid
-from pipeline.records import mlflow
+from pipeline.records import mlflow, tuned
 
 pytestmark = pytest.mark.slow
 SEED = 20261129
@@ -168,6 +170,26 @@ def test_a_kill_between_a_result_and_its_mirror_loses_no_run(name, words, tmp_pa
     assert killed and ended(command.start(), kills.HUNG_S) == 0
     command.judge(command.facts(), counts)
     assert not counts.faults and command.runs(), (counts, command.notes)
+
+
+def test_an_interrupted_tuning_leaves_the_file_of_one_that_was_not(tmp_path, overrides, monkeypatch, imports):
+    calls = []
+
+    def accuracy(lr: float, r: int) -> float:
+        calls.append(lr)
+        if len(calls) == 6 + 2:
+            raise KeyboardInterrupt
+        return 0.9 - abs(math.log10(lr) + 3) / 10
+
+    Runs(monkeypatch, accuracy)
+    words = [*words_in(tmp_path, overrides), "+search={method.config.r: {choices: [8]}}"]
+    assert tune.main(words) == 0
+    whole = tuned_file(tmp_path)
+    again = [*words, f"paths.sweeps={tmp_path}/again", f"paths.tuning={tmp_path}/again"]
+    assert tune.main(again) == 130 and tune.main(again) == 0
+    parted = tuned.read(tmp_path / "again/quick/lora-n160.yaml")
+    assert [(t["settings"], t["validation"]) for t in parted.trials] == [(t["settings"], t["validation"]) for t in whole.trials]
+    assert parted.settings == whole.settings and [t["number"] for t in parted.trials] != [t["number"] for t in whole.trials]
 
 
 def test_dvc_repro(tiny, tmp_path, warm):
