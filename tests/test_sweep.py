@@ -160,7 +160,7 @@ def test_killed_at_trial_4_of_6_it_goes_on_and_tries_the_dead_rank_again(words, 
         from pipeline import sweep
         from pipeline.cell import inputs
         from pipeline.cell import identity as cell_identity
-from pipeline.cell import run as cell_run
+        from pipeline.cell import run as cell_run
         from pipeline.search import trials as search_trials
         from pipeline.cell import child as supervise
 

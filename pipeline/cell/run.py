@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from pipeline.cell import record
 from pipeline.cell.evaluation import evaluate, score_answers, validate
-from pipeline.cell.identity import checkpoint_of, packed_of
+from pipeline.cell.identity import checkpoint_of, discard_training, packed_of
 from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, encoded, load_inputs
 from pipeline.measure import machine
 from pipeline.measure.clock import Meter
@@ -74,8 +74,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
         result, predictions = record.oom_result(cfg, str(error).splitlines()[0], machine.hardware(meter.device)), []
     if folder is not None:
         record.write(folder, cfg, result, predictions)
-        for left in (checkpoint_of(cfg), packed_of(cfg)):  # the result stands for the training now
-            left.unlink(missing_ok=True)
+        discard_training(cfg)
     return result
 
 

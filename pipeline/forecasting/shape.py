@@ -5,12 +5,13 @@ Library. The Llama family (llama, mistral, qwen2); another architecture has no f
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, read_json
+from pipeline.core.files import UserError, read_object
 
 FAMILIES = ("llama", "mistral", "qwen2")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -65,11 +66,18 @@ def read_shape(path: Path) -> Shape:
     """The shape that a config.json tells.
 
     Raises:
-        UserError: no such file. NoForecast: another architecture.
+        UserError: no such file, or no model's. NoForecast: another architecture.
     """
     if not path.exists():
         raise UserError(f"{path} is not there; run python -m pipeline.base_model for it, or set forecast.model_config to a model's config.json")
-    return shape_of(read_json(path))
+    try:
+        shape = shape_of(read_object(path))
+        wrong = next((f.name for f in dataclasses.fields(shape) if f.type == "int" and (type(value := getattr(shape, f.name)) is not int or value < 1)), None)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} is no config.json of a model ({type(error).__name__}: {error}); run python -m pipeline.base_model for it") from error
+    if wrong:
+        raise UserError(f"{path} is no config.json of a model (its {wrong} is {getattr(shape, wrong)!r}); run python -m pipeline.base_model for it")
+    return shape
 
 
 def shape_of(config: dict[str, Any]) -> Shape:

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, read_json
+from pipeline.core.files import UserError, read_object
 from pipeline.core.settings import Precision
 
 
@@ -42,14 +42,17 @@ def load_tokenizer(folder: Path) -> Any:
     manifest(folder)
     if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json); put the model's tokenizer files beside its weights")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, TypeError, OSError, KeyError, RecursionError, AttributeError) as error:
+        raise _refusal(folder, error) from error
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     """A prepared model's manifest. Raises UserError if the model stage has not run."""
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is not there; run: python -m pipeline.base_model model={folder.name}")
-    return read_json(folder / "manifest.json")
+    return read_object(folder / "manifest.json")
 
 
 def load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -66,6 +69,8 @@ def load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _pretrained(folder: Path, trust_remote_code: bool, **how: Any) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from pipeline.models import attention
@@ -74,12 +79,18 @@ def _pretrained(folder: Path, trust_remote_code: bool, **how: Any) -> Any:
     try:
         with quiet():
             return AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa", **how
+                folder, local_files_only=True, trust_remote_code=trust_remote_code, use_safetensors=True, attn_implementation="sdpa", **how
             )
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise UserError(f"{folder} comes with Python code of its own; read that code, then set model.trust_remote_code=true") from error
+    except (ValueError, TypeError, OSError, KeyError, RecursionError, StrictDataclassError, SafetensorError) as error:
+        raise _refusal(folder, error) from error
+
+
+def _refusal(folder: Path, error: Exception) -> UserError:
+    """The sentence for what transformers says of a folder."""
+    if "trust_remote_code" in str(error):
+        return UserError(f"{folder} comes with Python code of its own; read that code, then set model.trust_remote_code=true")
+    reason = " ".join(str(error).split())
+    return UserError(f"{folder} cannot be loaded as a model ({type(error).__name__}: {reason:.300}); run python -m pipeline.base_model for it again")
 
 
 def load_model(folder: Path, precision: Precision, device: Any, stored: Any = None, trust_remote_code: bool = False) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, read_json
+from pipeline.core.files import UserError, read_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -87,21 +87,22 @@ def refuse_pickles(folder: Path, allow_pickle: bool) -> None:
 
 
 def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: bool) -> tuple[Any, Any]:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from pipeline.models.base import quiet
 
-    tokenizer = _tokenizer(folder, shown, trust_remote_code)
     config = Path(folder) / "config.json"
-    if config.exists() and read_json(config).get("is_encoder_decoder"):
+    if config.exists() and read_object(config).get("is_encoder_decoder"):
         raise UserError(f"the model {shown} is an encoder-decoder, and every technique here is for decoder-only models; choose a causal language model")
     try:
+        tokenizer = _tokenizer(folder, shown, trust_remote_code)
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True
             )
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError, KeyError, RuntimeError, AttributeError, StrictDataclassError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it comes with Python code of its own; read that code, then set model.trust_remote_code=true"

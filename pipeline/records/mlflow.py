@@ -56,29 +56,28 @@ def log_cell(folder: str | Path, cfg: DictConfig) -> bool:
     Returns:
         Whether trying with further cells makes sense: not where MLflow is missing or no server answers.
     """
-    _attempt(cfg, lambda mirror: mirror.cell(Path(folder)))
-    return cfg.tracking.get("uri") not in _unreachable
+    return _attempt(cfg, lambda mirror: mirror.cell(Path(folder)))
 
 
-def log_sweep(folder: str | Path, cfg: DictConfig) -> None:
-    """Mirror a sweep from its folder: a parent run, and a nested run each finished trial. Never raises."""
-    _attempt(cfg, lambda mirror: mirror.sweep(Path(folder)))
+def log_sweep(folder: str | Path, cfg: DictConfig) -> bool:
+    """Mirror a sweep from its folder: a parent run, and a nested run each finished trial. Never raises; returns as log_cell does."""
+    return _attempt(cfg, lambda mirror: mirror.sweep(Path(folder)))
 
 
-def _attempt(cfg: DictConfig, work: Callable[[Mirror], object]) -> None:
+def _attempt(cfg: DictConfig, work: Callable[[Mirror], object]) -> bool:
     uri = "MLflow"
     try:
         settings = _settings(cfg)
         uri = settings.uri
-        if not settings.enabled or uri in _unreachable:
-            return
-        with _connected(settings, Path(cfg.paths.work)) as mirror:
-            work(mirror)
+        if settings.enabled and uri not in _unreachable:
+            with _connected(settings, Path(cfg.paths.work)) as mirror:
+                work(mirror)
     except Exception as error:  # noqa: BLE001  (a mirror that fails must not fail the training)
         if uri.startswith("http") or isinstance(error, ImportError):
             _unreachable.add(uri)  # do not wait again, nor warn again, for every further cell
         command = f"python -m pipeline.tracking backfill experiments={cfg.experiment}"
         print(f"warning: {uri} was not written ({_reason(error)}); results are complete, once it answers run `{command}`", file=sys.stderr)
+    return uri not in _unreachable
 
 
 def _settings(cfg: DictConfig) -> Tracking:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import read_json, sha256
+from pipeline.core.files import UserError, check_name, read_json, read_object, sha256
 from pipeline.records import results
 from pipeline.records.results import Result
 
@@ -90,9 +90,16 @@ def cell_run(folder: str | Path) -> Run:
         tags=_cell_tags(result),
         metrics=[Metric(key, float(value), end) for key, value in _cell_metrics(result).items()] + _curves(result, start, end),
         datasets=_datasets(result),
-        files=[p for p in (folder / "result.json", folder / "predictions.jsonl") if p.exists()],
+        files=_own(folder / "result.json", folder / "predictions.jsonl"),
         config=result.config,
     )
+
+
+def _own(*paths: Path) -> list[Path]:
+    """Those that are there. Raises UserError for a symbolic link: what it leads to is not the cell's to be sent."""
+    if link := next((path for path in paths if path.is_symlink()), None):
+        raise UserError(f"{link} is a symbolic link, whose content is not sent to MLflow; put the file itself there")
+    return [path for path in paths if path.exists()]
 
 
 def _cell_tags(result: Result) -> dict[str, str]:
@@ -147,10 +154,18 @@ def sweep_runs(folder: str | Path) -> tuple[Run, list[Run]]:
     """The parent run of a sweep and one child a finished trial, from sweep.json, trials.csv and best.json.
 
     Raises:
-        UserError: sweep.json is missing or not JSON.
+        UserError: sweep.json is missing, or the folder's files are not those of a sweep.
     """
     folder = Path(folder)
-    sweep = read_json(folder / "sweep.json")
+    try:
+        return _sweep_runs(folder)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{folder / 'sweep.json'} and the files beside it are none of a sweep ({type(error).__name__}: {error}); remove that folder") from error
+
+
+def _sweep_runs(folder: Path) -> tuple[Run, list[Run]]:
+    sweep = read_object(folder / "sweep.json")
+    check_name(sweep["experiment"], f"{folder / 'sweep.json'}: experiment")
     best_path = folder / "best.json"
     best = read_json(best_path) if best_path.exists() else None
     start = _milliseconds(sweep["provenance"]["started"])
@@ -165,7 +180,7 @@ def sweep_runs(folder: str | Path) -> tuple[Run, list[Run]]:
         params=params | _texts({"space": json.dumps(sweep["space"]), "objectives": ", ".join(sweep["objectives"])}),
         tags=tags | {"status": "ok" if best else "running"},
         metrics=[Metric(f"best/{k}", float(v), end or 0) for k, v in best["values"].items()] if best else [],
-        files=[folder / "sweep.json", best_path] if best else [],
+        files=_own(folder / "sweep.json", best_path) if best else [],
     )
     return parent, [_trial_run(row, sweep, key, params, tags) for row in rows]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cell import identity
 from pipeline.core.compose import RENAMED, plain
-from pipeline.core.files import UserError, sha256, write_json, write_text
+from pipeline.core.files import UserError, atomic_path, sha256, write_json, write_text
 from pipeline.core.settings import AtLeast1, Within, build
 from pipeline.measure.machine import provenance
 from pipeline.records.results import Result, csv_text
@@ -126,6 +128,7 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> Study:
     path = folder / "study.db"
     name = f"{cfg.experiment}/{folder.name}"
     try:
+        _create(path)
         study = optuna.create_study(
             storage=f"sqlite:///{path}",
             study_name=name,
@@ -133,9 +136,9 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> Study:
             pruner=_pruner(sweep),
             load_if_exists=True,
         )
-    except OperationalError as error:  # of the place, not of what the file holds
+    except (OperationalError, sqlite3.OperationalError) as error:  # of the place, not of what the file holds
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); free space or fix paths.sweeps, then run again") from error
-    except (SQLAlchemyError, RuntimeError) as error:
+    except (SQLAlchemyError, sqlite3.DatabaseError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be opened as an Optuna study ({str(error).splitlines()[0]}); delete {folder} to start anew"
         ) from error
@@ -146,6 +149,24 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> Study:
     if not study.trials or not (folder / "sweep.json").exists():
         write_json(folder / "sweep.json", _description(cfg, sweep))
     return Study(study, sweep, folder)
+
+
+def _create(path: Path) -> None:
+    """Make an empty database of Optuna's, whole or not at all.
+
+    Raises:
+        UserError: a symbolic link is there. sqlite3.DatabaseError: a file that is no database of Optuna's, which is left as it is.
+    """
+    import optuna
+
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, through which nothing is written; remove it, or set paths.sweeps to another folder")
+    if not path.exists():
+        with atomic_path(path) as beside:
+            optuna.storages.RDBStorage(f"sqlite:///{beside}").engine.dispose()
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'studies'").fetchall():
+            raise sqlite3.DatabaseError("it has no table of studies")
 
 
 def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:

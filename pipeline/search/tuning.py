@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from pipeline.core.compose import SUFFIX, by_key, without
 from pipeline.core.files import UserError
 from pipeline.core.settings import build
 from pipeline.measure.machine import provenance
-from pipeline.records import mlflow as tracking
 from pipeline.records import tuned
 from pipeline.records.results import rank_key
 from pipeline.records.tuned import Edge
@@ -62,10 +61,11 @@ def each_technique(cfg: DictConfig, words: Sequence[str]) -> list[list[str]]:
 
 @dataclass
 class Shared:
-    """What the searches of one base model read once."""
+    """What searches share: what those of one base model read once, and the mirror."""
 
     model: str | None = None
     loaded: inputs.Shared | None = None
+    mirror: cell_grid.Mirror = field(default_factory=cell_grid.Mirror)
 
     def of(self, cfg: DictConfig) -> inputs.Shared:
         if self.loaded is None or self.model != cfg.model.name:
@@ -100,9 +100,7 @@ def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
             trials = _part("declared", cfg, space, budget, shared)
             edges = [replace(e, widened=None) for e in widened(space, trials)[1]]
     finally:
-        for folder in (_folder(cfg, part) for part in PARTS):
-            if (folder / "sweep.json").exists():
-                tracking.log_sweep(folder, cfg)
+        shared.mirror.sweeps(cfg, *(_folder(cfg, part) for part in PARTS))
     result = _tuned(cfg, space, budget, trials, edges)
     tuned.write(tuned.path_of(cfg), result)
     return result
@@ -122,12 +120,14 @@ def _sweep(cfg: DictConfig, space: Space, trials: int, part: str = "declared") -
 
 
 def _part(part: str, cfg: DictConfig, space: Space, trials: int, shared: Shared) -> list[dict[str, Any]]:
-    """Trials over one space, those that were made before included. Every one that counts, in the order they were asked for."""
+    """Trials over one space, those that were made before included. Every one that counts, in the order of the draws: a kill changes nothing."""
     folder = _folder(cfg, part)
     with alone(folder):
         study = open_study(folder, cfg, _sweep(cfg, space, trials, part))
         search(study, cfg, lambda: shared.of(cfg))
+        drawn = study.sweep.points or []
         rows = [row for row in study.rows() if row["status"] != "died"]
+        rows.sort(key=lambda row: drawn.index(point) if (point := space.point(row)) in drawn else len(drawn))
         if any(row["validation"] is not None for row in rows):
             study.write_best()
     return [{**row, "part": part, "params": space.point(row), "settings": {key: row[key] for key in space.keys}} for row in rows]

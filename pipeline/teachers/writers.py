@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
+from pipeline.core import locks
 from pipeline.core.files import UserError
 from pipeline.core.settings import AtLeast1, NotNegative, Within, check_fields
 
@@ -138,6 +139,12 @@ class Completion:
     completion_tokens: int | None = None
     cut: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for a field of another type: a cache may have been written by anybody."""
+        tokens = (self.prompt_tokens, self.completion_tokens)
+        if not isinstance(self.text, str) or type(self.seconds) not in (int, float) or {*map(type, tokens)} - {int, type(None)} or type(self.cut) is not bool:
+            raise TypeError(f"no answer: {self}")
+
 
 def digest(value: Any) -> str:
     """sha256 of a JSON value, the order of its keys set aside."""
@@ -158,18 +165,8 @@ class Cache:
         Raises:
             UserError: the place cannot be written.
         """
-        from filelock import FileLock, Timeout
-
         path = Path(path)
-        with _refusals(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_suffix(".lock"))
-            try:
-                lock.acquire(timeout=1)
-            except Timeout:
-                print(f"waiting for another run that writes to {path}", file=sys.stderr)
-                lock.acquire()
-        try:
+        with locks.waited(path.with_suffix(".lock"), f"waiting for {{holder}}, which writes to {path}", wait_s=1):
             with _refusals(path):
                 out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
@@ -180,8 +177,6 @@ class Cache:
                 yield cls(path, answers, out)
             finally:
                 os.close(out)
-        finally:
-            lock.release()
 
     def __contains__(self, key: str) -> bool:
         return key in self._answers
@@ -208,14 +203,17 @@ def _refusals(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Completion]:
-    answers = {}
-    for line in path.read_bytes().split(b"\n"):
+    answers, bad = {}, []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            answer = json.loads(line)
-            key = answer.pop("key")
-            answers[key] = Completion(**answer)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue  # cut off, or written by another version: asked for again
+            if line:
+                answer = json.loads(line)
+                key = str(answer.pop("key"))
+                answers[key] = Completion(**answer)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            bad.append(number)
+    if bad:
+        print(f"warning: {path} has {len(bad)} damaged lines (the first: line {bad[0]}); what they held is asked for again", file=sys.stderr)
     return answers
 
 

@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 
 from pipeline.core import settings
 from pipeline.core.compose import plain
-from pipeline.core.files import UserError, read_jsonl, sha256
+from pipeline.core.files import UserError, sha256
 from pipeline.data import recipe as tasks
 from pipeline.data import splits
 from pipeline.data.near import Near
 from pipeline.data.recipe import Recipe
-from pipeline.data.rows import load_rows
+from pipeline.data.rows import load_rows, read_rows
 from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.teachers.synthetic import taxonomy
 from pipeline.teachers.synthetic.rows import Synthesis
@@ -124,7 +124,7 @@ def check(cfg: DictConfig, wanted: Synthesis) -> None:
 
 def held_out_rows(data: Path, recipe: Recipe) -> Rows:
     files = [data / "validation.jsonl", data / "test.jsonl", *(data / "transfer" / f"{name}.jsonl" for name in recipe.transfer)]
-    return [row for file in files for row in read_jsonl(file)]
+    return [row for file in files for row in read_rows(file)]
 
 
 def whole(example: SeedExample) -> str:
