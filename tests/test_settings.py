@@ -76,7 +76,7 @@ def test_an_override_by_a_key_s_old_name_is_refused():
     ("train.optimizer=adam", r"'train\.optimizer' is 'adam'; choose one of adamw, paged_adamw"),
     ("train.schedule=cosinus", r"'train\.schedule' is 'cosinus'; choose one of cosine, linear, constant"),
     ("train.too_long=cut", r"'train\.too_long' is 'cut'; choose one of error, truncate"),
-    ("train.progress=1", r"'train\.progress' is 1; it takes bool"),
+    ("train.progress=1", r"'train\.progress' is 1; it takes true or false"),
     ("train.warmup_share=1.5", r"'train\.warmup_share' is 1\.5"),
     ("train.max_grad_norm=0", r"'train\.max_grad_norm' is 0"),
     ("train.weight_decay=-1", r"'train\.weight_decay' is -1"),
