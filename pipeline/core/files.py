@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,22 +194,27 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
+def read_jsonl(path: str | Path, parse: Callable[[str], Any] = json.loads) -> list[dict]:
     """Rows of a JSON Lines file; blank lines are passed over.
+
+    Args:
+        parse: reads a line; a ValueError says what is wrong with it.
 
     Raises:
         UserError: the file is missing, or a line is not a JSON object (named by file and line number).
     """
     rows = []
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path} line {number} is not JSON ({error.msg}); fix or remove that line") from error
+                    row = parse(line)
+                except RecursionError as error:
+                    raise UserError(f"{path} line {number} is nested too deeply to be read; fix or remove that line") from error
+                except ValueError as error:
+                    raise UserError(f"{path} line {number} is not JSON ({getattr(error, 'msg', error)}); fix or remove that line") from error
                 if not isinstance(row, dict):
                     raise UserError(f"{path} line {number} is not a JSON object; write one object of columns a line")
                 rows.append(row)
@@ -228,6 +233,8 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} does not exist; run the stage that writes it") from error
     except json.JSONDecodeError as error:
         raise Damaged(f"{path} is not JSON ({error.msg}, line {error.lineno}); delete it and run its stage again") from error
+    except RecursionError as error:
+        raise Damaged(f"{path} is nested too deeply to be read; delete it and run its stage again") from error
     except UnicodeDecodeError as error:
         raise Damaged(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); delete it and run its stage again") from error
 

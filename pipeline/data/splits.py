@@ -15,6 +15,8 @@ from pipeline.data.sources import Loaded
 
 SPLITS = ("train", "validation", "test")
 DRAWN = {"validation": 0.1, "test": 0.2}
+CONTRADICTING = 0.1
+"""The largest share of a set's rows that is left out for answers that contradict each other."""
 Rows = list[dict[str, Any]]
 Sets = dict[str, Rows]
 Counts = dict[str, dict[str, int]]
@@ -27,13 +29,12 @@ def assemble(recipe: Recipe, loaded: Loaded) -> tuple[Sets, Counts]:
         UserError: a row that does not fit the task, leakage, too few rows, a label that training never saw.
     """
     _check_names(recipe, loaded)
-    dropped: Counts = {"unlabelled": {}, "duplicate": {}, "leaked": {}, "unused": {}}
+    dropped: Counts = {"unlabelled": {}, "duplicate": {}, "contradicting": {}, "other_answer": {}, "leaked": {}, "unused": {}}
     sets = {}
     for name, raw in loaded.sets.items():
         rows = _rendered(recipe, loaded, name, raw)
-        sets[name] = _distinct(rows)
         dropped["unlabelled"][name] = len(raw) - len(rows)
-        dropped["duplicate"][name] = len(rows) - len(sets[name])
+        sets[name] = _distinct(recipe, rows, name, dropped, _place(loaded, name))
     sets = _without_leakage(recipe, sets, dropped["leaked"])
     sets = _drawn(recipe, sets, dropped["unused"])
     _check_labels(recipe, sets, loaded)
@@ -81,11 +82,42 @@ def _rendered(recipe: Recipe, loaded: Loaded, name: str, raw: Rows) -> Rows:
     return [row for row in rows if row is not None]
 
 
-def _distinct(rows: Rows) -> Rows:
-    first: dict[str, dict] = {}
+def _distinct(recipe: Recipe, rows: Rows, name: str, dropped: Counts, place: str) -> Rows:
+    """Every text once. Of one to choose an answer for that has several answers none is kept, since no row says which is right; of one to generate
+    an answer for, the first is kept.
+
+    Raises:
+        UserError: more than CONTRADICTING of the rows contradict each other.
+    """
+    texts: dict[str, Rows] = {}
     for row in rows:
-        first.setdefault(normalised(row["prompt"]), row)
-    return list(first.values())
+        texts.setdefault(normalised(row["prompt"]), []).append(row)
+    kept, contradicting = [], []
+    for same in texts.values():
+        first = same[0]
+        others = [row for row in same if row["answer"] != first["answer"] and set(row["choices"] or ()) == set(first["choices"] or ())]
+        if others and recipe.scoring == "choice":
+            contradicting.append((first, others[0], len(same)))
+            continue
+        kept.append(first)
+        dropped["other_answer"][name] = dropped["other_answer"].get(name, 0) + len(others)
+        dropped["duplicate"][name] = dropped["duplicate"].get(name, 0) + len(same) - 1 - len(others)
+    dropped["contradicting"][name] = count = sum(size for _, _, size in contradicting)
+    if count > CONTRADICTING * len(rows):
+        one, other, _ = contradicting[0]
+        raise UserError(
+            f"{count} of the {len(rows)} rows of {place} have a text that stands there with another answer too (first: {one['id']} has {one['answer']!r}, "
+            f"{other['id']} has {other['answer']!r}); fix their answers, or remove them"
+        )
+    return kept
+
+
+def case_variants(sets: Sets) -> list[list[str]]:
+    """Spellings of one answer that differ in case alone, the commonest answer's first; generated answers are compared without it."""
+    spelt: dict[str, Counter[str]] = {}
+    for row in (row for rows in sets.values() for row in rows if not row["choices"]):
+        spelt.setdefault(row["answer"].casefold(), Counter())[row["answer"]] += 1
+    return [sorted(found) for found in sorted(spelt.values(), key=lambda c: -c.total()) if len(found) > 1]
 
 
 def _without_leakage(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Sets:
