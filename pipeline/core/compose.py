@@ -161,7 +161,8 @@ def explain(error: BaseException) -> str:
         parent = getattr(cause, "parent_node", None)
         siblings = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
         return f"unknown config key {key!r}{closest(key.rpartition('.')[2], siblings)}; fix the override, or prefix + to add a key"
-    return f"the config does not compose: {' '.join(str(error).split()) or type(error).__name__}"
+    reason = " ".join(str(error).split()) or " ".join(str(error.__cause__).split())
+    return f"the config does not compose: {reason}"
 
 
 MARK = "tuned"
