@@ -22,6 +22,7 @@ from pipeline.core.schema import FILLED, NO_LIMIT, AtLeast0, AtLeast1, Filled, N
 
 Seed = Annotated[int, Within(0, 2**63 - 1)]
 """What torch and Python draw from alike."""
+Steps = Annotated[int, Within(0, 2**31 - 1)]
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ class Task:
 @dataclass(frozen=True)
 class Train:
     lr: Positive
-    epochs: NotNegative
+    epochs: Annotated[float, Within(0, 1e6)]
     batch_size: AtLeast1
     """Rows per optimiser step."""
     micro_batch_tokens: AtLeast1
     """Most tokens (padding included) in one forward pass; a step's rows are split to fit."""
-    steps: AtLeast0 | None = None
+    steps: Steps | None = None
     """Optimiser steps; overrides epochs. 0 trains nothing but goes through save and load."""
-    min_steps: AtLeast0 | None = None
+    min_steps: Steps | None = None
     """Fewest optimiser steps: few rows are gone through more often than `epochs` says, until there are as many; null: as `epochs` says."""
     engine: Literal["auto", "fast", "eager"] = "auto"
     """auto (fast on a GPU where technique and model allow it, eager elsewhere), fast (static shapes, CUDA graphs, hand-written steps) or eager."""
