@@ -139,7 +139,9 @@ def checkout() -> str:
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory, imports: None) -> Iterator[Path]:
     """A folder with data/, models/ and rationales/; neither it nor the checkout may change."""
-    import pyarrow.parquet  # noqa: F401
+    import datasets
+
+    datasets.disable_progress_bars()
 
     root = tmp_path_factory.mktemp("ground")
     write_task(root / "data" / "vader_movies")
@@ -158,8 +160,8 @@ HOSTILE = [
 ]
 TECHNIQUES = [
     "lora", "adalora", "vera", "loha", "boft", "oft", "ia3", "prompt_tuning", "prefix_tuning", "full", "top_layers", "bitfit_added", "adapter_houlsby",
-    "compacter", "ladder", "few_shot", "prompt_choice", "retrieval", "dpo", "kto", "step_by_step_lora", "rationale_first", "lora_plus", "zero_shot", "magnitude_pruning",
-    "low_rank",
+    "compacter", "ladder", "few_shot", "prompt_choice", "retrieval", "dpo", "kto", "step_by_step_lora", "rationale_first", "lora_plus", "zero_shot",
+    "magnitude_pruning", "low_rank",
 ]
 
 
@@ -226,8 +228,8 @@ YAMLS = {
     "generate": "answer: '{label}'\nscoring: generate\n",
 }
 VALUES: list[Any] = [
-    None, "", " ", 0, -1, 1.5, float("nan"), float("inf"), 10**30, True, [], ["a", "b"], [None], [["a"]], {"a": 1}, {}, "\x00", "a\x00b", "\ud800", "\ufeff", "pos",
-    "POS", "neg ", "x" * 100_000, "\u202e", "é", "e\u0301", "{text}", "\r", "\n", "b'x'", "nan", "=1+1",
+    None, "", " ", 0, -1, 1.5, float("nan"), float("inf"), 10**30, True, [], ["a", "b"], [None], [["a"]], {"a": 1}, {}, "\x00", "a\x00b", "\ud800", "\ufeff",
+    "pos", "POS", "neg ", "x" * 100_000, "\u202e", "é", "e\u0301", "{text}", "\r", "\n", "b'x'", "nan", "=1+1",
 ]
 BYTES = [b"\x00", b"\xff", b"\xef\xbb\xbf", b'"', b"\t", b",", b"\n", b"\r\n", b"\\", b"{", b"[" * 3000, b"NaN", b"\\ud800", b"<html>", b"'", b"\xc3"]
 
@@ -238,12 +240,11 @@ def rows_of(rng: random.Random) -> list[dict[str, Any]]:
 
 def written(rows: list[dict[str, Any]], ending: str) -> bytes:
     """The rows as a file of this kind."""
-    import pyarrow
-    from pyarrow import parquet
+    from datasets import Dataset
 
     if ending == "parquet":
         out = io.BytesIO()
-        parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+        Dataset.from_list(rows).to_parquet(out)
         return out.getvalue()
     if ending in ("jsonl", "json"):
         return "".join(json.dumps(row) + "\n" for row in rows).encode() if ending == "jsonl" else json.dumps(rows).encode()

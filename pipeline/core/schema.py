@@ -63,12 +63,13 @@ def checked(value: Any, hint: Any, key: str) -> Any:
             raise UserError(f"config key '{key}' is {value}; it takes a finite number")
         if isinstance(value, str) and (reason := unwritable(value)):
             raise UserError(f"config key '{key}' is {value!r}, which holds {reason}; take it out")
+        value = float(value) if kind is float else value
         if FILLED in marks and not value:
             raise UserError(f"config key '{key}' is {value!r}; write what it is, or null")
         for mark in marks:
             if isinstance(mark, Within) and value not in mark:
                 raise UserError(f"config key '{key}' is {value}; it must be {mark}")
-        return float(value) if kind is float else _items(value, kind, key)
+        return _items(value, kind, key)
     named = [option for option in options if typing.get_origin(option) is Literal]
     raise UserError(f"config key '{key}' is {value!r}; " + (
         f"choose one of {', '.join(map(str, typing.get_args(named[0])))}" if named else f"it takes {' or '.join(map(_words, options))}"))

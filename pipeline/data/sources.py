@@ -201,18 +201,11 @@ def _tsv(path: Path, header: list[str] | None, encoding: str) -> list[dict[str, 
 
 
 def _parquet(path: Path, header: list[str] | None, encoding: str) -> list[dict[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(path).read()
-        names = table.column_names
-        if len(set(names)) < len(names):
-            raise UserError(f"{path} has two columns of the same name ({', '.join(names)}); rename one")
-        rows: list[dict[str, Any]] = table.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({_reason(error)}); fix the file") from error
-    return rows
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            return _datasets().Dataset.from_parquet(str(path), cache_dir=cache).to_list()
+        except Exception as error:  # Arrow errors, wrapped by `datasets`
+            raise UserError(f"{path} cannot be read as parquet ({_reason(error)}); fix the file") from error
 
 
 READERS: dict[str, Callable[..., list[dict[str, Any]]]] = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".txt": _tsv, ".parquet": _parquet}
