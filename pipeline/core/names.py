@@ -88,6 +88,8 @@ def build(values: Any, kind: str, key: str | None = None) -> Any:
     fields = {name: _value(value, f"{key}.{name}") for name, value in values.items() if name not in ("type", "_target_")}
     made = find(name_of(values, kind, key), kind, key)
     _check_fields(made, {name: value for name, value in fields.items() if kind != "peft" or _has_peft_type(name, value)}, key)
+    if kind == "peft" and "peft_type" in fields:
+        raise UserError(f"{key}.type says which adapter it is; leave out peft_type")
     try:
         return made(**fields)
     except UserError:

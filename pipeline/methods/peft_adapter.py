@@ -27,7 +27,7 @@ UNMERGED = ("ADAPTION_PROMPT", "BEFT", "LILY", "POLY", "SHADOW", "XLORA")
 COUNTS = ("r", "num_virtual_tokens", "init_r", "target_r")
 """Keys of PEFT's configs that count something."""
 PATTERNS = ("target_modules", "exclude_modules")
-NAMED = (*PATTERNS, "modules_to_save", "feedforward_modules")
+NAMED = (*PATTERNS, "modules_to_save", "feedforward_modules", "target_parameters")
 """Keys that name modules: a regular expression or, of all of them, a list of names."""
 RANKED = {"LORA": "r", "ADALORA": "init_r", "LOHA": "r"}
 """Adapters whose weights grow with the rank, however little a layer has; the key of it. VeRA's is of frozen matrices, and LoKr's has an end of its own."""
@@ -175,13 +175,15 @@ def check_config(config: Any) -> None:
         raise UserError(f"method.config.task_type is {config.task_type!r}; every base here is a causal language model: CAUSAL_LM")
     if config.inference_mode:
         raise UserError("method.config.inference_mode is True, with which nothing would be trained; leave it out")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise UserError("method.config.alora_invocation_tokens starts the adapter at tokens that no prompt here has; leave it out")
     if getattr(config, "prompt_tuning_init", None) == "TEXT" and not (config.prompt_tuning_init_text or "").strip():
         raise UserError("method.config.prompt_tuning_init_text is empty; give words to start from, or set prompt_tuning_init=RANDOM")
 
 
 def check_fit(config: Any, model: Any) -> None:
     """Raise UserError for names of modules that the model does not have, and for sizes beyond it, before anything is made."""
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
     for key in NAMED:
         wanted = getattr(config, key, None)
         for word in sorted(wanted) if isinstance(wanted, (list, tuple, set)) else ():
