@@ -112,6 +112,14 @@ def test_a_chat_task_on_a_model_without_a_chat_template(refuse):
     assert "task.format is chat, but the model's tokenizer has no chat template; choose task.format=plain" in refuse("technique=lora", "+task.format=chat")
 
 
+@pytest.mark.parametrize(("override", "sentence"), [
+    ("task.source=5", "config key 'task.source' is 5; it takes dict"), ("task.prompt=null", "config key 'task.prompt' is None; it takes str"),
+    ("synthetic.share=x", "config key 'synthetic.share' is 'x'; it takes float"),
+])
+def test_a_key_that_no_cell_reads_is_checked_where_the_result_would_say_it(refuse, override, sentence):
+    assert sentence in refuse("technique=lora", override)
+
+
 def test_a_transfer_set_that_is_not_there_is_told_even_where_it_is_not_scored(refuse):
     error = refuse("technique=lora", "task.transfer=[nothing]", "evaluate.transfer_rows=0")
     assert "task.transfer names 'nothing', but " in error and "transfer/nothing.jsonl does not exist; take it out, or run: python -m pipeline.prepare" in error

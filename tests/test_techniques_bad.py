@@ -115,7 +115,7 @@ def test_a_model_that_a_technique_cannot_apply_to_is_told(load, name, overrides,
         ("prompt_tuning_text", "method.config.prompt_tuning_init_text=''", "prompt_tuning_init_text is empty; give words"),
         ("lora_plus", "method.lr_ratio=inf", "'method.lr_ratio' is inf; it takes a finite number"),
         ("few_shot", "method.k=x", "'method.k' is 'x'; it takes int"),
-        ("vera", "+method.config.d_initial=nan", "'method.config.d_initial' is nan"),
+        ("vera", "method.config.d_initial=nan", "'method.config.d_initial' is nan"),
         ("prompt_choice", "method.templates=[hello]", "method.templates has 'hello'; every template holds {prompt}"),
     ],
 )
