@@ -125,6 +125,7 @@ def test_states_that_are_damaged_are_named_and_asked_for_again(overrides, tiny, 
     first = taught(objective, at)
     (kept,) = (Path(at.cfg.paths.work) / "teachers").iterdir()
     whole = kept.read_bytes()
+    kept.unlink()  # `first` is mapped from it
     kept.write_bytes(whole[: len(whole) // 2] if data is None else data)
     assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(first, taught(objective, at), strict=True))
     assert f"warning: {kept} is damaged" in capsys.readouterr().err and len(kept.read_bytes()) == len(whole)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.core.files import UserError
+from pipeline.measure.memory import out_of_memory
 from pipeline.methods.base import QUANTISED, Method
 
 SHOWN = {
@@ -31,7 +32,7 @@ NAMED = (*PATTERNS, "modules_to_save", "feedforward_modules", "target_parameters
 """Keys that name modules: a regular expression or, of all of them, a list of names."""
 RANKED = {"LORA": "r", "ADALORA": "init_r", "LOHA": "r"}
 """Adapters whose weights grow with the rank, however little a layer has; the key of it. VeRA's is of frozen matrices, and LoKr's has an end of its own."""
-REFUSALS = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, ImportError, ArithmeticError)
+REFUSALS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, ArithmeticError)
 """What PEFT raises for a config that it cannot apply."""
 BASE = "base"
 """In a config's tokenizer_name_or_path: the base model's own."""
@@ -108,6 +109,8 @@ class PeftAdapter(Method):
         try:
             return prompts_on_device(get_peft_model(model, config))
         except REFUSALS as error:
+            if out_of_memory(error):
+                raise
             raise UserError(f"this adapter does not fit the model: {' '.join(str(error).split())}") from error
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -162,6 +165,8 @@ def check_config(config: Any) -> None:
         by_block = key == "r" and value == 0 and getattr(config, "oft_block_size", 0)
         if key in COUNTS and value is not None and not by_block and (type(value) is not int or value < 1):
             raise UserError(f"{named}; it must be a whole number of at least 1")
+        if key.endswith("block_size") and isinstance(value, int) and value < 0:
+            raise UserError(f"{named}; it must be at least 0")
         if key.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value < 1:
             raise UserError(f"{named}; it is a share from 0, below 1")
         if key in ("alpha", "lora_alpha") and isinstance(value, (int, float)) and value <= 0:
