@@ -193,3 +193,10 @@ def test_a_value_is_held_against_its_type_at_every_depth(value, hint, sentence):
         return
     with pytest.raises(UserError, match=sentence):
         checked(value, hint, "k")
+
+
+@pytest.mark.parametrize("override", ["sweep.confirm=.inf", "teacher.batch_size=.nan", "report.seeds=[.inf]", "x.y=-.inf"])
+def test_a_number_that_no_file_can_hold_is_refused_wherever_it_stands(composed, override):
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=rf"config key '{key}(\.0)?' is (-?inf|nan); it takes a finite number"):
+        plain(changed(composed, override))

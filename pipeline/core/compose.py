@@ -89,7 +89,11 @@ def check_places(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
-    """A config as resolved dicts and lists, without Hydra's node. No limit on the gradients' norm is null, since JSON has no inf."""
+    """A config as resolved dicts and lists, without Hydra's node. No limit on the gradients' norm is null, since JSON has no inf.
+
+    Raises:
+        UserError: an interpolation that leads nowhere, a number that is not finite, a dotted path that names no class of the table.
+    """
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
@@ -99,7 +103,16 @@ def plain(node: DictConfig) -> dict[str, Any]:
     train = values.get("train")
     if isinstance(train, dict) and train.get("max_grad_norm") == math.inf:
         train["max_grad_norm"] = None
+    _check_finite(values, "")
     return names.named(values)  # type: ignore[arg-type]
+
+
+def _check_finite(value: Any, key: str) -> None:
+    """Raise UserError for a number that no JSON file can hold, wherever it stands: results and manifests say the whole config."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config key '{key.lstrip('.')}' is {value}; it takes a finite number")
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _check_finite(part, f"{key}.{name}")
 
 
 def literal(value: Any) -> Any:

@@ -156,6 +156,9 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
         peak = memory.forecast(prepared.plan, constants())
     except NoForecast as error:
         return Forecast(cfg.technique.name, card, memory_kind=kind, reason=str(error))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+        build(cfg.method, "method")  # names the setting where that was it; a forecast that goes well needs no PEFT
+        raise
     plan = prepared.plan
     longest = max(len(e.ids) - 1 for row in prepared.rows.examples for e in row)
     fields: dict[str, Any] = {
