@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core import settings
-from pipeline.core.compose import ROOT, compose, literal, plain
+from pipeline.core.compose import ROOT, build, compose, literal, plain
 from pipeline.core.files import UserError, read_json
 from pipeline.core.settings import Settings, read
 from pipeline.data.rows import steps_in_epoch
