@@ -105,8 +105,6 @@ def test_a_model_that_a_technique_cannot_apply_to_is_told(load, name, overrides,
         ("lora", "method.config.target_modules=5", "'method.config.target_modules' is 5; it takes"),
         ("lora", "+method.config.modules_to_save=lm_head", "'method.config.modules_to_save' is 'lm_head'; it takes list or null"),
         ("lora", "+method.config.rank_pattern=5", "'method.config.rank_pattern' is 5; it takes dict or null"),
-        ("lora", "method.config.task_type=SEQ_CLS", "task_type is 'SEQ_CLS'; every base here is a causal language model: CAUSAL_LM"),
-        ("lora", "method.config.task_type=null", "task_type is None; every base here"),
         ("lora", "+method.config.inference_mode=true", "inference_mode is True, with which nothing would be trained"),
         ("lora", "+method.config.alora_invocation_tokens=[1]", "alora_invocation_tokens starts the adapter at tokens that no prompt here has"),
         ("lora", "+method.config.peft_type=IA3", "method.config.type says which adapter it is; leave out peft_type"),
@@ -123,6 +121,13 @@ def test_a_model_that_a_technique_cannot_apply_to_is_told(load, name, overrides,
 def test_a_bad_value_is_named_before_a_model_is_loaded(name, override, message):
     with pytest.raises(UserError, match=message):
         method(name, override)
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "null", "nonsense"])
+def test_an_adapter_for_another_kind_of_model_is_refused(kind):
+    with pytest.raises(UserError, match="task_type"):
+        method("lora", f"method.config.task_type={kind}").check("fp32")
+    method("lora").check("fp32")
 
 
 def test_an_encoder_decoder_is_told_when_the_model_is_fetched(tiny, tmp_path, capsys):

@@ -87,6 +87,8 @@ class PeftAdapter(Method):
         return "together" if self.config.peft_type.value == "LORA" and plain else "in_turn"
 
     def check(self, precision: str) -> None:
+        if self.config.task_type != "CAUSAL_LM":
+            raise UserError(f"method.config.task_type is {self.config.task_type!r}; every base here is a causal language model: CAUSAL_LM")
         if precision not in QUANTISED:
             return
         start = getattr(self.config, "init_lora_weights", True)
@@ -176,8 +178,6 @@ def check_config(config: Any) -> None:
                 re.compile(value)
             except re.error as error:
                 raise UserError(f"{named}, no regular expression ({error}); fix it, or give a list of names") from error
-    if config.task_type != "CAUSAL_LM":
-        raise UserError(f"method.config.task_type is {config.task_type!r}; every base here is a causal language model: CAUSAL_LM")
     if config.inference_mode:
         raise UserError("method.config.inference_mode is True, with which nothing would be trained; leave it out")
     if getattr(config, "alora_invocation_tokens", None):
