@@ -125,7 +125,7 @@ def test_a_bad_value_is_named_before_a_model_is_loaded(name, override, message):
 
 @pytest.mark.parametrize("kind", ["SEQ_CLS", "null", "nonsense"])
 def test_an_adapter_for_another_kind_of_model_is_refused(kind):
-    with pytest.raises(UserError, match="task_type"):
+    with pytest.raises(UserError, match="task.type"):
         method("lora", f"method.config.task_type={kind}").check("fp32")
     method("lora").check("fp32")
 

@@ -202,7 +202,7 @@ def check_fit(config: Any, model: Any) -> None:
         for key, rank in ranks.items():
             if type(rank) is not int or rank < 1 or sizes and rank > max(sizes):
                 raise UserError(f"method.config.{key} is {rank}; the layers that it names have a rank of at most {max(sizes, default=0)}; lower it")
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     tokens = getattr(config, "num_virtual_tokens", None)
     if tokens and context and tokens >= context:
         raise UserError(f"method.config.num_virtual_tokens is {tokens}, but the model's context is {context} tokens; lower it")
