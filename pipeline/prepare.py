@@ -2,9 +2,9 @@
 
     python -m pipeline.prepare task=vader_movies
 
-pipeline/data/recipe.py says what a task's YAML holds. Left out and counted: duplicates; the rows of a text to choose an answer for that stands there
-with several answers (contradicting; more than a tenth of a set is an error); further answers of a text to generate one for (other answer); a text
-that stands in two splits (leaked), where task.leakage=drop allows it. The same source and config give the same bytes.
+pipeline/data/recipe.py says what a task's YAML holds. Of a text that stands in a set several times the first row stays. The others are left out and
+counted: as duplicates, or as contradicting where they have another answer (more than a tenth of a set is an error, but for generated answers). A text
+that stands in two splits is an error, or dropped and counted (task.leakage). The same source and config give the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         write_json(beside / "manifest.json", manifest_of(recipe, plain(cfg)["task"], loaded, sets, dropped, beside))
     for name, rows in sets.items():
         print(f"{folder / file_of(name)}: {len(rows):,} rows{in_words(balance(rows))}")
-    print("left out:", "; ".join(f"{reason.replace('_', ' ')} {sum(counts.values())}" for reason, counts in dropped.items()))
+    print("left out:", "; ".join(f"{reason} {sum(counts.values())}" for reason, counts in dropped.items()))
     if variants := case_variants(sets):
         print(f"warning: {len(variants)} answers are spelt in ways that differ in case alone (first: {', '.join(variants[0])}); training tells them apart, "
               "scoring does not; make them one in the source", file=sys.stderr)

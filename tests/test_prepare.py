@@ -117,24 +117,20 @@ def test_duplicates_are_dropped_and_counted_and_the_first_stays():
     assert [r["prompt"] for r in everything if r["prompt"].lower().startswith("a film")] == ["A film!"]
 
 
-def test_rows_of_one_text_with_several_labels_are_left_out_and_counted_by_themselves():
+@pytest.mark.parametrize("scoring", [{}, {"scoring": "generate", "choices": None}])
+def test_rows_that_contradict_an_earlier_one_are_left_out_and_no_duplicates(scoring):
     held = [("A film!", "good"), ("a film", "bad"), ("a film", "good"), *pairs("x", 40)]
-    sets, dropped = make({"train": held, "test": pairs("y", 4)})
-    assert dropped["contradicting"] == {"train": 3, "test": 0} and dropped["duplicate"] == {"train": 0, "test": 0}
-    assert not [r for rows in sets.values() for r in rows if r["prompt"].lower().startswith("a film")]
+    sets, dropped = make({"train": held, "test": pairs("y", 4)}, **scoring)
+    assert dropped["contradicting"] == {"train": 1, "test": 0} and dropped["duplicate"] == {"train": 1, "test": 0}
+    assert [r["answer"] for rows in sets.values() for r in rows if r["prompt"].lower().startswith("a film")] == ["good"]
+    assert data_splits.left_out(dropped)["contradicting"] == {"train": 1} and "contradicting" not in data_splits.left_out({"contradicting": {"train": 0}})
 
 
-def test_many_contradicting_rows_are_refused():
-    twice = [*pairs("x", 8), *((text, "bad" if label == "good" else "good") for text, label in pairs("x", 2)), *pairs("z", 20)]
-    with pytest.raises(UserError, match="^4 of the 30 rows of train have a text .* with another answer too .first: train-1 has 'bad', train-9 has"):
+def test_many_contradicting_rows_are_refused_where_answers_are_chosen():
+    twice = [*pairs("x", 8), *((text, "bad" if label == "good" else "good") for text, label in pairs("x", 4)), *pairs("z", 20)]
+    with pytest.raises(UserError, match="^4 of the 32 rows of train have a text .* another answer .first: train-1 has 'bad', train-9 has 'good'.; fix"):
         make({"train": twice, "test": pairs("y", 4)})
-
-
-def test_the_further_answers_of_a_text_to_generate_for_have_a_count_of_their_own():
-    held = [("a film", "good"), ("a film", "fine"), ("a film", "good"), *pairs("x", 20)]
-    sets, dropped = make({"train": held, "test": pairs("y", 4)}, scoring="generate", choices=None)
-    assert (dropped["other_answer"]["train"], dropped["duplicate"]["train"], dropped["contradicting"]["train"]) == (1, 1, 0)
-    assert [r["answer"] for rows in sets.values() for r in rows if r["prompt"] == "a film"] == ["good"]
+    assert make({"train": twice, "test": pairs("y", 4)}, scoring="generate", choices=None)[1]["contradicting"]["train"] == 4
 
 
 def test_the_same_question_with_other_choices_contradicts_nothing():

@@ -16,7 +16,7 @@ from pipeline.data.sources import Loaded
 SPLITS = ("train", "validation", "test")
 DRAWN = {"validation": 0.1, "test": 0.2}
 CONTRADICTING = 0.1
-"""The largest share of a set's rows that is left out for answers that contradict each other."""
+"""The largest share of a set's rows that may contradict others; from there on the labels are what has to be fixed first."""
 Rows = list[dict[str, Any]]
 Sets = dict[str, Rows]
 Counts = dict[str, dict[str, int]]
@@ -29,7 +29,7 @@ def assemble(recipe: Recipe, loaded: Loaded) -> tuple[Sets, Counts]:
         UserError: a row that does not fit the task, leakage, too few rows, a label that training never saw.
     """
     _check_names(recipe, loaded)
-    dropped: Counts = {"unlabelled": {}, "duplicate": {}, "contradicting": {}, "other_answer": {}, "leaked": {}, "unused": {}}
+    dropped: Counts = {"unlabelled": {}, "duplicate": {}, "contradicting": {}, "leaked": {}, "unused": {}}
     sets = {}
     for name, raw in loaded.sets.items():
         rows = _rendered(recipe, loaded, name, raw)
@@ -83,33 +83,26 @@ def _rendered(recipe: Recipe, loaded: Loaded, name: str, raw: Rows) -> Rows:
 
 
 def _distinct(recipe: Recipe, rows: Rows, name: str, dropped: Counts, place: str) -> Rows:
-    """Every text once. Of one to choose an answer for that has several answers none is kept, since no row says which is right; of one to generate
-    an answer for, the first is kept.
+    """Every text once, as its first row has it. Rows that give it another of the same choices, or another answer to generate, contradict that one.
 
     Raises:
-        UserError: more than CONTRADICTING of the rows contradict each other.
+        UserError: more than CONTRADICTING of the rows do, where answers are chosen (a text may have several answers to generate).
     """
-    texts: dict[str, Rows] = {}
+    first: dict[str, dict] = {}
+    others = []
     for row in rows:
-        texts.setdefault(normalised(row["prompt"]), []).append(row)
-    kept, contradicting = [], []
-    for same in texts.values():
-        first = same[0]
-        others = [row for row in same if row["answer"] != first["answer"] and set(row["choices"] or ()) == set(first["choices"] or ())]
-        if others and recipe.scoring == "choice":
-            contradicting.append((first, others[0], len(same)))
-            continue
-        kept.append(first)
-        dropped["other_answer"][name] = dropped["other_answer"].get(name, 0) + len(others)
-        dropped["duplicate"][name] = dropped["duplicate"].get(name, 0) + len(same) - 1 - len(others)
-    dropped["contradicting"][name] = count = sum(size for _, _, size in contradicting)
-    if count > CONTRADICTING * len(rows):
-        one, other, _ = contradicting[0]
+        kept = first.setdefault(normalised(row["prompt"]), row)
+        if row["answer"] != kept["answer"] and set(row["choices"] or ()) == set(kept["choices"] or ()):
+            others.append((kept, row))
+    dropped["contradicting"][name] = len(others)
+    dropped["duplicate"][name] = len(rows) - len(first) - len(others)
+    if recipe.scoring == "choice" and len(others) > CONTRADICTING * len(rows):
+        one, other = others[0]
         raise UserError(
-            f"{count} of the {len(rows)} rows of {place} have a text that stands there with another answer too (first: {one['id']} has {one['answer']!r}, "
-            f"{other['id']} has {other['answer']!r}); fix their answers, or remove them"
+            f"{len(others)} of the {len(rows)} rows of {place} have a text that stands there before with another answer (first: {one['id']} has "
+            f"{one['answer']!r}, {other['id']} has {other['answer']!r}); fix their answers, or remove them"
         )
-    return kept
+    return list(first.values())
 
 
 def case_variants(sets: Sets) -> list[list[str]]:
@@ -205,12 +198,18 @@ def _check_labels(recipe: Recipe, sets: Sets, loaded: Loaded) -> None:
             )
 
 
+def left_out(dropped: Counts) -> Counts:
+    """The counts as the manifest has them: sets of which nothing was left out are not listed, nor is contradicting where nothing does."""
+    counts = {reason: {name: count for name, count in by_set.items() if count} for reason, by_set in dropped.items()}
+    return {reason: by_set for reason, by_set in counts.items() if by_set or reason != "contradicting"}
+
+
 def manifest_of(recipe: Recipe, task: dict[str, Any], loaded: Loaded, sets: Sets, dropped: Counts, folder: Path) -> dict[str, Any]:
     return {
         "task": recipe.name,
         "rows": {name: len(rows) for name, rows in sets.items()},
         "labels": {name: balance(rows) for name, rows in sets.items()},
-        "left_out": {reason: {k: v for k, v in counts.items() if v} for reason, counts in dropped.items()},
+        "left_out": left_out(dropped),
         "sha256": {file_of(name): sha256(folder / file_of(name)) for name in sets},
         "source": loaded.origin,
         "licence": recipe.licence,
