@@ -119,6 +119,18 @@ def test_a_teacher_is_asked_once(overrides, tiny, monkeypatch):
     assert kept.stat().st_size < 64 * 31 * 4 + 4 * 64 * 4 + 1000, "one layer and a state a position, not a distribution a position"
 
 
+@pytest.mark.parametrize("data", [b"", b"garbage" * 50, None], ids=["empty", "garbage", "cut"])
+def test_states_that_are_damaged_are_named_and_asked_for_again(overrides, tiny, capsys, data):
+    at, objective = training_context(overrides, tiny), LogitDistillation("smollm2_135m", 0.3, 2.0)
+    first = taught(objective, at)
+    (kept,) = (Path(at.cfg.paths.work) / "teachers").iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()  # `first` is mapped from it
+    kept.write_bytes(whole[: len(whole) // 2] if data is None else data)
+    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(first, taught(objective, at), strict=True))
+    assert f"warning: {kept} is damaged" in capsys.readouterr().err and len(kept.read_bytes()) == len(whole)
+
+
 def test_a_teacher_of_another_vocabulary_or_none_at_all_is_refused(overrides, tiny, tmp_path):
     import json
     import shutil

@@ -107,6 +107,11 @@ def test_bad_input_is_one_sentence(overrides, big, tmp_path, capsys):
     assert forecast.main([*overrides, f"paths.models={tmp_path}/none", GPU]) == 2 and "forecast.model_config" in capsys.readouterr().err
 
 
+def test_a_setting_of_the_method_that_is_none_is_named(big, capsys):
+    assert forecast.main([*big, "technique=lora", "++method.config.target_modules=5"]) == 2
+    assert "config key 'method.config.target_modules' is 5; it takes" in capsys.readouterr().err
+
+
 def test_what_will_not_fit_is_told_once_a_technique_and_nothing_is_refused(big, capsys):
     small = [*big[:-1], "forecast.gpu_memory_gb=1", "technique=full"]
     warn(compose([*small, f"seed={seed}"]) for seed in (0, 1))

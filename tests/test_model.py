@@ -229,6 +229,46 @@ def test_a_models_own_code_is_not_run_unless_allowed(tiny_model, tmp_path, capsy
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_tokenizers_own_code_is_not_run_unless_allowed(tiny_model, tmp_path, capsys):
+    shutil.copytree(tiny_model, tmp_path / "own")
+    held = json.loads((tiny_model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(held))
+    (tmp_path / "own" / "mine.py").write_text(f"open('{tmp_path}/ran', 'w')\n")
+    sentence = "own cannot be loaded: it comes with Python code of its own; read that code, then set model.trust_remote_code=true"
+    assert f"the tokenizer of {tmp_path}/{sentence}" in refused(capsys, tmp_path, tmp_path / "own")
+    with pytest.raises(UserError, match=sentence):
+        load_tokenizer(tmp_path / "own")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_prepared_model_with_code_pickles_or_damaged_files_is_one_sentence(tiny_model, tmp_path):
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    config = json.loads((tiny_model / "config.json").read_text()) | own
+    whole = (tiny_model / "model.safetensors").read_bytes()
+    for name, files, sentence in (
+        ("code", {"config.json": json.dumps(config).encode(), "mine.py": b"raise SystemExit"}, "code of its own; read that code"),
+        ("cut", {"model.safetensors": whole[:999]}, "cut cannot be loaded as a causal language model"),
+        ("config", {"config.json": b"[]"}, "config cannot be loaded as a causal language model"),
+    ):
+        shutil.copytree(tiny_model, tmp_path / name)
+        for file, data in files.items():
+            (tmp_path / name / file).write_bytes(data)
+        with pytest.raises(UserError, match=sentence):
+            load_stored(tmp_path / name)
+    pickled(tiny_model, tmp_path / "pickles")
+    with pytest.raises(UserError, match="has pickle weights only .pytorch_model.bin., which can run code"):
+        load_stored(tmp_path / "pickles")
+    (tmp_path / "cut" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="the tokenizer of .*cut cannot be loaded"):
+        load_tokenizer(tmp_path / "cut")
+
+
+def test_a_pickle_that_is_no_plain_state_is_refused_where_pickles_are_allowed(tiny_model, tmp_path, capsys):
+    source = pickled(tiny_model, tmp_path / "pickles")
+    torch.save({"model.embed_tokens.weight": Path("x")}, source / "pytorch_model.bin")
+    assert "pickles cannot be loaded as a causal language model" in refused(capsys, tmp_path, source, "model.allow_pickle=true")
+
+
 @pytest.mark.parametrize(("override", "sentence"), [
     ("model.init=fresh", "'model.init' is 'fresh'; choose one of pretrained, random"),
     ("+model.revison=x", "unknown config key 'model.revison'"),

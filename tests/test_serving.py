@@ -161,6 +161,20 @@ def test_a_request_that_cannot_be_answered_says_why(home, tmp_path, capsys, requ
     assert re.search(said, capsys.readouterr().err)
 
 
+def test_an_artefact_of_pickled_weights_is_refused(home, tmp_path, capsys):
+    import shutil
+
+    import torch
+
+    shutil.copytree(home[1] / named("lora"), tmp_path / "scratch" / named("lora"))
+    artefact = tmp_path / "scratch" / named("lora") / "artefact"
+    (artefact / "adapter_model.safetensors").unlink()
+    torch.save({"a": Path("x")}, artefact / "adapter_model.bin")
+    write_jsonl(tmp_path / "requests.jsonl", [{"adapter": named("lora"), "prompt": "x"}])
+    assert serve.main([*home[0], f"paths.results={tmp_path}", f"requests={tmp_path}/requests.jsonl"]) == 2
+    assert f"{artefact} has pickle weights only (adapter_model.bin), which can run code and no cell writes" in capsys.readouterr().err
+
+
 def test_without_requests_it_says_what_to_add(home, tmp_path, capsys):
     assert serve.main(home[0]) == 2
     assert "add requests=" in capsys.readouterr().err

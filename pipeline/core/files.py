@@ -13,7 +13,7 @@ import os
 import re
 import select
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +212,11 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def read_jsonl(path: str | Path, **columns: type | tuple[type, ...]) -> list[dict]:
+def read_jsonl(path: str | Path, parse: Callable[[str], Any] = json.loads, **columns: type | tuple[type, ...]) -> list[dict]:
     """Rows of a JSON Lines file; blank lines are passed over.
 
     Args:
+        parse: reads a line; a ValueError says what is wrong with it.
         columns: columns that every row must have, and their types.
 
     Raises:
@@ -223,12 +224,12 @@ def read_jsonl(path: str | Path, **columns: type | tuple[type, ...]) -> list[dic
     """
     rows = []
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = parse(line)
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{path} line {number} is not JSON ({_not_json(error)}); fix or remove that line") from error
                 if not isinstance(row, dict):

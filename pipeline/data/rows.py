@@ -74,6 +74,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, task: Task, max_length: int, too_long: str) -> None:
+        if task.format == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise UserError("task.format is chat, but the model's tokenizer has no chat template; choose task.format=plain, or a model that was tuned to chat")
         self.tokenizer, self.task, self.max_length, self.too_long = tokenizer, task, max_length, too_long
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._cut: set[tuple[int, ...]] = set()
@@ -164,8 +166,12 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
     random.Random(seed).shuffle(train)
     validation = read_rows(folder / "validation.jsonl")[: max(1, int(wanted * validation_share + 1e-9))]
     transfer = {}
-    for name in task.transfer if transfer_rows != 0 else ():
-        transfer[name] = read_rows(folder / "transfer" / f"{name}.jsonl")[:transfer_rows]
+    for name in task.transfer:
+        path = folder / "transfer" / f"{name}.jsonl"
+        if not path.exists():
+            raise UserError(f"task.transfer names {name!r}, but {path} does not exist; take it out, or run: python -m pipeline.prepare task={task.name}")
+        if transfer_rows != 0:
+            transfer[name] = read_rows(path)[:transfer_rows]
     return Rows(
         train[:wanted], validation, [] if test_rows == 0 else read_rows(folder / "test.jsonl")[:test_rows], transfer,
         read_object(folder / "manifest.json"), {},

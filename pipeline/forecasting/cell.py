@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core import settings
-from pipeline.core.compose import ROOT, compose, literal, plain
+from pipeline.core.compose import ROOT, build, compose, literal, plain
 from pipeline.core.files import UserError, read_json
 from pipeline.core.settings import Settings, read
 from pipeline.data.rows import steps_in_epoch
@@ -147,6 +147,9 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
         peak = memory.forecast(prepared.plan, constants())
     except NoForecast as error:
         return Forecast(cfg.technique.name, card, reason=str(error))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+        build(cfg.method, "method")  # names the setting where that was it; a forecast that goes well needs no PEFT
+        raise
     plan = prepared.plan
     longest = max(len(e.ids) - 1 for row in prepared.rows.examples for e in row)
     fields: dict[str, Any] = {

@@ -51,7 +51,8 @@ class FastTokenizer:
         eos = self._tokenizer.token_to_id(token) if token else None
         self.eos_token_id = eos if eos is not None else 0
         self.pad_token_id = self.eos_token_id
-        self._chat = folder / "chat_template.jinja"
+        chat = folder / "chat_template.jinja"
+        self.chat_template = chat.read_text(encoding="utf-8") if chat.exists() else config.get("chat_template")
         self._config = config
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
@@ -61,10 +62,7 @@ class FastTokenizer:
         """The prompt in the model's own template (transformers renders it with jinja2 too)."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        text = self._chat.read_text(encoding="utf-8") if self._chat.exists() else self._config.get("chat_template")
-        if not isinstance(text, str):
-            raise NoForecast("no forecast for a chat task: the model's folder holds no chat template")
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(str(self.chat_template))
         return template.render(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=self._config.get("bos_token") or "", eos_token="")
 
 

@@ -6,11 +6,14 @@ are subclasses in peft_lora.py, peft_prompts.py and peft_adalora.py.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.core.files import UserError
+from pipeline.measure.memory import out_of_memory
 from pipeline.methods.base import QUANTISED, Method
 
 SHOWN = {
@@ -22,6 +25,15 @@ NEEDS_FLOATS = ("pissa", "olora", "corda", "eva", "loftq")
 """Initialisations of LoRA that decompose the base's weights and write the remainder back."""
 UNMERGED = ("ADAPTION_PROMPT", "BEFT", "LILY", "POLY", "SHADOW", "XLORA")
 """Adapters that PEFT cannot fold into a base's weights (BEFT: into one without biases)."""
+COUNTS = ("r", "num_virtual_tokens", "init_r", "target_r")
+"""Keys of PEFT's configs that count something."""
+PATTERNS = ("target_modules", "exclude_modules")
+NAMED = (*PATTERNS, "modules_to_save", "feedforward_modules", "target_parameters")
+"""Keys that name modules: a regular expression or, of all of them, a list of names."""
+RANKED = {"LORA": "r", "ADALORA": "init_r", "LOHA": "r"}
+"""Adapters whose weights grow with the rank, however little a layer has; the key of it. VeRA's is of frozen matrices, and LoKr's has an end of its own."""
+REFUSALS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, ArithmeticError)
+"""What PEFT raises for a config that it cannot apply."""
 BASE = "base"
 """In a config's tokenizer_name_or_path: the base model's own."""
 
@@ -46,11 +58,7 @@ class PeftAdapter(Method):
     """Fold the adapter into the base after training; the artefact is then a whole model."""
 
     def __post_init__(self) -> None:
-        for key in ("r", "num_virtual_tokens", "init_r", "target_r"):
-            value = getattr(self.config, key, None)
-            by_block = key == "r" and value == 0 and getattr(self.config, "oft_block_size", 0)
-            if value is not None and not by_block and (type(value) is not int or value < 1):
-                raise UserError(f"method.config.{key} is {value}; it must be a whole number of at least 1")
+        check_config(self.config)
         if self.merge and not self.merges:
             raise UserError(f"{self.config.peft_type.value} cannot be merged into the base; set method.merge=false")
 
@@ -79,6 +87,8 @@ class PeftAdapter(Method):
         return "together" if self.config.peft_type.value == "LORA" and plain else "in_turn"
 
     def check(self, precision: str) -> None:
+        if self.config.task_type != "CAUSAL_LM":
+            raise UserError(f"method.config.task_type is {self.config.task_type!r}; every base here is a causal language model: CAUSAL_LM")
         if precision not in QUANTISED:
             return
         start = getattr(self.config, "init_lora_weights", True)
@@ -97,9 +107,12 @@ class PeftAdapter(Method):
         config = copy.deepcopy(self.config)
         if getattr(config, "tokenizer_name_or_path", None) == BASE:
             config.tokenizer_name_or_path = model.config._name_or_path
+        check_fit(config, model)
         try:
             return prompts_on_device(get_peft_model(model, config))
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except REFUSALS as error:
+            if out_of_memory(error):
+                raise
             raise UserError(f"this adapter does not fit the model: {' '.join(str(error).split())}") from error
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -143,6 +156,62 @@ class PeftAdapter(Method):
         plain = get_peft_model(model.unload().dequantize(), config)
         set_peft_model_state_dict(plain, weights)
         return plain.merge_and_unload()
+
+
+def check_config(config: Any) -> None:
+    """Raise UserError for values of a peft.PeftConfig that train nothing or mean nothing, and that PEFT takes without a word."""
+    for key, value in vars(config).items():
+        named = f"method.config.{key} is {value!r}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{named}; it takes a finite number")
+        by_block = key == "r" and value == 0 and getattr(config, "oft_block_size", 0)
+        if key in COUNTS and value is not None and not by_block and (type(value) is not int or value < 1):
+            raise UserError(f"{named}; it must be a whole number of at least 1")
+        if key.endswith("block_size") and isinstance(value, int) and value < 0:
+            raise UserError(f"{named}; it must be at least 0")
+        if key.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise UserError(f"{named}; it is a share from 0, below 1")
+        if key in ("alpha", "lora_alpha") and isinstance(value, (int, float)) and value <= 0:
+            raise UserError(f"{named}, by which the adapter is scaled; it must be above 0")
+        if key in PATTERNS and isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise UserError(f"{named}, no regular expression ({error}); fix it, or give a list of names") from error
+    if config.inference_mode:
+        raise UserError("method.config.inference_mode is True, with which nothing would be trained; leave it out")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise UserError("method.config.alora_invocation_tokens starts the adapter at tokens that no prompt here has; leave it out")
+    if getattr(config, "prompt_tuning_init", None) == "TEXT" and not (config.prompt_tuning_init_text or "").strip():
+        raise UserError("method.config.prompt_tuning_init_text is empty; give words to start from, or set prompt_tuning_init=RANDOM")
+
+
+def check_fit(config: Any, model: Any) -> None:
+    """Raise UserError for names of modules that the model does not have, and for sizes beyond it, before anything is made."""
+    names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
+    for key in NAMED:
+        wanted = getattr(config, key, None)
+        for word in sorted(wanted) if isinstance(wanted, (list, tuple, set)) else ():
+            if not any(name == word or name.endswith(f".{word}") for name in names):
+                there = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")})
+                raise UserError(f"this adapter does not fit the model: method.config.{key} names {word}, which it does not have; there are: {', '.join(there)}")
+    kind = config.peft_type.value
+    if kind in RANKED:
+        sizes = [min(m.in_features, m.out_features) for name, m in model.named_modules() if hasattr(m, "in_features") and _is_targeted(config, name)]
+        ranks = {RANKED[kind]: getattr(config, RANKED[kind]), **{f"rank_pattern.{k}": v for k, v in (getattr(config, "rank_pattern", None) or {}).items()}}
+        for key, rank in ranks.items():
+            if type(rank) is not int or rank < 1 or sizes and rank > max(sizes):
+                raise UserError(f"method.config.{key} is {rank}; the layers that it names have a rank of at most {max(sizes, default=0)}; lower it")
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tokens = getattr(config, "num_virtual_tokens", None)
+    if tokens and context and tokens >= context:
+        raise UserError(f"method.config.num_virtual_tokens is {tokens}, but the model's context is {context} tokens; lower it")
+
+
+def _is_targeted(config: Any, name: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return config.target_modules in (None, "all-linear") or bool(check_target_module_exists(config, name))
 
 
 def _sort_sets(config: Any) -> None:

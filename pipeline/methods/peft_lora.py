@@ -45,6 +45,7 @@ class LoftQ(PeftAdapter):
     """
 
     def check(self, precision: str) -> None:
+        super().check(precision)
         if precision != "nf4":
             raise UserError(f"LoftQ starts from what NF4 quantisation lost, but the base is {precision}; choose precision=nf4")
 

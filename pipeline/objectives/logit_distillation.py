@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,8 +155,6 @@ def teacher_states(word: str, wanted: Sequence[Example], context: TrainingContex
     Raises:
         UserError: no such teacher, one of another vocabulary, one that answers without a model or after reasoning.
     """
-    from safetensors import safe_open
-
     cfg = context.cfg
     at = source(word, cfg)
     if at.name == "result.json":
@@ -164,14 +163,30 @@ def teacher_states(word: str, wanted: Sequence[Example], context: TrainingContex
     key: list[Any] = [sha256(at), sha256(Path(cfg.paths.models) / config.model.name / "manifest.json"), str(context.dtype), context.device.type,
              OmegaConf.to_container(config.task, resolve=True), [dataclasses.astuple(e) for e in wanted]]
     path = Path(cfg.paths.work) / "teachers" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
-    if not path.exists():
+    kept = _kept(path)
+    if kept is None:
         _ask(word, config, at, wanted, context, path)
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["about"])
-        head = _layer(file.get_tensor("weight"), file.get_tensor("bias") if "bias" in file.keys() else None)  # noqa: SIM118 (no dict)
-        hidden = list(file.get_tensor("hidden").split(about["tokens"]))
+        kept = _kept(path)
+    assert kept is not None
+    about, head, hidden = kept
     teacher = Teacher(at.parent.name, len(wanted), about["right"], about["seconds"])
     return TeacherStates(Head(head, len(context.encoder.tokenizer)), hidden, teacher)
+
+
+def _kept(path: Path) -> tuple[dict[str, Any], Any, list[torch.Tensor]] | None:
+    """(what is known of the states, the output layer, [n, d] a row) of a file that `_ask` wrote; None where there is none, or a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            head = _layer(file.get_tensor("weight"), file.get_tensor("bias") if "bias" in file.keys() else None)  # noqa: SIM118 (no dict)
+            return about, head, list(file.get_tensor("hidden").split(about["tokens"]))
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        print(f"warning: {path} is damaged ({type(error).__name__}); the teacher is asked again", file=sys.stderr)
+        return None
 
 
 def _config(at: Path, cfg: DictConfig) -> DictConfig:

@@ -12,7 +12,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from omegaconf import DictConfig
 from pipeline.core import locks
 from pipeline.core.compose import plain
 from pipeline.core.files import UserError, atomic_path
-from pipeline.core.settings import build
+from pipeline.core.settings import Tracking, build
 from pipeline.records.runs import Dataset, Run, cell_run, sweep_runs
 
 CELL, DIGEST, PARENT = "alignscope.cell", "alignscope.digest", "mlflow.parentRunId"
@@ -36,18 +35,6 @@ ENVIRONMENT = {  # what the user has set stays
 LOUD = ("alembic", "mlflow", "urllib3")
 
 _unreachable: set[str] = set()
-
-
-@dataclass(frozen=True)
-class Tracking:
-    enabled: bool
-    uri: str = ""
-    artifacts: str | None = None
-    """Folder of the runs' files where `uri` is a local database; a server has its own place."""
-
-    def check(self) -> None:
-        if self.enabled and not self.uri:
-            raise UserError("tracking.uri is empty; set it (sqlite:///mlflow.db or a server's address), or tracking=none")
 
 
 def log_cell(folder: str | Path, cfg: DictConfig) -> bool:

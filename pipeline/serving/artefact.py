@@ -23,7 +23,7 @@ from pipeline.data import recipe
 from pipeline.data.choices import Items
 from pipeline.data.rows import Encoder
 from pipeline.methods.base import Method
-from pipeline.models.base import cast, device_of, load_model, load_tokenizer, most_tokens, resolve
+from pipeline.models.base import cast, device_of, load_model, load_tokenizer, most_tokens, pickle_alone, resolve
 from pipeline.objectives.base import Objective
 from pipeline.records.finished import cell_config, finished, needed
 from pipeline.records.results import Forgetting, Result, Score
@@ -51,7 +51,7 @@ class Base:
         dtype = resolve(settings.precision, device)[1]
         trusted = settings.model.trust_remote_code
         model = started(cfg, dtype)[0] if cfg.start else load_model(folder, settings.precision, device, trust_remote_code=trusted)
-        return cls(model, load_tokenizer(folder), device, dtype)
+        return cls(model, load_tokenizer(folder, trusted), device, dtype)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Artefact:
         method = build(cfg.method, "method")
         if not (folder / "artefact.json").exists():
             raise UserError(f"{folder} has no artefact; run the cell again, or dvc checkout it")
+        if pickle := pickle_alone(folder):
+            raise UserError(f"{folder} has pickle weights only ({pickle}), which can run code and no cell writes; run the cell again, or dvc checkout it")
         if method.answers_without_model:
             raise UserError(f"the {method.name} answers without a model; its rows are in rationales/")
         return cls(name, folder, cfg, read(cfg), method, build(cfg.objective, "objective"))
