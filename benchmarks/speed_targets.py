@@ -180,8 +180,8 @@ def groups(rows: list[AnyRow]) -> list[list[AnyRow]]:
             continue
         sides: set[Side] = {row.over, row.under}
         joined = [g for g in joined_groups if g[0] & sides]
-        saved: list[AnyRow] = [r for g in joined for r in g[1]]
-        merged = (sides.union(*(g[0] for g in joined)), [*saved, row])
+        members: list[AnyRow] = [r for g in joined for r in g[1]]
+        merged = (sides.union(*(g[0] for g in joined)), [*members, row])
         at = joined_groups.index(joined[0]) if joined else len(joined_groups)
         joined_groups = [g for g in joined_groups if not any(g is j for j in joined)]
         joined_groups.insert(at, merged)

@@ -12,7 +12,7 @@ from pipeline.cell import run as cell_run
 from pipeline.core.compose import compose
 from pipeline.core.files import read_jsonl, write_jsonl
 from pipeline.records.results import Result, read
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 LEARN = ["train.epochs=12", "train.batch_size=8", "train.validations=4"]
 RATES = {"full": 3e-3, "lora": 1e-2, "qlora": 1e-2, "prompt_tuning": 0.1, "step_by_step": 3e-3}

@@ -21,7 +21,7 @@ from pipeline.models import blocks as calibration
 from pipeline.models.base import load_model, memory_bytes
 from pipeline.models.blocks import blocks, linears, matrix
 from pipeline.records import results
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 CPU = torch.device("cpu")
 ROWS = [Example("Review: fine plot with a cast", "positive"), Example("Review: the poor story", "negative"), Example("Review: a lovely scene", "positive")]

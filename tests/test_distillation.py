@@ -24,7 +24,7 @@ from pipeline.objectives.rationale_first import RationaleFirst
 from pipeline.objectives.task_distillation import TaskDistillation
 from pipeline.records import results
 from pipeline.scoring.scorer import Scorer
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 from pipeline.serving.artefact import Artefact, Base, Multiplexer, scorer_of
 
 CPU = torch.device("cpu")

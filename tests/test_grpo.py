@@ -14,7 +14,7 @@ from pipeline.core.compose import build, compose
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import Task, Train
 from pipeline.objectives.grpo import Grpo, answer_in
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 from pipeline.training import stepping
 from pipeline.training.trl import TrlLoop, _together
 

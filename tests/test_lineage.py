@@ -15,7 +15,7 @@ from pipeline.engine.parts import Unsupported
 from pipeline.records import results
 from pipeline.records.finished import cell_at, name, needed
 from pipeline.records.results import write
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 SHORT = ["train.epochs=2", "train.batch_size=8", "train.validations=0", "train_rows=64", "experiment=mine"]
 

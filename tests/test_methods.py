@@ -18,7 +18,7 @@ from pipeline.methods.full import Full
 from pipeline.methods.none import FewShot, TeacherAnswers, Untouched
 from pipeline.methods.peft_adapter import PeftAdapter
 from pipeline.models.base import load_model, parameters
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

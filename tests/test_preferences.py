@@ -18,7 +18,7 @@ from pipeline.data.rows import Encoder
 from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.base import TrainingContext
 from pipeline.objectives.preferences import Dpo, Kto, Orpo, log1mexp
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 CPU = torch.device("cpu")
 TASK = Task("t", "choice")

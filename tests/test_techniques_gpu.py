@@ -9,7 +9,7 @@ from pipeline.cell import run as cell_run
 from pipeline.cell.grid import grid
 from pipeline.core.compose import compose
 from pipeline.core.files import read_jsonl
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 pytestmark = pytest.mark.gpu
 SMALL = {"top_layers": ["method.top_layers=1"], "vera": ["method.config.r=16"], "oft": ["method.config.oft_block_size=16"]}

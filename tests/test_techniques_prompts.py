@@ -19,7 +19,7 @@ from pipeline.data.rows import Example
 from pipeline.methods.prompt_choice import PromptChoice
 from pipeline.methods.retrieval import Retrieval, by_embedding, embed, passages
 from pipeline.models.base import load_model, load_tokenizer
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 ROWS = [Example(f"Review: {text}\nSentiment:", answer) for text, answer in (
     ("the plot was awful", "negative"), ("a lovely cast", "positive"), ("the score of the actor", "positive"), ("poor scene", "negative"))]

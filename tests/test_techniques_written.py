@@ -17,7 +17,7 @@ from pipeline.data.rows import Batch, Example
 from pipeline.engine.bind import bind
 from pipeline.engine.parts import Unsupported
 from pipeline.models.base import load_model, parameters
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

@@ -129,8 +129,7 @@ def _cell_metrics(result: Result) -> dict[str, float]:
         ("train", result.work), ("train", result.memory),
     ]
     for name, part in parts:
-        values = dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part or {}
-        metrics |= {f"{name}/{k}": v for k, v in values.items()}
+        metrics |= {f"{name}/{k}": v for k, v in (part if isinstance(part, dict) else dataclasses.asdict(part) if part else {}).items()}
     metrics["train/time_s"] = result.phases.train_s if result.phases else None
     return {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
