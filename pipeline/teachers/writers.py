@@ -221,7 +221,7 @@ def _read(path: Path) -> dict[str, Completion]:
             answer = json.loads(line)
             key = answer.pop("key")
             answers[key] = Completion(**answer)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue  # cut off, or written by another version: asked for again
     return answers
 
