@@ -142,7 +142,11 @@ def test_the_answer_alone_is_labelled(tokenizer):
 
 def test_the_separator_stands_before_the_answer(tokenizer):
     assert text(tokenizer, encoder(tokenizer, separator=" : ").answer("positive")) == ": positive"
-    assert text(tokenizer, encoder(tokenizer, separator=" : ", format="chat").answer("positive")) == "positive"
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = "{{ messages[0].content }}"
+    assert text(tokenizer, encoder(chatting, separator=" : ", format="chat").answer("positive")) == "positive"
+    with pytest.raises(UserError, match="task.format is chat, but the model's tokenizer has no chat template"):
+        encoder(tokenizer, format="chat")
 
 
 def test_a_chat_prompt_goes_through_the_models_template(tokenizer):
