@@ -168,6 +168,7 @@ def test_a_checkpoint_that_a_kill_after_the_result_left_is_removed_at_the_next_s
     dead.start()
     dead.join()
     path = identity.checkpoint_of(cfg)
+    path.parent.mkdir(exist_ok=True)
     for left in (path, identity.packed_of(cfg), path.with_name(f".{path.name}.{dead.pid}.partial")):
         left.write_bytes(b"half")
     other = path.with_name("another-cell.pt")
