@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from pipeline.core.files import UserError
 from pipeline.methods.base import QUANTISED, Method
+from pipeline.models.reach import adapted_weights
 
 SHOWN = {
     "r": "r", "init_r": "init_r", "target_r": "target_r", "lora_alpha": "alpha", "alpha": "alpha", "lora_dropout": "dropout", "oft_block_size": "block_size",
@@ -101,6 +102,9 @@ class PeftAdapter(Method):
             return prompts_on_device(get_peft_model(model, config))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"this adapter does not fit the model: {' '.join(str(error).split())}") from error
+
+    def reached_weights(self, model: Any) -> int:
+        return 0 if self.soft_prompt else adapted_weights(model)
 
     def hyperparameters(self) -> dict[str, Any]:
         values: dict[str, Any] = {}
