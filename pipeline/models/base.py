@@ -178,6 +178,33 @@ def quantisation(name: str, precision: Precision, dtype: Any) -> Any:
     )
 
 
+def dequantised(model: Any) -> Any:
+    """A model of bitsandbytes with plain layers in the place of its own: GPT-2's are Conv1D again, which transformers leaves as transposed linear ones."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
+    model.is_loaded_in_8bit = False  # else IA3 refuses, though what it merges with is no longer 8-bit then
+    model = model.dequantize()
+    for name in transposed:
+        linear = model.get_submodule(name)
+        with torch.device("meta"):
+            layer = Conv1D(linear.out_features, linear.in_features)
+        layer.weight, layer.bias = torch.nn.Parameter(linear.weight.T.contiguous(), requires_grad=False), linear.bias
+        model.set_submodule(name, layer)
+    return model
+
+
+def untie(model: Any) -> None:
+    """Give an output layer that is the embedding matrix a copy of its own, so that a change of one leaves the other as it is."""
+    import torch
+
+    head, embeddings = (getattr(m, "base_layer", m) for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if head is not None and head.weight is embeddings.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
 @contextlib.contextmanager
 def quiet() -> Any:
     """Without transformers' loading bars and hints; errors still raise."""

@@ -252,6 +252,8 @@ class Result:
     """None: the config has no price_per_hour."""
     history: list[dict[str, float | None]] = field(default_factory=list)
     """Points of the training curve: step, loss, lr; validation points carry validation_metric and validation_nll (null: not measured)."""
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    """Why measurements that were tried are null, by name: forgetting, adapters, merged_latency_s."""
     notes: list[str] = field(default_factory=list)
     """Sentences for people: truncated texts, fallbacks. Nothing reads a fact out of them."""
     hardware: dict[str, Any] = field(default_factory=dict)
