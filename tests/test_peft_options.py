@@ -4,12 +4,12 @@ decides, and what is refused in one sentence."""
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig
 from tiny_architectures import write_architecture
 
 from pipeline.core.files import UserError
@@ -130,8 +130,10 @@ def prefix(tokens: int) -> PrefixTuning:
     return PrefixTuning(peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens), text="good bad")
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("falcon", {}), ("falcon", {"multi_query": False}), ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-                                               ("gemma3_text", {"sliding_window": 64})])
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("falcon", {}), ("falcon", {"multi_query": False}), ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("gemma3_text", {"sliding_window": 64}),
+])  # fmt: skip
 def test_a_prefix_has_the_caches_heads(model_of, tmp_path, kind, changes):
     base = model_of(kind, **changes)
     model = prefix(4).wrap(copy.deepcopy(base))
@@ -160,6 +162,7 @@ def poly() -> Any:
     (poly, "PEFT's POLY routes by the task"),
     (lambda: peft.LoraConfig(**COMMON, arrow_config=peft.ArrowConfig()), "arrow_config routes between"),
     (lambda: peft.LoraConfig(**COMMON, use_qalora=True), "use_qalora acts on GPTQ"),
+    (lambda: peft.AdamssConfig(use_asa=True, asa_target_subspaces=1), "asa_target_subspaces=1 leaves"),
     (lambda: peft.LoraConfig(**COMMON, init_lora_weights="loftq", loftq_config=peft.LoftQConfig()), "technique=loftq does without"),
 ])  # fmt: skip
 def test_what_does_not_run_is_refused_in_one_sentence(make, reason, monkeypatch):
@@ -243,8 +246,9 @@ def test_montecloras_terms_are_part_of_the_loss(base):
 
 
 def test_adamss_masks_its_subspaces(base):
-    config = peft.AdamssConfig(task_type="CAUSAL_LM", r=4, num_subspaces=5, subspace_rank=1, svd_threshold=0.1, target_modules=["q_proj", "v_proj"], use_asa=True,
-                               asa_target_subspaces=1, init_warmup=0, final_warmup=4, mask_interval=1)
+    asa = {"use_asa": True, "asa_target_subspaces": 2, "init_warmup": 0, "final_warmup": 4, "mask_interval": 1}
+    sizes = {"r": 4, "num_subspaces": 5, "subspace_rank": 1, "svd_threshold": 0.1, "target_modules": ["q_proj", "v_proj"]}
+    config = peft.AdamssConfig(task_type="CAUSAL_LM", **sizes, **asa)
     method = PeftAdapter(config)
     model = method.wrap(copy.deepcopy(base))
     before = sum(p.requires_grad for p in model.parameters())
@@ -255,7 +259,7 @@ def test_adamss_masks_its_subspaces(base):
 
 EXAMPLES = [Example(f"Review: good bad good {word} . Sentiment :", answer) for word, answer in [("good", "positive"), ("bad", "negative")] * 8]
 FROM_DATA = {
-    "eva": {"eva_config": peft.EvaConfig(rho=1.0)}, "lora_ga": {"lora_ga_config": peft.LoraGAConfig()}, "corda": {"corda_config": peft.CordaConfig()},
+    "eva": {"eva_config": peft.EvaConfig(rho=1.0)}, "lora_ga": {"lora_ga_config": peft.LoraGAConfig()}, "corda": {"corda_config": CordaConfig()},
 }  # fmt: skip
 
 

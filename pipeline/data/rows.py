@@ -95,7 +95,7 @@ class Encoder:
     def answer(self, text: str, ends: bool = False) -> list[int]:
         ids = self.continuation(text)
         if not ids:
-            raise Unsuited(f"the answer {text!r} encodes to no token with this model's tokenizer; choose another model, or write the task's answers in its words")
+            raise Unsuited(f"the answer {text!r} encodes to no token of this model's; choose another model, or write the task's answers in its words")
         return ids + [self.tokenizer.eos_token_id] if ends else ids
 
     def example(self, example: Example) -> Encoded:

@@ -65,6 +65,8 @@ def check(config: Any) -> None:
         raise UserError("method.config.use_qalora acts on GPTQ's weights alone, which no precision here is; set it to false")
     if start(config) == "loftq" and not _gpu():
         raise UserError("method.config.init_lora_weights=loftq rounds weights on a GPU, and torch finds none; technique=loftq does without")
+    if has(config, "use_asa") and config.asa_target_subspaces < 2:
+        raise UserError("method.config.asa_target_subspaces=1 leaves PEFT's AdaMSS no subspace to train, since it keeps one fewer; set it to 2 or more")
     for count in ("r", "num_virtual_tokens", "init_r", "target_r"):
         value = getattr(config, count, None)
         by_block = count == "r" and value == 0 and getattr(config, "oft_block_size", 0)
