@@ -16,6 +16,7 @@ from pipeline.core.files import UserError
 from pipeline.core.settings import Precision
 from pipeline.data.rows import Example
 from pipeline.methods.peft_adapter import PeftAdapter
+from pipeline.methods.peft_lora import LoftQ
 from pipeline.methods.peft_prompts import PrefixTuning
 from pipeline.models.base import load_model
 
@@ -96,7 +97,7 @@ def test_a_model_without_such_layers_is_refused_by_our_key(model_of):
 
 
 def test_an_adapter_without_modules_for_an_architecture_names_our_key(model_of):
-    with pytest.raises(UserError, match="name its modules in method.config.target_modules"):
+    with pytest.raises(UserError, match="C3A on Olmo2ForCausalLM: .*; name other modules in method.config.target_modules"):
         PeftAdapter(peft.C3AConfig(task_type="CAUSAL_LM", block_size=8)).wrap(model_of("olmo2"))
 
 
@@ -292,6 +293,16 @@ def test_evas_first_directions_are_those_of_what_goes_in(base):
     model = method.wrap(own)
     rows = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
     assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-3)
+
+
+def test_loftq_leaves_experts_that_are_not_rounded(tiny, tmp_path):
+    folder = write_architecture(tmp_path / "mixtral", "mixtral", tiny / "models" / "smollm2_135m")
+    model = load_model(folder, Precision("nf4"), torch.device("cpu"))
+    before = answers(model)
+    config = peft.LoraConfig(**COMMON | {"target_modules": "all-linear", "r": 16})
+    whole = load_model(folder, Precision("fp32"), torch.device("cpu"))
+    after = answers(LoftQ(config).wrap(model))
+    assert (after - answers(whole)).abs().mean() < (before - answers(whole)).abs().mean()
 
 
 def test_an_initialisation_from_rows_needs_rows(base):

@@ -103,12 +103,13 @@ def fitted(config: Any, model: Any) -> Any:
             what = "norms" if kind == "LN_TUNING" else "layers that make keys and values"
             raise UserError(f"{kind} finds no {what} in {type(model).__name__}; name its modules in method.config.target_modules")
     for key in ("token_indices", "trainable_token_indices"):
-        _check_tokens(key, getattr(config, key, None), model.get_input_embeddings().num_embeddings)
+        if has(config, key):
+            _check_tokens(key, getattr(config, key), model.get_input_embeddings().num_embeddings)
     return config
 
 
 def _check_tokens(key: str, indices: Any, size: int) -> None:
-    chosen = [i for each in (indices.values() if isinstance(indices, dict) else [indices or []]) for i in each]
+    chosen = [i for each in (indices.values() if isinstance(indices, dict) else [indices]) for i in each]
     beyond = [i for i in chosen if not 0 <= i < size]
     if beyond:
         raise UserError(f"method.config.{key} names the token {beyond[0]}, and the model has {size:,}; name tokens of its own vocabulary")
