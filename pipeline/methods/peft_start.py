@@ -44,7 +44,8 @@ def attached(base: Any, config: Any) -> Any:
     if kind == "lora_ga":
         preprocess_loraga(base, config, lambda: _backward(base, batches))
     elif kind == "corda":
-        preprocess_corda(base, config, lambda: [base(ids[None, mask > 0]) for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)])
+        rows = [ids[None, mask > 0] for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)]
+        preprocess_corda(base, config, lambda: [base(ids) for ids in rows])
     model = get_peft_model(base, config)
     if kind == "eva":
         eva.initialize_lora_eva_weights(model, _without_labels(batches), forward_fn=_at_most(MOST_PASSES), show_progress_bar=False)
