@@ -132,7 +132,7 @@ def test_a_cell_on_experts_says_what_it_reaches(overrides, folder_of):
     words = models(overrides, folder_of("mixtral"))
     pruned = cell(words, "technique=magnitude_pruning")
     assert pruned.size.reached_share == pytest.approx(0.111, abs=1e-3)
-    assert any(note.startswith("11% of the weights of the blocks are what the method reaches") for note in pruned.notes)
+    assert any(note.startswith("11% of the weights of the blocks, those of their experts counted in, is what the method reaches") for note in pruned.notes)
     rounded = cell(words, "technique=zero_shot_nf4")
     assert (rounded.size.quantised_share, rounded.size.reached_share) == (pytest.approx(0.111, abs=1e-3), None)
     adapted = cell(words, "technique=lora")

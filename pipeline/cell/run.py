@@ -135,9 +135,9 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
 
 
 def passed_over(base: Any, size: Size) -> list[str]:
-    """Notes on the shares of a base whose experts are no linear layers."""
-    shares = {"in 8 or 4 bits": size.quantised_share, "what the method reaches": size.reached_share}
-    return [f"{part:.0%} of the weights of the blocks are {what}: their experts are one tensor and no linear layers"
+    """Notes on the shares of a mixture of experts, whose experts most methods pass over: they are one tensor and no linear layers."""
+    shares = {"is rounded to 8 or 4 bits": size.quantised_share, "is what the method reaches": size.reached_share}
+    return [f"{part:.0%} of the weights of the blocks, those of their experts counted in, {what}"
             for what, part in shares.items() if part is not None and part < WHOLE and has_experts(base)]
 
 
