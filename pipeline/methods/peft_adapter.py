@@ -16,7 +16,7 @@ from pipeline.data.rows import Example
 from pipeline.measure.memory import out_of_memory
 from pipeline.methods import peft_options, peft_start
 from pipeline.methods.base import QUANTISED, Method
-from pipeline.models.base import dequantised, untie
+from pipeline.models.base import autocast, dequantised, untie
 from pipeline.models.reach import adapted_weights
 
 SHOWN = {
@@ -213,7 +213,8 @@ def _answer_once(model: Any) -> None:
 
     modes = {module: module.training for module in model.modules()}
     more = {"task_ids": torch.zeros(1, dtype=torch.long, device=model.device)} if model.active_peft_config.peft_type.value == "MULTITASK_PROMPT_TUNING" else {}
-    with torch.no_grad(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+    generators = torch.random.fork_rng([model.device] if model.device.type == "cuda" else [])
+    with torch.no_grad(), generators, autocast(model.device, model.get_base_model().dtype):
         model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), **more)
     for module, mode in modes.items():
         module.training = mode
