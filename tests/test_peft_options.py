@@ -191,17 +191,6 @@ def test_the_trial_of_an_adapter_leaves_modes_and_random_numbers(base):
     assert {n: m.training for n, m in wrapped.named_modules()} == {n: m.training for n, m in plain.named_modules()}
 
 
-@pytest.mark.parametrize("config", [
-    peft.LoraConfig(**COMMON), peft.OFTConfig(task_type="CAUSAL_LM", r=0, oft_block_size=4, target_modules=["q_proj"]),
-    peft.VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]), peft.LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]),
-    peft.IA3Config(task_type="CAUSAL_LM"), peft.LNTuningConfig(task_type="CAUSAL_LM"),
-    peft.RoadConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], group_size=4),
-    peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), peft.HRAConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]),
-])  # fmt: skip
-def test_adapters_in_fp32_answer_once_over_a_base_in_bf16(tiny, config):
-    PeftAdapter(config).wrap(load_model(tiny / "models" / "smollm2_135m", Precision("bf16"), torch.device("cpu")))
-
-
 # sharing
 
 SHARING = {
