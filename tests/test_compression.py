@@ -97,7 +97,7 @@ def test_a_pruned_model_s_artefact_is_a_bit_a_weight_and_those_left(load, tmp_pa
     assert memory_bytes(model) == memory_bytes(load()), "zeros take room"
     again = made.load(load(), tmp_path)[0]
     assert torch.equal(logits(again), logits(model)) and apart(logits(model), logits(load())) > 0.01
-    assert made.notes(model)[0].startswith("50.0% of the 73,728 weights of the blocks are zero")
+    assert made.notes(model)[0].startswith("50.0% of the 73,728 weights of the blocks' linear layers are zero")
 
 
 # calibration

@@ -75,9 +75,12 @@ def test_lora_trains_r_times_the_widths_of_every_linear_layer(load, r):
 
 def test_lora_of_rank_2_on_512_by_512_trains_2048():
     from peft import LoraConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = torch.nn.Sequential(torch.nn.Linear(512, 512, bias=False)).requires_grad_(False)
-    assert parameters(PeftAdapter(LoraConfig(r=2, target_modules=["0"])).wrap(model)) == (2048, 512 * 512 + 2048)
+    sizes = LlamaConfig(hidden_size=512, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=8)
+    model = LlamaForCausalLM(sizes).requires_grad_(False)
+    whole = parameters(model)[1]
+    assert parameters(PeftAdapter(LoraConfig(r=2, target_modules=["q_proj"])).wrap(model)) == (2048, whole + 2048)
 
 
 def test_lora_over_nf4_counts_every_value_of_the_base(load):

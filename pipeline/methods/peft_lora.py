@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.methods.peft_adapter import PeftAdapter
-from pipeline.models.base import load_stored
+from pipeline.models.base import load_stored, quantised
+from pipeline.models.blocks import matrix
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class LoftQ(PeftAdapter):
         wrapped = super().wrap(model)
         full = load_stored(Path(model.config._name_or_path))
         for name, module in wrapped.get_base_model().named_modules():
-            if not isinstance(module, LoraLayer):
-                continue
+            if not isinstance(module, LoraLayer) or not quantised(getattr(module.get_base_layer(), "weight", None)):
+                continue  # experts and routers, which keep their own weights
             rank, scale = module.r["default"], module.scaling["default"]
             rounded = dequantize_module_weight(module.base_layer).float()
-            left, values, right = torch.linalg.svd(full.get_submodule(name).weight.to(rounded.device).float() - rounded, full_matrices=False)
+            left, values, right = torch.linalg.svd(matrix(full.get_submodule(name)).to(rounded.device).float() - rounded, full_matrices=False)
             root = (values[:rank] / scale).sqrt()
             module.lora_A["default"].weight.data = (root[:, None] * right[:rank]).contiguous()
             module.lora_B["default"].weight.data = (left[:, :rank] * root).contiguous()

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.core.compose import build
-from pipeline.core.files import UserError, read_jsonl
+from pipeline.core.files import UserError, read_jsonl, read_object
 from pipeline.core.settings import Settings, read
 from pipeline.data import recipe
 from pipeline.data.choices import Items
@@ -76,6 +76,13 @@ class Artefact:
         if method.answers_without_model:
             raise UserError(f"the {method.name} answers without a model; its rows are in rationales/")
         return cls(name, folder, cfg, read(cfg), method, build(cfg.objective, "objective"))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether its rows are answered in one batch with other artefacts' rows; of a LoRA that adapts experts, PEFT's cannot be."""
+        if self.method.sharing != "together" or self.objective.reasoning:
+            return False
+        return not (self.method.peft and read_object(self.folder / "adapter_config.json").get("target_parameters"))
 
     def load(self, base: Base) -> tuple[Any, Any]:
         """(model, state) on the base, which may be changed in place. Raises UserError where the files are damaged."""
@@ -165,7 +172,7 @@ class Multiplexer:
         by_name: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_name.setdefault(request["adapter"], []).append(index)
-        together = [n for n in by_name if self.artefacts[n].method.sharing == "together" and not self.artefacts[n].objective.reasoning]
+        together = [n for n in by_name if self.artefacts[n].mixes]
         self._put(answered, requests, sorted(i for n in together for i in by_name[n]), functools.partial(self._mixed, together))
         for name in by_name:
             if name not in together:
