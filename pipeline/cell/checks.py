@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.settings import Task
-from pipeline.data.rows import Encoded, Encoder, Example, collate, step_batches
+from pipeline.data.rows import Encoded, Encoder, Example, collate
 from pipeline.methods.base import Method
 from pipeline.models.base import autocast
 from pipeline.objectives.base import Objective
@@ -30,7 +30,6 @@ LEAST_VOCABULARY = 0.8
 WORD = re.compile(r"\w+|[^\w\s]")
 SHAKEN = 0.01
 """Deviation of what is added to trained parameters, so that an adapter that starts as nothing is something."""
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def labels(encoder: Encoder, examples: Sequence[Example]) -> Finding:
         answer = encoder.answer(example.answer, example.ends)
         if not answer:
             return Finding("labels", False, f"the answer {example.answer!r} has no token; change the rows, or choose a model whose tokenizer knows it")
-        (batch,) = step_batches([encoded], _WHOLE, encoder.pad_id)
+        batch = collate([encoded], {encoded.group: 1}, encoder.pad_id)
         learnt = [(int(c) + 1, int(t)) for c, t in zip(batch.cols, batch.targets, strict=True)]
         first = len(encoded.ids) - len(answer)
         if learnt != list(enumerate(answer, first)):
@@ -107,14 +106,6 @@ def labels(encoder: Encoder, examples: Sequence[Example]) -> Finding:
 def squeezed(text: str) -> str:
     """Without spaces and case, which tokenizers may drop."""
     return re.sub(r"\s+", "", text).casefold()
-
-
-@dataclass(frozen=True)
-class _Whole:
-    micro_batch_tokens: int = 1 << 30
-
-
-_WHOLE: Any = _Whole()
 
 
 def losses(model: Any, parts: Sequence[Sequence[Encoded]], pad_id: int, device: Any, dtype: Any) -> list[float]:
