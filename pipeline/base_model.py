@@ -19,7 +19,7 @@ from pipeline.core.commands import entry
 from pipeline.core.compose import build, plain
 from pipeline.core.files import atomic_folder, write_json
 from pipeline.core.settings import Model
-from pipeline.models.base import parameters, quiet
+from pipeline.models.base import check_loads, parameters, quiet
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
@@ -39,7 +39,9 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         total = parameters(model)[1]
         digests = {p.name: sha256(p) for p in sorted(beside.glob("*.safetensors"))}
         write_json(beside / "manifest.json", {**about, "sha256": _one(digests), "files": digests, "parameters": total, "dtype": str(model.dtype)})
-    print(f"{target}: {total:,} parameters, {model.dtype}, {about['init']}")
+        del model
+        check_loads(beside, wanted.trust_remote_code)
+    print(f"{target}: {total:,} parameters, {about['init']}")
     return 0
 
 

@@ -5,7 +5,7 @@
     AutoModelForCausalLM.from_pretrained("exported/lora")        that is all; neither PEFT nor this project is needed
 
 An adapter is folded into its base (a quantised base is dequantised first), a fine-tuned model is written as it is. The folder is loaded
-back and compared with the model in memory before it is kept. Techniques that no weights can hold are refused by name: soft prompts,
+back, and its weights and answers are compared with the cell's before it is kept. Techniques that no weights can hold are refused by name: soft prompts,
 prompts with demonstrations, adapters with modules of their own. export.json says how the model wants to be prompted.
 """
 
@@ -20,7 +20,7 @@ from pipeline.core.commands import entry
 from pipeline.core.files import UserError, atomic_folder, folder_bytes, write_json
 from pipeline.records.finished import cell_config, finished
 from pipeline.serving.artefact import Artefact, Base
-from pipeline.serving.export import about, differences, refusal, save
+from pipeline.serving.export import about, differences, divergence, likelihoods, load, refusal, save, tolerance
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
@@ -34,11 +34,15 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         raise UserError(f"{result.technique} cannot be exported: {reason}")
     base = Base.of(config)
     model = artefact.load(base)[0]
+    answers = likelihoods(model, base)
     plain = artefact.method.merged(model) if hasattr(model, "peft_config") else model
     with atomic_folder(target, "export.json", "cell") as beside:
         save(plain, base.tokenizer, beside)
-        if lost := differences(plain, beside):
+        loaded = load(beside)
+        if lost := differences(plain, loaded):
             raise UserError(f"{result.technique} cannot be exported: a plain {type(plain).__name__} has no place for {lost}")
+        if (far := divergence(answers, likelihoods(loaded, base))) > tolerance(base, result.precision):
+            raise UserError(f"{result.technique} cannot be exported: merged, its answers lie {far:.2g} nats a token from the cell's")
         write_json(beside / "export.json", about(result, artefact))
     print(f"{result.cell} -> {target}: {folder_bytes(target) / 2**20:,.0f} MiB, loads with AutoModelForCausalLM.from_pretrained({str(target)!r})")
     return 0

@@ -68,7 +68,7 @@ TORCH_FIRST = ("pipeline.engine", "pipeline.methods.modules", "pipeline.training
 WITHOUT = ("pipeline.engine.layout", "pipeline.engine.streams")
 """Members of these packages that a forecast asks, too, and that therefore do without torch."""
 FAMILIES = ("pipeline.methods", "pipeline.objectives", "pipeline.teachers")
-SHARED = {"pipeline.methods.peft_adapter", *(f"pipeline.teachers.{name}" for name in ("writers", "demonstrations", "api_client", "rationales"))}
+SHARED = {*(f"pipeline.methods.peft_{name}" for name in ("adapter", "options", "start")), *(f"pipeline.teachers.{name}" for name in ("writers", "demonstrations", "api_client", "rationales"))}
 """Of a family beside its base.py, what members build on and others may use: no member itself. Nor are the files of a room inside it."""
 CHOOSING = "pipeline.methods.peft_from_file"
 """The member that makes other members' methods: which one a file of PEFT's says."""

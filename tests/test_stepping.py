@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.cell import run as cell_run
 from pipeline.core.compose import compose
 from pipeline.data.rows import Encoded
+from pipeline.engine.buffer import ParameterBuffer, Region
 from pipeline.engine.layout import Shapes, choose_widths, tokens
+from pipeline.engine.steps import Stepper, overlap
 from pipeline.records.results import read
 
 SHORT = ["train.epochs=1", "train.batch_size=6", "train_rows=32", "train.validations=0", "precision=fp32"]
@@ -142,3 +148,74 @@ def test_a_batch_whose_every_token_is_a_label_is_dense():
     shapes = Shapes([[[encoded(9, 8), encoded(9, 8)]]] * 2, 1000, 1)
     assert shapes.all()[0].dense and shapes.all()[0].labels == 16
     assert not Shapes([[[encoded(9, 8), encoded(9, 7)]]], 1000, 1).all()[0].dense
+
+
+CPT = {"peft_type": "CPT", "task_type": "CAUSAL_LM", "cpt_token_ids": [3, 4, 5, 6], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4],
+       "num_virtual_tokens": 4, "opt_weighted_loss_type": "none", "opt_projection_epsilon": 0.1, "opt_projection_format_epsilon": 0.1}
+TIED = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize(("config", "reason"), [(CPT, "other memory in a forward pass"), (TIED, "share their memory")])
+def test_parameters_whose_memory_the_engine_cannot_move_are_trained_eagerly(overrides, tmp_path, config, reason):
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(config))
+    more = ["technique=peft_config", f"technique.path={file}", "train.lr=1e-2"]
+    eager, fast = (run(overrides, tmp_path / engine, *more, f"train.engine={engine}") for engine in ("eager", "fast"))
+    assert fast.work.engine == "eager" and reason in fast.work.engine_reason
+    assert fast.history == eager.history and fast.history[0]["loss"] != fast.history[-1]["loss"]
+
+
+def test_overlap_sees_views_and_not_the_same_tensor_twice():
+    whole = torch.zeros(8)
+    first, second, one = whole[:4], whole[4:], whole[5:6]
+    assert not overlap([whole], [whole, whole, torch.zeros(8)]) and not overlap([first], [first, second])
+    assert overlap([whole], [whole, second]) and overlap([first], [first, whole]) and overlap([one], [whole, first, one])
+
+
+class Program:
+    """A program whose runs give the losses of a list, one a run."""
+
+    virtual = 0
+
+    def __init__(self, losses):
+        self.losses, self.buffer = iter(losses), ParameterBuffer(1, [Region(4)], "cpu", torch.float32, compute_copy=False)
+        self.set_up, self.check, self.begin = (lambda *_: None for _ in range(3))
+
+    def run(self, static):
+        self.buffer.raw += 1.0
+        return torch.tensor([next(self.losses)])
+
+
+@pytest.mark.parametrize(("losses", "same"), [([2.0, 2.0, 2.0], True), ([2.0, 2.05, 2.05], True), ([2.0, 2.5, 2.5], False), ([2.0, 2.5, 2.2], True),
+                                              ([2.0, float("nan"), float("nan")], False)])
+def test_a_captured_step_that_computes_something_else_is_refused(losses, same):
+    """The first is the uncaptured run's; two replays that differ, as dropout makes them, say how much a difference means."""
+    step = [[[Encoded([1, 2, 3], 1)]]]
+    stepper = Stepper(Program(losses), Shapes(step, 64, 1), 0, "cpu")
+    micro = next(stepper.shapes.micro_batches(step[0]))
+    with nullcontext() if same else pytest.raises(RuntimeError, match="its loss was"):
+        stepper.warm({micro.shape.width: micro})
+
+
+def test_a_captured_model_makes_no_mask_where_it_makes_none_uncaptured(overrides, monkeypatch):
+    """transformers cannot look at positions while it is captured, and would then mask what the kernel masks anyway."""
+    from transformers.integrations import sdpa_attention
+    from transformers.utils import import_utils
+
+    from pipeline.models import attention
+    from pipeline.models.base import load_stored
+
+    cfg = compose(overrides)
+    model = load_stored(Path(cfg.paths.models) / cfg.model.name).eval()
+    masks, real = [], sdpa_attention.sdpa_attention_forward
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", lambda module, q, k, v, mask, **how: (masks.append(mask), real(module, q, k, v, mask, **how))[1])
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = model(ids).logits
+        monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+        monkeypatch.setattr(attention, "_capturing", lambda: True)
+        captured = model(ids).logits
+        padded = model(ids, attention_mask=torch.tensor([[1] * 6, [1] * 4 + [0] * 2])).logits
+    layers = model.config.num_hidden_layers
+    assert masks[: 2 * layers] == [None] * 2 * layers and torch.equal(captured, expected)
+    assert all(mask is not None for mask in masks[2 * layers :]) and torch.allclose(padded[0], expected[0], atol=1e-5)

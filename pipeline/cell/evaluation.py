@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.cell.inputs import Inputs, Parts
 from pipeline.data.rows import Rows
@@ -27,7 +29,7 @@ UNIFORM = 0.99
 class Evaluation:
     """scores: by split. predictions: one a row, with its split. memory: the peak while the last timed split was answered. notes: the cell's.
 
-    finite: whether the model gave any answer a finite likelihood.
+    finite: whether the model gave any answer a finite likelihood. unmeasured: why a measurement that failed is null, by its name.
     """
 
     scores: dict[str, Score]
@@ -37,6 +39,7 @@ class Evaluation:
     forgetting: Forgetting | None = None
     notes: list[str] = field(default_factory=list)
     finite: bool = True
+    unmeasured: dict[str, str] = field(default_factory=dict)
 
 
 def validate(scorer: Scorer, rows: Sequence[dict]) -> tuple[float, float | None]:
@@ -76,6 +79,8 @@ def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Eval
         predictions.extend({"split": split, **p} for p in found)
         scores[split] = answers.score(found, parts.settings.task)
 
+    failed: dict[str, str] = {}
+    measured = functools.partial(_kept, failed)
     memory, inference = PeakMemory(parts.device), None
     memory.start()
     with meter.phase("validate"):
@@ -92,14 +97,26 @@ def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Eval
             for split, asked in rows.transfer.items():
                 answer(f"transfer/{split}", asked)
             inference = Inference(latency, len(rows.test) / seconds, peak.peak_bytes, request_peak_bytes=request_bytes)
-        forgetting = inputs.probing.forgetting(scorer.model) if inputs.probing else None
+        forgetting = measured("forgetting", None, lambda: inputs.probing.forgetting(scorer.model) if inputs.probing else None)
         nats = _nats_per_token(scorer, rows.validation, predictions) if parts.method.trains else None
         if inference is not None:
-            inference = _merged(parts, scorer, rows, _many_adapters(parts, scorer, rows, inference))
+            alone = inference
+            shared = measured("adapters", alone, lambda: _many_adapters(parts, scorer, rows, alone))
+            inference = measured("merged_latency_s", shared, lambda: _merged(parts, scorer, rows, shared))
     finite = answers.finite(predictions) and (nats is None or math.isfinite(nats))
     if finite and nats is not None and (note := _no_better_than_uniform(nats, scorer.model.config.get_text_config().vocab_size)):
         scorer.notes.append(note)
-    return Evaluation(scores, predictions, peak, inference, forgetting, scorer.notes, finite)
+    scorer.notes += [f"{name} was not measured: {reason}" for name, reason in failed.items()]
+    return Evaluation(scores, predictions, peak, inference, forgetting, scorer.notes, finite, failed)
+
+
+def _kept(failed: dict[str, str], name: str, without: Any, measure: Callable[[], Any]) -> Any:
+    """What `measure` gives; where it fails `without`, and its reason among the `failed`: a cell that has trained and answered keeps its result."""
+    try:
+        return measure()
+    except Exception as error:
+        failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return without
 
 
 def _nats_per_token(scorer: Scorer, rows: Sequence[dict], predictions: Sequence[dict]) -> float | None:

@@ -36,7 +36,7 @@ def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored:
         validation_rows=len(inputs.rows.validation), scores=scored.scores, memory=trained.memory or scored.memory, work=trained.work,
         size=dataclasses.replace(size, artefact_bytes=0) if error else size,
         inference=scored.inference, forgetting=scored.forgetting, teacher=_teacher(parts, inputs, trained), synthetic=inputs.synthetic,
-        history=trained.history, notes=scored.notes, hardware=machine.hardware(parts.device), provenance={**about, **_origin(parts)}, phases=phases,
+        history=trained.history, unmeasured=scored.unmeasured, notes=scored.notes, hardware=machine.hardware(parts.device), provenance={**about, **_origin(parts)}, phases=phases,
         packed=trained.slots is not None, slots=trained.slots, tuning=tuning, cost=price(cfg, phases.wall_s), shared_process=shared_process,
         labelled_rows=labels_used(parts, inputs, bool(tuning)),
     )

@@ -21,7 +21,8 @@ from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, enco
 from pipeline.measure import machine
 from pipeline.measure.clock import Meter
 from pipeline.measure.memory import Memory, out_of_memory
-from pipeline.models.base import memory_bytes, parameters
+from pipeline.models.base import attention_of, memory_bytes, parameters
+from pipeline.models.reach import block_weights, has_experts, quantised_weights, share
 from pipeline.objectives.base import TrainingContext
 from pipeline.records.results import Result, Size, Work
 from pipeline.scoring import answers
@@ -31,6 +32,8 @@ from pipeline.training.loop import Loop, Trained, load_state, total_steps
 from pipeline.training.stepping import Run
 from pipeline.training.trl import TrlLoop
 
+WHOLE = 0.95
+"""Of the weights of the blocks, a share above it needs no note."""
 LOOPS: dict[str, type[Loop]] = {"loop": Loop, "trl": TrlLoop}
 """By what an objective declares as its `trainer`."""
 
@@ -98,26 +101,27 @@ class Wrapped:
     """A base with what the method adds to it.
 
     scorer: answers with the model as it stands (`scorer.model`), and takes the cell's notes. state: what the method keeps besides weights.
-    dtype: of the base's weights; model_bytes: the base's. counts: (trainable, total) parameters.
+    dtype: of the base's weights. size: of what was wrapped; nothing is served yet.
     """
 
     scorer: Scorer
     state: Any
     dtype: Any
-    model_bytes: int
-    counts: tuple[int, int]
+    size: Size
 
 
 def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     """The base as training begins with it, and how it answers. Raises UserError where a text that is to be answered is too long."""
     method, settings, rows, base = parts.method, parts.settings, inputs.rows, inputs.base
-    model_bytes = memory_bytes(base)
+    model_bytes, attention, whole = memory_bytes(base), attention_of(base), block_weights(base)
     state = method.prepare([parts.objective.label_example(row, settings.task) for row in rows.train], parts.cfg.seed, base)
     dtype = base.dtype
     model = method.wrap(base)
-    counts = parameters(model)
+    trainable, total = parameters(model)
+    size = Size(trainable if method.trains else 0, total, 0, model_bytes, attention=attention, quantised_share=share(quantised_weights(model), whole),
+                reached_share=share(method.reached_weights(model), whole))
     scorer = Scorer(model, inputs.encoder, settings.task, _prompt(parts, state), settings.evaluate.batch_tokens, parts.device, parts.dtype,
-                    list(inputs.notes), parts.objective.reasoning)
+                    [*inputs.notes, *passed_over(base, size)], parts.objective.reasoning)
 
     def validated(candidate: Any) -> tuple[float, float | None]:
         scorer.prompt = _prompt(parts, candidate)
@@ -127,7 +131,14 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
         state = method.choose(state, validated)
     scorer.prompt = _prompt(parts, state)
     scorer.notes += scorer.check({split: asked for split, asked in rows.scored.items() if parts.wants(split.partition("/")[0])})
-    return Wrapped(scorer, state, dtype, model_bytes, counts)
+    return Wrapped(scorer, state, dtype, size)
+
+
+def passed_over(base: Any, size: Size) -> list[str]:
+    """Notes on the shares of a base whose experts are no linear layers."""
+    shares = {"in 8 or 4 bits": size.quantised_share, "what the method reaches": size.reached_share}
+    return [f"{part:.0%} of the weights of the blocks are {what}: their experts are one tensor and no linear layers"
+            for what, part in shares.items() if part is not None and part < WHOLE and has_experts(base)]
 
 
 def _prompt(parts: Parts, state: Any) -> Callable[[str], str]:
@@ -199,5 +210,4 @@ def save(parts: Parts, wrapped: Wrapped, folder: Path | None, meter: Meter) -> S
     if folder is not None:
         with meter.phase("save"):
             artefact_bytes = record.write_artefact(folder, parts.cfg, functools.partial(method.save, scorer.model, wrapped.state))
-    trainable, total = wrapped.counts
-    return Size(trainable if method.trains else 0, total, artefact_bytes, wrapped.model_bytes, memory_bytes(scorer.model))
+    return dataclasses.replace(wrapped.size, artefact_bytes=artefact_bytes, served_bytes=memory_bytes(scorer.model))

@@ -117,8 +117,11 @@ def build(node: DictConfig, kind: str) -> Any:
 
 def explain(error: BaseException) -> str:
     """One sentence for an error of Hydra or OmegaConf."""
-    if isinstance(error.__cause__, UserError):  # raised by a resolver
-        return str(error.__cause__)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:  # raised by a resolver
+        return str(cause)
     missing = re.search(r"Missing mandatory value: (\S+)", str(error))
     if missing:
         return f"config key {missing[1]!r} is missing; set it"

@@ -71,7 +71,7 @@ class Encoder:
     """A tokenizer with a task's format around it.
 
     Raises (from the methods):
-        UserError: a text is longer than `max_length` and too_long is error.
+        UserError: a text is longer than `max_length` and too_long is error, or an answer has no token.
     """
 
     def __init__(self, tokenizer: Any, task: Task, max_length: int, too_long: str) -> None:
@@ -87,9 +87,15 @@ class Encoder:
             return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return beginning(self.tokenizer, text) or [self.pad_id]
 
-    def answer(self, text: str, ends: bool = False) -> list[int]:
+    def continuation(self, text: str) -> list[int]:
+        """A text as it follows a prompt; of a text that a model wrote there may be no token."""
         glue = "" if self.task.format == "chat" else self.task.separator
-        ids = self.tokenizer(glue + text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(glue + text, add_special_tokens=False)["input_ids"]
+
+    def answer(self, text: str, ends: bool = False) -> list[int]:
+        ids = self.continuation(text)
+        if not ids:
+            raise Unsuited(f"the answer {text!r} encodes to no token with this model's tokenizer; choose another model, or write the task's answers in its words")
         return ids + [self.tokenizer.eos_token_id] if ends else ids
 
     def example(self, example: Example) -> Encoded:

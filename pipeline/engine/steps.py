@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,10 @@ SIDE_STREAM_MOST = 2**22
 (`python -m benchmarks.kernels` at 135m, 16 x 64 and at 1b, 8 x 1024)."""
 
 
+APART = 0.03
+"""Share by which a captured step's loss and gradient norm may differ from an uncaptured step's: other kernels in bf16 (docs/fast.md)."""
+
+
 class ByHand:
     """The hand-written step of a bound Llama."""
 
@@ -104,6 +109,9 @@ class ByHand:
         self.llama.side_stream = stream("side") if self.llama.embedding.is_cuda and small else None
         if not streams:
             self.llama.backends = fastest_attention(rows, self.llama.layers[0].heads, width, self.llama.embedding)
+
+    def check(self) -> None:
+        """Nothing can have moved."""
 
     def begin(self, micro: Micro) -> None:
         """To be called before a micro-batch is run or replayed."""
@@ -129,7 +137,7 @@ class ByAutograd:
         groups: of the optimiser; each has params and lr, nothing else.
 
     Raises:
-        Unsupported: parameters that are not fp32, or groups with options of their own.
+        Unsupported: parameters that are not fp32, that share memory with other tensors of the model, or groups with options of their own.
     """
 
     virtual = 0
@@ -144,6 +152,8 @@ class ByAutograd:
             raise Unsupported("its optimiser's groups have options of their own")
         if any(p.dtype != torch.float32 for p in self.parameters):
             raise Unsupported("it trains parameters that are not fp32")
+        if overlap(self.parameters, itertools.chain(model.parameters(), model.buffers())):
+            raise Unsupported("parameters that it trains share their memory with other tensors of the model")
         regions = [Region(sum(p.numel() for p in group["params"]), lr_times=group["lr"] / lr) for group in groups]
         self.buffer = ParameterBuffer(1, regions, device, torch.float32, compute_copy=False)
         at = 0
@@ -152,10 +162,16 @@ class ByAutograd:
             views[0].copy_(parameter.data)
             parameter.data, parameter.grad = views
             at += parameter.numel()
+        self._places = [p.data_ptr() for p in self.parameters]
 
     def set_up(self, rows: int, width: int, streams: bool) -> None:
         """Nothing is reserved."""
         self.model.train()
+
+    def check(self) -> None:
+        """To be called after a step. Raises RuntimeError where the model has given a parameter other memory than the buffer's."""
+        if [p.data_ptr() for p in self.parameters] != self._places:
+            raise RuntimeError("the model gives its parameters other memory in a forward pass")
 
     def begin(self, micro: Micro) -> None:
         """Nothing to do."""
@@ -172,6 +188,17 @@ class ByAutograd:
         """Drop the gradients; the parameters keep their values."""
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def overlap(some: Sequence[torch.Tensor], every: Iterable[torch.Tensor]) -> bool:
+    """Whether any of `some` shares memory with another tensor of `every`, which has them, too; the same tensor twice is no other."""
+    tensors, asked = {id(t): t for t in every if t.numel()}, {id(t) for t in some}
+    furthest = 0, 0  # where the memory seen so far ends, and whose it is
+    for start, end, tensor in sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i) for i, t in tensors.items()):
+        if start < furthest[0] and asked & {tensor, furthest[1]}:
+            return True
+        furthest = max(furthest, (end, tensor))
+    return False
 
 
 def fastest_attention(rows: int, heads: Heads, width: int, like: torch.Tensor) -> list[Any] | None:
@@ -223,18 +250,49 @@ class Stepper:
         self._replay: dict[int, Callable[[], None]] = {}
         self._update: Callable[[], None] | None = None
 
-    def warm(self) -> None:
-        """Capture all shapes' forward and backward, and the update. Parameters are unchanged; moments and step counts are zero."""
+    def warm(self, firsts: Mapping[int, Micro] | None = None) -> None:
+        """Capture all shapes' forward and backward, and the update. Parameters are unchanged; moments and step counts are zero.
+
+        Args:
+            firsts: by width a micro-batch of the run, with which its captured step is held against an uncaptured one.
+
+        Raises:
+            RuntimeError: out of memory, the step cannot be captured, or the captured step computes something else.
+        """
         largest = max(self.inputs.values(), key=lambda s: s.shape.tokens)
         self.program.set_up(len(largest.ids), largest.shape.width + largest.virtual, largest.stream is not None)
         for width, static in self.inputs.items():
+            if firsts:
+                static.fill(firsts[width])
+                self.program.begin(firsts[width])
+            self._clear_gradients()
+            self.loss_sum.zero_()
             self._replay[width] = self.graphs.capture(functools.partial(self._forward_backward, static))
+            if firsts:
+                self._compare(width)
+        self.program.check()
         self.buffer.lr.zero_()
         self._clear_gradients()
         self._update = self.graphs.capture(self._finish)
         for tensor in (*self.buffer.moments, self.buffer.count, self.loss_sum, self.loss):
             tensor.zero_()
         self._clear_gradients()
+
+    def _compare(self, width: int) -> None:
+        """Hold the replay of what was just captured against the uncaptured run before the capture (which a CPU makes here, where a replay is one)."""
+        runs = [self._outcome()] if self.graphs.captures else []
+        while len(runs) < 3:  # the third says how far two replays are apart, by dropout for instance
+            self._clear_gradients()
+            self.loss_sum.zero_()
+            self._replay[width]()
+            runs.append(self._outcome())
+        for what, (uncaptured, first, second) in zip(("loss", "gradient's norm"), zip(*runs, strict=True), strict=True):
+            if not abs(first - uncaptured) <= max(APART * abs(uncaptured), 4 * abs(second - first)):  # NaN, too
+                raise RuntimeError(f"at width {width} its {what} was {first:.4g}, and {uncaptured:.4g} uncaptured")
+
+    def _outcome(self) -> tuple[float, float]:
+        """(loss, norm of the gradient) since both were cleared, all slots together."""
+        return float(self.loss_sum.sum()), float(torch.linalg.vector_norm(self.buffer.raw, dtype=torch.float32))
 
     def step(self, examples: Sequence[Sequence[Encoded]], lr: Sequence[float]) -> tuple[torch.Tensor, int, int]:
         """One optimiser step: (loss [K] fp32 on the device, real tokens, padding), of each slot's examples at each slot's learning rate."""

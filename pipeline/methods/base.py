@@ -99,6 +99,10 @@ class Method:
         """The trained model as it will be served (`dtype`: of the base's weights); it is what is evaluated and saved."""
         return model
 
+    def reached_weights(self, model: Any) -> int:
+        """How many weights of the blocks' matrices the method prunes, takes apart or stands beside, in a wrapped model; 0: it has to do with none alone."""
+        return 0
+
     def notes(self, model: Any) -> list[str]:
         """What a reader of the result should know of the model as it is served."""
         return []

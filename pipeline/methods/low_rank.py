@@ -74,6 +74,12 @@ class LowRank(Method):
         d_out, d_in = matrix(module).shape
         return max(1, int(self.share * d_out * d_in / (d_out + d_in)))
 
+    def reached_weights(self, model: Any) -> int:
+        import torch
+
+        pairs = [m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Sequential)]
+        return sum(first.in_features * second.out_features for first, second in pairs)
+
     def notes(self, model: Any) -> list[str]:
         return [f"every linear layer of the blocks keeps {self.share:.0%} of its numbers, as two thin layers; embeddings and output layer are whole"]
 

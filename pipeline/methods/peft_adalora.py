@@ -20,6 +20,7 @@ class AdaLora(PeftAdapter):
 
     plans_training = True
     acts_between_steps = True
+    _penalised = True
     changes_when_served = True
     own_load = True
 
@@ -47,13 +48,7 @@ class AdaLora(PeftAdapter):
         if self.start_share is not None and self.end_share is not None:
             config = model.peft_config["default"]
             config.tinit, config.tfinal, config.total_step = int(steps * self.start_share), int(steps * self.end_share), max(1, steps)
-        first = next(p for n, p in model.named_parameters() if "lora_A" in n)
-
-        def penalise(module: Any, _: Any) -> None:
-            if module.training and first.grad is None:  # once a step, however many micro-batches it has
-                self.penalty(model).backward()
-
-        model.register_forward_pre_hook(penalise)
+        super().before_training(model, steps)
 
     def penalty(self, model: Any) -> Any:
         """orth_reg_weight · mean over A and B of ‖A·Aᵀ − I‖ and ‖Bᵀ·B − I‖ (Frobenius), as AdaLoraModel.forward has it. Scalar, fp32."""

@@ -6,26 +6,24 @@ are subclasses in peft_lora.py, peft_prompts.py and peft_adalora.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.core.files import UserError
+from pipeline.data.rows import Example
+from pipeline.measure.memory import out_of_memory
+from pipeline.methods import peft_options, peft_start
 from pipeline.methods.base import QUANTISED, Method
+from pipeline.models.base import dequantised, untie
+from pipeline.models.reach import adapted_weights
 
 SHOWN = {
     "r": "r", "init_r": "init_r", "target_r": "target_r", "lora_alpha": "alpha", "alpha": "alpha", "lora_dropout": "dropout", "oft_block_size": "block_size",
     "num_virtual_tokens": "virtual_tokens", "init_lora_weights": "init", "prompt_tuning_init": "init", "use_rslora": "use_rslora", "use_dora": "use_dora",
 }
 """Keys of PEFT's configs and what the table calls them; a flag that is off, and an initialisation that is the default, are left out."""
-NEEDS_FLOATS = ("pissa", "olora", "corda", "eva", "loftq")
-"""Initialisations of LoRA that decompose the base's weights and write the remainder back."""
-UNMERGED = ("ADAPTION_PROMPT", "BEFT", "LILY", "POLY", "SHADOW", "XLORA")
-"""Adapters that PEFT cannot fold into a base's weights (BEFT: into one without biases)."""
-BASE = "base"
-"""In a config's tokenizer_name_or_path: the base model's own."""
-
-
 @dataclass(frozen=True)
 class PeftAdapter(Method):
     """Trains an adapter over a frozen base. Adapter weights are fp32 in every precision (PEFT's autocast_adapter_dtype).
@@ -46,11 +44,7 @@ class PeftAdapter(Method):
     """Fold the adapter into the base after training; the artefact is then a whole model."""
 
     def __post_init__(self) -> None:
-        for key in ("r", "num_virtual_tokens", "init_r", "target_r"):
-            value = getattr(self.config, key, None)
-            by_block = key == "r" and value == 0 and getattr(self.config, "oft_block_size", 0)
-            if value is not None and not by_block and (type(value) is not int or value < 1):
-                raise UserError(f"method.config.{key} is {value}; it must be a whole number of at least 1")
+        peft_options.check(self.config)
         if self.merge and not self.merges:
             raise UserError(f"{self.config.peft_type.value} cannot be merged into the base; set method.merge=false")
 
@@ -68,39 +62,89 @@ class PeftAdapter(Method):
 
     @property
     def merges(self) -> bool:
-        return not self.soft_prompt and self.config.peft_type.value not in UNMERGED
+        return peft_options.merges(self.config)
 
     @property
     def sharing(self) -> str:
-        start = getattr(self.config, "init_lora_weights", True)
-        if self.merge or isinstance(start, str) and start.lower().startswith(NEEDS_FLOATS):
+        if self.merge or peft_options.changes_base(self.config):
             return "no"
-        plain = not self.own_load and not getattr(self.config, "use_dora", False)
+        plain = not self.own_load and not peft_options.has(self.config, *peft_options.VARIANTS)
         return "together" if self.config.peft_type.value == "LORA" and plain else "in_turn"
+
+    @property
+    def prepares(self) -> bool:
+        return peft_options.start(self.config) in peft_options.FROM_DATA
+
+    @property
+    def _penalised(self) -> bool:
+        return peft_options.has(self.config, *peft_options.PENALISED)
+
+    @property
+    def plans_training(self) -> bool:
+        return self._penalised
+
+    @property
+    def acts_between_steps(self) -> bool:
+        """AdaMSS moves its subspaces; terms of the loss are added in the model's forward, which is a step that is not captured."""
+        return self._penalised or getattr(self.config, "use_asa", False)
 
     def check(self, precision: str) -> None:
         if precision not in QUANTISED:
             return
-        start = getattr(self.config, "init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(NEEDS_FLOATS):
+        start = peft_options.start(self.config)
+        if start.startswith(peft_options.NEEDS_FLOATS):
             fix = "technique=loftq does it beside an nf4 base" if start == "loftq" else "choose precision=auto, fp32 or bf16"
             raise UserError(f"init_lora_weights={start} takes the base's weights apart, and {precision} ones are rounded already; {fix}")
         if not (self.soft_prompt or self.name == "ln_tuning" or _has_quantised_layers(self.name)):
             kind = self.config.peft_type.value
             raise UserError(f"PEFT's {kind} has no layer for {precision} weights; choose precision=auto, fp32 or bf16, or another adapter")
 
-    def wrap(self, model: Any) -> Any:
-        import copy
+    def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> None:
+        if self.prepares:
+            peft_start.keep(base, examples)
 
+    def wrap(self, model: Any) -> Any:
         from peft import get_peft_model
 
-        config = copy.deepcopy(self.config)
-        if getattr(config, "tokenizer_name_or_path", None) == BASE:
-            config.tokenizer_name_or_path = model.config._name_or_path
+        name, config = type(model).__name__, peft_options.fitted(self.config, model)
+        attach = peft_start.attached if hasattr(model, peft_start.EXAMPLES) else get_peft_model
         try:
-            return prompts_on_device(get_peft_model(model, config))
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise UserError(f"this adapter does not fit the model: {' '.join(str(error).split())}") from error
+            wrapped = prompts_on_device(attach(model, config))
+            _answer_once(wrapped)
+        except UserError:
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            key = "; name its modules in method.config.target_modules" if "target_modules" in reason else ""
+            raise UserError(f"this adapter does not fit the model: {self.config.peft_type.value} on {name}: {reason}{key}") from error
+        return wrapped
+
+    def before_training(self, model: Any, steps: int) -> None:
+        if not self._penalised:
+            return
+        import torch
+
+        first = next(p for p in model.parameters() if p.requires_grad)
+
+        def penalise(module: Any, *_: Any) -> None:
+            if module.training and torch.is_grad_enabled() and first.grad is None:  # once a step, however many micro-batches it has
+                self.penalty(model).backward(retain_graph=True)  # the forward pass that it is a part of has a backward pass of its own to come
+
+        model.register_forward_hook(penalise)
+
+    def penalty(self, model: Any) -> Any:
+        """What the adapter adds to the loss, which PEFT leaves to the loop: KaSA's and MonteCLoRA's terms. Scalar, fp32."""
+        lora = model.base_model
+        return lora._get_kasa_loss() if peft_options.has(self.config, "kasa_config") else lora._get_monteclora_loss()
+
+    def after_step(self, model: Any, step: int) -> None:
+        if getattr(self.config, "use_asa", False):
+            model.base_model.update_and_allocate(step)
+
+    def reached_weights(self, model: Any) -> int:
+        return 0 if self.soft_prompt else adapted_weights(model)
 
     def hyperparameters(self) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -119,7 +163,7 @@ class PeftAdapter(Method):
     def save(self, model: Any, state: Any, folder: Path) -> None:
         if self.merge:
             model.save_pretrained(folder)
-        else:
+        elif not peft_start.save(model, folder):
             for config in model.peft_config.values():
                 _sort_sets(config)
             model.save_pretrained(folder, save_embedding_layers=False)
@@ -133,16 +177,19 @@ class PeftAdapter(Method):
         return prompts_on_device(PeftModel.from_pretrained(base, folder)).eval(), None
 
     def merged(self, model: Any) -> Any:
-        """The adapter's plain model. A quantised base is dequantised first, so the sum is not rounded again."""
+        """The adapter's plain model. A quantised base is dequantised first, so the sum is not rounded again; a tied output layer that has an adapter,
+        or whose embeddings have one, is untied."""
         from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        if not getattr(model.get_base_model(), "quantization_method", None):
-            return model.merge_and_unload()
-        weights, config = get_peft_model_state_dict(model), model.peft_config["default"]
-        model.get_base_model().is_loaded_in_8bit = False  # else IA3 refuses, though what it merges with is no longer 8-bit then
-        plain = get_peft_model(model.unload().dequantize(), config)
-        set_peft_model_state_dict(plain, weights)
-        return plain.merge_and_unload()
+        if getattr(model.get_base_model(), "quantization_method", None):
+            weights, config = get_peft_model_state_dict(model), model.peft_config["default"]
+            model = get_peft_model(dequantised(model.unload()), config)
+            set_peft_model_state_dict(model, weights)
+        base = model.get_base_model()
+        if any(isinstance(module, BaseTunerLayer) for module in (base.get_output_embeddings(), base.get_input_embeddings())):
+            untie(base)
+        return model.merge_and_unload()
 
 
 def _sort_sets(config: Any) -> None:
@@ -158,6 +205,18 @@ def prompts_on_device(model: Any) -> Any:
     for name, indices in model.prompt_tokens.items() if model.active_peft_config.is_prompt_learning else ():
         model.prompt_tokens[name] = indices.to(model.device)
     return model
+
+
+def _answer_once(model: Any) -> None:
+    """One token through a wrapped model, so that what cannot run is known before it trains. Modes and random numbers stay as they were."""
+    import torch
+
+    modes = {module: module.training for module in model.modules()}
+    more = {"task_ids": torch.zeros(1, dtype=torch.long, device=model.device)} if model.active_peft_config.peft_type.value == "MULTITASK_PROMPT_TUNING" else {}
+    with torch.no_grad(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), **more)
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def _has_quantised_layers(tuner: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.core.files import UserError
 from pipeline.methods.peft_adapter import PeftAdapter
 from pipeline.models.base import load_stored
+from pipeline.models.blocks import matrix
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LoftQ(PeftAdapter):
                 continue
             rank, scale = module.r["default"], module.scaling["default"]
             rounded = dequantize_module_weight(module.base_layer).float()
-            left, values, right = torch.linalg.svd(full.get_submodule(name).weight.to(rounded.device).float() - rounded, full_matrices=False)
+            left, values, right = torch.linalg.svd(matrix(full.get_submodule(name)).to(rounded.device).float() - rounded, full_matrices=False)
             root = (values[:rank] / scale).sqrt()
             module.lora_A["default"].weight.data = (root[:, None] * right[:rank]).contiguous()
             module.lora_B["default"].weight.data = (left[:, :rank] * root).contiguous()

@@ -93,10 +93,13 @@ class Pruning(Method):
         lowest = parts.topk(fewest or int(parts.shape[1] * self.sparsity), largest=False).indices
         return torch.zeros_like(parts, dtype=torch.bool).scatter_(1, lowest, True).view(scores.shape)
 
+    def reached_weights(self, model: Any) -> int:
+        return sum(weight.numel() for weight in _weights(model))
+
     def notes(self, model: Any) -> list[str]:
-        weights = [matrix(module) for block in blocks(model) for _, module in linears(block)]
-        zeros, every = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
-        return [f"{zeros / every:.1%} of the {every:,} weights of the blocks are zero; in memory they take as much room as others, in the artefact a bit each"]
+        zeros, every = sum(int((w == 0).sum()) for w in _weights(model)), self.reached_weights(model)
+        what = f"{zeros / every:.1%} of the {every:,} weights of the blocks' linear layers are zero"
+        return [f"{what}; in memory they take as much room as others, in the artefact a bit each"]
 
     def save(self, model: Any, state: Any, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -122,6 +125,10 @@ class Pruning(Method):
                 kept = unpacked(tensors[name + MASK], parameter.numel()).view(parameter.shape)
                 parameter.data.zero_()[kept] = tensors[name + VALUES].to(parameter.dtype)
         return base.eval(), None
+
+
+def _weights(model: Any) -> list[Any]:
+    return [matrix(module) for block in blocks(model) for _, module in linears(block)]
 
 
 def packed(mask: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.methods.base import QUANTISED, Method, check_counts, load_weights, save_weights
+from pipeline.models.base import untie
 from pipeline.models.blocks import blocks
 
 PARTS = ("layers", "final_norm", "biases", "head", "embeddings")
@@ -88,7 +89,7 @@ class Selective(Method):
         import torch
 
         if "head" in self.parts and "embeddings" not in self.parts:
-            _untie(model)
+            untie(model)
         if not self.add_biases:
             return
         for layer in self._layers(model):
@@ -125,15 +126,6 @@ class Selective(Method):
         else:
             for layer in self._layers(model):
                 yield from (p for name, p in layer.named_parameters() if part == "layers" or name.endswith("bias"))
-
-
-def _untie(model: Any) -> None:
-    """A tied output layer is the embedding matrix: give it a copy, so that the embeddings stay as they are."""
-    import torch
-
-    head = model.get_output_embeddings()
-    if head.weight is model.get_input_embeddings().weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
 def _missing(part: str, model: str) -> str:

@@ -68,15 +68,39 @@ def load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
 def _pretrained(folder: Path, trust_remote_code: bool, **how: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from pipeline.models import attention
+
+    attention.register()
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa", **how
-            )
+            return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **how)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise UserError(f"{folder} comes with Python code of its own; read that code, then set model.trust_remote_code=true") from error
+
+
+def check_loads(folder: Path, trust_remote_code: bool = False) -> None:
+    """Load a stored model as cells will, and let it answer one token. Raises UserError where it does not, or has weights that are not finite."""
+    import torch
+
+    try:
+        model = load_stored(folder, trust_remote_code)
+        with torch.no_grad():
+            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the model loads, but not once it is stored as cells read it: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise UserError(f"the model has weights that are not finite ({bad[0]}); fetch or convert it again")
+
+
+def attention_of(model: Any) -> str | None:
+    """The attention that transformers chose for the model: sdpa where its architecture has it, else eager. None for one without attention heads."""
+    config = model.config.get_text_config()
+    return config._attn_implementation if getattr(config, "num_attention_heads", None) else None
 
 
 def load_model(folder: Path, precision: Precision, device: Any, stored: Any = None, trust_remote_code: bool = False) -> Any:
@@ -108,15 +132,41 @@ def cast(model: Any, dtype: Any) -> Any:
 
 
 def from_quantised(folder: Path, precision: Precision | None, dtype: Any, device: Any, trust_remote_code: bool = False) -> Any:
-    """A model folder rounded to precision's int8 or nf4 while it is read, frozen. precision: None where the folder holds rounded weights."""
+    """A model folder rounded to precision's int8 or nf4 while it is read, frozen. precision: None where the folder holds rounded weights.
+
+    Raises:
+        UserError: an architecture of whose layers bitsandbytes' loader rounds none.
+    """
     how = {} if precision is None else {"quantization_config": quantisation(precision.name, precision, dtype)}
     model = _pretrained(folder, trust_remote_code, dtype=dtype, device_map={"": str(device)}, **how)
+    if not any(quantised(p) for p in model.parameters()):
+        raise UserError(f"{type(model).__name__} cannot be rounded to {precision.name if precision else '4 or 8 bits'}: transformers rounds plain linear "
+                        f"layers, and {_other_layers(model)}; choose precision=auto, fp32 or bf16")
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights at the first evaluation on a CPU with AVX512-BF16; from then on they are
         # computed in bf16, pass no gradient to what lies below, and dequantise to noise
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (mypy takes a module's attribute for a tensor)
     return model.requires_grad_(False).eval()
+
+
+def _other_layers(model: Any) -> str:
+    """What a model has in the place of plain linear layers."""
+    import torch
+
+    kinds = sorted({type(m).__name__ for m in model.base_model.modules() if isinstance(m, torch.nn.Linear) and type(m) is not torch.nn.Linear})
+    return f"its own are {', '.join(kinds)}" if kinds else "it has none"
+
+
+def quantised(parameter: Any) -> bool:
+    """Whether the parameter's values are rounded to 8 or 4 bits."""
+    return getattr(parameter, "quant_state", None) is not None or type(parameter).__name__ == "Int8Params"
+
+
+def values(parameter: Any) -> int:
+    """How many numbers a parameter stands for: of a 4-bit one, each of its values."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
 
 
 def quantisation(name: str, precision: Precision, dtype: Any) -> Any:
@@ -129,6 +179,33 @@ def quantisation(name: str, precision: Precision, dtype: Any) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=precision.double_quantisation, bnb_4bit_compute_dtype=dtype
     )
+
+
+def dequantised(model: Any) -> Any:
+    """A model of bitsandbytes with plain layers in the place of its own: GPT-2's are Conv1D again, which transformers leaves as transposed linear ones."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
+    model.is_loaded_in_8bit = False  # else IA3 refuses, though what it merges with is no longer 8-bit then
+    model = model.dequantize()
+    for name in transposed:
+        linear = model.get_submodule(name)
+        with torch.device("meta"):
+            layer = Conv1D(linear.out_features, linear.in_features)
+        layer.weight, layer.bias = torch.nn.Parameter(linear.weight.T.contiguous(), requires_grad=False), linear.bias
+        model.set_submodule(name, layer)
+    return model
+
+
+def untie(model: Any) -> None:
+    """Give an output layer that is the embedding matrix a copy of its own, so that a change of one leaves the other as it is."""
+    import torch
+
+    head, embeddings = (getattr(m, "base_layer", m) for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if head is not None and head.weight is embeddings.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
 
 
 @contextlib.contextmanager
@@ -162,8 +239,7 @@ def parameters(model: Any) -> tuple[int, int]:
     """(trainable, total) parameters; a 4-bit weight counts each of its values, tied weights count once."""
     total = trainable = 0
     for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count = state.shape.numel() if state is not None else parameter.numel()
+        count = values(parameter)
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total

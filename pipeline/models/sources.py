@@ -101,7 +101,7 @@ def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: 
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True
             )
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it comes with Python code of its own; read that code, then set model.trust_remote_code=true"

@@ -103,6 +103,12 @@ class Size:
     """Parameters and buffers of the loaded base in its precision."""
     served_bytes: int | None = None
     """Parameters and buffers of the model as it is served: adapters beside their base, weights rounded or taken apart; zeros count as numbers."""
+    attention: str | None = None
+    """The attention that transformers chose for the base: sdpa, or eager where its architecture has no other. Null: a model without attention."""
+    quantised_share: float | None = None
+    """Of the weights in the blocks' matrices, those that stood there in 8 or 4 bits; experts that are one tensor never do. Null: none did."""
+    reached_share: float | None = None
+    """Of the same weights, those that the method prunes, takes apart or puts an adapter beside. Null: it does not go by matrices."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +252,8 @@ class Result:
     """None: the config has no price_per_hour."""
     history: list[dict[str, float | None]] = field(default_factory=list)
     """Points of the training curve: step, loss, lr; validation points carry validation_metric and validation_nll (null: not measured)."""
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    """Why measurements that were tried are null, by name: forgetting, adapters, merged_latency_s."""
     notes: list[str] = field(default_factory=list)
     """Sentences for people: truncated texts, fallbacks. Nothing reads a fact out of them."""
     hardware: dict[str, Any] = field(default_factory=dict)

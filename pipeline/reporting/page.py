@@ -176,8 +176,15 @@ def _resources(result: Result) -> dict[str, str | None]:
         "Device's own view": f.size(memory.device_used_bytes) if memory and memory.device_used_bytes is not None else None,
         "Base in memory": f.size(size.model_bytes) if size and size.model_bytes is not None else None,
         "Model as served, in memory": f.size(size.served_bytes) if size and size.served_bytes is not None else None,
+        "Attention": size.attention if size else None,
+        "Rounded": _of_blocks(size.quantised_share if size else None),
+        "Pruned, taken apart or adapted": _of_blocks(size.reached_share if size else None),
         "Test rows a second": f"{inference.rows_per_s:,.1f}" if inference and inference.rows_per_s is not None else None,
     }
+
+
+def _of_blocks(share: float | None) -> str | None:
+    return f"{share:.0%} of the blocks' weights" if share is not None else None
 
 
 def _energy(work: Work | None) -> str | None:

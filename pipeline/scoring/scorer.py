@@ -154,7 +154,7 @@ class Scorer:
         for row in rows:
             choices = [self.encoder.answer(c) for c in row["choices"]] if self.task.scoring == "choice" else []
             room = max(map(len, choices)) if choices else self.task.max_new_tokens
-            reasoned = self.encoder.answer(row["reasoned"]) if self.reasoning and "reasoned" in row else []
+            reasoned = self.encoder.continuation(row["reasoned"]) if self.reasoning and "reasoned" in row else []
             items.append((self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])) + reasoned, room + (0 if reasoned else later)), choices))
         return items
 

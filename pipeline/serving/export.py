@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.models.base import autocast, quiet
 from pipeline.records.results import Result
-from pipeline.serving.artefact import Artefact
+from pipeline.serving.artefact import Artefact, Base
+
+ROWS, TOKENS = 8, 24
+"""Of drawn tokens that a model answers before and after."""
+ROUNDED = 1e-2
+"""Nats a token by which merging may change what is computed in 16 or 8 bits."""
+EXACT = 1e-4
+"""The same for fp32."""
 
 
 def refusal(artefact: Artefact) -> str | None:
@@ -31,15 +39,40 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def differences(model: Any, folder: Path) -> str:
-    """Names of weights that a plain load of the folder lacks, or gives another value; empty if there are none."""
-    import torch
+def load(folder: Path) -> Any:
+    """The folder's model, as plain transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    from pipeline.models.base import quiet
-
     with quiet():
-        plain = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+
+
+def likelihoods(model: Any, base: Base) -> Any:
+    """Log-probabilities of every next token after some drawn ones, fp32 [rows, tokens, vocabulary]: what an export has to keep of a cell's model."""
+    import torch
+
+    size = model.config.get_text_config().vocab_size
+    ids = torch.randint(size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)).to(base.device)
+    with torch.no_grad(), autocast(base.device, base.dtype):
+        return model.to(base.device).eval()(input_ids=ids).logits.float().log_softmax(-1)
+
+
+def divergence(before: Any, after: Any) -> float:
+    """Mean Kullback-Leibler divergence of the likelihoods after from those before, nats a token."""
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def tolerance(base: Base, precision: str) -> float:
+    """How far an exported model may lie from its cell, in `divergence`; int8 rounds activations too."""
+    import torch
+
+    return EXACT if base.dtype == torch.float32 and precision != "int8" else ROUNDED
+
+
+def differences(model: Any, plain: Any) -> str:
+    """Names of weights that a plain load of the exported model lacks, or gives another value; empty if there are none."""
+    import torch
+
     loaded, saved = plain.state_dict(), model.state_dict()
     lost = [n for n in dict.fromkeys([*saved, *loaded]) if n not in loaded or n not in saved or not torch.equal(saved[n].cpu(), loaded[n])]
     return ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")

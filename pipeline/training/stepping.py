@@ -17,7 +17,7 @@ from pipeline.models.base import autocast
 from pipeline.objectives.base import Objective
 
 if TYPE_CHECKING:
-    from pipeline.engine.layout import Shapes
+    from pipeline.engine.layout import Micro, Shapes
     from pipeline.engine.streams import Streams
 
 
@@ -181,7 +181,13 @@ class Fast:
             self.notes.append("paged_adamw cannot be captured: the fast engine's AdamW ran, its state not paged")
 
     def warm(self) -> None:
-        self.stepper.warm()
+        firsts: dict[int, Micro] = {}
+        for step in range(self.run.total):
+            for micro in self.stepper.shapes.micro_batches([self.run.step_examples(step)]):
+                firsts.setdefault(micro.shape.width, micro)
+            if len(firsts) == len(self.stepper.inputs):
+                break
+        self.stepper.warm(firsts)
 
     def step(self, step: int, factor: float) -> tuple[Any, int, int]:
         loss, tokens, padding = self.stepper.step([self.run.step_examples(step)], [self.run.settings.lr * factor])

@@ -1,0 +1,142 @@
+"""What the options of a PEFT config ask of a model and of its training, where PEFT leaves that to the caller. Library of peft_adapter.py."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from pipeline.core.files import UserError
+from pipeline.models import kinds
+
+FROM_DATA = ("corda", "eva", "lora_ga")
+"""Initialisations of LoRA that read training rows first."""
+NEEDS_FLOATS = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
+"""Initialisations of LoRA that take the base's weights or what goes through them apart; all but eva write the remainder back."""
+VARIANTS = ("use_dora", "use_bdlora", "alora_invocation_tokens", "velora_config", "monteclora_config", "kasa_config", "target_parameters")
+"""Options of LoRA whose adapters PEFT cannot mix in a batch, or that another step than plain LoRA's serves."""
+REPLACES = ("kasa_config", "layer_replication")
+"""Options of LoRA that change the base's own weights or layers."""
+UNMERGED = ("ADAPTION_PROMPT", "BEFT", "LILY", "POLY", "SHADOW", "XLORA")
+"""Adapters that PEFT cannot fold into a base's weights (BEFT: into one without biases)."""
+UNMERGED_OPTIONS = ("alora_invocation_tokens", "lora_bias", "layer_replication")
+"""The same of LoRA's options; a lora_bias has no place in a layer without a bias."""
+PENALISED = ("kasa_config", "monteclora_config")
+"""Options of LoRA that add terms to the loss."""
+ELSEWHERE = {
+    "POLY": "routes by the task of every row, and these rows are of one task; choose another adapter",
+    "SHADOW": "runs a network of its own beside the base, which this version of PEFT cannot attach here; choose another adapter",
+    "XLORA": "mixes LoRA adapters that are trained already; train them as cells of their own",
+}
+"""Adapters that do not run here -> why, and what to do."""
+MODEL_SIZES = ("token_dim", "num_layers", "num_attention_heads")
+"""Of trained prompts, what PEFT reads from the model unless a file of another model names it."""
+BASE = "base"
+"""In a config's tokenizer_name_or_path: the base model's own."""
+
+
+def start(config: Any) -> str:
+    """LoRA's initialisation, in lower case; empty where it is PEFT's own."""
+    value = getattr(config, "init_lora_weights", None)
+    return value.lower() if isinstance(value, str) else ""
+
+
+def has(config: Any, *options: str) -> bool:
+    """Whether the config sets one of these options."""
+    return any(getattr(config, option, None) not in (None, False) for option in options)
+
+
+def merges(config: Any) -> bool:
+    return not config.is_prompt_learning and config.peft_type.value not in UNMERGED and not has(config, *UNMERGED_OPTIONS)
+
+
+def changes_base(config: Any) -> bool:
+    """Whether the adapter, loaded, leaves the base other than it was."""
+    return start(config) != "eva" and start(config).startswith(NEEDS_FLOATS) or has(config, *REPLACES) or getattr(config, "bias", "none") != "none"
+
+
+def check(config: Any) -> None:
+    """Raise UserError for options that do not run here, or that PEFT would pass over."""
+    kind = config.peft_type.value
+    if kind in ELSEWHERE:
+        raise UserError(f"PEFT's {kind} {ELSEWHERE[kind]}")
+    if has(config, "arrow_config"):
+        raise UserError("method.config.arrow_config routes between LoRA adapters that are trained already; take it out to train one")
+    if has(config, "use_qalora"):
+        raise UserError("method.config.use_qalora acts on GPTQ's weights alone, which no precision here is; set it to false")
+    if start(config) == "loftq" and not _gpu():
+        raise UserError("method.config.init_lora_weights=loftq rounds weights on a GPU, and torch finds none; technique=loftq does without")
+    for count in ("r", "num_virtual_tokens", "init_r", "target_r"):
+        value = getattr(config, count, None)
+        by_block = count == "r" and value == 0 and getattr(config, "oft_block_size", 0)
+        if value is not None and not by_block and (type(value) is not int or value < 1):
+            raise UserError(f"method.config.{count} is {value}; it must be a whole number of at least 1")
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def fitted(config: Any, model: Any) -> Any:
+    """A copy of the config with what it leaves to the model: its tokenizer, its sizes, the layers that the adapter is for.
+
+    Raises:
+        UserError: tokens or layers that the model does not have, keys and values that no prefix can be.
+    """
+    config = copy.deepcopy(config)
+    kind = config.peft_type.value
+    if getattr(config, "tokenizer_name_or_path", None) == BASE:
+        config.tokenizer_name_or_path = model.config._name_or_path
+    if config.is_prompt_learning:
+        for key in MODEL_SIZES:
+            setattr(config, key, None)
+        _fit_prompt(config, model)
+    if kind in ("IA3", "LN_TUNING") and config.target_modules is None:
+        config.target_modules = kinds.norms(model) if kind == "LN_TUNING" else kinds.keys_and_values(model)
+        if kind == "IA3" and config.target_modules:
+            config.feedforward_modules = kinds.down_projections(model)
+            config.target_modules = [*config.target_modules, *config.feedforward_modules]
+        if not config.target_modules:
+            what = "norms" if kind == "LN_TUNING" else "layers that make keys and values"
+            raise UserError(f"{kind} finds no {what} in {type(model).__name__}; name its modules in method.config.target_modules")
+    for key in ("token_indices", "trainable_token_indices"):
+        _check_tokens(key, getattr(config, key, None), model.get_input_embeddings().num_embeddings)
+    return config
+
+
+def _check_tokens(key: str, indices: Any, size: int) -> None:
+    chosen = [i for each in (indices.values() if isinstance(indices, dict) else [indices or []]) for i in each]
+    beyond = [i for i in chosen if not 0 <= i < size]
+    if beyond:
+        raise UserError(f"method.config.{key} names the token {beyond[0]}, and the model has {size:,}; name tokens of its own vocabulary")
+
+
+def _fit_prompt(config: Any, model: Any) -> None:
+    """Heads and width of a prefix as the model's cache has them; of other prompts, a number of heads that nothing reads."""
+    if config.peft_type.value not in ("PREFIX_TUNING", "CARTRIDGE"):
+        if not getattr(model.config.get_text_config(), "num_attention_heads", None):
+            config.num_attention_heads = 1
+        return
+    name, tokens = type(model).__name__, config.num_virtual_tokens
+    layers = getattr(_cache(model), "layers", ())
+    if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+        raise UserError(f"{name} keeps no keys and values of its own that a prefix could be; choose technique=prompt_tuning or an adapter")
+    if any(layer.keys.shape != layer.values.shape for layer in layers):
+        raise UserError(f"{name} has keys and values of different widths, and PEFT's prefix has one for both; choose technique=prompt_tuning or an adapter")
+    windows = [layer.sliding_window for layer in layers if getattr(layer, "sliding_window", None)]
+    if windows and min(windows) <= tokens:
+        raise UserError(f"{name} sees {min(windows)} tokens back, less than a prefix of {tokens} and a row; lower method.config.num_virtual_tokens")
+    shapes = {layer.keys.shape for layer in layers}
+    if len(shapes) == 1:
+        _, config.num_attention_heads, _, width = shapes.pop()
+        config.token_dim = config.num_attention_heads * width
+
+
+def _cache(model: Any) -> Any:
+    """What the model keeps of one token for the next ones."""
+    import torch
+
+    with torch.no_grad():
+        out = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    return getattr(out, "past_key_values", None)
