@@ -6,6 +6,7 @@ Library of test_architectures.py. `ARCHITECTURES` and `TECHNIQUES` are the two s
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_rationales, write_task
+from conftest import make_rows, write_rationales, write_task
 
 from pipeline.base_model import main as base_model
 from pipeline.cell import identity
@@ -141,12 +142,29 @@ def random_model(name: str, vocabulary: int = 31, **more: Any) -> Any:
 
 
 def write_model(name: str, tokenizer: Path, folder: Path) -> None:
-    """A random model of the architecture as a user has it: config, weights, the tokenizer of the folder `tokenizer`."""
+    """A random model of the architecture as a user has it: config, weights, the tokenizer of the folder `tokenizer`.
+
+    transformers 5 takes Qwen2's own class for every tokenizer of that model_type, which makes byte-level pairs of whatever the file holds: it has such ones.
+    """
     import transformers
 
-    words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    words = byte_pairs() if name == "qwen2" else transformers.AutoTokenizer.from_pretrained(tokenizer)
     random_model(name, len(words)).save_pretrained(folder)
     words.save_pretrained(folder)
+
+
+def byte_pairs() -> Any:
+    """A byte-level tokenizer with a token for every word of the task."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [f"{row['prompt']} {row['answer']}" for row in make_rows(ROWS, 1, "train")] + ["The words are positive. The words are negative. [label] [rationale]"] * 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<eos>"], initial_alphabet=alphabet, show_progress=False))
+    file = json.loads(raw.to_str())["model"]
+    return Qwen2Tokenizer(vocab=file["vocab"], merges=[tuple(m) for m in file["merges"]], unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
 
 
 def column(name: str, overrides: list[str], work: Path, capsys: pytest.CaptureFixture[str], chosen: list[str]) -> Column:

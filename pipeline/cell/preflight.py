@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from pipeline.cell import checks, identity
 from pipeline.cell.checks import Finding
-from pipeline.cell.inputs import Parts, Shared, build_parts, check, encoded, load_base, load_encoder, load_task, load_taught, training_rows
+from pipeline.cell.inputs import Parts, Shared, build_parts, check, encoded, load_base, load_encoder, load_task, load_taught, named, training_rows
 from pipeline.core.files import UserError, write_json
 from pipeline.data.rows import Encoded, Encoder, Rows
 from pipeline.measure.clock import Stopwatch
@@ -115,9 +115,10 @@ def _of_model(parts: Parts, every: Sequence[Rows], shared: Shared) -> Iterator[F
     base = load_base(parts, dataclasses.replace(shared, stored={k: copy.deepcopy(v) for k, v in shared.stored.items() if k == parts.model}))
     encoder = load_encoder(parts, shared, base)
     yield checks.tokenizer(encoder.tokenizer, base.get_input_embeddings().weight.shape[0], [f"{r['prompt']} {r['answer']}" for r in rows.train[:ROWS]])
-    state = parts.method.prepare([parts.objective.label_example(row, parts.settings.task) for row in rows.train], parts.cfg.seed, base)
+    with named(parts, base):
+        state = parts.method.prepare([parts.objective.label_example(row, parts.settings.task) for row in rows.train], parts.cfg.seed, base)
+        model = parts.method.wrap(base)
     state = parts.method.choose(state, lambda _: (0.0, None))
-    model = parts.method.wrap(base)
     scorer = functools.partial(Scorer, model, task=parts.settings.task, prompt=lambda p: parts.method.prompt(parts.objective.prompt(p), state),
                                batch_tokens=parts.settings.evaluate.batch_tokens, device=parts.device, dtype=parts.dtype, reasoning=parts.objective.reasoning)
     yield from _lengths(parts, encoder, every, scorer(encoder=encoder))

@@ -117,8 +117,8 @@ class PeftAdapter(Method):
             if out_of_memory(error):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
-            key = "; name its modules in method.config.target_modules" if "target_modules" in reason else ""
-            raise UserError(f"this adapter does not fit the model: {self.config.peft_type.value} on {name}: {reason}{key}") from error
+            key = "name other modules in method.config.target_modules, or choose another technique"
+            raise UserError(f"this adapter does not fit the model: {self.config.peft_type.value} on {name}: {reason}; {key}") from error
         return wrapped
 
     def before_training(self, model: Any, steps: int) -> None:

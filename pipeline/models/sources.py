@@ -95,7 +95,7 @@ def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: 
     tokenizer = _tokenizer(folder, shown, trust_remote_code)
     config = Path(folder) / "config.json"
     if config.exists() and read_json(config).get("is_encoder_decoder"):
-        raise UserError(f"the model {shown} is an encoder-decoder, and every technique here is for decoder-only models; choose a causal language model")
+        raise UserError(f"the model {shown} is an encoder-decoder ({read_json(config).get('model_type')}), and techniques here are for decoder-only models; choose one with model=<name>")
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
