@@ -19,7 +19,7 @@ from conftest import make_rows, write_rationales, write_task
 from pipeline.base_model import main as base_model
 from pipeline.cell import identity
 from pipeline.cell import run as cell_run
-from pipeline.core.compose import build, compose
+from pipeline.core.compose import ROOT, build, by_key, compose, without
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.serving import scores
 
@@ -47,12 +47,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": _of("Gemma2Config", head_dim=32, **LOCAL_AND_GLOBAL),
     "gemma3_text": _of("Gemma3TextConfig", head_dim=32, **LOCAL_AND_GLOBAL),
     "phi3": _of("Phi3Config"),
-    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.15}),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.15, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "gpt_neox": _of("GPTNeoXConfig", "num_key_value_heads"),
     "olmo2": _of("Olmo2Config"),
     "falcon": _of("FalconConfig", *GPT2_NAMES, multi_query=True, new_decoder_architecture=False),
     "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.15}),
-    "opt": _of("OPTConfig", *GPT2_NAMES, "initializer_range", ffn_dim=128, word_embed_proj_dim=64, init_std=0.15),
+    "opt": _of("OPTConfig", *GPT2_NAMES, "initializer_range", ffn_dim=128, word_embed_proj_dim=64, init_std=0.15, dropout=0.0),
     "mixtral": _of("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
     "granite": _of("GraniteConfig", logits_scaling=8.0),
     "smollm3": _of("SmolLM3Config", no_rope_layers=[1, 0]),
@@ -107,8 +107,10 @@ TECHNIQUES: dict[str, list[str]] = {
 """One of every kind, with the settings under which conftest's Llama learns the task; a later one begins at, or is taught by, `full` before it."""
 WEAK = ["technique=full", "variant=weak", "train.lr=1e-3", "train.epochs=1"]  # what grpo can still improve
 REACHED = 0.95
-PAIRS: dict[tuple[str, str], list[str]] = {}
-"""(architecture, technique) -> settings beside those of the technique, where a random tiny model of the architecture learns by others."""
+SETTINGS = ROOT / "tests" / "data" / "architecture_settings.json"
+"""{architecture: {technique: settings beside those of the technique}}, where a random tiny model learns by others; written with the table."""
+OTHERS = ((3, 1), (1, 3), (3, 3), (1 / 3, 1), (1 / 3, 3), (10, 3))
+"""What is tried then, in turn: times the learning rate, times the epochs."""
 
 
 @dataclass
@@ -116,12 +118,14 @@ class Column:
     """What became of an architecture's techniques."""
 
     ran: list[str] = field(default_factory=list)
+    settings: dict[str, list[str]] = field(default_factory=dict)
+    """By technique, where others than TECHNIQUES' were needed."""
     refused: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     def line(self, architecture: str) -> str:
         """Its row in docs/models.md."""
-        other = "; ".join(f"{t}: `{' '.join(more)}`" for (a, t), more in PAIRS.items() if a == architecture)
+        other = "; ".join(f"{technique}: `{' '.join(more)}`" for technique, more in self.settings.items())
         told: dict[str, list[str]] = {}
         for technique, sentence in self.refused.items():
             told.setdefault(sentence, []).append(technique)
@@ -167,9 +171,9 @@ def byte_pairs() -> Any:
     return Qwen2Tokenizer(vocab=file["vocab"], merges=[tuple(m) for m in file["merges"]], unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
 
 
-def column(name: str, overrides: list[str], work: Path, capsys: pytest.CaptureFixture[str], chosen: list[str]) -> Column:
-    """Register a model of the architecture and take it through the chosen techniques."""
-    found = Column()
+def column(name: str, overrides: list[str], work: Path, capsys: pytest.CaptureFixture[str], chosen: list[str], search: bool) -> Column:
+    """Register a model of the architecture and take it through the chosen techniques. search: try other settings where those that are known do not learn."""
+    found, known = Column(), json.loads(SETTINGS.read_text(encoding="utf-8")).get(name, {})
     tiny = Path(compose(overrides).paths.models) / "smollm2_135m"
     write_model(name, tiny, work / "user")
     write_task(work / "data" / "vader_movies", train=ROWS)
@@ -183,7 +187,8 @@ def column(name: str, overrides: list[str], work: Path, capsys: pytest.CaptureFi
         return found
     for technique in chosen:
         try:
-            pair(name, technique, here)
+            if more := learnt(technique, here, known.get(technique, []), search):
+                found.settings[technique] = more
             found.ran.append(technique)
         except UserError as error:
             found.refused[technique] = str(error).replace(str(work), "")
@@ -193,15 +198,34 @@ def column(name: str, overrides: list[str], work: Path, capsys: pytest.CaptureFi
     return found
 
 
-def pair(architecture: str, technique: str, here: list[str]) -> None:
+def learnt(technique: str, here: list[str], known: list[str], search: bool) -> list[str]:
+    """The settings beside its own by which the technique runs. Raises as `pair`."""
+    attempts = [known, *(other_settings(technique) if search else ())]
+    for more in attempts:
+        try:
+            pair(technique, [*here, *more])
+            return more
+        except AssertionError:
+            if more == attempts[-1]:
+                raise
+    raise AssertionError
+
+
+def other_settings(technique: str) -> list[list[str]]:
+    own = by_key([*LEARN, *TECHNIQUES[technique]])
+    rate, epochs = (float(own.get(f"train.{key}", 0)) for key in ("lr", "epochs"))
+    return [[f"train.lr={rate * a:.3g}", f"train.epochs={epochs * b:g}"] for a, b in OTHERS] if rate else []
+
+
+def pair(technique: str, here: list[str]) -> None:
     """One technique on one architecture: trained, evaluated, loaded again.
 
     Raises:
         UserError: refused before the first step. AssertionError: refused after it, not learnt, or the artefact answers otherwise.
     """
     if technique == "grpo":
-        run([*here, *LEARN, *WEAK])
-    cell = [*here, *LEARN, f"technique={technique.rpartition(' ')[2]}", *TECHNIQUES[technique], *PAIRS.get((architecture, technique), [])]
+        run([*without(here, "train.lr", "train.epochs"), *LEARN, *WEAK])
+    cell = [*LEARN, f"technique={technique.rpartition(' ')[2]}", *TECHNIQUES[technique], *here]
     result, stepped = run(cell)
     assert result.status == "ok", result.error
     if stepped or technique == "full_wanda":
@@ -235,6 +259,15 @@ def _noted(train: Callable[[Any], Any], steps: list[int]) -> Callable[[Any], Any
         return trained
 
     return train_and_note
+
+
+def keep_settings(architecture: str, settings: dict[str, list[str]]) -> None:
+    with SETTINGS.open("r+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        known = json.load(file) | {architecture: settings}
+        file.seek(0)
+        file.write(json.dumps({name: known[name] for name in ARCHITECTURES if known.get(name)}, indent=1) + "\n")
+        file.truncate()
 
 
 def replace_line(path: Path, architecture: str, line: str) -> None:

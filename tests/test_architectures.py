@@ -13,7 +13,7 @@ import os
 import re
 
 import pytest
-from architectures import ARCHITECTURES, TECHNIQUES, column, replace_line
+from architectures import ARCHITECTURES, TECHNIQUES, column, keep_settings, replace_line
 
 from pipeline.core.compose import ROOT
 
@@ -25,14 +25,15 @@ KEY = re.compile(r"\b(method|objective|train|task)\.\w+|\b(technique|precision|m
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_technique_runs_or_is_refused_by_name(overrides, tmp_path, capsys, architecture):
-    some = os.environ.get("TECHNIQUES")
-    found = column(architecture, overrides, tmp_path / "work", capsys, some.split(",") if some else list(TECHNIQUES))
+    some, writes = os.environ.get("TECHNIQUES"), bool(os.environ.get("WRITE_MODELS"))
+    found = column(architecture, overrides, tmp_path / "work", capsys, some.split(",") if some else list(TECHNIQUES), writes)
     assert not found.failed, "\n".join(f"{technique}: {why}" for technique, why in found.failed.items())
     for technique, sentence in found.refused.items():
         assert architecture in sentence and KEY.search(sentence.partition(": ")[2] or sentence), f"{technique} is refused without the architecture's name or a key: {sentence}"
     if some:
         print(found.line(architecture))
-    elif os.environ.get("WRITE_MODELS"):
+    elif writes:
+        keep_settings(architecture, found.settings)
         replace_line(TABLE, architecture, found.line(architecture))
     else:
         assert found.line(architecture) in TABLE.read_text(encoding="utf-8").splitlines()

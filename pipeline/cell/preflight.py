@@ -121,7 +121,7 @@ def _of_model(parts: Parts, every: Sequence[Rows], shared: Shared) -> Iterator[F
     state = parts.method.choose(state, lambda _: (0.0, None))
     scorer = functools.partial(Scorer, model, task=parts.settings.task, prompt=lambda p: parts.method.prompt(parts.objective.prompt(p), state),
                                batch_tokens=parts.settings.evaluate.batch_tokens, device=parts.device, dtype=parts.dtype, reasoning=parts.objective.reasoning)
-    yield from _lengths(parts, encoder, every, scorer(encoder=encoder))
+    yield _lengths(parts, encoder, every, scorer(encoder=encoder))
     if parts.method.trains:
         whole = Encoder(encoder.tokenizer, parts.settings.task, LIMITLESS, "error")
         yield checks.trained_as_scored(scorer(encoder=whole), parts.objective, rows.train[:ROWS], rows.rationales)
@@ -129,7 +129,7 @@ def _of_model(parts: Parts, every: Sequence[Rows], shared: Shared) -> Iterator[F
         yield from _of_training(parts, encoder, rows, model)
 
 
-def _lengths(parts: Parts, encoder: Encoder, every: Sequence[Rows], scorer: Scorer) -> Iterator[Finding]:
+def _lengths(parts: Parts, encoder: Encoder, every: Sequence[Rows], scorer: Scorer) -> Finding:
     """Whether the texts of all seeds fit: those that are trained on, rationales among them, and those that are asked."""
     asked = {name: {r["id"]: r for rows in every for r in rows.scored[name]} for name in every[0].scored}
     train = {r["id"]: r for rows in every for r in rows.train}.values() if parts.method.trains else ()
@@ -139,13 +139,13 @@ def _lengths(parts: Parts, encoder: Encoder, every: Sequence[Rows], scorer: Scor
         return [encoder.check("the training rows")]
 
     attempts: list[Callable[[], Sequence[str | None]]] = [training, lambda: scorer.check({name: list(rows.values()) for name, rows in asked.items()})]
+    notes, refused = [], []
     for attempt in attempts:
         try:
-            notes = [note for note in attempt() if note]
+            notes += [note for note in attempt() if note]
         except UserError as error:
-            yield Finding("lengths", False, str(error))
-        else:
-            yield Finding("lengths", True, "; ".join(notes) or "no text is longer than the model and train.max_length take")
+            refused.append(str(error))
+    return Finding("lengths", not refused, "; ".join(refused or notes) or "no text is longer than the model and train.max_length take")
 
 
 def _of_training(parts: Parts, encoder: Encoder, rows: Rows, model: Any) -> Iterator[Finding]:
