@@ -47,7 +47,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": _of("Gemma2Config", head_dim=32, **LOCAL_AND_GLOBAL),
     "gemma3_text": _of("Gemma3TextConfig", head_dim=32, **LOCAL_AND_GLOBAL),
     "phi3": _of("Phi3Config"),
-    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.15, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.15, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+                            "attn_pdrop": 0.0}),
     "gpt_neox": _of("GPTNeoXConfig", "num_key_value_heads"),
     "olmo2": _of("Olmo2Config"),
     "falcon": _of("FalconConfig", *GPT2_NAMES, multi_query=True, new_decoder_architecture=False),
@@ -164,7 +165,8 @@ def byte_pairs() -> Any:
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    texts = [f"{row['prompt']} {row['answer']}" for row in make_rows(ROWS, 1, "train")] + ["The words are positive. The words are negative. [label] [rationale]"] * 3
+    texts = [f"{row['prompt']} {row['answer']}" for row in make_rows(ROWS, 1, "train")]
+    texts += 3 * ["The words are positive. The words are negative. [label] [rationale]"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<eos>"], initial_alphabet=alphabet, show_progress=False))
     file = json.loads(raw.to_str())["model"]

@@ -77,8 +77,7 @@ class LowRank(Method):
     def reached_weights(self, model: Any) -> int:
         from pipeline.methods.modules.thin import Thin
 
-        pairs = [m for block in blocks(model) for m in block.modules() if isinstance(m, Thin)]
-        return sum(first.in_features * second.out_features for first, second in pairs)
+        return sum(m.weight.numel() for block in blocks(model) for m in block.modules() if isinstance(m, Thin))
 
     def notes(self, model: Any) -> list[str]:
         return [f"every linear layer of the blocks keeps {self.share:.0%} of its numbers, as two thin layers; embeddings and output layer are whole"]

@@ -94,8 +94,10 @@ def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: 
 
     tokenizer = _tokenizer(folder, shown, trust_remote_code)
     config = Path(folder) / "config.json"
-    if config.exists() and read_json(config).get("is_encoder_decoder"):
-        raise UserError(f"the model {shown} is an encoder-decoder ({read_json(config).get('model_type')}), and techniques here are for decoder-only models; choose one with model=<name>")
+    about = read_json(config) if config.exists() else {}
+    if about.get("is_encoder_decoder"):
+        what = f"the model {shown} is an encoder-decoder ({about.get('model_type')})"
+        raise UserError(f"{what}, and every technique here is for decoder-only models; choose a causal language model with model=<name>")
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
