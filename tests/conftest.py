@@ -128,7 +128,7 @@ def overrides(tiny: Path, tmp_path: Path) -> list[str]:
         f"paths.data={tiny}/data", f"paths.models={tiny}/models", f"paths.rationales={tiny}/rationales",
         f"paths.results={tmp_path}/results", f"paths.work={tmp_path}/work", f"paths.report={tmp_path}/report", f"paths.sweeps={tmp_path}/sweeps",
         "task=vader_movies", "model=smollm2_135m", "teacher=lexicon", "tracking=none", "device=cpu", "train.progress=false",
-        "evaluate.forgetting=false", "evaluate.transfer_rows=0", "evaluate.latency_rows=2", "evaluate.adapters=[]", "model.note=null",
+        "evaluate.forgetting=false", "evaluate.transfer_rows=0", "evaluate.latency_rows=2", "evaluate.adapters=[]", "model.note=null", "preflight=false",
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import random_model
 from conftest import write_model
 
 from pipeline.cell import identity
@@ -19,7 +20,7 @@ from pipeline.core.settings import Precision, Task, Train, read
 from pipeline.data.rows import Encoder, Example
 from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.base import TrainingContext
-from pipeline.objectives.logit_distillation import LogitDistillation, divergence
+from pipeline.objectives.logit_distillation import AfterLayer, Head, LogitDistillation, divergence
 from pipeline.objectives.rationale_first import RationaleFirst
 from pipeline.objectives.task_distillation import TaskDistillation
 from pipeline.records import results
@@ -106,6 +107,21 @@ def test_a_model_that_teaches_itself_leaves_the_labels_alone(overrides, tiny, di
     with torch.no_grad():
         nll = [-torch.log_softmax(at.model(input_ids=torch.tensor([e.ids])).logits[0], -1)[e.start - 1, e.ids[e.start]] for e in flat]
     assert len(losses) == 2 and all(v == pytest.approx(0.3 * float(sum(nll)) / len(nll), abs=1e-5) for v in losses.values())
+
+
+@pytest.mark.parametrize("architecture", ["granite", "cohere2", "gemma2", "llama"])
+def test_a_teacher_s_logits_come_again_from_its_states(architecture):
+    """Whatever a model does behind its output layer: a scale, a bound."""
+    more = {"gemma2": {"final_logit_softcapping": 2.0}, "cohere2": {"logit_scale": 0.25}}.get(architecture, {})
+    model = random_model(architecture, **more).eval()
+    hidden: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: hidden.append(args[0][0]))
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0]
+    after = AfterLayer.of(model.config)
+    assert torch.allclose(Head(model.get_output_embeddings(), 31, after).logits(hidden[0]), wanted, atol=1e-5)
+    if architecture != "llama":
+        assert not torch.allclose(Head(model.get_output_embeddings(), 31).logits(hidden[0]), wanted, atol=1e-2)
 
 
 def test_a_teacher_is_asked_once(overrides, tiny, monkeypatch):

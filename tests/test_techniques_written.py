@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import random_model
 
 from pipeline.cell import run as cell_run
 from pipeline.core.compose import build, compose
@@ -112,6 +113,36 @@ def test_training_begins_at_the_base_and_can_leave_it(load, name, base):
     model = wrapped(name, make(), *(["method.reduction=4"] if name == "ladder" else []))
     assert apart(logits(model), logits(make())) < 1e-6
     assert apart(logits(shaken(model)), logits(make())) > 1e-3
+
+
+OTHERS = [  # (technique, architecture, keys of its config)
+    *(("ladder", name, {}) for name in ("opt", "falcon", "deepseek_v3", "mamba", "gpt_oss", "gemma2")),
+    ("ladder", "opt", {"word_embed_proj_dim": 32}), ("attention_fusion", "opt", {}), ("attention_fusion", "mamba", {}),
+    *(("adapter_houlsby", name, {}) for name in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")), ("adapter_parallel", "mixtral", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "architecture", "keys"), OTHERS)
+def test_in_other_architectures_too_training_begins_at_the_base_and_moves_all_that_is_trained(name, architecture, keys):
+    """Decoders that are called past model.base_model, heads of several widths, no attention, experts that are no linear layers."""
+    base = random_model(architecture, **keys).requires_grad_(False)
+    before = logits(base)
+    more = {"ladder": ["method.reduction=4"], "attention_fusion": ["method.begin=12"]}.get(name, [])
+    torch.manual_seed(0)
+    model = method(name, *more).wrap(base)
+    assert apart(logits(model), before) < 1e-4
+    assert apart(logits(shaken(model, 10.0 if name == "attention_fusion" else 0.05)), before) > 1e-3
+    model.train()(input_ids=IDS).logits.square().mean().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(p.grad is not None for p in trained.values()), [n for n, p in trained.items() if p.grad is None]
+
+
+@pytest.mark.parametrize("architecture", ["opt", "mamba", "deepseek_v3", "gemma2"])
+def test_a_ladder_s_cache_gives_the_texts_of_no_cache_in_other_architectures(architecture):
+    model = shaken(wrapped("ladder", random_model(architecture).requires_grad_(False), "method.reduction=4"), 0.3).eval()
+    texts = [model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=1,
+                            eos_token_id=None) for cached in (True, False)]
+    assert torch.equal(*texts)
 
 
 FAST = ("compacter", "adamix", "ladder", "ipt", "warp")

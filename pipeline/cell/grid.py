@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from pipeline.cell import identity, locks, packing
+from pipeline.cell import identity, locks, packing, preflight
 from pipeline.cell.child import run_cell, run_in_child
 from pipeline.cell.inputs import Shared, preload
 from pipeline.cell.packing import INTERRUPTED
@@ -60,7 +60,12 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
         return 0
     if warn:
         warn(missing)
-    return _run(missing, preload(missing), mirror)
+    shared = preload(missing)
+    if cells[0].preflight:
+        code = run_in_child(lambda: preflight.ahead(missing, shared)).code
+        if code:
+            return code
+    return _run(missing, shared, mirror)
 
 
 def _run(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror) -> int:

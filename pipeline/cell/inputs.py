@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.core.compose import build
-from pipeline.core.files import UserError
+from pipeline.core.files import Unsuited, UserError
 from pipeline.core.settings import Settings
 from pipeline.core.settings import read as read_settings
 from pipeline.data.rows import Encoded, Encoder, Rows, load_rationales, load_rows
@@ -102,6 +103,17 @@ def check(parts: Parts) -> None:
         raise UserError(f"start={start} begins at that cell's plain weights, and {parts.precision} ones are rounded; choose precision=auto, fp32 or bf16")
     if parts.method.trains and rows is not None and parts.settings.train.batch_size > rows:
         raise UserError(f"train.batch_size={parts.settings.train.batch_size} is larger than train_rows={rows}; lower it or raise train_rows")
+
+
+@contextlib.contextmanager
+def named(parts: Parts, model: Any) -> Iterator[None]:
+    """A refusal from inside says which technique and architecture it is about; one of settings that the rows do not suit is about neither."""
+    try:
+        yield
+    except Unsuited:
+        raise
+    except UserError as error:
+        raise UserError(f"technique={parts.cfg.technique.name} on {model.config.model_type}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from pipeline.cell import record
 from pipeline.cell.evaluation import evaluate, score_answers, validate
 from pipeline.cell.identity import checkpoint_of, discard_training, packed_of
-from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, encoded, load_inputs
+from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, encoded, load_inputs, named
 from pipeline.measure import machine
 from pipeline.measure.clock import Meter
 from pipeline.measure.memory import Memory, out_of_memory
@@ -113,9 +113,10 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     """The base as training begins with it, and how it answers. Raises UserError where a text that is to be answered is too long."""
     method, settings, rows, base = parts.method, parts.settings, inputs.rows, inputs.base
     model_bytes, attention, whole = memory_bytes(base), attention_of(base), block_weights(base)
-    state = method.prepare([parts.objective.label_example(row, settings.task) for row in rows.train], parts.cfg.seed, base)
     dtype = base.dtype
-    model = method.wrap(base)
+    with named(parts, base):
+        state = method.prepare([parts.objective.label_example(row, settings.task) for row in rows.train], parts.cfg.seed, base)
+        model = method.wrap(base)
     trainable, total = parameters(model)
     size = Size(trainable if method.trains else 0, total, 0, model_bytes, attention=attention, quantised_share=share(quantised_weights(model), whole),
                 reached_share=share(method.reached_weights(model), whole))
@@ -155,7 +156,7 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
         scorer.notes += filter(None, [inputs.encoder.check("the training rows")])
         total = total_steps(parts.settings.train, len(examples))
         method.before_training(scorer.model, total)
-        with meter.phase("warmup"):
+        with meter.phase("warmup"), named(parts, scorer.model):
             prepared = objective.prepared(
                 examples, TrainingContext(parts.cfg, parts.settings, scorer.model, inputs.encoder, rows.train, parts.device, parts.dtype, scorer_of))
         scorer.notes += prepared.notes

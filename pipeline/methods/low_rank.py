@@ -75,10 +75,9 @@ class LowRank(Method):
         return max(1, int(self.share * d_out * d_in / (d_out + d_in)))
 
     def reached_weights(self, model: Any) -> int:
-        import torch
+        from pipeline.methods.modules.thin import Thin
 
-        pairs = [m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Sequential)]
-        return sum(first.in_features * second.out_features for first, second in pairs)
+        return sum(m.weight.numel() for block in blocks(model) for m in block.modules() if isinstance(m, Thin))
 
     def notes(self, model: Any) -> list[str]:
         return [f"every linear layer of the blocks keeps {self.share:.0%} of its numbers, as two thin layers; embeddings and output layer are whole"]
@@ -123,10 +122,12 @@ def _put(block: Any, name: str, module: Any, left: Any, right: Any) -> None:
     """Two layers in the place of one; the bias goes with the second."""
     import torch
 
+    from pipeline.methods.modules.thin import Thin
+
     halves = ((right, False), (left, module.bias is not None))
     first, second = (torch.nn.Linear(w.shape[1], w.shape[0], bias=bias, device=w.device, dtype=w.dtype) for w, bias in halves)
     first.weight.data, second.weight.data = right.contiguous(), left.contiguous()
     if module.bias is not None:
         second.bias.data = module.bias.data
     parent, _, last = name.rpartition(".")
-    setattr(block.get_submodule(parent), last, torch.nn.Sequential(first, second).requires_grad_(False))
+    setattr(block.get_submodule(parent), last, Thin(first, second).requires_grad_(False))

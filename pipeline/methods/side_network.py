@@ -74,7 +74,7 @@ class Ladder(SideNetwork):
     def _network(self, model: Any) -> Any:
         from pipeline.methods.modules.side_networks import LadderNetwork
 
-        return LadderNetwork(model.config, self.reduction)
+        return LadderNetwork(model.config, model.get_output_embeddings().weight.shape[1], self.reduction)
 
 
 @dataclass(frozen=True)

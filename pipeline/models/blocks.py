@@ -22,12 +22,22 @@ BLOCK = "block"
 
 def blocks(model: Any) -> Any:
     """The decoder's blocks. Raises UserError where there is no such list."""
+    return _decoder_and_blocks(model)[1]
+
+
+def decoder(model: Any) -> Any:
+    """The module that runs the blocks and gives last_hidden_state; OPT calls it past model.base_model. Raises UserError as `blocks`."""
+    return _decoder_and_blocks(model)[0]
+
+
+def _decoder_and_blocks(model: Any) -> tuple[Any, Any]:
     import torch
 
     wanted = getattr(model.config, "num_hidden_layers", None)
     for module in model.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == wanted:
-            return module
+        for child in module.children():
+            if isinstance(child, torch.nn.ModuleList) and len(child) == wanted:
+                return module, child
     raise UserError(f"{type(model).__name__} has no list of {wanted} layers to choose from; use technique=full or an adapter")
 
 
@@ -52,7 +62,7 @@ def sublayer(block: Any, place: str) -> Any:
     """A block's attention or feed_forward module, or the block. Raises UserError where the block has no one module for it."""
     if place == BLOCK:
         return block
-    modules = [module for name, module in block.named_children() if PLACES[place].search(name.lower()) and any(True for _ in linears(module))]
+    modules = [module for name, module in block.named_children() if PLACES[place].search(name.lower()) and any(p.ndim > 1 for p in module.parameters())]
     if len(modules) == 1:
         return modules[0]
     there = ", ".join(name for name, _ in block.named_children())

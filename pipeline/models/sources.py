@@ -78,8 +78,10 @@ class Hub:
 def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: bool) -> tuple[Any, Any]:
     tokenizer = tokenizer_at(Path(folder), shown, trust_remote_code)
     config = Path(folder) / "config.json"
-    if config.exists() and read_object(config).get("is_encoder_decoder"):
-        raise UserError(f"the model {shown} is an encoder-decoder, and every technique here is for decoder-only models; choose a causal language model")
+    about = read_object(config) if config.exists() else {}
+    if about.get("is_encoder_decoder"):
+        what = f"the model {shown} is an encoder-decoder ({about.get('model_type')})"
+        raise UserError(f"{what}, and every technique here is for decoder-only models; choose a causal language model with model=<name>")
     return model_at(Path(folder), shown, trust_remote_code, dtype="auto", use_safetensors=None if allow_pickle else True), tokenizer
 
 

@@ -38,12 +38,32 @@ UNTOUCHED: dict[Any, Any] = {"start": None, "method": {"type": "untouched"}, "ob
 """The config of a base model that teaches as it is."""
 
 
+@dataclass(frozen=True)
+class AfterLayer:
+    """What a model does with the logits that its output layer gives: times `scale` (Granite, Cohere), then bounded by cap · tanh(x / cap) (Gemma)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> AfterLayer:
+        text = config.get_text_config()
+        scale = getattr(text, "logit_scale", 1.0) / getattr(text, "logits_scaling", 1.0)
+        return cls(scale, getattr(text, "final_logit_softcapping", None))
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """[..., V], fp32."""
+        scaled = logits.float() * self.scale
+        return scaled if self.cap is None else self.cap * (scaled / self.cap).tanh()
+
+
 @dataclass
 class Head:
     """A teacher's output layer; words: how many of its logits stand for words (a vocabulary may be padded)."""
 
     layer: Any
     words: int
+    after: AfterLayer = AfterLayer()
 
     def to(self, device: Any) -> Head:
         self.layer.to(device)
@@ -54,7 +74,7 @@ class Head:
         import torch
 
         with torch.no_grad():
-            return self.layer(hidden)[:, : self.words].float()
+            return self.after(self.layer(hidden)[:, : self.words])
 
 
 @dataclass(frozen=True)
@@ -170,7 +190,7 @@ def teacher_states(word: str, wanted: Sequence[Example], context: TrainingContex
     assert kept is not None
     about, head, hidden = kept
     teacher = Teacher(at.parent.name, len(wanted), about["right"], about["seconds"])
-    return TeacherStates(Head(head, len(context.encoder.tokenizer)), hidden, teacher)
+    return TeacherStates(Head(head, len(context.encoder.tokenizer), AfterLayer(**about.get("after", {}))), hidden, teacher)
 
 
 def _kept(path: Path) -> tuple[dict[str, Any], Any, list[torch.Tensor]] | None:
@@ -214,7 +234,8 @@ def _ask(word: str, config: DictConfig, at: Path, wanted: Sequence[Example], con
     layer = scorer.model.get_output_embeddings()
     tensors = {"hidden": torch.cat(hidden), "weight": layer.weight.detach().cpu()} | ({"bias": layer.bias.detach().cpu()} if layer.bias is not None else {})
     seconds = round(watch.lap() + (_spent(at) if at.name == "result.json" else 0.0), 3)
-    about = {"tokens": [len(h) for h in hidden], "right": right / len(examples), "seconds": seconds}
+    about = {"tokens": [len(h) for h in hidden], "right": right / len(examples), "seconds": seconds,
+             "after": dataclasses.asdict(AfterLayer.of(scorer.model.config))}
     with atomic_path(path) as beside:
         save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {"about": json.dumps(about)})
 
@@ -239,7 +260,7 @@ def _pass(scorer: Scorer, examples: Sequence[Encoded]) -> tuple[list[torch.Tenso
     states: list[Any] = [None] * len(examples)
     right, counts = 0, {"label": 1}
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    layer = scorer.model.eval().get_output_embeddings()
+    layer, after = scorer.model.eval().get_output_embeddings(), AfterLayer.of(scorer.model.config)
     hook = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     try:
         with torch.inference_mode(), autocast(scorer.device, scorer.dtype):
@@ -247,8 +268,9 @@ def _pass(scorer: Scorer, examples: Sequence[Encoded]) -> tuple[list[torch.Tenso
                 batch = collate([examples[i] for i in part], counts, scorer.encoder.pad_id).to(scorer.device)
                 logits = logits_at(scorer.model, batch.input_ids, batch.rows, batch.cols)
                 hidden, made = seen.pop()
-                if logits.shape != made.shape or not torch.allclose(logits, made.float(), rtol=1e-3, atol=1e-3):
-                    raise UserError(f"the teacher {type(scorer.model).__name__} changes its logits after its output layer; choose another teacher")
+                if logits.shape != made.shape or not torch.allclose(logits, after(made), rtol=1e-3, atol=1e-3):
+                    what = f"objective.teacher: {type(scorer.model).__name__} changes its logits after its output layer in a way that is not known here"
+                    raise UserError(f"{what}; choose another teacher, or technique=task_distillation")
                 lengths = torch.bincount(batch.rows, minlength=len(part)).tolist()
                 for index, mine, hit in zip(part, hidden.cpu().split(lengths), (logits.argmax(-1) == batch.targets).split(lengths), strict=True):
                     states[index] = mine.clone()

@@ -14,10 +14,14 @@ import torch
 from torch import nn
 
 from pipeline.core.files import UserError
-from pipeline.models.blocks import blocks
+from pipeline.models.blocks import blocks, decoder
 
 NAME = "beside"
-"""What the network is called inside the model without its output layer."""
+"""What the network is called inside the decoder."""
+CACHES = ("past_key_values", "cache_params")
+"""What models call the cache that they are given; state space models have the second."""
+DIVIDED = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size")
+"""Widths of a config beside the hidden one."""
 TEMPERATURE = 0.1  # of the ladder's gates (Sung et al., 2022, section 3.3)
 
 
@@ -54,7 +58,7 @@ def attach(model: Any, network: StateReader) -> None:
     The frozen model has no gradients and keeps no activations for any. It is marked as stateful, so that answers are not scored over a shared
     prefix's cache, whose states the network would not see.
     """
-    inner, layers = model.base_model, blocks(model)
+    inner, layers = decoder(model), blocks(model)
     inner.add_module(NAME, network.to(model.device))
     inner.register_forward_pre_hook(network.start, with_kwargs=True)
     layers[0].register_forward_pre_hook(network.read_input, with_kwargs=True)
@@ -69,20 +73,23 @@ class LadderNetwork(StateReader):
     μ_i · down_i(state_i) + (1 - μ_i) · the layer before's output, μ_i = sigmoid(α_i / 0.1), α_i starting at 0.
 
     States are divided by their root mean square first, since later layers of a decoder have states a hundred times as large as early ones.
-    The output is projected up to the base's width and added to the base's last states; `up` starts at zero.
+    The output is projected up to the width of the base's last states and added to them; `up` starts at zero.
+
+    Args:
+        width: of the base's last states, as its output layer reads them.
     """
 
-    def __init__(self, config: Any, reduction: int) -> None:
+    def __init__(self, config: Any, width: int, reduction: int) -> None:
         from transformers import AutoModel
 
         super().__init__()
         small = narrowed(config, reduction)
-        self.network = AutoModel.from_config(small, attn_implementation="sdpa", dtype=torch.float32)
+        self.network = AutoModel.from_config(small, attn_implementation=config._attn_implementation, dtype=torch.float32)
         self.network.set_input_embeddings(nn.Identity())
         d, w = config.hidden_size, small.hidden_size
         layers = blocks(self.network)
         self.down = nn.ModuleList(nn.Linear(d, w, bias=False) for _ in range(len(layers) + 1))
-        self.up = nn.Linear(w, d, bias=False)
+        self.up = nn.Linear(w, width, bias=False)
         nn.init.zeros_(self.up.weight)
         self.gates = nn.Parameter(torch.zeros(len(layers)))
         self._pasts: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -92,12 +99,13 @@ class LadderNetwork(StateReader):
     def change(self, last: torch.Tensor) -> torch.Tensor:
         from transformers import DynamicCache
 
-        past = self.kwargs.get("past_key_values")
-        if past is not None and past not in self._pasts:
-            self._pasts[past] = DynamicCache()
         shared = {key: self.kwargs[key] for key in ("attention_mask", "position_ids", "cache_position") if self.kwargs.get(key) is not None}
-        cache = None if past is None else self._pasts[past]
-        out = self.network(inputs_embeds=self._projected(0), past_key_values=cache, use_cache=past is not None, **shared)
+        key, past = next(((key, self.kwargs[key]) for key in CACHES if self.kwargs.get(key) is not None), (None, None))
+        if key is not None:
+            if past not in self._pasts:
+                self._pasts[past] = DynamicCache(config=self.network.config)
+            shared[key] = self._pasts[past]
+        out = self.network(inputs_embeds=self._projected(0), use_cache=past is not None, **shared)
         return last + self.up(out.last_hidden_state).to(last.dtype)
 
     def _projected(self, number: int) -> torch.Tensor:
@@ -112,21 +120,37 @@ class LadderNetwork(StateReader):
 
 
 def narrowed(config: Any, reduction: int) -> Any:
-    """A config of the same architecture, widths divided, with as many heads as have an even width. Raises UserError where it cannot be divided."""
+    """A config of the same architecture, `reduction` times narrower. Raises UserError where its width cannot be divided."""
     small = copy.deepcopy(config)
-    width = config.hidden_size // reduction
-    heads = next((h for h in range(config.num_attention_heads, 0, -1) if width % h == 0 and width // h % 2 == 0), None)
-    if config.hidden_size % reduction or heads is None:
-        raise UserError(f"the model's width {config.hidden_size} cannot be divided by method.reduction={reduction} into heads of an even width; choose another")
-    small.hidden_size, small.num_attention_heads = width, heads
-    groups = getattr(config, "num_key_value_heads", None)
-    if groups is not None:
-        small.num_key_value_heads = next(g for g in range(min(groups, heads), 0, -1) if heads % g == 0)
-    for key, value in (("head_dim", width // heads), ("intermediate_size", None), ("n_inner", None), ("ffn_dim", None)):
+    width, rest = divmod(config.hidden_size, reduction)
+    if rest:
+        raise UserError(f"the model's width {config.hidden_size} cannot be divided by method.reduction={reduction}; choose another")
+    small.hidden_size = width
+    if getattr(config, "num_attention_heads", None):
+        _narrow_heads(small, config, width, reduction)
+    for key in DIVIDED:
         if getattr(config, key, None) is not None:
-            setattr(small, key, value or getattr(config, key) // reduction)
+            setattr(small, key, getattr(config, key) // reduction)
+    if getattr(config, "word_embed_proj_dim", None) is not None:  # OPT: the width of embeddings and last states
+        small.word_embed_proj_dim = width
     small.vocab_size, small.pad_token_id = 1, None  # its embeddings are not used
     return small
+
+
+def _narrow_heads(small: Any, config: Any, width: int, reduction: int) -> None:
+    """As many heads as have an even width; where heads have widths of their own for keys and values (DeepSeek), fewer heads of the same widths."""
+    own_widths = getattr(config, "qk_rope_head_dim", None) is not None
+    heads = max(1, config.num_attention_heads // reduction) if own_widths else next(
+        (h for h in range(config.num_attention_heads, 0, -1) if width % h == 0 and width // h % 2 == 0), None)
+    if heads is None:
+        raise UserError(f"the model's width {config.hidden_size} cannot be divided by method.reduction={reduction} into heads of an even width; choose another")
+    small.num_attention_heads = heads
+    for key in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, key, None) is not None:
+            setattr(small, key, heads if own_widths else next(g for g in range(min(getattr(config, key), heads), 0, -1) if heads % g == 0))
+    derived = isinstance(getattr(type(config), "head_dim", None), property)
+    if not own_widths and not derived and getattr(config, "head_dim", None) is not None:
+        small.head_dim = width // heads
 
 
 class FusionNetwork(StateReader):
