@@ -74,7 +74,7 @@ class PeftAdapter(Method):
         return "together" if self.config.peft_type.value == "LORA" and plain else "in_turn"
 
     @property
-    def prepares(self) -> bool:
+    def prepares(self) -> bool:  # type: ignore[override]  # of this config, where the class declares it of all
         return peft_options.start(self.config) in peft_options.FROM_DATA
 
     @property
@@ -82,11 +82,11 @@ class PeftAdapter(Method):
         return peft_options.has(self.config, *peft_options.PENALISED)
 
     @property
-    def plans_training(self) -> bool:
+    def plans_training(self) -> bool:  # type: ignore[override]  # of this config, where the class declares it of all
         return self._penalised
 
     @property
-    def acts_between_steps(self) -> bool:
+    def acts_between_steps(self) -> bool:  # type: ignore[override]  # of this config, where the class declares it of all
         """AdaMSS moves its subspaces; terms of the loss are added in the model's forward, which is a step that is not captured."""
         return self._penalised or getattr(self.config, "use_asa", False)
 
