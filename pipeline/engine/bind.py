@@ -15,11 +15,12 @@ import torch
 
 from pipeline.engine import ops, options
 from pipeline.engine.buffer import ParameterBuffer, Region
+from pipeline.engine.families import WIDE
 from pipeline.engine.layout import padded
 from pipeline.engine.linear import Linears, LoraPair
 from pipeline.engine.llama import Llama, Norm
 from pipeline.engine.ops import Tensor
-from pipeline.engine.parts import GROUPS, WIDE, Parts, Unsupported, stack, with_columns
+from pipeline.engine.parts import Parts, Unsupported, biases, stack, with_columns
 
 
 @dataclass
@@ -177,7 +178,7 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
     for layer, index, modules in parts.groups():
         count = sum(name in adapted for name, _ in modules)
         thin = count * wide if slots == 1 else 0
-        room = padded(thin, modules[0][1].in_features) if GROUPS[index] in WIDE else 0
+        room = padded(thin, modules[0][1].in_features) if WIDE[index] else 0
         four = any(hasattr(getattr(m, "base_layer", m).weight, "quant_state") for _, m in modules)
         under = 0 if four else padded(thin, sum(m.out_features for _, m in modules))
         weight, bias, spans = stack(parts, modules, room, under)
@@ -266,14 +267,11 @@ def _prompt(model: Any, parts: Parts, dtype: Any, slots: int, accumulate: bool) 
 
 def _full(parts: Parts, dtype: Any, accumulate: bool) -> Bound:
     ordered: list[Any] = [parts.model.embed_tokens.weight]
-    grouped: dict[tuple[int, int], list[Any]] = {}
+    grouped: dict[tuple[int, int], tuple[list[Any], list[Any]]] = {}
     for layer, index, modules in parts.groups():
-        if any(m.bias is not None for _, m in modules):
-            raise Unsupported("full fine-tuning of a model with biases has no hand-written step")
-        grouped[layer, index] = [m.weight for _, m in modules]
-        ordered += grouped[layer, index]
-    norms = [*(m for layer in parts.layers for m in (layer.input_layernorm, layer.post_attention_layernorm)), parts.model.norm]
-    ordered += [m.weight for m in norms] + ([] if parts.tied else [parts.base.lm_head.weight])
+        grouped[layer, index] = [m.weight for _, m in modules], biases(modules)
+        ordered += [p for several in grouped[layer, index] for p in several]
+    ordered += [m.weight for m in parts.norms()] + ([] if parts.tied else [parts.base.lm_head.weight])
     if {id(p) for p in ordered} != {id(p) for p in parts.base.parameters()} or any(p.dtype != torch.float32 for p in ordered):
         raise Unsupported("it has parameters that the hand-written step does not know")
     buffer = ParameterBuffer(1, [Region(sum(p.numel() for p in ordered))], ordered[0].device, dtype, compute_copy=True, accumulate=accumulate)
@@ -291,9 +289,10 @@ def _full(parts: Parts, dtype: Any, accumulate: bool) -> Bound:
         return buffer.compute[0, span].view(-1, *width), buffer.raw[0, span].view(-1, *width)
 
     groups = {}
-    for key, parameters in grouped.items():
-        weight, dweight = views(parameters)
-        groups[key] = Linears((lambda stacked: lambda: stacked)(weight), dweight=dweight)
+    for key, (weights, added) in grouped.items():
+        weight, dweight = views(weights)
+        bias, dbias = views(added) if added else (None, None)
+        groups[key] = Linears((lambda stacked: lambda: stacked)(weight), bias, dweight, dbias)
     embedding, dembedding = views([ordered[0]])
     head, dhead = (embedding, None) if parts.tied else views([parts.base.lm_head.weight])
     llama = parts.build(groups, lambda m: Norm(*views([m.weight])), embedding, head, 0)
