@@ -34,14 +34,14 @@ HARMLESS = {
 """Keys of a model's generation config that do not change what greedy decoding gives."""
 
 
-def unsuited(model: Any, longest: int) -> str | None:
-    """Why the model's own generate is needed; None: it is not. longest: tokens of the longest prompt and its continuation."""
+def unsuited(model: Any) -> str | None:
+    """Why the model's own generate is needed; None: it is not."""
     config = getattr(model, "generation_config", None) or GenerationConfig()
     plain = GenerationConfig().to_dict()
     changed = {key for key, value in config.to_dict().items() if value != plain.get(key) and not key.startswith("_") and value is not None} - HARMLESS
     if changed:
         return f"its generation config sets {', '.join(sorted(changed))}"
-    return refusal(model, longest, slides=False)
+    return refusal(model)
 
 
 class Decoder:
