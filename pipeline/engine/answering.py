@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.attention import Heads, causal, masked_attention, windowed
+from pipeline.engine.attention import causal, masked_attention, windowed
 from pipeline.engine.bind import answering, bound_to
+from pipeline.engine.families import Heads
 from pipeline.engine.llama import Angles, Llama, rows_of
 from pipeline.engine.ops import Tensor
 from pipeline.engine.parts import Unsupported

@@ -6,7 +6,6 @@ heads' outputs side by side, `merged` [N, H·e].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,29 +13,8 @@ import torch
 import torch.nn.attention
 import torch.nn.functional as F
 
+from pipeline.engine.families import Heads
 from pipeline.engine.ops import Tensor
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Of a layer: H query heads, G key-value heads (grouped-query attention: Ainslie et al., 2023), the width e of one, and how they attend.
-
-    scale: of the scores; None: 1 / sqrt(e). window: how many tokens, itself counted, a token attends to (Beltagy et al., 2020); 0: to all before it.
-    """
-
-    queries: int
-    groups: int
-    width: int
-    scale: float | None = None
-    window: int = 0
-
-    def split(self, qkv: Tensor, t: int) -> Sequence[Tensor]:
-        """q [R, H, T, e], k, v [R, G, T, e] of qkv [R·T, (H + 2G)·e], as views."""
-        return qkv.view(-1, t, self.queries + 2 * self.groups, self.width).transpose(1, 2).split((self.queries, self.groups, self.groups), 1)
-
-    def merge(self, output: Tensor) -> Tensor:
-        """Heads' outputs [R, H, T, e] side by side, [N, H·e]."""
-        return output.transpose(1, 2).reshape(-1, self.queries * self.width)
 
 
 class AttentionForward(Protocol):

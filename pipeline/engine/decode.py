@@ -17,7 +17,8 @@ from transformers import GenerationConfig, StaticCache
 from pipeline.data.rows import pad
 from pipeline.engine import answering
 from pipeline.engine.answering import Forward
-from pipeline.engine.attention import AttentionForward, Heads, masked_attention, single_query_attention, windowed
+from pipeline.engine.attention import AttentionForward, masked_attention, single_query_attention, windowed
+from pipeline.engine.families import Heads
 from pipeline.engine.graphs import Graphs
 from pipeline.engine.llama import rows_of
 from pipeline.engine.passes import capture

@@ -1,6 +1,6 @@
 """What the architectures that the hand-written step knows have and Llama has not; a table, by transformers' model_type.
 
-Library of parts.py. A config is known by the options that are read here or by the modules made of them; any other that is set is refused.
+Library of parts.py and of forecasts, without torch. A config is known by the options that are read here or by the modules made of them; any other that is set is refused.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
-
-from pipeline.engine.attention import Heads
 
 Groups = tuple[tuple[str, tuple[str, ...]], ...]
 SPLIT: Groups = (
@@ -29,6 +27,28 @@ READ = {
 ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Rotary positions that do not depend on how long a row is."""
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of a layer: H query heads, G key-value heads (grouped-query attention: Ainslie et al., 2023), the width e of one, and how they attend.
+
+    scale: of the scores; None: 1 / sqrt(e). window: how many tokens, itself counted, a token attends to (Beltagy et al., 2020); 0: to all before it.
+    """
+
+    queries: int
+    groups: int
+    width: int
+    scale: float | None = None
+    window: int = 0
+
+    def split(self, qkv: Any, t: int) -> Any:
+        """q [R, H, T, e], k, v [R, G, T, e] of qkv [R·T, (H + 2G)·e], as views."""
+        return qkv.view(-1, t, self.queries + 2 * self.groups, self.width).transpose(1, 2).split((self.queries, self.groups, self.groups), 1)
+
+    def merge(self, output: Any) -> Any:
+        """Heads' outputs [R, H, T, e] side by side, [N, H·e]."""
+        return output.transpose(1, 2).reshape(-1, self.queries * self.width)
 
 
 @dataclass(frozen=True)

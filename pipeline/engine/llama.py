@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.engine import ops
-from pipeline.engine.attention import Attention, AttentionForward, Heads, Rows, Stream
+from pipeline.engine.attention import Attention, AttentionForward, Rows, Stream
+from pipeline.engine.families import Heads
 from pipeline.engine.layout import logits_rows
 from pipeline.engine.linear import Linears
 from pipeline.engine.ops import Tensor

@@ -35,23 +35,35 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
+def unknown(kind: str, options: Mapping[str, Any]) -> str | None:
+    """An option that the hand-written step does not know, of those that are set; None: it knows all.
+
+    Args:
+        kind: PEFT's name of the adapter (LORA, PROMPT_TUNING).
+        options: those that are set (`changed`, or a config file's), by name.
+    """
+    known, off = (*INFORMATION, *READ[kind]), (None, False, "none", [], {}, ())
+    if name := next((name for name, value in options.items() if name not in known and value not in off), None):
+        return name
+    start = _start(options)
+    return None if start.startswith((*KEEPS_BASE, *CHANGES_BASE)) else f"init_lora_weights={start}"
+
+
+def _start(options: Mapping[str, Any]) -> str:
+    start = options.get("init_lora_weights", True)
+    return KEEPS_BASE[0] if start is None or isinstance(start, bool) else str(start).lower()
+
+
 def refused(kind: str, options: Mapping[str, Any], shared: bool = False) -> str | None:
     """Why the hand-written step does not train this adapter; None: it does.
 
     Args:
-        kind: PEFT's name of it (LORA, PROMPT_TUNING, …).
-        options: those that are set, by name (`changed`).
+        kind, options: as in `unknown`.
         shared: whether several such adapters share one base, which none may change.
     """
     if kind not in READ:
         return f"{kind} has no hand-written step"
-    known = (*INFORMATION, *READ[kind])
-    off = (None, False, "none", [], {}, ())
-    if name := next((name for name, value in options.items() if name not in known and value not in off), None):
-        return f"{kind} with {name} has no hand-written step"
-    start = options.get("init_lora_weights", True)
-    if isinstance(start, bool) or start is None or start.lower() in KEEPS_BASE:
-        return None
-    if not start.lower().startswith(CHANGES_BASE):
-        return f"{kind} with init_lora_weights={start} has no hand-written step"
-    return f"init_lora_weights={start} changes the base, of which a pack has one" if shared else None
+    if option := unknown(kind, options):
+        return f"{kind} with {option} has no hand-written step"
+    start = _start(options)
+    return f"init_lora_weights={start} changes the base, of which a pack has one" if shared and start.startswith(CHANGES_BASE) else None
