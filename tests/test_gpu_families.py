@@ -147,7 +147,8 @@ def test_captured_steps_follow_the_trainer(monkeypatch, name):
 
     begin = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "gemma3": "gemma3_text"}[name.split("-")[0]]
     slides = {"sliding_window": 24} if "sliding_window" in FAMILIES[name][1] else {}
-    own = {**FAMILIES[name][1], **WIDE, **HEADS.get(name, {}), **slides, "vocab_size": 512, "num_hidden_layers": 3, "model_type": begin, "initializer_range": 0.02}
+    small = {"vocab_size": 512, "num_hidden_layers": 3, "initializer_range": 0.02}
+    own = {**FAMILIES[name][1], **WIDE, **HEADS.get(name, {}), **slides, **small, "model_type": begin}
     monkeypatch.setitem(speed_workloads.SHAPES, "tiny", own)
     workload = speed_workloads.Workload("lora", "tiny", 24, 64, warmup=2, steps=10)
     plain, ours = (speed_run.run_side(Side(kind, workload), torch.device("cuda")) for kind in ("plain", OURS))

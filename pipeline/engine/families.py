@@ -1,6 +1,7 @@
 """What the architectures that the hand-written step knows have and Llama has not; a table, by transformers' model_type.
 
-Library of parts.py and of forecasts, without torch. A config is known by the options that are read here or by the modules made of them; any other that is set is refused.
+Library of parts.py and of forecasts, without torch. A config is known by the options that are read here or by the modules made of them; any other that
+is set is refused.
 """
 
 from __future__ import annotations

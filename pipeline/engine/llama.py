@@ -111,12 +111,13 @@ class Layer:
 
     @property
     def norms(self) -> list[Norm]:
+        """All that it has."""
         every = (self.norm1, self.norm2, self.after1, self.after2, self.q_norm, self.k_norm)
         return [norm for norm in every if norm is not None]
 
     @property
     def beside(self) -> int:
-        """Columns beside the gradient of its output that backward writes to."""
+        """Columns beside its output's gradient that backward writes to."""
         return 0 if self.after2 else self.down.under
 
     def forward(self, x: Tensor, angles: Angles, attend: AttentionForward, save: bool, exact: bool = False) -> tuple[Tensor, tuple]:

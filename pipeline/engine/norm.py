@@ -31,11 +31,7 @@ def _normed(v, mean, w, y, r, res, row, col, d, room, stride, res_stride, eps, P
     tl.store(r + row, rstd)
     weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
     kind = y.dtype.element_ty
-    normed = v * rstd
-    if PLUS:
-        normed = (normed * (1.0 + weight)).to(kind)
-    else:
-        normed = (normed.to(kind).to(tl.float32) * weight).to(kind)
+    normed = ((v * rstd) * (1.0 + weight)).to(kind) if PLUS else ((v * rstd).to(kind).to(tl.float32) * weight).to(kind)
     tl.store(y + row * stride + col, normed, col < d)
     if HAS_RES:
         to = res + row * res_stride + col

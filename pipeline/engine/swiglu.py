@@ -27,16 +27,13 @@ def suits(gu: Tensor, rank: int) -> bool:
 @triton.jit
 def _activation(gate, GELU: tl.constexpr):
     """(value, derivative) of SiLU, or of GELU's approximation by tanh (Hendrycks & Gimpel, 2016)."""
+    # tanh(u) is 2 sigmoid(2u) - 1, and u is sqrt(2 / pi) (x + 0.044715 x³)
+    sigmoid = tl.sigmoid(gate * (1.5957691216057308 * (1.0 + 0.044715 * gate * gate)) if GELU else gate)
+    value = gate * sigmoid
+    slope = value * (1 - sigmoid)
     if GELU:
-        square = gate * gate
-        slope = 1.5957691216057308 * (1.0 + 0.044715 * square)  # 2 sqrt(2 / pi): tanh(u) is 2 sigmoid(2u) - 1
-        sigmoid = tl.sigmoid(gate * slope)
-        value = gate * sigmoid
-        return value, sigmoid + value * (1 - sigmoid) * (slope + 1.5957691216057308 * 0.08943 * square)
-    else:
-        sigmoid = tl.sigmoid(gate)
-        value = gate * sigmoid
-        return value, sigmoid + value * (1 - sigmoid)
+        slope *= 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
+    return value, sigmoid + slope
 
 
 @triton.jit

@@ -60,7 +60,8 @@ def machine(hardware: str) -> str:
 def work(plan: Plan) -> str:
     """What of a plan decides a step's time, besides layers and cells."""
     shape, trained = plan.shape, plan.trained
-    sizes = f"{'' if shape.family == 'llama' else shape.family + ' '}d{shape.width} h{shape.heads}/{shape.groups}x{shape.head} f{shape.inner} v{shape.vocabulary}{'' if shape.tied else ' untied'}"
+    sizes = f"d{shape.width} h{shape.heads}/{shape.groups}x{shape.head} f{shape.inner} v{shape.vocabulary}{'' if shape.tied else ' untied'}"
+    sizes = sizes if shape.family == "llama" else f"{shape.family} {sizes}"
     what = [trained.name, f"top {shape.layers - trained.first}" if trained.first else "", " ".join(f"{k}:{r}" for k, r in trained.ranks.items()),
             f"p{trained.dropout}" if trained.dropout else "", f"soft {trained.virtual}" if trained.virtual else ""]
     how = [plan.engine, plan.precision, f"{8 * plan.compute} bits", "checkpointing" if plan.checkpointing else ""]
