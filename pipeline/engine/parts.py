@@ -89,10 +89,13 @@ class Parts:
         for at, layer in enumerate(self.layers):
             qkv, out, gate_up, down = (groups[at, index] for index in range(4))
             first, second = (norm(getattr(layer, name)) for name in family.norms)
-            after = [norm(getattr(layer, name)) for name in family.after] or [None, None]
-            of_heads = [norm(getattr(layer.self_attn, name)) for name in HEAD_NORMS] if family.head_norms else [None, None]
             rotation = self.rotations.index(types[at]) if types[at] in self.rotations else 0
-            layers.append(Layer(first, qkv, out, second, gate_up, down, families.heads(config, at), *after, *of_heads, family.gelu, rotation))
+            built = Layer(first, qkv, out, second, gate_up, down, families.heads(config, at), gelu=family.gelu, rotation=rotation)
+            if family.after:
+                built.after1, built.after2 = (norm(getattr(layer, name)) for name in family.after)
+            if family.head_norms:
+                built.q_norm, built.k_norm = (norm(getattr(layer.self_attn, name)) for name in HEAD_NORMS)
+            layers.append(built)
         return Llama(embedding, layers, norm(self.model.norm), head, self.angles, config.intermediate_size, self.scale, lowest)
 
     def frozen_build(self, groups: dict[tuple[int, int], Linears], lowest: int) -> Llama:
@@ -140,7 +143,7 @@ def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0, under: in
 
 def biases(modules: list[tuple[str, Any]]) -> list[Any]:
     """Those of linear modules that read the same input; none have, or all. Raises Unsupported for any other."""
-    found = [m.bias for _, m in modules if m.bias is not None]
+    found = [bias for _, m in modules if (bias := getattr(m, "base_layer", m).bias) is not None]
     if found and (len(found) < len(modules) or len(modules) == 1):
         raise Unsupported("its linear layers have biases where the hand-written step has none")
     return found
