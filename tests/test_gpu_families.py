@@ -121,12 +121,12 @@ def test_gradients_in_16_bits_are_those_of_autograd_in_32(name, method):
     from pipeline.engine import bind
 
     ids, rows, cols, targets, weights, at = batch(rows=64)
-    half = on_device(name, window=5)
+    half = on_device(name, window=5, initializer_range=0.03)  # larger weights make rounding's part larger
     model = lora(half) if method == "lora" else half.float().requires_grad_(True)
     theirs = copy.deepcopy(model).float()
     expected, gradients = reference(theirs, *(t.cuda() for t in (ids, rows, cols, targets, weights)))
     bound = bind.bind(model, torch.bfloat16)
-    near(bound.llama.step(*(t.cuda() for t in (ids, at, targets, weights))), expected, 2e-2)
+    near(bound.llama.step(*(t.cuda() for t in (ids, at, targets, weights))), expected, 1e-2)
     raw, worst = bound.buffer.raw[0].float(), {}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -134,7 +134,7 @@ def test_gradients_in_16_bits_are_those_of_autograd_in_32(name, method):
             times = float(bound.buffer.scale) if "lora_B" in key else 1.0
             mine = times * raw[start : start + size].view(parameter.shape)
             worst[key] = float((mine - gradients[key]).norm() / gradients[key].norm())
-    assert max(worst.values()) < 0.08, max(worst, key=worst.__getitem__)
+    assert max(worst.values()) < 0.06, max(worst, key=worst.__getitem__)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
