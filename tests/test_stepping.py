@@ -53,7 +53,7 @@ def test_fast_steps_are_the_eager_ones(overrides, tmp_path, technique, more, way
 
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", ["lora", "full", "prompt_tuning"])
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "phi3-partial", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "phi3-partial", "gemma3"])
 def test_fast_steps_of_a_family_are_the_eager_ones(overrides, tiny, tmp_path, name, technique):
     """Rows longer than a window. AdamW's first steps take a gradient's sign alone, also of one near zero: losses agree less closely than gradients."""
     folder = tmp_path / "models/smollm2_135m"

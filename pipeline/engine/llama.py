@@ -164,7 +164,7 @@ class Layer:
         by `side`. dx's last columns are zeros, for the layer below to write to."""
         n1, r1, xa_qkv, qkv, scales, attended, xa_out, added1, n2, r2, xa_gu, gu, wide, xa_down, added2 = saved
         d = self.norm1.weight.shape[0]
-        dadded = self.after2.backward(dy, *added2, room=self.down.under) if self.after2 and added2 else dy
+        dadded = self.after2.backward(dy, added2[0], added2[1], None, self.down.under) if self.after2 and added2 else dy
         dh, dxa = self.down.backward_input(dadded)
         assert dh is not None
         side.join()  # the layer above
@@ -175,7 +175,7 @@ class Layer:
         side.do(self.gate_up, dgu, n2, xa_gu, dxa)
         dx2 = self.norm2.backward(dn, n2, r2, dy[:, :d], 0 if self.after1 else self.out.under)
         del dn, gu, dgu, wide, dadded
-        dadded = self.after1.backward(dx2, *added1, room=self.out.under) if self.after1 and added1 else dx2
+        dadded = self.after1.backward(dx2, added1[0], added1[1], None, self.out.under) if self.after1 and added1 else dx2
         dmerged, dxa = self.out.backward_input(dadded)
         assert dmerged is not None
         side.join()

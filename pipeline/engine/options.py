@@ -42,7 +42,8 @@ def unknown(kind: str, options: Mapping[str, Any]) -> str | None:
         kind: PEFT's name of the adapter (LORA, PROMPT_TUNING).
         options: those that are set (`changed`, or a config file's), by name.
     """
-    known, off = (*INFORMATION, *READ[kind]), (None, False, "none", [], {}, ())
+    known = (*INFORMATION, *READ[kind])
+    off: tuple[Any, ...] = (None, False, "none", [], {}, ())
     if name := next((name for name, value in options.items() if name not in known and value not in off), None):
         return name
     start = _start(options)
