@@ -103,6 +103,8 @@ def test_other_architectures_have_no_forecast(config, reason):
     ({"type": "bottleneck"}, "method bottleneck"),
     ({"type": ADAPTER, "config": {"type": "XLoraConfig"}}, "method xlora"),
     ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "modules_to_save": ["lm_head"]}}, "modules_to"),
+    ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "alora_invocation_tokens": [3, 4]}}, "alora_invocation_tokens"),
+    ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "init_lora_weights": "mica"}}, "mica"),
     ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "target_modules": "q.*"}}, "pattern"),
 ])
 def test_what_is_not_known_is_not_guessed(method, reason):
