@@ -3,10 +3,11 @@
     python -m benchmarks.speed                                        all headline rows (on a CPU: the rows of ids=cpu)
     python -m benchmarks.speed ids=lora-135m-step,full-135m-step repeats=3 steps=20
     python -m benchmarks.speed ids=wide plan=true                     what would run, and about how long; nothing does
+    python -m benchmarks.speed ids=families                           LoRA at shapes of other families than Llama's
     python -m benchmarks.speed table                                  the headline table (python -m benchmarks.tables writes it into the docs)
     python -m benchmarks.speed table wide                             every workload against both peers, from speed-wide.json
 
-Keys: ids (sets all, step, sweep, eval, wide, cpu, or ids), repeats (3), steps and warmup of a step row (by shape), sweep_steps (100 a trial),
+Keys: ids (sets all, step, sweep, eval, wide, families, cpu, or ids), repeats (3), steps and warmup of a step row (by shape), sweep_steps (100 a trial),
 peer_b (liger; or compile, liger+compile: rows of their own), limit_s (seconds an id may take, 300; its time for sweeps is doubled), device (auto),
 out (benchmarks/results), model and task (folders for the evaluation rows; random weights and tokens where they are missing), plan.
 Every id is written as soon as it is measured: all of it to speed-<set>.json, a headline row to targets.json; other ids' rows stay.

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import speed_limits, speed_ours, speed_peers, speed_run, speed_stats, speed_targets
 from benchmarks.speed_targets import OURS, Row, Side
-from benchmarks.speed_workloads import RATES, SHAPES, Workload, adapter_config, base_model
+from benchmarks.speed_workloads import RATES, SHAPES, Workload, adapter_config, base_model, model_config
 from pipeline.core.files import UserError
 
 RATE = {"bf16": {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e11}, "fp32": {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e11}}
@@ -64,12 +64,13 @@ def test_two_groups_become_one_where_a_row_joins_them():
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_a_shape_is_the_model_it_stands_for(name):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[name]))
+        model = AutoModelForCausalLM.from_config(model_config(name))
     counted = sum(p.numel() for p in model.parameters())
-    assert counted == {"135m": 134_515_008, "1b": 1_235_814_400, "8b": 8_030_261_248}.get(name, counted)
+    assert counted == {"135m": 134_515_008, "1b": 1_235_814_400, "8b": 8_030_261_248, "qwen3-0.6b": 596_049_920, "gemma3-1b": 999_885_952,
+                       "phi3-mini": 3_821_079_552}.get(name, counted)
     inner = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head")
     assert speed_limits.weights(name) == inner
     assert speed_limits.head_weights(name) == model.lm_head.weight.numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.speed_workloads import SHAPES
 from pipeline.core.compose import CONF, build, compose, plain
 from pipeline.forecasting.shape import NoForecast, matrix_parts, nf4_parts, read_shape, shape_of, tensors
 from pipeline.forecasting.trained import parameter_sizes, trained
@@ -23,6 +24,7 @@ NEEDED = {"top_layers": ["method.top_layers=1"], "prompt_tuning_text": ["method.
 
 @pytest.mark.parametrize(("config", "parameters"), [
     (SMOLLM2, 134_515_008), (LLAMA_8B, 8_030_261_248), (LLAMA_1B, 1_235_814_400), (QWEN2_HALF, 494_032_768),
+    (SHAPES["qwen3-0.6b"], 596_049_920), (SHAPES["gemma3-1b"], 999_885_952), (SHAPES["phi3-mini"], 3_821_079_552),
 ])
 def test_known_models_have_their_known_number_of_parameters(config, parameters):
     assert shape_of(config).parameters == parameters
@@ -90,7 +92,7 @@ def test_a_technique_trains_as_many_numbers_as_the_arithmetic_says(tiny, techniq
 
 
 @pytest.mark.parametrize(("config", "reason"), [
-    ({**SMOLLM2, "model_type": "gpt2"}, "architecture gpt2"), ({**SMOLLM2, "model_type": "mistral", "sliding_window": 4096}, "sliding"),
+    ({**SMOLLM2, "model_type": "gpt2"}, "architecture gpt2"), ({**SMOLLM2, "model_type": "gemma3"}, "architecture gemma3"),
 ])
 def test_other_architectures_have_no_forecast(config, reason):
     with pytest.raises(NoForecast, match=reason):
@@ -101,6 +103,8 @@ def test_other_architectures_have_no_forecast(config, reason):
     ({"type": "bottleneck"}, "method bottleneck"),
     ({"type": ADAPTER, "config": {"type": "XLoraConfig"}}, "method xlora"),
     ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "modules_to_save": ["lm_head"]}}, "modules_to"),
+    ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "alora_invocation_tokens": [3, 4]}}, "alora_invocation_tokens"),
+    ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "init_lora_weights": "mica"}}, "mica"),
     ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "target_modules": "q.*"}}, "pattern"),
 ])
 def test_what_is_not_known_is_not_guessed(method, reason):

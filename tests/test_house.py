@@ -64,7 +64,7 @@ MODULES = {module(p): p for p in SOURCES}
 COMMANDS = {name for name, path in MODULES.items() if path.parent == ROOT / "pipeline" and path.stem != "__init__"}
 ENTRIES = {name for name, path in MODULES.items() if 'if __name__ == "__main__":' in path.read_text()}
 TORCH_FIRST = ("pipeline.engine", "pipeline.methods.modules", "pipeline.training.pack", "pipeline.training.adapter_init")
-WITHOUT = ("pipeline.engine.layout", "pipeline.engine.streams")
+WITHOUT = ("pipeline.engine.families", "pipeline.engine.layout", "pipeline.engine.options", "pipeline.engine.streams")
 """Members of these packages that a forecast asks, too, and that therefore do without torch."""
 FAMILIES = ("pipeline.methods", "pipeline.objectives", "pipeline.teachers")
 SHARED = {

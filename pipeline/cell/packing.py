@@ -19,6 +19,7 @@ from pipeline.cell.evaluation import ranked
 from pipeline.core.compose import build
 from pipeline.core.files import UserError, atomic_path
 from pipeline.data.rows import Encoded, Encoder, Rows, step_rows
+from pipeline.engine import options
 from pipeline.measure import memory as measure_memory
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.memory import free_bytes
@@ -236,6 +237,9 @@ def _refusal(method: Method, objective: Objective, checkpointing: bool = False) 
     own = next((what for declared, what in UNPACKED.items() if getattr(method, declared)), None)
     if own:
         return f"{type(method).__name__} {own}"
+    adapter = method.config  # type: ignore[attr-defined]
+    if reason := options.refused(adapter.peft_type.value, options.changed(adapter), shared=True):
+        return reason
     part = objective.own_part or ("reasoning" if objective.reasoning else None)
     return f"{type(objective).__name__} has {part} of its own" if part else None
 

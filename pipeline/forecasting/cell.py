@@ -127,7 +127,9 @@ def prepare(cfg: DictConfig, gpu: bool) -> Prepared:
         raise NoForecast(f"{what.name} finds nothing to train in this model")
     rows = training_rows(cfg, settings)
     steps = total_steps(settings.train, rows.count)
-    return Prepared(training_plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu), rows, steps, settings)
+    plan = training_plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu)
+    memory.check(plan)
+    return Prepared(plan, rows, steps, settings)
 
 
 def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, time: bool = True) -> Forecast:

@@ -8,7 +8,7 @@ from pipeline.forecasting.allocator import Allocator, Heap, OutOfMemory, Tensor
 from pipeline.forecasting.eager import Eager
 from pipeline.forecasting.fast import ByHand
 from pipeline.forecasting.plan import Constants, Plan
-from pipeline.forecasting.shape import LINEAR, tensors
+from pipeline.forecasting.shape import LLAMAS, NoForecast, tensors
 from pipeline.forecasting.trained import parameter_sizes
 
 KINDS = ("weights", "adapter", "gradients", "optimiser", "activations", "logits", "workspace", "inputs")
@@ -74,7 +74,7 @@ def _widen(plan: Plan, memory: Allocator, parameters: dict[str, Tensor]) -> None
             parameters[name] = memory.new(parameters[name].numbers * 4, "weights", parameters[name].numbers)
     if trained.added_biases:
         for number in range(trained.first, plan.shape.layers):
-            for name in (n for n in LINEAR if n not in plan.shape.biases):
+            for name in (n for n in plan.shape.linears if n not in plan.shape.biases):
                 parameters[f"{number}.{name}.bias"] = memory.new(plan.shape.linear(name)[1] * 4, "weights")
     if trained.own_head:
         parameters["own head"] = memory.new(plan.shape.vocabulary * plan.shape.width * 4, "weights")
@@ -110,6 +110,16 @@ def forecast(plan: Plan, constants: Constants) -> Memory:
     extra = round((scale - 1.0) * (reserved - loaded)) if plan.gpu else 0
     parts = {**live, "allocator": reserved - sum(live.values()) + extra, "fixed": fixed}
     return Memory(parts, reserved + extra + fixed, loaded + (fixed if not plan.gpu else 0))
+
+
+def check(plan: Plan) -> None:
+    """Raise NoForecast where the walk does not know the step."""
+    if plan.engine == "hand":
+        return
+    if plan.shape.family not in LLAMAS:
+        raise NoForecast(f"no forecast for {plan.shape.family} but of the hand-written step, which would not run")
+    if 0 < plan.shape.window < max(micro.longest or micro.width for step in plan.steps for micro in step):
+        raise NoForecast("no forecast for sliding-window attention but of the hand-written step, which would not run")
 
 
 def fits(plan: Plan, constants: Constants, capacity: int, peak: Memory | None = None) -> bool:

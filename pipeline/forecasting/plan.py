@@ -97,9 +97,9 @@ def engine_of(train: Train, trained: Trained, model: Shape, precision: str, gpu:
     if train.engine == "eager" or not gpu or train.checkpointing or precision == "int8":  # 8-bit products wait for the device: no capture
         return "eager"
     whole = trained.parts == {"embedding", "layers", "norm", "head"} and trained.first == 0 and not trained.own_head
-    by_hand = {"lora": trained.by_hand and len(set(trained.ranks.values())) == 1, "soft": trained.by_hand, "full": whole and not model.biases}
+    by_hand = {"lora": trained.by_hand and len(set(trained.ranks.values())) == 1, "soft": trained.by_hand, "full": whole}
     biased = any(name not in ("q_proj", "k_proj", "v_proj") for name in model.biases)
-    return "hand" if by_hand.get(trained.kind, False) and not biased else "captured"
+    return "hand" if by_hand.get(trained.kind, False) and model.by_hand and not biased else "captured"
 
 
 def training_plan(model: Shape, trained: Trained, train: Train, precision: Precision, examples: Sequence[Sequence[Encoded]], seed: int, total: int,

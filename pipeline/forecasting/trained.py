@@ -14,7 +14,8 @@ from typing import Any
 
 from pipeline.core.files import read_json
 from pipeline.core.names import class_of, name_of
-from pipeline.forecasting.shape import LINEAR, NoForecast, Shape
+from pipeline.engine import options
+from pipeline.forecasting.shape import LLAMAS, NoForecast, Shape
 
 IA3_TARGETS, IA3_INNER = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
 NOTHING = ("untouched", "few_shot", "teacher", "retrieval", "prompt_choice")
@@ -83,15 +84,15 @@ def _selective(method: dict[str, Any], shape: Shape) -> Trained:
 def _targets(config: dict[str, Any], shape: Shape) -> tuple[str, ...]:
     wanted = config.get("target_modules")
     if wanted == "all-linear":
-        return LINEAR
+        return shape.linears
     if wanted is None:
         return ("q_proj", "v_proj")
     if isinstance(wanted, str) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
         raise NoForecast("no forecast for an adapter whose modules are chosen by a pattern")
-    unknown = [name for name in wanted if name not in LINEAR]
+    unknown = [name for name in wanted if name not in shape.linears]
     if unknown:
         raise NoForecast(f"no forecast for an adapter on {unknown[0]}")
-    return tuple(name for name in LINEAR if name in wanted)
+    return tuple(name for name in shape.linears if name in wanted)
 
 
 def _adapter(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
@@ -103,10 +104,12 @@ def _adapter(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
         virtual = config["num_virtual_tokens"]
         sizes = tuple(SOFT[kind](config, shape))
         return Trained("soft", sum(sizes), kind.lower(), virtual=virtual, sizes=sizes, by_hand=kind == "PROMPT_TUNING")
+    if shape.family not in LLAMAS:
+        raise NoForecast(f"no forecast for method {kind.lower()} on {shape.family}")
     if kind == "IA3":
         targets = tuple(config.get("target_modules") or IA3_TARGETS)
         inner = config.get("feedforward_modules") or IA3_INNER
-        if any(name not in LINEAR for name in targets):
+        if any(name not in shape.linears for name in targets):
             raise NoForecast("no forecast for IA3 on other modules than a layer's linear maps")
         count = shape.layers * sum(shape.linear(name)[0 if name in inner else 1] for name in targets)
         return Trained("ia3", count, "ia3", ranks=dict.fromkeys(targets, 1))
@@ -124,10 +127,8 @@ def _adapter(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
 
 def _lora(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
     rank, targets = config["r"], _targets(config, shape)
-    odd = next((key for key in ("rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
-                                "target_parameters") if config.get(key)), None)
-    if odd or config.get("bias", "none") != "none":
-        raise NoForecast(f"no forecast for LoRA with {odd or 'trained biases'}")
+    if odd := options.unknown("LORA", {key: value for key, value in config.items() if key != "use_dora"}):
+        raise NoForecast(f"no forecast for LoRA with {odd}")
     count = shape.layers * sum(rank * sum(shape.linear(name)) for name in targets)
     if config.get("use_dora"):
         return Trained("other", count + shape.layers * sum(shape.linear(name)[1] for name in targets), "dora")
@@ -200,10 +201,10 @@ def _base_sizes(what: Trained, shape: Shape) -> list[int]:
     sizes = [whole] if "embedding" in what.parts else []
     for _ in range(what.first, shape.layers):
         if "layers" in what.parts:
-            sizes += [i * o for i, o in map(shape.linear, LINEAR)]
+            sizes += [i * o for i, o in map(shape.linear, shape.linears)]
         if {"layers", "biases"} & what.parts:
-            sizes += [shape.linear(name)[1] for name in (LINEAR if what.added_biases else shape.biases)]
+            sizes += [shape.linear(name)[1] for name in (shape.linears if what.added_biases else shape.biases)]
         if "layers" in what.parts:
-            sizes += [shape.width, shape.width]
+            sizes += shape.norms.values()
     sizes += [shape.width] if "norm" in what.parts else []
     return sizes + ([whole] if "head" in what.parts and (not shape.tied or what.own_head) else [])
