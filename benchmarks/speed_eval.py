@@ -102,7 +102,7 @@ def plain_choose(model: Any, items: Items, batch_tokens: int, pad_id: int, devic
     """Log-likelihood of every choice, each choice a sequence of its own, from the logits of all positions."""
     import torch
 
-    sums: list[list[float]] = [[0.0] * len(choices) for _, choices in items]
+    likelihoods: list[list[float]] = [[0.0] * len(choices) for _, choices in items]
     flat = [(i, c, prompt, choice) for i, (prompt, choices) in enumerate(items) for c, choice in enumerate(choices)]
     with torch.inference_mode():
         for part in by_length([len(p) + len(c) - 1 for _, _, p, c in flat], batch_tokens):
@@ -116,8 +116,8 @@ def plain_choose(model: Any, items: Items, batch_tokens: int, pad_id: int, devic
             places, cols, targets = (torch.tensor(values, device=device) for values in zip(*reads, strict=True))
             sums = torch.zeros(len(rows), device=device).index_add_(0, places, scores[places, cols, targets])
             for (item, choice, _, _), value in zip(rows, sums.tolist(), strict=True):
-                sums[item][choice] = value
-    return sums
+                likelihoods[item][choice] = value
+    return likelihoods
 
 
 def plain_generate(model: Any, prompts: Sequence[list[int]], new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int, device: Any) -> list[str]:
