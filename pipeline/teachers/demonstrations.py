@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import AtLeast0, check_fields
@@ -39,7 +40,7 @@ class Demonstrations:
 
     k: AtLeast0 = 4
     seed: int = 0
-    written: list[dict[str, str]] = field(default_factory=list)
+    written: list[dict[str, Any]] = field(default_factory=list)
     file: str | None = None
     rationale_column: str = "teacher_rationale"
     answer_column: str = "teacher_answer"
