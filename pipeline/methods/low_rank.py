@@ -77,7 +77,7 @@ class LowRank(Method):
     def reached_weights(self, model: Any) -> int:
         import torch
 
-        pairs = [m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Sequential)]
+        pairs: list[Any] = [m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Sequential)]
         return sum(first.in_features * second.out_features for first, second in pairs)
 
     def notes(self, model: Any) -> list[str]:

@@ -89,12 +89,9 @@ class PeftAdapter(Method):
         return self._penalised or getattr(self.config, "use_asa", False)
 
     def check(self, precision: str) -> None:
+        peft_options.check_start(self.config, precision, precision in QUANTISED)
         if precision not in QUANTISED:
             return
-        start = peft_options.start(self.config)
-        if start.startswith(peft_options.NEEDS_FLOATS):
-            fix = "technique=loftq does it beside an nf4 base" if start == "loftq" else "choose precision=auto, fp32 or bf16"
-            raise UserError(f"init_lora_weights={start} takes the base's weights apart, and {precision} ones are rounded already; {fix}")
         if not (self.soft_prompt or self.name == "ln_tuning" or _has_quantised_layers(self.name)):
             kind = self.config.peft_type.value
             raise UserError(f"PEFT's {kind} has no layer for {precision} weights; choose precision=auto, fp32 or bf16, or another adapter")
