@@ -181,6 +181,7 @@ class PeftAdapter(Method):
 
         if getattr(model.get_base_model(), "quantization_method", None):
             weights, config = get_peft_model_state_dict(model), model.peft_config["default"]
+            model.get_base_model().is_loaded_in_8bit = False  # else IA3 refuses, though what it merges with is no longer 8-bit then
             model = get_peft_model(dequantised(model.unload()), config)
             set_peft_model_state_dict(model, weights)
         base = model.get_base_model()
