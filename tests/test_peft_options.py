@@ -169,7 +169,7 @@ def poly() -> Any:
 def test_what_does_not_run_is_refused_in_one_sentence(make, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=reason):
-        PeftAdapter(make())
+        PeftAdapter(make()).check("fp32")
 
 
 def test_an_adapter_that_cannot_answer_is_refused_before_it_trains(base, monkeypatch):

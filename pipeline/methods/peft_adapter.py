@@ -93,12 +93,9 @@ class PeftAdapter(Method):
     def check(self, precision: str) -> None:
         if self.config.task_type != "CAUSAL_LM":
             raise UserError(f"method.config.task_type is {self.config.task_type!r}; every base here is a causal language model: CAUSAL_LM")
+        peft_options.check_start(self.config, precision, precision in QUANTISED)
         if precision not in QUANTISED:
             return
-        start = peft_options.start(self.config)
-        if start.startswith(peft_options.NEEDS_FLOATS):
-            fix = "technique=loftq does it beside an nf4 base" if start == "loftq" else "choose precision=auto, fp32 or bf16"
-            raise UserError(f"init_lora_weights={start} takes the base's weights apart, and {precision} ones are rounded already; {fix}")
         if not (self.soft_prompt or self.name == "ln_tuning" or _has_quantised_layers(self.name)):
             kind = self.config.peft_type.value
             raise UserError(f"PEFT's {kind} has no layer for {precision} weights; choose precision=auto, fp32 or bf16, or another adapter")
@@ -188,6 +185,7 @@ class PeftAdapter(Method):
 
         if getattr(model.get_base_model(), "quantization_method", None):
             weights, config = get_peft_model_state_dict(model), model.peft_config["default"]
+            model.get_base_model().is_loaded_in_8bit = False  # else IA3 refuses, though what it merges with is no longer 8-bit then
             model = get_peft_model(dequantised(model.unload()), config)
             set_peft_model_state_dict(model, weights)
         base = model.get_base_model()

@@ -72,8 +72,6 @@ def check(config: Any) -> None:
         raise UserError("method.config.arrow_config routes between LoRA adapters that are trained already; take it out to train one")
     if has(config, "use_qalora"):
         raise UserError("method.config.use_qalora acts on GPTQ's weights alone, which no precision here is; set it to false")
-    if start(config) == "loftq" and not _gpu():
-        raise UserError("method.config.init_lora_weights=loftq rounds weights on a GPU, and torch finds none; technique=loftq does without")
     if has(config, "use_asa") and config.asa_target_subspaces < 2:
         raise UserError("method.config.asa_target_subspaces=1 leaves PEFT's AdaMSS no subspace to train, since it keeps one fewer; set it to 2 or more")
     _check_values(config)
@@ -105,10 +103,16 @@ def _check_values(config: Any) -> None:
         raise UserError("method.config.prompt_tuning_init_text is empty; give words to start from, or set prompt_tuning_init=RANDOM")
 
 
-def _gpu() -> bool:
+def check_start(config: Any, precision: str, quantised: bool) -> None:
+    """Raise UserError for an initialisation of LoRA that a base of this precision, or this machine, cannot take."""
     import torch
 
-    return torch.cuda.is_available()
+    name = start(config)
+    if quantised and name.startswith(NEEDS_FLOATS):
+        fix = "technique=loftq does it beside an nf4 base" if name == "loftq" else "choose precision=auto, fp32 or bf16"
+        raise UserError(f"init_lora_weights={name} takes the base's weights apart, and {precision} ones are rounded already; {fix}")
+    if name == "loftq" and not torch.cuda.is_available():
+        raise UserError("method.config.init_lora_weights=loftq rounds weights on a GPU, and torch finds none; technique=loftq does without")
 
 
 def fitted(config: Any, model: Any) -> Any:

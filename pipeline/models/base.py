@@ -231,7 +231,6 @@ def dequantised(model: Any) -> Any:
     from transformers.pytorch_utils import Conv1D
 
     transposed = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
-    model.is_loaded_in_8bit = False  # else IA3 refuses, though what it merges with is no longer 8-bit then
     model = model.dequantize()
     for name in transposed:
         linear = model.get_submodule(name)
