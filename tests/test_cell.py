@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,7 @@ def test_a_separable_task_is_learnt(overrides, technique):
 
 def test_shuffled_labels_give_chance(overrides, tiny, tmp_path):
     data = tmp_path / "shuffled" / "vader_movies"
-    data.mkdir(parents=True)
-    for path in (tiny / "data" / "vader_movies").glob("*.json*"):
-        (data / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny / "data" / "vader_movies", data)
     for split in ("train", "validation", "test"):
         rows, rng = read_jsonl(data / f"{split}.jsonl"), random.Random(7)
         answers = rng.sample([r["answer"] for r in rows], len(rows))
