@@ -97,7 +97,7 @@ def test_a_pruned_model_s_artefact_is_a_bit_a_weight_and_those_left(load, tmp_pa
     assert memory_bytes(model) == memory_bytes(load()), "zeros take room"
     again = made.load(load(), tmp_path)[0]
     assert torch.equal(logits(again), logits(model)) and apart(logits(model), logits(load())) > 0.01
-    assert made.notes(model)[0].startswith("50.0% of the 73,728 weights of the blocks are zero")
+    assert made.notes(model)[0].startswith("50.0% of the 73,728 weights of the blocks' linear layers are zero")
 
 
 # calibration
@@ -190,7 +190,7 @@ def test_nearly_all_of_the_numbers_nearly_give_the_base(load):
 
 
 def test_the_hand_written_answers_refuse_thin_layers_by_name(load):
-    with pytest.raises(Unsupported, match="a linear layer of it is a Sequential"):
+    with pytest.raises(Unsupported, match="q_proj does more than its class says"):
         answering(compressed("low_rank", load()), torch.float32)
 
 
