@@ -70,7 +70,7 @@ def _judged(advice: Advice, truth: Sequence[Seen]) -> dict[str, Any]:
         if c.accuracy and c.accuracy.low is not None and c.accuracy.high is not None
     ]
     regret = None if chosen not in scores else round(100 * (scores[best] - scores[chosen]), 2)
-    return {"chosen": chosen, "best": best, "regret": regret, "rivals": len(scores), "covered": sum(held for held, _ in inside), "runs": len(inside),
+    return {"chosen": chosen, "best": best, "regret": regret, "rivals": len(scores), "covered": sum(within for within, _ in inside), "runs": len(inside),
             "width": round(math.fsum(width for _, width in inside) / len(inside), 1) if inside else None}
 
 

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.measure import machine
-from pipeline.stats.learning_curve import Crossover, Curve, RowsFor, crossover, fit
-from pipeline.stats.learning_noise import Measured
+from pipeline.stats.learning_curve import Crossover, Curve, Measured, RowsFor, crossover, fit
 
 SIZES = (19, 48, 120, 300, 720, 1800)
 BETWEEN = (19, 30, 48, 76, 120, 190, 300, 465, 720, 1140, 1800)

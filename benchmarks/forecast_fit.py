@@ -56,7 +56,7 @@ def plan_of(config: Config, gpu: bool) -> Plan:
 
     cfg = compose(config.overrides)
     settings = read(cfg)
-    shape = shape_of({**SHAPES[config.shape], "model_type": "llama"})
+    shape = shape_of({"model_type": "llama", **SHAPES[config.shape]})
     rows = [[Encoded(range(fed + 1), fed + 1 - labels)] for fed, labels in config.lengths()]  # type: ignore[arg-type]
     return training_plan(shape, trained(plain(cfg)["method"], shape), settings.train, settings.precision, rows, 0, config.steps, gpu)
 

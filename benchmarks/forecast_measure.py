@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.forecast_configs import SHAPES, Config
+from pipeline.cell.child import run_in_child
 from pipeline.core.files import read_jsonl
 
 LEFT_BYTES = 64 * 2**20
@@ -33,10 +34,9 @@ def measure_all(configs: Sequence[Config], out: Path, seconds: float, device: st
     marker = out.with_suffix(".now")
     while (left := missing(configs, out)) and clock.peek() < seconds:
         marker.unlink(missing_ok=True)
-        child = os.fork()
-        if child == 0:
-            _child(left, out, marker, seconds - clock.peek(), device)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = run_in_child(lambda: _measure(left, out, marker, seconds - clock.peek(), device)).code  # noqa: B023
+        if code in (130, 128 + signal.SIGTERM):
+            raise KeyboardInterrupt
         if code not in (0, RESTART):
             name = marker.read_text() if marker.exists() else None
             if name is None:
@@ -56,18 +56,6 @@ def missing(configs: Sequence[Config], out: Path) -> list[Config]:
 def _append(out: Path, row: dict[str, Any]) -> None:
     with open(out, "a", encoding="utf-8") as file:  # a line at a time: what was measured stays, whatever happens next
         file.write(json.dumps(row) + "\n")
-
-
-def _child(configs: Sequence[Config], out: Path, marker: Path, seconds: float, device_name: str) -> None:
-    code = 1
-    try:
-        code = _measure(configs, out, marker, seconds, device_name)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def _measure(configs: Sequence[Config], out: Path, marker: Path, seconds: float, device_name: str) -> int:

@@ -3,10 +3,11 @@
     python -m benchmarks.speed                                        all headline rows (on a CPU: the rows of ids=cpu)
     python -m benchmarks.speed ids=lora-135m-step,full-135m-step repeats=3 steps=20
     python -m benchmarks.speed ids=wide plan=true                     what would run, and about how long; nothing does
-    python -m benchmarks.speed table                                  the headline table from the result files
+    python -m benchmarks.speed ids=families                           LoRA at shapes of other families than Llama's
+    python -m benchmarks.speed table                                  the headline table (python -m benchmarks.tables writes it into the docs)
     python -m benchmarks.speed table wide                             every workload against both peers, from speed-wide.json
 
-Keys: ids (sets all, step, sweep, eval, wide, cpu, or ids), repeats (3), steps and warmup of a step row (by shape), sweep_steps (100 a trial),
+Keys: ids (sets all, step, sweep, eval, wide, families, cpu, or ids), repeats (3), steps and warmup of a step row (by shape), sweep_steps (100 a trial),
 peer_b (liger; or compile, liger+compile: rows of their own), limit_s (seconds an id may take, 300; its time for sweeps is doubled), device (auto),
 out (benchmarks/results), model and task (folders for the evaluation rows; random weights and tokens where they are missing), plan.
 Every id is written as soon as it is measured: all of it to speed-<set>.json, a headline row to targets.json; other ids' rows stay.
@@ -22,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import speed_files, speed_peers, speed_plan, speed_targets
+from benchmarks import speed_files, speed_peers, speed_plan, speed_stats, speed_targets
 from benchmarks.speed_targets import AnyRow, EvalRow, Row, SweepRow
 from pipeline.core.files import UserError, check_writable
 
@@ -152,7 +153,7 @@ def _told(found: dict[str, Any]) -> str:
     if found.get("ratio") is None:
         return f"no ratio ({found.get('error', 'not measured')})"
     text = f"{speed_files.number(found['ratio'])}x ({' to '.join(map(speed_files.number, found['spread']))})"
-    text += f", required {found['required']:g}x" if found["required"] is not None else ""
+    text += f", required {found['required']:g}x: {speed_stats.verdict(found, found['required'])}" if found["required"] is not None else ""
     text += f", fastest steps {found['best_ratio']:.2f}x" if "best_ratio" in found else ""
     if loss := found.get("loss"):
         apart = "not finite" if loss["max_relative"] is None else f"{loss['max_relative']:.2g} apart"

@@ -102,7 +102,7 @@ def plain_choose(model: Any, items: Items, batch_tokens: int, pad_id: int, devic
     """Log-likelihood of every choice, each choice a sequence of its own, from the logits of all positions."""
     import torch
 
-    found: list[list[float]] = [[0.0] * len(choices) for _, choices in items]
+    likelihoods: list[list[float]] = [[0.0] * len(choices) for _, choices in items]
     flat = [(i, c, prompt, choice) for i, (prompt, choices) in enumerate(items) for c, choice in enumerate(choices)]
     with torch.inference_mode():
         for part in by_length([len(p) + len(c) - 1 for _, _, p, c in flat], batch_tokens):
@@ -116,8 +116,8 @@ def plain_choose(model: Any, items: Items, batch_tokens: int, pad_id: int, devic
             places, cols, targets = (torch.tensor(values, device=device) for values in zip(*reads, strict=True))
             sums = torch.zeros(len(rows), device=device).index_add_(0, places, scores[places, cols, targets])
             for (item, choice, _, _), value in zip(rows, sums.tolist(), strict=True):
-                found[item][choice] = value
-    return found
+                likelihoods[item][choice] = value
+    return likelihoods
 
 
 def plain_generate(model: Any, prompts: Sequence[list[int]], new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int, device: Any) -> list[str]:
@@ -165,9 +165,9 @@ def measure(row: EvalRow, settings: Settings, source: Source) -> dict[str, Any]:
     try:
         with limited(settings.limit_s):
             for repeat in range(settings.repeats):
-                for side, held in sides.items():
-                    answers[side] = _once(side, row, source, items, end, settings.device, held)
-                    print(f"  {repeat + 1}/{settings.repeats} {side}: {held['walls_s'][-1]:.2f} s for {len(items)} rows", flush=True)
+                for side, measured in sides.items():
+                    answers[side] = _once(side, row, source, items, end, settings.device, measured)
+                    print(f"  {repeat + 1}/{settings.repeats} {side}: {measured['walls_s'][-1]:.2f} s for {len(items)} rows", flush=True)
     except Exception as error:
         record["error"] = failure(error)
     finally:
@@ -232,7 +232,7 @@ def compare(row: EvalRow, items: Items, answers: dict[str, list[Any]], source: S
 
 def differing(row: EvalRow, some: list[Any], other: list[Any], tokenizer: Any) -> list[int]:
     """Places of the rows that two sides answer differently: another choice, or another text once the answer is taken out of it."""
-    answers = [[_best(held) if row.scoring == "choice" else _text(held, tokenizer) for held in side] for side in (some, other)]
+    answers = [[_best(one) if row.scoring == "choice" else _text(one, tokenizer) for one in side] for side in (some, other)]
     return [i for i, (a, b) in enumerate(zip(*answers, strict=True)) if a != b]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.speed_workloads import SHAPES, VIRTUAL, Workload
+from pipeline.forecasting.shape import shape_of
 
 MATMUL, COPY_BYTES = {"cuda": 8192, "cpu": 1024}, {"cuda": 1 << 32, "cpu": 1 << 27}
 """Side of the square matrices, and bytes of the buffer that is copied."""
@@ -17,11 +18,17 @@ BITS = {"bf16": 16, "fp32": 32, "nf4": 4.127}
 
 
 def linears(shape: str) -> list[tuple[int, int]]:
-    """(inputs, outputs) of a layer's linear maps: q, k, v, out, gate, up, down."""
+    """(inputs, outputs) of a layer's linear maps."""
+    known = shape_of({"model_type": "llama", **SHAPES[shape]})
+    return [known.linear(name) for name in known.linears]
+
+
+def attended(shape: str, length: int) -> float:
+    """Pairs of tokens of which one attends to the other, in all layers, of a row of `length` tokens."""
     s = SHAPES[shape]
-    d, i = s["hidden_size"], s["intermediate_size"]
-    kv = d // s["num_attention_heads"] * s["num_key_value_heads"]
-    return [(d, d), (d, kv), (d, kv), (d, d), (d, i), (d, i), (i, d)]
+    slides = s.get("layer_types") or [""] * s["num_hidden_layers"]
+    windows = [min(length, s["sliding_window"]) if kind == "sliding_attention" else length for kind in slides]
+    return sum(window * length - window**2 / 2 for window in windows)
 
 
 def weights(shape: str) -> int:
@@ -43,17 +50,16 @@ def head_weights(shape: str) -> int:
 def step_flops(workload: Workload) -> int:
     """Operations of one training step.
 
-    Causal attention: two products over half of the T x T square forward (4 · T²/2 · d a layer and row), four backward.
+    Causal attention: two products over half of the T x T square forward (4 · T²/2 · H·e a layer and row; less within a window), four backward.
     The output layer: at the labelled positions, T - 1 a row; its gradients likewise. LoRA's products are counted, the
     lookup of embeddings, norms, dequantisation and the optimiser are not.
     """
-    s = SHAPES[workload.shape]
     length = workload.length + (VIRTUAL if workload.technique == "prompt_tuning" else 0)
     per_weight = 6 if workload.trains_base else 4
     linear = workload.batch * length * (per_weight * weights(workload.shape) + 6 * adapter_weights(workload))
     head = workload.batch * (workload.length - 1) * per_weight * head_weights(workload.shape)
-    attention = 3 * 2 * workload.batch * length**2 * s["hidden_size"] * s["num_hidden_layers"]
-    return linear + head + attention
+    known = shape_of({"model_type": "llama", **SHAPES[workload.shape]})
+    return linear + head + round(3 * 4 * workload.batch * attended(workload.shape, length) * known.heads * known.head)
 
 
 def step_bytes(workload: Workload) -> int:

@@ -159,7 +159,7 @@ def packed_sweep(workload: Workload, trials: Sequence[Trial], validation: Sequen
 
     def score(pack: Pack, running: list[Running]) -> list[Scored]:
         sums = pack.choice_log_likelihoods(running, rows, tokens)
-        losses = [-sum(one[0] for one in found) / sum(len(choices[0]) for _, choices in rows) for found in sums]
+        losses = [-sum(one[0] for one in adapter) / sum(len(choices[0]) for _, choices in rows) for adapter in sums]
         return [Scored(-loss, loss, loss) for loss in losses]
 
     def settings(size: Workload) -> Train:

@@ -141,13 +141,13 @@ def measure(rows: Sequence[Row], settings: Settings) -> dict[Side, Measured]:
     whole, limit = Stopwatch(), settings.limit_s * len(rows)
     for repeat in range(settings.repeats):
         lap = Stopwatch()
-        for held in sides.values():
-            if held.error is None:
-                with _noting(held):
+        for measured in sides.values():
+            if measured.error is None:
+                with _noting(measured):
                     with limited(limit - whole.peek()):
-                        run = run_side(held.side, settings.device)
-                    held.runs.append(run)
-                    print(f"  {repeat + 1}/{settings.repeats} {held.side.name}: {_told(held.side.workload, run)}", flush=True)
+                        run = run_side(measured.side, settings.device)
+                    measured.runs.append(run)
+                    print(f"  {repeat + 1}/{settings.repeats} {measured.side.name}: {_told(measured.side.workload, run)}", flush=True)
         if whole.peek() + lap.peek() > limit:
             break
     return sides
@@ -184,7 +184,7 @@ def record(row: Row, sides: dict[Side, Measured], settings: Settings) -> dict[st
 
 def undisturbed(over: Measured, under: Measured, found: dict[str, Any]) -> dict[str, Any]:
     """The ratio as it is on a GPU. On a CPU with that of the fastest steps, or an error and no ratio where the machine was busy."""
-    steps = [[t for run in held.runs for t in run.times_s] for held in (over, under)]
+    steps = [[t for run in side.runs for t in run.times_s] for side in (over, under)]
     if not all(steps):
         return found
     best = {"best_ratio": min(steps[0]) / min(steps[1])}

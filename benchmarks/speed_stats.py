@@ -1,4 +1,4 @@
-"""Medians, spreads, ratios and the match of loss curves.
+"""Medians, spreads, ratios with what they decide, and the match of loss curves.
 
 Library of `python -m benchmarks.speed`.
 """
@@ -22,15 +22,42 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
-    """Repeat by repeat over / under: `ratio` is their median, `spread` [lowest, highest], `iqr` from four repeats on.
+    """Repeat by repeat over / under: `ratio` is the geometric mean of these `ratios`, and so the ratio of the sides' geometric means, `means`.
 
-    Where one side ran more often than the other, its extra repeats are divided by the other side's median.
+    `spread` is [lowest, highest], `interval` Student's 95% of the mean of the ratios' logarithms. Repeats that one side alone has do not count; a side
+    that ran once stands for every repeat of the other. Then, as with one repeat, `interval` is null: nothing is known of how much that side varies.
     """
+    once = min(len(over), len(under)) == 1
+    over, under = ([*side] * (max(len(over), len(under)) if once and len(side) == 1 else 1) for side in (over, under))
     paired = [a / b for a, b in zip(over, under, strict=False)]
-    paired += [a / statistics.median(under) for a in over[len(under) :]]
-    paired += [statistics.median(over) / b for b in under[len(over) :]]
-    ratios = summary(paired)
-    return {"ratio": ratios["median"], "spread": [ratios["min"], ratios["max"]], "iqr": ratios["iqr"], "ratios": paired}
+    interval = None if once else [math.exp(bound) for bound in _student([math.log(r) for r in paired])]
+    means = [geometric_mean(side[: len(paired)]) for side in (over, under)]
+    return {"ratio": geometric_mean(paired), "means": means, "spread": [min(paired), max(paired)], "interval": interval, "ratios": paired}
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def _student(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a mean of at least two numbers."""
+    from scipy.stats import t
+
+    middle, half = statistics.fmean(values), t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return middle - half, middle + half
+
+
+def verdict(found: dict[str, Any], required: float | None) -> str:
+    """The one rule for what a ratio says: "reached" or "not reached" where its interval leaves nothing else, otherwise "not decided"; and whether it is slower.
+
+    found: what `ratio` gives. required: null: no requirement, and the interval speaks of 1.
+    """
+    low, high = found["interval"] or (0.0, math.inf)
+    slower = "slower" if high < 1 else "slower in these repeats" if found["ratio"] < 1 else ""
+    if required is None:
+        return slower
+    return ", ".join(filter(None, ["reached" if low >= required else "not reached" if high < required else "not decided", slower]))
 
 
 def curves(ours: Sequence[float], peer: Sequence[float], dtype: str) -> dict[str, Any]:

@@ -114,10 +114,10 @@ def packed(workload: Workload, count: int, device: Any) -> dict[str, Any]:
     watch = Stopwatch(device)
     study = open_study()
     asked = [ask(study) for _ in range(count)]
-    found = speed_ours.packed_sweep(workload, [trial for _, trial in asked], validation(workload), device)
-    for (told, _), one in zip(asked, found, strict=True):
-        study.tell(told, one.validation)
-    return {"wall_s": watch.lap(), "found": found, "best": study.best_trial.number, "peak_bytes": memory.stop().peak_bytes}
+    answered = speed_ours.packed_sweep(workload, [trial for _, trial in asked], validation(workload), device)
+    for (trial, _), one in zip(asked, answered, strict=True):
+        study.tell(trial, one.validation)
+    return {"wall_s": watch.lap(), "found": answered, "best": study.best_trial.number, "peak_bytes": memory.stop().peak_bytes}
 
 
 def one_after_another(workload: Workload, count: int, device: Any) -> Pass:

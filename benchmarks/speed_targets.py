@@ -9,7 +9,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.speed_workloads import RATES, Workload
+from benchmarks.speed_workloads import OTHERS, RATES, Workload
 from pipeline.core.files import UserError, closest
 
 OURS = "ours"
@@ -122,6 +122,10 @@ def _extra() -> list[AnyRow]:
         for kind, letter in (("plain", "a"), ("tuned", "b")):
             what = f"{technique}, {shape.upper()}, {batch} x {length}: tokens/s against ({letter})"
             rows.append(_against(f"{workload.name}-{kind}", what, kind, workload, set="wide"))
+    for shape, (batch, length, required) in itertools.product(OTHERS, ((8, 1024, 2), (4, 256, 5))):
+        workload = Workload("lora", shape, batch, length)
+        what = f"LoRA r16, {shape}, {batch} x {length}: tokens/s against (a)"
+        rows.append(_against(f"{workload.name}-plain", what, "plain", workload, required, set="wide"))
     return rows + [compiled(row, "compile") for row in TARGETS if isinstance(row, Row) and row.id == "lora-1b-tuned"]
 
 
@@ -142,6 +146,7 @@ def _cpu() -> list[AnyRow]:
 TARGETS = _targets()
 FURTHER, CPU = _extra(), _cpu()
 SETS = {"all": [r.id for r in TARGETS], "wide": [r.id for r in FURTHER], "cpu": [r.id for r in CPU],
+        "families": [r.id for r in FURTHER if isinstance(r, Row) and r.under.workload.shape in OTHERS],
         **{kind: [r.id for r in TARGETS if r.set == kind] for kind in ("step", "sweep", "eval")}}
 KNOWN: dict[str, AnyRow] = {row.id: row for row in [*TARGETS, *FURTHER, *CPU]}
 HEADLINE = [*SETS["all"], *SETS["cpu"]]
@@ -180,8 +185,8 @@ def groups(rows: list[AnyRow]) -> list[list[AnyRow]]:
             continue
         sides: set[Side] = {row.over, row.under}
         joined = [g for g in joined_groups if g[0] & sides]
-        kept: list[AnyRow] = [r for g in joined for r in g[1]]
-        merged = (sides.union(*(g[0] for g in joined)), [*kept, row])
+        members: list[AnyRow] = [r for g in joined for r in g[1]]
+        merged = (sides.union(*(g[0] for g in joined)), [*members, row])
         at = joined_groups.index(joined[0]) if joined else len(joined_groups)
         joined_groups = [g for g in joined_groups if not any(g is j for j in joined)]
         joined_groups.insert(at, merged)

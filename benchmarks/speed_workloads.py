@@ -29,15 +29,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
         "tie_word_embeddings": False, "max_position_embeddings": 131072, "rope_parameters": {**LLAMA3_ROPE, "factor": 8.0},
     },
+    "qwen3-0.6b": {
+        "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "gemma3-1b": {
+        "model_type": "gemma3_text", "hidden_size": 1152, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+        "intermediate_size": 6912, "vocab_size": 262144, "tie_word_embeddings": True, "max_position_embeddings": 32768, "sliding_window": 512,
+        "layer_types": ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(26)],
+    },
+    "phi3-mini": {  # Phi-3-mini-4k
+        "model_type": "phi3", "hidden_size": 3072, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 8192,
+        "vocab_size": 32064, "tie_word_embeddings": False, "max_position_embeddings": 4096, "sliding_window": 2047,
+    },
     "tiny": {
         "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 128,
         "tie_word_embeddings": True, "max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }
+OTHERS = ("qwen3-0.6b", "gemma3-1b", "phi3-mini")
+"""Shapes of other families than Llama's."""
 RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3, "prompt_tuning": 3e-2, "step_by_step": 1e-4}
 """Learning rate of every technique."""
 RANK, ALPHA, VIRTUAL, RATIONALE_WEIGHT, BASE_SEED = 16, 32, 20, 0.5, 0
-STEPS = {"135m": (5, 20), "1b": (3, 10), "8b": (2, 5), "tiny": (1, 3)}
+STEPS = {"135m": (5, 20), "1b": (3, 10), "8b": (2, 5), "tiny": (1, 3), **dict.fromkeys(OTHERS, (3, 10))}
 """(warm-up, timed) optimiser steps of a shape."""
 
 
@@ -106,12 +122,19 @@ class Workload:
         return list(drawn.view(count, self.batch, self.length))
 
 
+def model_config(shape: str) -> Any:
+    """The shape as transformers' config."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**{"model_type": "llama", **SHAPES[shape], "bos_token_id": None, "eos_token_id": None, "pad_token_id": None})
+
+
 def base_model(workload: Workload, device: Any, attention: str = "sdpa") -> Any:
     """The seeded random base on `device`: in bf16 or fp32, or NF4 for qlora; eval mode, as a loaded model is."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(**{**SHAPES[workload.shape], "bos_token_id": None, "eos_token_id": None, "pad_token_id": None})
+    config = model_config(workload.shape)
     torch.manual_seed(BASE_SEED)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=workload.torch_dtype(), attn_implementation=attention)

@@ -86,8 +86,8 @@ def main(rows: int = 64, size: int = 16, task: str = "vader_movies_5", paths: Se
     head = layer.weight.numel() * layer.weight.element_size()
     ways = (("asked at every step", 0.0, 0, fresh), ("logits kept", once, size_of(logits), of_logits), ("states kept", once, size_of(hidden) + head, of_hidden))
     print(f"{rows} rows of {task}, {sum(len(e.ids) - e.start for e in examples)} labelled tokens, {size} rows a step; {hardware(device.type)['gpu'] or 'CPU'}")
-    for name, before, kept, ask in ways:
-        print(f"{name:22}before {before:7.2f} s   kept {kept / 2**20:8.1f} MiB   a step {1000 * timed(steps, ask, device):8.2f} ms")
+    for name, before, stored_bytes, ask in ways:
+        print(f"{name:22}before {before:7.2f} s   kept {stored_bytes / 2**20:8.1f} MiB   a step {1000 * timed(steps, ask, device):8.2f} ms")
 
 
 if __name__ == "__main__":

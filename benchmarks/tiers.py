@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.measure import machine
-from pipeline.stats.tiers import FEW, SIGNIFICANT, Technique, correct, p_values
+from pipeline.stats.tiers import FEW, SIGNIFICANT, Technique, correct, pairs_of
 
 ROWS = (499, 254, 154, 127, 152, 156, 228, 430)
 """Test rows of vader_movies_5 that 0, 1, … 7 of seven runs (full and LoRA with three seeds, QLoRA with one; 200 training rows, one NVIDIA H200,
@@ -55,7 +55,7 @@ def settings() -> list[Setting]:
     alone = [Setting(2, 1, n, spread) for n in (200, 1000, 10_000) for spread in (0.5, 1.0, 2.0, 3.0)]
     ahead = [(t, s, n, by) for t in (2, 6) for s in (3, 5) for n in (200, 1000, 10_000) for by in (3.0, 5.0)]
     power = [Setting(t, s, n, spread, by) for t, s, n, by in ahead for spread in (0.5, 1.0, 2.0, 3.0)]
-    return [*level, *alone, *power, *many()]
+    return [*level, *alone, *power, *many(), Setting(7, 1, 2000, 2.0)]
 
 
 def many() -> list[Setting]:
@@ -68,21 +68,24 @@ def many() -> list[Setting]:
 
 def simulate(setting: Setting, experiments: int, seed: int) -> dict[str, Any]:
     """Shares of experiments: `pair`: of pairs separated without a correction; `any`: some pair separated (corrected); `first`: the leading techniques
-    separated from the others, mean over these pairs (corrected); `false`: of the pairs separated (corrected), those of equal techniques."""
+    separated from the others, mean over these pairs (corrected); `false`: of the pairs separated (corrected), those of equal techniques; `wrong`: some pair
+    of equal techniques separated (corrected)."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    pairs = any_pair = first = false = 0.0
+    pairs = any_pair = first = false = wrong = 0.0
     lead, others = setting.lead, setting.techniques - setting.lead
     for ranked in experiments_of(setting, experiments, rng):
-        found = p_values(ranked)
-        apart = [p < SIGNIFICANT for p in correct([p for _, _, p in found], setting.techniques)]
-        across = [told for (a, b, _), told in zip(found, apart, strict=True) if a < lead <= b]
-        pairs += sum(p < SIGNIFICANT for _, _, p in found) / len(found)
+        raw = [pair.p for pair in pairs_of(ranked)]
+        apart = [p < SIGNIFICANT for p in correct(raw, setting.techniques)]
+        across = [told for (a, b), told in zip(itertools.combinations(range(len(ranked)), 2), apart, strict=True) if a < lead <= b]
+        pairs += sum(p < SIGNIFICANT for p in raw) / len(raw)
         any_pair += any(apart)
         first += sum(across) / (lead * others)
-        false += (sum(apart) - (sum(across) if setting.ahead else 0)) / max(1, sum(apart))
-    shares = {"pair": pairs, "any": any_pair, "first": first, "false": false}
+        mistaken = sum(apart) - (sum(across) if setting.ahead else 0)
+        false += mistaken / max(1, sum(apart))
+        wrong += mistaken > 0
+    shares = {"pair": pairs, "any": any_pair, "first": first, "false": false, "wrong": wrong}
     return {**asdict(setting), "experiments": experiments, **{name: value / experiments for name, value in shares.items()}}
 
 
@@ -131,7 +134,7 @@ def tables(found: dict[str, Any]) -> str:
     parts.append(_table([s for s in every if s["ahead"]], ("techniques", "seeds", "rows", "ahead"), "spread", "first", "told apart, %"))
     keys = ("techniques", "seeds", "rows")
     parts.append(_table([s for s in crowd if not s["ahead"]], keys, "spread", "any", "separated, %"))
-    for value, what in (("false", "false among those told apart, %"), ("first", "told apart, %")):
+    for value, what in (("false", "false among those told apart, %"), ("wrong", "experiments with any false one, %"), ("first", "told apart, %")):
         parts.append(_table([s for s in crowd if s["ahead"]], (*keys, "ahead"), "spread", value, what))
     return "\n\n".join(parts)
 

@@ -18,7 +18,7 @@ from pipeline.core.commands import entry
 from pipeline.core.files import UserError, write_json, write_jsonl
 from pipeline.records.finished import cell_config, finished
 from pipeline.scoring.answers import headline
-from pipeline.serving.scores import probe_artefact, score_artefact
+from pipeline.serving.artefact import probe_artefact, score_artefact
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:

@@ -41,7 +41,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         loaded = load(beside)
         if lost := differences(plain, loaded):
             raise UserError(f"{result.technique} cannot be exported: a plain {type(plain).__name__} has no place for {lost}")
-        if (far := divergence(answers, likelihoods(loaded, base))) > tolerance(base, result.precision):
+        if not (far := divergence(answers, likelihoods(loaded, base))) <= tolerance(base, result.precision):
             raise UserError(f"{result.technique} cannot be exported: merged, its answers lie {far:.2g} nats a token from the cell's")
         write_json(beside / "export.json", about(result, artefact))
     print(f"{result.cell} -> {target}: {folder_bytes(target) / 2**20:,.0f} MiB, loads with AutoModelForCausalLM.from_pretrained({str(target)!r})")

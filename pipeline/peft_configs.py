@@ -19,8 +19,8 @@ from pipeline.cell.grid import grid_overrides, is_done, run_cells
 from pipeline.core import settings
 from pipeline.core.commands import entry
 from pipeline.core.compose import build, compose, without
-from pipeline.core.files import UserError, write_json
-from pipeline.core.peft_files import find
+from pipeline.core.files import UserError, check_name, write_json
+from pipeline.core.peft_files import experiment_name, find
 from pipeline.forecasting.text import warn
 from pipeline.records.finished import name as cell_name
 from pipeline.records.peft_result import as_peft_result
@@ -34,8 +34,9 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         raise UserError("pipeline.peft_configs needs a file or folder; add technique=peft_config technique.path=<adapter_config.json or folder>")
     cells, code = [], 0
     for file in find(path):
-        made = [compose(o) for o in grid_overrides(_of(file, overrides))]
         try:
+            check_name(experiment_name(str(file)).replace("/", "--"), f"the name of {file.parent} (its last two folders)")
+            made = [compose(o) for o in grid_overrides(_of(file, overrides))]
             for one in made:
                 settings.read(one)
                 build(one.method, "method")

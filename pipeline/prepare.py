@@ -2,8 +2,9 @@
 
     python -m pipeline.prepare task=vader_movies
 
-pipeline/data/recipe.py says what a task's YAML holds. Duplicates are dropped and counted; a text that stands in two splits is
-an error, or dropped and counted (task.leakage). The same source and config give the same bytes.
+pipeline/data/recipe.py says what a task's YAML holds. Of a text that stands in a set several times the first row stays. The others are left out and
+counted: as duplicates, or as contradicting where they have another answer (more than a tenth of a set is an error, but for generated answers). A text
+that stands in two splits is an error, or dropped and counted (task.leakage). The same source and config give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipeline.core.compose import build, plain
 from pipeline.core.files import atomic_folder, write_json, write_jsonl
 from pipeline.data import recipe as tasks
 from pipeline.data.sources import Loaded
-from pipeline.data.splits import assemble, balance, file_of, in_words, manifest_of
+from pipeline.data.splits import assemble, balance, case_variants, file_of, in_words, manifest_of
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
@@ -34,6 +35,9 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     for name, rows in sets.items():
         print(f"{folder / file_of(name)}: {len(rows):,} rows{in_words(balance(rows))}")
     print("left out:", "; ".join(f"{reason} {sum(counts.values())}" for reason, counts in dropped.items()))
+    if variants := case_variants(sets):
+        print(f"warning: {len(variants)} answers are spelt in ways that differ in case alone (first: {', '.join(variants[0])}); training tells them apart, "
+              "scoring does not; make them one in the source", file=sys.stderr)
     return 0
 
 

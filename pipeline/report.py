@@ -18,8 +18,7 @@ from omegaconf import DictConfig
 
 from pipeline.cell.grid import grid
 from pipeline.core.commands import entry
-from pipeline.core.compose import plain
-from pipeline.core.files import UserError, atomic_folder, write_json, write_text
+from pipeline.core.files import atomic_folder, write_json, write_text
 from pipeline.records import tuned
 from pipeline.records.finished import select
 from pipeline.reporting import tuning
@@ -30,21 +29,10 @@ from pipeline.reporting.rows import make_rows
 from pipeline.reporting.text import markdown
 
 
-def _named_axes(cfg: DictConfig) -> dict[str, list[int]]:
-    """The axes of the grid that the command names itself. Raises UserError for what is no list of whole numbers."""
-    axes = {}
-    for key, value in ((key, plain(cfg.report)[key]) for key in ("train_rows", "seeds")):
-        if value is None:
-            continue
-        if not isinstance(value, list) or not value or not all(type(one) is int for one in value):
-            raise UserError(f"report.{key} is {value!r}; give a list of whole numbers, for example report.{key}=[0,1] (null: the grid's)")
-        axes[key] = value
-    return axes
-
-
 def run(cfg: DictConfig, overrides: list[str]) -> None:
     """Write and print the report of cfg.experiment."""
-    cells, missing = select(Path(cfg.paths.results) / cfg.experiment, {**grid(cfg.experiment)["grid"], **_named_axes(cfg)})
+    axes = {key: list(value) for key in ("train_rows", "seeds") if (value := cfg.report[key]) is not None}
+    cells, missing = select(Path(cfg.paths.results) / cfg.experiment, {**grid(cfg.experiment)["grid"], **axes})
     rows = make_rows(cells)
     grown = growth(rows, cfg.report.target)
     tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)

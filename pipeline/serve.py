@@ -21,8 +21,7 @@ from pipeline.core.commands import entry
 from pipeline.core.files import UserError, write_jsonl
 from pipeline.measure.clock import Stopwatch
 from pipeline.records.finished import cell_config, finished
-from pipeline.serving.artefact import Artefact, Base, Multiplexer, check_sharing
-from pipeline.serving.requests import check_one_base, folder_of, read_requests, with_choices
+from pipeline.serving.artefact import Artefact, Base, Multiplexer, check_one_base, check_sharing, folder_of, read_requests, with_choices
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:

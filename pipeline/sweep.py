@@ -18,11 +18,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline.cell import identity, inputs
+from pipeline.cell import inputs
+from pipeline.cell.grid import Mirror
 from pipeline.core import settings
 from pipeline.core.commands import entry
 from pipeline.core.compose import by_key
-from pipeline.records import mlflow as tracking
 from pipeline.search.study import open_study, read
 from pipeline.search.trials import alone, confirm, of_grid, search, study_name
 
@@ -33,7 +33,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     settings.read(cfg)
     sweep = read(cfg)
     folder = Path(cfg.paths.sweeps) / cfg.experiment / study_name(cfg)
-    confirmed: list[DictConfig] = []
+    mirror = Mirror()
     with alone(folder):
         study = open_study(folder, cfg, sweep)
         try:
@@ -41,11 +41,9 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
             best = study.write_best()
             print(study.table())
             print(f"best: {' '.join(best['overrides'])} (trial {best['trial']}), in {folder / 'best.json'}")
-            return confirm(cfg, best, confirmed) if sweep.confirm else 0
+            return confirm(cfg, best, mirror) if sweep.confirm else 0
         finally:
-            tracking.log_sweep(folder, cfg)
-            for chosen in confirmed:
-                tracking.log_cell(identity.folder_of(chosen), chosen)
+            mirror.sweeps(cfg, folder)
 
 
 main = entry(run)

@@ -18,11 +18,12 @@ from omegaconf import DictConfig
 
 from pipeline.core.commands import entry
 from pipeline.core.compose import build
-from pipeline.core.files import UserError, atomic_folder, read_jsonl, sha256, write_json, write_jsonl
+from pipeline.core.files import UserError, atomic_folder, sha256, write_json, write_jsonl
 from pipeline.data import recipe as tasks
+from pipeline.data.rows import read_rows
 from pipeline.teachers.synthetic import rows as synthetic
-from pipeline.teachers.synthetic.filter import near_texts
 from pipeline.teachers.synthetic.sets import Rows, check, form_of, held_out_rows, in_words, manifest_of, sets_of, whole, write_set
+from pipeline.teachers.synthetic.writing import near_texts
 from pipeline.teachers.writers import Writer
 
 
@@ -39,7 +40,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     writer.check()
     if writer.temperature == 0:
         raise UserError("writer.temperature=0 writes the same text every time; set writer.temperature=0.9")
-    train = read_jsonl(data / "train.jsonl")
+    train = read_rows(data / "train.jsonl")
     held_out = near_texts((form.text(row) for row in held_out_rows(data, recipe)), wanted.near)
     rows: Rows = []
     sets: dict[str, Any] = {}

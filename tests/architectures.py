@@ -21,7 +21,7 @@ from pipeline.cell import identity
 from pipeline.cell import run as cell_run
 from pipeline.core.compose import ROOT, build, by_key, compose, without
 from pipeline.core.files import UserError, read_jsonl
-from pipeline.serving import scores
+from pipeline.serving import artefact
 
 WINDOW = 24
 """Tokens of a sliding window: longer than a soft prompt, shorter than a soft prompt and a row."""
@@ -238,7 +238,7 @@ def pair(technique: str, here: list[str]) -> None:
         assert result.test.accuracy >= REACHED, f"{result.test.accuracy:.2f} after a loss of {result.history[-1]['loss'] if result.history else None}"
     cfg = compose(cell)
     held = [p for p in read_jsonl(identity.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]
-    again, _ = scores.score_artefact(cfg, identity.folder_of(cfg) / "artefact", "test")
+    again, _ = artefact.score_artefact(cfg, identity.folder_of(cfg) / "artefact", "test")
     assert [p["prediction"] for p in again] == [p["prediction"] for p in held], "the artefact answers otherwise"
 
 

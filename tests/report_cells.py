@@ -82,9 +82,9 @@ def result(name: str, right: int = 200, seed: int = 0, rows: int = 200, **change
 def oom(name: str, seed: int = 0, rows: int = 200) -> Result:
     """A cell that ran out of memory."""
     full = result(name, seed=seed, rows=rows)
-    kept = ("experiment", "cell", "technique", "family", "method", "objective", "precision", "task", "model", "seed", "train_rows", "kind", "takes_rows")
+    saved = ("experiment", "cell", "technique", "family", "method", "objective", "precision", "task", "model", "seed", "train_rows", "kind", "takes_rows")
     failed: dict[str, Any] = {"status": "oom", "error": "ended beyond the limit of 3.0 GiB", "hardware": HARDWARE, "provenance": PROVENANCE}
-    return Result(**{k: getattr(full, k) for k in kept}, **failed)
+    return Result(**{k: getattr(full, k) for k in saved}, **failed)
 
 
 def diverged(name: str, seed: int = 0, rows: int = 200) -> Result:
@@ -96,10 +96,10 @@ def diverged(name: str, seed: int = 0, rows: int = 200) -> Result:
     return dataclasses.replace(full, status="diverged", error="training diverged at step 3", scores=nothing, work=work, forgetting=forgotten, history=[])
 
 
-def resumed(found: Result) -> Result:
+def resumed(cell: Result) -> Result:
     """The same cell, resumed after a kill."""
-    assert found.work
-    return dataclasses.replace(found, work=dataclasses.replace(found.work, resumed=True))
+    assert cell.work
+    return dataclasses.replace(cell, work=dataclasses.replace(cell.work, resumed=True))
 
 
 def history(seed: int, end: float, steps: int = 26) -> list[dict[str, float]]:
@@ -122,12 +122,12 @@ def predictions(right: int, seed: int = 0, rows: int = TEST_ROWS) -> list[dict]:
     return [{**row, "id": f"t{i}", "prediction": a, "correct": a == "positive"} for i, a in enumerate(answers)]
 
 
-def keep(root: Path, found: Result, with_predictions: bool = True) -> Path:
+def keep(root: Path, cell: Result, with_predictions: bool = True) -> Path:
     """Write a cell's files below results/<experiment>/."""
-    folder = root / found.experiment / found.cell
-    if with_predictions and found.test:
-        write_jsonl(folder / "predictions.jsonl", predictions(round(found.test.accuracy * found.test.rows), found.seed, found.test.rows))
-    write(folder, found)
+    folder = root / cell.experiment / cell.cell
+    if with_predictions and cell.test:
+        write_jsonl(folder / "predictions.jsonl", predictions(round(cell.test.accuracy * cell.test.rows), cell.seed, cell.test.rows))
+    write(folder, cell)
     return folder
 
 
@@ -164,8 +164,8 @@ def write_sizes(root: Path, seeds: int = 3, test_rows: int = 1000, sizes: tuple[
                 labelled = rows + rows // 5
                 chance = a - b * labelled**-c + (rng.gauss(0, 0.012) if name != "zero_shot" else 0.0)
                 right = [rng.gauss(at, 0.15) < chance for at in level]
-                found = result(name, seed=seed, rows=rows, validation_rows=rows // 5, scores={"test": score(sum(right), test_rows)})
-                folder = keep(root, found, with_predictions=False)
+                actual = result(name, seed=seed, rows=rows, validation_rows=rows // 5, scores={"test": score(sum(right), test_rows)})
+                folder = keep(root, actual, with_predictions=False)
                 answer = {"split": "test", "answer": "positive"}
                 write_jsonl(folder / "predictions.jsonl", [
                     {**answer, "id": f"t{i}", "prediction": "positive" if ok else "negative", "correct": ok} for i, ok in enumerate(right)

@@ -64,18 +64,18 @@ def words(rng: random.Random, low: int, high: int) -> list[int]:
 def items_of(rows: int, demonstrations: int = 0, seed: int = 5) -> list[tuple[list[int], list[list[int]]]]:
     """Prompts of mixed length after the same demonstrations; choices of one to four tokens, some the beginning of others."""
     rng = random.Random(seed)
-    shots, found = words(rng, demonstrations, demonstrations), []
+    shots, actual = words(rng, demonstrations, demonstrations), []
     for _ in range(rows):
         head = words(rng, 3, 3)
         choices = [head[:1], head[:2], [*head, 4], [*head[:2], 7], words(rng, 2, 4), words(rng, 4, 4), words(rng, 1, 1)]
-        found.append(([*shots, *words(rng, 3, 20)], rng.sample(choices, rng.randint(3, 7))))
-    return found
+        actual.append(([*shots, *words(rng, 3, 20)], rng.sample(choices, rng.randint(3, 7))))
+    return actual
 
 
 def by_batches(model: Any, items: list, batch_tokens: int, owners: list[str]) -> list[list[float]]:
     """Log-likelihoods by PEFT's batches of several adapters, every read from logits of its own: what is served, to the last bit."""
     reads = Reads.of(items)
-    found = [[0.0] * len(choices) for _, choices in items]
+    actual = [[0.0] * len(choices) for _, choices in items]
     for part in by_length([len(ids) for ids in reads.sequences], batch_tokens):
         at = [(row, *read) for row, index in enumerate(part) for read in reads.at[index]]
         rows, cols, targets, places = torch.tensor(at).T
@@ -84,5 +84,5 @@ def by_batches(model: Any, items: list, batch_tokens: int, owners: list[str]) ->
             logits = logits_at(model, pad([reads.sequences[i] for i in part], PAD), rows, cols, adapter_names=names)
         for value, place in zip(torch.log_softmax(logits, -1)[range(len(at)), targets].tolist(), places.tolist(), strict=True):
             item, choice = reads.places[place]
-            found[item][choice] += value
-    return found
+            actual[item][choice] += value
+    return actual

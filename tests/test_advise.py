@@ -15,7 +15,7 @@ from benchmarks import advice as judge
 from pipeline import advise as entry
 from pipeline.core.files import UserError
 from pipeline.records.finished import Cell
-from pipeline.reporting.advice import Advice, Need, advise
+from pipeline.reporting.advice import Advice, Need, advise, answer
 from pipeline.reporting.evidence import Expected, Seen, Spread, expected_time, gather, other_task, paired_apart
 
 SIZES = (50, 100, 400, 1600)
@@ -61,41 +61,52 @@ def expected(found: Advice, name: str) -> Any:
 
 
 def test_at_a_measured_size_the_mean_and_a_prediction_interval_come_back(root):
-    found = expected(of(root, 400), "full")
-    assert found.value == pytest.approx(accuracy("full", 400), abs=0.015) and found.basis == "measured at 400 rows, 3 runs"
-    half = (found.high - found.low) / 2
+    actual = expected(of(root, 400), "full")
+    assert actual.value == pytest.approx(accuracy("full", 400), abs=0.015) and actual.basis == "measured at 400 rows, 3 runs"
+    half = (actual.high - actual.low) / 2
     assert 2.06 * 0.006 * math.sqrt(4 / 3) < half < 2.1 * math.hypot(0.016 * math.sqrt(4 / 3), 0.011), "a new seed's spread, pooled, and the test rows'"
 
 
 def test_between_sizes_the_learning_curve_answers(root):
-    found = expected(of(root, 800), "full")
-    assert "learning curve" in found.basis and found.value == pytest.approx(accuracy("full", 800), abs=0.02) and found.low < found.value < found.high
+    actual = expected(of(root, 800), "full")
+    assert "learning curve" in actual.basis and actual.value == pytest.approx(accuracy("full", 800), abs=0.02) and actual.low < actual.value < actual.high
 
 
 def test_between_two_sizes_without_a_curve_lies_between_them(tmp_path):
     write(tmp_path, (100, 1600))
-    found = expected(of(tmp_path, 400), "lora")
-    assert "between 100 and 1,600" in found.basis and accuracy("lora", 100) - 0.02 < found.value < accuracy("lora", 1600) + 0.02
+    actual = expected(of(tmp_path, 400), "lora")
+    assert "between 100 and 1,600" in actual.basis and accuracy("lora", 100) - 0.02 < actual.value < accuracy("lora", 1600) + 0.02
 
 
 @pytest.mark.parametrize("rows", [10, 5000])
 def test_beyond_the_sizes_measured_nothing_is_said(root, rows, capsys):
-    found = of(root, rows)
-    assert found.chosen is None and "nothing is said" in found.reason
+    actual = of(root, rows)
+    assert actual.chosen is None and "nothing is said" in actual.reason
     assert entry.main([f"train_rows={rows}", f"results={root}"]) == 1 and "No evidence fits" in capsys.readouterr().out
 
 
+def test_with_one_seed_told_apart_is_said_of_these_weights(tmp_path):
+    for seeds in (1, 3):
+        for name, right in (("full", 240), ("lora", 150)):
+            for seed in range(seeds):
+                keep(tmp_path / str(seeds), result(name, right + seed, seed))
+    single, several = (of(tmp_path / str(seeds), 200) for seeds in (1, 3))
+    assert single.reason == "the most accurate, and told apart from the others (with one seed: these weights, another may come in another order)"
+    assert "told apart from the most accurate (one seed: these weights, not the techniques)" in "\n".join(answer(single))
+    assert several.reason == "the most accurate, and told apart from the others" and "these weights" not in "\n".join(answer(several))
+
+
 def test_the_cheaper_of_two_that_are_alike_is_taken_and_a_worse_one_is_not(root):
-    found = of(root, 400)
-    assert found.chosen and found.chosen.technique == "lora" and "not told apart from full" in found.reason
-    assert found.chosen.memory.value == 1.62e9 and [c.technique for c in found.candidates][-1] in ("zero_shot", "prompt_tuning")
+    actual = of(root, 400)
+    assert actual.chosen and actual.chosen.technique == "lora" and "not told apart from full" in actual.reason
+    assert actual.chosen.memory.value == 1.62e9 and [c.technique for c in actual.candidates][-1] in ("zero_shot", "prompt_tuning")
     assert not of(root, 400, gpu_memory_gb=1.0).chosen or of(root, 400, gpu_memory_gb=1.0).chosen.technique != "lora"
 
 
 def test_limits_rule_out_with_a_reason(root):
-    found = of(root, 400, gpu_memory_gb=1.45)
-    gone = {c.technique: c.out for c in found.candidates if c.out}
-    assert found.chosen and found.chosen.technique == "prompt_tuning" and "GiB of 1.45" in gone["full"] and "lora" in gone
+    actual = of(root, 400, gpu_memory_gb=1.45)
+    gone = {c.technique: c.out for c in actual.candidates if c.out}
+    assert actual.chosen and actual.chosen.technique == "prompt_tuning" and "GiB of 1.45" in gone["full"] and "lora" in gone
     slow = of(root, 1600, hours=0.027)
     assert slow.chosen and slow.chosen.technique == "lora" and "h of 0.027" in next(c.out for c in slow.candidates if c.technique == "full")
     high = of(root, 400, metric_floor=0.95)
@@ -105,13 +116,13 @@ def test_limits_rule_out_with_a_reason(root):
 
 def test_a_single_seed_takes_an_assumed_spread(tmp_path):
     write(tmp_path, (400,), seeds=1)
-    found = expected(of(tmp_path, 400), "lora")
-    assert (found.high - found.low) / 2 > 1.959 * 0.03 * math.sqrt(2)
+    actual = expected(of(tmp_path, 400), "lora")
+    assert (actual.high - actual.low) / 2 > 1.959 * 0.03 * math.sqrt(2)
 
 
 def test_another_task_tells_of_the_choice_alone(root, capsys):
-    found = of(root, 400, task="unseen")
-    assert found.borrowed and found.chosen and found.task == "vader_movies"
+    actual = of(root, 400, task="unseen")
+    assert actual.borrowed and actual.chosen and actual.task == "vader_movies"
     assert entry.main(["train_rows=400", "task=unseen", f"results={root}"]) == 0 and "Nothing was measured on unseen" in capsys.readouterr().out
     assert of(root, 400, task="unseen", metric_floor=0.5).chosen is None
 
@@ -127,9 +138,9 @@ def test_several_tasks_want_a_name_and_an_unknown_model_names_what_there_is(root
 
 def test_the_answer_names_cells_settings_and_the_command(root, capsys):
     assert entry.main(["train_rows=400", "gpu_memory_gb=16", "hours=2", f"results={root}"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("Take lora", "technique=lora task=vader_movies train_rows=400", "lora-s0-n400", "lr 0.001", "400 training rows, 16 GiB, 2 h"):
-        assert part in told
+        assert part in output
 
 
 @pytest.mark.parametrize(("words", "said"), [
@@ -140,8 +151,8 @@ def test_the_answer_names_cells_settings_and_the_command(root, capsys):
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     assert entry.main(words) == 2
-    told = capsys.readouterr().err
-    assert said in told and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert said in output and output.count("\n") == 1
 
 
 def test_hidden_sizes_and_tasks_are_judged(root, tmp_path, capsys):
@@ -150,8 +161,8 @@ def test_hidden_sizes_and_tasks_are_judged(root, tmp_path, capsys):
     lines = capsys.readouterr().out
     assert "size\tvader_movies\t100" in lines and "task\tother\t400" in lines
     seen = gather([root])
-    found = judge.summary([*judge.by_size(seen), *judge.by_task(seen)])
-    assert found["size"]["lines"] == 2 and found["size"]["largest_regret"] < 4 and found["size"]["coverage"] > 0.8 and found["task"]["lines"] == 6
+    actual = judge.summary([*judge.by_size(seen), *judge.by_task(seen)])
+    assert actual["size"]["lines"] == 2 and actual["size"]["largest_regret"] < 4 and actual["size"]["coverage"] > 0.8 and actual["task"]["lines"] == 6
     assert judge.main(["nowhere"]) == 2
 
 
@@ -162,38 +173,38 @@ def made(task: str, name: str, seed: int, accuracy: float, rows: int = 400, **ch
 
 def world(draw: random.Random, tasks: int = 6) -> list[Seen]:
     """Tasks that differ by 8 points, techniques that differ by 6 on average and 2 beside it from task to task, seeds by 1."""
-    found = []
+    actual = []
     for k in range(tasks):
         level = draw.gauss(0.6, 0.08)
         for name, gain in (("full", 0.06), ("lora", 0.0), ("prompt_tuning", -0.06)):
             mean = level + gain + draw.gauss(0, 0.02)
-            found += [made(f"task{k}", name, seed, mean + draw.gauss(0, 0.01)) for seed in range(2)]
-    return found
+            actual += [made(f"task{k}", name, seed, mean + draw.gauss(0, 0.01)) for seed in range(2)]
+    return actual
 
 
 def test_hidden_tasks_of_a_known_truth_are_covered_and_cost_little():
     draw = random.Random(1)
     lines = [line for _ in range(25) for line in judge.by_task(world(draw))]
-    found = judge.summary(lines)["task"]
-    assert found["lines"] == 150 and found["without_answer"] == 0 and {line["others"] for line in lines} == {5}
-    assert 0.90 <= found["coverage"] <= 0.99, "95% of a new task's runs"
-    assert found["mean_regret"] < 0.5 and sum(line["chosen"] == "full" for line in lines) > 120, "the second is 6 points behind"
-    assert 25 < found["mean_width"] < 75, "2 * 2.78 * 8 * sqrt(1.2) is 49"
+    actual = judge.summary(lines)["task"]
+    assert actual["lines"] == 150 and actual["without_answer"] == 0 and {line["others"] for line in lines} == {5}
+    assert 0.90 <= actual["coverage"] <= 0.99, "95% of a new task's runs"
+    assert actual["mean_regret"] < 0.5 and sum(line["chosen"] == "full" for line in lines) > 120, "the second is 6 points behind"
+    assert 25 < actual["mean_width"] < 75, "2 * 2.78 * 8 * sqrt(1.2) is 49"
 
 
 def test_the_interval_over_tasks_is_the_formulas():
-    found = other_task({"a": 0.5, "b": 0.6, "c": 0.7}, Spread(0.03, 4))
+    actual = other_task({"a": 0.5, "b": 0.6, "c": 0.7}, Spread(0.03, 4))
     half = 4.302653 * math.sqrt(0.01 * (4 / 3) + 0.0009)
-    assert (found.value, found.low, found.high) == pytest.approx((0.6, max(0, 0.6 - half), min(1, 0.6 + half)), abs=1e-6)
+    assert (actual.value, actual.low, actual.high) == pytest.approx((0.6, max(0, 0.6 - half), min(1, 0.6 + half)), abs=1e-6)
     assert other_task({"a": 0.5}, Spread(0.03, 4)).low is None
     assert paired_apart({"a": 0.9, "b": 0.8, "c": 0.85}, {"a": 0.8, "b": 0.71, "c": 0.74}) and not paired_apart({"a": 0.9}, {"a": 0.1})
 
 
 def test_what_was_measured_on_fewer_tasks_is_not_compared():
     seen = [made(task, name, seed, 0.5) for task in ("a", "b") for name in ("full", "lora") for seed in (0, 1)]
-    found = advise([*seen, made("a", "prompt_tuning", 0, 0.99)], Need(400, task="new"))
-    gone = {c.technique: c.out for c in found.candidates if c.out}
-    assert found.task == "a, b" and found.chosen and gone == {"prompt_tuning": "was measured on 1 of the 2 tasks that the others were measured on"}
+    actual = advise([*seen, made("a", "prompt_tuning", 0, 0.99)], Need(400, task="new"))
+    gone = {c.technique: c.out for c in actual.candidates if c.out}
+    assert actual.task == "a, b" and actual.chosen and gone == {"prompt_tuning": "was measured on 1 of the 2 tasks that the others were measured on"}
     assert advise(seen, Need(400, task="new", metric_floor=0.6)).chosen is None
 
 
@@ -202,18 +213,18 @@ def test_techniques_are_ranked_over_the_same_tasks():
     seen = [made(task, name, seed, 0.5) for task in ("a", "b") for name in ("full", "lora") for seed in (0, 1)]
     seen += [made(task, "prompt_tuning", seed, 0.9) for task in ("b", "c") for seed in (0, 1)]
     seen += [made(task, "zero_shot", 0, accuracy, kind="base", takes_rows=False) for task, accuracy in (("a", 0.2), ("b", 0.2), ("c", 0.9))]
-    found = {c.technique: c for c in advise(seen, Need(400, task="new")).candidates}
-    assert found["prompt_tuning"].out == "was measured on 1 of the 2 tasks that the others were measured on"
-    assert all(set(found[name].by_task) == {"a", "b"} and found[name].out is None for name in ("full", "lora", "zero_shot"))
-    assert found["zero_shot"].accuracy.value == pytest.approx(0.2)
+    actual = {c.technique: c for c in advise(seen, Need(400, task="new")).candidates}
+    assert actual["prompt_tuning"].out == "was measured on 1 of the 2 tasks that the others were measured on"
+    assert all(set(actual[name].by_task) == {"a", "b"} and actual[name].out is None for name in ("full", "lora", "zero_shot"))
+    assert actual["zero_shot"].accuracy.value == pytest.approx(0.2)
 
 
 def test_cells_of_another_metric_or_model_are_no_candidates(root):
     before = of(root, 400)
     for name, change in (("other_metric", {"metric": "macro_f1"}), ("other_model", {"model": "llama"})):
         keep(root / name, dataclasses.replace(result("bitfit", 249, 0, 400, experiment=name), **change), with_predictions=False)
-    found = of(root, 400, task="vader_movies", model="smollm2_135m")
-    assert [c.technique for c in found.candidates] == [c.technique for c in before.candidates] and "bitfit" not in {c.technique for c in found.candidates}
+    actual = of(root, 400, task="vader_movies", model="smollm2_135m")
+    assert [c.technique for c in actual.candidates] == [c.technique for c in before.candidates] and "bitfit" not in {c.technique for c in actual.candidates}
 
 
 def test_other_settings_are_another_technique_and_the_same_run_again_is_one(root):
@@ -239,16 +250,16 @@ def test_cells_that_ended_out_of_memory_or_diverged_are_named(root, capsys):
     keep(root, oom("qlora", 0, 400), with_predictions=False)
     keep(root, diverged("bitfit", 0, 400))
     assert entry.main(["train_rows=400", f"results={root}"]) == 0
-    assert "Ended out of memory (so without an accuracy):\n  qlora at 400 rows on AMD EPYC: 1 cell\n" in (told := capsys.readouterr().out)
-    assert "Diverged (so without an accuracy):\n  bitfit at 400 rows on AMD EPYC: 1 cell\n" in told and told.count("bitfit") == 1
+    assert "Ended out of memory (so without an accuracy):\n  qlora at 400 rows on AMD EPYC: 1 cell\n" in (output := capsys.readouterr().out)
+    assert "Diverged (so without an accuracy):\n  bitfit at 400 rows on AMD EPYC: 1 cell\n" in output and output.count("bitfit") == 1
 
 
 def test_a_damaged_result_is_named_and_left_out(root, capsys):
     path = sorted(root.rglob("result.json"))[0]
     path.write_text("")
     assert entry.main(["train_rows=400", f"results={root}"]) == 0
-    told = capsys.readouterr()
-    assert told.err.count(f"warning: {path} is not JSON") == 1 and told.err.count("\n") == 1 and "expected accuracy" in told.out
+    output = capsys.readouterr()
+    assert output.err.count(f"warning: {path} is not JSON") == 1 and output.err.count("\n") == 1 and "expected accuracy" in output.out
 
 
 @pytest.mark.slow
@@ -256,5 +267,5 @@ def test_a_damaged_result_is_named_and_left_out(root, capsys):
 def test_the_documents_table_of_made_up_tasks(tasks, covered, regret):
     """docs/advice.md's last table."""
     draw = random.Random(100 + tasks)
-    found = judge.summary([line for _ in range(1200 // tasks) for line in judge.by_task(world(draw, tasks))])["task"]
-    assert (100 * found["coverage"], found["mean_regret"]) == pytest.approx((covered, regret), abs=0.1)
+    actual = judge.summary([line for _ in range(1200 // tasks) for line in judge.by_task(world(draw, tasks))])["task"]
+    assert (100 * actual["coverage"], actual["mean_regret"]) == pytest.approx((covered, regret), abs=0.1)

@@ -17,7 +17,7 @@ from pipeline import base_model, train
 from pipeline.cell import evaluation, identity
 from pipeline.cell import run as cell_run
 from pipeline.core.compose import compose
-from pipeline.core.files import UserError
+from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import Precision
 from pipeline.data.rows import Encoder
 from pipeline.methods.low_rank import LowRank
@@ -26,6 +26,7 @@ from pipeline.methods.pruning import Pruning
 from pipeline.models.base import attention_of, load_model, load_stored
 from pipeline.models.reach import block_weights, quantised_weights
 from pipeline.records.results import Result, read
+from pipeline.serving.artefact import Artefact, Base, Multiplexer
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +133,25 @@ def test_a_cell_on_experts_says_what_it_reaches(overrides, folder_of):
     words = models(overrides, folder_of("mixtral"))
     pruned = cell(words, "technique=magnitude_pruning")
     assert pruned.size.reached_share == pytest.approx(0.111, abs=1e-3)
-    assert any(note.startswith("11% of the weights of the blocks are what the method reaches") for note in pruned.notes)
+    assert any(note.startswith("11% of the weights of the blocks, those of their experts counted in, is what the method reaches") for note in pruned.notes)
     rounded = cell(words, "technique=zero_shot_nf4")
     assert (rounded.size.quantised_share, rounded.size.reached_share) == (pytest.approx(0.111, abs=1e-3), None)
     adapted = cell(words, "technique=lora")
     assert adapted.size.reached_share > 0.99 and not any("experts" in note for note in adapted.notes)
+
+
+def test_adapters_of_experts_take_turns(overrides, folder_of, tiny):
+    words = [*models(overrides, folder_of("mixtral")), "technique=lora", "train.lr=3e-2"]
+    found = cell(words, "evaluate.adapters=[2]", "precision=fp32")
+    assert found.unmeasured == {} and found.inference.adapters_mixed is False and found.inference.adapters["2"] > 0
+    cfg = compose([*words, "precision=fp32"])
+    folder = Path(cfg.paths.results) / found.experiment / found.cell
+    served = Multiplexer(Base.of(cfg), [Artefact.at("one", folder / "artefact", cfg)])
+    rows = read_jsonl(tiny / "data" / "vader_movies" / "test.jsonl")[:3]
+    given = served.answer([{"adapter": "one", "prompt": r["prompt"], "choices": r["choices"]} for r in rows])
+    own = {p["id"]: p for p in read_jsonl(folder / "predictions.jsonl")}
+    assert [g["scores"] for g in given] == [pytest.approx(own[r["id"]]["scores"], abs=1e-4) for r in rows]
+    assert "cannot share a batch" in served.report[0]
 
 
 # a result is kept

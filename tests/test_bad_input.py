@@ -82,6 +82,49 @@ def test_a_misspelt_key_of_a_yaml_group_is_named(refuse, override, sentence):
     assert sentence in refuse("technique=lora", override)
 
 
+@pytest.mark.parametrize(("override", "sentence"), [
+    ("train=5", "'train=5' is refused: train is a config group, which takes the name of one of its YAMLs"),
+    ("technique=null", "'technique=null' is refused: technique is a config group"),
+    ("method=[1]", "'method=[1]' is refused: method is a config group"),
+    ("technique=[lora,full]", "technique is a config group, which takes the name of one"),
+    ("hydra=5", "hydra is a config group"), ("experiments=null", "experiments is a config group"),
+    ("=1", "the override '=1' has no key; write key=value"),
+    ("seed=99999999999999999999", "config key 'seed' is 99999999999999999999; it must be at least 0"),
+    ("paths=null", "config group 'paths' is None; it takes keys and values"), ("forecast=5", "config group 'forecast' is 5"),
+    ("paths.results=null", "config key 'paths.results' is None; it takes the path of a folder"), ("paths.results=5", "'paths.results' is 5"),
+    ("paths.results=''", "'paths.results' is ''"), ("experiment=[1]", "config key 'experiment' is [1], which cannot name a folder"),
+    ("experiment=null", "config key 'experiment' is None"), ("model.name=null", "config key 'model.name' is None"),
+    ("model.note=[1]", "config key 'model.note' is [1]; it takes str or null"), ("+start.a=1", "config key 'start' is {'a': 1}; it takes str or null"),
+    ("model.note=\udcff", "holds half of a surrogate pair, which is no character"),
+])
+def test_an_override_that_means_nothing(refuse, override, sentence):
+    assert sentence in refuse(*(["technique=lora"] if not override.startswith("technique") else []), override)
+
+
+def test_a_yaml_with_a_key_twice(refuse, tmp_path):
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "own.yaml").write_text("name: own\nname: own\n")
+    error = refuse("technique=lora", f"hydra.searchpath=[file://{tmp_path}]", "task=own")
+    assert "the config does not compose" in error and "own.yaml" in error and "duplicate key name" in error
+
+
+def test_a_chat_task_on_a_model_without_a_chat_template(refuse):
+    assert "task.format is chat, but the model's tokenizer has no chat template; choose task.format=plain" in refuse("technique=lora", "+task.format=chat")
+
+
+@pytest.mark.parametrize(("override", "sentence"), [
+    ("task.source=5", "config key 'task.source' is 5; it takes dict"), ("task.prompt=null", "config key 'task.prompt' is None; it takes str"),
+    ("synthetic.share=x", "config key 'synthetic.share' is 'x'; it takes float"),
+])
+def test_a_key_that_no_cell_reads_is_checked_where_the_result_would_say_it(refuse, override, sentence):
+    assert sentence in refuse("technique=lora", override)
+
+
+def test_a_transfer_set_that_is_not_there_is_told_even_where_it_is_not_scored(refuse):
+    error = refuse("technique=lora", "task.transfer=[nothing]", "evaluate.transfer_rows=0")
+    assert "task.transfer names 'nothing', but " in error and "transfer/nothing.jsonl does not exist; take it out, or run: python -m pipeline.prepare" in error
+
+
 def test_a_misspelt_target(refuse):
     assert "config key 'method.type' is 'peft_adaptor', did you mean 'peft_adapter'?; there are: " in refuse("technique=lora", "method.type=peft_adaptor")
 
@@ -158,10 +201,10 @@ def long_data(folder: Path, split: str, rows: int) -> str:
     """A task with a few texts of 300 tokens and more in one split, beyond the tiny model's context of 256."""
     write_task(folder / "vader_movies")
     path = folder / "vader_movies" / f"{split}.jsonl"
-    held = read_jsonl(path)
-    for row in held[:rows]:
+    stored = read_jsonl(path)
+    for row in stored[:rows]:
         row["prompt"] = "film plot " * 150 + row["prompt"]
-    path.write_text("".join(json.dumps(r) + "\n" for r in held))
+    path.write_text("".join(json.dumps(r) + "\n" for r in stored))
     return f"paths.data={folder}"
 
 

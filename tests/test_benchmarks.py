@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import speed_limits, speed_ours, speed_peers, speed_run, speed_stats, speed_targets
 from benchmarks.speed_targets import OURS, Row, Side
-from benchmarks.speed_workloads import RATES, SHAPES, Workload, adapter_config, base_model
+from benchmarks.speed_workloads import RATES, SHAPES, Workload, adapter_config, base_model, model_config
 from pipeline.core.files import UserError
 
 RATE = {"bf16": {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e11}, "fp32": {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e11}}
@@ -64,12 +64,13 @@ def test_two_groups_become_one_where_a_row_joins_them():
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_a_shape_is_the_model_it_stands_for(name):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[name]))
+        model = AutoModelForCausalLM.from_config(model_config(name))
     counted = sum(p.numel() for p in model.parameters())
-    assert counted == {"135m": 134_515_008, "1b": 1_235_814_400, "8b": 8_030_261_248}.get(name, counted)
+    assert counted == {"135m": 134_515_008, "1b": 1_235_814_400, "8b": 8_030_261_248, "qwen3-0.6b": 596_049_920, "gemma3-1b": 999_885_952,
+                       "phi3-mini": 3_821_079_552}.get(name, counted)
     inner = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head")
     assert speed_limits.weights(name) == inner
     assert speed_limits.head_weights(name) == model.lm_head.weight.numel()
@@ -200,7 +201,7 @@ def test_a_busy_cpu_gives_no_ratio(settings, monkeypatch, plain, busy):
 def test_memory_is_a_ratio_of_peaks(settings, monkeypatch):
     monkeypatch.setattr(speed_run, "run_side", lambda side, device: dataclasses.replace(fake_run(1.0), peak_bytes=3000 if side.kind == "plain" else 1000))
     row = dataclasses.replace(tiny_row(), figure="peak_bytes")
-    assert speed_run.record(row, speed_run.measure([row], settings), settings)["ratio"] == 3.0
+    assert speed_run.record(row, speed_run.measure([row], settings), settings)["ratio"] == pytest.approx(3.0)
 
 
 # arithmetic
@@ -208,10 +209,23 @@ def test_memory_is_a_ratio_of_peaks(settings, monkeypatch):
 
 def test_ratios_and_spreads_of_known_numbers():
     found = speed_stats.ratio([8.0, 10.0, 9.0], [2.0, 2.0, 3.0])
-    assert found == {"ratio": 4.0, "spread": [3.0, 5.0], "iqr": None, "ratios": [4.0, 5.0, 3.0]}
-    assert speed_stats.ratio([8.0], [2.0, 4.0])["ratios"] == [4.0, 2.0], "one run against two"
-    assert speed_stats.ratio([1.0, 2.0, 3.0, 4.0], [1.0] * 4)["iqr"] == [1.75, 3.25]
+    assert found["ratios"] == [4.0, 5.0, 3.0] and found["spread"] == [3.0, 5.0]
+    assert found["ratio"] == pytest.approx(60 ** (1 / 3)) == pytest.approx(found["means"][0] / found["means"][1]), "the columns' ratio, too"
+    assert found["interval"] == pytest.approx([2.0722, 7.3961], abs=1e-4), "by hand: 4.3027, Student's t of 2, times 0.2561 / √3"
+    assert speed_stats.ratio([8.0], [2.0, 4.0])["ratios"] == [4.0, 2.0], "one run stands for both repeats of the other"
+    assert speed_stats.ratio([8.0], [2.0, 4.0])["interval"] is None, "and how much it varies is not known"
+    assert speed_stats.ratio([8.0, 6.0, 99.0], [2.0, 2.0])["means"] == pytest.approx([48**0.5, 2.0]), "a repeat without a partner does not count"
     assert speed_stats.summary([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "iqr": None}
+
+
+@pytest.mark.parametrize(("over", "under", "required", "told"), [
+    ([2.0, 2.1, 2.2], [1.0] * 3, 1.5, "reached"), ([2.0, 2.1, 2.2], [1.0] * 3, 3.0, "not reached"), ([2.0, 2.1, 2.2], [1.0] * 3, 2.05, "not decided"),
+    ([2.0], [1.0], 1.5, "not decided"), ([9.0], [1.0, 1.1], 1.5, "not decided"), ([0.5, 0.51], [1.0, 1.0], 1.0, "not reached, slower"),
+    ([0.675, 1.191, 1.024, 0.787, 1.158], [1.0] * 5, 1.0, "not decided, slower in these repeats"), ([0.9, 0.91], [1.0] * 2, None, "slower"),
+    ([2.0, 2.0], [1.0, 1.0], 2.0, "reached"), ([2.0, 2.1], [1.0] * 2, None, ""),
+])
+def test_what_a_ratio_decides(over, under, required, told):
+    assert speed_stats.verdict(speed_stats.ratio(over, under), required) == told
 
 
 def test_curves_match_within_the_bound():

@@ -18,19 +18,21 @@ def test_a_row_is_kept_beside_the_others(tmp_path):
     rows = speed_targets.KNOWN
     about = {"hardware": {"gpu": "A"}, "versions": {"torch": "1"}, "date": "2026-01-01", "command": "c", "git_commit": "x", "git_dirty": False}
     first = {"ratio": 2.0, "spread": [1.0, 3.0], "required": 8, "aim": 15, "what": "first"}
+    nine = {"over": {"walls_s": [9.0, 9.9]}, "under": {"walls_s": [1.0, 1.1]}}
     speed_files.keep(tmp_path, rows["lora-1b-small"], {**first, "id": "lora-1b-small"}, about)
     speed_files.keep(tmp_path, rows["lora-135m-step"], {**first, "id": "lora-135m-step"}, about)
-    speed_files.keep(tmp_path, rows["lora-135m-step"], {**first, "id": "lora-135m-step", "ratio": 9.0}, {**about, "date": "2026-01-02"})
+    speed_files.keep(tmp_path, rows["lora-135m-step"], {**first, "id": "lora-135m-step", "ratio": 8.8, **nine}, {**about, "date": "2026-01-02"})
     speed_files.keep(tmp_path, rows["lora-1b-small"], {"id": "lora-1b-small", "error": "lost"}, about)
     held = json.loads((tmp_path / "targets.json").read_text())
-    assert [(row["id"], row["ratio"], row["date"]) for row in held] == [("lora-135m-step", 9.0, "2026-01-02"), ("lora-1b-small", 2.0, "2026-01-01")]
+    assert [(row["id"], round(row["ratio"], 9), row["date"]) for row in held] == [("lora-135m-step", 9.0, "2026-01-02"), ("lora-1b-small", 2.0, "2026-01-01")]
     assert all(tuple(row) == speed_files.TARGET_KEYS for row in held)
     record = speed_files.rows(tmp_path / "speed-step.json")[1]
     assert record["ratio"] == 2.0 and record["last_failure"]["error"] == "lost", "a failed run does not displace a good one"
     text = speed_files.table(tmp_path)
     lines = text.splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| `lora-135m-step` | first | **9.00x** (1.00 to 3.00) | ≥ 8x | ≥ 15x |")
-    assert lines[3].startswith("| `lora-1b-small` | first | 2.00x (1.00 to 3.00) |"), "not bold: not reached"
+    assert len(lines) == 4 and lines[2].startswith(
+        "| `lora-135m-step` | first | **9.00x** (95%: 9.00 to 9.00; 9.00 to 9.00) | ≥ 8x, reached | ≥ 15x |"), "judged by its sides' repeats"
+    assert lines[3].startswith("| `lora-1b-small` | first | 2.00x (no interval; 1.00 to 3.00) | ≥ 8x, not decided |"), "not bold: its repeats are not there"
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -41,8 +43,8 @@ def test_a_row_that_is_no_headline_stays_out_of_the_targets(tmp_path):
 
 
 def test_the_wide_table_has_a_line_a_workload_and_leaves_open_what_was_not_measured(tmp_path):
-    side = {"step_s": {"median": 0.01}, "tokens_per_s": 102400.0, "peak_bytes": {"median": 2**30}}
-    slow = {"step_s": {"median": 0.025}, "peak_bytes": {"median": 3 * 2**30}}
+    side = {"workload": {"steps": 4}, "tokens_per_s": 102400.0, "runs": [{"timed_s": 0.04, "peak_bytes": 2**30}]}
+    slow = {"workload": {"steps": 4}, "runs": [{"timed_s": 0.1, "peak_bytes": 3 * 2**30}]}
     for kind, ratio in (("plain", 2.5), ("tuned", None)):
         row = speed_targets.KNOWN[f"full-135m-16x64-{kind}"]
         speed_files.keep(tmp_path, row, {"id": row.id, "ratio": ratio, "under": side, "over": slow if ratio else None}, {})

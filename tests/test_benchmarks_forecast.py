@@ -14,13 +14,13 @@ from pipeline.forecasting.plan import Constants
 
 
 def test_the_configurations_span_the_axes():
-    found = forecast_configs.everything()
-    assert len(found) >= 90 and len({c.name for c in found}) == len(found)
-    assert {c.shape for c in found[:60]} == {"135m", "360m", "1b", "3b", "8b"}, "any first part is spread"
-    assert {"full", "lora", "qlora", "prompt_tuning_random", "ia3", "bitfit_added", "ln_tuning"} <= {c.technique for c in found}
-    more = {m for c in found for m in c.more}
-    assert {"train.checkpointing=true", "precision=fp32", "method.config.r=64"} <= more and any(c.ragged for c in found) and any(c.parts > 1 for c in found)
-    assert {c.engine for c in found} == {"auto", "eager"} and any(c.technique == "lora_int8" for c in found)
+    actual = forecast_configs.everything()
+    assert len(actual) >= 90 and len({c.name for c in actual}) == len(actual)
+    assert {c.shape for c in actual[:60]} == {"135m", "360m", "1b", "3b", "8b"}, "any first part is spread"
+    assert {"full", "lora", "qlora", "prompt_tuning_random", "ia3", "bitfit_added", "ln_tuning"} <= {c.technique for c in actual}
+    more = {m for c in actual for m in c.more}
+    assert {"train.checkpointing=true", "precision=fp32", "method.config.r=64"} <= more and any(c.ragged for c in actual) and any(c.parts > 1 for c in actual)
+    assert {c.engine for c in actual} == {"auto", "eager"} and any(c.technique == "lora_int8" for c in actual)
 
 
 def test_quantiles_are_those_of_linear_interpolation():
@@ -36,10 +36,11 @@ def test_bad_words_are_told(words, capsys):
 def made_up(config, factor, fixed):
     """A line that a card with these constants would have written."""
     plan = forecast_fit.plan_of(config, True)
-    told = forecast(plan, Constants())
+    output = forecast(plan, Constants())
     engine = {"hand": "handwritten"}.get(plan.engine, plan.engine)
     return {
-        "name": config.name, "status": "ok", "kind": "gpu_reserved", "peak_bytes": int(told.loaded + factor[plan.engine] * (told.total - told.loaded) + fixed),
+        "name": config.name, "status": "ok", "kind": "gpu_reserved",
+        "peak_bytes": int(output.loaded + factor[plan.engine] * (output.total - output.loaded) + fixed),
         "precision": plan.precision, "engine": engine, "hardware": {"device": "cuda", "gpu": "NVIDIA Test", "cpu": "x"}, "versions": {}, "date": "2026-11-23",
         "machine": {"product_workspace": 32 * 2**20}, "device_used_bytes": 2**30 + 500, "reserved_end": 2**30,
     }
@@ -55,8 +56,8 @@ def test_a_fit_finds_the_constants_and_judges_on_the_others(tmp_path):
     summary = forecast_fit.write(configs, tmp_path / "measured.jsonl", tmp_path)
     assert summary["fitted_on"] == 20 and summary["configurations"] == 28 and summary["out_of_memory"] == [configs[48].name]
     assert summary["median_error"] < 1e-3 and summary["p95_error"] < 2e-3 and summary["hardware"] == "NVIDIA Test"
-    held = read_json(tmp_path / "constants.json")
-    assert held["scale"] == pytest.approx(factor, abs=2e-3) and held["fixed"]["eager"] == pytest.approx(fixed, rel=0.05) and held["context"] == 500
+    stored = read_json(tmp_path / "constants.json")
+    assert stored["scale"] == pytest.approx(factor, abs=2e-3) and stored["fixed"]["eager"] == pytest.approx(fixed, rel=0.05) and stored["context"] == 500
     table = (tmp_path / "table.csv").read_text().splitlines()
     assert len(table) == 49 and sum(line.endswith("fit") or ",fit," in line for line in table) == 20
 
@@ -72,8 +73,8 @@ def test_measuring_goes_on_where_it_stopped_and_agrees_on_a_cpu(tmp_path, capsys
     path, configs = tmp_path / "measured.jsonl", forecast_configs.tiny()
     write_jsonl(path, [{"name": c.name, "status": "died", "error": "made up"} for c in configs[4:]])
     assert subprocess.run(words, cwd=ROOT, check=False, capture_output=True).returncode == 0
-    found = read_jsonl(path)
-    assert [r["name"] for r in found] == [c.name for c in configs[4:] + configs[:4]] and not forecast_measure.missing(configs, path)
+    actual = read_jsonl(path)
+    assert [r["name"] for r in actual] == [c.name for c in configs[4:] + configs[:4]] and not forecast_measure.missing(configs, path)
     assert entry.main(["fit", "configs=tiny", f"out={tmp_path}"]) == 0 and "median error" in capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["median_error"] < 0.02 and summary["kind"] == "live_bytes" and len(summary["failed"]) == len(configs) - 4

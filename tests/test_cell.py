@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pipeline.cell import run as cell_run
 from pipeline.core.compose import compose
 from pipeline.core.files import read_jsonl, write_jsonl
 from pipeline.records.results import Result, read
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 LEARN = ["train.epochs=12", "train.batch_size=8", "train.validations=4"]
 RATES = {"full": 3e-3, "lora": 1e-2, "qlora": 1e-2, "prompt_tuning": 0.1, "step_by_step": 3e-3}
@@ -32,9 +33,7 @@ def test_a_separable_task_is_learnt(overrides, technique):
 
 def test_shuffled_labels_give_chance(overrides, tiny, tmp_path):
     data = tmp_path / "shuffled" / "vader_movies"
-    data.mkdir(parents=True)
-    for path in (tiny / "data" / "vader_movies").glob("*.json*"):
-        (data / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny / "data" / "vader_movies", data)
     for split in ("train", "validation", "test"):
         rows, rng = read_jsonl(data / f"{split}.jsonl"), random.Random(7)
         answers = rng.sample([r["answer"] for r in rows], len(rows))
@@ -50,15 +49,15 @@ def test_an_untrained_lora_is_the_base(overrides, tmp_path):
                f"paths.lambada={tmp_path}/lambada.jsonl"]
     base = run(overrides, "technique=zero_shot", *probing, folder=tmp_path / "base")
     lora = run(overrides, "technique=lora", "train.steps=0", *probing, folder=tmp_path / "lora")
-    held = read_jsonl(tmp_path / "base" / "predictions.jsonl")
-    assert read_jsonl(tmp_path / "lora" / "predictions.jsonl") == held
+    stored = read_jsonl(tmp_path / "base" / "predictions.jsonl")
+    assert read_jsonl(tmp_path / "lora" / "predictions.jsonl") == stored
     assert lora.forgetting == base.forgetting
     for probe in ("perplexity", "pairs", "lambada", "lambada_perplexity"):
         assert getattr(lora.forgetting, probe) == getattr(lora.forgetting, f"{probe}_base") is not None
     assert lora.work.steps == 0 and lora.phases.train_s < 0.5
     cfg = compose([*overrides, "technique=lora", "train.steps=0"])
     loaded, _ = evaluate.score_artefact(cfg, tmp_path / "lora" / "artefact", "test")
-    assert loaded == [p for p in held if p["split"] == "test"]
+    assert loaded == [p for p in stored if p["split"] == "test"]
 
 
 def test_the_files_of_a_cell(overrides, tmp_path):

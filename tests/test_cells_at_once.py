@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from pipeline import train
+from pipeline import sweep, train
 from pipeline.cell import grid, identity, locks
 from pipeline.cell import run as cell_run
 from pipeline.core import locks as core_locks
 from pipeline.core.compose import compose
 from pipeline.records import mlflow as records_mlflow
 from pipeline.records.results import read
+from pipeline.search import trials as search_trials
 
 FORK = multiprocessing.get_context("fork")
 SHORT = ["technique=lora", "precision=fp32", "experiment=tried", "train_rows=16", "train.batch_size=8", "train.steps=2", "evaluate.test_rows=8"]
@@ -140,6 +141,39 @@ def test_a_cell_that_begins_at_one_that_another_process_computes_waits_for_it(wo
     assert grid.run_cells([first, second]) == 0
     lock.join()
     assert read(identity.folder_of(second)).start == "lora"
+
+
+@pytest.mark.parametrize(("command", "says"), [
+    (train, r"cell lora-s0-n16 is being computed by process \d+"), (sweep, r"another sweep is at work in .*, in process \d+"),
+])
+def test_of_two_that_do_the_same_at_once_one_is_refused(command, says, words, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(locks, "DYING_S", 0.1)
+    monkeypatch.setattr(search_trials, "LOCK_S", 0.1)
+    choices = ["sweep.confirm=false", "sweep.space={method.config.r: {choices: [1, 2]}}"]
+    both = [FORK.Process(target=lambda: os._exit(command.main([*words, *choices]))) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert sorted(process.exitcode for process in both) == [0, 2]
+    assert re.search(rf"error: {says}; wait for it, or end it", capfd.readouterr().err)
+    made = list(tmp_path.rglob("result.json" if command is train else "best.json"))
+    assert len(made) == 1 and not list(tmp_path.rglob("*.partial*")) and not list(tmp_path.rglob("checkpoints/*"))
+
+
+def test_a_checkpoint_that_a_kill_after_the_result_left_is_removed_at_the_next_start(words):
+    cfg = seeds(words, 1)[0]
+    assert grid.run_cells([cfg]) == 0
+    dead = FORK.Process(target=int)
+    dead.start()
+    dead.join()
+    path = identity.checkpoint_of(cfg)
+    path.parent.mkdir(exist_ok=True)
+    for left in (path, identity.packed_of(cfg), path.with_name(f".{path.name}.{dead.pid}.partial")):
+        left.write_bytes(b"half")
+    other = path.with_name("another-cell.pt")
+    other.touch()
+    assert grid.run_cells([cfg]) == 0 and list(path.parent.iterdir()) == [other]
 
 
 def test_a_single_cell_that_another_process_computes_is_refused_with_its_pid(words, capfd, monkeypatch):

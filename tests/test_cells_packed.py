@@ -51,6 +51,17 @@ def test_a_killed_run_goes_on_with_what_was_trained(words, monkeypatch, capfd):
     assert [read(identity.folder_of(cfg)).packed for cfg in packed] == [True, True, False]
 
 
+@pytest.mark.parametrize("held", [b"", bytes(5000), b"PK\x03\x04"], ids=["empty", "zeros", "cut off"])
+def test_a_damaged_training_of_a_pack_is_set_aside_and_its_cell_trains_alone(words, held, capfd):
+    cfg = seeds(words, "pack=true", "train.epochs=1")[0]
+    path = identity.packed_of(cfg)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(held)
+    assert grid.run_cells([cfg]) == 0
+    assert f"warning: {path} is damaged (" in capfd.readouterr().err and [p.name for p in path.parent.iterdir()] == [f"{path.name}.damaged"]
+    assert not read(identity.folder_of(cfg)).packed
+
+
 def test_what_cannot_be_packed_trains_alone_and_says_why(words, capfd):
     both = seeds(words, "pack=true", "method.config.use_dora=true", "train.epochs=1")[:2]
     assert grid.run_cells(both) == 0

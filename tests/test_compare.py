@@ -106,6 +106,29 @@ def test_costs_are_told_beyond_their_tolerance_and_on_like_machines_alone(sides)
     assert {c.figure for c in far.costs} == {"artefact_bytes"} and "machines differ (gpu)" in (far.uncosted or "")
 
 
+def test_another_cpu_or_other_threads_are_called_rounding(sides):
+    """Threads that only one side recorded are no difference; equal ones neither."""
+    assert drift.compare(*sides).rounding is None
+    change(sides[1], "", hardware={"threads": 2})
+    assert drift.compare(*sides).rounding is None and not drift.compare(*sides).changes
+    change(sides[0], "", hardware={"threads": 1})
+    spoil(sides[1], "lora-s0", 0.03)
+    found = drift.compare(*sides)
+    flips = max(m.flips for m in found.cells)
+    assert found.rounding == drift.Rounding(["threads"], True, flips) and flips > 0
+    assert [(c.what, c.before, c.after) for c in found.changes] == [("threads", 1, 2)]
+    assert f"other threads (threads): figures may differ by rounding (one seed of quick: up to {drift.ROUNDED_ROWS[0]} of 200 rows," in drift.text(found)
+    assert "and nothing else differs" in drift.text(found) and found.uncosted == "the machines differ (threads), so times, energy and memory are not comparable"
+    assert f"Up to {flips} of a cell's 250 rows" in drift.text(found)
+    change(sides[1], "lora", config={"train": {"lr": 0.5}})
+    settings = drift.compare(*sides)
+    assert settings.rounding and not settings.rounding.alone and "beside what else is not the same" in drift.text(settings)
+    for side, gpu in zip(sides, ("NVIDIA H200", "NVIDIA H100"), strict=True):
+        change(side, "", hardware={"device": "cuda", "gpu": gpu})
+    card = drift.compare(*sides)
+    assert card.rounding and card.rounding.keys == ["gpu"] and "another GPU (gpu): figures may differ by rounding, beside" in drift.text(card)
+
+
 def test_cells_of_one_side_and_lost_ones_are_named(sides, tmp_path):
     keep(sides[0], result("qlora", 180, 0))
     shutil.rmtree(next(c for c in cells(sides[1]) if c.name == "lora-s2-n200"))
@@ -178,5 +201,5 @@ def test_sets_with_the_same_truth_are_seldom_told_apart():
         hard = draw.normal(0, 1, 500)
         runs = [np.array([hard + draw.normal(0, 1, 500) < draw.normal(level, 0.05) for _ in SEEDS], dtype=float) for level in (0.3, 0.3, 0.6, 0.6, 0.0, 0.0)]
         ranked = [tiers.Technique.of(r) for r in runs]
-        false += min(holm([p for _, _, p in tiers.differences(ranked, [(1, 0), (3, 2), (5, 4)])])) < tiers.SIGNIFICANT
+        false += min(holm([pair.p for pair in tiers.pairs_of(ranked, [(1, 0), (3, 2), (5, 4)])])) < tiers.SIGNIFICANT
     assert false / 1000 <= 0.05 + 2 * 0.007

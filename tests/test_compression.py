@@ -21,7 +21,7 @@ from pipeline.models import blocks as calibration
 from pipeline.models.base import load_model, memory_bytes
 from pipeline.models.blocks import blocks, linears, matrix
 from pipeline.records import results
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 CPU = torch.device("cpu")
 ROWS = [Example("Review: fine plot with a cast", "positive"), Example("Review: the poor story", "negative"), Example("Review: a lovely scene", "positive")]
@@ -30,8 +30,8 @@ ROWS = [Example("Review: fine plot with a cast", "positive"), Example("Review: t
 @pytest.fixture(scope="module")
 def load(tiny):
     """Gives a fresh tiny Llama."""
-    held = load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
-    return lambda: copy.deepcopy(held)
+    stored = load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
+    return lambda: copy.deepcopy(stored)
 
 
 def weights(model: Any) -> list[torch.Tensor]:
@@ -116,10 +116,10 @@ def test_the_inputs_are_those_of_a_plain_pass_while_nothing_changes(load):
             model(input_ids=torch.tensor([row]))
     for hook in hooks:
         hook.remove()
-    found: list[dict[str, torch.Tensor]] = []
-    calibration.calibrate(model, ids, lambda x: x.square().sum(0), lambda block, sums: found.append(sums))
-    assert len(ids) == 2 and {(n, name) for n, sums in enumerate(found) for name in sums} == set(expected)
-    assert all(torch.allclose(found[n][name], value, rtol=1e-4) for (n, name), value in expected.items())
+    actual: list[dict[str, torch.Tensor]] = []
+    calibration.calibrate(model, ids, lambda x: x.square().sum(0), lambda block, sums: actual.append(sums))
+    assert len(ids) == 2 and {(n, name) for n, sums in enumerate(actual) for name in sums} == set(expected)
+    assert all(torch.allclose(actual[n][name], value, rtol=1e-4) for (n, name), value in expected.items())
 
     later: list[dict[str, torch.Tensor]] = []
 
@@ -129,8 +129,8 @@ def test_the_inputs_are_those_of_a_plain_pass_while_nothing_changes(load):
             module.weight.data *= 0.5
 
     calibration.calibrate(model, ids, lambda x: x.square().sum(0), change)
-    assert torch.allclose(later[0]["self_attn.q_proj"], found[0]["self_attn.q_proj"], rtol=1e-4)
-    assert not torch.allclose(later[1]["mlp.down_proj"], found[1]["mlp.down_proj"], rtol=0.1)
+    assert torch.allclose(later[0]["self_attn.q_proj"], actual[0]["self_attn.q_proj"], rtol=1e-4)
+    assert not torch.allclose(later[1]["mlp.down_proj"], actual[1]["mlp.down_proj"], rtol=0.1)
     with pytest.raises(UserError, match="calibration needs training rows; raise train_rows"):
         calibration.rows([], 2, model)
 
@@ -171,8 +171,8 @@ def test_thin_layers_take_the_share_and_come_back(load, tmp_path, name, base):
         calibration.calibrate(model, [[5, 6, 7, 8], [9, 10, 11]], lambda x: x.T @ x, made._replace)
     else:
         model = compressed(name, plain, "method.share=0.5")
-    kept = sum(w.numel() for w in weights(model)) / sum(w.numel() for w in weights(make()))
-    assert 0.4 < kept <= 0.5 and memory_bytes(model) < memory_bytes(make())
+    saved = sum(w.numel() for w in weights(model)) / sum(w.numel() for w in weights(make()))
+    assert 0.4 < saved <= 0.5 and memory_bytes(model) < memory_bytes(make())
     made.save(model, None, tmp_path)
     again = made.load(make(), tmp_path)[0]
     assert torch.equal(logits(again), logits(model)) and apart(logits(model), logits(make())) > 0.01
@@ -181,12 +181,12 @@ def test_thin_layers_take_the_share_and_come_back(load, tmp_path, name, base):
 def test_nearly_all_of_the_numbers_nearly_give_the_base(load):
     """At a share of 1 - ε a square layer has half of its rank; what is calibrated is nearer to the base on the calibration rows."""
     ids = torch.tensor([calibration.rows(ROWS, 1, load())[0]])
-    found = []
+    actual = []
     for name in ("low_rank", "low_rank_calibrated"):
         with torch.inference_mode():
             model = compressed(name, load(), "method.share=0.9")
-            found.append(float((model(input_ids=ids).logits - load()(input_ids=ids).logits).norm()))
-    assert found[1] < found[0]
+            actual.append(float((model(input_ids=ids).logits - load()(input_ids=ids).logits).norm()))
+    assert actual[1] < actual[0]
 
 
 def test_the_hand_written_answers_refuse_thin_layers_by_name(load):
@@ -234,9 +234,9 @@ SHORT = ["train.epochs=12", "train.batch_size=8", "train.validations=0", "train.
 def run(overrides: list[str], *more: str) -> results.Result:
     cfg = compose([*overrides, *SHORT, *more])
     result = cell_run.run(cfg, folder=identity.folder_of(cfg))
-    held = [p for p in read_jsonl(identity.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]
-    found, _ = evaluate.score_artefact(cfg, identity.folder_of(cfg) / "artefact", "test")
-    for one, other in zip(found, held, strict=True):
+    stored = [p for p in read_jsonl(identity.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]
+    actual, _ = evaluate.score_artefact(cfg, identity.folder_of(cfg) / "artefact", "test")
+    for one, other in zip(actual, stored, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
     return result
 

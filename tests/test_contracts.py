@@ -78,8 +78,8 @@ def logged(kind: type) -> type:
     def through(name: str) -> Any:
         def call(self: Any, *args: Any, **more: Any) -> Any:
             logging.getLogger(__name__).info("%s", name)
-            found = getattr(super(made, self), name)
-            return found(*args, **more) if callable(getattr(kind, name)) else found
+            actual = getattr(super(made, self), name)
+            return actual(*args, **more) if callable(getattr(kind, name)) else actual
 
         return call if callable(getattr(kind, name)) else property(call)
 
@@ -108,11 +108,11 @@ def both(overrides) -> Iterator[Any]:
 def test_a_log_line_in_every_hook_leaves_the_engine_as_it_is(both, tmp_path, caplog):
     plain, noisy = both("train.engine=fast")
     caplog.set_level(logging.INFO, logger=__name__)
-    found = cell_run.run(noisy, folder=tmp_path / "noisy")
+    actual = cell_run.run(noisy, folder=tmp_path / "noisy")
     assert {"wrap", "optimizer_groups", "served", "prompt", "prepare", "prepared", "rows", "reasoning"} <= {r.message for r in caplog.records}
-    assert found.work.engine == "handwritten"
+    assert actual.work.engine == "handwritten"
     expected = cell_run.run(plain, folder=tmp_path / "plain")
-    assert (found.notes, found.history, found.scores) == (expected.notes, expected.history, expected.scores)
+    assert (actual.notes, actual.history, actual.scores) == (expected.notes, expected.history, expected.scores)
 
 
 def test_a_log_line_in_every_hook_leaves_the_pack_as_it_is(both):

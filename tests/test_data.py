@@ -83,8 +83,8 @@ def test_transfer_sets_are_those_of_the_task(tiny):
 
 
 def test_no_row_is_in_two_splits(tiny):
-    found = rows(tiny, None)
-    every = ids(found.train) + ids(found.validation) + ids(found.test)
+    actual = rows(tiny, None)
+    every = ids(actual.train) + ids(actual.validation) + ids(actual.test)
     assert len(set(every)) == len(every)
 
 
@@ -105,8 +105,8 @@ def test_a_missing_transfer_set_is_named(tmp_path):
 
 
 def test_rationales_by_row(tiny, tmp_path):
-    found = load_rationales(tiny / "rationales" / "vader_movies" / "lexicon")
-    assert len(found) == 64 + 32 + 48 and all(k == v["id"] for k, v in found.items())
+    actual = load_rationales(tiny / "rationales" / "vader_movies" / "lexicon")
+    assert len(actual) == 64 + 32 + 48 and all(k == v["id"] for k, v in actual.items())
     with pytest.raises(UserError, match=r"rationales\.jsonl does not exist; run: python -m pipeline\.rationales task=movies teacher=llm"):
         load_rationales(tmp_path / "movies" / "llm")
 
@@ -134,15 +134,19 @@ def text(tokenizer: Any, tokens: Any) -> str:
 
 
 def test_the_answer_alone_is_labelled(tokenizer):
-    found = encoder(tokenizer).example(Example("the film", "positive film", "label", 0.5))
-    assert text(tokenizer, found.ids) == "the film positive film" and found.start == 2 and found.weight == 0.5
+    actual = encoder(tokenizer).example(Example("the film", "positive film", "label", 0.5))
+    assert text(tokenizer, actual.ids) == "the film positive film" and actual.start == 2 and actual.weight == 0.5
     ended = encoder(tokenizer).example(Example("the film", "positive", ends=True))
     assert ended.ids[-1] == tokenizer.eos_token_id and len(ended.ids) == 4
 
 
 def test_the_separator_stands_before_the_answer(tokenizer):
     assert text(tokenizer, encoder(tokenizer, separator=" : ").answer("positive")) == ": positive"
-    assert text(tokenizer, encoder(tokenizer, separator=" : ", format="chat").answer("positive")) == "positive"
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = "{{ messages[0].content }}"
+    assert text(tokenizer, encoder(chatting, separator=" : ", format="chat").answer("positive")) == "positive"
+    with pytest.raises(UserError, match="task.format is chat, but the model's tokenizer has no chat template"):
+        encoder(tokenizer, format="chat")
 
 
 def test_a_chat_prompt_goes_through_the_models_template(tokenizer):
@@ -178,15 +182,15 @@ def test_long_texts_are_counted_and_refused(tokenizer):
 
 def test_long_texts_lose_their_start_and_are_counted(tokenizer):
     lenient = encoder(tokenizer, max_length=5, too_long="truncate")
-    found = lenient.example(Example("the cast of the plot and story", "positive"))
-    assert text(tokenizer, found.ids) == "the plot and story positive" and found.start == 4
+    actual = lenient.example(Example("the cast of the plot and story", "positive"))
+    assert text(tokenizer, actual.ids) == "the plot and story positive" and actual.start == 4
     assert lenient.check("the test rows") == "1 texts of the test rows longer than 5 tokens lost their start"
     assert lenient.check("the test rows") is None, "the count starts anew"
 
 
 def test_an_answer_as_long_as_the_limit_leaves_the_last_token_of_the_prompt(tokenizer):
-    found = encoder(tokenizer, max_length=3, too_long="truncate").example(Example("the film", "plot cast story"))
-    assert text(tokenizer, found.ids) == "film plot cast story"
+    actual = encoder(tokenizer, max_length=3, too_long="truncate").example(Example("the film", "plot cast story"))
+    assert text(tokenizer, actual.ids) == "film plot cast story"
 
 
 @pytest.mark.parametrize("most", [1, 20, 64, 10_000])
@@ -215,11 +219,11 @@ def test_targets_are_shifted_by_one():
 
 def examples() -> list[Encoded]:
     rng = random.Random(2)
-    found = []
+    actual = []
     for i in range(9):
         tokens = tuple(rng.randrange(2, 30) for _ in range(rng.randint(3, 14)))
-        found.append(Encoded(tokens, rng.randint(1, len(tokens) - 1), *(("rationale", 0.25) if i % 3 == 0 else ("label", 1.0))))
-    return found
+        actual.append(Encoded(tokens, rng.randint(1, len(tokens) - 1), *(("rationale", 0.25) if i % 3 == 0 else ("label", 1.0))))
+    return actual
 
 
 def settings(micro_batch_tokens: int) -> Train:
@@ -257,7 +261,7 @@ def test_the_loss_of_a_step_is_the_weighted_mean_however_it_is_split(model, micr
 
 
 def test_padding_takes_no_part_in_the_loss(model):
-    found = []
+    actual = []
     for pad_id in (1, 7):
-        found.append(step(model, list(step_batches(examples(), settings(10_000), pad_id)))[0])
-    assert found[0] == pytest.approx(found[1], abs=1e-6)
+        actual.append(step(model, list(step_batches(examples(), settings(10_000), pad_id)))[0])
+    assert actual[0] == pytest.approx(actual[1], abs=1e-6)

@@ -25,7 +25,7 @@ from pipeline.objectives.rationale_first import RationaleFirst
 from pipeline.objectives.task_distillation import TaskDistillation
 from pipeline.records import results
 from pipeline.scoring.scorer import Scorer
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 from pipeline.serving.artefact import Artefact, Base, Multiplexer, scorer_of
 
 CPU = torch.device("cpu")
@@ -135,6 +135,18 @@ def test_a_teacher_is_asked_once(overrides, tiny, monkeypatch):
     assert kept.stat().st_size < 64 * 31 * 4 + 4 * 64 * 4 + 1000, "one layer and a state a position, not a distribution a position"
 
 
+@pytest.mark.parametrize("data", [b"", b"garbage" * 50, None], ids=["empty", "garbage", "cut"])
+def test_states_that_are_damaged_are_named_and_asked_for_again(overrides, tiny, capsys, data):
+    at, objective = training_context(overrides, tiny), LogitDistillation("smollm2_135m", 0.3, 2.0)
+    first = taught(objective, at)
+    (kept,) = (Path(at.cfg.paths.work) / "teachers").iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()  # `first` is mapped from it
+    kept.write_bytes(whole[: len(whole) // 2] if data is None else data)
+    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(first, taught(objective, at), strict=True))
+    assert f"warning: {kept} is damaged" in capsys.readouterr().err and len(kept.read_bytes()) == len(whole)
+
+
 def test_a_teacher_of_another_vocabulary_or_none_at_all_is_refused(overrides, tiny, tmp_path):
     import json
     import shutil
@@ -158,7 +170,7 @@ def test_a_teacher_of_another_vocabulary_or_none_at_all_is_refused(overrides, ti
 
 @pytest.mark.parametrize("change", ["label_weight=1", "label_weight=-0.1", "temperature=0", "divergence=sideways"])
 def test_values_out_of_range_are_refused(change):
-    with pytest.raises(UserError, match=f"objective.{change.split('=')[0]} is"):
+    with pytest.raises(UserError, match=f"objective.{change.split('=')[0]}'? is"):
         build(compose(["technique=logit_distillation", f"objective.{change}"]).objective, "objective")
 
 
@@ -189,7 +201,7 @@ def test_the_reasoning_and_the_answer_after_it_are_two_examples():
         assert objective.examples(ROW, GENERATE, rationale) == bare
     assert len(dataclasses.replace(objective, wrong_rationales="keep").examples(ROW, CHOICE, WRONG)) == 2
     for change in ({"rationale_weight": 0.0}, {"max_new_tokens": 0}, {"wrong_rationales": "fix"}):
-        with pytest.raises(UserError, match=f"objective.{next(iter(change))} is"):
+        with pytest.raises(UserError, match=f"objective.{next(iter(change))}'? is"):
             dataclasses.replace(objective, **change)
 
 

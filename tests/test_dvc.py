@@ -89,12 +89,14 @@ class Clone:
         assert old in text
         (self.root / path).write_text(text.replace(old, new))
 
-    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+    def environment(self) -> dict[str, str]:
         own = {f"DVC_{k}_DIR": str(self.root / f".work/{k}") for k in ("SITE_CACHE", "GLOBAL_CONFIG", "SYSTEM_CONFIG")}
-        own |= {"PATH": f"{self.root}/.bin{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1", **environment}
-        kept = {k: v for k, v in os.environ.items() if k != "ALIGNSCOPE_ROOT"}
+        own |= {"PATH": f"{self.root}/.bin{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+        return {k: v for k, v in os.environ.items() if k != "ALIGNSCOPE_ROOT"} | own
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "dvc", *words]
-        return subprocess.Popen(command, cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept | own)
+        return subprocess.Popen(command, cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment() | environment)
 
     def dvc(self, *words: str, **environment: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) of a dvc command."""

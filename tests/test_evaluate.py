@@ -42,8 +42,8 @@ def finished(tiny, tmp_path_factory) -> tuple[list[str], Path]:
 
 
 def run(finished: tuple[list[str], Path], tmp_path: Path, *more: str, folder: Path | None = None) -> int:
-    given, held = finished
-    return evaluate.main([*given, f"paths.evaluations={tmp_path}/evaluations", f"cell={folder or held}", *more])
+    given, stored = finished
+    return evaluate.main([*given, f"paths.evaluations={tmp_path}/evaluations", f"cell={folder or stored}", *more])
 
 
 def written(tmp_path: Path, split: str) -> tuple[list[dict], dict]:

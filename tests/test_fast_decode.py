@@ -72,13 +72,13 @@ def test_ended_rows_get_padding_and_the_batch_stops_soon_after(base):
 
 def test_a_generation_config_that_matters_and_a_soft_prompt_keep_generate(base, tokenizer):
     model = copy.deepcopy(base)
-    assert decode.unsuited(model, 50) is None
+    assert decode.unsuited(model) is None
     model.generation_config.repetition_penalty = 1.5
-    assert "repetition_penalty" in str(decode.unsuited(model, 50))
+    assert "repetition_penalty" in str(decode.unsuited(model))
     prompts = [prompt for prompt, _ in items_of(4)]
     texts = generate(model, prompts, 12, 4096, tokenizer, PAD, CPU, torch.float32)
     assert texts == by_generate(model, prompts, 12, tokenizer) != by_generate(base, prompts, 12, tokenizer)
-    assert "soft prompt" in str(decode.unsuited(with_prompt(base), 50))
+    assert "soft prompt" in str(decode.unsuited(with_prompt(base)))
 
 
 def test_query_heads_of_a_group_attend_as_they_do_over_copies(monkeypatch):

@@ -292,6 +292,24 @@ def test_the_update_is_torchs(accumulate):
             close(buffer.compute[k, 5:], b.detach() * buffer.scale[k], 1e-6)
 
 
+def test_an_option_that_nobody_knows_is_refused_and_a_packs_base_stays_as_it_is():
+    """An option of a later PEFT, set; and initialisations that write to the base, which runs of a pack share."""
+    from dataclasses import dataclass
+
+    from peft import LoraConfig
+
+    from pipeline.engine import options
+
+    @dataclass
+    class Later(LoraConfig):
+        warp: float = 1.0
+
+    assert "warp" in str(options.refused("LORA", options.changed(Later(warp=2.0)))) and options.refused("LORA", options.changed(Later(r=3))) is None
+    for start, alone, shared in (("gaussian", True, True), (False, True, True), ("pissa_niter_4", True, False), ("olora", True, False), ("mica", False, False)):
+        chosen = options.changed(LoraConfig(init_lora_weights=start))
+        assert [options.refused("LORA", chosen, shared=x) is None for x in (False, True)] == [alone, shared], start
+
+
 def test_what_it_does_not_know_it_names():
     from peft import LoraConfig, PrefixTuningConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -302,6 +320,20 @@ def test_what_it_does_not_know_it_names():
         return str(caught.value)
 
     assert "use_dora" in reason(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", use_dora=True)))
+    with_tokens = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[3, 4]))
+    assert "alora_invocation_tokens" in reason(with_tokens)
+    assert "velora_config" in reason(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", velora_config={"num_groups": 4})))
+    assert "init_lora_weights=mica" in reason(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights="mica")))
+    half = lora(base())
+    half.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight.requires_grad_(False)
+    assert "it does not train" in reason(half)
+    also = lora(base())
+    also.base_model.model.model.norm.weight.requires_grad_(True)
+    assert "it trains base_model.model.model.norm.weight" in reason(also)
+    other = lora(base())
+    other.add_adapter("second", LoraConfig(task_type="CAUSAL_LM", r=2))
+    other.set_adapter("second")
+    assert "default one alone" in reason(other)
     assert "PREFIX_TUNING" in reason(get_peft_model(base(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)))
     assert "gpt2" in reason(GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=1, n_head=2)).requires_grad_(True))
     frozen = base().requires_grad_(True)

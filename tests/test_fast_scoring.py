@@ -11,7 +11,7 @@ import pytest
 import torch
 from scoring_models import CPU, KINDS, OWNERS, PAD, by_batches, items_of, of_kind, with_lora, with_loras, with_prompt
 
-from pipeline.data.choices import Reads, joined
+from pipeline.data.choices import Reads, arrange, joined
 from pipeline.engine import answering, bind, passes, reuse
 from pipeline.engine.graphs import Graphs
 from pipeline.engine.parts import Unsupported
@@ -178,7 +178,6 @@ def test_a_diverged_model_scores_nan_and_is_not_judged_by_it(base):
 @pytest.mark.parametrize(("change", "reason"), [
     ({"_attn_implementation": "eager"}, "sdpa"),
     ({"layer_types": ["full_attention", "linear_attention"]}, "state"),
-    ({"sliding_window": 30}, "window"),
     ({"alibi": True}, "positions"),
     ({}, None),
 ])
@@ -186,14 +185,21 @@ def test_what_a_configuration_refuses(base, change, reason):
     model = copy.deepcopy(base)
     for key, value in change.items():
         object.__setattr__(model.config, key, value)
-    found = reuse.refusal(model, 31)
+    found = reuse.refusal(model)
     assert found is None if reason is None else reason in str(found)
 
 
-def test_rows_within_a_window_may_share_but_not_decode(base):
-    model = copy.deepcopy(base)
-    model.config.sliding_window = 100
-    assert reuse.refusal(model, 99) is None and "window" in str(reuse.refusal(model, 99, slides=False))
+def test_rows_that_share_fit_into_a_window(base):
+    model, items = copy.deepcopy(base), items_of(6)
+    longest = max(len(prompt) + sum(map(len, choices)) for prompt, choices in items)
+
+    def sums(groups, places):
+        return [[-1.0] * places]
+
+    for window, reason in ((longest, None), (longest - 1, "its attention slides over a window")):
+        model.config.sliding_window = window
+        groups = arrange(Reads.of(items), items, least=0)
+        assert reuse.sharing_refused(model, torch.float32, items, groups, sums) == reason
 
 
 # static shapes

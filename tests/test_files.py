@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -33,6 +34,21 @@ def test_a_folder_replaces_the_one_before_it(tmp_path):
     assert names(tmp_path / "artefact") == ["artefact.json", "new"] and names(tmp_path) == ["artefact"]
 
 
+def test_who_is_killed_while_a_folder_is_replaced_leaves_no_half_of_one(tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        with contextlib.suppress(KeyboardInterrupt), atomic_folder(tmp_path / "artefact", "artefact.json") as beside:
+            beside.mkdir()
+            (beside / name).touch()
+            write_json(beside / "artefact.json", {})
+            if name == "new":
+                monkeypatch.setattr(files.shutil, "rmtree", lambda folder, **_: (folder / "artefact.json").unlink() or (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.undo()
+    assert names(tmp_path / "artefact") == ["artefact.json", "new"]
+    with atomic_folder(tmp_path / "artefact", "artefact.json") as beside:
+        beside.mkdir()
+    assert names(tmp_path) == ["artefact"] and names(tmp_path / "artefact") == []
+
+
 def test_what_is_renamed_is_on_the_disk_before_and_its_name_after(tmp_path, monkeypatch):
     """A loss of power then leaves the old one or the new one."""
     calls: list[str] = []
@@ -49,9 +65,13 @@ def test_what_is_renamed_is_on_the_disk_before_and_its_name_after(tmp_path, monk
     assert sorted(calls[:3]) == sorted(["deep", "weights", f".artefact.{os.getpid()}.partial"]) and calls[3:] == ["rename", tmp_path.name]
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):
+@pytest.mark.parametrize("waited_for", [True, False])
+def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path, waited_for):
     ended = subprocess.Popen(["true"])
-    ended.wait()
+    if waited_for:
+        ended.wait()
+    else:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
     for name in ("file", "file-journal", "other"):
         stem, _, journal = name.partition("-")
         (tmp_path / f".{stem}.{ended.pid}.partial{'-' + journal if journal else ''}").write_text("half")

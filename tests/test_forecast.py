@@ -33,7 +33,7 @@ def big(tmp_path):
     return [f"forecast.model_config={tmp_path / 'config.json'}", f"paths.data={tmp_path}/no", f"paths.work={tmp_path}/work", GPU]
 
 
-def told(overrides, *more, **options):
+def forecast_of(overrides, *more, **options):
     return cell.forecast(compose([*overrides, *more]), **options)
 
 
@@ -46,19 +46,18 @@ def test_nothing_heavy_is_imported_and_the_entry_prints_bytes_and_a_verdict(over
 
 
 def test_the_rows_are_the_cells_own(overrides):
-    found = told(overrides, "technique=lora", "train_rows=32", "train.batch_size=8", GPU)
-    held = cell.prepare(compose([*overrides, "technique=lora", "train_rows=32", "train.batch_size=8", GPU]), True)
+    actual = forecast_of(overrides, "technique=lora", "train_rows=32", "train.batch_size=8", GPU)
     result = cell_run.run(compose([*overrides, "technique=lora", "train_rows=32", "train.batch_size=8"]), splits=("validation",))
-    assert result.work.steps == found.steps and result.work.tokens == round(found.steps * found.step_tokens)
-    assert result.size.trainable == found.trainable and held.rows.measured and "training rows of" in found.rows_from
+    assert result.work.steps == actual.steps and result.work.tokens == round(actual.steps * actual.step_tokens)
+    assert result.size.trainable == actual.trainable and "training rows of" in actual.rows_from
 
 
 def test_parts_add_up_and_double_bytes_in_full_precision(big):
-    bf16, fp32 = (told(big, "technique=full", f"precision={p}", "train.engine=eager") for p in ("bf16", "fp32"))
-    for found in (bf16, fp32):
-        assert sum(found.memory.parts.values()) == found.memory.total and found.fits is True
-        assert found.memory.optimiser >= 8 * found.trainable and found.trainable == found.parameters == shape_of(SMALL).parameters
-    assert fp32.memory.activations > 1.4 * bf16.memory.activations
+    bf16, fp32 = (forecast_of(big, "technique=full", f"precision={p}", "train.engine=eager") for p in ("bf16", "fp32"))
+    for actual in (bf16, fp32):
+        assert sum(actual.memory.parts.values()) == actual.memory.total and actual.fits is True
+        assert actual.memory.parts["optimiser"] >= 8 * actual.trainable and actual.trainable == actual.parameters == shape_of(SMALL).parameters
+    assert fp32.memory.parts["activations"] > 1.4 * bf16.memory.parts["activations"]
     assert "train.max_length=512" in bf16.rows_from
 
 
@@ -67,30 +66,30 @@ def test_on_a_cpu_a_rounded_base_keeps_its_file_resident_where_the_embedding_is_
     stored = {}
     for dtype in ("float32", "bfloat16"):
         (tmp_path / "config.json").write_text(json.dumps({**SMALL, "dtype": dtype}))
-        stored[dtype] = told(overrides, "technique=qlora", "device=cpu", batches=False).memory.weights
+        stored[dtype] = forecast_of(overrides, "technique=qlora", "device=cpu", batches=False).memory.parts["weights"]
     shape = shape_of(SMALL)
     assert stored["float32"] - stored["bfloat16"] == 4 * shape.layers * shape.layer_matrices
 
 
 def test_more_tokens_take_more_and_checkpointing_less(big):
     common = ["technique=lora", "train.engine=eager", "forecast.length=511", "train.batch_size=16"]
-    small, large, again = (told(big, *common, *more, batches=False).memory.activations for more in (
+    small, large, again = (forecast_of(big, *common, *more, batches=False).memory.parts["activations"] for more in (
         ["train.micro_batch_tokens=2048"], ["train.micro_batch_tokens=8192"], ["train.micro_batch_tokens=8192", "train.checkpointing=true"]))
     assert 3.5 * small < large < 4.5 * small and again < 0.5 * large
 
 
 def test_four_bits_hold_less_than_eight_than_sixteen(big):
-    weights = [told(big, "technique=lora", f"precision={p}", "train.engine=eager", batches=False).memory.weights for p in ("nf4", "int8", "bf16")]
-    assert weights[0] < weights[1] < weights[2]
+    nf4, int8, bf16 = (forecast_of(big, "technique=lora", f"precision={p}", "train.engine=eager", batches=False).memory for p in ("nf4", "int8", "bf16"))
+    assert nf4.parts["weights"] < int8.parts["weights"] < bf16.parts["weights"]
 
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not(big):
     common = ["technique=lora", "forecast.length=256"]
-    most = told(big, *common).largest_batch
+    most = forecast_of(big, *common).largest_batch
     for rows, fits in ((most, True), (most * 5 // 4, False)):
         size = [f"train.batch_size={rows}", f"train.micro_batch_tokens={rows * 264}", f"train_rows={rows}"]
-        assert told(big, *common, *size, batches=False).fits is fits
-    assert told(big[:-1], *common, "forecast.gpu_memory_gb=0.25").largest_batch == 0
+        assert forecast_of(big, *common, *size, batches=False).fits is fits
+    assert forecast_of(big[:-1], *common, "forecast.gpu_memory_gb=0.25").largest_batch == 0
 
 
 @pytest.mark.parametrize(("more", "reason"), [
@@ -98,14 +97,19 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(big):
     (["technique=prefix_tuning"], "method prefix_tuning"), (["technique=bitfit"], "finds nothing to train"),
 ])
 def test_what_is_not_known_is_said(big, more, reason, capsys):
-    found = told(big, *more)
-    assert found.memory is None and reason in found.reason and warning(found) is None
+    actual = forecast_of(big, *more)
+    assert actual.memory is None and reason in actual.reason and warning(actual) is None
     assert forecast.main([*big, *more]) == 0 and reason in capsys.readouterr().out
 
 
 def test_bad_input_is_one_sentence(overrides, big, tmp_path, capsys):
     assert forecast.main([*big, "forecast.gpu_memory=16"]) == 2 and "gpu_memory_gb" in capsys.readouterr().err
     assert forecast.main([*overrides, f"paths.models={tmp_path}/none", GPU]) == 2 and "forecast.model_config" in capsys.readouterr().err
+
+
+def test_a_setting_of_the_method_that_is_none_is_named(big, capsys):
+    assert forecast.main([*big, "technique=lora", "++method.config.target_modules=5"]) == 2
+    assert "config key 'method.config.target_modules' is 5; it takes" in capsys.readouterr().err
 
 
 def test_what_will_not_fit_is_told_once_a_technique_and_nothing_is_refused(big, capsys):
@@ -168,9 +172,9 @@ def test_a_calibration_is_kept_by_machine_versions_and_work(tmp_path):
 @pytest.mark.slow
 def test_a_calibration_tells_a_time_from_then_on(overrides, capsys):
     common = [*overrides, "technique=lora", "train_rows=32", "train.batch_size=8"]
-    assert told(common).train_s is None and "calibrate=true" in told(common).time_from
+    assert forecast_of(common).train_s is None and "calibrate=true" in forecast_of(common).time_from
     assert forecast.main([*common, "forecast.calibrate=true"]) == 0 and "training takes about" in capsys.readouterr().out
-    low, middle, high = told(common).train_s
+    low, middle, high = forecast_of(common).train_s
     assert 0 < low < middle < high
     with pytest.raises(UserError, match="cannot be timed"):
         cell.calibrate(compose([*common, "technique=loftq", "precision=nf4"]))

@@ -22,9 +22,9 @@ from pipeline.forecasting.allocator import ALIGNED, MAPPED_FROM, MIB, Allocator,
 ])
 def test_segments_are_those_of_the_rules(sizes, reserved):
     memory = Allocator()
-    held = [memory.new(size, "a") for size in sizes]
+    stored = [memory.new(size, "a") for size in sizes]
     assert memory.reserved == reserved and memory.allocated == sum(-(-s // 512) * 512 for s in sizes)
-    held.clear()
+    stored.clear()
     assert memory.allocated == 0 and memory.reserved == reserved
     memory.empty_cache()
     assert memory.reserved == 0
@@ -81,14 +81,14 @@ def test_the_peak_knows_what_was_live_then():
 
 def test_any_order_of_frees_leaves_whole_segments():
     draw, memory = random.Random(0), Allocator()
-    held = []
+    stored = []
     for _ in range(2000):
-        if held and draw.random() < 0.45:
-            held.pop(draw.randrange(len(held)))
+        if stored and draw.random() < 0.45:
+            stored.pop(draw.randrange(len(stored)))
         else:
-            held.append(memory.new(draw.choice([300, 5000, 700_000, 3 * MIB, 7 * MIB, 25 * MIB]) + draw.randrange(999), "a"))
+            stored.append(memory.new(draw.choice([300, 5000, 700_000, 3 * MIB, 7 * MIB, 25 * MIB]) + draw.randrange(999), "a"))
         assert memory.reserved >= memory.allocated
-    held.clear()
+    stored.clear()
     memory.empty_cache()
     assert memory.reserved == memory.allocated == 0
 
@@ -96,14 +96,14 @@ def test_any_order_of_frees_leaves_whole_segments():
 def test_on_a_heap_a_hole_of_a_forward_pass_takes_no_equal_tensor_until_the_graph_is_freed():
     memory, size = Heap(), MIB
     with memory.forward_pass():
-        held = [memory.new(size, "activations") for _ in range(4)]
-        held[1] = None
-        held[1] = memory.new(size, "activations")
+        stored = [memory.new(size, "activations") for _ in range(4)]
+        stored[1] = None
+        stored[1] = memory.new(size, "activations")
     before = memory.reserved
     assert before > 5 * size and memory.allocated == 4 * size
-    held.clear()
+    stored.clear()
     memory.graph_freed()
-    held.append(memory.new(before - ALIGNED, "activations"))
+    stored.append(memory.new(before - ALIGNED, "activations"))
     assert memory.reserved == before
 
 

@@ -74,9 +74,9 @@ ALL += [c for c in itertools.product(("full", "lora", "prompt"), ("fp32", "bf16"
 @pytest.mark.parametrize(("method", "precision", "labels", "checkpointing"), [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in ALL)])
 def test_peak_live_bytes_are_those_that_torch_counts(imports, method, precision, labels, checkpointing):
     base, peak = measured(BASE, METHODS[method], precision, labels, checkpointing)
-    loaded, found = simulated(BASE, METHODS[method], precision, labels, checkpointing)
+    loaded, actual = simulated(BASE, METHODS[method], precision, labels, checkpointing)
     assert loaded == pytest.approx(base, rel=0.002)
-    assert found == pytest.approx(peak, rel=0.1 if method == "head" else 0.035 if precision != "int8" else 0.05)
+    assert actual == pytest.approx(peak, rel=0.1 if method == "head" else 0.035 if precision != "int8" else 0.05)
 
 
 def test_the_gradients_of_a_tied_embedding_are_added_out_of_place_in_fp32(imports):
@@ -105,19 +105,19 @@ def test_what_autograd_saves_grows_as_the_walk_says(imports):
         config = {**BASE, "num_hidden_layers": layers}
         model = build(METHODS["lora"], "method").wrap(random_base(config, "fp32", torch.float32, torch.device("cpu")))
         own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-        kept = {}
+        retained = {}
 
         def pack(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
+                retained[storage.data_ptr()] = storage.nbytes()
+            stored.append(tensor)
             return tensor
 
-        held: list = []
+        stored: list = []
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             model(input_ids=torch.ones(ROWS, WIDTH, dtype=torch.long), use_cache=False).logits.sum()
-        return sum(kept.values())
+        return sum(retained.values())
 
     def walked(layers):
         from pipeline.forecasting.allocator import Heap
@@ -128,7 +128,7 @@ def test_what_autograd_saves_grows_as_the_walk_says(imports):
         plan = training_plan(shape, trained(METHODS["lora"], shape), train(), Precision("fp32"), equal_rows(ROWS, WIDTH, 8), 0, 1, gpu=False)
         memory = Heap()
         walk = Eager(plan, memory, Constants())
-        walk.n, walk.attention.rows, walk.attention.width = ROWS * WIDTH, ROWS, WIDTH
+        walk.n, walk.rows, walk.width = ROWS * WIDTH, ROWS, WIDTH
         x, backs, needs = walk.new(ROWS * WIDTH * shape.width, 4), [], False
         for layer in range(layers):
             x, back = walk.layer(x, layer, needs)

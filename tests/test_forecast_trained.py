@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.speed_workloads import SHAPES
 from pipeline.core.compose import CONF, build, compose, plain
-from pipeline.forecasting.shape import NoForecast, matrix_parts, nf4_parts, read_shape, shape_of, weight_bytes
+from pipeline.forecasting.shape import NoForecast, matrix_parts, nf4_parts, read_shape, shape_of, tensors
 from pipeline.forecasting.trained import parameter_sizes, trained
 
 SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
@@ -23,6 +24,7 @@ NEEDED = {"top_layers": ["method.top_layers=1"], "prompt_tuning_text": ["method.
 
 @pytest.mark.parametrize(("config", "parameters"), [
     (SMOLLM2, 134_515_008), (LLAMA_8B, 8_030_261_248), (LLAMA_1B, 1_235_814_400), (QWEN2_HALF, 494_032_768),
+    (SHAPES["qwen3-0.6b"], 596_049_920), (SHAPES["gemma3-1b"], 999_885_952), (SHAPES["phi3-mini"], 3_821_079_552),
 ])
 def test_known_models_have_their_known_number_of_parameters(config, parameters):
     assert shape_of(config).parameters == parameters
@@ -34,7 +36,7 @@ def test_the_tiny_models_parameters_and_bytes_are_the_real_ones(tiny):
     folder = tiny / "models" / "smollm2_135m"
     shape, model = read_shape(folder / "config.json"), load_stored(folder)
     assert shape.parameters == parameters(model)[1]
-    assert weight_bytes(shape, "fp32") == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sum(size for *_, size in tensors(shape, "fp32")) == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -44,8 +46,8 @@ def test_four_bit_bytes_are_those_of_bitsandbytes_tensors(size, double):
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(torch.randn(size), quant_type="nf4", compress_statistics=double)
-    held = [packed, state.absmax, state.code, *([state.state2.absmax, state.state2.code, state.offset.reshape(1)] if double else [])]
-    assert nf4_parts(size[0] * size[1], double) == [t.numel() * t.element_size() for t in held]
+    stored = [packed, state.absmax, state.code, *([state.state2.absmax, state.state2.code, state.offset.reshape(1)] if double else [])]
+    assert nf4_parts(size[0] * size[1], double) == [t.numel() * t.element_size() for t in stored]
 
 
 @pytest.mark.slow
@@ -57,7 +59,7 @@ def test_a_quantised_models_bytes_are_the_real_ones(tiny, precision):
     folder = tiny / "models" / "smollm2_135m"
     model = load_model(folder, Precision(precision), device_of("cpu"))
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    assert weight_bytes(read_shape(folder / "config.json"), precision, compute=4) == memory_bytes(model) - buffers
+    assert sum(size for *_, size in tensors(read_shape(folder / "config.json"), precision, compute=4)) == memory_bytes(model) - buffers
 
 
 def test_int8_keeps_a_scale_a_row():
@@ -74,7 +76,7 @@ def test_a_technique_trains_as_many_numbers_as_the_arithmetic_says(tiny, techniq
     shape = read_shape(folder / "config.json")
     cfg = compose([f"technique={technique}", *NEEDED.get(technique, [])])
     try:
-        found = trained(plain(cfg)["method"], shape)
+        actual = trained(plain(cfg)["method"], shape)
     except NoForecast as reason:
         pytest.skip(str(reason))
     method = build(cfg.method, "method")
@@ -82,15 +84,15 @@ def test_a_technique_trains_as_many_numbers_as_the_arithmetic_says(tiny, techniq
     try:
         model = PeftAdapter.wrap(method, base) if technique == "loftq" else method.wrap(base)
     except UserError:
-        assert found.count == 0
+        assert actual.count == 0
         return
-    assert found.count == (parameters(model)[0] if method.trains else 0)
-    if found.kind in ("lora", "full", "soft", "ia3", "ln"):
-        assert sorted(parameter_sizes(found, shape)) == sorted(p.numel() for p in model.parameters() if p.requires_grad)
+    assert actual.count == (parameters(model)[0] if method.trains else 0)
+    if actual.kind in ("lora", "full", "soft", "ia3", "ln"):
+        assert sorted(parameter_sizes(actual, shape)) == sorted(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(("config", "reason"), [
-    ({**SMOLLM2, "model_type": "gpt2"}, "architecture gpt2"), ({**SMOLLM2, "model_type": "mistral", "sliding_window": 4096}, "sliding"),
+    ({**SMOLLM2, "model_type": "gpt2"}, "architecture gpt2"), ({**SMOLLM2, "model_type": "gemma3"}, "architecture gemma3"),
 ])
 def test_other_architectures_have_no_forecast(config, reason):
     with pytest.raises(NoForecast, match=reason):
@@ -101,6 +103,8 @@ def test_other_architectures_have_no_forecast(config, reason):
     ({"type": "bottleneck"}, "method bottleneck"),
     ({"type": ADAPTER, "config": {"type": "XLoraConfig"}}, "method xlora"),
     ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "modules_to_save": ["lm_head"]}}, "modules_to"),
+    ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "alora_invocation_tokens": [3, 4]}}, "alora_invocation_tokens"),
+    ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "init_lora_weights": "mica"}}, "mica"),
     ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "target_modules": "q.*"}}, "pattern"),
 ])
 def test_what_is_not_known_is_not_guessed(method, reason):

@@ -97,17 +97,17 @@ def test_a_packed_sweep_agrees_with_one_trial_after_another(overrides, tmp_path)
 
     words = [*on_gpu(overrides, "technique=lora", "experiment=tried", "train_rows=64", "train.batch_size=8", "train.epochs=6", "train.lr=0.01"),
              "precision=bf16", "sweep.space={method.config.r: {choices: [1, 2, 4, 8]}}", "sweep.confirm=false"]
-    found = {}
+    actual = {}
     for executor in ("packed", "sequential"):
         # a process of its own: the sweep forks, which a process that has used the GPU cannot
         command = [sys.executable, "-m", "pipeline.sweep", *words, f"sweep.executor={executor}", "sweep.slots=3", f"paths.sweeps={tmp_path}/{executor}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         with open(tmp_path / executor / "tried/lora/trials.csv", newline="") as lines:
-            found[executor] = {row["method.config.r"]: row for row in csv.DictReader(lines)}
-    assert {row["packed"] for row in found["packed"].values()} == {"True"} and {row["slots"] for row in found["packed"].values()} == {"3"}
-    for rank, row in found["packed"].items():
-        assert float(row["validation"]) == pytest.approx(float(found["sequential"][rank]["validation"]), abs=0.1), rank
+            actual[executor] = {row["method.config.r"]: row for row in csv.DictReader(lines)}
+    assert {row["packed"] for row in actual["packed"].values()} == {"True"} and {row["slots"] for row in actual["packed"].values()} == {"3"}
+    for rank, row in actual["packed"].items():
+        assert float(row["validation"]) == pytest.approx(float(actual["sequential"][rank]["validation"]), abs=0.1), rank
 
 
 def on_device(tiny, precision: str, lora: bool):
@@ -194,12 +194,12 @@ def test_weights_changed_in_place_change_the_next_scores_and_memory_is_given_bac
 
     (model, dtype), items = on_device(tiny, "bf16", True), items_of(200)
     run = lambda: choice_log_likelihoods(model, items, 256, PAD, torch.device("cuda"), dtype)  # noqa: E731
-    held = []
+    stored = []
     for _ in range(6):
         run()
         torch.cuda.empty_cache()
-        held.append(torch.cuda.memory_reserved())
-    assert len(captures) >= 6 and held[-1] - held[1] <= 2**26, held
+        stored.append(torch.cuda.memory_reserved())
+    assert len(captures) >= 6 and stored[-1] - stored[1] <= 2**26, stored
     before = run()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -223,11 +223,11 @@ def test_a_failed_capture_leaves_the_process_as_it_was():
     drawn = torch.rand(4, device="cuda")
     torch.manual_seed(0)
     assert torch.equal(torch.rand(4, device="cuda"), drawn) and float(drawn.std()) > 0
-    held = torch.cuda.memory_reserved()
+    stored = torch.cuda.memory_reserved()
     block = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     del block
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= held
+    assert torch.cuda.memory_reserved() <= stored
     replay = graphs.capture(lambda: x.add_(1))
     x.zero_()
     replay()

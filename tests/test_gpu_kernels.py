@@ -27,12 +27,12 @@ def test_thin_products_are_plain_ones_and_repeat_bit_for_bit(n, d, rank, ends):
     from pipeline.engine import misc
 
     p, x = numbers(n, len(ends) * rank, apart=3), numbers(n, d, apart=8)
-    found = [torch.full((rank, d), float("nan"), device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    for out in found:
+    actual = [torch.full((rank, d), float("nan"), device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    for out in actual:
         assert misc.thin_(out, p, x, ends)
     spans = enumerate(zip([0, *ends], ends, strict=False))
-    near(found[0], torch.cat([p[:, j * rank : (j + 1) * rank].float().t() @ x[:, lo:hi].float() for j, (lo, hi) in spans], 1))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    near(actual[0], torch.cat([p[:, j * rank : (j + 1) * rank].float().t() @ x[:, lo:hi].float() for j, (lo, hi) in spans], 1))
+    assert torch.equal(actual[0], actual[1]) and torch.equal(actual[0], actual[2])
     assert not misc.counters(x.device).any(), "the counters are zero again"
 
 
@@ -152,8 +152,8 @@ def test_generated_texts_are_transformers_token_for_token(width, precision):
     notes: list[str] = []
     with torch.inference_mode():
         expected = dict(pair for part, out in _generate(model, prompts, parts, 24, 2, 0, device) for pair in zip(part, out.tolist(), strict=True))
-        found = continuations(model, prompts, 24, 8192, 2, 0, device, dtype, notes)
-        ours = dict(pair for part, out in found for pair in zip(part, out.tolist(), strict=True))
+        actual = continuations(model, prompts, 24, 8192, 2, 0, device, dtype, notes)
+        ours = dict(pair for part, out in actual for pair in zip(part, out.tolist(), strict=True))
     same = sum(ours[i][: len(text)] == text for i, text in expected.items())
     assert len(ours) == 500 and same == 500 and not notes, (same, notes)
     assert len({tuple(text) for text in expected.values()}) > 400

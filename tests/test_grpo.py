@@ -14,7 +14,7 @@ from pipeline.core.compose import build, compose
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import Task, Train
 from pipeline.objectives.grpo import Grpo, answer_in
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 from pipeline.training import stepping
 from pipeline.training.trl import TrlLoop, _together
 
@@ -80,15 +80,15 @@ def test_trl_s_loop_learns_from_rewards_under_our_meter(overrides, tmp_path, nam
     start = compose([*overrides, *SHORT, "technique=full", "train.lr=1e-3", "train.epochs=2"])
     before = cell_run.run(start, folder=identity.folder_of(start))
     cfg = compose([*overrides, *SHORT, f"technique={name}", "train.lr=5e-3", "train.epochs=4"])
-    found = cell_run.run(cfg, folder=tmp_path / "cell")
-    assert found.test.accuracy >= 0.95 and found.test.nll < before.test.nll
-    rewards = [p["reward"] for p in found.history]
-    assert len(rewards) == found.work.steps == 32 and sum(rewards[-8:]) > sum(rewards[:8]) > 0
-    assert found.history[0]["lr"] < found.history[3]["lr"] and "validation_metric" in found.history[15]
-    assert found.phases.train_s > 0 and found.phases.validate_s > 0 and found.work.tokens > 32 * 8 * 8 and found.memory.peak_bytes
-    assert found.phases.other_s <= 0.02 * found.phases.wall_s and any(n.startswith("begins at mine/full-s0-n64") for n in found.notes)
-    held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    assert [p["prediction"] for p in evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0]] == [p["prediction"] for p in held]
+    actual = cell_run.run(cfg, folder=tmp_path / "cell")
+    assert actual.test.accuracy >= 0.95 and actual.test.nll < before.test.nll
+    rewards = [p["reward"] for p in actual.history]
+    assert len(rewards) == actual.work.steps == 32 and sum(rewards[-8:]) > sum(rewards[:8]) > 0
+    assert actual.history[0]["lr"] < actual.history[3]["lr"] and "validation_metric" in actual.history[15]
+    assert actual.phases.train_s > 0 and actual.phases.validate_s > 0 and actual.work.tokens > 32 * 8 * 8 and actual.memory.peak_bytes
+    assert actual.phases.other_s <= 0.02 * actual.phases.wall_s and any(n.startswith("begins at mine/full-s0-n64") for n in actual.notes)
+    stored = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    assert [p["prediction"] for p in evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0]] == [p["prediction"] for p in stored]
 
 
 @pytest.mark.slow
@@ -96,16 +96,16 @@ def test_trl_s_loop_learns_from_rewards_under_our_meter(overrides, tmp_path, nam
 def test_a_run_that_diverges_ends_with_a_note(overrides, tmp_path, name):
     pytest.importorskip("trl")
     more = [f"technique={name}", "start=null", "train.lr=1e30", "train.steps=6", "objective.num_generations=4", "train.validations=0"]
-    found = cell_run.run(compose([*overrides, *SHORT, *more]), folder=tmp_path / "cell")
-    assert found.status == "diverged" and found.work.diverged_at and found.work.engine == "trl" and len(found.history) < 6
+    actual = cell_run.run(compose([*overrides, *SHORT, *more]), folder=tmp_path / "cell")
+    assert actual.status == "diverged" and actual.work.diverged_at and actual.work.engine == "trl" and len(actual.history) < 6
 
 
 @pytest.mark.slow
 def test_a_divergence_from_the_start_costs_and_leaves_no_second_adapter(overrides, tmp_path):
     pytest.importorskip("trl")
     cfg = compose([*overrides, *SHORT, "technique=grpo", "start=null", "objective.beta=0.1", "train.steps=2", "objective.num_generations=2"])
-    found = cell_run.run(cfg, folder=tmp_path / "cell")
-    assert found.work.steps == 2 and not (tmp_path / "cell" / "artefact" / "ref").exists()
+    actual = cell_run.run(cfg, folder=tmp_path / "cell")
+    assert actual.work.steps == 2 and not (tmp_path / "cell" / "artefact" / "ref").exists()
     never = compose([*overrides, *SHORT, "technique=grpo", "start=null", "train.steps=2", "objective.num_generations=2", "task.scoring=generate",
                      "+task.answer_pattern=never", "train.validations=0"])
     assert any("no sampled answer was right" in note for note in cell_run.run(never).notes)

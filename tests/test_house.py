@@ -53,7 +53,6 @@ HEAVY = {
     "sklearn",
     "scipy",
     "pandas",
-    "numpy",
 }
 
 
@@ -65,10 +64,13 @@ MODULES = {module(p): p for p in SOURCES}
 COMMANDS = {name for name, path in MODULES.items() if path.parent == ROOT / "pipeline" and path.stem != "__init__"}
 ENTRIES = {name for name, path in MODULES.items() if 'if __name__ == "__main__":' in path.read_text()}
 TORCH_FIRST = ("pipeline.engine", "pipeline.methods.modules", "pipeline.training.pack", "pipeline.training.adapter_init")
-WITHOUT = ("pipeline.engine.layout", "pipeline.engine.streams")
+WITHOUT = ("pipeline.engine.families", "pipeline.engine.layout", "pipeline.engine.options", "pipeline.engine.streams")
 """Members of these packages that a forecast asks, too, and that therefore do without torch."""
 FAMILIES = ("pipeline.methods", "pipeline.objectives", "pipeline.teachers")
-SHARED = {*(f"pipeline.methods.peft_{name}" for name in ("adapter", "options", "start")), *(f"pipeline.teachers.{name}" for name in ("writers", "demonstrations", "api_client", "rationales"))}
+SHARED = {
+    *(f"pipeline.methods.peft_{name}" for name in ("adapter", "options", "start")),
+    *(f"pipeline.teachers.{name}" for name in ("writers", "demonstrations", "api_client", "rationales")),
+}
 """Of a family beside its base.py, what members build on and others may use: no member itself. Nor are the files of a room inside it."""
 CHOOSING = "pipeline.methods.peft_from_file"
 """The member that makes other members' methods: which one a file of PEFT's says."""

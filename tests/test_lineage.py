@@ -15,7 +15,7 @@ from pipeline.engine.parts import Unsupported
 from pipeline.records import results
 from pipeline.records.finished import cell_at, name, needed
 from pipeline.records.results import write
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 SHORT = ["train.epochs=2", "train.batch_size=8", "train.validations=0", "train_rows=64", "experiment=mine"]
 
@@ -45,11 +45,11 @@ def test_a_cell_begins_at_what_another_one_serves(overrides, tmp_path):
     assert same.test.nll == pytest.approx(lora.test.nll, abs=1e-5) and same.hyperparameters["start"] == "lora"
     assert any("begins at mine/lora-s0-n64, whose" in note for note in same.notes)
     more = compose([*overrides, *SHORT, "technique=lora", "variant=more", f"start={tmp_path}/results/mine/full-s0-n64", "train.lr=1e-2"])
-    found = cell_run.run(more, folder=identity.folder_of(more))
-    assert found.history[0]["loss"] < lora.history[0]["loss"] and found.size.trainable == lora.size.trainable
+    actual = cell_run.run(more, folder=identity.folder_of(more))
+    assert actual.history[0]["loss"] < lora.history[0]["loss"] and actual.size.trainable == lora.size.trainable
     again, score = evaluate.score_artefact(more, identity.folder_of(more) / "artefact", "test")
     assert [p["prediction"] for p in again] == [p["prediction"] for p in read_jsonl(identity.folder_of(more) / "predictions.jsonl") if p["split"] == "test"]
-    assert score.nll == pytest.approx(found.test.nll, abs=1e-5)
+    assert score.nll == pytest.approx(actual.test.nll, abs=1e-5)
     before = fingerprint(more)
     write(tmp_path / "results/mine/full-s0-n64", dataclasses.replace(same, phases=None))
     assert fingerprint(more) == before, "a second run of it that took another time is the same"

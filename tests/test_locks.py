@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,17 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*; free space or fix the path, then run again"), locks.held(tmp_path / "file" / "a.lock"):
         pass
+
+
+def test_a_wait_without_limit_names_who_is_waited_for_and_ends_with_him(tmp_path, capfd):
+    process = holding(tmp_path / "a.lock")
+    threading.Timer(0.3, process.kill).start()
+    with locks.waited(tmp_path / "a.lock", "waiting for {holder}, which writes to {x}"):
+        assert locks.holder(tmp_path / "a.lock") == f"process {os.getpid()}"
+    process.join()
+    with locks.waited(tmp_path / "a.lock", "waiting for {holder}"):
+        pass
+    assert capfd.readouterr().out == f"waiting for process {process.pid}, which writes to {{x}}\n"
 
 
 def greedy(path: Path, log: Path, rounds: int) -> None:

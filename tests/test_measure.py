@@ -230,6 +230,17 @@ def test_hardware_and_provenance_name_the_machine_and_the_code():
     assert {"torch", "transformers", "peft"} <= set(about["packages"]) and about["started"].endswith("+00:00")
 
 
+def test_what_decides_the_order_of_sums_is_told(monkeypatch):
+    import torch
+
+    threads = torch.get_num_threads()
+    found = machine.arithmetic()
+    assert found["threads"] == threads and found["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert all(found.values()), "torch names its matrix products, and Linux the processor"
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert machine.arithmetic()["blas"] == f"{found['blas']} MKL_CBWR=COMPATIBLE"
+
+
 def test_provenance_outside_a_repository_is_null(monkeypatch):
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     assert machine.provenance()["git_commit"] is None and machine.provenance()["git_dirty"] is None

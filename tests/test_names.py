@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline import advise, base_model, cells, compare, evaluate, export, prepare, report, serve, train
+from pipeline import base_model, cells, prepare, train
 from pipeline.core.compose import CONF, ROOT, compose, literal, plain
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.core.names import TABLE, build, find, name_of, named
@@ -83,89 +82,6 @@ def test_what_looks_like_an_interpolation_in_somebody_else_s_config_stays_text(m
     monkeypatch.setenv("SECRET", "hunter2")
     for text in ("${oc.env:SECRET}", r"\${oc.env:SECRET}", r"\\${oc.env:SECRET}", "a ${x} b", "$${oc.env:SECRET}", "${", "\\"):
         assert OmegaConf.create(literal({"a": [{"b": text}]})).a[0].b == text
-
-
-# A hostile folder of results, against every command that reads one
-
-
-@pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory, imports) -> tuple[list[str], Path]:
-    root = tmp_path_factory.mktemp("foreign")
-    words = [
-        f"paths.data={tiny}/data", f"paths.models={tiny}/models", f"paths.rationales={tiny}/rationales", f"paths.results={root}/results",
-        f"paths.work={root}/work", f"paths.evaluations={root}/evaluations", "task=vader_movies", "model=smollm2_135m", "tracking=none", "device=cpu",
-        "train.progress=false", "evaluate.forgetting=false", "evaluate.transfer_rows=0", "evaluate.latency_rows=0", "evaluate.adapters=[]",
-        "evaluate.test_rows=4", "model.note=null",
-    ]
-    assert train.main([*words, "technique=lora", "train_rows=16", "train.steps=1", "train.validations=0"]) == 0
-    return words, root / "results/scratch/lora-s0-n16"
-
-
-@pytest.fixture
-def hostile(finished, tmp_path) -> tuple[list[str], Path]:
-    words, cell = finished
-    folder = tmp_path / "theirs/scratch/lora-s0-n16"
-    shutil.copytree(cell, folder)
-    return [*words, f"paths.results={tmp_path}/theirs", f"paths.evaluations={tmp_path}/evaluations"], folder
-
-
-def alter(folder: Path, change: dict) -> None:
-    def merged(a: dict, b: dict) -> dict:
-        return a | {k: merged(a.get(k) or {}, v) if isinstance(v, dict) and "_target_" not in v else v for k, v in b.items()}
-
-    write_json(folder / "result.json", merged(read_json(folder / "result.json"), change))
-
-
-def commands(words: list[str], folder: Path, tmp_path: Path) -> dict[str, int]:
-    requests = tmp_path / "requests.jsonl"
-    requests.write_text(json.dumps({"adapter": folder.name, "prompt": "Review: fine film\nSentiment:", "choices": ["negative", "positive"]}) + "\n")
-    return {
-        "evaluate": evaluate.main([*words, f"cell={folder}", "split=test"]),
-        "export": export.main([*words, f"cell={folder}", f"to={tmp_path}/exported"]),
-        "serve": serve.main([*words, f"requests={requests}", f"to={tmp_path}/answers.jsonl"]),
-        "start": train.main([*words, "experiment=mine", "technique=lora", "train_rows=16", "train.steps=1", f"start={folder}"]),
-    }
-
-
-TARGETS = [
-    {"_target_": "pathlib.Path.write_text", "self": {"_target_": "pathlib.Path", "_args_": ["MARK"]}, "data": "ran"},
-    {"_target_": "pipeline.core.files.write_text", "path": "MARK", "text": "ran"},
-    {"_target_": "joblib.load", "filename": "MARK.pkl"},
-    {"_target_": "torch.load", "f": "MARK.pkl", "weights_only": False},
-    {"_target_": "transformers.AutoConfig.from_pretrained", "pretrained_model_name_or_path": "MARK", "trust_remote_code": True},
-]
-
-
-@pytest.mark.parametrize(("target", "where"), [
-    pytest.param(target, where, id=f"{where}-{target['_target_']}", marks=[pytest.mark.slow] * (number > 0))
-    for where in ("target_modules", "method", "objective") for number, target in enumerate(TARGETS)
-])
-def test_a_result_of_somebody_else_runs_nothing(hostile, target, where, tmp_path, capfd):
-    words, folder = hostile
-    target = json.loads(json.dumps(target).replace("MARK", str(tmp_path / "mark")))
-    alter(folder, {"config": {"method": {"config": {where: target}}} if where == "target_modules" else {where: target}})
-    before = sorted(p for p in tmp_path.rglob("*"))
-    codes = commands(words, folder, tmp_path)
-    assert set(codes.values()) == {2}, codes
-    assert sorted(p for p in tmp_path.rglob("*") if p.name != "requests.jsonl") == before
-    assert capfd.readouterr().err.count("error: ") == 4
-
-
-def test_a_secret_of_this_machine_is_not_read_into_a_message(hostile, tmp_path, capfd, monkeypatch):
-    words, folder = hostile
-    monkeypatch.setenv("SECRET", "hunter2")
-    alter(folder, {"config": {"method": {"type": "${oc.env:SECRET}"}}})
-    assert set(commands(words, folder, tmp_path).values()) == {2}
-    assert "hunter2" not in "".join(capfd.readouterr())
-
-
-@pytest.mark.parametrize(("field", "value"), [("experiment", "../../escaped"), ("cell", "../x"), ("experiment", "/escaped"), ("technique", ".."), ("task", "")])
-def test_a_result_that_names_another_place_is_refused(hostile, tmp_path, field, value, capfd):
-    words, folder = hostile
-    alter(folder, {field: value})
-    assert set(commands(words, folder, tmp_path).values()) == {2}
-    assert f"{field} is {value!r}, which cannot name a folder" in capfd.readouterr().err
-    assert not (tmp_path / "evaluations").exists() and not (tmp_path.parent / "escaped").exists()
 
 
 # Names that become paths
@@ -251,11 +167,6 @@ def test_code_beside_a_model_runs_only_where_this_run_s_config_says_so(tiny, tmp
     assert train.main([*words, "model.trust_remote_code=true"]) == 0 and (tmp_path / "mark").exists()
 
 
-def test_the_names_in_a_cell_s_result_are_those_of_the_table(finished):
-    config = read_json(finished[1] / "result.json")["config"]
-    assert config["method"]["type"] == "peft_adapter" and config["method"]["config"]["type"] == "LoraConfig" and "_target_" not in json.dumps(config)
-
-
 def test_cells_of_a_grid_cannot_be_named_elsewhere(capsys):
     assert cells.main(["experiments=quick", "variant=../../v"]) == 2
     assert "config key 'variant' is '../../v', which cannot name a folder" in capsys.readouterr().err
@@ -265,25 +176,3 @@ def test_plain_refuses_a_path_of_another_project():
     for words in (["+objective._target_=os.system"], ["~objective.type", "+objective._target_=os.system"]):
         with pytest.raises(UserError, match=r"config key 'objective\._target_' is 'os\.system', which names no objective of this project"):
             plain(compose(words))
-
-
-@pytest.mark.parametrize("target", TARGETS[:1], ids=lambda t: t["_target_"])
-def test_what_reads_results_for_people_runs_nothing_and_tells_no_secret(hostile, target, tmp_path, capfd, monkeypatch):
-    """Report, advice and comparison of somebody else's results, their configs hostile where a class is named and where a text stands."""
-    words, folder = hostile
-    monkeypatch.setenv("SECRET", "hunter2")
-    monkeypatch.chdir(tmp_path)
-    target = json.loads(json.dumps(target).replace("MARK", str(tmp_path / "mark")))
-    alter(folder, {"config": {"method": {"config": {"target_modules": target, "task_type": "${oc.env:SECRET}"}}, "currency": "${oc.env:SECRET}"}})
-    shutil.move(folder.parent, folder.parent.parent / "quick")
-    theirs = folder.parent.parent / "quick"
-    raw = read_json(theirs / folder.name / "result.json")
-    write_json(theirs / folder.name / "result.json", {**raw, "experiment": "quick"})
-    before = set(tmp_path.rglob("*"))
-    assert report.main(["experiments=quick", f"paths.results={theirs.parent}", f"paths.report={tmp_path}/report", "report.train_rows=[16]"]) == 0
-    assert advise.main(["train_rows=16", f"results={theirs}"]) == 0
-    assert compare.main([str(theirs), str(theirs)]) == 0
-    shown = capfd.readouterr()
-    assert not (tmp_path / "mark").exists() and "hunter2" not in shown.out + shown.err
-    made = set(tmp_path.rglob("*")) - before
-    assert all(p.is_relative_to(tmp_path / "report") for p in made) and not any("hunter2" in p.read_text() for p in made if p.is_file())

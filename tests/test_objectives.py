@@ -55,8 +55,8 @@ def test_rows_without_a_rationale_give_the_label_alone():
     ("policy", "rationale", "count"), [("keep", WRONG, 2), ("drop", WRONG, 1), ("keep", RATIONALE, 2), ("drop", RATIONALE, 2)]
 )
 def test_wrong_rationales_are_kept_or_dropped(policy, rationale, count):
-    found = StepByStep(0.5, wrong_rationales=policy).examples(ROW, CHOICE, rationale)
-    assert len(found) == count and found[0].answer == "positive", "the label is always the row's own"
+    actual = StepByStep(0.5, wrong_rationales=policy).examples(ROW, CHOICE, rationale)
+    assert len(actual) == count and actual[0].answer == "positive", "the label is always the row's own"
 
 
 def batches(objective: Any, encoder: Encoder, rationale: dict | None, micro_batch_tokens: int = 4096) -> list:
@@ -102,9 +102,9 @@ def test_the_loss_is_the_labels_plus_the_weighted_rationales(model, encoder, wei
 
 
 def test_a_negative_weight_and_an_unknown_policy_are_refused():
-    with pytest.raises(UserError, match=r"objective\.rationale_weight is -1; it must be at least 0"):
+    with pytest.raises(UserError, match=r"'objective\.rationale_weight' is -1.0; it must be at least 0"):
         StepByStep(-1)
-    with pytest.raises(UserError, match=r"objective\.wrong_rationales is 'fix'; choose keep or drop"):
+    with pytest.raises(UserError, match=r"'objective\.wrong_rationales' is 'fix'; choose one of keep, drop"):
         StepByStep(1, wrong_rationales="fix")
 
 
@@ -126,11 +126,11 @@ def test_the_loss_on_a_cpu_is_torchs_cross_entropy_there_and_back():
     theirs, ours = (logits.clone().requires_grad_() for _ in range(2))
     expected = 0.3 * (F.cross_entropy(theirs, targets, reduction="none") * weights).sum()
     expected.backward()
-    found = 0.3 * WeightedNll.apply(ours * 1.0, targets, weights)
-    found.backward()
-    assert torch.allclose(found, expected, rtol=1e-6) and torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+    actual = 0.3 * WeightedNll.apply(ours * 1.0, targets, weights)
+    actual.backward()
+    assert torch.allclose(actual, expected, rtol=1e-6) and torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
     weights[5], logits[5] = 0.0, float("nan")
     ours = logits.requires_grad_()
-    found = WeightedNll.apply(ours * 1.0, targets, weights)
-    found.backward()
-    assert found.isfinite() and ours.grad.isfinite().all() and not ours.grad[5].any()
+    actual = WeightedNll.apply(ours * 1.0, targets, weights)
+    actual.backward()
+    assert actual.isfinite() and ours.grad.isfinite().all() and not ours.grad[5].any()

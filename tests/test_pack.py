@@ -167,6 +167,7 @@ def test_what_cannot_be_packed_is_said(overrides):
     assert "served" in reason(["method.merge=true"])
     assert "optimizer groups" in reason(["technique=lora_plus"])
     assert "trains nothing" in reason(["technique=zero_shot"])
+    assert "pissa changes the base" in reason(["technique=pissa"])
 
 
 def test_open_shapes_hold_whatever_rows_come():

@@ -4,18 +4,19 @@ decides, and what is refused in one sentence."""
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig
 from tiny_architectures import write_architecture
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import Precision
 from pipeline.data.rows import Example
 from pipeline.methods.peft_adapter import PeftAdapter
+from pipeline.methods.peft_lora import LoftQ
 from pipeline.methods.peft_prompts import PrefixTuning
 from pipeline.models.base import load_model
 
@@ -96,7 +97,7 @@ def test_a_model_without_such_layers_is_refused_by_our_key(model_of):
 
 
 def test_an_adapter_without_modules_for_an_architecture_names_our_key(model_of):
-    with pytest.raises(UserError, match="name its modules in method.config.target_modules"):
+    with pytest.raises(UserError, match="C3A on Olmo2ForCausalLM: .*; name other modules in method.config.target_modules"):
         PeftAdapter(peft.C3AConfig(task_type="CAUSAL_LM", block_size=8)).wrap(model_of("olmo2"))
 
 
@@ -130,8 +131,10 @@ def prefix(tokens: int) -> PrefixTuning:
     return PrefixTuning(peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens), text="good bad")
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("falcon", {}), ("falcon", {"multi_query": False}), ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-                                               ("gemma3_text", {"sliding_window": 64})])
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("falcon", {}), ("falcon", {"multi_query": False}), ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("gemma3_text", {"sliding_window": 64}),
+])  # fmt: skip
 def test_a_prefix_has_the_caches_heads(model_of, tmp_path, kind, changes):
     base = model_of(kind, **changes)
     model = prefix(4).wrap(copy.deepcopy(base))
@@ -160,12 +163,13 @@ def poly() -> Any:
     (poly, "PEFT's POLY routes by the task"),
     (lambda: peft.LoraConfig(**COMMON, arrow_config=peft.ArrowConfig()), "arrow_config routes between"),
     (lambda: peft.LoraConfig(**COMMON, use_qalora=True), "use_qalora acts on GPTQ"),
+    (lambda: peft.AdamssConfig(use_asa=True, asa_target_subspaces=1), "asa_target_subspaces=1 leaves"),
     (lambda: peft.LoraConfig(**COMMON, init_lora_weights="loftq", loftq_config=peft.LoftQConfig()), "technique=loftq does without"),
 ])  # fmt: skip
 def test_what_does_not_run_is_refused_in_one_sentence(make, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=reason):
-        PeftAdapter(make())
+        PeftAdapter(make()).check("fp32")
 
 
 def test_an_adapter_that_cannot_answer_is_refused_before_it_trains(base, monkeypatch):
@@ -243,8 +247,9 @@ def test_montecloras_terms_are_part_of_the_loss(base):
 
 
 def test_adamss_masks_its_subspaces(base):
-    config = peft.AdamssConfig(task_type="CAUSAL_LM", r=4, num_subspaces=5, subspace_rank=1, svd_threshold=0.1, target_modules=["q_proj", "v_proj"], use_asa=True,
-                               asa_target_subspaces=1, init_warmup=0, final_warmup=4, mask_interval=1)
+    asa = {"use_asa": True, "asa_target_subspaces": 2, "init_warmup": 0, "final_warmup": 4, "mask_interval": 1}
+    sizes = {"r": 4, "num_subspaces": 5, "subspace_rank": 1, "svd_threshold": 0.1, "target_modules": ["q_proj", "v_proj"]}
+    config = peft.AdamssConfig(task_type="CAUSAL_LM", **sizes, **asa)
     method = PeftAdapter(config)
     model = method.wrap(copy.deepcopy(base))
     before = sum(p.requires_grad for p in model.parameters())
@@ -255,7 +260,7 @@ def test_adamss_masks_its_subspaces(base):
 
 EXAMPLES = [Example(f"Review: good bad good {word} . Sentiment :", answer) for word, answer in [("good", "positive"), ("bad", "negative")] * 8]
 FROM_DATA = {
-    "eva": {"eva_config": peft.EvaConfig(rho=1.0)}, "lora_ga": {"lora_ga_config": peft.LoraGAConfig()}, "corda": {"corda_config": peft.CordaConfig()},
+    "eva": {"eva_config": peft.EvaConfig(rho=1.0)}, "lora_ga": {"lora_ga_config": peft.LoraGAConfig()}, "corda": {"corda_config": CordaConfig()},
 }  # fmt: skip
 
 
@@ -288,6 +293,16 @@ def test_evas_first_directions_are_those_of_what_goes_in(base):
     model = method.wrap(own)
     rows = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
     assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-3)
+
+
+def test_loftq_leaves_experts_that_are_not_rounded(tiny, tmp_path):
+    folder = write_architecture(tmp_path / "mixtral", "mixtral", tiny / "models" / "smollm2_135m")
+    model = load_model(folder, Precision("nf4"), torch.device("cpu"))
+    before = answers(model)
+    config = peft.LoraConfig(**COMMON | {"target_modules": "all-linear", "r": 16})
+    whole = load_model(folder, Precision("fp32"), torch.device("cpu"))
+    after = answers(LoftQ(config).wrap(model))
+    assert (after - answers(whole)).abs().mean() < (before - answers(whole)).abs().mean()
 
 
 def test_an_initialisation_from_rows_needs_rows(base):

@@ -95,7 +95,8 @@ def test_what_does_not_decide_an_outcome_is_not_in_the_plan(change, unchanged):
 
 def test_the_plan_has_the_code_of_the_cell_s_own_method_and_objective():
     code = plan(compose(["experiments=quick", "technique=step_by_step", "method=lora", "train_rows=200"]))["code"]
-    assert set(code) == {"pipeline/methods/peft_adapter.py", "pipeline/objectives/step_by_step.py"}
+    adapter = {"pipeline/models/kinds.py", *(f"pipeline/methods/peft_{name}.py" for name in ("adapter", "options", "start"))}
+    assert set(code) == {*adapter, "pipeline/objectives/step_by_step.py"}
 
 
 def test_no_stage_lists_code():

@@ -18,7 +18,7 @@ from pipeline.data.rows import Encoder
 from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.base import TrainingContext
 from pipeline.objectives.preferences import Dpo, Kto, Orpo, log1mexp
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 CPU = torch.device("cpu")
 TASK = Task("t", "choice")
@@ -58,9 +58,9 @@ def log_p(model: Any, example: Any) -> tuple[float, int]:
 
 
 def total(objective: Any, model: Any, flat: list, micro_batch_tokens: int) -> tuple[float, int]:
-    found = list(objective.batches(flat, Train(0.1, 1, 4, micro_batch_tokens), 1))
+    actual = list(objective.batches(flat, Train(0.1, 1, 4, micro_batch_tokens), 1))
     with torch.no_grad():
-        return float(sum(objective.loss(model, b) for b in found)), len(found)
+        return float(sum(objective.loss(model, b) for b in actual)), len(actual)
 
 
 def sigma(x: float) -> float:
@@ -115,10 +115,10 @@ def test_a_mismatched_sequence_has_its_own_prompt_and_another_row_s_answer(tiny,
 
 def test_odds_of_a_probability_that_rounds_to_1_are_finite_and_have_a_gradient():
     x = torch.tensor([0.0, -1e-9, -0.1, -5.0, -200.0], requires_grad=True)
-    found = log1mexp(x)
-    assert found[2:].tolist() == pytest.approx([math.log(1 - math.exp(v)) for v in (-0.1, -5.0)] + [0.0])
-    found.sum().backward()
-    assert torch.isfinite(found).all() and torch.isfinite(x.grad).all()
+    actual = log1mexp(x)
+    assert actual[2:].tolist() == pytest.approx([math.log(1 - math.exp(v)) for v in (-0.1, -5.0)] + [0.0])
+    actual.sum().backward()
+    assert torch.isfinite(actual).all() and torch.isfinite(x.grad).all()
 
 
 def test_a_row_is_compared_with_wrong_choices_drawn_by_its_id():
@@ -147,9 +147,10 @@ def test_a_pairs_file_is_drawn_from_as_rows_are(tmp_path, overrides):
     path = tmp_path / "pairs.jsonl"
     write_jsonl(path, [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(9)])
     objective = Dpo(pairs=str(path))
-    found = objective.rows([], {}, 5, 1)
-    assert found == objective.rows([], {}, 9, 1)[:5] and found != objective.rows([], {}, 5, 2)
-    assert [(e.prompt, e.answer) for e in objective.examples(found[0], Task("t", "generate"), None)] == [(found[0]["prompt"], "a"), (found[0]["prompt"], "b")]
+    actual = objective.rows([], {}, 5, 1)
+    assert actual == objective.rows([], {}, 9, 1)[:5] and actual != objective.rows([], {}, 5, 2)
+    prompt = actual[0]["prompt"]
+    assert [(e.prompt, e.answer) for e in objective.examples(actual[0], Task("t", "generate"), None)] == [(prompt, "a"), (prompt, "b")]
     with pytest.raises(UserError, match="has 9 pairs; ask for at most that"):
         objective.rows([], {}, 10, 1)
     cfg = compose([*overrides, "technique=dpo", f"objective.pairs={path}"])
@@ -164,7 +165,7 @@ def test_a_pairs_file_is_drawn_from_as_rows_are(tmp_path, overrides):
      "technique=dpo objective.wrong_choices=0"],
 )
 def test_values_out_of_range_are_refused(change):
-    with pytest.raises(UserError, match=r"objective\.\w+ is -?\d"):
+    with pytest.raises(UserError, match=r"'objective\.\w+' is -?\d"):
         build(compose(change.split()).objective, "objective")
 
 
@@ -174,8 +175,8 @@ def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, 
     cfg = compose([*overrides, f"technique={name}", f"method={method}", "train.epochs=8", "train.batch_size=8", "train.validations=2", f"train.lr={rate}"])
     result = cell_run.run(cfg, folder=tmp_path / "cell")
     assert result.test.accuracy >= 0.95 and result.family == "preferences" and result.objective == name
-    held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    assert [p["prediction"] for p in evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0]] == [p["prediction"] for p in held]
+    stored = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    assert [p["prediction"] for p in evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0]] == [p["prediction"] for p in stored]
 
 
 # against TRL

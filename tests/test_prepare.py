@@ -81,7 +81,7 @@ def test_a_csv_and_eight_lines_of_yaml_make_a_task(tmp_path, capsys):
     (REVIEWS.replace("files:", "fiels:"), reviews(50), "config group 'task.source' is refused.*fiels"),
     (REVIEWS.replace("{text}", "{txt}"), reviews(50), "'txt', which row 1 of .*reviews.csv does not have; there are: text, stars"),
     (REVIEWS, None, "reviews.csv does not exist"),
-    (REVIEWS, "text,stars\n", "no rows are left for|too few"),
+    (REVIEWS, "text,stars\n", "reviews.csv holds no rows; fix the file"),
     (REVIEWS, "text,stars\n" + "".join(f"film {i},5\n" for i in range(50)), "training rows of task reviews have the answer 'positive'"),
     (REVIEWS, "text,stars\na,5\nb\n", "reviews.csv line 3 has 1 cells"),
     (REVIEWS, reviews(20).replace("film 7,3", "film 7,many"), "row 8 of .*reviews.csv has stars='many'"),
@@ -111,10 +111,72 @@ def test_what_counts_as_the_same_text(one, other, same):
 
 
 def test_duplicates_are_dropped_and_counted_and_the_first_stays():
-    sets, dropped = make({"train": [("A film!", "good"), ("a film", "bad"), *pairs("x", 20)], "test": pairs("y", 4)})
+    sets, dropped = make({"train": [("A film!", "good"), ("a film", "good"), *pairs("x", 20)], "test": pairs("y", 4)})
     everything = [row for rows in sets.values() for row in rows]
-    assert dropped["duplicate"] == {"train": 1, "test": 0}
-    assert [r["answer"] for r in everything if r["prompt"].lower().startswith("a film")] == ["good"]
+    assert dropped["duplicate"] == {"train": 1, "test": 0} and dropped["contradicting"] == {"train": 0, "test": 0}
+    assert [r["prompt"] for r in everything if r["prompt"].lower().startswith("a film")] == ["A film!"]
+
+
+@pytest.mark.parametrize("scoring", [{}, {"scoring": "generate", "choices": None}])
+def test_rows_that_contradict_an_earlier_one_are_left_out_and_no_duplicates(scoring):
+    held = [("A film!", "good"), ("a film", "bad"), ("a film", "good"), *pairs("x", 40)]
+    sets, dropped = make({"train": held, "test": pairs("y", 4)}, **scoring)
+    assert dropped["contradicting"] == {"train": 1, "test": 0} and dropped["duplicate"] == {"train": 1, "test": 0}
+    assert [r["answer"] for rows in sets.values() for r in rows if r["prompt"].lower().startswith("a film")] == ["good"]
+    assert data_splits.left_out(dropped)["contradicting"] == {"train": 1} and "contradicting" not in data_splits.left_out({"contradicting": {"train": 0}})
+
+
+def test_many_contradicting_rows_are_refused_where_answers_are_chosen():
+    twice = [*pairs("x", 8), *((text, "bad" if label == "good" else "good") for text, label in pairs("x", 4)), *pairs("z", 20)]
+    with pytest.raises(UserError, match="^4 of the 32 rows of train have a text .* another answer .first: train-1 has 'bad', train-9 has 'good'.; fix"):
+        make({"train": twice, "test": pairs("y", 4)})
+    assert make({"train": twice, "test": pairs("y", 4)}, scoring="generate", choices=None)[1]["contradicting"]["train"] == 4
+
+
+def test_the_same_question_with_other_choices_contradicts_nothing():
+    rows = [{"text": f"q {i // 2}", "options": [f"a {i}", f"b {i}"], "key": "A"} for i in range(40)]
+    rows += [{"text": f"r {i}", "options": ["a", "b"], "key": "AB"[i % 2]} for i in range(10)]
+    recipe = build(tasks.Recipe, {"name": "t", "scoring": "choice", "source": {"type": "files"}, "prompt": "{text}",
+                                  "answer": {"column": "key", "of": "options"}, "choices": "options"}, "task")
+    dropped = data_splits.assemble(recipe, Loaded({"train": rows}, {}))[1]
+    assert dropped["contradicting"] == {"train": 0} and dropped["duplicate"] == {"train": 20}
+
+
+def test_generated_answers_that_differ_in_case_alone_are_told(tmp_path, capsys):
+    yaml = REVIEWS.replace("answer: {column: stars, bins: {negative: [1, 2], positive: [4, 5]}}", "answer: '{stars}'").replace("choice", "generate")
+    rows = "text,stars\n" + "".join(f"film {i},{('Yes', 'no', 'yes', 'YES')[i % 4]}\n" for i in range(60))
+    assert prepare.main(own_task(tmp_path, yaml, rows)) == 0
+    assert "warning: 1 answers are spelt in ways that differ in case alone (first: YES, Yes, yes)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "reason"), [
+    (b"good film", "bytes and no text"), (float("nan"), "no finite number"), (float("-inf"), "no finite number"), ({"a": 1}, "an object and no text"),
+    ([None, None], "a list with null or another list inside"), (["a", ["b"]], "a list with null or another list inside"), (["a", {"b": 1}], "an object"),
+    ("a\0b", "a text with a NUL character"), ("\ud800", "a text with half of a surrogate pair"),
+])
+def test_a_value_that_has_no_text_is_named_with_its_row_and_column(value, reason):
+    with pytest.raises(UserError, match=f"^row 3 of train has text=.*, which is {reason}.*; fix or remove that row$"):
+        make({"train": [*pairs("x", 2), (value, "good"), *pairs("y", 20)]})
+    with pytest.raises(UserError, match=f"^row 1 of train has label=.*, which is {reason}.*; fix or remove that row$"):
+        make({"train": [("x", value)]}, scoring="generate", choices=None)
+
+
+@pytest.mark.parametrize(("keys", "sentence"), [
+    ({"choices": ["good", "bad", "BAD"]}, "'task.choices' has 'bad' and 'BAD', which differ in case alone; write one of them for both"),
+    ({"choices": ["good", None]}, "'task.choices' holds None, which is no word"),
+    ({"choices": ["good", ["bad"]]}, "'task.choices' holds ['bad'], which is no word"),
+    ({"answer": {"column": "label", "labels": {"p": "pos", "n": "neg", "N": "NEG"}}, "choices": None}, "'task.answer.labels' has 'neg' and 'NEG'"),
+    ({"answer": {"column": "label", "labels": {"p": {"a": 1}, "n": "neg"}}, "choices": None}, "'task.answer.labels' holds {'a': 1}, which is an object"),
+    ({"answer": {"column": "label", "labels": {"p": "pos", " p": "neg"}}, "choices": None}, "'task.answer.labels' lists 'p' twice"),
+    ({"answer": {"column": "label", "bins": {"a": [float("nan"), 2]}}, "choices": None}, "'task.answer.bins.a' is [nan, 2]; give [lowest, highest]"),
+    ({"prompt": "{text}\0"}, "'task.prompt' is '{text}\\x00', which holds a NUL character"),
+    ({"transfer": ["../x"]}, "'task.transfer' is '../x', which cannot name"),
+    ({"transfer": ["a", "a"]}, "'task.transfer' is ['a', 'a']; name each set once"),
+])
+def test_words_of_a_yaml_that_cannot_be_answers(keys, sentence):
+    with pytest.raises(UserError) as caught:
+        make({"train": pairs("x", 40)}, **keys)
+    assert sentence in str(caught.value)
 
 
 def test_drawn_splits_share_no_text_and_depend_on_the_seed_alone():
@@ -248,6 +310,6 @@ def test_the_default_task_from_the_registry(task, tmp_path):
     assert (manifest["rows"]["validation"], manifest["rows"]["test"]) == (1000, 2000) and manifest["rows"]["train"] >= 7000
     left_out = sum(counts.get("train", 0) for counts in manifest["left_out"].values())
     assert sum(manifest["rows"][s] for s in data_splits.SPLITS) == 10605 - left_out
-    kept = [row for name in data_splits.SPLITS for row in read_jsonl(tmp_path / task / f"{name}.jsonl")]
-    assert len({near.normalised(row["prompt"]) for row in kept}) == len(kept)
-    assert "clichés disappear" in " ".join(row["prompt"] for row in kept)  # the file is UTF-8, whatever its README's encoding
+    saved = [row for name in data_splits.SPLITS for row in read_jsonl(tmp_path / task / f"{name}.jsonl")]
+    assert len({near.normalised(row["prompt"]) for row in saved}) == len(saved)
+    assert "clichés disappear" in " ".join(row["prompt"] for row in saved)  # the file is UTF-8, whatever its README's encoding

@@ -95,8 +95,8 @@ def model(english):
 
 
 def test_a_random_model_is_near_chance_on_the_pairs(model, english):
-    found = probe(model, load_tokenizer(english), 5, 500, CPU, torch.float32)
-    assert 0.4 < found.pairs < 0.6  # 4.5 standard errors of 500 fair coins
+    actual = probe(model, load_tokenizer(english), 5, 500, CPU, torch.float32)
+    assert 0.4 < actual.pairs < 0.6  # 4.5 standard errors of 500 fair coins
 
 
 def test_perplexity_is_the_exponential_of_the_mean_nll_per_token(model, english):
@@ -108,8 +108,8 @@ def test_perplexity_is_the_exponential_of_the_mean_nll_per_token(model, english)
             loss = model(input_ids=ids, labels=ids).loss  # the mean over the predicted tokens
         total += float(loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    found = probe(model, tokenizer, 12, 2, CPU, torch.float32)
-    assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+    actual = probe(model, tokenizer, 12, 2, CPU, torch.float32)
+    assert actual.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
 def test_a_model_that_knows_the_verbs_ranks_every_pair_right_and_its_mirror_none(model, english, monkeypatch):
@@ -189,7 +189,7 @@ def test_without_the_file_lambada_is_null_and_a_note_says_so(english, model, tmp
                             "model": {"name": english.name}})
     probing = Probing(cfg, settings, load_tokenizer(english), model)
     assert "none.jsonl is not there" in probing.note
-    found = probing.forgetting(model)
-    assert found.lambada is found.lambada_base is found.lambada_perplexity is None
-    assert found.perplexity == found.perplexity_base != found.perplexity_base_16bit
-    assert found.probes == "2 news sentences, 2 agreement pairs"
+    actual = probing.forgetting(model)
+    assert actual.lambada is actual.lambada_base is actual.lambada_perplexity is None
+    assert actual.perplexity == actual.perplexity_base != actual.perplexity_base_16bit
+    assert actual.probes == "2 news sentences, 2 agreement pairs"

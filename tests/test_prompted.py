@@ -60,10 +60,10 @@ def teacher(*overrides: str, writer=None, task=None, rows=TRAIN) -> Prompted:
 
 
 def test_training_rows_with_a_right_stored_rationale_are_drawn_each_answer_in_turn():
-    found = Demonstrations(k=2).shots("t", TRAIN)
-    assert {(s.answer, s.rationale) for s in found} <= {("positive", "Fun."), ("negative", "Dull."), ("positive", "Nice."), ("positive", "Good.")}
-    assert {s.answer for s in found} == {"positive", "negative"} and found[0].choices == ("negative", "positive")
-    assert Demonstrations(k=2).shots("t", TRAIN) == found and Demonstrations(k=0).shots("t", TRAIN) == []
+    actual = Demonstrations(k=2).shots("t", TRAIN)
+    assert {(s.answer, s.rationale) for s in actual} <= {("positive", "Fun."), ("negative", "Dull."), ("positive", "Nice."), ("positive", "Good.")}
+    assert {s.answer for s in actual} == {"positive", "negative"} and actual[0].choices == ("negative", "positive")
+    assert Demonstrations(k=2).shots("t", TRAIN) == actual and Demonstrations(k=0).shots("t", TRAIN) == []
     assert len({tuple(s.prompt for s in Demonstrations(k=2, seed=n).shots("t", TRAIN)) for n in range(9)}) > 1
     with pytest.raises(UserError, match="rows of t has 4 demonstrations, teacher.demonstrations.k asks for 5; name a file"):
         Demonstrations(k=5).shots("t", TRAIN)
@@ -162,8 +162,8 @@ def test_keys_that_there_are_not(override, message):
 
 
 def stage(overrides: list[str], tmp_path: Path, *more: str) -> list[str]:
-    kept = [o for o in overrides if not o.startswith(("paths.rationales", "teacher="))]
-    return [*kept, f"paths.rationales={tmp_path}/rationales", "teacher=local", "writer.max_new_tokens=6", "teacher.demonstrations.k=0", *more]
+    saved = [o for o in overrides if not o.startswith(("paths.rationales", "teacher="))]
+    return [*saved, f"paths.rationales={tmp_path}/rationales", "teacher=local", "writer.max_new_tokens=6", "teacher.demonstrations.k=0", *more]
 
 
 def test_with_train_rows_the_rows_of_such_cells_alone_are_explained(overrides, tmp_path, capsys):

@@ -105,8 +105,8 @@ def test_other_sizes_and_seeds_than_the_grid_s_are_reported_on_demand(home: Path
 
 
 @pytest.mark.parametrize(("word", "said"), [
-    ("report.seeds=3", "report.seeds is 3; give a list of whole numbers"), ("report.train_rows=[many]", "report.train_rows is ['many']"),
-    ("report.seeds=[]", "report.seeds is []"), ("report.seeds=[true]", "report.seeds is [True]"),
+    ("report.seeds=3", "'report.seeds' is 3; it takes a list or null"), ("report.train_rows=[many]", "'report.train_rows[0]' is 'many'; it takes int"),
+    ("report.seeds=[]", "'report.seeds' is []; write what it is, or null"), ("report.seeds=[true]", "'report.seeds[0]' is True; it takes int"),
 ])
 def test_an_axis_that_is_no_list_of_numbers_is_refused(home: Path, capsys: pytest.CaptureFixture[str], word: str, said: str) -> None:
     assert report.main(["experiments=quick", f"paths.results={home}/results", f"paths.report={home}/report", word]) == 2

@@ -78,20 +78,20 @@ def seen(page: str, folder: Path, width: int, dark: bool) -> dict[str, Any]:
         f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={max(600, width)},900", "--virtual-time-budget=4000", "--dump-dom",
         f"file://{folder}/frame.html",
     ], capture_output=True, text=True, timeout=120)
-    found = re.search(r"FOUND(.*?)END", done.stdout, re.S)
-    assert found, done.stdout[:500] + done.stderr[-500:]
-    return json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    actual = re.search(r"FOUND(.*?)END", done.stdout, re.S)
+    assert actual, done.stdout[:500] + done.stderr[-500:]
+    return json.loads(actual[1].replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_the_page_does_what_it_should(page: str, tmp_path: Path, width: int, dark: bool) -> None:
-    found = seen(page, tmp_path, width, dark)
-    assert found["errors"] == []
-    assert found["order"] == "descending" and sorted(found["sorted"]) == sorted(found["start"]) and found["sorted"] != found["start"]
-    assert set(found["filtered"]) < set(found["start"]) and "lora" in found["filtered"]
-    assert found["shown"] == f"{len(found['filtered'])} of {len(found['start'])}" and found["whole"] == len(found["start"])
-    assert found["tip"] and found["label"] == found["tip"].replace("\n", ", ") and found["tabbed"] and found["escaped"]
-    assert found["opened"] is True
-    assert found["width"][0] <= found["width"][1], "nothing reaches beyond the page"
-    bright = [sum(map(int, re.findall(r"\d+", found[part])[:3])) for part in ("page", "ink")]
+    actual = seen(page, tmp_path, width, dark)
+    assert actual["errors"] == []
+    assert actual["order"] == "descending" and sorted(actual["sorted"]) == sorted(actual["start"]) and actual["sorted"] != actual["start"]
+    assert set(actual["filtered"]) < set(actual["start"]) and "lora" in actual["filtered"]
+    assert actual["shown"] == f"{len(actual['filtered'])} of {len(actual['start'])}" and actual["whole"] == len(actual["start"])
+    assert actual["tip"] and actual["label"] == actual["tip"].replace("\n", ", ") and actual["tabbed"] and actual["escaped"]
+    assert actual["opened"] is True
+    assert actual["width"][0] <= actual["width"][1], "nothing reaches beyond the page"
+    bright = [sum(map(int, re.findall(r"\d+", actual[part])[:3])) for part in ("page", "ink")]
     assert (bright[0] < bright[1]) is dark

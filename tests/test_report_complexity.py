@@ -23,14 +23,14 @@ PROBED = "100 news sentences, 500 agreement pairs, 200 LAMBADA passages"
 
 def probed(name: str, right: int, ppl: float, pairs: float = 0.9, lambada: float | None = 0.4, **more: Any) -> Result:
     """A cell whose base has perplexity 100, 90% of the pairs and 40% of LAMBADA, in 16 bits 80, 92% and 44%."""
-    held = Forgetting(ppl, 100.0, pairs, 0.9, 80.0, 0.92, PROBED, lambada, None if lambada is None else 0.4, None if lambada is None else 0.44)
-    return dataclasses.replace(result(name, right), forgetting=held, **more)
+    stored = Forgetting(ppl, 100.0, pairs, 0.9, 80.0, 0.92, PROBED, lambada, None if lambada is None else 0.4, None if lambada is None else 0.44)
+    return dataclasses.replace(result(name, right), forgetting=stored, **more)
 
 
-def rows_of(root: Path, *found: Result) -> list[Row]:
-    for one in found:
+def rows_of(root: Path, *actual: Result) -> list[Row]:
+    for one in actual:
         keep(root, one)
-    grid = {"techniques": [r.technique for r in found], "seeds": [0, 1], "train_rows": [200]}
+    grid = {"techniques": [r.technique for r in actual], "seeds": [0, 1], "train_rows": [200]}
     return make_rows(select(root / "quick", grid)[0])
 
 
@@ -47,14 +47,14 @@ def test_lambada_and_transfer_have_their_changes(tmp_path: Path) -> None:
 
 def test_a_chart_has_the_base_at_zero_and_says_what_was_learned_and_lost(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, probed("zero_shot", 150, 100.0), probed("lora", 200, 112.0, 0.86), probed("qlora", 190, 130.0, 0.86, 0.35))
-    found = forgetting.charts(rows, colours(rows))
-    assert [c.title for c in found] == ["Against perplexity", "Against grammar", "Against LAMBADA", "What carries over"]
-    assert all(not c.left_out for c in found)
-    svg = str(found[0].svg)
+    actual = forgetting.charts(rows, colours(rows))
+    assert [c.title for c in actual] == ["Against perplexity", "Against grammar", "Against LAMBADA", "What carries over"]
+    assert all(not c.left_out for c in actual)
+    svg = str(actual[0].svg)
     assert "learned +20.0 points above zero-shot\nperplexity of news +12.0%" in svg
     assert "learned 0.0 points above zero-shot\nperplexity of news 0.0%" in svg
     assert "perplexity of news +30.0%\nagainst the base in 16 bits +62.5%" in svg and svg.count("whisker") == 1
-    assert "minimal pairs lost +4.0 points" in str(found[1].svg) and "lambada words lost +5.0 points" in str(found[2].svg)
+    assert "minimal pairs lost +4.0 points" in str(actual[1].svg) and "lambada words lost +5.0 points" in str(actual[2].svg)
     assert svg.count('class="point"') == 3
     assert forgetting.probes(rows) == [PROBED]
 
@@ -78,8 +78,8 @@ def test_what_was_not_measured_or_lies_too_far_is_named(tmp_path: Path) -> None:
 def test_learning_is_counted_from_the_base_in_the_experiments_own_precision(tmp_path: Path) -> None:
     better = probed("zero_shot_nf4", 160, 100.0, precision="nf4", method="none", objective="none")
     rows = rows_of(tmp_path, better, probed("zero_shot", 150, 100.0), probed("lora", 200, 112.0))
-    found = report_rows.zero_shot(rows)
-    assert found and found.technique == "zero_shot"
+    actual = report_rows.zero_shot(rows)
+    assert actual and actual.technique == "zero_shot"
 
 
 def served(name: str, seed: int = 0, own: float = 2.0, mixed: bool = True) -> Result:

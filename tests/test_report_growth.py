@@ -30,32 +30,32 @@ def rows(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_what_trains_gets_a_curve_and_what_does_not_a_line(rows):
-    found = growth(rows)
-    assert {one.name: one.curve.kind for one in found.lines} == {"lora": "power", "few_shot": "constant", "zero_shot": "constant"}
-    assert found.lines[0].curve.sizes == (19, 48, 120, 300), "validation rows are labelled too"
-    assert (found.smallest, found.largest) == (19, 300)
-    assert found.target == pytest.approx((found.lines[0].last.value + found.lines[2].first.value) / 2)
-    assert re.fullmatch(r"half of the way from `zero_shot` \(\d\d\.\d%\) to where `lora` ends \(\d\d\.\d%\)", found.about_target)
+    actual = growth(rows)
+    assert {one.name: one.curve.kind for one in actual.lines} == {"lora": "power", "few_shot": "constant", "zero_shot": "constant"}
+    assert actual.lines[0].curve.sizes == (19, 48, 120, 300), "validation rows are labelled too"
+    assert (actual.smallest, actual.largest) == (19, 300)
+    assert actual.target == pytest.approx((actual.lines[0].last.value + actual.lines[2].first.value) / 2)
+    assert re.fullmatch(r"half of the way from `zero_shot` \(\d\d\.\d%\) to where `lora` ends \(\d\d\.\d%\)", actual.about_target)
 
 
 def test_what_overtakes_what_is_said_with_its_interval(rows):
-    told = sentences(growth(rows))
-    match = re.fullmatch(r"`lora` overtakes `few_shot` at n = (\d+) \[(\d+)–(\d+)\] labelled rows\.", told[0])
+    output = sentences(growth(rows))
+    match = re.fullmatch(r"`lora` overtakes `few_shot` at n = (\d+) \[(\d+)–(\d+)\] labelled rows\.", output[0])
     a, b, c = CURVES["lora"]
     assert match and int(match[2]) <= (b / (a - 0.40)) ** (1 / c) <= int(match[3])
-    assert "`few_shot` is ahead of `zero_shot` at every size from 19 to 300 rows." in told
+    assert "`few_shot` is ahead of `zero_shot` at every size from 19 to 300 rows." in output
 
 
 def test_rows_for_an_accuracy_that_is_asked_for(rows):
-    found = growth(rows, 0.45)
-    heads, lines = table(found)
-    assert heads == ["Technique", "Rows for 45.0%", "At 19 rows, %", "At 300 rows, %"] and found.about_target == ""
+    actual = growth(rows, 0.45)
+    heads, lines = table(actual)
+    assert heads == ["Technique", "Rows for 45.0%", "At 19 rows, %", "At 300 rows, %"] and actual.about_target == ""
     by_name = {line[0]: line for line in lines}
     match = re.fullmatch(r"(\d+) \[(\d+)–(\d+)\]", by_name["lora"][1])
     a, b, c = CURVES["lora"]
     assert match and int(match[2]) <= (b / (a - 0.45)) ** (1 / c) <= int(match[3])
     assert by_name["zero_shot"][1] == "not reached" and by_name["few_shot"][1] in ("not reached", "cannot be told")
-    assert summary(found)[-1].startswith("Labelled rows for 45.0%: `lora` ")
+    assert summary(actual)[-1].startswith("Labelled rows for 45.0%: `lora` ")
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0, 60.0])
@@ -104,10 +104,10 @@ def test_one_seed_and_a_technique_with_few_sizes_are_said(tmp_path):
     write_sizes(tmp_path, seeds=1, test_rows=100, sizes=SIZES, curves={"lora": CURVES["lora"]})
     write_sizes(tmp_path, seeds=1, test_rows=100, sizes=SIZES[:2], curves={"full": CURVES["full"]})
     grid = {"techniques": ["lora", "full"], "seeds": [0], "train_rows": list(SIZES)}
-    found = growth(make_rows(select(tmp_path / "quick", grid)[0]))
-    told = " ".join(remarks(found))
-    assert "One seed of `lora`: the bands leave the spread of training out" in told and "Too few sizes for a curve: `full`." in told
-    assert found.about_target.startswith("half of the way from the lowest curve's start")
+    actual = growth(make_rows(select(tmp_path / "quick", grid)[0]))
+    output = " ".join(remarks(actual))
+    assert "One seed of `lora`: the bands leave the spread of training out" in output and "Too few sizes for a curve: `full`." in output
+    assert actual.about_target.startswith("half of the way from the lowest curve's start")
 
 
 def test_the_page_has_the_part_where_there_are_three_sizes(tmp_path, monkeypatch, capsys):

@@ -17,10 +17,10 @@ from pipeline.records.finished import Cell, select
 from pipeline.records.results import Cost, Result, Score, Synthetic
 from pipeline.reporting import words as report_format
 from pipeline.reporting.charts import colours, costs, pareto, scatter
-from pipeline.reporting.figures import COLUMNS, FIGURES, SECTIONS, Row, metrics
+from pipeline.reporting.figures import COLUMNS, FIGURES, SECTIONS, Row, columns, metrics, remarks
 from pipeline.reporting.plot import Box, place_labels, scale, stacked, text_width
 from pipeline.reporting.rows import make_rows
-from pipeline.reporting.text import TABLES, opening, warnings
+from pipeline.reporting.text import TABLES, markdown, opening, warnings
 from pipeline.stats.tiers import holm, sign_flip
 
 
@@ -84,7 +84,11 @@ def test_standing_by_the_test_over_rows(tmp_path: Path) -> None:
     assert {n: r.letters for n, r in with_answers.items()} == {"full": "a", "lora": "ab", "zero_shot": "b", "few_shot": "c"}
     assert with_answers["full"].against_zero_shot == pytest.approx(17 / 250)
     assert "The answers to single rows are not kept, so nothing is said" in " ".join(opening(list(without.values())))
-    assert "`lora` cannot be told apart from it (over the test rows; one seed says nothing of" in " ".join(opening(list(with_answers.values())))
+    rows = list(with_answers.values())
+    assert "`lora` cannot be told apart from it. One seed: tiers and p-values compare these weights, not the techniques;" in " ".join(opening(rows))
+    assert "Tier of these weights" in [c.title for c in columns(rows)[0]] and remarks(rows[1]) == ["not told apart from the best, these weights"]
+    table = markdown("quick", rows, [])
+    assert "- One seed: tiers and p-values compare these weights" in table and "test over the rows alone, corrected for all pairs (docs" in table
 
 
 def test_seeds_that_spread_widely_tell_less_than_one(tmp_path: Path) -> None:
@@ -92,7 +96,9 @@ def test_seeds_that_spread_widely_tell_less_than_one(tmp_path: Path) -> None:
     counts = {"zero_shot": (195, 195, 195), "full": (205, 240, 206), "lora": (200, 170, 235)}
     rows = rows_of(*(result(name, right, seed) for name, found in counts.items() for seed, right in enumerate(found)), root=tmp_path)
     assert rows["full"].covers_seeds and rows["lora"].standing == "near" and set(rows["lora"].letters) & set(rows["full"].letters)
-    assert "one seed" not in " ".join(opening(list(rows.values())))
+    several = list(rows.values())
+    assert "one seed" not in " ".join(opening(several)).lower() and "these weights" not in markdown("quick", several, [])
+    assert "Tier" in [c.title for c in columns(several)[0]] and "- tier: a test over seeds and rows, corrected for all pairs" in markdown("quick", several, [])
     alone = rows_of(*(result(name, found[1], 0) for name, found in counts.items()), root=tmp_path / "alone")
     assert alone["lora"].standing == "below" and alone["lora"].covers_seeds is False
 
@@ -198,7 +204,9 @@ def test_labels_do_not_collide() -> None:
 def test_many_techniques_are_counted_and_not_listed(tmp_path: Path) -> None:
     """Twelve alike, the last far behind for lack of seeds to tell: three names, a number, and how far down it goes."""
     near = [result(f"t{i:02}", 200 - i, memory=Memory("cpu_rss", (i + 1) * 10**9, 10**9)) for i in range(12)]
-    text = " ".join(opening(list(rows_of(*near, result("zero_shot", 150), root=tmp_path).values())))
+    rows = list(rows_of(*near, result("zero_shot", 150), root=tmp_path).values())
+    assert "corrected as a false-discovery rate" in markdown("quick", rows, []) and "all pairs" not in markdown("quick", rows, [])
+    text = " ".join(opening(rows))
     assert "12 of 13 techniques cannot be told apart" in text and "Of the differences that the tiers show among 78 pairs, at most 5%" in text
     assert "`t01`, `t02`, `t03` and 8 others, down to `t11` at 75.6%, cannot be told apart from it" in text
     assert "`t07`, `t08`" not in text

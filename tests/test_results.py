@@ -87,16 +87,16 @@ def test_a_result_that_diverged_before_it_was_a_status_is_read_as_diverged(tmp_p
     ok = result()
     work = dataclasses.replace(ok.work, diverged_at=3) if schema == 2 else ok.work
     path = file(tmp_path, work=dataclasses.asdict(work), schema=schema, notes=["training diverged: the loss was not finite at step 3 of 9"])
-    found = read(path)
-    assert (found.status, found.work.diverged_at, found.error) == ("diverged", 3, "training diverged at step 3")
-    assert found.scores == ok.scores
+    actual = read(path)
+    assert (actual.status, actual.work.diverged_at, actual.error) == ("diverged", 3, "training diverged at step 3")
+    assert actual.scores == ok.scores
 
 
 def test_a_figure_that_was_not_finite_is_null(tmp_path):
     forgotten = dataclasses.replace(result().forgetting, perplexity=None, pairs=None)
-    held = result(forgetting=forgotten, history=[{"step": 1, "loss": 1.0, "lr": 0.1, "validation_metric": 0.5, "validation_nll": None}])
-    write(tmp_path, held)
-    assert read(tmp_path) == held and results.history_csv(held.history).splitlines()[1] == "1,1.0,0.1,0.5,"
+    stored = result(forgetting=forgotten, history=[{"step": 1, "loss": 1.0, "lr": 0.1, "validation_metric": 0.5, "validation_nll": None}])
+    write(tmp_path, stored)
+    assert read(tmp_path) == stored and results.csv_text(results.HISTORY, stored.history).splitlines()[1] == "1,1.0,0.1,0.5,"
 
 
 def test_what_was_not_measured_ranks_last():

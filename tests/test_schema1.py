@@ -88,8 +88,8 @@ def test_labelled_rows_are_those_that_the_old_report_counted(tmp_path, changes, 
     "engine: eager; widths ,", f"engine: eager; widths {'9' * 5000}", f"training diverged: the loss was not finite at step {'9' * 5000} of 8",
 ])
 def test_a_note_like_one_of_the_old_sentences_is_a_note(tmp_path, note):
-    found = read(tmp_path, notes=[note])
-    assert found.notes == [note] and found.work and found.work.widths is None and found.work.diverged_at is None
+    actual = read(tmp_path, notes=[note])
+    assert actual.notes == [note] and actual.work and actual.work.widths is None and actual.work.diverged_at is None
 
 
 def test_a_count_that_is_none_is_named(tmp_path):
@@ -132,9 +132,9 @@ def test_a_report_over_old_results(tmp_path):
 
 
 def test_a_note_is_no_fact():
-    told = results.read(DIVERGED)
-    assert told.work and numbers(told)["diverged"] is True
-    free = dataclasses.replace(told, status="ok", work=dataclasses.replace(told.work, diverged_at=None, engine="eager", engine_reason=None))
+    output = results.read(DIVERGED)
+    assert output.work and numbers(output)["diverged"] is True
+    free = dataclasses.replace(output, status="ok", work=dataclasses.replace(output.work, diverged_at=None, engine="eager", engine_reason=None))
     assert free.notes and numbers(free)["diverged"] is False
 
 

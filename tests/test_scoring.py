@@ -108,10 +108,10 @@ def test_only_the_chosen_positions_reach_the_output_layer_and_the_hook_is_taken_
     head, shapes = model.get_output_embeddings(), []
     watch = head.register_forward_hook(lambda *args: shapes.append(tuple(args[2].shape)))
     with torch.no_grad():
-        found, full = logits_at(model, ids, rows, cols), model(input_ids=ids).logits[:, -7:]
+        actual, full = logits_at(model, ids, rows, cols), model(input_ids=ids).logits[:, -7:]
     watch.remove()
-    assert shapes[0][0] == 3 and found.shape == (3, full.shape[-1]) and found.dtype == torch.float32
-    torch.testing.assert_close(found, full[rows, cols], atol=1e-5, rtol=0)
+    assert shapes[0][0] == 3 and actual.shape == (3, full.shape[-1]) and actual.dtype == torch.float32
+    torch.testing.assert_close(actual, full[rows, cols], atol=1e-5, rtol=0)
     with pytest.raises(IndexError):
         logits_at(model, ids, rows, cols + 100)
     assert not head._forward_pre_hooks
@@ -173,11 +173,11 @@ def test_batch_size_does_not_change_predictions(model, tokenizer, kind):
 
 
 def test_the_scores_of_a_prediction_are_those_of_its_text(base, tokenizer):
-    (found,) = scorer(base, tokenizer, task()).predict(ROWS[2:3])
+    (actual,) = scorer(base, tokenizer, task()).predict(ROWS[2:3])
     ids = tokenizer(ROWS[2]["prompt"])["input_ids"]
-    for choice, value in found["scores"].items():
+    for choice, value in actual["scores"].items():
         assert value == pytest.approx(naive(base, ids, tokenizer(" " + choice)["input_ids"]), abs=1e-5)
-    assert found["prediction"] == max(found["scores"], key=found["scores"].get)
+    assert actual["prediction"] == max(actual["scores"], key=actual["scores"].get)
 
 
 def test_the_technique_words_the_prompt(base, tokenizer):
@@ -244,23 +244,23 @@ def chosen(pairs: list[tuple[str, str]], labels: str = "abc") -> list[dict]:
     ("hits", "rows", "low", "high"), [(8, 10, 0.490, 0.943), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (150, 200, 0.686, 0.805)]
 )
 def test_wilsons_interval(hits, rows, low, high):
-    found = score(chosen([("a", "a" if i < hits else "b") for i in range(rows)]), task())
-    assert (found.rows, found.accuracy) == (rows, pytest.approx(hits / rows))
-    assert (found.accuracy_low, found.accuracy_high) == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4))
+    actual = score(chosen([("a", "a" if i < hits else "b") for i in range(rows)]), task())
+    assert (actual.rows, actual.accuracy) == (rows, pytest.approx(hits / rows))
+    assert (actual.accuracy_low, actual.accuracy_high) == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4))
 
 
 def test_macro_f1_is_the_mean_over_classes():
     # a: 2 of 3 found, nothing else called a -> F1 0.8; b: 1 of 1, called twice -> 2/3; c: never right, never called -> 0
-    found = score(chosen([("a", "a"), ("a", "a"), ("a", "b"), ("b", "b")]), task())
-    assert found.macro_f1 == pytest.approx((0.8 + 2 / 3 + 0) / 3)
-    assert found.accuracy == 0.75 and found.nll == pytest.approx(1.0) and found.unanswered == 0
-    assert headline(found, "macro_f1") == found.macro_f1 and headline(found, "accuracy") == 0.75
+    actual = score(chosen([("a", "a"), ("a", "a"), ("a", "b"), ("b", "b")]), task())
+    assert actual.macro_f1 == pytest.approx((0.8 + 2 / 3 + 0) / 3)
+    assert actual.accuracy == 0.75 and actual.nll == pytest.approx(1.0) and actual.unanswered == 0
+    assert headline(actual, "macro_f1") == actual.macro_f1 and headline(actual, "accuracy") == 0.75
 
 
 def test_macro_f1_is_null_where_the_choices_differ_by_row():
-    found = score([*chosen([("a", "a")]), *chosen([("x", "y")], "xyz")], task())
-    assert found.macro_f1 is None and found.accuracy == 0.5
-    assert headline(found, "macro_f1") == 0.5
+    actual = score([*chosen([("a", "a")]), *chosen([("x", "y")], "xyz")], task())
+    assert actual.macro_f1 is None and actual.accuracy == 0.5
+    assert headline(actual, "macro_f1") == 0.5
 
 
 def written(pairs: list[tuple[str, str | None, str]]) -> list[dict]:
@@ -271,15 +271,15 @@ def written(pairs: list[tuple[str, str | None, str]]) -> list[dict]:
 
 
 def test_generated_answers_count_as_wrong_where_there_is_none():
-    found = score(written([("7", "7.0", "7.0"), ("7", None, ""), ("8", "9", "9"), ("10", "10", "10")]), task(scoring="generate"))
-    assert (found.accuracy, found.unanswered, found.nll, found.macro_f1, found.rouge_l) == (0.5, 1, None, None, None)
+    actual = score(written([("7", "7.0", "7.0"), ("7", None, ""), ("8", "9", "9"), ("10", "10", "10")]), task(scoring="generate"))
+    assert (actual.accuracy, actual.unanswered, actual.nll, actual.macro_f1, actual.rouge_l) == (0.5, 1, None, None, None)
 
 
 def test_rouge_l_of_known_texts():
     pairs = [("the cat sat", "the cat", "the cat"), ("a dog", None, "")]
-    found = score(written(pairs), task(scoring="generate", metric="rouge_l"))
-    assert found.rouge_l == pytest.approx((2 * (2 / 2) * (2 / 3) / (1 + 2 / 3) + 0) / 2)
-    assert headline(found, "rouge_l") == found.rouge_l
+    actual = score(written(pairs), task(scoring="generate", metric="rouge_l"))
+    assert actual.rouge_l == pytest.approx((2 * (2 / 2) * (2 / 3) / (1 + 2 / 3) + 0) / 2)
+    assert headline(actual, "rouge_l") == actual.rouge_l
 
 
 def test_a_teachers_answers_have_no_scores_and_no_output():
@@ -287,7 +287,7 @@ def test_a_teachers_answers_have_no_scores_and_no_output():
         {"id": "0", "answer": "positive", "prediction": "Positive", "correct": True},
         {"id": "1", "answer": "negative", "prediction": "", "correct": False},
     ]
-    found = score(answers, task())
-    assert (found.accuracy, found.macro_f1, found.nll) == (0.5, None, None)
-    assert found.accuracy_low < 0.5 < found.accuracy_high
+    actual = score(answers, task())
+    assert (actual.accuracy, actual.macro_f1, actual.nll) == (0.5, None, None)
+    assert actual.accuracy_low < 0.5 < actual.accuracy_high
     assert score(answers, task(scoring="generate", metric="rouge_l")).rouge_l == pytest.approx(0.5)

@@ -295,16 +295,16 @@ def test_a_teacher_behind_a_server_from_end_to_end(server, tmp_path, capsys, cap
     ]
     manifest = read_json(folder / "manifest.json")
     assert manifest["unparsable"] == 3 and manifest["accuracy"]["test"] == 0.3333 and manifest["seconds"] > 0
-    told = manifest["writer"]
-    assert (told["server"], told["model"], told["answers"], told["prompt_tokens"], told["price"]) == (server.url, "m", 9, 90, pytest.approx(180e-6))
+    output = manifest["writer"]
+    assert (output["server"], output["model"], output["answers"], output["prompt_tokens"], output["price"]) == (server.url, "m", 9, 90, pytest.approx(180e-6))
     assert [{"role": "user", "content": "Options: negative, positive.\nReview: a good film (train)"}] in [one["messages"] for one in server.asked]
     before = (folder / "manifest.json").read_bytes()
     assert rationales.main(command) == 0 and len(server.asked) == 9
     assert (folder / "manifest.json").read_bytes() == before, "what is kept from before costs what it cost"
     said = capsys.readouterr()
     assert "0 of 9 texts written now" in said.out and "3 of 9 rows without an answer" in said.out
-    for held in (everything(tmp_path).decode(), said.out, said.err, caplog.text, repr(writer(server, tmp_path))):
-        assert KEY not in held
+    for stored in (everything(tmp_path).decode(), said.out, said.err, caplog.text, repr(writer(server, tmp_path))):
+        assert KEY not in stored
 
 
 @pytest.mark.slow

@@ -71,8 +71,8 @@ def test_requests_of_many_customers_get_each_ones_own_answers(home, tiny, tmp_pa
         alone = own(home, shared[i % len(shared)])[answer["row"]]
         assert answer["answer"] == alone["prediction"]
         assert answer["scores"] == pytest.approx(alone["scores"], abs=2e-5)
-    told = capsys.readouterr().err
-    assert "in one batch of 5 artefacts" in told and "prompt_tuning cannot share a batch" in told and "ia3 cannot share a batch" in told
+    output = capsys.readouterr().err
+    assert "in one batch of 5 artefacts" in output and "prompt_tuning cannot share a batch" in output and "ia3 cannot share a batch" in output
 
 
 def test_the_artefacts_differ(home):
@@ -161,6 +161,20 @@ def test_a_request_that_cannot_be_answered_says_why(home, tmp_path, capsys, requ
     assert re.search(said, capsys.readouterr().err)
 
 
+def test_an_artefact_of_pickled_weights_is_refused(home, tmp_path, capsys):
+    import shutil
+
+    import torch
+
+    shutil.copytree(home[1] / named("lora"), tmp_path / "scratch" / named("lora"))
+    artefact = tmp_path / "scratch" / named("lora") / "artefact"
+    (artefact / "adapter_model.safetensors").unlink()
+    torch.save({"a": Path("x")}, artefact / "adapter_model.bin")
+    write_jsonl(tmp_path / "requests.jsonl", [{"adapter": named("lora"), "prompt": "x"}])
+    assert serve.main([*home[0], f"paths.results={tmp_path}", f"requests={tmp_path}/requests.jsonl"]) == 2
+    assert f"{artefact} has pickle weights only (adapter_model.bin), which can run code and no cell writes" in capsys.readouterr().err
+
+
 def test_without_requests_it_says_what_to_add(home, tmp_path, capsys):
     assert serve.main(home[0]) == 2
     assert "add requests=" in capsys.readouterr().err
@@ -232,14 +246,14 @@ def test_a_folder_that_is_no_export_is_not_overwritten(home, tmp_path, capsys):
 def test_what_many_adapters_cost(home, tmp_path, technique, mixed):
     more = ["train_rows=32", "train.steps=1", "train.validations=0", "evaluate.latency_rows=3", "evaluate.adapters=[1,4]", "evaluate.test_rows=8"]
     result = cell_run.run(compose([*home[0], f"technique={technique}", *more]), folder=tmp_path / technique)
-    found = read(tmp_path / technique).inference
-    assert found == result.inference and found.request_peak_bytes > 0
-    assert found.adapters_mixed is mixed
+    actual = read(tmp_path / technique).inference
+    assert actual == result.inference and actual.request_peak_bytes > 0
+    assert actual.adapters_mixed is mixed
     if mixed is None:
-        assert found.adapters is found.one_adapter is None
+        assert actual.adapters is actual.one_adapter is None
     else:
-        assert list(found.adapters) == list(found.one_adapter) == ["1", "4"] and min([*found.adapters.values(), *found.one_adapter.values()]) > 0
-    assert (found.merged_latency_s is not None) == (found.merged_request_peak_bytes is not None) == (technique == "lora")
+        assert list(actual.adapters) == list(actual.one_adapter) == ["1", "4"] and min([*actual.adapters.values(), *actual.one_adapter.values()]) > 0
+    assert (actual.merged_latency_s is not None) == (actual.merged_request_peak_bytes is not None) == (technique == "lora")
 
 
 @pytest.mark.slow

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import typing
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.compose import compose, plain
 from pipeline.core.files import UserError
+from pipeline.core.schema import checked
 from pipeline.core.settings import Evaluate, Precision, Settings, Task, Train, build, read
 
 TRAIN = {"lr": 0.1, "epochs": 1, "batch_size": 4, "micro_batch_tokens": 64}
@@ -76,7 +78,7 @@ def test_an_override_by_a_key_s_old_name_is_refused():
     ("train.optimizer=adam", r"'train\.optimizer' is 'adam'; choose one of adamw, paged_adamw"),
     ("train.schedule=cosinus", r"'train\.schedule' is 'cosinus'; choose one of cosine, linear, constant"),
     ("train.too_long=cut", r"'train\.too_long' is 'cut'; choose one of error, truncate"),
-    ("train.progress=1", r"'train\.progress' is 1; it takes bool"),
+    ("train.progress=1", r"'train\.progress' is 1; it takes true or false"),
     ("train.warmup_share=1.5", r"'train\.warmup_share' is 1\.5"),
     ("train.max_grad_norm=0", r"'train\.max_grad_norm' is 0"),
     ("train.weight_decay=-1", r"'train\.weight_decay' is -1"),
@@ -151,3 +153,50 @@ def test_quantised_precision_keeps_double_quantisation_on_by_default():
 
 def test_keys_of_a_task_that_only_prepare_reads_are_passed_over(composed):
     assert not hasattr(read(composed).task, "source")
+
+
+@pytest.mark.parametrize(("override", "sentence"), [
+    ("memory_limit_gb=0", r"'memory_limit_gb' is 0\.0; it must be above 0"),
+    ("start={a: 1}", r"'start' is \{'a': 1\}; it takes str or null"),
+    ("start=5", "'start' is 5; it takes str or null"),
+    ("start=''", "'start' is ''; write what it is, or null"),
+    ("tracking.enabled=perhaps", "'tracking.enabled' is 'perhaps'; it takes true or false"),
+    ("forecast.gpu_memory_gb=.nan", "'forecast.gpu_memory_gb' is nan; it takes a finite number"),
+    ("forecast.length=0", "'forecast.length' is 0; it must be at least 1"),
+    ("forecast.calibrate=1", "'forecast.calibrate' is 1; it takes true or false"),
+    ("report.target=x", "'report.target' is 'x'; it takes float or null"),
+    ("report.seeds=[]", r"'report.seeds' is \[\]; write what it is, or null"),
+    ("tune.trials=0", "'tune.trials' is 0; it must be at least 1"),
+    ("tune.executor=x", "'tune.executor' is 'x'; choose one of auto, packed, sequential"),
+    ("split=[test]", "'split' is ..test..; it takes str"),
+    ("task.transfer=[../news]", "'task.transfer' is '../news', which cannot name a folder"),
+    (f"train.steps={10**20}", f"'train.steps' is {10**20}; it must be at least 0, at most"),
+])
+def test_a_value_outside_the_groups_of_a_cell_is_checked_for_every_command(composed, override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read(changed(composed, override))
+
+
+@pytest.mark.parametrize(("value", "hint", "sentence"), [
+    ("a\0b", str, "which holds a NUL character; take it out"),
+    ("\udcff", str | None, "which holds half of a surrogate pair, which is no character"),
+    ({"train": 5}, str | dict[str, str], r"'k\.train' is 5; it takes str"),
+    ([1], list[str], r"'k\[0\]' is 1; it takes str"),
+    ([1, 2, 3], tuple[int, int], r"is \[1, 2, 3\]; it takes 2 values"),
+    (float("nan"), typing.Any, "it takes a finite number"),
+    ("many", typing.Optional[typing.Union[int, str]], None),  # noqa: UP007, UP045 (as libraries write it)
+    ([[0, 1]], list[tuple[int, int]] | None, None),
+])
+def test_a_value_is_held_against_its_type_at_every_depth(value, hint, sentence):
+    if sentence is None:
+        assert checked(value, hint, "k") is not None
+        return
+    with pytest.raises(UserError, match=sentence):
+        checked(value, hint, "k")
+
+
+@pytest.mark.parametrize("override", ["sweep.confirm=.inf", "teacher.batch_size=.nan", "report.seeds=[.inf]", "x.y=-.inf"])
+def test_a_number_that_no_file_can_hold_is_refused_wherever_it_stands(composed, override):
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=rf"config key '{key}(\.0)?' is (-?inf|nan); it takes a finite number"):
+        plain(changed(composed, override))

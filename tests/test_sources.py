@@ -37,6 +37,31 @@ def test_csv_cells_stay_text(tmp_path):
     assert read_table(path) == ROWS
 
 
+@pytest.mark.parametrize(("line", "reason"), [
+    ("[" * 100_000, "is not JSON .nested too deeply"), ('{"text": "q \\ud800"}', "is not JSON .it holds half of a surrogate pair"),
+    ('{"text": "a", "text": "b"}', "is not JSON .it has the key 'text' twice"), ('{"o": {"a": 1, "a": 2}}', "is not JSON .it has the key 'a' twice"),
+    ('{"n": ' + "9" * 5000 + "}", "is not JSON .Exceeds the limit"),
+], ids=["deep", "surrogate", "key", "key inside", "digits"])
+def test_a_line_of_json_that_cannot_be_meant(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n' + line + "\n")
+    with pytest.raises(UserError, match=f"a.jsonl line 2 {reason}"):
+        read_table(tmp_path / "a.jsonl")
+
+
+def test_a_byte_order_mark_costs_no_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    assert read_table(tmp_path / "a.jsonl") == [{"text": "a"}, {"text": "b"}]
+
+
+def test_files_without_rows_and_web_pages_are_named(tmp_path):
+    for name, text, reason in (("a.csv", "", "a.csv holds no rows"), ("b.csv", "text,label\n", "b.csv holds no rows"),
+                               ("c.jsonl", "\n", "c.jsonl holds no rows"),
+                               ("d.csv", "\n<!DOCTYPE html>\n<html>", "d.csv is a web page, no table"), ("e.parquet", "<html>", "e.parquet is a web page")):
+        write_csv(tmp_path / name, text)
+        with pytest.raises(UserError, match=reason):
+            Files(str(tmp_path / name)).read(tmp_path)
+
+
 def test_tabs_are_read_without_quoting(tmp_path):
     path = write_csv(tmp_path / "a.txt", '1\t0.5\tan "open quote\r\n2\t-1\tx')
     rows = [{"id": "1", "mean": "0.5", "text": 'an "open quote'}, {"id": "2", "mean": "-1", "text": "x"}]

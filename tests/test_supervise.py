@@ -148,6 +148,9 @@ def test_a_cell_beyond_the_memory_limit_is_a_row_keyed_with_the_hardware(overrid
     assert sorted(p.name for p in folder.iterdir()) == ["artefact", "history.csv", "predictions.jsonl", "result.json"]
     assert (folder / "predictions.jsonl").read_text() == ""
     assert grid.is_done(cfg), "on this hardware it is done"
+    raw = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(raw | {"hardware": raw["hardware"] | {"threads": 64}}))
+    assert grid.is_done(cfg), "threads decide no memory"
     bigger(folder / "result.json")
     assert not grid.is_done(cfg), "on other hardware it runs again"
 

@@ -160,7 +160,7 @@ def test_killed_at_trial_4_of_6_it_goes_on_and_tries_the_dead_rank_again(words, 
         from pipeline import sweep
         from pipeline.cell import inputs
         from pipeline.cell import identity as cell_identity
-from pipeline.cell import run as cell_run
+        from pipeline.cell import run as cell_run
         from pipeline.search import trials as search_trials
         from pipeline.cell import child as supervise
 
@@ -416,7 +416,7 @@ def test_a_full_disk_does_not_tell_to_delete_the_study(words, small_disk, capsys
         (["+sweep.space={train.lr: {lo: 1}}"], "unknown config key 'sweep.space.train.lr.lo', did you mean 'low'?"),
         (["sweep=rank_alpha_lr", "sweep.space={train.lr: {low: 1, high: 0.1}}"], "low <= high"),
         (["sweep=rank_alpha_lr", "sweep.n_trials=null"], "sweep.n_trials is null"),
-        (["sweep.n_trials=0"], "sweep.n_trials is 0"),
+        (["sweep.n_trials=0"], "sweep.n_trials' is 0"),
         (["sweep.sampler=grid"], "choose one of brute_force, tpe"),
         (["sweep.objectives=[latency]"], "choose [validation] or [validation, peak_memory]"),
         (["sweep.space={method.config.lora_alpha: {of: train.lr}}"], "which sweep.space does not search; it has method.config.r"),

@@ -145,9 +145,9 @@ def test_tpe_asks_while_others_run_and_the_pruner_is_told(words, tmp_path):
 
 @pytest.mark.parametrize(("more", "message"), [
     (["sweep.executor=parallel"], "choose one of auto, packed, sequential"),
-    (["sweep.slots=0"], "sweep.slots is 0"),
+    (["sweep.slots=0"], "sweep.slots' is 0"),
     (["sweep=rank_memory", "sweep.executor=packed"], "cannot measure peak_memory"),
-    (["sweep.pruner=best"], "choose null or one of median"),
+    (["sweep.pruner=best"], "choose one of median"),
     (["sweep.pruner=median", "sweep.executor=sequential"], "sweep.pruner needs packed trials"),
     (["sweep.pruner=median", "sweep.executor=auto"], "sweep.pruner needs packed trials, but there is no GPU here"),
     (["method.config.use_dora=true"], "sweep.executor=packed, but LoRA with use_dora has no hand-written step; choose auto or sequential"),
@@ -168,6 +168,6 @@ def test_auto_without_a_gpu_is_sequential_and_says_why(words):
 
 def test_the_covers_hold_every_extreme(words):
     cfg = compose([*words, "sweep=rank_alpha_lr", "+sweep.space={train.batch_size: {times: 4, of: method.config.r}}"])
-    found = read_space(cfg).space.covers()
-    assert max(at(cfg, p).method.config.r for p in found) == 32 and max(at(cfg, p).train.batch_size for p in found) == 128
-    assert {p["train.lr"] for p in found if "train.lr" in p} == {1e-4, 1e-2}
+    actual = read_space(cfg).space.covers()
+    assert max(at(cfg, p).method.config.r for p in actual) == 32 and max(at(cfg, p).train.batch_size for p in actual) == 128
+    assert {p["train.lr"] for p in actual if "train.lr" in p} == {1e-4, 1e-2}

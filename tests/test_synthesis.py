@@ -13,10 +13,9 @@ from pipeline.core.compose import CONF
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.data.near import Near, own_nearness, rouge_l
-from pipeline.teachers.synthetic.filter import Filter, near_texts
 from pipeline.teachers.synthetic.rows import Synthesis
 from pipeline.teachers.synthetic.taxonomy import Leaf, SeedExample
-from pipeline.teachers.synthetic.writing import Writing, branches, check_words
+from pipeline.teachers.synthetic.writing import Filter, Writing, branches, check_words, near_texts
 
 # duplicates
 
@@ -25,10 +24,10 @@ def test_near_finds_what_scoring_every_pair_finds():
     assert rouge_l("a b c d", "A, b; x d!") == pytest.approx(0.75) and rouge_l("да нет", "Да, нет") == 1
     rng = random.Random(0)
     texts = [" ".join(rng.choices(list("abcdef"), k=rng.randint(2, 8))) for _ in range(80)]
-    held, asked = near_texts(texts[:40], 0.7), texts[40:]
+    stored, asked = near_texts(texts[:40], 0.7), texts[40:]
     expected = [any(rouge_l(one, text) >= 0.7 for one in texts[:40]) for text in asked]
-    assert [held.near(text) for text in asked] == expected and 0 < sum(expected) < 40
-    assert held.holds(texts[0].upper() + "!") and not held.holds("z") and not Near(0.7).near("z")
+    assert [stored.near(text) for text in asked] == expected and 0 < sum(expected) < 40
+    assert stored.holds(texts[0].upper() + "!") and not stored.holds("z") and not Near(0.7).near("z")
 
 
 # the filter

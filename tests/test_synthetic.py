@@ -49,8 +49,8 @@ def test_the_share_is_of_the_training_rows():
 
 def test_rows_are_drawn_with_the_seed_answers_in_turn():
     rows = made_rows("aaaaaaaabb")
-    found = draw(rows, 4, 0)
-    assert Counter(r["answer"] for r in found) == {"a": 2, "b": 2} and draw(rows, 7, 0)[:4] == found
+    actual = draw(rows, 4, 0)
+    assert Counter(r["answer"] for r in actual) == {"a": 2, "b": 2} and draw(rows, 7, 0)[:4] == actual
     assert len({tuple(r["id"] for r in draw(rows, 4, seed)) for seed in range(6)}) > 1
     assert sorted(r["id"] for r in draw(rows, 10, 3)) == sorted(r["id"] for r in rows)
 
@@ -81,16 +81,16 @@ def test_what_a_cell_takes_and_what_it_refuses(made, tiny):
 
     refused("rows.jsonl does not exist; run: python -m pipeline.synthesize task=vader_movies synthetic=labels")
     write_set(folder, tiny, made_rows("abababab"))
-    found, told = synthetic.extra(cfg, labelled)
-    assert len(found) == 8 and told == Synthetic("labels", 8, 0.5, "local:x", 2.5)
+    actual, output = synthetic.extra(cfg, labelled)
+    assert len(actual) == 8 and output == Synthetic("labels", 8, 0.5, "local:x", 2.5)
     refused("share=0.6 of 8 labelled rows asks for 12 synthetic ones, but .* has 8; .* set synthetic.share=0.5 at most", labelled, "synthetic.share=0.6")
     refused("written from labelled rows that this cell does not have \\(first: train-0\\); .* train_rows=3", labelled[1:4])
     refused("has no rows for seed 1, only for 0; .*row_seeds=\\[…,1\\]", labelled, "seed=1")
     write_set(folder, tiny, made_rows("ab"), data_sha256="other")
     refused("was written for other data")
     write_set(folder, tiny, made_rows("abababab", set="all", seeds=[]), sets={"all": {"rows": 8, "seconds": None, "examples_beside": 5}})
-    found, told = synthetic.extra(compose([*overrides, "seed=4"]), labelled)
-    assert len(found) == 8 and told.examples == 5 and told.seconds is None, "a taxonomy's rows are there for every seed"
+    actual, output = synthetic.extra(compose([*overrides, "seed=4"]), labelled)
+    assert len(actual) == 8 and output.examples == 5 and output.seconds is None, "a taxonomy's rows are there for every seed"
 
 
 def test_a_cell_knows_what_decides_it(made, tiny):
@@ -153,12 +153,12 @@ class Stub:
 
     def write(self, prompts, *, seed=0):
         self.spent.seconds += 1
-        found = []
+        actual = []
         for i, prompt in enumerate(prompts):
             rng = random.Random(f"{seed}/{i}")
             words = rng.choices(WORDS, k=5)
-            found.append(" ".join([*words, rng.choice(GOOD if prompt[-1]["content"].endswith("positive") else BAD)]))
-        return found
+            actual.append(" ".join([*words, rng.choice(GOOD if prompt[-1]["content"].endswith("positive") else BAD)]))
+        return actual
 
 
 @pytest.fixture

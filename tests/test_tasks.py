@@ -26,9 +26,9 @@ def test_a_row_has_prompt_answer_choices_and_all_source_columns():
 
 def test_columns_rename_and_reach_into_nested_ones():
     made = recipe(columns={"text": "review", "options": "choices.text"}, choices="options", answer={"column": "key", "of": "options"})
-    found = row(made, review="x", choices={"text": ["bad", "good", "bad"]}, key="B")
-    assert (found["prompt"], found["answer"], found["choices"]) == ("Review: x\nSentiment:", "good", ["bad", "good"])
-    assert found["fields"] == {"choices": {"text": ["bad", "good", "bad"]}, "key": "B", "text": "x", "options": ["bad", "good", "bad"]}
+    actual = row(made, review="x", choices={"text": ["bad", "good", "bad"]}, key="B")
+    assert (actual["prompt"], actual["answer"], actual["choices"]) == ("Review: x\nSentiment:", "good", ["bad", "good"])
+    assert actual["fields"] == {"choices": {"text": ["bad", "good", "bad"]}, "key": "B", "text": "x", "options": ["bad", "good", "bad"]}
 
 
 @pytest.mark.parametrize(("value", "text"), [(None, ""), (42.0, "42"), (2.5, "2.5"), (" a ", "a"), (["a", 1.0], "a, 1"), (-3.0, "-3")])
@@ -39,8 +39,8 @@ def test_values_as_text(value, text):
 @pytest.mark.parametrize(("stars", "word"), [("-4", "bad"), (-0.5, "bad"), ("0", None), (0.5, "good"), ("3.9", "good")])
 def test_bins_include_both_ends_and_leave_the_rest_out(stars, word):
     made = recipe(answer={"column": "stars", "bins": {"bad": [None, -0.5], "good": [0.5, None]}}, choices=...)
-    found = row(made, text="x", stars=stars)
-    assert (found and found["answer"]) == word
+    actual = row(made, text="x", stars=stars)
+    assert (actual and actual["answer"]) == word
     assert made.choice_list == ["bad", "good"]
 
 
@@ -52,8 +52,8 @@ def test_the_first_bin_that_fits_counts():
 @pytest.mark.parametrize(("value", "word"), [(0, "bad"), ("0", "bad"), (0.0, "bad"), (1, "good"), (2, None)])
 def test_labels_match_by_their_text_and_null_leaves_out(value, word):
     made = recipe(answer={"column": "l", "labels": {0: "bad", 1: "good", 2: None}}, choices=...)
-    found = row(made, text="x", l=value)
-    assert (found and found["answer"]) == word
+    actual = row(made, text="x", l=value)
+    assert (actual and actual["answer"]) == word
 
 
 @pytest.mark.parametrize(("key", "word"), [("A", "x"), ("c", "z"), (1, "y"), ("2", "z")])
@@ -64,8 +64,8 @@ def test_an_element_by_letter_or_number(key, word):
 @pytest.mark.parametrize(("value", "text"), [("145.0", "145"), (450.0, "450"), ("1,234", "1234"), (2.5, "2.5")])
 def test_numbers_are_plain(value, text):
     made = recipe(scoring="generate", answer={"column": "n", "number": True})
-    found = row(made, text="x", n=value)
-    assert (found["answer"], found["choices"]) == (text, None)
+    actual = row(made, text="x", n=value)
+    assert (actual["answer"], actual["choices"]) == (text, None)
 
 
 def test_an_empty_input_leaves_no_blank_lines():
@@ -79,8 +79,8 @@ def test_double_braces_are_text():
 
 
 def test_fields_hold_what_json_can_hold():
-    found = row(recipe(), text="x", label="good", score=float("nan"), when={1: (b"a",)})
-    assert found["fields"]["score"] is None and found["fields"]["when"] == {"1": ["b'a'"]}
+    actual = row(recipe(), text="x", label="good", score=float("nan"), when={1: (b"a",)})
+    assert actual["fields"]["score"] is None and actual["fields"]["when"] == {"1": ["b'a'"]}
 
 
 @pytest.mark.parametrize(("keys", "fields", "message"), [

@@ -12,7 +12,7 @@ from pipeline.core.compose import build, compose
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import Precision
 from pipeline.models.base import load_model, load_tokenizer, parameters
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -187,10 +187,10 @@ def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, 
     cfg = compose([*overrides, f"technique={name}", *settings])
     result = cell_run.run(cfg, folder=tmp_path / "cell")
     assert result.test.accuracy >= 0.95, result.history[-3:]
-    held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    found, score = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
-    assert [p["prediction"] for p in found] == [p["prediction"] for p in held]
-    for one, other in zip(found, held, strict=True):
+    stored = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    actual, score = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
+    assert [p["prediction"] for p in actual] == [p["prediction"] for p in stored]
+    for one, other in zip(actual, stored, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
 
 
@@ -200,8 +200,8 @@ def test_a_head_over_random_features_learns_what_they_show(overrides, tmp_path):
     cfg = compose([*overrides, "technique=head_only", "train.lr=0.1", "train.epochs=20", "train.batch_size=8", "train.validations=2"])
     result = cell_run.run(cfg, folder=tmp_path / "cell")
     assert result.test.accuracy_low > 0.5
-    found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
-    assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    actual, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
+    assert actual == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
 
 
 @pytest.mark.parametrize("name", ["zero_shot_int8", "zero_shot_nf4"])
@@ -235,8 +235,8 @@ def test_merged_and_attached_agree(load, name):
 def test_in_bf16_too_the_artefact_answers_to_the_digit(overrides, tmp_path, name):
     cfg = compose([*overrides, f"technique={name}", "precision=bf16", "train.lr=1e-2", "train.steps=6", "train.validations=1"])
     cell_run.run(cfg, folder=tmp_path / "cell")
-    held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    for one, other in zip(evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0], held, strict=True):
+    stored = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    for one, other in zip(evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0], stored, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-6)
 
 

@@ -21,16 +21,16 @@ def test_adalora_ends_at_its_budget_of_ranks(overrides, tmp_path):
     cfg = compose([*overrides, "technique=adalora", "train.lr=3e-2", "train.epochs=6", "train.batch_size=8", "train.validations=0"])
     cell_run.run(cfg, folder=tmp_path / "cell")
     ranks = read_json(tmp_path / "cell" / "artefact" / "adapter_config.json")["rank_pattern"]
-    counts = [sum(kept) for kept in ranks.values()]
+    counts = [sum(saved) for saved in ranks.values()]
     assert len(counts) == MODULES and sum(counts) == 8 * MODULES and len(set(counts)) > 1
-    assert all(len(kept) == 12 for kept in ranks.values())
+    assert all(len(saved) == 12 for saved in ranks.values())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_adalora_of_few_steps_still_comes_to_its_budget(overrides, tmp_path, steps):
     cell_run.run(compose([*overrides, "technique=adalora", f"train.steps={steps}", "train.validations=0"]), folder=tmp_path / "cell")
     ranks = read_json(tmp_path / "cell" / "artefact" / "adapter_config.json")["rank_pattern"]
-    assert sum(sum(kept) for kept in ranks.values()) <= 8 * MODULES
+    assert sum(sum(saved) for saved in ranks.values()) <= 8 * MODULES
 
 
 @pytest.mark.slow

@@ -61,6 +61,21 @@ def test_no_soft_prompt_can_be_merged(name):
         ("bitfit", [], "LlamaForCausalLM has no bias parameters, so BitFit has nothing to train; set method.add_biases=true"),
         ("top_layers", ["method.top_layers=3"], "method.top_layers=3, but the model has 2 layers; lower it"),
         ("loha", ["method.config.target_modules=[c_attn]"], "this adapter does not fit the model: .*c_attn"),
+        ("lora", ["method.config.target_modules=[q_proj,nonsense]"], "target_modules names nonsense, which it does not have; there are: down_proj"),
+        ("lora", ["+method.config.modules_to_save=[lm_head,nonsense]"], "method.config.modules_to_save names nonsense"),
+        ("lora", ["+method.config.exclude_modules=[nonsense]"], "method.config.exclude_modules names nonsense"),
+        ("lora", ["+method.config.target_parameters=[nonsense]"], "method.config.target_parameters names nonsense"),
+        ("ia3", ["method.config.feedforward_modules=[nonsense]"], "method.config.feedforward_modules names nonsense"),
+        ("lora", ["method.config.r=65"], "method.config.r is 65; the layers that it names have a rank of at most 64; lower it"),
+        ("lora", ["method.config.r=100000"], "method.config.r is 100000; the layers"),
+        ("lora", ["method.config.target_modules=[k_proj]", "method.config.r=33"], "have a rank of at most 32"),
+        ("lora", ["+method.config.rank_pattern={q_proj:100000}"], "method.config.rank_pattern.q_proj is 100000; the layers"),
+        ("loha", ["method.config.r=100000"], "method.config.r is 100000; the layers"),
+        ("adalora", ["method.config.init_r=100000"], "method.config.init_r is 100000; the layers"),
+        ("prompt_tuning", ["method.config.num_virtual_tokens=256"], "num_virtual_tokens is 256, but the model's context is 256 tokens; lower it"),
+        ("prefix_tuning", ["method.config.num_virtual_tokens=100000"], "num_virtual_tokens is 100000, but the model's context"),
+        ("lora", ["+method.config.layer_replication=[[0,99]]"], "this adapter does not fit the model: "),
+        ("lora", ["+method.config.trainable_token_indices=[99999]"], "this adapter does not fit the model: "),
     ],
 )
 def test_a_model_that_a_technique_cannot_apply_to_is_told(load, name, overrides, message):
@@ -79,12 +94,40 @@ def test_a_model_that_a_technique_cannot_apply_to_is_told(load, name, overrides,
         ("lora_plus", "method.lr_ratio=0.5", "method.lr_ratio is 0.5; LoRA"),
         ("retrieval", "method.by=tfidf", "method.by is 'tfidf'; choose bm25 or embedding"),
         ("retrieval", "method.k=0", "method.k is 0; it must be a whole number of at least 1"),
+        *(("lora", f"method.config.lora_{key}", sentence) for key, sentence in (
+            ("alpha=0", "lora_alpha is 0, by which the adapter is scaled; it must be above 0"), ("alpha=-16", "lora_alpha is -16, by which"),
+            ("alpha=true", "lora_alpha' is True; it takes int"), ("alpha=nan", "lora_alpha' is nan; it takes"),
+            ("dropout=-1", "lora_dropout is -1; it is a share from 0, below 1"), ("dropout=1", "lora_dropout is 1; it is a share"),
+            ("dropout=true", "lora_dropout' is True; it takes float"), ("dropout=nan", "lora_dropout' is nan; it takes a finite number"),
+        )),
+        ("lora", "method.config.target_modules='('", r"method.config.target_modules is '\(', no regular expression"),
+        ("lora", "+method.config.exclude_modules='('", r"method.config.exclude_modules is '\(', no regular expression"),
+        ("lora", "method.config.target_modules=5", "'method.config.target_modules' is 5; it takes"),
+        ("lora", "+method.config.modules_to_save=lm_head", "'method.config.modules_to_save' is 'lm_head'; it takes list or null"),
+        ("lora", "+method.config.rank_pattern=5", "'method.config.rank_pattern' is 5; it takes dict or null"),
+        ("lora", "+method.config.inference_mode=true", "inference_mode is True, with which nothing would be trained"),
+        ("lora", "+method.config.alora_invocation_tokens=[1]", "alora_invocation_tokens starts the adapter at tokens that no prompt here has"),
+        ("lora", "+method.config.peft_type=IA3", "method.config.type says which adapter it is; leave out peft_type"),
+        ("lora", "method.config=null", "config group 'method.config' is None; it takes a type and its fields"),
+        ("lora", "method.config=5", "config group 'method.config' is 5; it takes a type and its fields"),
+        ("prompt_tuning_text", "method.config.prompt_tuning_init_text=''", "prompt_tuning_init_text is empty; give words"),
+        ("oft", "method.config.oft_block_size=-1", "oft_block_size is -1; it must be at least 0"),
+        ("lora_plus", "method.lr_ratio=inf", "'method.lr_ratio' is inf; it takes a finite number"),
+        ("few_shot", "method.k=x", "'method.k' is 'x'; it takes int"),
+        ("vera", "method.config.d_initial=nan", "'method.config.d_initial' is nan"),
         ("prompt_choice", "method.templates=[hello]", "method.templates has 'hello'; every template holds {prompt}"),
     ],
 )
 def test_a_bad_value_is_named_before_a_model_is_loaded(name, override, message):
     with pytest.raises(UserError, match=message):
         method(name, override)
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "null", "nonsense"])
+def test_an_adapter_for_another_kind_of_model_is_refused(kind):
+    with pytest.raises(UserError, match="task.type"):
+        method("lora", f"method.config.task_type={kind}").check("fp32")
+    method("lora").check("fp32")
 
 
 def test_an_encoder_decoder_is_told_when_the_model_is_fetched(tiny, tmp_path, capsys):

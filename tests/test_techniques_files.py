@@ -120,22 +120,22 @@ def test_a_folder_runs_and_leaves_peft_s_results(overrides, tmp_path, capsys, im
         *overrides, "experiments=quick", "task=vader_movies", f"paths.peft_results={tmp_path}/peft", "seed=0", "train_rows=32", "evaluate.test_rows=20",
         "train.validations=2", "technique=peft_config", f"technique.path={folder}",
     ])
-    told = capsys.readouterr()
-    assert code == 2 and "passed over: " in told.err and "SGD" in told.err, "one that cannot run stops no other"
+    output = capsys.readouterr()
+    assert code == 2 and "passed over: " in output.err and "SGD" in output.err, "one that cannot run stops no other"
     assert {p.name for p in (tmp_path / "peft").iterdir()} == {"lora--rank4.json", "ia3--default.json"}
-    found = read_json(tmp_path / "peft" / "lora--rank4.json")
-    assert set(found) == {"run_info", "train_info", "meta_info"}
-    assert set(found["run_info"]) == {"created_at", "total_time", "experiment_name", "peft_branch", "train_config", "peft_config", "error_msg"}
-    assert set(found["train_info"]) == {
+    actual = read_json(tmp_path / "peft" / "lora--rank4.json")
+    assert set(actual) == {"run_info", "train_info", "meta_info"}
+    assert set(actual["run_info"]) == {"created_at", "total_time", "experiment_name", "peft_branch", "train_config", "peft_config", "error_msg"}
+    assert set(actual["train_info"]) == {
         "accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th", "train_time", "file_size", "num_trainable_params",
         "num_total_params", "status", "metrics",
     }
-    assert set(found["meta_info"]) == {"model_info", "dataset_info", "package_info", "system_info", "pytorch_info"}
-    assert found["run_info"]["experiment_name"] == "lora/rank4" and found["run_info"]["peft_config"] == read_json(LORA)
-    assert found["run_info"]["train_config"]["max_steps"] == 4 and found["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == 5e-3
-    assert found["train_info"]["status"] == "success" and found["train_info"]["num_trainable_params"] == 2 * 4 * (64 + 64 + 64 + 32)
-    last = found["train_info"]["metrics"][-1]
-    assert 0 <= last["test accuracy"] <= 1 and last["step"] == 4 and "valid accuracy" in found["train_info"]["metrics"][0]
+    assert set(actual["meta_info"]) == {"model_info", "dataset_info", "package_info", "system_info", "pytorch_info"}
+    assert actual["run_info"]["experiment_name"] == "lora/rank4" and actual["run_info"]["peft_config"] == read_json(LORA)
+    assert actual["run_info"]["train_config"]["max_steps"] == 4 and actual["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == 5e-3
+    assert actual["train_info"]["status"] == "success" and actual["train_info"]["num_trainable_params"] == 2 * 4 * (64 + 64 + 64 + 32)
+    last = actual["train_info"]["metrics"][-1]
+    assert 0 <= last["test accuracy"] <= 1 and last["step"] == 4 and "valid accuracy" in actual["train_info"]["metrics"][0]
 
 
 def test_the_report_shows_them_beside_the_grid(tmp_path):
@@ -147,8 +147,8 @@ def test_the_report_shows_them_beside_the_grid(tmp_path):
     bare = Result("quick", "c", "peft_config", "f", "lora", "labels", "fp32", "t", "m", 0, 32, "ok", "trained")
     for name in ("peft_config+lora--rank4-s0-n32", "lora-s0-n32", "vera+x-s0-n32"):
         write(tmp_path / name, replace(bare, cell=name))
-    found, missing = finished.select(tmp_path, {"techniques": ["lora"], "seeds": [0], "train_rows": [32]})
-    assert [c.label for c in found] == ["lora", "peft_config+lora--rank4"] and not missing
+    actual, missing = finished.select(tmp_path, {"techniques": ["lora"], "seeds": [0], "train_rows": [32]})
+    assert [c.label for c in actual] == ["lora", "peft_config+lora--rank4"] and not missing
 
 
 def test_a_path_without_configurations_is_named(tmp_path, capsys):

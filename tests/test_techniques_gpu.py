@@ -9,7 +9,7 @@ from pipeline.cell import run as cell_run
 from pipeline.cell.grid import grid
 from pipeline.core.compose import compose
 from pipeline.core.files import read_jsonl
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 pytestmark = pytest.mark.gpu
 SMALL = {"top_layers": ["method.top_layers=1"], "vera": ["method.config.r=16"], "oft": ["method.config.oft_block_size=16"]}
@@ -24,7 +24,7 @@ def test_a_technique_runs_on_the_gpu_and_its_artefact_answers_alike(overrides, t
             cell_run.run(compose([*mine, "technique=full"]), folder=path.parent)
     result = cell_run.run(cfg, folder=tmp_path / "cell")
     assert result.status == "ok" and len(result.history) == (12 if result.size.trainable else 0)
-    held = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
-    found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
-    for one, other in zip(found, held, strict=True):
+    stored = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    actual, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
+    for one, other in zip(actual, stored, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=0.1)  # bf16, and atomic sums of some kernels

@@ -19,7 +19,7 @@ from pipeline.data.rows import Example
 from pipeline.methods.prompt_choice import PromptChoice
 from pipeline.methods.retrieval import Retrieval, by_embedding, embed, passages
 from pipeline.models.base import load_model, load_tokenizer
-from pipeline.serving import scores as evaluate
+from pipeline.serving import artefact as evaluate
 
 ROWS = [Example(f"Review: {text}\nSentiment:", answer) for text, answer in (
     ("the plot was awful", "negative"), ("a lovely cast", "positive"), ("the score of the actor", "positive"), ("poor scene", "negative"))]
@@ -68,11 +68,11 @@ def test_an_embedding_is_the_position_weighted_mean_of_the_last_states(base, tin
 def test_what_is_retrieved_is_saved_and_answers_alike(overrides, tmp_path, name):
     cfg = compose([*overrides, f"technique={name}", "method.k=3", "train_rows=32"])
     result = cell_run.run(cfg, folder=tmp_path / "cell")
-    kept = read_jsonl(tmp_path / "cell" / "artefact" / "entries.jsonl")
+    saved = read_jsonl(tmp_path / "cell" / "artefact" / "entries.jsonl")
     train = {r["prompt"]: r["answer"] for r in read_jsonl(Path(cfg.paths.data) / "vader_movies" / "train.jsonl")}
-    assert len(kept) == 32 == result.train_rows and all(train[e["text"]] == e["answer"] for e in kept)
-    found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
-    assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    assert len(saved) == 32 == result.train_rows and all(train[e["text"]] == e["answer"] for e in saved)
+    actual, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
+    assert actual == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
     assert result.size.trainable == 0 and result.labelled_rows == 32
 
 
@@ -163,10 +163,10 @@ def test_the_prompt_keeps_braces_of_its_own():
 def test_the_choice_is_made_on_validation_and_served(overrides, tmp_path):
     cfg = compose([*overrides, "technique=prompt_choice"])
     result = cell_run.run(cfg, folder=tmp_path / "cell")
-    kept = read_json(tmp_path / "cell" / "artefact" / "template.json")
-    assert len(kept["tried"]) == len(cfg.method.templates) and kept["answers"] == ["negative", "positive"]
-    best = max(kept["tried"], key=lambda t: (t["metric"], -t["nll"]))
-    assert kept["template"] == best["template"] and result.scores["validation"].accuracy == best["metric"]
-    found, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
-    assert found == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
+    saved = read_json(tmp_path / "cell" / "artefact" / "template.json")
+    assert len(saved["tried"]) == len(cfg.method.templates) and saved["answers"] == ["negative", "positive"]
+    best = max(saved["tried"], key=lambda t: (t["metric"], -t["nll"]))
+    assert saved["template"] == best["template"] and result.scores["validation"].accuracy == best["metric"]
+    actual, _ = evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")
+    assert actual == [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
     assert result.phases.validate_s > 0 and result.labelled_rows == result.validation_rows == 12

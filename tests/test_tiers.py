@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import norm
 
 from benchmarks.tiers import MIXED, Setting, simulate
-from pipeline.stats.tiers import FEW, Spreads, Technique, compare, correct, holm, letters, p_values, sign_flip
+from pipeline.stats.tiers import FEW, Spreads, Technique, compare, correct, holm, letters, pairs_of, sign_flip
 
 
 def runs(*accuracies: float, rows: int = 1000, seed: int = 0) -> dict[int, dict[str, bool]]:
@@ -20,12 +20,12 @@ def runs(*accuracies: float, rows: int = 1000, seed: int = 0) -> dict[int, dict[
 
 def test_one_seed_is_tested_over_the_rows_exactly():
     one, other = runs(0.6, seed=1), runs(0.5, seed=2)
-    found = compare({"a": one, "b": other})
-    assert found is not None and not found.covers_seeds and found.best == "a" and found.rows == 1000
+    actual = compare({"a": one, "b": other})
+    assert actual is not None and not actual.covers_seeds and actual.best == "a" and actual.rows == 1000
     exact = sign_flip([one[0][i] - other[0][i] for i in one[0]])
-    assert found.between("a", "b").p == pytest.approx(exact) and found.between("a", "b").difference == pytest.approx(0.1)
-    back = found.between("b", "a")
-    assert (back.difference, back.low) == (pytest.approx(-0.1), pytest.approx(-found.between("a", "b").high))
+    assert actual.between("a", "b").p == pytest.approx(exact) and actual.between("a", "b").difference == pytest.approx(0.1)
+    back = actual.between("b", "a")
+    assert (back.difference, back.low) == (pytest.approx(-0.1), pytest.approx(-actual.between("a", "b").high))
 
 
 def test_seeds_that_agree_leave_the_rows_and_seeds_that_differ_take_away_what_is_told():
@@ -38,8 +38,8 @@ def test_seeds_that_agree_leave_the_rows_and_seeds_that_differ_take_away_what_is
 
 def test_the_same_answers_are_no_difference_and_repeats_of_a_fixed_technique_are_one_run():
     same = runs(0.5)[0]
-    found = compare({"a": {0: same, 1: same, 2: same}, "b": {0: same}, "c": runs(0.5, 0.52, seed=4)}, fixed=["b"])
-    assert found is not None and found.pairs[tuple(n for n in found.means if n != "c")].p == 1.0  # type: ignore[index]
+    actual = compare({"a": {0: same, 1: same, 2: same}, "b": {0: same}, "c": runs(0.5, 0.52, seed=4)}, fixed=["b"])
+    assert actual is not None and actual.pairs[tuple(n for n in actual.means if n != "c")].p == 1.0  # type: ignore[index]
     repeated = Technique.of(np.array([[1.0, 0.0, 1.0]] * 3))
     assert (repeated.seeds, len(repeated.right)) == (0, 1) and Technique.of(np.array([[1.0, 0.0, 1.0]])).seeds == 1
 
@@ -64,14 +64,14 @@ def test_p_values_are_of_the_normal_where_only_the_rows_vary():
     rng = np.random.default_rng(3)
     one, other = (np.repeat((rng.random((1, 4000)) < p).astype(float), 2, 0) for p in (0.52, 0.5))
     third = (rng.random((3, 4000)) < 0.5).astype(float)
-    ((_, _, p), *_) = p_values([Technique.of(one), Technique.of(other), Technique.of(third)])
+    p = pairs_of([Technique.of(one), Technique.of(other), Technique.of(third)])[0].p
     d = one[0] - other[0]
     assert p == pytest.approx(2 * norm.sf(abs(d.mean()) / (d.std(ddof=1) / 4000**0.5)), rel=1e-6)
 
 
 def test_rows_that_not_all_answered_do_not_count_and_nobody_is_compared_over_none():
-    found = compare({"a": {0: {"x": True, "y": True}}, "b": {0: {"y": False, "z": True}}, "c": {}})
-    assert found is not None and found.rows == 1 and set(found.means) == {"a", "b"} and found.means == {"a": 1.0, "b": 0.0}
+    actual = compare({"a": {0: {"x": True, "y": True}}, "b": {0: {"y": False, "z": True}}, "c": {}})
+    assert actual is not None and actual.rows == 1 and set(actual.means) == {"a", "b"} and actual.means == {"a": 1.0, "b": 0.0}
     assert compare({"a": {0: {"x": True}}, "b": {0: {"y": True}}}) is None and compare({}) is None
 
 
@@ -80,10 +80,10 @@ def test_letters_are_shared_by_exactly_those_that_are_not_apart(seed):
     rng = np.random.default_rng(seed)
     names = [str(i) for i in range(7)]
     apart = [pair for pair in itertools.combinations(names, 2) if rng.random() < 0.45]
-    found = letters(names, apart)
+    actual = letters(names, apart)
     for one, other in itertools.combinations(names, 2):
-        assert bool(set(found[one]) & set(found[other])) is ((one, other) not in apart)
-    assert all(found.values()) and "a" in found["0"]
+        assert bool(set(actual[one]) & set(actual[other])) is ((one, other) not in apart)
+    assert all(actual.values()) and "a" in actual["0"]
 
 
 def test_letters_of_known_cases():
@@ -101,9 +101,9 @@ def test_few_techniques_are_corrected_by_holm_and_many_by_benjamini_and_hochberg
 def test_a_technique_far_behind_is_told_apart_among_many_with_one_seed_each():
     several = {f"s{i}": runs(0.55, 0.56, 0.565, seed=i) for i in range(6)}
     single = {f"o{i}": runs(0.56, seed=20 + i) for i in range(24)} | {"behind": runs(0.25, seed=50)}
-    found = compare(several | single)
-    assert found is not None and not set(found.letters["behind"]) & set(found.letters[found.best])
-    assert len({found.letters[f"o{i}"] for i in range(24)}) == 1, "equal ones share their letters"
+    actual = compare(several | single)
+    assert actual is not None and not set(actual.letters["behind"]) & set(actual.letters[actual.best])
+    assert len({actual.letters[f"o{i}"] for i in range(24)}) == 1, "equal ones share their letters"
 
 
 @pytest.mark.slow

@@ -342,6 +342,37 @@ def test_a_lock_that_is_held_for_too_long_is_named_with_its_holder(root, capsys,
     assert runs(root) == []
 
 
+@pytest.mark.parametrize("held", [b"no database " * 400, bytes(8192), None], ids=["text", "zeros", "cut off"])
+def test_a_damaged_database_is_named_and_left_as_it_is(root, capsys, held):
+    path, folder = root / "mlflow.db", write_cell(root)
+    held = path.read_bytes()[:5000] if held is None else held
+    path.write_bytes(held)
+    records_mlflow.log_cell(folder, config(root))
+    warning = capsys.readouterr().err
+    assert f"warning: sqlite:///{path} was not written (" in warning and "results are complete" in warning and len(warning.splitlines()) == 1
+    assert tracking.main(["backfill", *paths(root)]) == 2
+    error = capsys.readouterr().err
+    assert f"error: sqlite:///{path} cannot be written (" in error and len(error.splitlines()) == 1 and path.read_bytes() == held
+
+
+@pytest.mark.slow
+def test_six_that_fill_one_fresh_database_at_once_write_every_run_and_say_what_they_wait_for(tmp_path):
+    """Each its own experiment of 20 results: none gives up, and none waits until another one is through."""
+    names = [f"e{number}" for number in range(6)]
+    for name in names:
+        for seed in range(20):
+            write_cell(tmp_path, experiment=name, cell=f"lora-s{seed}-n200", seed=seed)
+    started = [subprocess.Popen([sys.executable, "-m", "pipeline.tracking", "backfill", f"experiment={name}", *paths(tmp_path)], cwd=ROOT,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name in names]
+    said = [p.communicate() for p in started]
+    assert [p.returncode for p in started] == [0] * 6, said
+    assert all("20 cells and 0 sweeps" in out and "runs: 20 written" in out for out, _ in said)
+    lines = [line for _, err in said for line in err.splitlines()]
+    assert all(re.fullmatch(rf"waiting for the lock {tmp_path}/mlflow.db.lock, which (process \d+|another process) holds", line) for line in lines), lines
+    found = [r.data.tags[records_mlflow.CELL] for r in runs(tmp_path)]
+    assert len(found) == 120 == len(set(found))
+
+
 def test_an_interrupted_creation_leaves_no_half_database(tmp_path, capsys, monkeypatch):
     import mlflow
 

@@ -54,14 +54,14 @@ def space(technique: str, **changes: Any) -> Space:
 
 
 def test_a_technique_that_names_nothing_searches_its_learning_rate_around_its_own():
-    found = space("full", train__lr=2e-4)
-    assert found.parameters == {"train.lr": Parameter(low=2e-5, high=2e-3, log=True)}
+    actual = space("full", train__lr=2e-4)
+    assert actual.parameters == {"train.lr": Parameter(low=2e-5, high=2e-3, log=True)}
 
 
 def test_a_technique_searches_what_its_yaml_chooses_and_links():
-    found = space("lora")
-    assert list(found.searched) == ["train.lr", "method.config.r"] and found.keys == [*found.searched, "method.config.lora_alpha"]
-    assert found.parameters["method.config.lora_alpha"] == Parameter(times=2, of="method.config.r")
+    actual = space("lora")
+    assert list(actual.searched) == ["train.lr", "method.config.r"] and actual.keys == [*actual.searched, "method.config.lora_alpha"]
+    assert actual.parameters["method.config.lora_alpha"] == Parameter(times=2, of="method.config.r")
     assert list(space("step_by_step").searched) == ["train.lr", "objective.rationale_weight"]
     assert list(space("few_shot").searched) == ["method.k"], "what trains nothing has no learning rate"
     assert space("zero_shot").searched == {}
@@ -69,10 +69,10 @@ def test_a_technique_searches_what_its_yaml_chooses_and_links():
 
 def test_a_space_written_in_the_config_is_enough_and_stands_over_the_group_s():
     own = "+search={method.config.lora_dropout: {low: 0.0, high: 0.2, most: 0.5}, train.lr: {low: 1e-5, high: 1e-3, log: true}}"
-    found = declared(composed("technique=lora", own))
-    assert found.parameters["method.config.lora_dropout"] == Parameter(low=0.0, high=0.2, most=0.5)
-    assert found.entries["method.config.lora_dropout"] == {"low": 0.0, "high": 0.2}, "as it is written to studies and tuned files"
-    assert found.entries["train.lr"] == {"low": 1e-5, "high": 1e-3, "log": True} and "method.config.r" in found.searched
+    actual = declared(composed("technique=lora", own))
+    assert actual.parameters["method.config.lora_dropout"] == Parameter(low=0.0, high=0.2, most=0.5)
+    assert actual.entries["method.config.lora_dropout"] == {"low": 0.0, "high": 0.2}, "as it is written to studies and tuned files"
+    assert actual.entries["train.lr"] == {"low": 1e-5, "high": 1e-3, "log": True} and "method.config.r" in actual.searched
 
 
 @pytest.mark.parametrize(("entry", "message"), [
@@ -145,7 +145,7 @@ def test_the_edge_of_a_range(given, value, tried, side):
 ])
 def test_what_is_added_at_an_edge(given, limits, value, part):
     before = Space({"key": parameter(given | limits), "other": Parameter(choices=(1, 2, 3))})
-    after, edges = search_tuning.widened(before, {"key": value, "other": 2}, [{"key": value, "other": 2}])
+    after, edges = search_tuning.widened(before, [{"params": {"key": value, "other": 2}, "validation": 0.5, "nll": None}])
     assert [e.key for e in edges] == ["key"] and edges[0].widened == part
     assert after.entries == {"key": part or given, "other": {"choices": [1, 2, 3]}}
 
@@ -174,8 +174,8 @@ def test_draws_are_a_function_of_the_seed_and_more_of_them_go_on_with_the_same()
 ])
 def test_the_draws_of_a_seed_stay_those_of_studies_made_before(technique, points):
     cfg = config(technique)
-    found = search_tuning._sweep(cfg, declared(cfg), 4)
-    assert found.points is not None and [tuple(found.space.complete(p).values()) for p in found.points][: len(points)] == points
+    actual = search_tuning._sweep(cfg, declared(cfg), 4)
+    assert actual.points is not None and [tuple(actual.space.complete(p).values()) for p in actual.points][: len(points)] == points
 
 
 def test_no_point_is_drawn_twice_and_a_small_space_is_gone_through_once():
@@ -194,8 +194,8 @@ def test_the_expected_best_of_k_draws():
 
 def test_a_trial_without_a_value_counts_as_nought_and_more_trials_never_expect_less():
     assert expected_best([None, 1.0]) == pytest.approx([0.5, 0.75])
-    found = expected_best([0.3, 0.1, None, 0.8, 0.8])
-    assert found == sorted(found) and found[-1] < 0.8
+    actual = expected_best([0.3, 0.1, None, 0.8, 0.8])
+    assert actual == sorted(actual) and actual[-1] < 0.8
 
 
 # the budget
@@ -237,22 +237,22 @@ def test_inside_its_range_the_whole_budget_goes_there(tmp_path, overrides, monke
     runs = Runs(monkeypatch, lambda lr, r: 0.9 - abs(math.log10(lr) + 3) / 10)
     words = [*words_in(tmp_path, overrides), "+search={method.config.r: {choices: [8]}}"]
     assert tune.main(words) == 0
-    found = tuned_file(tmp_path)
-    assert len(runs.seen) == 6 == len(found.trials) and {t["part"] for t in found.trials} == {"declared"} and not found.edges
-    assert found.validation == max(t["validation"] for t in found.trials) and found.settings == max(found.trials, key=lambda t: t["validation"])["settings"]
-    assert found.settings["method.config.lora_alpha"] == 2 * found.settings["method.config.r"] and found.budget == 6 and len(found.values) == 6
+    actual = tuned_file(tmp_path)
+    assert len(runs.seen) == 6 == len(actual.trials) and {t["part"] for t in actual.trials} == {"declared"} and not actual.edges
+    assert actual.validation == max(t["validation"] for t in actual.trials) and actual.settings == max(actual.trials, key=lambda t: t["validation"])["settings"]
+    assert actual.settings["method.config.lora_alpha"] == 2 * actual.settings["method.config.r"] and actual.budget == 6 and len(actual.values) == 6
 
 
 @pytest.mark.slow
 def test_at_the_edge_the_rest_of_the_same_budget_goes_beyond(tmp_path, overrides, monkeypatch, imports, capsys):
     runs = Runs(monkeypatch, lambda lr, r: min(1.0, 0.5 + (math.log10(lr) + 6) / 10))
     assert tune.main([*words_in(tmp_path, overrides), "train.lr=1e-4", "tune.seed=5"]) == 0
-    found = tuned_file(tmp_path)
-    assert [t["part"] for t in found.trials] == ["declared"] * 4 + ["widened"] * 2 and len(runs.seen) == 6
-    edge = next(e for e in found.edges if e.key == "train.lr")
+    actual = tuned_file(tmp_path)
+    assert [t["part"] for t in actual.trials] == ["declared"] * 4 + ["widened"] * 2 and len(runs.seen) == 6
+    edge = next(e for e in actual.edges if e.key == "train.lr")
     assert edge.side == "high" and edge.widened["high"] == 0.01 and edge.widened["low"] == float(f"{edge.value:.6g}")
-    assert all(t["settings"]["train.lr"] >= edge.widened["low"] for t in found.trials[4:])
-    assert found.settings["train.lr"] > edge.value and len(found.values) == 4
+    assert all(t["settings"]["train.lr"] >= edge.widened["low"] for t in actual.trials[4:])
+    assert actual.settings["train.lr"] > edge.value and len(actual.values) == 4
     assert "is at the high edge; 2 trials go to" in capsys.readouterr().out
 
 
@@ -262,11 +262,11 @@ def test_trials_that_fail_are_counted_and_not_replaced(tmp_path, overrides, monk
     runs = Runs(monkeypatch, lambda lr, r: next(outcomes))
     words = [*words_in(tmp_path, overrides), "+search={method.config.r: {choices: [8]}}", "tune.seed=1"]
     assert tune.main(words) == 0
-    found = tuned_file(tmp_path)
-    assert len(runs.seen) == 6 == len(found.trials) and found.failed == 5 and found.validation == 0.7
-    assert [t["status"] for t in found.trials].count("oom") == 2 and [t["status"] for t in found.trials].count("error") == 2
-    assert sum(t["diverged"] for t in found.trials) == 1 and "5 without a value" in capsys.readouterr().out
-    assert tune.main(words) == 0 and len(runs.seen) == 6 and tuned_file(tmp_path).trials == found.trials, "none of them is tried again"
+    actual = tuned_file(tmp_path)
+    assert len(runs.seen) == 6 == len(actual.trials) and actual.failed == 5 and actual.validation == 0.7
+    assert [t["status"] for t in actual.trials].count("oom") == 2 and [t["status"] for t in actual.trials].count("error") == 2
+    assert sum(t["diverged"] for t in actual.trials) == 1 and "5 without a value" in capsys.readouterr().out
+    assert tune.main(words) == 0 and len(runs.seen) == 6 and tuned_file(tmp_path).trials == actual.trials, "none of them is tried again"
 
 
 @pytest.mark.slow
@@ -306,9 +306,9 @@ def test_what_has_nothing_to_search_is_skipped_with_a_sentence(capsys):
 def example(**changes) -> Tuned:
     trial = {"number": 0, "part": "declared", "status": "ok", "diverged": False, "validation": 0.75, "nll": 0.5, "settings": {"train.lr": 3e-3}}
     edge, lost = Edge("train.lr", 3e-3, "high", {"low": 3e-3, "high": 0.1, "log": True}), {**trial, "number": 1, "validation": None, "status": "oom"}
-    found = Tuned("quick", "lora", "vader_movies_5", "smollm2_135m", 160, 0, "accuracy", {"train.lr": 3e-3, "method.config.r": 16}, {"train.lr": LR}, 12, 0.75,
+    actual = Tuned("quick", "lora", "vader_movies_5", "smollm2_135m", 160, 0, "accuracy", {"train.lr": 3e-3, "method.config.r": 16}, {"train.lr": LR}, 12, 0.75,
                   [edge], [trial, lost], 33.25, False)
-    return dataclasses.replace(found, **changes)
+    return dataclasses.replace(actual, **changes)
 
 
 @pytest.fixture
@@ -333,8 +333,8 @@ def test_a_technique_with_tuned_after_it_is_the_same_as_tuned_true(tuning):
     one = compose_cell([*QUICK, f"paths.tuning={tuning}", "technique=lora+tuned"])
     assert one == cell_of(tuning) and one.train.lr == 3e-3 and one.method.config.r == 16
     assert cell_name(one) == "lora+tuned-s0-n160"
-    found = effort(one)
-    assert found and (found.searched, found.trials, found.device_s, found.validation) == (1, 2, 33.25, 0.75) and effort(config("lora")) is None
+    actual = effort(one)
+    assert actual and (actual.searched, actual.trials, actual.device_s, actual.validation) == (1, 2, 33.25, 0.75) and effort(config("lora")) is None
 
 
 def test_an_untuned_cell_stays_as_it_was_and_the_same_settings_by_hand_are_the_same_cell(tuning):
@@ -357,8 +357,8 @@ def test_a_cell_that_cannot_be_composed_of_it_says_why(tuning, words, message):
 def test_the_grid_s_tuned_cells_are_those_that_search(monkeypatch, capsys):
     axes = {"techniques": ["zero_shot", "few_shot", "lora", "lora+tuned"], "seeds": [0], "train_rows": [160]}
     monkeypatch.setattr(grid, "grid", lambda name: {"grid": axes})
-    found = grid.grid_overrides(["experiments=quick", "tuned=true"])
-    assert [word.partition("=")[2] for words in found for word in words if word.startswith("technique=")] == ["few_shot", "lora"]
+    actual = grid.grid_overrides(["experiments=quick", "tuned=true"])
+    assert [word.partition("=")[2] for words in actual for word in words if word.startswith("technique=")] == ["few_shot", "lora"]
     assert "nothing is searched for zero_shot: the untuned cell stands" in capsys.readouterr().out
 
 
@@ -398,12 +398,12 @@ def test_the_report_shows_untuned_beside_tuned():
 
     rows = make_rows([Cell(result(name, right=right), Path("none"), name, "160") for name, right in (("lora", 150), ("lora+tuned", 175))])
     again = example(task="vader_movies", edges=[Edge("train.lr", 3e-3, "high", {"low": 3e-3, "high": 0.1}, True)])
-    found = report_tuning.part(rows, {("lora", "160"): again, ("gone", "160"): example()}, {"reparametrised": "c1"})["tuning"]
-    (colour, texts), = found["lines"]
+    actual = report_tuning.part(rows, {("lora", "160"): again, ("gone", "160"): example()}, {"reparametrised": "c1"})["tuning"]
+    (colour, texts), = actual["lines"]
     assert colour == "c1" and texts == [("lora", ""), ("60.0", ""), ("70.0", "+10.0 points"), ("75.0", "lr at its high edge, widened: again"),
                                         ("1", "lr 0.003, r 16"), ("2", "1 without a value"), ("33 s", "")]
-    assert any("`lora` lies at the edge" in text for text in found["remarks"]) and not any("has run" in text for text in found["remarks"])
-    assert [drawing[0] for drawing in found["charts"][0][1]] == ["wide", "narrow"] and "2 trials: 56.2% expected" in found["charts"][0][1][0][1]
+    assert any("`lora` lies at the edge" in text for text in actual["remarks"]) and not any("has run" in text for text in actual["remarks"])
+    assert [drawing[0] for drawing in actual["charts"][0][1]] == ["wide", "narrow"] and "2 trials: 56.2% expected" in actual["charts"][0][1][0][1]
     assert report_tuning.summary(rows, {("lora", "160"): again}) == ["`lora` tuned (2 trials, 33 s): 70.0% against 60.0% untuned."]
     assert report_tuning.part(rows, {}, {}) == {"tuning": None}
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from pipeline.core.files import sha256, write_json
 
-SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)
-EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 256}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": SIZES, "qwen2": SIZES, "phi3": SIZES, "olmo2": SIZES, "granite": SIZES, "starcoder2": SIZES,
     "gemma2": SIZES | {"head_dim": 16, "sliding_window": 64},

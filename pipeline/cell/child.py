@@ -17,10 +17,12 @@ from pipeline.cell import identity, inputs, record
 from pipeline.cell import run as cell_run
 from pipeline.core import settings
 from pipeline.core.files import UserError, check_writable
+from pipeline.data import recipe
 from pipeline.measure.memory import child_rss, kernel_oom_kills
 from pipeline.records.finished import name as cell_name
 from pipeline.records.results import Result
 from pipeline.scoring.answers import headline
+from pipeline.teachers.synthetic import rows as synthetic
 
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
@@ -100,7 +102,8 @@ def _main_thread() -> bool:
 
 def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | None) -> int:
     """One cell in a child process; 0 once its result is on disk."""
-    settings.read(cfg)  # a misspelt key is told before anything is started
+    for group in (settings, recipe, synthetic):
+        group.read(cfg)  # a misspelt key is told before anything is started
     folder = identity.folder_of(cfg)
     check_writable(folder)
     identity.check_free(cfg)

@@ -52,8 +52,10 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     missing = to_run(cells)
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done", flush=True)
     unfinished = {identity.folder_of(cfg) for cfg in missing}
+    done = [cfg for cfg in cells if identity.folder_of(cfg) not in unfinished]
+    clear(done)
     mirror = Mirror()
-    mirror.put([cfg for cfg in cells if identity.folder_of(cfg) not in unfinished])
+    mirror.put(done)
     if not missing:
         return 0
     if warn:
@@ -102,8 +104,16 @@ def _awaits(cfg: DictConfig, elsewhere: Sequence[DictConfig]) -> bool:
     return bool(elsewhere) and not {path.parent for path in identity.reads(cfg)}.isdisjoint(identity.folder_of(other) for other in elsewhere)
 
 
+def clear(done: Sequence[DictConfig]) -> None:
+    """Remove the checkpoints of finished cells, which a process that was killed after the result left."""
+    for cfg in done:
+        folder = identity.checkpoint_of(cfg).parent
+        if folder.is_dir() and any(folder.iterdir()):
+            identity.discard_training(cfg)
+
+
 class Mirror:
-    """Mirrors finished cells to MLflow as they come, from child processes: one that has imported mlflow is no longer small and fit to fork."""
+    """Mirrors cells and sweeps to MLflow as they come, from child processes: one that has imported mlflow is no longer small and fit to fork."""
 
     def __init__(self) -> None:
         self.answers = True
@@ -115,7 +125,16 @@ class Mirror:
         if not new or not self.answers:
             return
         self.tried |= new.keys()
-        done = run_in_child(lambda: 0 if all(tracking.log_cell(*each) for each in new.items()) else NO_ANSWER)
+        self._in_child(lambda: all(tracking.log_cell(*each) for each in new.items()))
+
+    def sweeps(self, cfg: DictConfig, *folders: Path) -> None:
+        """Mirror those of the sweeps that have begun, as far as they have come. Raises KeyboardInterrupt: ended by a signal."""
+        begun = [folder for folder in folders if (folder / "sweep.json").exists()]
+        if begun and cfg.tracking.enabled and self.answers:
+            self._in_child(lambda: all(tracking.log_sweep(folder, cfg) for folder in begun))
+
+    def _in_child(self, work: Callable[[], bool]) -> None:
+        done = run_in_child(lambda: 0 if work() else NO_ANSWER)
         if done.code in (INTERRUPTED, 128 + signal.SIGTERM):
             raise KeyboardInterrupt
         self.answers = done.code != NO_ANSWER
@@ -201,4 +220,5 @@ def counts_here(result: Result, cfg: DictConfig) -> bool:
     """Whether a result says what this machine would: one that ran out of memory, of its own hardware and limit alone."""
     if result.status != "oom":
         return True
-    return result.config.get("memory_limit_gb") == cfg.memory_limit_gb and result.hardware == hardware_here(result.hardware.get("device", "cpu"))
+    here = hardware_here(result.hardware.get("device", "cpu"))
+    return result.config.get("memory_limit_gb") == cfg.memory_limit_gb and bool(here) and all(result.hardware.get(key) == here[key] for key in here)

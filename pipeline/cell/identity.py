@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from pipeline.core import names, settings
 from pipeline.core.compose import ROOT, build, plain
-from pipeline.core.files import UserError, sha256
+from pipeline.core.files import UserError, discard, sha256
 from pipeline.data.recipe import Recipe
 from pipeline.records.finished import cell_at, name, read_or_name
 from pipeline.records.results import Result
@@ -272,6 +272,8 @@ def standing(cfg: DictConfig) -> tuple[Result, Difference] | None:
 
 def check_free(cfg: DictConfig) -> None:
     """Raise UserError where another cell stands in the cell's folder and overwrite=true was not said."""
+    if folder_of(cfg).is_symlink():
+        raise UserError(f"{folder_of(cfg)} is a symbolic link, through which nothing is written; remove it, or keep it and choose variant=<a word>")
     there = standing(cfg)
     if there is None or not there[1].other or cfg.overwrite:
         return
@@ -335,6 +337,12 @@ def checkpoint_of(cfg: DictConfig) -> Path:
 def packed_of(cfg: DictConfig) -> Path:
     """Where the training of a cell that was packed with others (pack=true) waits for the cell to take it up."""
     return checkpoint_of(cfg).with_suffix(".packed")
+
+
+def discard_training(cfg: DictConfig) -> None:
+    """Remove what a training left to be resumed from: the cell's result stands for it now."""
+    for left in (checkpoint_of(cfg), packed_of(cfg)):
+        discard(left)
 
 
 # Plans, for DVC

@@ -39,7 +39,7 @@ class Shared:
 
     def preload(self, folder: Path, trust_remote_code: bool) -> None:
         """Read a base model and its tokenizer on the CPU, and import what every cell imports."""
-        self.tokenizers[folder] = load_tokenizer(folder)
+        self.tokenizers[folder] = load_tokenizer(folder, trust_remote_code)
         self.stored[folder] = load_stored(folder, trust_remote_code)
 
 
@@ -195,7 +195,8 @@ def load_base(parts: Parts, shared: Shared) -> Any:
 
 
 def load_encoder(parts: Parts, shared: Shared, base: Any) -> Encoder:
-    train, tokenizer = parts.settings.train, shared.tokenizers.get(parts.model) or load_tokenizer(parts.model)
+    train, trusted = parts.settings.train, parts.settings.model.trust_remote_code
+    tokenizer = shared.tokenizers.get(parts.model) or load_tokenizer(parts.model, trusted)
     return Encoder(tokenizer, parts.settings.task, most_tokens(base, train.max_length), train.too_long)
 
 

@@ -46,13 +46,6 @@ def free(cells: Iterable[DictConfig]) -> Iterator[list[DictConfig]]:
         yield taken
 
 
-@contextlib.contextmanager
-def waited(cfg: DictConfig) -> Iterator[None]:
+def waited(cfg: DictConfig) -> contextlib.AbstractContextManager[None]:
     """Hold a cell once the process that computes it has ended with it; who that is is told first."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locks.held(path_of(cfg)))
-        except locks.Busy:
-            print(f"waiting for {cell_name(cfg)}, which {locks.holder(path_of(cfg))} computes", flush=True)
-            stack.enter_context(locks.held(path_of(cfg), locks.FOREVER))
-        yield
+    return locks.waited(path_of(cfg), f"waiting for {cell_name(cfg)}, which {{holder}} computes")

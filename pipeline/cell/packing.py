@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -17,8 +17,9 @@ from pipeline.cell import identity, inputs
 from pipeline.cell.child import run_in_child
 from pipeline.cell.evaluation import ranked
 from pipeline.core.compose import build
-from pipeline.core.files import UserError, atomic_path, read_json, write_json
+from pipeline.core.files import UserError, atomic_path
 from pipeline.data.rows import Encoded, Encoder, Rows, step_rows
+from pipeline.engine import options
 from pipeline.measure import memory as measure_memory
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.memory import free_bytes
@@ -236,6 +237,9 @@ def _refusal(method: Method, objective: Objective, checkpointing: bool = False) 
     own = next((what for declared, what in UNPACKED.items() if getattr(method, declared)), None)
     if own:
         return f"{type(method).__name__} {own}"
+    adapter = method.config  # type: ignore[attr-defined]
+    if reason := options.refused(adapter.peft_type.value, options.changed(adapter), shared=True):
+        return reason
     part = objective.own_part or ("reasoning" if objective.reasoning else None)
     return f"{type(objective).__name__} has {part} of its own" if part else None
 
@@ -262,8 +266,7 @@ def train(group: Sequence[DictConfig], shared: inputs.Shared) -> None:
     slots: int | None = len(group)
     while slots and slots > 1 and len(left := [c for c in group if not identity.packed_of(c).exists() and not identity.checkpoint_of(c).exists()]) > 1:
         names = ", ".join(cell_name(c) for c in left)
-        note = identity.packed_of(left[0]).with_suffix(".json")
-        ended = attempt(lambda tell: _train(left, shared, slots, tell), shared, note, left[0].memory_limit_gb)  # noqa: B023
+        ended = attempt(lambda tell: _train(left, shared, slots, tell), shared, left[0].memory_limit_gb)  # noqa: B023
         if ended.refused:
             print(f"one after another, because {ended.refused}: {names}", flush=True)
             break
@@ -326,20 +329,16 @@ class Ended:
         return self.slots // 2 or None
 
 
-def attempt(work: Callable[[Callable[[int], None]], None], shared: inputs.Shared, note: Path, memory_limit_gb: float | None) -> Ended:
+def attempt(work: Callable[[Callable[[int], None]], None], shared: inputs.Shared, memory_limit_gb: float | None) -> Ended:
     """Run `work(tell)` in a child process; it calls tell(slots) once it knows how many run at once.
-
-    Args:
-        note: a file for what the child has to say; gone at return.
 
     Raises:
         UserError: the child ended with an error (shown above it). KeyboardInterrupt: it was ended by a signal.
     """
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.unlink(missing_ok=True)
-    done = run_in_child(lambda: _child(work, shared, note), int(memory_limit_gb * 2**30) if memory_limit_gb else None)
-    said = read_json(note) if note.exists() else {}
-    note.unlink(missing_ok=True)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as note:  # has no name, so that no kill leaves it behind
+        done = run_in_child(lambda: _child(work, shared, note), int(memory_limit_gb * 2**30) if memory_limit_gb else None)
+        note.seek(0)
+        said = {key: value for line in note for key, value in json.loads(line).items()}
     if done.code == INTERRUPTED:
         raise KeyboardInterrupt
     if done.out_of_memory or done.code == OUT_OF_MEMORY:
@@ -349,7 +348,7 @@ def attempt(work: Callable[[Callable[[int], None]], None], shared: inputs.Shared
     return Ended(said.get("slots", 1), said.get("refused"))
 
 
-def _child(work: Callable[[Callable[[int], None]], None], shared: inputs.Shared, note: Path) -> int:
+def _child(work: Callable[[Callable[[int], None]], None], shared: inputs.Shared, note: IO[str]) -> int:
     import torch
 
     from pipeline.engine.parts import Unsupported
@@ -357,9 +356,9 @@ def _child(work: Callable[[Callable[[int], None]], None], shared: inputs.Shared,
     if shared.threads:
         torch.set_num_threads(shared.threads)
     try:
-        work(lambda slots: write_json(note, {"slots": slots}))
+        work(lambda slots: print(json.dumps({"slots": slots}), file=note, flush=True))
     except Unsupported as reason:
-        write_json(note, {"refused": str(reason)})
+        print(json.dumps({"refused": str(reason)}), file=note, flush=True)
         return REFUSED
     except (MemoryError, RuntimeError) as error:
         if not measure_memory.out_of_memory(error):

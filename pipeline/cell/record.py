@@ -22,7 +22,7 @@ from pipeline.models.base import manifest
 from pipeline.objectives.base import Objective
 from pipeline.records import results, tuned
 from pipeline.records.finished import name
-from pipeline.records.results import Result, Size, Teacher, Work, history_csv, price
+from pipeline.records.results import HISTORY, Result, Size, Teacher, Work, csv_text, price
 from pipeline.training.loop import Trained
 
 
@@ -36,7 +36,8 @@ def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored:
         validation_rows=len(inputs.rows.validation), scores=scored.scores, memory=trained.memory or scored.memory, work=trained.work,
         size=dataclasses.replace(size, artefact_bytes=0) if error else size,
         inference=scored.inference, forgetting=scored.forgetting, teacher=_teacher(parts, inputs, trained), synthetic=inputs.synthetic,
-        history=trained.history, unmeasured=scored.unmeasured, notes=scored.notes, hardware=machine.hardware(parts.device), provenance={**about, **_origin(parts)}, phases=phases,
+        history=trained.history, unmeasured=scored.unmeasured, notes=scored.notes, hardware=machine.hardware(parts.device) | machine.arithmetic(),
+        provenance={**about, **_origin(parts)}, phases=phases,
         packed=trained.slots is not None, slots=trained.slots, tuning=tuning, cost=price(cfg, phases.wall_s), shared_process=shared_process,
         labelled_rows=labels_used(parts, inputs, bool(tuning)),
     )
@@ -117,7 +118,7 @@ def write(folder: Path, cfg: DictConfig, result: Result, predictions: Sequence[d
     if result.status != "ok" or result.kind == "teacher":  # nothing to serve: of a diverged cell, weights that answer nothing
         write_artefact(folder, cfg)
     write_jsonl(folder / "predictions.jsonl", predictions)
-    write_text(folder / "history.csv", history_csv(result.history))
+    write_text(folder / "history.csv", csv_text(HISTORY, result.history))
     results.write(folder, result)
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from pipeline.cell import record
 from pipeline.cell.evaluation import evaluate, score_answers, validate
-from pipeline.cell.identity import checkpoint_of, packed_of
+from pipeline.cell.identity import checkpoint_of, discard_training, packed_of
 from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, encoded, load_inputs, named
 from pipeline.measure import machine
 from pipeline.measure.clock import Meter
@@ -77,8 +77,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
         result, predictions = record.oom_result(cfg, str(error).splitlines()[0], machine.hardware(meter.device)), []
     if folder is not None:
         record.write(folder, cfg, result, predictions)
-        for left in (checkpoint_of(cfg), packed_of(cfg)):  # the result stands for the training now
-            left.unlink(missing_ok=True)
+        discard_training(cfg)
     return result
 
 
@@ -136,9 +135,9 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
 
 
 def passed_over(base: Any, size: Size) -> list[str]:
-    """Notes on the shares of a base whose experts are no linear layers."""
-    shares = {"in 8 or 4 bits": size.quantised_share, "what the method reaches": size.reached_share}
-    return [f"{part:.0%} of the weights of the blocks are {what}: their experts are one tensor and no linear layers"
+    """Notes on the shares of a mixture of experts, whose experts most methods pass over: they are one tensor and no linear layers."""
+    shares = {"is rounded to 8 or 4 bits": size.quantised_share, "is what the method reaches": size.reached_share}
+    return [f"{part:.0%} of the weights of the blocks, those of their experts counted in, {what}"
             for what, part in shares.items() if part is not None and part < WHOLE and has_experts(base)]
 
 

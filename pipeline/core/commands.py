@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.core.compose import CONF, check_places, compose, explain, spelled_out
+from pipeline.core.compose import CONF, WRONG_CONFIG, check_places, compose, explain, spelled_out
 from pipeline.core.files import UserError
+from pipeline.core.settings import check_top
 
 Run = Callable[[DictConfig, list[str]], int | None]
 """(the composed config, the overrides that composed it) -> the exit code; None: 0."""
@@ -35,11 +34,11 @@ def entry(run: Run) -> Callable[..., int]:
     def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", NOISE, FutureWarning)
         try:
-            return (_command_line(run) if argv is None else run(compose(argv), spelled_out(argv))) or 0
+            return (_command_line(run) if argv is None else _in_process(run, argv)) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except (HydraException, OmegaConfBaseException) as error:
+        except WRONG_CONFIG as error:
             print(f"error: {explain(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -47,6 +46,12 @@ def entry(run: Run) -> Callable[..., int]:
             return 130
 
     return main
+
+
+def _in_process(run: Run, argv: Sequence[str]) -> int | None:
+    cfg = compose(argv)
+    check_top(cfg)
+    return run(cfg, spelled_out(argv))
 
 
 def _command_line(run: Run) -> int:
@@ -60,6 +65,7 @@ def _command_line(run: Run) -> int:
         GlobalHydra.instance().clear()  # `run` may compose further cells
         try:
             check_places(cfg, overrides)
+            check_top(cfg)
             code = run(cfg, overrides) or 0
         except UserError as error:  # not through Hydra, which would print a line of its own
             refused.append(error)

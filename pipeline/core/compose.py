@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.core import names, peft_files
 from pipeline.core.files import UserError, check_name, closest
+from pipeline.core.schema import unwritable
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONF = ROOT / "conf"
@@ -31,26 +34,50 @@ def compose(overrides: Sequence[str] = (), hydra_config: bool = False) -> DictCo
         UserError: an unknown group option, a misspelt key, a broken YAML.
     """
     try:
+        words = spelled_out(overrides)
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("config", overrides=spelled_out(overrides), return_hydra_config=hydra_config)
+            cfg = hydra.compose("config", overrides=words, return_hydra_config=hydra_config)
             check_places(cfg, overrides)
             return cfg
-    except (HydraException, OmegaConfBaseException) as error:
+    except WRONG_CONFIG as error:
         raise UserError(explain(error)) from error
 
 
+WRONG_CONFIG = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+"""What Hydra raises for overrides and YAMLs that do not compose."""
+GROUPS = {"experiments", "hydra", *(path.name for path in CONF.iterdir() if path.is_dir())}
+
+
+def check_override(word: str) -> None:
+    """Raise UserError for an override that Hydra would take without a sentence: one of no key, or a group's that names no single option."""
+    if unwritable(word):
+        raise UserError(f"the override {word!r} holds {unwritable(word)}; take it out")
+    key, equals, _ = word.partition("=")
+    if equals and not key.strip("+~"):
+        raise UserError(f"the override {word!r} has no key; write key=value")
+    if equals and key.lstrip("+") in GROUPS:
+        value = OverridesParser.create().parse_override(word).value()
+        if not isinstance(value, (str, dict)):
+            raise UserError(f"the override {word!r} is refused: {key.lstrip('+')} is a config group, which takes the name of one of its YAMLs")
+
+
+MAPPINGS = (GROUPS - {"writer"}) | {"paths", "forecast", "report", "tune"}
+"""Keys of a config whose values have keys of their own."""
 NAMES = ("task.name", "model.name", "teacher.name", "synthetic.name", "technique.name", "experiment", "variant")
 """Config keys whose values become parts of paths."""
 
 
 def check_places(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Raise UserError where a name or a path of the config could lead to a folder that is not this run's."""
+    """Raise UserError where a group of the config is none, or a name or a path could lead to a folder that is not this run's."""
+    for key in MAPPINGS & cfg.keys():
+        if not isinstance(cfg[key], DictConfig):
+            raise UserError(f"config group '{key}' is {cfg[key]!r}; it takes keys and values, as {CONF.name}/ has them")
     for key in NAMES:
         value = OmegaConf.select(cfg, key)
         if key != "variant" or value is not None:
             check_name(value, f"config key '{key}'")
     for name, value in cfg.paths.items():
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str) or not value or unwritable(value):
             raise UserError(f"config key 'paths.{name}' is {value!r}; it takes the path of a folder")
     given = dict(word.split("=", 1) for word in overrides if "=" in word)
     own_name = given.get("experiment")
@@ -62,7 +89,11 @@ def check_places(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
-    """A config as resolved dicts and lists, without Hydra's node. No limit on the gradients' norm is null, since JSON has no inf."""
+    """A config as resolved dicts and lists, without Hydra's node. No limit on the gradients' norm is null, since JSON has no inf.
+
+    Raises:
+        UserError: an interpolation that leads nowhere, a number that is not finite, a dotted path that names no class of the table.
+    """
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
@@ -72,7 +103,16 @@ def plain(node: DictConfig) -> dict[str, Any]:
     train = values.get("train")
     if isinstance(train, dict) and train.get("max_grad_norm") == math.inf:
         train["max_grad_norm"] = None
+    _check_finite(values, "")
     return names.named(values)  # type: ignore[arg-type]
+
+
+def _check_finite(value: Any, key: str) -> None:
+    """Raise UserError for a number that no JSON file can hold, wherever it stands: results and manifests say the whole config."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config key '{key.lstrip('.')}' is {value}; it takes a finite number")
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _check_finite(part, f"{key}.{name}")
 
 
 def literal(value: Any) -> Any:
@@ -137,8 +177,8 @@ def explain(error: BaseException) -> str:
         parent = getattr(cause, "parent_node", None)
         siblings = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
         return f"unknown config key {key!r}{closest(key.rpartition('.')[2], siblings)}; fix the override, or prefix + to add a key"
-    text = " ".join(str(error).split())
-    return f"the config does not compose: {text}"
+    reason = " ".join(str(error).split()) or " ".join(str(error.__cause__).split())
+    return f"the config does not compose: {reason}"
 
 
 MARK = "tuned"
@@ -149,6 +189,7 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     """Overrides with technique=<name>+tuned as two, and technique=<name>+<set> likewise: with the synthetic rows of that set."""
     overrides: list[str] = []
     for word in words:
+        check_override(word)
         technique, *marks = word.split("+") if word.startswith("technique=") else [word]
         overrides += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
     return overrides

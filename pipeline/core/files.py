@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import re
+import select
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,11 @@ def atomic_folder(path: str | Path, manifest: str, *keys: str) -> Iterator[Path]
         yield beside
         _check_replaceable(path, manifest, keys)
         _sync(beside)
+        before = beside.with_name(f"{beside.name}-before")
+        _remove(before)
         if path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, before)  # whole, so that who is killed here leaves no half of a folder under the name
+    _remove(before)
 
 
 def _check_replaceable(path: Path, manifest: str, keys: Sequence[str]) -> None:
@@ -98,7 +102,7 @@ def _check_replaceable(path: Path, manifest: str, keys: Sequence[str]) -> None:
 def _has(file: Path, keys: Sequence[str]) -> bool:
     try:
         values = json.loads(file.read_text(encoding="utf-8")) if keys else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and all(key in values for key in keys)
 
@@ -124,6 +128,13 @@ def _written_beside(path: Path) -> Iterator[Path]:
         _remove(beside)
 
 
+def discard(path: Path) -> None:
+    """Remove a file, and what processes that are no more left while they wrote it; it need not be there."""
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir():
+        _remove_leavings(path)
+
+
 def _remove(path: Path) -> None:
     """Remove a file or folder as far as that is possible; it need not be there."""
     if path.is_dir():
@@ -142,13 +153,20 @@ def _remove_leavings(path: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether a process runs; one that was killed and that nobody has waited for yet does not."""
     try:
         os.kill(pid, 0)
+        descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+    except (OSError, OverflowError, AttributeError):  # another user's, or a system without pidfd_open
+        return True
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return not poll.poll(0)
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
@@ -194,24 +212,30 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
+def read_jsonl(path: str | Path, parse: Callable[[str], Any] = json.loads, **columns: type | tuple[type, ...]) -> list[dict]:
     """Rows of a JSON Lines file; blank lines are passed over.
 
+    Args:
+        parse: reads a line; a ValueError says what is wrong with it.
+        columns: columns that every row must have, and their types.
+
     Raises:
-        UserError: the file is missing, or a line is not a JSON object (named by file and line number).
+        UserError: the file is missing, or a line is not a JSON object with these columns (named by file and line number).
     """
     rows = []
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path} line {number} is not JSON ({error.msg}); fix or remove that line") from error
+                    row = parse(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path} line {number} is not JSON ({_not_json(error)}); fix or remove that line") from error
                 if not isinstance(row, dict):
                     raise UserError(f"{path} line {number} is not a JSON object; write one object of columns a line")
+                if wrong := next((key for key, kind in columns.items() if not isinstance(row.get(key), kind)), None):
+                    raise UserError(f"{path} line {number} has {wrong}={row.get(wrong)!r:.60}, which it cannot have; run the stage that writes it again")
                 rows.append(row)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; run the stage that writes it, or fix the path") from error
@@ -226,10 +250,25 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; run the stage that writes it") from error
-    except json.JSONDecodeError as error:
-        raise Damaged(f"{path} is not JSON ({error.msg}, line {error.lineno}); delete it and run its stage again") from error
     except UnicodeDecodeError as error:
         raise Damaged(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); delete it and run its stage again") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is not JSON ({_not_json(error)}); delete it and run its stage again") from error
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """One JSON object. Raises UserError if the file is missing, Damaged if it is none."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise Damaged(f"{path} is not a JSON object; delete it and run its stage again")
+    return value
+
+
+def _not_json(error: Exception) -> str:
+    """Why, in a few words: an integer of thousands of digits is none that Python reads, either."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, line {error.lineno}" if error.lineno > 1 else error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
 
 
 def sha256(path: str | Path) -> str:

@@ -49,6 +49,25 @@ def held(path: Path, wait_s: float = 0) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def waited(path: Path, waiting: str, wait_s: float = 0) -> Iterator[None]:
+    """Hold the lock at `path` once another process has let go of it or ended, however long that takes.
+
+    Args:
+        waiting: printed where that takes longer than wait_s seconds; {holder} in it becomes who that is.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(path, wait_s))
+        except Busy:
+            print(waiting.replace("{holder}", holder(path)), flush=True)
+            stack.enter_context(held(path, FOREVER))
+        yield
+
+
+@contextlib.contextmanager
 def in_turn(path: Path) -> Iterator[None]:
     """Hold the lock at `path`; nobody gets it twice in a row while somebody else waits, however many take it over and over.
 

@@ -7,12 +7,12 @@ together). Rows of kind peft are the classes of PEFT whose names end with Config
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import typing
 from typing import Any
 
 from pipeline.core.files import UserError, closest
+from pipeline.core.schema import checked
 
 TABLE: dict[str, dict[str, str]] = {
     "method": {
@@ -87,7 +87,9 @@ def build(values: Any, kind: str, key: str | None = None) -> Any:
         raise UserError(f"config group '{key}' is {values!r}; it takes a type and its fields")
     fields = {name: _value(value, f"{key}.{name}") for name, value in values.items() if name not in ("type", "_target_")}
     made = find(name_of(values, kind, key), kind, key)
-    _check_booleans(made, fields, key)
+    _check_fields(made, {name: value for name, value in fields.items() if kind != "peft" or _has_peft_type(name, value)}, key)
+    if kind == "peft" and "peft_type" in fields:
+        raise UserError(f"{key}.type says which adapter it is; leave out peft_type")
     try:
         return made(**fields)
     except UserError:
@@ -157,7 +159,7 @@ def _named(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _value(value: Any, key: str) -> Any:
     """A field's value: plain data, or the object of a class where the table has one inside."""
-    if key in INSIDE and isinstance(value, dict) and ("type" in value or "_target_" in value):
+    if key in INSIDE and (key == "method.config" or isinstance(value, dict) and ("type" in value or "_target_" in value)):
         return build(value, INSIDE[key], key)
     _check_plain(value, key)
     return value
@@ -182,7 +184,14 @@ def _peft(name: str, key: str) -> Any:
     return config
 
 
-def _check_booleans(made: Any, fields: dict[str, Any], key: str) -> None:
-    for field in dataclasses.fields(made) if dataclasses.is_dataclass(made) else ():
-        if field.type in (bool, "bool") and not isinstance(value := fields.get(field.name, False), bool):
-            raise UserError(f"config key '{key}.{field.name}' is {value!r}; it takes true or false")
+def _has_peft_type(name: str, value: Any) -> bool:
+    """Whether PEFT's hint for a field says all that it takes: it also makes objects of mappings, and reads numbers out of pissa_niter_16."""
+    return not isinstance(value, dict) and name != "init_lora_weights"
+
+
+def _check_fields(made: Any, fields: dict[str, Any], key: str) -> None:
+    """Raise UserError for a value that is not of its field's type; a name that is no field is left to the class."""
+    hints = typing.get_type_hints(made, include_extras=True)
+    for name, value in fields.items():
+        if name in hints:
+            checked(value, hints[name], f"{key}.{name}")

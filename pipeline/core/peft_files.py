@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, closest, read_json
+from pipeline.core.files import UserError, closest, read_object
 
 ADAPTER = "adapter_config.json"
 TRAINING = "training_params.json"
@@ -35,7 +35,7 @@ def read_adapter(path: str) -> Any:
     if Path(path).name != ADAPTER:
         raise UserError(f"technique.path={path} is not named {ADAPTER}; PEFT reads files of that name, one a folder")
     kind = _json(Path(path), "technique.path").get("peft_type")
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = sorted(str(getattr(k, "value", k)) for k in PEFT_TYPE_TO_CONFIG_MAPPING)
         raise UserError(f"{path} has peft_type {kind!r}, which this version of PEFT does not know; it knows {', '.join(known)}")
     try:
@@ -113,7 +113,4 @@ def find(path: str) -> list[Path]:
 def _json(file: Path, key: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{key}={file} is not a file; name an {ADAPTER}")
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a JSON object; write the keys of PEFT's own config there")
-    return values
+    return read_object(file)

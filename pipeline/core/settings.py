@@ -8,46 +8,21 @@ A field's type says which values it takes: `checked` holds every value against i
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-import sys
-import types
 import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.compose import CONF, RENAMED, plain, renamed_key
-from pipeline.core.files import UserError, closest
+from pipeline.core.files import UserError, check_name, closest
+from pipeline.core.schema import FILLED, NO_LIMIT, AtLeast0, AtLeast1, Filled, NotNegative, Positive, Within, checked
 
-
-@dataclass(frozen=True)
-class Within:
-    """The bounds of a number, for Annotated[int, Within(1)]. above: least itself is refused. why: for the message."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: bool = False
-    why: str = ""
-
-    def __contains__(self, value: float) -> bool:
-        return self.least <= value <= self.most and not (self.above and value == self.least)
-
-    def __str__(self) -> str:
-        most = f", at most {self.most}" if self.most < math.inf else ""
-        return f"{'above' if self.above else 'at least'} {self.least}{most}{self.why and f' ({self.why})'}"
-
-
-NO_LIMIT = "null and inf stand for no limit, math.inf"
-"""For Annotated[float, NO_LIMIT]."""
-AtLeast0 = Annotated[int, Within(0)]
-AtLeast1 = Annotated[int, Within(1)]
-NotNegative = Annotated[float, Within(0)]
-Positive = Annotated[float, Within(0, above=True)]
 Seed = Annotated[int, Within(0, 2**63 - 1)]
 """What torch and Python draw from alike."""
+Steps = Annotated[int, Within(0, 2**31 - 1)]
 
 
 @dataclass(frozen=True)
@@ -75,6 +50,8 @@ class Task:
         needs = {"macro_f1": "choice", "rouge_l": "generate"}.get(self.metric, self.scoring)
         if needs != self.scoring:
             raise UserError(f"task.metric={self.metric} needs task.scoring={needs}, not {self.scoring}; change one of them")
+        if len({check_name(name, "config key 'task.transfer'") for name in self.transfer}) < len(self.transfer):
+            raise UserError(f"config key 'task.transfer' is {list(self.transfer)}; name each set once")
         try:
             re.compile(self.answer_pattern or "")
         except re.error as error:
@@ -84,14 +61,14 @@ class Task:
 @dataclass(frozen=True)
 class Train:
     lr: Positive
-    epochs: NotNegative
+    epochs: Annotated[float, Within(0, 1e6)]
     batch_size: AtLeast1
     """Rows per optimiser step."""
     micro_batch_tokens: AtLeast1
     """Most tokens (padding included) in one forward pass; a step's rows are split to fit."""
-    steps: AtLeast0 | None = None
+    steps: Steps | None = None
     """Optimiser steps; overrides epochs. 0 trains nothing but goes through save and load."""
-    min_steps: AtLeast0 | None = None
+    min_steps: Steps | None = None
     """Fewest optimiser steps: few rows are gone through more often than `epochs` says, until there are as many; null: as `epochs` says."""
     engine: Literal["auto", "fast", "eager"] = "auto"
     """auto (fast on a GPU where technique and model allow it, eager elsewhere), fast (static shapes, CUDA graphs, hand-written steps) or eager."""
@@ -168,6 +145,20 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """The config group tracking: pipeline/records/mlflow.py."""
+
+    enabled: bool
+    uri: str = ""
+    artifacts: str | None = None
+    """Folder of the runs' files where `uri` is a local database; a server has its own place."""
+
+    def check(self) -> None:
+        if self.enabled and not self.uri:
+            raise UserError("tracking.uri is empty; set it (sqlite:///mlflow.db or a server's address), or tracking=none")
+
+
+@dataclass(frozen=True)
 class Technique:
     name: str
     family: str
@@ -195,20 +186,32 @@ class Settings:
     technique: Technique
 
 
+Axis = Annotated[tuple[int, ...], FILLED] | None
 TOP = {
-    "seed": Seed, "train_rows": AtLeast1 | None, "memory_limit_gb": NotNegative | None, "pack": bool, "tuned": bool,
-    "price_per_hour": NotNegative | None, "currency": str | None, "device": Literal["auto", "cpu", "cuda"],
-    "overwrite": bool, "adopt": bool, "stale": Literal["run", "keep"],
+    "seed": Seed, "train_rows": AtLeast1 | None, "start": Filled | None, "variant": Filled | None, "memory_limit_gb": Positive | None, "pack": bool,
+    "tuned": bool, "price_per_hour": NotNegative | None, "currency": str | None, "device": Literal["auto", "cpu", "cuda"],
+    "overwrite": bool, "adopt": bool, "stale": Literal["run", "keep"], "cell": Filled | None, "split": Filled, "requests": Filled | None, "to": Filled | None,
+    "tune.techniques": tuple[str, ...] | None, "tune.trials": AtLeast1, "tune.seed": Seed, "tune.slots": AtLeast1 | None,
+    "tune.executor": Literal["auto", "packed", "sequential"],
+    "forecast.gpu_memory_gb": Positive | None, "forecast.model_config": Filled | None, "forecast.length": AtLeast1 | None, "forecast.calibrate": bool,
+    "report.target": Annotated[float, Within(0, 1)] | None, "report.train_rows": Axis, "report.seeds": Axis,
 }
 """Config key outside the groups -> its type."""
+
+
+def check_top(cfg: DictConfig) -> None:
+    """Raise UserError for a value outside the groups of a cell that its key does not take: what every command may be given."""
+    for key, hint in TOP.items():
+        value = OmegaConf.select(cfg, key)
+        checked(OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value, hint, key)
+    build(Tracking, plain(cfg.tracking), "tracking")
 
 
 def read(cfg: DictConfig) -> Settings:
     """The checked settings of a composed config. Raises UserError naming the key."""
     raw = plain(cfg)
     _known_keys(raw)
-    for key, hint in TOP.items():
-        checked(raw[key], hint, key)
+    check_top(cfg)
     if (raw["price_per_hour"] is None) != (raw["currency"] is None):
         raise UserError("price_per_hour and currency go together; set both, for example price_per_hour=2.5 currency=EUR, or neither")
     cells = {f.name for f in dataclasses.fields(Task)}
@@ -253,48 +256,12 @@ def build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     return made
 
 
-def checked(value: Any, hint: Any, key: str) -> Any:
-    """The value, if it is of the type and within its bounds: an int passes for a float, a list for a tuple, no float is nan or infinite.
+def check_fields(made: Any, prefix: str) -> None:
+    """Raise UserError where a field of a dataclass has a value that its type does not take; a dataclass inside checks its own.
 
-    Args:
-        hint: a type, a Literal, a tuple[item, ...], any of them Annotated with bounds, or a union of such.
-
-    Raises:
-        UserError: it is not; the message names the key and what it takes.
+    prefix: the config group, for the message.
     """
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
-    for option in options:
-        kind, *marks = typing.get_args(option) if typing.get_origin(option) is Annotated else (option,)
-        if NO_LIMIT in marks and value in (None, math.inf):
-            return math.inf
-        if not _is(value, kind):
-            continue
-        if kind is float:
-            if not abs(value) <= sys.float_info.max:
-                raise UserError(f"config key '{key}' is {value}; it takes a finite number")
-            value = float(value)
-        for bounds in marks:
-            if isinstance(bounds, Within) and value not in bounds:
-                raise UserError(f"config key '{key}' is {value}; it must be {bounds}")
-        if typing.get_origin(kind) is tuple:
-            return tuple(checked(item, typing.get_args(kind)[0], f"{key}[{i}]") for i, item in enumerate(value))
-        return tuple(value) if kind is tuple else value
-    named = [option for option in options if typing.get_origin(option) is Literal]
-    raise UserError(f"config key '{key}' is {value!r}; " + (
-        f"choose one of {', '.join(typing.get_args(named[0]))}" if named else f"it takes {' or '.join(map(_words, options))}"))
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether the value is of a type, bounds aside."""
-    origin = typing.get_origin(kind) or kind
-    if origin is Literal:
-        return value in typing.get_args(kind)
-    if isinstance(value, bool) or origin is bool:
-        return isinstance(value, bool) and origin in (bool, Any)
-    return origin is Any or isinstance(value, {float: (int, float), tuple: (list, tuple)}.get(origin, origin))
-
-
-def _words(option: Any) -> str:
-    kind = typing.get_args(option)[0] if typing.get_origin(option) is Annotated else option
-    kind = typing.get_origin(kind) or kind
-    return {types.NoneType: "null", tuple: "a list"}.get(kind, kind.__name__)
+    hints = typing.get_type_hints(type(made), include_extras=True)
+    for field in dataclasses.fields(made):
+        if not dataclasses.is_dataclass(hints[field.name]):
+            checked(getattr(made, field.name), hints[field.name], f"{prefix}.{field.name}")

@@ -11,7 +11,8 @@ Library. `python -m pipeline.prepare task=<name>` reads conf/task/<name>.yaml. A
 source    type: files (JSONL, CSV, TSV, Parquet), hub or registry; what it gives no validation or test rows
           for is drawn from its training rows. Sets of any other name are transfer test sets, listed under `transfer`.
 columns   {new: old} renames a source's columns; a dot reaches into a nested one ({options: choices.text}).
-prompt    a template of columns. A list is joined by commas, a whole float loses its ".0", null is empty.
+prompt    a template of columns. A list is joined by commas, a whole float loses its ".0", null is empty. Bytes, objects, NaN and a list with null
+          inside are refused, with row and column.
 answer    a template ("{label}"), or one column made into words:
             {column: label, labels: {0: negative, 1: positive, 2: null}}   words for values
             {column: stars, bins: {negative: [null, 2], positive: [4, null]}}   words for numbers; both ends belong to a
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import functools
 import math
+import reprlib
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -42,6 +44,7 @@ from omegaconf import DictConfig
 from pipeline.core.compose import plain
 from pipeline.core.files import UserError
 from pipeline.core.names import name_of
+from pipeline.core.schema import unwritable
 from pipeline.core.settings import Seed, Task, build
 
 KINDS = ("labels", "bins", "of", "number")
@@ -79,10 +82,21 @@ class Answer:
             raise UserError(f"config key 'task.answer' takes one of {', '.join(KINDS)} beside column, not {' and '.join(chosen) or 'none'}")
         for word, ends in (self.bins or {}).items():
             numbers = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(e is None or isinstance(e, (int, float)) for e in ends)
-            if not numbers or None not in ends and ends[0] > ends[1]:
+            if not numbers or None not in ends and not ends[0] <= ends[1]:
                 raise UserError(f"config key 'task.answer.bins.{word}' is {ends}; give [lowest, highest], null where it is open")
-        _no_booleans("task.answer", (self.labels or {}).values())
-        _no_booleans("task.answer", self.bins or ())
+        check_words("task.answer.labels", [word for word in (self.labels or {}).values() if word is not None])
+        check_words("task.answer.bins", self.bins or ())
+
+    @functools.cached_property
+    def by_text(self) -> dict[str, Any]:
+        """The labels by what their values are as texts. Raises UserError where two are the same, or one is none."""
+        found: dict[str, Any] = {}
+        for value, word in (self.labels or {}).items():
+            text = _word("task.answer.labels", value)
+            if text in found:
+                raise UserError(f"config key 'task.answer.labels' lists {text!r} twice; take one out")
+            found[text] = word
+        return found
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -110,7 +124,8 @@ class Recipe(Task):
             value = getattr(self, key)
             if isinstance(value, str) and not columns_of(value, f"task.{key}"):
                 raise UserError(f"config key 'task.{key}' is {value!r}; name at least one column in braces, as in {{text}}")
-        _no_booleans("task.choices", self.choices if isinstance(self.choices, tuple) else ())
+        if isinstance(self.choices, tuple):
+            check_words("task.choices", self.choices)
         if self.scoring == "choice" and self.choice_list is None and not isinstance(self.choices, str):
             raise UserError(
                 "config key 'task.choices' is missing; "
@@ -143,14 +158,27 @@ def read(cfg: DictConfig) -> Recipe:
 
 
 def text_of(value: Any) -> str:
-    """A value as it stands in a prompt or an answer."""
+    """A value as it stands in a prompt or an answer.
+
+    Raises:
+        ValueError: it has no text: bytes, an object, a list with null or a list inside, no finite number, characters that no file can hold.
+    """
     if value is None:
         return ""
     if isinstance(value, (list, tuple)):
+        if any(item is None or isinstance(item, (list, tuple)) for item in value):
+            raise ValueError("a list with null or another list inside")
         return ", ".join(map(text_of, value))
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
+    if isinstance(value, (bytes, dict)):
+        raise ValueError("bytes and no text" if isinstance(value, bytes) else "an object and no text")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("no finite number")
+        value = int(value) if value.is_integer() else value
+    text = str(value).strip()
+    if reason := unwritable(text):
+        raise ValueError(f"a text with {reason}")
+    return text
 
 
 def columns_of(template: str, key: str) -> list[str]:
@@ -172,7 +200,7 @@ def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> 
     if answer is None:
         return None
     prompt = _fill(recipe.prompt, fields, "task.prompt", where)
-    if not any(text_of(_look(fields, name, "task.prompt", where)) for name in columns_of(recipe.prompt, "task.prompt")):
+    if not any(_text(_look(fields, name, "task.prompt", where), name, where) for name in columns_of(recipe.prompt, "task.prompt")):
         raise UserError(f"{where} has no text in the columns of task.prompt; fill or remove that row")
     if not answer:
         raise UserError(f"{where} has an empty answer; fill or remove that row, or map its label to null")
@@ -182,7 +210,18 @@ def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> 
             f"{where} has the answer {answer!r}, which is none of its choices ({', '.join(choices)}); "
             "fix the row or task.choices"
         )
-    return {"id": identity, "prompt": prompt, "answer": answer, "choices": choices, "fields": _plain(fields)}
+    try:
+        return {"id": identity, "prompt": prompt, "answer": answer, "choices": choices, "fields": _plain(fields)}
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply to be kept; fix or remove that row") from error
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    """`text_of`, of a row's value. Raises UserError naming the row and the column where it has none."""
+    try:
+        return text_of(value)
+    except ValueError as error:
+        raise UserError(f"{where} has {column}={reprlib.repr(value)}, which is {error}; fix or remove that row") from error
 
 
 def _renamed(recipe: Recipe, raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -214,7 +253,7 @@ def _parts(template: str, key: str) -> list[tuple[str, str | None]]:
 
 def _fill(template: str, fields: dict[str, Any], key: str, where: str) -> str:
     parts = _parts(template, key)
-    return "".join(text + ("" if name is None else text_of(_look(fields, name, key, where))) for text, name in parts).strip()
+    return "".join(text + ("" if name is None else _text(_look(fields, name, key, where), name, where)) for text, name in parts).strip()
 
 
 def _answer(recipe: Recipe, fields: dict[str, Any], where: str) -> str | None:
@@ -224,13 +263,13 @@ def _answer(recipe: Recipe, fields: dict[str, Any], where: str) -> str | None:
     assert spec is not None
     value = _look(fields, spec.column, "task.answer.column", where)
     if spec.labels is not None:
-        words = {text_of(k): v for k, v in spec.labels.items()}
-        if text_of(value) not in words:
+        words, text = spec.by_text, _text(value, spec.column, where)
+        if text not in words:
             raise UserError(
                 f"{where} has {spec.column}={value!r}, which task.answer.labels does not list; "
                 "add it (null leaves such rows out)"
             )
-        word = words[text_of(value)]
+        word = words[text]
         return None if word is None else text_of(word)
     if spec.of is not None:
         return _element(_look(fields, spec.of, "task.answer.of", where), value, spec, where)
@@ -255,14 +294,14 @@ def _number(value: Any, column: str, where: str) -> float:
 
 
 def _element(options: Any, value: Any, spec: Answer, where: str) -> str:
-    text = text_of(value)
+    text = _text(value, spec.column, where)
     index = int(text) if text.isdecimal() else ord(text.upper()) - ord("A") if len(text) == 1 else -1
     if not isinstance(options, list) or not 0 <= index < len(options):
         raise UserError(
             f"{where} has {spec.column}={value!r}, which is no place (0, 1, … or A, B, …) in the list {spec.of}; "
             "fix or remove that row"
         )
-    return text_of(options[index])
+    return _text(options[index], str(spec.of), where)
 
 
 def _choices(recipe: Recipe, fields: dict[str, Any], where: str) -> list[str] | None:
@@ -271,12 +310,28 @@ def _choices(recipe: Recipe, fields: dict[str, Any], where: str) -> list[str] | 
     options = _look(fields, recipe.choices, "task.choices", where)
     if not isinstance(options, list) or len(options) < 2:
         raise UserError(f"{where} has {recipe.choices}={options!r}; task.choices needs a column that holds a list of at least two")
-    return list(dict.fromkeys(map(text_of, options)))
+    return list(dict.fromkeys(_text(option, recipe.choices, where) for option in options))
 
 
-def _no_booleans(key: str, words: Iterable[Any]) -> None:
-    if any(isinstance(word, bool) for word in words):
-        raise UserError(f"config key '{key}' holds a word that YAML reads as true or false; put yes, no, on, off, true and false in quotes")
+def check_words(key: str, words: Iterable[Any]) -> None:
+    """Raise UserError for a word of a task's YAML that cannot be an answer, and for two of them that differ in case alone."""
+    spelt: dict[str, str] = {}
+    for word in words:
+        if isinstance(word, bool):
+            raise UserError(f"config key '{key}' holds a word that YAML reads as true or false; put yes, no, on, off, true and false in quotes")
+        text = "" if isinstance(word, (list, tuple)) else _word(key, word)
+        if not text:
+            raise UserError(f"config key '{key}' holds {word!r}, which is no word; write a text there")
+        other = spelt.setdefault(text.casefold(), text)
+        if other != text:
+            raise UserError(f"config key '{key}' has {other!r} and {text!r}, which differ in case alone; write one of them for both")
+
+
+def _word(key: str, value: Any) -> str:
+    try:
+        return text_of(value)
+    except ValueError as error:
+        raise UserError(f"config key '{key}' holds {value!r}, which is {error}; write a text there") from error
 
 
 def _plain(value: Any) -> Any:

@@ -7,14 +7,13 @@ them, `step_batches` puts them into padded batches in an order that is a functio
 from __future__ import annotations
 
 import functools
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.core.files import Unsuited, UserError, read_jsonl
+from pipeline.core.files import Unsuited, UserError, read_jsonl, read_object
 from pipeline.core.settings import Task, Train
 
 if TYPE_CHECKING:
@@ -75,6 +74,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, task: Task, max_length: int, too_long: str) -> None:
+        if task.format == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise UserError("task.format is chat, but the model's tokenizer has no chat template; choose task.format=plain, or a model that was tuned to chat")
         self.tokenizer, self.task, self.max_length, self.too_long = tokenizer, task, max_length, too_long
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._cut: set[tuple[int, ...]] = set()
@@ -95,7 +96,7 @@ class Encoder:
     def answer(self, text: str, ends: bool = False) -> list[int]:
         ids = self.continuation(text)
         if not ids:
-            raise Unsuited(f"the answer {text!r} encodes to no token with this model's tokenizer; choose another model, or write the task's answers in its words")
+            raise Unsuited(f"the answer {text!r} encodes to no token of this model's; choose another model, or write the task's answers in its words")
         return ids + [self.tokenizer.eos_token_id] if ends else ids
 
     def example(self, example: Example) -> Encoded:
@@ -164,19 +165,28 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
     """
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is not prepared; run: python -m pipeline.prepare task={task.name}")
-    train = read_jsonl(folder / "train.jsonl")
+    train = read_rows(folder / "train.jsonl")
     wanted = len(train) if train_rows is None else train_rows
     if wanted > len(train):
         raise UserError(f"train_rows={wanted}, but {folder / 'train.jsonl'} has {len(train)} rows; ask for at most that")
     random.Random(seed).shuffle(train)
-    validation = read_jsonl(folder / "validation.jsonl")[: max(1, int(wanted * validation_share + 1e-9))]
+    validation = read_rows(folder / "validation.jsonl")[: max(1, int(wanted * validation_share + 1e-9))]
     transfer = {}
-    for name in task.transfer if transfer_rows != 0 else ():
-        transfer[name] = read_jsonl(folder / "transfer" / f"{name}.jsonl")[:transfer_rows]
+    for name in task.transfer:
+        path = folder / "transfer" / f"{name}.jsonl"
+        if not path.exists():
+            raise UserError(f"task.transfer names {name!r}, but {path} does not exist; take it out, or run: python -m pipeline.prepare task={task.name}")
+        if transfer_rows != 0:
+            transfer[name] = read_rows(path)[:transfer_rows]
     return Rows(
-        train[:wanted], validation, [] if test_rows == 0 else read_jsonl(folder / "test.jsonl")[:test_rows], transfer,
-        json.loads((folder / "manifest.json").read_text(encoding="utf-8")), {},
+        train[:wanted], validation, [] if test_rows == 0 else read_rows(folder / "test.jsonl")[:test_rows], transfer,
+        read_object(folder / "manifest.json"), {},
     )
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file of a prepared task. Raises UserError where there is none, or a line is no such row."""
+    return read_jsonl(path, id=str, prompt=str, answer=str)
 
 
 def load_rationales(folder: Path) -> dict[str, dict]:
@@ -186,7 +196,7 @@ def load_rationales(folder: Path) -> dict[str, dict]:
     path = folder / "rationales.jsonl"
     if not path.exists():
         raise UserError(f"{path} does not exist; run: python -m pipeline.rationales task={folder.parent.name} teacher={folder.name}")
-    return {row["id"]: row for row in read_jsonl(path)}
+    return {row["id"]: row for row in read_jsonl(path, id=str, rationale=str, correct=bool)}
 
 
 @functools.lru_cache(maxsize=128)  # a shuffle takes longer than a short step, and every step of an epoch asks

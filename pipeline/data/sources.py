@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import csv
 import glob
+import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import UserError, read_jsonl, sha256
+from pipeline.core.schema import unwritable
 from pipeline.data import registry
 
 
@@ -50,6 +53,8 @@ class Files:
         for name, pattern in named.items():
             paths = _matching(Path(self.folder) / pattern)
             sets[name] = [row for path in paths for row in read_table(path, self.header, self.encoding)]
+            if not sets[name]:
+                raise UserError(f"{paths[0]}{f' and {len(paths) - 1} more hold' if paths[1:] else ' holds'} no rows; fix the file, or task.source.files")
             digests.update({path.as_posix(): sha256(path) for path in paths})
         places = {name: str(Path(self.folder) / pattern) for name, pattern in named.items()}
         return Loaded(sets, {"kind": "files", "sha256": digests}, places)
@@ -139,11 +144,30 @@ def read_table(path: Path, header: list[str] | None = None, encoding: str = "utf
         raise UserError(f"{path} has the ending {path.suffix or '(none)'!r}; files of rows end in {', '.join(READERS)}")
     if not path.is_file():
         raise UserError(f"{path} does not exist; fix task.source")
+    with open(path, "rb") as file:
+        if file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+            raise UserError(f"{path} is a web page, no table; get the file that the page links to")
     return reader(path, header, encoding)
 
 
 def _jsonl(path: Path, header: list[str] | None, encoding: str) -> list[dict[str, Any]]:
-    return read_jsonl(path)  # unlike `datasets`, it names the line that is wrong and lets rows differ in their columns
+    return read_jsonl(path, _object)  # unlike `datasets`, it names the line that is wrong and lets rows differ in their columns
+
+
+def _object(line: str) -> Any:
+    """A line of JSON. Raises ValueError also where a key stands twice, or a text is none."""
+    row = json.loads(line, object_pairs_hook=_once)
+    if "\\u" in line and (reason := unwritable(json.dumps(row, ensure_ascii=False))):
+        raise ValueError(f"it holds {reason}")
+    return row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"it has the key {twice!r} twice")
+    return found
 
 
 def _csv(path: Path, header: list[str] | None, encoding: str, **dialect: Any) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ from pipeline.data.sources import Loaded
 
 SPLITS = ("train", "validation", "test")
 DRAWN = {"validation": 0.1, "test": 0.2}
+CONTRADICTING = 0.1
+"""The largest share of a set's rows that may contradict others; from there on the labels are what has to be fixed first."""
 Rows = list[dict[str, Any]]
 Sets = dict[str, Rows]
 Counts = dict[str, dict[str, int]]
@@ -27,13 +29,12 @@ def assemble(recipe: Recipe, loaded: Loaded) -> tuple[Sets, Counts]:
         UserError: a row that does not fit the task, leakage, too few rows, a label that training never saw.
     """
     _check_names(recipe, loaded)
-    dropped: Counts = {"unlabelled": {}, "duplicate": {}, "leaked": {}, "unused": {}}
+    dropped: Counts = {"unlabelled": {}, "duplicate": {}, "contradicting": {}, "leaked": {}, "unused": {}}
     sets = {}
     for name, raw in loaded.sets.items():
         rows = _rendered(recipe, loaded, name, raw)
-        sets[name] = _distinct(rows)
         dropped["unlabelled"][name] = len(raw) - len(rows)
-        dropped["duplicate"][name] = len(rows) - len(sets[name])
+        sets[name] = _distinct(recipe, rows, name, dropped, _place(loaded, name))
     sets = _without_leakage(recipe, sets, dropped["leaked"])
     sets = _drawn(recipe, sets, dropped["unused"])
     _check_labels(recipe, sets, loaded)
@@ -81,11 +82,35 @@ def _rendered(recipe: Recipe, loaded: Loaded, name: str, raw: Rows) -> Rows:
     return [row for row in rows if row is not None]
 
 
-def _distinct(rows: Rows) -> Rows:
+def _distinct(recipe: Recipe, rows: Rows, name: str, dropped: Counts, place: str) -> Rows:
+    """Every text once, as its first row has it. Rows that give it another of the same choices, or another answer to generate, contradict that one.
+
+    Raises:
+        UserError: more than CONTRADICTING of the rows do, where answers are chosen (a text may have several answers to generate).
+    """
     first: dict[str, dict] = {}
+    others = []
     for row in rows:
-        first.setdefault(normalised(row["prompt"]), row)
+        kept = first.setdefault(normalised(row["prompt"]), row)
+        if row["answer"] != kept["answer"] and set(row["choices"] or ()) == set(kept["choices"] or ()):
+            others.append((kept, row))
+    dropped["contradicting"][name] = len(others)
+    dropped["duplicate"][name] = len(rows) - len(first) - len(others)
+    if recipe.scoring == "choice" and len(others) > CONTRADICTING * len(rows):
+        one, other = others[0]
+        raise UserError(
+            f"{len(others)} of the {len(rows)} rows of {place} have a text that stands there before with another answer (first: {one['id']} has "
+            f"{one['answer']!r}, {other['id']} has {other['answer']!r}); fix their answers, or remove them"
+        )
     return list(first.values())
+
+
+def case_variants(sets: Sets) -> list[list[str]]:
+    """Spellings of one answer that differ in case alone, the commonest answer's first; generated answers are compared without it."""
+    spelt: dict[str, Counter[str]] = {}
+    for row in (row for rows in sets.values() for row in rows if not row["choices"]):
+        spelt.setdefault(row["answer"].casefold(), Counter())[row["answer"]] += 1
+    return [sorted(found) for found in sorted(spelt.values(), key=lambda c: -c.total()) if len(found) > 1]
 
 
 def _without_leakage(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Sets:
@@ -173,12 +198,18 @@ def _check_labels(recipe: Recipe, sets: Sets, loaded: Loaded) -> None:
             )
 
 
+def left_out(dropped: Counts) -> Counts:
+    """The counts as the manifest has them: sets of which nothing was left out are not listed, nor is contradicting where nothing does."""
+    counts = {reason: {name: count for name, count in by_set.items() if count} for reason, by_set in dropped.items()}
+    return {reason: by_set for reason, by_set in counts.items() if by_set or reason != "contradicting"}
+
+
 def manifest_of(recipe: Recipe, task: dict[str, Any], loaded: Loaded, sets: Sets, dropped: Counts, folder: Path) -> dict[str, Any]:
     return {
         "task": recipe.name,
         "rows": {name: len(rows) for name, rows in sets.items()},
         "labels": {name: balance(rows) for name, rows in sets.items()},
-        "left_out": {reason: {k: v for k, v in counts.items() if v} for reason, counts in dropped.items()},
+        "left_out": left_out(dropped),
         "sha256": {file_of(name): sha256(folder / file_of(name)) for name in sets},
         "source": loaded.origin,
         "licence": recipe.licence,

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.attention import Heads, masked_attention
+from pipeline.engine.attention import causal, masked_attention, windowed
 from pipeline.engine.bind import answering, bound_to
-from pipeline.engine.llama import Llama
+from pipeline.engine.families import Heads
+from pipeline.engine.llama import Angles, Llama, rows_of
 from pipeline.engine.ops import Tensor
 from pipeline.engine.parts import Unsupported
 
@@ -33,8 +34,8 @@ class Forward:
     def __init__(self, llama: Llama) -> None:
         self.llama = llama
 
-    def table(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [at least `length`, e]; lengths are rounded up to powers of two, so that few tables are made."""
+    def tables(self, length: int) -> Angles:
+        """cos, sin [at least `length`, e] by rotation; lengths are rounded up to powers of two, so that few tables are made."""
         with torch.inference_mode(False):  # training may read the same tables
             return self.llama.angles(max(LEAST_TABLE, 1 << (length - 1).bit_length()))
 
@@ -48,19 +49,20 @@ class Forward:
         """
         count, width = ids.shape
         if position_ids is None:
-            cos, sin = (part[:width] for part in self.table(width))
+            angles = rows_of(self.tables(width), slice(width))
         else:
             longest = attention_mask.shape[-1] if attention_mask is not None else width
-            cos, sin = (part[position_ids.reshape(-1)] for part in self.table(longest))
+            angles = rows_of(self.tables(longest), position_ids.reshape(-1))
         attends = [MaskedAttention(width, attention_mask, past_key_values, layer) for layer in range(len(self.llama.layers))]
-        hidden = self.llama.answer(ids.reshape(-1), cos, sin, attends).view(count, width, -1)
+        hidden = self.llama.answer(ids.reshape(-1), angles, attends).view(count, width, -1)
         return self.llama.logits(hidden[rows, cols])
 
 
 @dataclass(frozen=True)
 class MaskedAttention:
     """Attention of rows of T = `tokens` tokens, without backward: causal, or by `mask` [R, 1, T, P + T] (True where a token attends to another), after
-    the tokens of `past` (a transformers cache of P tokens, which these are appended to)."""
+    the tokens of `past` (a transformers cache of P tokens, which these are appended to). With a mask or a cache every row is to be shorter than the
+    layer's window (reuse.refusal)."""
 
     tokens: int
     mask: Tensor | None = None
@@ -71,7 +73,10 @@ class MaskedAttention:
         q, k, v = heads.split(qkv, self.tokens)
         if self.past is not None:
             k, v = self.past.update(k, v, self.layer)
-        return heads.merge(masked_attention(q, k, v, self.mask)), ()
+        mask = self.mask
+        if mask is None and 0 < heads.window <= self.tokens:  # where transformers has a mask, too: another kernel may round otherwise
+            mask = windowed(causal(self.tokens, qkv.device), heads.window)
+        return heads.merge(masked_attention(q, k, v, mask, heads.scale)), ()
 
 
 @contextmanager

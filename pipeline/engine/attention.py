@@ -6,7 +6,6 @@ heads' outputs side by side, `merged` [N, H·e].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,24 +13,8 @@ import torch
 import torch.nn.attention
 import torch.nn.functional as F
 
+from pipeline.engine.families import Heads
 from pipeline.engine.ops import Tensor
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Of a layer: H query heads, G key-value heads (grouped-query attention: Ainslie et al., 2023), and the width e of one."""
-
-    queries: int
-    groups: int
-    width: int
-
-    def split(self, qkv: Tensor, t: int) -> Sequence[Tensor]:
-        """q [R, H, T, e], k, v [R, G, T, e] of qkv [R·T, (H + 2G)·e], as views."""
-        return qkv.view(-1, t, self.queries + 2 * self.groups, self.width).transpose(1, 2).split((self.queries, self.groups, self.groups), 1)
-
-    def merge(self, output: Tensor) -> Tensor:
-        """Heads' outputs [R, H, T, e] side by side, [N, H·e]."""
-        return output.transpose(1, 2).reshape(-1, self.queries * self.width)
 
 
 class AttentionForward(Protocol):
@@ -59,15 +42,34 @@ class Rows:
     backends: list[Any] | None = None
 
     def forward(self, heads: Heads, qkv: Tensor, save: bool) -> tuple[Tensor, tuple]:
+        if self._as_stream(heads, qkv):
+            return self._stream(qkv).forward(heads, qkv, save)
         with torch.set_grad_enabled(save):
             q, k, v = (p.detach().requires_grad_(save) for p in heads.split(qkv, self.tokens))
-            output = attention(q, k, v, self.backends)
+            if 0 < heads.window < self.tokens:
+                mask = windowed(causal(self.tokens, qkv.device), heads.window)
+                output = F.scaled_dot_product_attention(q, k, v, mask, scale=heads.scale, enable_gqa=heads.queries != heads.groups)
+            else:
+                output = attention(q, k, v, self.backends, heads.scale)
         return heads.merge(output.detach()), (q, k, v, output)
 
+    def _as_stream(self, heads: Heads, qkv: Tensor) -> bool:
+        """Whether the kernel for streams is needed, the only one that leaves out what is outside a window."""
+        return 0 < heads.window < self.tokens and qkv.is_cuda and qkv.dtype != torch.float32
+
+    def _stream(self, qkv: Tensor) -> Stream:
+        ends = torch.arange(0, len(qkv) + 1, self.tokens, device=qkv.device, dtype=torch.int32)
+        return Stream(ends, ends, ends, self.tokens)
+
     def output(self, heads: Heads, saved: tuple) -> Tensor:
-        return heads.merge(saved[3].detach())
+        return self._stream(saved[3]).output(heads, saved) if self._as_stream(heads, saved[3]) else heads.merge(saved[3].detach())
 
     def backward(self, heads: Heads, saved: tuple, dmerged: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self._as_stream(heads, dmerged):
+            dq, dk, dv = (
+                part[0].unflatten(1, (-1, self.tokens)).transpose(0, 1) for part in self._stream(dmerged).backward(heads, saved, dmerged)
+            )
+            return dq, dk, dv
         *inputs, output = saved
         doutput = dmerged.reshape(output.shape[0], output.shape[2], heads.queries, heads.width).transpose(1, 2)
         dq, dk, dv = torch.autograd.grad(output, inputs, doutput)
@@ -93,12 +95,18 @@ class Stream:
                 q, k, v = (p.detach().requires_grad_(save) for p in heads.split(qkv, len(qkv)))
                 token = torch.arange(len(qkv))
                 row = torch.searchsorted(self.ends[1:], token, right=True)
-                mask = (row[:, None] == row) & (token[:, None] >= token)
-                output = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=heads.queries != heads.groups)
+                mask = windowed((row[:, None] == row) & (token[:, None] >= token), heads.window)
+                output = F.scaled_dot_product_attention(q, k, v, mask, scale=heads.scale, enable_gqa=heads.queries != heads.groups)
             return heads.merge(output.detach()), (q, k, v, output)
         q, k, v = qkv.view(len(qkv), -1, heads.width).split((heads.queries, heads.groups, heads.groups), 1)
-        output, *state, _ = torch.ops.aten._flash_attention_forward(q, k, v, self.ends, self.ends, self.longest, self.longest, 0.0, True, False)
+        output, *state, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, self.ends, self.ends, self.longest, self.longest, 0.0, True, False, **self._options(heads)
+        )
         return output.reshape(len(qkv), -1), (q, k, v, output, *state)
+
+    def _options(self, heads: Heads) -> dict[str, Any]:
+        window = {"window_size_left": heads.window - 1, "window_size_right": 0} if 0 < heads.window < self.longest else {}
+        return {"scale": heads.scale, **window}
 
     def output(self, heads: Heads, saved: tuple) -> Tensor:
         return saved[3].reshape(len(saved[3]), -1) if saved[3].is_cuda else heads.merge(saved[3].detach())
@@ -109,27 +117,39 @@ class Stream:
         q, k, v, output, logs, state, unused = saved
         gradients = torch.ops.aten._flash_attention_backward(
             dmerged.view(output.shape), q, k, v, output, logs, self.ends, self.ends, self.longest, self.longest, 0.0, True, state, unused,
+            **self._options(heads),
         )
         dq, dk, dv = (part.transpose(0, 1)[None] for part in gradients)
         return dq, dk, dv
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backends: list[Any] | None = None) -> Tensor:
-    """Causal attention [R, H, T, e] of q [R, H, T, e], k, v [R, G, T, e] by one of the `backends`; None: torch chooses."""
+def causal(tokens: int, device: Any) -> Tensor:
+    """[T, T] bool: True where a token attends to another."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+
+
+def windowed(mask: Tensor, window: int) -> Tensor:
+    """`mask` [.., T, S] of T tokens that are the last of S in a row, without what is `window` or more tokens before (0: nothing is left out)."""
+    t, s = mask.shape[-2:]
+    return mask & torch.ones(t, s, dtype=torch.bool, device=mask.device).triu(s - t - window + 1) if 0 < window < s else mask
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backends: list[Any] | None = None, scale: float | None = None) -> Tensor:
+    """Causal attention [R, H, T, e] of q [R, H, T, e], k, v [R, G, T, e] by one of the `backends`; None: torch chooses. scale: as in Heads."""
     grouped = q.shape[1] != k.shape[1]
     if backends is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     with torch.nn.attention.sdpa_kernel(backends):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """Attention [R, H, T, e], causal or by the mask (True where a token attends to another, or a bias), over key-value heads copied for each query head, as
-    in transformers; causal attention in 16 bits, and on a CPU, does not copy them."""
+    in transformers; causal attention in 16 bits, and on a CPU, does not copy them. scale: as in Heads."""
     if mask is None and (q.dtype != torch.float32 or not q.is_cuda):
-        return attention(q, k, v)
+        return attention(q, k, v, scale=scale)
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
 
 
 def has_grouped_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
@@ -137,13 +157,13 @@ def has_grouped_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
     return torch._fused_sdp_choice(q, k, v, bias, 0.0, False, enable_gqa=True) != torch.nn.attention.SDPBackend.MATH.value
 
 
-def single_query_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def single_query_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
     """Attention [R, H, e] of one query a row [R, H, e] over k, v [R, G, L, e] by the bias [R, 1, 1, L]; no key-value head is copied.
 
-    Where no kernel reads one for several query heads, its H / G query heads are passed as H / G queries of one head.
+    Where no kernel reads one for several query heads, its H / G query heads are passed as H / G queries of one head. scale: as in Heads.
     """
     if has_grouped_kernel(q[:, :, None], k, v, bias):
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, bias, enable_gqa=True)[:, :, 0]
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, bias, scale=scale, enable_gqa=True)[:, :, 0]
     each = q.shape[1] // k.shape[1]
     grouped = q.unflatten(1, (-1, each))
-    return F.scaled_dot_product_attention(grouped, k, v, bias.expand(-1, k.shape[1], each, -1)).flatten(1, 2)
+    return F.scaled_dot_product_attention(grouped, k, v, bias.expand(-1, k.shape[1], each, -1), scale=scale).flatten(1, 2)

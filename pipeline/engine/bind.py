@@ -13,13 +13,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from pipeline.engine import ops
+from pipeline.engine import ops, options
 from pipeline.engine.buffer import ParameterBuffer, Region
+from pipeline.engine.families import WIDE
 from pipeline.engine.layout import padded
 from pipeline.engine.linear import Linears, LoraPair
 from pipeline.engine.llama import Llama, Norm
 from pipeline.engine.ops import Tensor
-from pipeline.engine.parts import GROUPS, WIDE, Parts, Unsupported, stack, with_columns
+from pipeline.engine.parts import Parts, Unsupported, biases, stack, with_columns
 
 
 @dataclass
@@ -89,14 +90,15 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
         Unsupported: another architecture, adapter or option.
     """
     base, kind = _base(model)
-    _check_trained(model, kind)
     parts = Parts(base, dtype)
     if kind == "lora":
+        _check_trained(model, {f"base_model.model.{name}.lora_{x}.default.weight" for name in _adapters(parts) for x in "AB"})
         bound = _lora(parts, dtype, slots, rank, accumulate)
         p = model.active_peft_config.lora_dropout
         if p or dropout:
             _set_dropout(bound, p, seed)
     elif kind == "prompt":
+        _check_trained(model, {"prompt_encoder.default.embedding.weight"})
         bound = _prompt(model, parts, dtype, slots, accumulate)
     elif not all(p.requires_grad for p in model.parameters()):
         raise Unsupported("a part of the weights is frozen without an adapter")
@@ -147,27 +149,19 @@ def _base(model: Any) -> tuple[Any, str]:
     if config is None:
         return model, "full"
     kind = config.peft_type.value
-    if kind == "PROMPT_TUNING":
-        return model.base_model, "prompt"
-    if kind != "LORA":
-        raise Unsupported(f"{kind} has no hand-written step")
-    for option in ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "layer_replication",
-                   "fan_in_fan_out", "target_parameters", "use_bdlora", "arrow_config", "use_qalora"):
-        if getattr(config, option, None):
-            raise Unsupported(f"LoRA with {option} has no hand-written step")
-    if config.bias != "none":
-        raise Unsupported("LoRA that trains biases has no hand-written step")
-    return model.base_model.model, "lora"
+    if reason := options.refused(kind, options.changed(config)):
+        raise Unsupported(reason)
+    if model.active_adapters != ["default"] if kind == "LORA" else list(model.peft_config) != ["default"]:
+        raise Unsupported("its adapter is not PEFT's default one alone")
+    return (model.base_model.model, "lora") if kind == "LORA" else (model.base_model, "prompt")
 
 
-def _check_trained(model: Any, kind: str) -> None:
-    """Raise Unsupported where an adapter's model trains other parameters than the hand-written step knows."""
-    if kind == "full":
-        return
-    known = ("prompt_encoder.default.embedding.weight",) if kind == "prompt" else (".lora_A.default.weight", ".lora_B.default.weight")
-    other = next((name for name, p in model.named_parameters() if p.requires_grad and not name.endswith(known)), None)
-    if other is not None:
-        raise Unsupported(f"it trains {other}, which has no hand-written step")
+def _check_trained(model: Any, known: set[str]) -> None:
+    """Raise Unsupported unless exactly the known parameters are trained, by name."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if other := min(trained ^ known, default=None):
+        what = f"it trains {other}, which" if other in trained else f"it does not train {other}, which otherwise"
+        raise Unsupported(f"{what} has {'no' if other in trained else 'a'} hand-written step")
 
 
 def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bool) -> Bound:
@@ -184,7 +178,7 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
     for layer, index, modules in parts.groups():
         count = sum(name in adapted for name, _ in modules)
         thin = count * wide if slots == 1 else 0
-        room = padded(thin, modules[0][1].in_features) if GROUPS[index] in WIDE else 0
+        room = padded(thin, modules[0][1].in_features) if WIDE[index] else 0
         four = any(hasattr(getattr(m, "base_layer", m).weight, "quant_state") for _, m in modules)
         under = 0 if four else padded(thin, sum(m.out_features for _, m in modules))
         weight, bias, spans = stack(parts, modules, room, under)
@@ -226,6 +220,8 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
 def _adapters(parts: Parts) -> dict[str, Any]:
     """Name -> module with LoRA. Raises Unsupported for LoRA on any other module."""
     adapted = {name: module for _, _, modules in parts.groups() for name, module in modules if hasattr(module, "lora_A")}
+    if variant := next((v for m in adapted.values() for v in m.lora_variant.values()), None):
+        raise Unsupported(f"{type(variant).__name__} has no hand-written step")
     others = [n for n, m in parts.base.named_modules() if hasattr(m, "lora_A") and n not in adapted]
     if others:
         raise Unsupported(f"LoRA on {others[0]} has no hand-written step")
@@ -271,14 +267,11 @@ def _prompt(model: Any, parts: Parts, dtype: Any, slots: int, accumulate: bool) 
 
 def _full(parts: Parts, dtype: Any, accumulate: bool) -> Bound:
     ordered: list[Any] = [parts.model.embed_tokens.weight]
-    grouped: dict[tuple[int, int], list[Any]] = {}
+    grouped: dict[tuple[int, int], tuple[list[Any], list[Any]]] = {}
     for layer, index, modules in parts.groups():
-        if any(m.bias is not None for _, m in modules):
-            raise Unsupported("full fine-tuning of a model with biases has no hand-written step")
-        grouped[layer, index] = [m.weight for _, m in modules]
-        ordered += grouped[layer, index]
-    norms = [*(m for layer in parts.layers for m in (layer.input_layernorm, layer.post_attention_layernorm)), parts.model.norm]
-    ordered += [m.weight for m in norms] + ([] if parts.tied else [parts.base.lm_head.weight])
+        grouped[layer, index] = [m.weight for _, m in modules], biases(modules)
+        ordered += [p for several in grouped[layer, index] for p in several]
+    ordered += [m.weight for m in parts.norms()] + ([] if parts.tied else [parts.base.lm_head.weight])
     if {id(p) for p in ordered} != {id(p) for p in parts.base.parameters()} or any(p.dtype != torch.float32 for p in ordered):
         raise Unsupported("it has parameters that the hand-written step does not know")
     buffer = ParameterBuffer(1, [Region(sum(p.numel() for p in ordered))], ordered[0].device, dtype, compute_copy=True, accumulate=accumulate)
@@ -296,9 +289,10 @@ def _full(parts: Parts, dtype: Any, accumulate: bool) -> Bound:
         return buffer.compute[0, span].view(-1, *width), buffer.raw[0, span].view(-1, *width)
 
     groups = {}
-    for key, parameters in grouped.items():
-        weight, dweight = views(parameters)
-        groups[key] = Linears((lambda stacked: lambda: stacked)(weight), dweight=dweight)
+    for key, (weights, added) in grouped.items():
+        weight, dweight = views(weights)
+        bias, dbias = views(added) if added else (None, None)
+        groups[key] = Linears((lambda stacked: lambda: stacked)(weight), bias, dweight, dbias)
     embedding, dembedding = views([ordered[0]])
     head, dhead = (embedding, None) if parts.tied else views([parts.base.lm_head.weight])
     llama = parts.build(groups, lambda m: Norm(*views([m.weight])), embedding, head, 0)

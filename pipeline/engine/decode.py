@@ -17,8 +17,10 @@ from transformers import GenerationConfig, StaticCache
 from pipeline.data.rows import pad
 from pipeline.engine import answering
 from pipeline.engine.answering import Forward
-from pipeline.engine.attention import AttentionForward, Heads, masked_attention, single_query_attention
+from pipeline.engine.attention import AttentionForward, masked_attention, single_query_attention, windowed
+from pipeline.engine.families import Heads
 from pipeline.engine.graphs import Graphs
+from pipeline.engine.llama import rows_of
 from pipeline.engine.passes import capture
 from pipeline.engine.reuse import refusal
 
@@ -33,14 +35,14 @@ HARMLESS = {
 """Keys of a model's generation config that do not change what greedy decoding gives."""
 
 
-def unsuited(model: Any, longest: int) -> str | None:
-    """Why the model's own generate is needed; None: it is not. longest: tokens of the longest prompt and its continuation."""
+def unsuited(model: Any) -> str | None:
+    """Why the model's own generate is needed; None: it is not."""
     config = getattr(model, "generation_config", None) or GenerationConfig()
     plain = GenerationConfig().to_dict()
     changed = {key for key, value in config.to_dict().items() if value != plain.get(key) and not key.startswith("_") and value is not None} - HARMLESS
     if changed:
         return f"its generation config sets {', '.join(sorted(changed))}"
-    return refusal(model, longest, slides=False)
+    return refusal(model)
 
 
 class Decoder:
@@ -152,19 +154,26 @@ class Handwritten(Decoder):
     def __init__(self, forward: Forward, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any) -> None:
         super().__init__(rows, width, new, end, pad_id, device)
         self.llama = forward.llama
-        self.cos, self.sin = forward.table(width + new)
+        self.tables = forward.tables(width + new)
         self.caches = [self.llama.embedding.new_zeros(rows, 2 * one.heads.groups, width + new, one.heads.width) for one in self.llama.layers]
 
     def first(self) -> torch.Tensor:
-        bias = additive(self.mask[..., : self.width], self.llama.embedding.dtype)
-        return self._logits(self.ids, self.positions.view(-1), [PromptAttention(cache, bias) for cache in self.caches])
+        biases = self._biases(lambda window: windowed(self.mask[..., : self.width], window))
+        return self._logits(self.ids, self.positions.view(-1), [PromptAttention(*one) for one in zip(self.caches, biases, strict=True)])
 
     def next(self) -> torch.Tensor:
-        bias, column = additive(self.visible, self.llama.embedding.dtype), self.column
-        return self._logits(self.token, self.at, [NextTokenAttention(cache, bias, column) for cache in self.caches])
+        column, columns = self.column, torch.arange(self.visible.shape[-1], device=self.device)
+        biases = self._biases(lambda window: self.visible & (columns > column - window) if window else self.visible)
+        return self._logits(self.token, self.at, [NextTokenAttention(*one, column) for one in zip(self.caches, biases, strict=True)])
+
+    def _biases(self, mask: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
+        """By layer: `mask` of its window as a bias; layers of one window have one tensor."""
+        windows = [layer.heads.window for layer in self.llama.layers]
+        made = {window: additive(mask(window), self.llama.embedding.dtype) for window in dict.fromkeys(windows)}
+        return [made[window] for window in windows]
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, attends: Sequence[AttentionForward]) -> torch.Tensor:
-        hidden = self.llama.answer(ids.view(-1), self.cos[positions], self.sin[positions], attends)
+        hidden = self.llama.answer(ids.view(-1), rows_of(self.tables, positions), attends)
         return self.llama.logits(hidden.view(*ids.shape, -1)[:, -1])
 
 
@@ -186,7 +195,7 @@ class PromptAttention:
         width = self.bias.shape[-1]
         q, k, v = heads.split(qkv, width)
         self.cache[:, :, :width] = torch.cat((k, v), 1)
-        return heads.merge(masked_attention(q, k, v, self.bias)), ()
+        return heads.merge(masked_attention(q, k, v, self.bias, heads.scale)), ()
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ class NextTokenAttention:
         q, kv = qkv.view(len(qkv), -1, heads.width).split((heads.queries, 2 * groups), 1)
         self.cache.index_copy_(2, self.column, kv[:, :, None])
         k, v = self.cache.split(groups, 1)
-        return single_query_attention(q, k, v, self.bias).reshape(len(q), -1), ()
+        return single_query_attention(q, k, v, self.bias, heads.scale).reshape(len(q), -1), ()
 
 
 class NotCaptured(Exception):

@@ -36,7 +36,7 @@ class Linears:
     `xa` is x Aᵀ [K, N/K, m·r] throughout, `dxa` its gradient. All tensors have the arithmetic's dtype.
 
     weight: gives W [out + under, in + room]: a stored tensor, or one dequantised for the call.
-    dweight: W's gradient [out, in]; None: W is frozen.
+    dweight, dbias: the gradients of W [out, in] and of the bias [out]; None: they are frozen.
     a, da: the members' A stacked [K, m·r, in], and its gradient; None: there are no adapters.
     db: with one slot, the gradients of all B as one [Σ (hi - lo), r], where they and their columns of y follow one another.
     room: with one slot, columns of x and W beyond `in`: xa in those of x and B in those of W, so that one product gives y, and one
@@ -49,6 +49,7 @@ class Linears:
     weight: Callable[[], Tensor]
     bias: Tensor | None = None
     dweight: Tensor | None = None
+    dbias: Tensor | None = None
     a: Tensor | None = None
     da: Tensor | None = None
     pairs: list[LoraPair] = field(default_factory=list)
@@ -190,6 +191,9 @@ class Linears:
         if self.dweight is not None:
             assert dy is not None and x is not None
             torch.mm(dy.t(), x, out=self.dweight)
+        if self.dbias is not None:
+            assert dy is not None
+            torch.sum(dy, 0, out=self.dbias)
         if self.a is None or xa is None or dxa is None or self.da is None:
             return
         if dy is not None:

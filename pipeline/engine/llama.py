@@ -1,4 +1,4 @@
-"""The Llama family's forward and backward by hand: frozen, adapted or trained weights, one or several adapters at once.
+"""Forward and backward by hand of Llama and its relatives (families.py): frozen, adapted or trained weights, one or several adapters at once.
 
 Library. Against autograd over the modules this saves less for backward (norms, activations and rotations are computed
 again), launches fewer kernels (stacked q, k, v and gate, up; residual sums inside the products; adapters not in fp32),
@@ -18,10 +18,19 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.engine import ops
-from pipeline.engine.attention import Attention, AttentionForward, Heads, Rows, Stream
+from pipeline.engine.attention import Attention, AttentionForward, Rows, Stream
+from pipeline.engine.families import Heads
 from pipeline.engine.layout import logits_rows
 from pipeline.engine.linear import Linears
 from pipeline.engine.ops import Tensor
+
+Angles = Sequence[tuple[Tensor, Tensor]]
+"""cos, sin [T, e] (narrower than a head: its last columns are not rotated) of every kind of rotation that layers have (Layer.rotation)."""
+
+
+def rows_of(angles: Angles, rows: Any) -> Angles:
+    """The tables' rows (a slice or numbers)."""
+    return [(cos[rows], sin[rows]) for cos, sin in angles]
 
 
 def _spread(picked: Tensor, at: Tensor, rows: int, room: int) -> Tensor:
@@ -60,15 +69,29 @@ class SideStream:
 
 @dataclass
 class Norm:
-    """RMSNorm's weight [d], and where its gradient goes if it is trained."""
+    """RMSNorm's weight [d], and where its gradient goes if it is trained. plus: 1 + weight is applied (ops.rmsnorm)."""
 
     weight: Tensor
     dweight: Tensor | None = None
+    eps: float = 1e-6
+    plus: bool = False
+
+    def forward(self, x: Tensor, room: int = 0, out: Tensor | None = None, exact: bool = False, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As ops.rmsnorm."""
+        return ops.rmsnorm(x, self.weight, self.eps, room, out, exact, self.plus, residual)
+
+    def backward(self, dy: Tensor, y: Tensor, rstd: Tensor, dres: Tensor | None = None, room: int = 0) -> Tensor:
+        """As ops.rmsnorm_backward; y may have more columns."""
+        return ops.rmsnorm_backward(dy, y[:, : len(self.weight)], self.weight, rstd, dres, self.dweight, room, self.plus)
 
 
 @dataclass
 class Layer:
-    """One decoder layer (Touvron et al., 2023): x + attention(norm(x)), then x + down(silu(gate) · up) of its norm."""
+    """One decoder layer (Touvron et al., 2023): x + attention(norm(x)), then x + down(silu(gate) · up) of its norm.
+
+    after1, after2: norms over what attention and the feed-forward layer add. q_norm, k_norm: of every head. gelu: as in ops.swiglu. rotation: which
+    of the model's.
+    """
 
     norm1: Norm
     qkv: Linears
@@ -77,23 +100,58 @@ class Layer:
     gate_up: Linears
     down: Linears
     heads: Heads
-    eps: float
+    after1: Norm | None = None
+    after2: Norm | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    gelu: bool = False
+    rotation: int = 0
     reserved: list[Tensor] | None = None
     """Memory for the largest of what backward needs, for the most tokens of a batch (`reserve`); None: new tensors at every forward."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: AttentionForward, save: bool, exact: bool = False) -> tuple[Tensor, tuple]:
-        """(output [N, d], what backward needs) of x [N, d], which becomes the output; cos, sin [T, e] with N a multiple of T.
+    @property
+    def norms(self) -> list[Norm]:
+        """All that it has."""
+        every = (self.norm1, self.norm2, self.after1, self.after2, self.q_norm, self.k_norm)
+        return [norm for norm in every if norm is not None]
+
+    @property
+    def beside(self) -> int:
+        """Columns beside its output's gradient that backward writes to."""
+        return 0 if self.after2 else self.down.under
+
+    def forward(self, x: Tensor, angles: Angles, attend: AttentionForward, save: bool, exact: bool = False) -> tuple[Tensor, tuple]:
+        """(output [N, d], what backward needs) of x [N, d], which becomes the output; N is a multiple of the angles' T.
         save: whether backward follows. exact: as in ops.rmsnorm."""
         to1, to2, to3, to4 = [tensor[: len(x)] for tensor in self.reserved] if save and self.reserved else [None] * 4
-        n1, r1 = ops.rmsnorm(x, self.norm1.weight, self.eps, self.qkv.room, to1, exact)
+        n1, r1 = self.norm1.forward(x, self.qkv.room, to1, exact)
         qkv, xa_qkv = self.qkv.forward(n1, to=to2)
-        ops.rotate_(qkv.view(len(qkv), -1, self.heads.width), cos, sin, self.heads.queries + self.heads.groups)
+        scales = self._place(qkv.view(len(qkv), -1, self.heads.width), angles, exact)
         merged, attended = attend.forward(self.heads, qkv, save)
-        x2, xa_out = self.out.forward(merged, x, lasts=False)
-        n2, r2 = ops.rmsnorm(x2, self.norm2.weight, self.eps, self.gate_up.room, to3, exact)
+        x2, xa_out, added1 = self._add(self.out, merged, x, self.after1, exact)
+        n2, r2 = self.norm2.forward(x2, self.gate_up.room, to3, exact)
         gu, xa_gu = self.gate_up.forward(n2, to=None if to4 is None else to4[:, : to4.shape[1] - self.gate_up.under])
-        y, xa_down = self.down.forward(ops.swiglu(gu, self.down.room), x2, lasts=False)
-        return y, (n1, r1, xa_qkv, attended, xa_out, n2, r2, xa_gu, gu, gu if to4 is None else to4, xa_down) if save else ()
+        y, xa_down, added2 = self._add(self.down, ops.swiglu(gu, self.down.room, self.gelu, exact), x2, self.after2, exact)
+        if not save:
+            return y, ()
+        return y, (n1, r1, xa_qkv, qkv, scales, attended, xa_out, added1, n2, r2, xa_gu, gu, gu if to4 is None else to4, xa_down, added2)
+
+    def _place(self, qkv: Tensor, angles: Angles, exact: bool) -> Tensor | None:
+        """Norms of heads and rotation, in place in qkv [N, H + 2G, e]; what the norms' backward needs."""
+        heads, scales = self.heads, None
+        if self.q_norm and self.k_norm:
+            q = self.q_norm
+            scales = ops.head_norms_(qkv, q.weight, self.k_norm.weight, q.eps, heads.queries, heads.groups, exact, q.plus)
+        ops.rotate_(qkv, *angles[self.rotation], heads.queries + heads.groups)
+        return scales
+
+    @staticmethod
+    def _add(linears: Linears, x: Tensor, residual: Tensor, after: Norm | None, exact: bool) -> tuple[Tensor, Tensor | None, tuple | None]:
+        """(residual with linears(x), or with a norm over that, added in place; xa; what the norm's backward needs)."""
+        if after is None:
+            return *linears.forward(x, residual, lasts=False), None
+        y, xa = linears.forward(x, lasts=False)
+        return residual, xa, after.forward(y, out=y, exact=exact, residual=residual)
 
     def reserve(self, tokens: int, inner: int, like: Tensor) -> None:
         """Reserve memory for `tokens` tokens, once: memory that is allocated and freed at every step fragments. inner: the feed-forward width f."""
@@ -101,33 +159,42 @@ class Layer:
         widths = (d + self.qkv.room, (self.heads.queries + 2 * self.heads.groups) * self.heads.width, d + self.gate_up.room, 2 * inner + self.gate_up.under)
         self.reserved = [like.new_zeros(tokens, width) for width in widths]
 
-    def backward(self, dy: Tensor, saved: tuple, cos: Tensor, sin: Tensor, attend: Attention, wanted: bool, side: SideStream, room: int) -> Tensor | None:
-        """dx [N, d + room] (None unless wanted) of dy [N, d + down.under], whose last columns are overwritten; gradients of what is trained are written,
+    def backward(self, dy: Tensor, saved: tuple, angles: Angles, attend: Attention, wanted: bool, side: SideStream, room: int) -> Tensor | None:
+        """dx [N, d + room] (None unless wanted) of dy [N, d + beside], whose last columns are overwritten; gradients of what is trained are written,
         by `side`. dx's last columns are zeros, for the layer below to write to."""
-        n1, r1, xa_qkv, attended, xa_out, n2, r2, xa_gu, gu, wide, xa_down = saved
+        n1, r1, xa_qkv, qkv, scales, attended, xa_out, added1, n2, r2, xa_gu, gu, wide, xa_down, added2 = saved
         d = self.norm1.weight.shape[0]
-        dh, dxa = self.down.backward_input(dy)
+        dadded = self.after2.backward(dy, added2[0], added2[1], None, self.down.under) if self.after2 and added2 else dy
+        dh, dxa = self.down.backward_input(dadded)
         assert dh is not None
         side.join()  # the layer above
         h, dgu = self._activation_backward(dh, gu, xa_gu, dxa, side)
-        side.do(self.down, dy, h, xa_down, dxa)
+        side.do(self.down, dadded, h, xa_down, dxa)
         dn, dxa = self.gate_up.backward_input(wide)
         assert dn is not None
         side.do(self.gate_up, dgu, n2, xa_gu, dxa)
-        dx2 = ops.rmsnorm_backward(dn, n2[:, :d], self.norm2.weight, r2, dy[:, :d], self.norm2.dweight, self.out.under)
-        del dn, gu, dgu, wide
-        dmerged, dxa = self.out.backward_input(dx2)
+        dx2 = self.norm2.backward(dn, n2, r2, dy[:, :d], 0 if self.after1 else self.out.under)
+        del dn, gu, dgu, wide, dadded
+        dadded = self.after1.backward(dx2, added1[0], added1[1], None, self.out.under) if self.after1 and added1 else dx2
+        dmerged, dxa = self.out.backward_input(dadded)
         assert dmerged is not None
         side.join()
         del dh, h  # the largest: attention's backward takes their memory
         if self.out.trained:
-            side.do(self.out, dx2, attend.output(self.heads, attended), xa_out, dxa)
+            side.do(self.out, dadded, attend.output(self.heads, attended), xa_out, dxa)
         dq, dk, dv = attend.backward(self.heads, attended, dmerged)
-        dqkv = ops.unrotate(dq, dk, dv, cos, sin, self.qkv.under)
-        del dq, dk, dv
+        dqkv = ops.unrotate(dq, dk, dv, *angles[self.rotation], self.qkv.under)
+        del dq, dk, dv, dadded
+        if scales is not None:
+            self._head_norms_backward(dqkv, qkv, scales, angles)
         dn, dxa = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
         side.do(self.qkv, dqkv, n1, xa_qkv, dxa)
-        return ops.rmsnorm_backward(dn, n1[:, :d], self.norm1.weight, r1, dx2[:, :d], self.norm1.dweight, room) if dn is not None else None
+        return self.norm1.backward(dn, n1, r1, dx2[:, :d], room) if dn is not None else None
+
+    def _head_norms_backward(self, dqkv: Tensor, qkv: Tensor, scales: Tensor, angles: Angles) -> None:
+        q, k = self.q_norm, self.k_norm
+        assert q is not None and k is not None
+        ops.head_norms_backward_(dqkv, qkv, scales, q.weight, k.weight, *angles[self.rotation], self.heads.queries, q.plus, q.dweight, k.dweight)
 
     def _activation_backward(self, dh: Tensor, gu: Tensor, xa: Tensor | None, dxa: Tensor | None, side: SideStream) -> tuple[Tensor | None, Tensor | None]:
         """(h, d gu), which the weight gradients of down, gate and up are made of; gu becomes d gu.
@@ -135,16 +202,16 @@ class Layer:
         (None, None) where those were made here: one run's adapters on gate, up and down, without a side stream that would make them meanwhile.
         """
         db, da = self.gate_up.db, self.down.da
-        together = self.gate_up.single and self.down.single and len(self.gate_up.pairs) == 2 and side.stream is None
-        if not together or db is None or da is None or xa is None or dxa is None:
-            return ops.swiglu_backward_(dh, gu)
-        ops.swiglu_backward_thin_(dh, gu, xa[0], dxa[0], db, da[0])
+        together = self.gate_up.single and self.down.single and side.stream is None
+        if not together or db is None or len(db) != gu.shape[1] or da is None or xa is None or dxa is None:
+            return ops.swiglu_backward_(dh, gu, self.gelu)
+        ops.swiglu_backward_thin_(dh, gu, xa[0], dxa[0], db, da[0], self.gelu)
         return None, None
 
 
 @dataclass
 class Llama:
-    """The whole model. embedding [V, d]; head [V, d] (the same tensor where tied); angles(T) gives cos, sin [T, e].
+    """The whole model. embedding [V, d]; head [V, d] (the same tensor where tied); angles(T) gives the rotations' tables.
 
     lowest: the lowest layer in which anything is trained (0 where the input embeddings are); layers below save nothing and have no backward.
     """
@@ -153,9 +220,11 @@ class Llama:
     layers: Sequence[Layer]
     norm: Norm
     head: Tensor
-    angles: Callable[[int], tuple[Tensor, Tensor]]
+    angles: Callable[[int], Angles]
     inner: int
     """Width f of the feed-forward layers."""
+    scale: float = 1.0
+    """What input embeddings are multiplied by."""
     lowest: int = 0
     dembedding: Tensor | None = None
     """Gradient of the embedding [V, d]; None if frozen."""
@@ -184,42 +253,45 @@ class Llama:
 
         save: whether backward follows. stream: ids hold a slot's rows one after another, R = K (without soft prompts).
         """
-        x = F.embedding(ids, self.embedding)
+        x = self._embed(ids)
         if self.prompt is not None:
             slots, n, d = self.prompt.shape
             before = self.prompt[:, None].expand(slots, len(ids) // slots, n, d).reshape(-1, n, d)
             x = torch.cat((before, x), 1)
-        cos, sin, attend = self._positions(x.shape[1], stream)
+        angles, attend = self._positions(x.shape[1], stream)
         if self.noise is not None:
             self.noise.tokens, self.noise.on, self.noise.stream = x.shape[1], save, (stream.row, stream.position) if stream else None
         x, saved = x.reshape(-1, x.shape[-1]), []
         for index, layer in enumerate(self.layers):
-            x, needed = layer.forward(x, cos, sin, attend, save and index >= self.lowest, not save)
+            x, needed = layer.forward(x, angles, attend, save and index >= self.lowest, not save)
             saved.append(needed)
         return x, saved
 
-    def _positions(self, t: int, stream: Stream | None) -> tuple[Tensor, Tensor, Attention]:
-        """(cos, sin, attention) of rows of t tokens, or of a stream."""
-        if stream is None:
-            return *self.angles(t), Rows(t, self.backends)
-        cos, sin = (part[stream.position] for part in self.angles(stream.longest))
-        return cos, sin, stream
+    def _embed(self, ids: Tensor) -> Tensor:
+        x = F.embedding(ids, self.embedding)
+        return x if self.scale == 1.0 else x.mul_(self.scale)
 
-    def answer(self, ids: Tensor, cos: Tensor, sin: Tensor, attends: Sequence[AttentionForward]) -> Tensor:
+    def _positions(self, t: int, stream: Stream | None) -> tuple[Angles, Attention]:
+        """(rotations, attention) of rows of t tokens, or of a stream."""
+        if stream is None:
+            return self.angles(t), Rows(t, self.backends)
+        return rows_of(self.angles(stream.longest), stream.position), stream
+
+    def answer(self, ids: Tensor, angles: Angles, attends: Sequence[AttentionForward]) -> Tensor:
         """Hidden states before the last norm [N, d] of ids [N], for answers: adapters without dropout, no soft prompt, nothing saved.
 
-        cos, sin [T, e]: of rows of T tokens (T = N: of each token). attends: by layer.
+        angles: of rows of T tokens (T = N: of each token). attends: by layer.
         """
         if self.noise is not None:
             self.noise.on = False
-        x = F.embedding(ids, self.embedding)
+        x = self._embed(ids)
         for layer, attend in zip(self.layers, attends, strict=True):
-            x, _ = layer.forward(x, cos, sin, attend, False, True)
+            x, _ = layer.forward(x, angles, attend, False, True)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [M, V] fp32 of hidden states before the last norm [M, d]."""
-        return (ops.rmsnorm(hidden, self.norm.weight, self.layers[0].eps, exact=True)[0] @ self.head.t()).float()
+        return (self.norm.forward(hidden, exact=True)[0] @ self.head.t()).float()
 
     def reserve(self, tokens: int) -> None:
         """Reserve memory in every layer that has a backward, for batches of at most `tokens` tokens (virtual ones counted)."""
@@ -237,20 +309,20 @@ class Llama:
             x, saved = self.hidden(ids, True, stream)
             tokens = len(x)
             x = x if dense else x[at]
-            normed, rstd = ops.rmsnorm(x, self.norm.weight, self.layers[0].eps)
+            normed, rstd = self.norm.forward(x)
             del x
             loss, dnormed = self._head(normed, targets, weights)
-            room = [layer.down.under for layer in self.layers[self.lowest :]]
-            room = [0, *room] if room else [0]  # columns beside dx that each layer's `down` needs; the lowest layer's dx has none
-            dpicked = ops.rmsnorm_backward(dnormed, normed, self.norm.weight, rstd, None, self.norm.dweight, room[-1] if dense else 0)
+            room = [layer.beside for layer in self.layers[self.lowest :]]
+            room = [0, *room] if room else [0]  # columns beside each layer's dx that the one below writes to; the lowest layer's dx has none
+            dpicked = self.norm.backward(dnormed, normed, rstd, room=room[-1] if dense else 0)
             dx: Any = dpicked if dense else _spread(dpicked, at, tokens, room[-1])
             del normed, dnormed, dpicked  # or they would stay through all of backward
             if len(self.layers) > self.lowest:
-                cos, sin, attend = self._positions(ids.shape[1] + self.virtual, stream)
+                angles, attend = self._positions(ids.shape[1] + self.virtual, stream)
                 below = self.dembedding is not None or self.dprompt is not None
                 for index in range(len(self.layers) - 1, self.lowest - 1, -1):
                     below_it = room[index - self.lowest]
-                    dx = self.layers[index].backward(dx, saved.pop(), cos, sin, attend, index > self.lowest or below, side, below_it)
+                    dx = self.layers[index].backward(dx, saved.pop(), angles, attend, index > self.lowest or below, side, below_it)
             side.join()
             self._inputs(ids, dx)
         return loss
@@ -282,7 +354,7 @@ class Llama:
             self.dprompt.copy_(rows[:, :n].reshape(slots, -1, n, d).sum(1, dtype=torch.float32))
         if self.dembedding is not None:
             fresh = torch.zeros(self.embedding.shape, device=dx.device)
-            fresh.index_add_(0, ids.reshape(-1), rows[:, self.virtual :].reshape(-1, dx.shape[1]).float())
+            fresh.index_add_(0, ids.reshape(-1), rows[:, self.virtual :].reshape(-1, dx.shape[1]).float(), alpha=self.scale)
             if self.padding is not None:
                 fresh[self.padding] = 0.0
             if self.dhead is not None:

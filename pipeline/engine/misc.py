@@ -34,12 +34,12 @@ def blocked(room: int) -> int:
 
 
 @triton.jit
-def _rotate(qkv, cos, sin, t, stride, half, heads, BLOCK: tl.constexpr):
+def _rotate(qkv, cos, sin, t, stride, e, half, heads, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     live = at < heads * half
     head, col = at // half, at % half
-    base = qkv + row * stride + head * (2 * half) + col
+    base = qkv + row * stride + head * e + col
     angle = (row % t) * (2 * half) + col
     low, high = tl.load(base, live, 0.0).to(tl.float32), tl.load(base + half, live, 0.0).to(tl.float32)
     c_low, c_high = tl.load(cos + angle, live, 0.0).to(tl.float32), tl.load(cos + angle + half, live, 0.0).to(tl.float32)
@@ -50,15 +50,16 @@ def _rotate(qkv, cos, sin, t, stride, half, heads, BLOCK: tl.constexpr):
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
-    """As ops.rotate_: qkv [N, heads + G, e] in place; cos, sin [T, e] with N a multiple of T."""
+    """As ops.rotate_: qkv [N, heads + G, e] in place; cos, sin [T, e or fewer] with N a multiple of T."""
     n, _, e = qkv.shape
-    block, warps = width(heads * e // 2)
+    half = cos.shape[1] // 2
+    block, warps = width(heads * half)
     # without fusion: a product and the sum after it would become one operation in 16 bits, which does not round between them
-    _rotate[(n,)](qkv, cos, sin, cos.shape[0], qkv.stride(0), e // 2, heads, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
+    _rotate[(n,)](qkv, cos, sin, cos.shape[0], qkv.stride(0), e, half, heads, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
 
 
 @triton.jit
-def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, room, stride, q0, q1, q2, k0, k1, k2, v0, v1, v2, BLOCK: tl.constexpr,
+def _unrotate(dq, dk, dv, out, cos, sin, t, half, turned, heads, groups, room, stride, q0, q1, q2, k0, k1, k2, v0, v1, v2, BLOCK: tl.constexpr,
               ROOM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     r, pos = row // t, row % t
@@ -67,21 +68,23 @@ def _unrotate(dq, dk, dv, out, cos, sin, t, half, heads, groups, room, stride, q
     is_q = head < heads
     is_k = (head >= heads) & (head < heads + groups)
     is_v = (head >= heads + groups) & (head < heads + 2 * groups)
-    q_at = dq + r * q0 + head * q1 + pos * q2 + col
-    k_at = dk + r * k0 + (head - heads) * k1 + pos * k2 + col
-    v_at = dv + r * v0 + (head - heads - groups) * v1 + pos * v2 + col
-    low = tl.load(q_at, is_q, 0.0).to(tl.float32) + tl.load(k_at, is_k, 0.0).to(tl.float32)
-    high = tl.load(q_at + half, is_q, 0.0).to(tl.float32) + tl.load(k_at + half, is_k, 0.0).to(tl.float32)
-    turns = is_q | is_k
-    angle = pos * (2 * half) + col
-    c_low, c_high = tl.load(cos + angle, turns, 1.0).to(tl.float32), tl.load(cos + angle + half, turns, 1.0).to(tl.float32)
-    s_low, s_high = tl.load(sin + angle, turns, 0.0).to(tl.float32), tl.load(sin + angle + half, turns, 0.0).to(tl.float32)
-    new_low = low * c_low + high * s_high + tl.load(v_at, is_v, 0.0).to(tl.float32)
-    new_high = high * c_high - low * s_low + tl.load(v_at + half, is_v, 0.0).to(tl.float32)
-    to = out + row * stride + head * (2 * half) + col
+    # columns in pairs: those that are rotated together, then what the rotation leaves
+    one, other = tl.where(col < turned, col, col + turned), tl.where(col < turned, col + turned, col + half)
+    q_at = dq + r * q0 + head * q1 + pos * q2
+    k_at = dk + r * k0 + (head - heads) * k1 + pos * k2
+    v_at = dv + r * v0 + (head - heads - groups) * v1 + pos * v2
+    low = tl.load(q_at + one, is_q, 0.0).to(tl.float32) + tl.load(k_at + one, is_k, 0.0).to(tl.float32)
+    high = tl.load(q_at + other, is_q, 0.0).to(tl.float32) + tl.load(k_at + other, is_k, 0.0).to(tl.float32)
+    turns = (is_q | is_k) & (col < turned)
+    angle = pos * (2 * turned) + col
+    c_low, c_high = tl.load(cos + angle, turns, 1.0).to(tl.float32), tl.load(cos + angle + turned, turns, 1.0).to(tl.float32)
+    s_low, s_high = tl.load(sin + angle, turns, 0.0).to(tl.float32), tl.load(sin + angle + turned, turns, 0.0).to(tl.float32)
+    new_low = low * c_low + high * s_high + tl.load(v_at + one, is_v, 0.0).to(tl.float32)
+    new_high = high * c_high - low * s_low + tl.load(v_at + other, is_v, 0.0).to(tl.float32)
+    to = out + row * stride + head * (2 * half)
     live = head < heads + 2 * groups
-    tl.store(to, new_low, live)
-    tl.store(to + half, new_high, live)
+    tl.store(to + one, new_low, live)
+    tl.store(to + other, new_high, live)
     clear(out + row * stride + (heads + 2 * groups) * 2 * half, room, ROOM)
 
 
@@ -94,7 +97,7 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: 
     strides = [s for g in (dq, dk, dv) for s in g.stride()[:3]]
     room = out.shape[1] - (heads + 2 * groups) * e
     _unrotate[(rows * t,)](
-        dq, dk, dv, out, cos, sin, t, e // 2, heads, groups, room, out.stride(0), *strides, BLOCK=block, ROOM=blocked(room), num_warps=warps,
+        dq, dk, dv, out, cos, sin, t, e // 2, cos.shape[1] // 2, heads, groups, room, out.stride(0), *strides, BLOCK=block, ROOM=blocked(room), num_warps=warps,
     )
     return out
 

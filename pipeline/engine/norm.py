@@ -1,6 +1,7 @@
 """RMSNorm for CUDA, in Triton, forward and backward; for answers (`exact`) with every bit of what torch's own operations give.
 
-Library of ops.py, which has shapes and formulas. One program handles one token, [d] numbers; all arithmetic is fp32.
+Library of ops.py, which has shapes and formulas. One program handles one token, [d] numbers; all arithmetic is fp32. PLUS: the weight is one more
+than the number stored, and nothing is rounded before it is applied (Gemma).
 """
 
 from __future__ import annotations
@@ -16,24 +17,31 @@ Tensor = torch.Tensor
 
 
 @triton.jit
-def _rmsnorm(x, w, y, r, d, room, x_stride, stride, eps, BLOCK: tl.constexpr, ROOM: tl.constexpr):
+def _rmsnorm(x, w, y, r, res, d, room, x_stride, stride, res_stride, eps, PLUS: tl.constexpr, HAS_RES: tl.constexpr, BLOCK: tl.constexpr,
+             ROOM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     v = tl.load(x + row * x_stride + col, col < d, 0.0).to(tl.float32)
-    _normed(v, tl.sum(v * v, 0) / d, w, y, r, row, col, d, room, stride, eps, ROOM)
+    _normed(v, tl.sum(v * v, 0) / d, w, y, r, res, row, col, d, room, stride, res_stride, eps, PLUS, HAS_RES, ROOM)
 
 
 @triton.jit
-def _normed(v, mean, w, y, r, row, col, d, room, stride, eps, ROOM: tl.constexpr):
+def _normed(v, mean, w, y, r, res, row, col, d, room, stride, res_stride, eps, PLUS: tl.constexpr, HAS_RES: tl.constexpr, ROOM: tl.constexpr):
     rstd = tl.rsqrt(mean + eps)
     tl.store(r + row, rstd)
-    normed = (v * rstd).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + row * stride + col, normed * tl.load(w + col, col < d, 0.0).to(tl.float32), col < d)
+    weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
+    kind = y.dtype.element_ty
+    normed = ((v * rstd) * (1.0 + weight)).to(kind) if PLUS else ((v * rstd).to(kind).to(tl.float32) * weight).to(kind)
+    tl.store(y + row * stride + col, normed, col < d)
+    if HAS_RES:
+        to = res + row * res_stride + col
+        tl.store(to, tl.load(to, col < d, 0.0).to(tl.float32) + normed.to(tl.float32), col < d)
     clear(y + row * stride + d, room, ROOM)
 
 
 @triton.jit
-def _rmsnorm_exact(x, w, y, r, d, factor, room, x_stride, stride, eps, STEPS: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
+def _rmsnorm_exact(x, w, y, r, res, d, factor, room, x_stride, stride, res_stride, eps, STEPS: tl.constexpr, PLUS: tl.constexpr,
+                   HAS_RES: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = 4 * tl.arange(0, 32)[:, None] + tl.arange(0, 4)[None, :]
     total = tl.zeros((32, 4), tl.float32)  # a thread of torch's reads four numbers at once, and has a sum for each place among them
@@ -49,41 +57,49 @@ def _rmsnorm_exact(x, w, y, r, d, factor, room, x_stride, stride, eps, STEPS: tl
         squares = low + high
     col = tl.arange(0, BLOCK)
     v = tl.load(x + row * x_stride + col, col < d, 0.0).to(tl.float32)
-    _normed(v, tl.sum(squares, 0) * factor, w, y, r, row, col, d, room, stride, eps, ROOM)
+    _normed(v, tl.sum(squares, 0) * factor, w, y, r, res, row, col, d, room, stride, res_stride, eps, PLUS, HAS_RES, ROOM)
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool) -> Tensor:
-    """weight · x / rms(x) of x [N, d] into y [N, d + room], zeros into the last columns; returns 1 / rms(x) [N] fp32."""
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool, plus: bool, residual: Tensor | None) -> Tensor:
+    """As ops.rmsnorm, into y [N, d + room]; returns 1 / rms(x) [N] fp32."""
     (n, d), room = x.shape, y.shape[1] - x.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
     block, warps = width(d)
     rstd = torch.empty(n, device=x.device)
     if not exact:
-        _rmsnorm[(n,)](x, weight, y, rstd, d, room, x.stride(0), y.stride(0), eps, BLOCK=block, ROOM=blocked(room), num_warps=warps)
+        res = y if residual is None else residual
+        _rmsnorm[(n,)](
+            x, weight, y, rstd, res, d, room, x.stride(0), y.stride(0), res.stride(0), eps, PLUS=plus, HAS_RES=residual is not None, BLOCK=block,
+            ROOM=blocked(room), num_warps=warps,
+        )
     elif n >= 16 and 128 < d < 8192 and d % 4 == 0 and _torchs_order(d, x.device):
-        _exact(x, weight, eps, y, rstd)
+        _exact(x, weight, eps, y, rstd, plus, residual)
     else:
-        _by_torch(x, weight, eps, y, rstd)
+        _by_torch(x, weight, eps, y, rstd, plus, residual)
     return rstd
 
 
-def _exact(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor) -> None:
+def _exact(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor, plus: bool = False, residual: Tensor | None = None) -> None:
     """The mean in the order of torch's reduction of contiguous rows (ATen/native/cuda/Reduce.cuh: from 16 rows and 129 numbers on, up to 8,191, a warp a
     row and four numbers a load). Without fusion, because torch rounds the squares."""
     (n, d), room = x.shape, y.shape[1] - x.shape[1]
     block, _ = width(d)
+    res = y if residual is None else residual
     _rmsnorm_exact[(n,)](
-        x, weight, y, rstd, d, 1 / d, room, x.stride(0), y.stride(0), eps, STEPS=triton.cdiv(d, 128), BLOCK=block, ROOM=blocked(room),
-        num_warps=1 if block <= 1024 else 4, enable_fp_fusion=False,
+        x, weight, y, rstd, res, d, 1 / d, room, x.stride(0), y.stride(0), res.stride(0), eps, STEPS=triton.cdiv(d, 128), PLUS=plus,
+        HAS_RES=residual is not None, BLOCK=block, ROOM=blocked(room), num_warps=1 if block <= 1024 else 4, enable_fp_fusion=False,
     )
 
 
-def _by_torch(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor) -> None:
+def _by_torch(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor, plus: bool = False, residual: Tensor | None = None) -> None:
     """Operation by operation, as transformers' module."""
     y[:, x.shape[1] :] = 0.0
     wide = x.float()
     torch.rsqrt(wide.pow(2).mean(-1) + eps, out=rstd)
-    torch.mul(weight, (wide * rstd[:, None]).to(x.dtype), out=y[:, : x.shape[1]])
+    wide = wide * rstd[:, None]
+    y[:, : x.shape[1]] = wide * (1.0 + weight.float()) if plus else weight * wide.to(x.dtype)
+    if residual is not None:
+        residual.add_(y[:, : x.shape[1]])
 
 
 _ORDERS: dict[tuple[int, torch.device], bool] = {}
@@ -104,10 +120,12 @@ def _torchs_order(d: int, device: torch.device) -> bool:
 
 @triton.jit
 def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, room, dy_stride, y_stride, res_stride, dx_stride, ROWS: tl.constexpr, HAS_RES: tl.constexpr,
-                      HAS_DW: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
+                      HAS_DW: tl.constexpr, PLUS: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
     col = tl.arange(0, BLOCK)
     weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
+    if PLUS:
+        weight += 1.0
     inverse = tl.where(weight != 0.0, 1.0 / weight, 0.0)
     total = tl.zeros((BLOCK,), tl.float32)
     for step in range(ROWS):
@@ -129,7 +147,8 @@ def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, room, dy_stride, y_stride
         tl.store(dw + tl.program_id(0) * d + col, total, col < d)
 
 
-def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, dx: Tensor) -> Tensor:
+def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, dx: Tensor,
+                     plus: bool) -> Tensor:
     """As ops.rmsnorm_backward, into dx [N, d + room]; the weight's gradient is summed over at most 264 programs' rows, then over programs."""
     n, d, room = y.shape[0], weight.shape[0], dx.shape[1] - weight.shape[0]
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
@@ -140,8 +159,108 @@ def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: 
     block, warps = width(d)
     _rmsnorm_backward[(programs,)](
         dy, y, weight, rstd, res, dx, partial, n, d, room, dy.stride(0), y.stride(0), res.stride(0), dx.stride(0), ROWS=rows,
-        HAS_RES=dres is not None, HAS_DW=dweight is not None, BLOCK=block, ROOM=blocked(room), num_warps=warps,
+        HAS_RES=dres is not None, HAS_DW=dweight is not None, PLUS=plus, BLOCK=block, ROOM=blocked(room), num_warps=warps,
     )
     if dweight is not None:
         dweight.copy_(partial.sum(0))
     return dx
+
+
+@triton.jit
+def _head_weight(wq, wk, col, heads, head, live, PLUS: tl.constexpr):
+    """[HEADS, BLOCK]: the query heads' weight, then the key heads'."""
+    at = col + 0 * head
+    weight = tl.load(wq + at, live & (head < heads), 0.0).to(tl.float32) + tl.load(wk + at, live & (head >= heads), 0.0).to(tl.float32)
+    if PLUS:
+        weight += 1.0
+    return weight
+
+
+@triton.jit
+def _head_norms(qkv, wq, wk, r, stride, heads, both, e, eps, PLUS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    head, col = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    live = (head < both) & (col < e)
+    at = qkv + row * stride + head * e + col
+    v = tl.load(at, live, 0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(v * v, 1) / e + eps)
+    number = tl.arange(0, HEADS)
+    tl.store(r + row * both + number, rstd, number < both)
+    weight = _head_weight(wq, wk, col, heads, head, live, PLUS)
+    normed = v * rstd[:, None]
+    if not PLUS:
+        normed = normed.to(qkv.dtype.element_ty).to(tl.float32)
+    tl.store(at, normed * weight, live)
+
+
+def head_norms_(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, heads: int, groups: int, plus: bool) -> Tensor:
+    """As ops.head_norms_: qkv [N, H + 2G, e], whose tokens may lie apart."""
+    n, _, e = qkv.shape
+    both = heads + groups
+    rstd = torch.empty(n, both, device=qkv.device)
+    _, warps = width(triton.next_power_of_2(both) * e)
+    _head_norms[(n,)](
+        qkv, q_weight, k_weight, rstd, qkv.stride(0), heads, both, e, eps, PLUS=plus, HEADS=triton.next_power_of_2(both),
+        BLOCK=triton.next_power_of_2(e), num_warps=warps,
+    )
+    return rstd
+
+
+@triton.jit
+def _head_norms_backward(dqkv, qkv, wq, wk, r, cos, sin, dw, n, t, heads, both, e, turned, d_stride, stride, ROWS: tl.constexpr, PLUS: tl.constexpr,
+                         HAS_DW: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    head, col = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    turns = col < turned
+    # columns in pairs: those that were rotated together, then what the rotation leaves
+    low_at, high_at = tl.where(turns, col, col + turned), tl.where(turns, col + turned, col + e // 2)
+    inside = (head < both) & (col < e // 2)
+    w_low, w_high = _head_weight(wq, wk, low_at, heads, head, inside, PLUS), _head_weight(wq, wk, high_at, heads, head, inside, PLUS)
+    inv_low, inv_high = tl.where(w_low != 0.0, 1.0 / w_low, 0.0), tl.where(w_high != 0.0, 1.0 / w_high, 0.0)
+    sum_low, sum_high = tl.zeros((HEADS, BLOCK), tl.float32), tl.zeros((HEADS, BLOCK), tl.float32)
+    for step in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + step
+        live = inside & (row < n)
+        angle = (row % t) * (2 * turned) + col + 0 * head
+        c, s = tl.load(cos + angle, live & turns, 1.0).to(tl.float32), tl.load(sin + angle, live & turns, 0.0).to(tl.float32)
+        at = qkv + row * stride + head * e
+        low, high = tl.load(at + low_at, live, 0.0).to(tl.float32), tl.load(at + high_at, live, 0.0).to(tl.float32)
+        size = c * c + s * s  # 1 but for rounding and scaled rotations
+        x_low, x_high = (low * c + high * s) / size * inv_low, (high * c - low * s) / size * inv_high
+        to = dqkv + row * d_stride + head * e
+        g_low, g_high = tl.load(to + low_at, live, 0.0).to(tl.float32), tl.load(to + high_at, live, 0.0).to(tl.float32)
+        if HAS_DW:
+            sum_low += g_low * x_low
+            sum_high += g_high * x_high
+        g_low, g_high = g_low * w_low, g_high * w_high
+        mean = (tl.sum(g_low * x_low, 1) + tl.sum(g_high * x_high, 1))[:, None] / e
+        rstd = tl.load(r + row * both + head, (head < both) & (row < n), 0.0)
+        tl.store(to + low_at, rstd * (g_low - x_low * mean), live)
+        tl.store(to + high_at, rstd * (g_high - x_high * mean), live)
+    if HAS_DW:
+        one = tl.arange(0, BLOCK)
+        first, second = tl.where(one < turned, one, one + turned), tl.where(one < turned, one + turned, one + e // 2)
+        mine = dw + tl.program_id(0) * 2 * e
+        some = one < e // 2
+        tl.store(mine + first, tl.sum(tl.where(head < heads, sum_low, 0.0), 0), some)
+        tl.store(mine + second, tl.sum(tl.where(head < heads, sum_high, 0.0), 0), some)
+        tl.store(mine + e + first, tl.sum(tl.where(head >= heads, sum_low, 0.0), 0), some)
+        tl.store(mine + e + second, tl.sum(tl.where(head >= heads, sum_high, 0.0), 0), some)
+
+
+def head_norms_backward_(dqkv: Tensor, qkv: Tensor, rstd: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, plus: bool,
+                         dq_weight: Tensor | None, dk_weight: Tensor | None) -> None:
+    """As ops.head_norms_backward_; the weights' gradients are summed over at most 264 programs' tokens, then over programs."""
+    (n, both), e = rstd.shape, q_weight.shape[0]
+    rows = 1 if dq_weight is None else max(1, -(-n // NORM_PROGRAMS))
+    programs = -(-n // rows)
+    partial = torch.empty(programs, 2, e, device=qkv.device) if dq_weight is not None else rstd
+    high = triton.next_power_of_2(both)
+    _, warps = width(high * e)
+    _head_norms_backward[(programs,)](
+        dqkv, qkv, q_weight, k_weight, rstd, cos, sin, partial, n, cos.shape[0], heads, both, e, cos.shape[1] // 2, dqkv.stride(0), qkv.stride(0),
+        ROWS=rows, PLUS=plus, HAS_DW=dq_weight is not None, HEADS=high, BLOCK=triton.next_power_of_2(e // 2), num_warps=warps,
+    )
+    if dq_weight is not None and dk_weight is not None:
+        sums = partial.sum(0)
+        dq_weight.copy_(sums[0])
+        dk_weight.copy_(sums[1])

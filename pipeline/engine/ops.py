@@ -1,4 +1,4 @@
-"""The step's small operations, forward and backward: RMSNorm, rotary positions, SwiGLU, cross-entropy, AdamW.
+"""The step's small operations, forward and backward: RMSNorm, rotary positions, SwiGLU and GeGLU, cross-entropy, AdamW.
 
 Library. On CUDA each is one Triton kernel (misc.py); elsewhere plain torch, which is also the reference the kernels
 are tested against. Shapes: N tokens, d width, f inner width, H query heads, G key-value heads, e head width, V vocabulary.
@@ -6,6 +6,7 @@ are tested against. Shapes: N tokens, d width, f inner width, H query heads, G k
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from pipeline.engine.layout import ROWS_AT_ONCE
 
 Tensor = torch.Tensor
+TWICE_ROOT_2_PI = 2.0 * math.sqrt(2.0 / math.pi)
 
 
 def _kernels(tensor: Tensor) -> Any:
@@ -26,35 +28,41 @@ def _kernels(tensor: Tensor) -> Any:
     return misc
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | None = None, exact: bool = False) -> tuple[Tensor, Tensor]:
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | None = None, exact: bool = False, plus: bool = False,
+            residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """RMSNorm (Zhang & Sennrich, 2019): (weight · x / rms(x) [N, d + room], 1 / rms(x) [N] fp32) of x [N, d], whose rows may lie apart.
 
-    The last `room` columns are zeros. out: a tensor to write into. exact: the mean is summed in the order of torch's reduction, so that every bit
-    is that of transformers' module.
+    The last `room` columns are zeros. out: a tensor to write into, x itself if it is one. exact: the mean is summed in the order of torch's reduction,
+    so that every bit is that of transformers' module. plus: 1 + weight is applied, and nothing rounded before (Gemma). residual [N, d]: the norm is
+    added to it, too, in place.
     """
     y = x.new_empty(len(x), x.shape[1] + room) if out is None else out
     if x.is_cuda:
         from pipeline.engine import norm
 
-        return y, norm.rmsnorm(x, weight, eps, y, exact)
+        return y, norm.rmsnorm(x, weight, eps, y, exact, plus, residual)
     rstd = torch.rsqrt(x.float().square().mean(-1) + eps)
-    y[:, : x.shape[1]] = weight * (x.float() * rstd[:, None]).to(x.dtype)
+    normed = x.float() * rstd[:, None]
+    y[:, : x.shape[1]] = normed * (1.0 + weight.float()) if plus else weight * normed.to(x.dtype)
     y[:, x.shape[1] :] = 0.0
+    if residual is not None:
+        residual.add_(y[:, : x.shape[1]])
     return y, rstd
 
 
-def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, room: int = 0) -> Tensor:
+def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: Tensor | None, dweight: Tensor | None, room: int = 0,
+                     plus: bool = False) -> Tensor:
     """Gradient [N, d + room] of RMSNorm's input from dy and its output y [N, d] (x / rms(x) is y / weight, so that x need not be saved).
 
     dres [N, d]: the residual's gradient, added; None: there is none. dweight [d]: takes the weight's gradient; None: the weight is frozen.
-    Rows of dy, y and dres may lie apart; the last `room` columns are zeros.
+    Rows of dy, y and dres may lie apart; the last `room` columns are zeros. plus: as in rmsnorm.
     """
     dx = y.new_empty(len(y), weight.shape[0] + room)
     if y.is_cuda:
         from pipeline.engine import norm
 
-        return norm.rmsnorm_backward(dy, y, weight, rstd, dres, dweight, dx)
-    w = weight.float()
+        return norm.rmsnorm_backward(dy, y, weight, rstd, dres, dweight, dx, plus)
+    w = weight.float() + plus
     normed = torch.where(w != 0, y.float() / w, 0.0)
     if dweight is not None:
         dweight.copy_((dy.float() * normed).sum(0))
@@ -65,15 +73,69 @@ def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: 
     return dx
 
 
+def head_norms_(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, heads: int, groups: int, exact: bool = False, plus: bool = False) -> Tensor:
+    """RMSNorm of each of H query heads by one weight [e] and of G key heads by another, in place in qkv [N, H + 2G, e]; 1 / rms [N, H + G] fp32.
+
+    exact, plus: as in rmsnorm.
+    """
+    if qkv.is_cuda and not exact:
+        from pipeline.engine import norm
+
+        return norm.head_norms_(qkv, q_weight, k_weight, eps, heads, groups, plus)
+    scales = []
+    for part, weight in zip(qkv[:, : heads + groups].split((heads, groups), 1), (q_weight, k_weight), strict=True):  # as transformers' modules do
+        wide = part.float()
+        rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        part.copy_(wide * rstd * (1.0 + weight.float()) if plus else weight * (wide * rstd).to(part.dtype))
+        scales.append(rstd[..., 0])
+    return torch.cat(scales, 1)
+
+
+def head_norms_backward_(dqkv: Tensor, qkv: Tensor, rstd: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
+                         plus: bool = False, dq_weight: Tensor | None = None, dk_weight: Tensor | None = None) -> None:
+    """Gradients through the norms of `head_norms_`, in place in the first (H + G)·e columns of dqkv [N, ..].
+
+    qkv [N, (H + 2G)·e] as it is after the norms and `rotate_` by cos, sin [T, ..]: turned back, it is the norms' output, which need not be saved.
+    dq_weight, dk_weight [e]: take the weights' gradients; None: they are frozen.
+    """
+    if dqkv.is_cuda:
+        from pipeline.engine import norm
+
+        return norm.head_norms_backward_(dqkv, qkv, rstd, q_weight, k_weight, cos, sin, heads, plus, dq_weight, dk_weight)
+    (n, both), e = rstd.shape, q_weight.shape[0]
+    c, s = (v.float().repeat(n // len(v), 1)[:, None] for v in (cos, sin))
+    y, gradient = (part[:, : both * e].view(n, both, e).float() for part in (qkv, dqkv))
+    y = y.clone()
+    y[..., : c.shape[-1]] = _turned_back(y[..., : c.shape[-1]], c, s) / (c * c + s * s)
+    w = torch.cat([weight.float().expand(count, -1) for weight, count in ((q_weight, heads), (k_weight, both - heads))]) + plus
+    normed = torch.where(w != 0, y / w, 0.0)
+    if dq_weight is not None and dk_weight is not None:
+        sums = (gradient * normed).sum(0)
+        dq_weight.copy_(sums[:heads].sum(0))
+        dk_weight.copy_(sums[heads:].sum(0))
+    scaled = gradient * w
+    dqkv[:, : both * e] = (rstd[..., None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))).view(n, -1)
+    return None
+
+
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
-    """Rotary positions (Su et al., 2021) on the first `heads` heads of qkv [N, heads + G, e], in place; cos, sin [T, e], N a multiple of T."""
+    """Rotary positions (Su et al., 2021) on the first `heads` heads of qkv [N, heads + G, e], in place; cos, sin [T, e], N a multiple of T.
+
+    Where cos and sin are narrower than a head, its last columns are left as they are.
+    """
     if kernels := _kernels(qkv):
         return kernels.rotate_(qkv, cos, sin, heads)
-    part = qkv[:, :heads]
+    part = qkv[:, :heads, : cos.shape[-1]]
     c, s = (v.repeat(qkv.shape[0] // v.shape[0], 1)[:, None] for v in (cos, sin))
     low, high = part.chunk(2, -1)
     part.copy_(part * c + torch.cat((-high, low), -1) * s)
     return None
+
+
+def _turned_back(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The transposed rotation."""
+    low, high = (part * sin).chunk(2, -1)
+    return part * cos + torch.cat((high, -low), -1)
 
 
 def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, room: int = 0) -> Tensor:
@@ -81,58 +143,64 @@ def unrotate(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, room:
     out = dq.new_empty(dq.shape[0] * dq.shape[2], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[3] + room)
     if kernels := _kernels(dq):
         return kernels.unrotate(dq, dk, dv, cos, sin, out)
-    turned = torch.cat((dq, dk), 1)
-    low, high = (turned * sin).chunk(2, -1)
-    turned = turned * cos + torch.cat((high, -low), -1)
+    turned, width = torch.cat((dq, dk), 1), cos.shape[-1]
+    turned[..., :width] = _turned_back(turned[..., :width], cos, sin)
     flat = torch.cat((turned, dv), 1).transpose(1, 2).reshape(len(out), -1)
     out[:, : flat.shape[1]] = flat
     out[:, flat.shape[1] :] = 0.0
     return out
 
 
-def swiglu(gu: Tensor, room: int = 0) -> Tensor:
-    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are zeros."""
+def swiglu(gu: Tensor, room: int = 0, gelu: bool = False, exact: bool = False) -> Tensor:
+    """silu(gate) · up [N, f + room] of gu [N, 2f] (Shazeer, 2020), whose rows may lie apart; the last `room` columns are zeros.
+
+    gelu: GELU's approximation by tanh in SiLU's place. exact: every bit as in transformers.
+    """
     f = gu.shape[1] // 2
     h = gu.new_empty(len(gu), f + room)
-    if gu.is_cuda:
+    if gu.is_cuda and not (gelu and exact):
         from pipeline.engine import swiglu as triton_swiglu
 
-        triton_swiglu.swiglu(gu, h)
+        triton_swiglu.swiglu(gu, h, gelu)
     else:
-        h[:, :f] = F.silu(gu[:, :f]) * gu[:, f:]
+        h[:, :f] = (F.gelu(gu[:, :f], approximate="tanh") if gelu else F.silu(gu[:, :f])) * gu[:, f:]
         h[:, f:] = 0.0
     return h
 
 
-def swiglu_backward_thin_(dh: Tensor, gu: Tensor, xa: Tensor, dxa: Tensor, db: Tensor, da: Tensor) -> Tensor:
+def swiglu_backward_thin_(dh: Tensor, gu: Tensor, xa: Tensor, dxa: Tensor, db: Tensor, da: Tensor, gelu: bool = False) -> Tensor:
     """d gu [N, 2f], as `swiglu_backward_` makes it of dh [N, f] and gu [N, 2f] (overwritten), and the LoRA gradients that need d gu or h.
 
-    xa [N, 2r]: x Aᵀ of the gate and up maps; the gradient of their B goes into db [2f, r]. dxa [N, r]: the gradient of the down map's x Aᵀ; that of
-    its A goes into da [r, f]. Rows of all but db and da may lie apart. On a GPU in one pass: h is never written, d gu not read again.
+    xa [N, 2r]: x Aᵀ of the gate and up maps ([N, r]: of one map that is both); the gradient of their B goes into db [2f, r]. dxa [N, r]: the gradient
+    of the down map's x Aᵀ; that of its A goes into da [r, f]. Rows of all but db and da may lie apart. On a GPU in one pass: h is never written, d gu
+    not read again.
     """
     if gu.is_cuda:
         from pipeline.engine import swiglu as triton_swiglu
 
         if triton_swiglu.suits(gu, len(da)):
-            return triton_swiglu.backward_thin_(dh, gu, xa, dxa, db, da)
+            return triton_swiglu.backward_thin_(dh, gu, xa, dxa, db, da, gelu)
     f = dh.shape[1]
-    h, dgu = swiglu_backward_(dh, gu)
-    thin_(db.t(), xa, dgu, [f, 2 * f])
+    h, dgu = swiglu_backward_(dh, gu, gelu)
+    thin_(db.t(), xa, dgu, [f, 2 * f] if xa.shape[1] > len(da) else [2 * f])
     thin_(da, dxa, h, [f])
     return dgu
 
 
-def swiglu_backward_(dh: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward_(dh: Tensor, gu: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     """SwiGLU backward: (its output h [N, f], d gu [N, 2f]) from dh [N, f] and gu [N, 2f], whose rows may lie apart; both inputs are overwritten."""
     if gu.is_cuda:
         from pipeline.engine import swiglu as triton_swiglu
 
-        return triton_swiglu.swiglu_backward_(dh, gu)
+        return triton_swiglu.swiglu_backward_(dh, gu, gelu)
     gate, up = (v.float() for v in gu.chunk(2, -1))
-    sigmoid = torch.sigmoid(gate)
-    silu, d = gate * sigmoid, dh.float()
-    h = silu * up
-    gu.copy_(torch.cat((d * up * (sigmoid + silu * (1 - sigmoid)), d * silu), -1))
+    inner = 1.0 + 0.044715 * gate.square() if gelu else 1.0
+    steep = TWICE_ROOT_2_PI * inner if gelu else 1.0  # tanh(u) is 2 sigmoid(2u) - 1
+    sigmoid = torch.sigmoid(gate * steep)
+    value, d = gate * sigmoid, dh.float()
+    slope = TWICE_ROOT_2_PI * (3.0 * inner - 2.0) if gelu else 1.0
+    h = value * up
+    gu.copy_(torch.cat((d * up * (sigmoid + value * (1 - sigmoid) * slope), d * value), -1))
     return dh.copy_(h), gu
 
 

@@ -5,21 +5,18 @@ Library of bind.py. A model that is not known raises Unsupported with the reason
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from pipeline.engine import ops
-from pipeline.engine.attention import Heads
+from pipeline.engine import families, ops
 from pipeline.engine.linear import Linears
-from pipeline.engine.llama import Layer, Llama, Norm
+from pipeline.engine.llama import Angles, Layer, Llama, Norm
 from pipeline.engine.ops import Tensor
 
-FAMILIES = ("llama", "mistral", "qwen2")
-GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)), ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
-"""Linear maps of a decoder layer that read the same input, by the module that owns them."""
-WIDE = (GROUPS[0], GROUPS[2], GROUPS[3])  # their input is written by our own kernels, which leave room beside it for x Aᵀ
+HEAD_NORMS = ("q_norm", "k_norm")
 KNOWN = ("torch", "transformers", "peft", "bitsandbytes")
 """Packages whose modules and hooks a model may have."""
 
@@ -33,42 +30,47 @@ class Parts:
 
     def __init__(self, base: Any, dtype: Any) -> None:
         config = base.config
-        if config.model_type not in FAMILIES:
-            raise Unsupported(f"the architecture {config.model_type} has no hand-written step")
-        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-            raise Unsupported("sliding-window attention has no hand-written step")
-        if getattr(config, "hidden_act", "silu") != "silu" or getattr(config, "mlp_bias", False) or getattr(config, "attention_dropout", 0.0):
-            raise Unsupported("its activation, biases or dropout have no hand-written step")
-        if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
-            raise Unsupported("its rotary positions depend on the length")
+        if reason := families.refused(config):
+            raise Unsupported(reason)
         if changed := next((name for name, module in base.named_modules() if _changed(module)), None):
             raise Unsupported(f"its module {changed or 'at the top'} does more than its class says")
         self.base, self.config, self.dtype = base, config, dtype
         self.model, self.layers = base.model, list(base.model.layers)
-        self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.family = families.FAMILIES[config.model_type]
+        self.rotations = list(families.rotations(config))
         self.tied = base.lm_head.weight is self.model.embed_tokens.weight
+        scale = getattr(self.model.embed_tokens, "embed_scale", None)
+        self.scale = 1.0 if scale is None else float(scale.to(self.model.embed_tokens.weight.dtype))
+        """What input embeddings are multiplied by."""
         self.moved: list[Any] = []
         """Frozen linear modules whose weights are now views of a stack."""
-        self._angles: dict[int, tuple[Tensor, Tensor]] = {}
+        self._angles: dict[int, Angles] = {}
 
     def groups(self) -> Iterator[tuple[int, int, list[tuple[str, Any]]]]:
-        """(layer, index in GROUPS, [(name, module)]) of every stack of linear maps."""
+        """(layer, index in Family.groups, [(name, module)]) of every stack of linear maps."""
         for at, layer in enumerate(self.layers):
-            for index, (owner, names) in enumerate(GROUPS):
+            for index, (owner, names) in enumerate(self.family.groups):
                 modules = [(f"model.layers.{at}.{owner}.{n}", getattr(getattr(layer, owner), n)) for n in names]
                 odd = next((m for _, m in modules if not hasattr(m, "in_features")), None)
                 if odd is not None:
                     raise Unsupported(f"a linear layer of it is a {type(odd).__name__}")
                 yield at, index, modules
 
-    def angles(self, t: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [t, e] of positions 0 to t - 1 in the arithmetic's dtype, made once for each t."""
+    def angles(self, t: int) -> Angles:
+        """cos, sin of positions 0 to t - 1 in the arithmetic's dtype, made once for each t."""
         if t not in self._angles:
-            weight = self.model.embed_tokens.weight
-            probe = torch.empty(0, device=weight.device, dtype=self.dtype)
-            cos, sin = self.model.rotary_emb(probe, torch.arange(t, device=weight.device)[None])
-            self._angles[t] = (cos[0].to(self.dtype).contiguous(), sin[0].to(self.dtype).contiguous())
+            device = self.model.embed_tokens.weight.device
+            probe, at = torch.empty(0, device=device, dtype=self.dtype), torch.arange(t, device=device)[None]
+            made = [self.model.rotary_emb(probe, at, *([name] if name else [])) for name in self.rotations]
+            self._angles[t] = [(cos[0].to(self.dtype).contiguous(), sin[0].to(self.dtype).contiguous()) for cos, sin in made]
         return self._angles[t]
+
+    def norms(self) -> list[Any]:
+        """Every norm's module."""
+        family = self.family
+        inside = [getattr(layer, name) for layer in self.layers for name in (*family.norms, *family.after)]
+        heads = [getattr(layer.self_attn, name) for layer in self.layers for name in HEAD_NORMS] if family.head_norms else []
+        return [*inside, *heads, self.model.norm]
 
     def frozen(self, weight: Any) -> Tensor:
         """A frozen weight, which has the arithmetic's dtype."""
@@ -77,16 +79,24 @@ class Parts:
         return weight.detach()
 
     def build(self, groups: dict[tuple[int, int], Linears], norms: Callable[[Any], Norm], embedding: Tensor, head: Tensor, lowest: int) -> Llama:
-        """The Llama of these stacks by (layer, index in GROUPS). norms: from a norm's module; lowest: as in Llama."""
-        config = self.config
+        """The Llama of these stacks by (layer, index in Family.groups). norms: from a norm's module; lowest: as in Llama."""
+        family, config, types = self.family, self.config, families.layer_types(self.config)
+
+        def norm(module: Any) -> Norm:
+            return dataclasses.replace(norms(module), eps=config.rms_norm_eps, plus=family.plus)
+
         layers = []
         for at, layer in enumerate(self.layers):
             qkv, out, gate_up, down = (groups[at, index] for index in range(4))
-            layers.append(Layer(
-                norms(layer.input_layernorm), qkv, out, norms(layer.post_attention_layernorm), gate_up, down,
-                Heads(config.num_attention_heads, config.num_key_value_heads, self.width), config.rms_norm_eps,
-            ))
-        return Llama(embedding, layers, norms(self.model.norm), head, self.angles, config.intermediate_size, lowest)
+            first, second = (norm(getattr(layer, name)) for name in family.norms)
+            rotation = self.rotations.index(types[at]) if types[at] in self.rotations else 0
+            built = Layer(first, qkv, out, second, gate_up, down, families.heads(config, at), gelu=family.gelu, rotation=rotation)
+            if family.after:
+                built.after1, built.after2 = (norm(getattr(layer, name)) for name in family.after)
+            if family.head_norms:
+                built.q_norm, built.k_norm = (norm(getattr(layer.self_attn, name)) for name in HEAD_NORMS)
+            layers.append(built)
+        return Llama(embedding, layers, norm(self.model.norm), head, self.angles, config.intermediate_size, self.scale, lowest)
 
     def frozen_build(self, groups: dict[tuple[int, int], Linears], lowest: int) -> Llama:
         """As `build`, with norms, embedding and head frozen."""
@@ -111,12 +121,8 @@ def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0, under: in
     for module in linear:
         ends.append(ends[-1] + module.out_features)
     spans = list(zip(ends, ends[1:], strict=False))
-    biases = [m.bias for m in linear]
-    bias = None
-    if any(b is not None for b in biases):
-        if not all(b is not None for b in biases) or len(modules) == 1:
-            raise Unsupported("its linear layers have biases where the hand-written step has none")
-        bias = torch.cat([parts.frozen(b) for b in biases])
+    added = biases(modules)
+    bias = torch.cat([parts.frozen(b) for b in added]) if added else None
     if all(hasattr(m.weight, "quant_state") for m in linear):
         if any(m.weight.quant_state.dtype != parts.dtype for m in linear):
             raise Unsupported("its 4-bit weights come back in another dtype than the arithmetic's")
@@ -133,6 +139,14 @@ def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0, under: in
         module.weight.data = stacked[lo:hi, :width]
     parts.moved += linear
     return lambda: stacked, bias, spans
+
+
+def biases(modules: list[tuple[str, Any]]) -> list[Any]:
+    """Those of linear modules that read the same input; none have, or all. Raises Unsupported for any other."""
+    found = [bias for _, m in modules if (bias := getattr(m, "base_layer", m).bias) is not None]
+    if found and (len(found) < len(modules) or len(modules) == 1):
+        raise Unsupported("its linear layers have biases where the hand-written step has none")
+    return found
 
 
 def _dequantised(weights: list[Any], spans: list[tuple[int, int]], room: int) -> Callable[[], Tensor]:

@@ -21,13 +21,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Nats a token by which two ways to score may differ through rounding."""
 
 
-def refusal(model: Any, longest: int, slides: bool = True) -> str | None:
-    """Why the model takes no mask, positions and cache; None: no reason is known.
-
-    Args:
-        longest: tokens of the longest row.
-        slides: whether a sliding window of attention is allowed as long as every row fits into it.
-    """
+def refusal(model: Any) -> str | None:
+    """Why the model takes no mask, positions and cache; None: no reason is known."""
     adapter = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "is_adaption_prompt", False):
         return "a soft prompt stands before every row"
@@ -37,15 +32,18 @@ def refusal(model: Any, longest: int, slides: bool = True) -> str | None:
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return "its attention is not torch's (sdpa)"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    window = getattr(config, "sliding_window", None)
     if kinds - {"sliding_attention"} or getattr(model, "_is_stateful", False):
         return "it holds a state besides keys and values"
-    if window and getattr(config, "use_sliding_window", True) and (not slides or longest > window):
-        return "its attention slides over a window"
     takes = inspect.signature(_inner(model).forward).parameters
     if getattr(config, "alibi", False) or not {"position_ids", "past_key_values", "attention_mask"} <= set(takes):
         return "it takes no positions"
     return None
+
+
+def window_of(model: Any) -> int | None:
+    """Tokens to which a token attends in some layers at least; None: to all before it everywhere."""
+    config = model.config.get_text_config()
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 def _inner(model: Any) -> Any:
@@ -65,7 +63,9 @@ def sharing_refused(model: Any, dtype: Any, items: Items, groups: Sequence[Group
         groups: the rows as they would share.
         sums: ChoiceScorer.sums of the model.
     """
-    reason = refusal(model, max(len(prompt) + sum(map(len, choices)) for prompt, choices in items))
+    longest, reason = max(len(prompt) + sum(map(len, choices)) for prompt, choices in items), refusal(model)
+    if (window := window_of(model)) and longest > window:
+        reason = reason or "its attention slides over a window"
     if reason or model in _KNOWN:
         return reason or _KNOWN[model]
     largest = max((group for group in groups if group.shares), key=lambda group: len(group.rows))

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.engine import ops
 from pipeline.engine.layout import GRAIN, LOGITS_AT_ONCE
 from pipeline.engine.linear import Linears
 from pipeline.engine.llama import Llama
@@ -34,7 +33,7 @@ def _under_each(count: int, model: Llama, inputs: Inputs) -> torch.Tensor:
 
 def _log_probabilities(model: Llama, hidden: torch.Tensor, at: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p of targets [N] from hidden [M, d] at the rows `at` [K, N]: [K, N] fp32. The logits exist a chunk at a time."""
-    normed, _ = ops.rmsnorm(hidden, model.norm.weight, model.layers[0].eps, exact=True)
+    normed, _ = model.norm.forward(hidden, exact=True)
     chunk = max(1, LOGITS_AT_ONCE // (2 * model.head.shape[0]))  # in fp32
     flat, wanted = at.reshape(-1), targets.repeat(len(at))
     order = torch.argsort(flat, stable=True)

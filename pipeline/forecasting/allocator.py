@@ -56,6 +56,13 @@ class Tensor:
     def __del__(self) -> None:
         if self._block is not None:
             self._allocator.give_back(self._block)
+            self._block = None
+
+    def __enter__(self) -> None:
+        """Given back where the block ends."""
+
+    def __exit__(self, *_: object) -> None:
+        self.__del__()
 
 
 @dataclass

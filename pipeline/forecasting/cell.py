@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core import settings
-from pipeline.core.compose import ROOT, compose, literal, plain
+from pipeline.core.compose import ROOT, build, compose, literal, plain
 from pipeline.core.files import UserError, read_json
 from pipeline.core.settings import Settings, read
 from pipeline.data.rows import steps_in_epoch
@@ -24,7 +24,7 @@ from pipeline.forecasting import memory, speed
 from pipeline.forecasting.memory import Memory
 from pipeline.forecasting.plan import Constants, Plan, equal_rows, training_plan
 from pipeline.forecasting.rows import TrainingRows, training_rows
-from pipeline.forecasting.shape import NoForecast, Shape, read_shape
+from pipeline.forecasting.shape import NoForecast, read_shape
 from pipeline.forecasting.trained import trained
 from pipeline.measure import machine
 from pipeline.records.results import Result
@@ -60,7 +60,6 @@ class Forecast:
     technique: str
     card: Card
     memory: Memory | None = None
-    memory_kind: str = "gpu_reserved"
     fits: bool | None = None
     largest_batch: int | None = None
     """Rows as long as the longest that fit into one forward and backward pass; None: not asked for."""
@@ -95,7 +94,6 @@ def card_at_hand(cfg: DictConfig) -> Card:
 
 @functools.cache
 def constants() -> Constants:
-    """The fitted ones where they have been fitted."""
     if not FITTED.exists():
         return Constants()
     known = {f.name for f in dataclasses.fields(Constants)}
@@ -118,8 +116,8 @@ def prepare(cfg: DictConfig, gpu: bool) -> Prepared:
     Raises:
         NoForecast: method, objective or architecture without one. UserError: bad input, no model to read the shape of.
     """
-    settings = read(cfg)
-    shape = shape_of_cell(cfg)
+    settings, path = read(cfg), cfg.forecast.model_config
+    shape = read_shape(Path(path) if path else Path(cfg.paths.models) / cfg.model.name / "config.json")
     what = trained(plain(cfg)["method"], shape)
     if what.kind == "none":
         raise NoForecast(f"{cfg.technique.name} trains nothing")
@@ -129,13 +127,9 @@ def prepare(cfg: DictConfig, gpu: bool) -> Prepared:
         raise NoForecast(f"{what.name} finds nothing to train in this model")
     rows = training_rows(cfg, settings)
     steps = total_steps(settings.train, rows.count)
-    return Prepared(training_plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu), rows, steps, settings)
-
-
-def shape_of_cell(cfg: DictConfig) -> Shape:
-    """The model's shape, from forecast.model_config or the prepared model's folder."""
-    path = cfg.forecast.model_config
-    return read_shape(Path(path) if path else Path(cfg.paths.models) / cfg.model.name / "config.json")
+    plan = training_plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu)
+    memory.check(plan)
+    return Prepared(plan, rows, steps, settings)
 
 
 def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, time: bool = True) -> Forecast:
@@ -150,12 +144,14 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
         UserError: bad input, or a model whose config.json is not there.
     """
     card = card or card_at_hand(cfg)
-    kind = "gpu_reserved" if card.gpu else "cpu_rss"
     try:
         prepared = prepare(cfg, card.gpu)
         peak = memory.forecast(prepared.plan, constants())
     except NoForecast as error:
-        return Forecast(cfg.technique.name, card, memory_kind=kind, reason=str(error))
+        return Forecast(cfg.technique.name, card, reason=str(error))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+        build(cfg.method, "method")  # names the setting where that was it; a forecast that goes well needs no PEFT
+        raise
     plan = prepared.plan
     longest = max(len(e.ids) - 1 for row in prepared.rows.examples for e in row)
     fields: dict[str, Any] = {
@@ -167,12 +163,19 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
         fields["largest_batch"] = largest_batch(prepared, card)
     if time:
         fields |= _time(cfg, prepared, card)
-    return Forecast(cfg.technique.name, card, memory_kind=kind, notes=_notes(prepared), **fields)
+    notes = ["the paged optimiser's state can move to the machine's memory; it is not counted"] if plan.paged else []
+    if not FITTED.exists():
+        notes.append("the constants have not been fitted to measurements: run python -m benchmarks.forecast on a GPU")
+    return Forecast(cfg.technique.name, card, notes=notes, **fields)
 
 
 def forecast_of(result: Result) -> Forecast | None:
     """What would have been forecast of a finished cell on its own hardware; None where model or data are not here any more."""
-    cfg, hardware = _config_of(result.config), result.hardware
+    cfg, hardware = copy.deepcopy(_defaults()), result.hardware
+    OmegaConf.set_struct(cfg, False)
+    for key in READ:  # keys that came since have their defaults
+        if key in result.config:
+            cfg[key] = literal(result.config[key])
     gpu, work = hardware.get("gpu"), result.work
     if gpu and work and work.engine == "eager" and not work.engine_reason:  # asked for, or run before there was a fast engine
         cfg.train.engine = "eager"
@@ -183,19 +186,7 @@ def forecast_of(result: Result) -> Forecast | None:
         return None
 
 
-def _config_of(config: dict[str, Any]) -> DictConfig:
-    """A result's config as this version composes one: keys that came since have their defaults."""
-    cfg = copy.deepcopy(_defaults())
-    OmegaConf.set_struct(cfg, False)
-    for key in READ:
-        if key in config:
-            cfg[key] = literal(config[key])
-    return cfg
-
-
-@functools.cache
-def _defaults() -> DictConfig:
-    return compose()
+_defaults = functools.cache(compose)
 
 
 def step_tokens(prepared: Prepared) -> float:
@@ -268,12 +259,3 @@ def calibrate(cfg: DictConfig, card: Card | None = None) -> None:
     path = speed.file_of(cfg.paths.work)
     if card.at_hand and not speed.known(path, card.device, prepared.plan):
         speed.keep(path, card.device, prepared.plan, speed.calibrate(cfg, prepared.plan), machine.provenance()["started"][:10])
-
-
-def _notes(prepared: Prepared) -> list[str]:
-    notes = []
-    if prepared.plan.paged:
-        notes.append("the paged optimiser's state can move to the machine's memory; it is not counted")
-    if not FITTED.exists():
-        notes.append("the constants have not been fitted to measurements: run python -m benchmarks.forecast on a GPU")
-    return notes

@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.engine.layout import ROWS_AT_ONCE
-from pipeline.forecasting.allocator import Allocator, Tensor
-from pipeline.forecasting.modules import TIED, Attention, Back, Operations
-from pipeline.forecasting.plan import Constants, MicroBatch, Plan
+from pipeline.forecasting.allocator import Tensor
+from pipeline.forecasting.modules import TIED, Back, Operations
+from pipeline.forecasting.plan import MicroBatch
 from pipeline.forecasting.trained import parameter_sizes
 
 PAGED_FROM = 100_000
@@ -23,12 +23,6 @@ PAGED_FROM = 100_000
 
 
 class Eager(Operations):
-    """Walks through micro-batches and steps."""
-
-    def __init__(self, plan: Plan, memory: Allocator, constants: Constants, keep_casts: bool = True, own_gradients: bool = True) -> None:
-        super().__init__(plan, memory, constants, keep_casts, own_gradients)
-        self.attention = Attention(self)
-
     def feed_forward(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
         """down(silu(gate(x)) · up(x))."""
         size, z = self.n * self.s.inner, self.z
@@ -40,7 +34,6 @@ class Eager(Operations):
         h = self.new(size, z)
         y, down_back = self.linear(h, z, layer, "down_proj", ours or also)
         saved = [*([gate, up] if ours else []), *([act] if also else [])]
-        del gate, act, up, h
 
         def back(box: list[Any]) -> Tensor | None:
             dh = down_back(box)
@@ -74,7 +67,6 @@ class Eager(Operations):
         fed, forward_back = self.feed_forward(n2, xz, layer, inside or norms)
         del n2
         y = self.new(size, self.hz)
-        del fed, x2
 
         def narrow(dy: Tensor) -> Tensor:
             return dy if self.hz == self.z else self.new(size, self.z)
@@ -112,19 +104,16 @@ class Eager(Operations):
         return y, again
 
     def micro_batch(self, micro: MicroBatch) -> None:
-        """Forward, loss and backward of one micro-batch."""
         virtual = self.plan.trained.virtual
         cells = micro.rows * micro.width
         self.n = micro.rows * (micro.width + virtual)
-        self.attention.rows, self.attention.width = micro.rows, micro.width + virtual
-        self.labels = micro.labels
+        self.rows, self.width, self.labels = micro.rows, micro.width + virtual, micro.labels
         inputs = [self.new(cells, 8, "inputs"), *(self.new(micro.labels, 8, "inputs") for _ in range(3)), self.new(micro.labels, 4, "inputs")]
         trained = self.plan.trained
         x: Any = self.new(cells * self.s.width, self.hz)
         if virtual:
-            prompts = self.new(micro.rows * virtual * self.s.width, self.hz)
-            x = self.new(self.n * self.s.width, self.hz)
-            del prompts
+            with self.new(micro.rows * virtual * self.s.width, self.hz):
+                x = self.new(self.n * self.s.width, self.hz)
         angles = [self.new((micro.width + virtual) * self.s.head, self.hz) for _ in range(2)]
         first = x  # a local of the model's forward pass
         needs = "embedding" in trained.parts or self.soft
@@ -145,15 +134,16 @@ class Eager(Operations):
         while backs:
             box = [backs.pop()(box) if box[0] is not None else None]
         if "embedding" in trained.parts:
-            self.embedding_grad(self.s.vocabulary * self.s.width)
+            self.embedding_grad()
         if self.soft:
             for number, size in enumerate(trained.sizes):
                 self.grad(f"soft.{number}", size)
         del inputs, angles
         self.memory.graph_freed()
 
-    def embedding_grad(self, numbers: int) -> None:
+    def embedding_grad(self) -> None:
         """The input embedding's gradient. A tied output layer's is added to it: in place where autocast made that one, else a third tensor."""
+        numbers = self.s.vocabulary * self.s.width
         made = self.new(numbers, 4, "gradients")
         if self.tied is not None:
             made, self.tied = self.new(numbers, 4, "gradients") if self.z == 4 else self.tied, None
@@ -182,18 +172,15 @@ class Eager(Operations):
         if self.plan.gpu:
             saved = [self.new(m * v, 4, "logits")]
         else:  # ops.WeightedNll: a stretch of rows at a time, the gradient in the logits' place
-            stretch = self.new(min(m, ROWS_AT_ONCE) * v, 4, "logits")
+            self.new(min(m, ROWS_AT_ONCE) * v, 4, "logits")
             saved = [scores]
-            del stretch
-        del scores
 
         def back(box: list[Any]) -> Tensor | None:
             box.clear()
             if self.plan.gpu:
-                dsaved = self.new(m * v, 4, "logits")
-                dscores = self.new(m * v, 4, "logits")
-                saved.clear()
-                del dsaved
+                with self.new(m * v, 4, "logits"):
+                    dscores = self.new(m * v, 4, "logits")
+                    saved.clear()
             else:
                 dscores = saved.pop()
             if z != 4:
@@ -211,10 +198,9 @@ class Eager(Operations):
 
     def _frozen_head(self, picked: Tensor, xz: int) -> tuple[Tensor, Back]:
         m, v, d, z = self.labels, self.s.vocabulary, self.s.width, self.z
-        fed = picked if xz == z else self.new(m * d, z)
-        self.product("forward")
-        out = self.new(m * v, z, "logits")
-        del fed
+        with self.new(0 if xz == z else m * d, z):
+            self.product("forward")
+            out = self.new(m * v, z, "logits")
 
         def back(box: list[Any]) -> Tensor:
             dy = box.pop()

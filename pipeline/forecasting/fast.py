@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.engine.families import FAMILIES, WIDE
 from pipeline.engine.layout import NORM_PROGRAMS, logits_rows, padded
 from pipeline.forecasting.allocator import Allocator, Tensor
 from pipeline.forecasting.plan import Constants, MicroBatch, Plan
 
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-WIDE = (True, False, True, True)  # whose inputs leave room for x Aᵀ
 QKV, OUT, GATE_UP, DOWN = range(4)
 
 
@@ -27,15 +26,22 @@ class ByHand:
         self.n = 0
         self.saved: list[Tensor] = []
         self.static: list[Tensor] = []
-        ranks = plan.trained.ranks
-        counts = [sum(name in ranks for name in group) for group in GROUPS]
+        ranks, family = plan.trained.ranks, FAMILIES[plan.shape.family]
+        self.after, self.head_norms = bool(family.after), family.head_norms
+        self.groups = [names for _, names in family.groups]
+        counts = [sum(name in ranks for name in group) for group in self.groups]
         self.rank = max(ranks.values(), default=0)
         self.down = [count * self.rank for count in counts]
         """Columns of x Aᵀ by group."""
-        self.sizes = [(self.s.linear(group[0])[0], sum(self.s.linear(name)[1] for name in group)) for group in GROUPS]
+        self.sizes = [(self.s.linear(group[0])[0], sum(self.s.linear(name)[1] for name in group)) for group in self.groups]
         both = list(zip(self.down, self.sizes, strict=True))
         self.room = [padded(columns, i) if wide else 0 for (columns, (i, _)), wide in zip(both, WIDE, strict=True)]
         self.under = [padded(columns, o) if plan.precision in ("bf16", "fp32") else 0 for columns, (_, o) in both]
+
+    @property
+    def beside(self) -> int:
+        """Layer.beside."""
+        return 0 if self.after else self.under[DOWN]
 
     def new(self, numbers: int, z: int, kind: str = "activations") -> Tensor:
         return self.memory.new(numbers * z, kind)
@@ -53,18 +59,15 @@ class ByHand:
         if self.plan.accumulates:
             self.static.append(self.new(size, 4, "gradients"))
         if self.full:
-            for name in list(parameters):
-                del parameters[name]
+            parameters.clear()
             return
-        self._adopt_adapter(parameters)
-        if self.plan.precision in ("bf16", "fp32"):
-            for layer in range(self.s.layers):
-                for index, group in enumerate(GROUPS):
-                    self._stack(parameters, [f"{layer}.{name}" for name in group], index)
-
-    def _adopt_adapter(self, parameters: dict[str, Tensor]) -> None:
         for name in [n for n in parameters if n.startswith("adapter")]:
             del parameters[name]
+        self.static += [self.new(self.s.layer_biases, z, "weights") for _ in range(self.s.layers)]
+        if self.plan.precision in ("bf16", "fp32"):
+            for layer in range(self.s.layers):
+                for index, group in enumerate(self.groups):
+                    self._stack(parameters, [f"{layer}.{name}" for name in group], index)
 
     def _stack(self, parameters: dict[str, Tensor], names: list[str], index: int) -> None:
         if len(names) == 1 and not self.room[index] and not self.under[index]:
@@ -104,12 +107,10 @@ class ByHand:
 
     # -- a step
 
-    def weight(self, index: int) -> Tensor | None:
+    def weight(self, index: int) -> Tensor:
         """What a group's weight takes for the call: a 4-bit one is dequantised into room of its own."""
-        if self.plan.precision != "nf4":
-            return None
         i, o = self.sizes[index]
-        return self.new(o * (i + self.room[index]), self.z, "weights")
+        return self.new(o * (i + self.room[index]) if self.plan.precision == "nf4" else 0, self.z, "weights")
 
     def attend(self, n: int) -> list[Tensor]:
         """The kernel's output and its number a row (plain attention in fp32: its scores too)."""
@@ -152,10 +153,10 @@ class ByHand:
         w = self.weight(QKV)
         loose += [] if save else [self.new(n * self.sizes[QKV][1], z)]
         del w
+        saved.append(self.new(n * (s.heads + s.groups) if self.head_norms else 0, 4))
         attended = self.attend(n)
         w = self.weight(OUT)
-        if self.down[OUT]:
-            saved.append(self.new(n * self.down[OUT], z))
+        self.add(OUT, saved)
         del w
         saved.append(self.new(n, 4))
         loose += [] if save else [self.new(n * (self.sizes[GATE_UP][0] + self.room[GATE_UP]), z)]
@@ -163,40 +164,47 @@ class ByHand:
         loose += [] if save else [self.new(n * self.sizes[GATE_UP][1], z)]
         del w
         h = self.new(n * (s.inner + self.room[DOWN]), z)
-        if self.down[DOWN]:
-            saved.append(self.new(n * self.down[DOWN], z))
         w = self.weight(DOWN)
+        self.add(DOWN, saved)
         del w, h, loose
         return [*saved, *attended] if save else []
+
+    def add(self, index: int, saved: list[Any]) -> None:
+        """Layer._add: x Aᵀ; with a norm of its own, the product and a number a token."""
+        saved.append(self.new(self.n * self.s.width if self.after else 0, self.z))
+        saved.append(self.new(self.n * self.down[index], self.z))
+        saved.append(self.new(self.n if self.after else 0, 4))
 
     def backward(self, box: list[Any], saved: list[Any], wanted: bool) -> Tensor | None:
         """Layer.backward."""
         n, s, z = self.n, self.s, self.z
         partial = NORM_PROGRAMS * s.width if self.full else 0
         beside = [0 if under else room for room, under in zip(self.room, self.under, strict=True)]
+        dadded = self.new(n * (s.width + self.under[DOWN]) if self.after else 0, z)
         w = self.weight(DOWN)
         dh = self.new(n * (s.inner + beside[DOWN]), z)
         del w
         w = self.weight(GATE_UP)
         dn = self.new(n * (s.width + beside[GATE_UP]), z)
         del w
-        dx2 = self.new(n * (s.width + self.under[OUT]), z)
+        dx2 = self.new(n * (s.width + (0 if self.after else self.under[OUT])), z)
         part = self.new(partial, 4)
-        del part
+        del part, dadded
         low = dn if beside[GATE_UP] else None  # a view of dn: it stays until the next product's is there
         del dn
+        dadded = self.new(n * (s.width + self.under[OUT]) if self.after else 0, z)
         w = self.weight(OUT)
         dmixed = self.new(n * self.sizes[OUT][0], z)
         dxa = self.new(0 if self.under[OUT] else n * self.down[OUT], z)
         del w, low, dh
         grads = self.attend_back(n)
         dqkv = self.new(n * (self.sizes[QKV][1] + self.under[QKV]), z)
-        del grads
+        del grads, dadded
         w = self.weight(QKV)
         columns = 0 if self.under[QKV] else n * self.down[QKV]
         dn = self.new(n * (s.width + beside[QKV]), z) if wanted or self.full else self.new(columns, z)
         del w, dxa
-        dx = self.new(n * (s.width + self.under[DOWN]), z) if wanted or self.full else None
+        dx = self.new(n * (s.width + self.beside), z) if wanted or self.full else None
         del dn, dqkv, dmixed, dx2
         box.clear()
         saved.clear()
@@ -220,8 +228,8 @@ class ByHand:
         normed, rstd = self.new(m * d, z), self.new(m, 4)
         del x
         dnormed = self.loss(m)
-        dpicked = self.new(m * (d + (self.under[DOWN] if dense else 0)), z)
-        dx: Any = dpicked if dense else self.new(self.n * (d + self.under[DOWN]), z)
+        dpicked = self.new(m * (d + (self.beside if dense else 0)), z)
+        dx: Any = dpicked if dense else self.new(self.n * (d + self.beside), z)
         del normed, dnormed, dpicked
         below = self.full or virtual > 0
         for layer in range(s.layers - 1, self.lowest - 1, -1):
@@ -230,8 +238,8 @@ class ByHand:
             dx = self.backward(box, saved.pop(), layer > self.lowest or below)
         del rstd
         if self.full:
-            fresh, wide = self.new(s.vocabulary * d, 4), self.new(micro.rows * micro.width * d, 4)
-            del fresh, wide
+            with self.new(s.vocabulary * d, 4):
+                self.new(micro.rows * micro.width * d, 4)
         del dx
 
     def loss(self, m: int) -> Tensor:

@@ -36,7 +36,7 @@ class Operations:
         """Of the output layer, while it waits for the embedding's own (autograd adds them before it keeps either)."""
         self.casts: dict[str, Tensor] = {}
         self.workspaces: dict[str, Tensor] = {}
-        self.n = self.labels = 0
+        self.n = self.labels = self.rows = self.width = 0
 
     def new(self, numbers: int, z: int, kind: str = "activations") -> Tensor:
         return self.memory.new(numbers * z, kind)
@@ -74,7 +74,6 @@ class Operations:
         return trained.kind == "full" and part in trained.parts and layer >= trained.first
 
     def layer_trains(self, layer: int) -> bool:
-        """Whether anything of this layer is trained."""
         trained = self.plan.trained
         return trained.kind in ("lora", "ia3", "ln") or self.trains(layer) or self.trains(layer, "biases")
 
@@ -83,22 +82,19 @@ class Operations:
         size, hz = self.n * self.s.width, self.hz
         oz = 4 if trained else max(hz, self.plan.base)
         wide = x if hz == 4 else self.new(size, 4)
-        square = self.new(size, 4)
-        root = self.new(self.n, 4)
-        del square
+        with self.new(size, 4):
+            root = self.new(self.n, 4)
         scaled = self.new(size, 4)
         narrow = scaled if hz == 4 else self.new(size, hz)
         del scaled
         out = self.new(size, oz)
         saved = [*([wide, root] if needs else []), *([narrow] if trained else [])]
-        del wide, root, narrow
 
         def back(box: list[Any]) -> Tensor | None:
             dy = box.pop()
             if trained:
-                product = self.new(size, oz)
-                self.grad(name, self.s.width)
-                del product
+                with self.new(size, oz):
+                    self.grad(name, self.s.width)
             if not needs:
                 saved.clear()
                 return None
@@ -111,10 +107,8 @@ class Operations:
             droot = self.new(size, 4)
             dwide = self.new(size, 4)
             del droot, dscaled
-            spread = self.new(size, 4)
-            power = self.new(size, 4)
-            power = self.new(size, 4)
-            del spread, power
+            with self.new(size, 4), self.new(size, 4):
+                self.new(size, 4)
             saved.clear()
             return dwide if hz == 4 else self.new(size, hz)
 
@@ -127,28 +121,24 @@ class Operations:
         self.product("forward")
         saved: list[Tensor] = []
         if precision == "int8":
-            half, small = self.new(self.n * i, 2), self.new(self.n * i, 1)
-            summed = self.new(self.n * o, 4)
-            out = self.new(self.n * o, z)
-            del half, small, summed
+            with self.new(self.n * i, 2), self.new(self.n * i, 1), self.new(self.n * o, 4):
+                out = self.new(self.n * o, z)
             if needs:
                 saved.append(fed)
         elif precision == "nf4":
-            dequantised = self.new(i * o, z)
-            out = self.new(self.n * o, z)
-            del dequantised
+            with self.new(i * o, z):
+                out = self.new(self.n * o, z)
         else:
             out = self.new(self.n * o, z)
-        del fed
 
         def back(box: list[Any]) -> Tensor | None:
             dy = box.pop()
             if not needs:
                 return None
             self.product("backward")
-            dequantised = self.new(i * o, z) if precision in ("nf4", "int8") else None
-            dx = self.new(self.n * i, z)
-            del dequantised, dy
+            with self.new(i * o if precision in ("nf4", "int8") else 0, z):
+                dx = self.new(self.n * i, z)
+            del dy
             saved.clear()
             return dx if xz == z else self.new(self.n * i, xz)
 
@@ -162,7 +152,6 @@ class Operations:
         self.product("forward")
         out = self.new(tokens * o, z, "logits" if key == "head" else "activations")
         saved = [fed, cast if needs else None]
-        del fed, cast
 
         def back(box: list[Any]) -> Tensor | None:
             dy = box.pop()
@@ -192,13 +181,12 @@ class Operations:
         fed = dropped if wz == z else self.new(n * i, z)
         casts = [self.weight_cast(f"{layer}.{name}.{part}", rank * size) for part, size in (("A", i), ("B", o))]
         down = self.new(n * rank, z)
-        up = self.new(n * o, z)
-        scaled = self.new(n * o, z)
-        del up
-        out = self.new(n * o, z)
-        del scaled, result
+        with self.new(n * o, z):
+            scaled = self.new(n * o, z)
+        with scaled:
+            out = self.new(n * o, z)
+        del result
         saved = [mask if needs else None, fed, down, *casts]
-        del mask, dropped, fed, wide, down, casts
 
         def back(box: list[Any]) -> Tensor | None:
             dy = box.pop()
@@ -237,20 +225,17 @@ class Operations:
             del scaled
             saved = [wide]
             out, base_back = self.base_linear(fed, xz, name, True)
-            del wide, fed
         else:
             result, base_back = self.base_linear(x, xz, name, needs)
             scaled = self.new(size, 4)
             out = scaled if z == 4 else self.new(size, z)
             saved = [result]
-            del result, scaled
 
         def scale_back(dy: Tensor) -> Tensor:
             wide = dy if z == 4 else self.new(size, 4)
             del dy
-            product = self.new(size, 4)
-            self.grad(f"{layer}.{name}.ia3", i if inner else o)
-            del product
+            with self.new(size, 4):
+                self.grad(f"{layer}.{name}.ia3", i if inner else o)
             dx = self.new(size, 4)
             del wide
             saved.clear()
@@ -264,7 +249,6 @@ class Operations:
         return out, back
 
     def linear(self, x: Tensor, xz: int, layer: int, name: str, needs: bool) -> tuple[Tensor, Back]:
-        """One of a layer's linear maps, whatever holds it."""
         kind, ranks = self.plan.trained.kind, self.plan.trained.ranks
         if kind == "lora" and name in ranks:
             return self.lora_linear(x, xz, layer, name, needs)
@@ -282,34 +266,23 @@ class Operations:
         biased = name in self.s.biases or trained.added_biases
         return needs or self.trains(layer) or (self.trains(layer, "biases") and biased)
 
-
-class Attention:
-    """A layer's attention within `owner`'s walk."""
-
-    def __init__(self, owner: Operations) -> None:
-        self.owner = owner
-        self.rows = self.width = 0
-
     @property
-    def plain(self) -> bool:
+    def plain_attention(self) -> bool:
         """Whether the scores themselves are kept."""
-        plan = self.owner.plan
-        return plan.gpu and plan.compute == 4 and plan.shape.heads != plan.shape.groups
+        return self.plan.gpu and self.z == 4 and self.s.heads != self.s.groups
 
-    def __call__(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
+    def attention(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
         """(o(attention(q(x), k(x), v(x))) [N, d], backward)."""
-        me = self.owner
-        need = {name: me.outputs_need(layer, f"{name}_proj", needs) for name in "qkv"}
-        q, q_back = me.linear(x, xz, layer, "q_proj", needs)
-        k, k_back = me.linear(x, xz, layer, "k_proj", needs)
-        v, v_back = me.linear(x, xz, layer, "v_proj", needs)
-        q = self.rotated(q, me.s.heads)
-        k = self.rotated(k, me.s.groups)
+        need = {name: self.outputs_need(layer, f"{name}_proj", needs) for name in "qkv"}
+        q, q_back = self.linear(x, xz, layer, "q_proj", needs)
+        k, k_back = self.linear(x, xz, layer, "k_proj", needs)
+        v, v_back = self.linear(x, xz, layer, "v_proj", needs)
+        q = self.rotated(q, self.s.heads)
+        k = self.rotated(k, self.s.groups)
         any_needs = any(need.values())
-        mixed, kernel_back = (self.scores if self.plain else self.fused)(q, k, v, any_needs)
+        mixed, kernel_back = (self.scores if self.plain_attention else self.fused)(q, k, v, any_needs)
         del q, k, v
-        out, out_back = me.linear(mixed, me.z, layer, "o_proj", any_needs)
-        del mixed
+        out, out_back = self.linear(mixed, self.z, layer, "o_proj", any_needs)
 
         def back(box: list[Any]) -> Tensor | None:
             dmixed = out_back(box)
@@ -317,8 +290,8 @@ class Attention:
                 return None
             grads = kernel_back([dmixed])
             del dmixed
-            dk = self.unrotated(grads, 1, me.s.groups)
-            dq = self.unrotated(grads, 0, me.s.heads)
+            dk = self.unrotated(grads, 1, self.s.groups)
+            dq = self.unrotated(grads, 0, self.s.heads)
             gradient = [grads.pop()]
             dx = [v_back(gradient) if need["v"] else None]
             gradient = [dk]
@@ -333,50 +306,46 @@ class Attention:
 
     def rotated(self, x: Tensor, heads: int) -> Tensor:
         """x · cos + rotate_half(x) · sin; nothing but the angles is kept."""
-        me = self.owner
-        size, wide = me.n * heads * me.s.head, max(me.z, me.hz)
-        first = me.new(size, wide)
-        half = me.new(size // 2, me.z)
-        turned = me.new(size, me.z)
+        size, wide = self.n * heads * self.s.head, max(self.z, self.hz)
+        first = self.new(size, wide)
+        half = self.new(size // 2, self.z)
+        turned = self.new(size, self.z)
         del half
-        second = me.new(size, wide)
+        second = self.new(size, wide)
         del turned
-        out = me.new(size, wide)
+        out = self.new(size, wide)
         del first, second, x
-        return out if wide == me.z else me.new(size, me.z)  # autocast, before the kernel
+        return out if wide == self.z else self.new(size, self.z)  # autocast, before the kernel
 
     def unrotated(self, grads: list[Any], at: int, heads: int) -> Tensor:
         """The gradient through the rotation of grads[at], which is taken out."""
-        me = self.owner
-        size, wide = me.n * heads * me.s.head, max(me.z, me.hz)
+        size, wide = self.n * heads * self.s.head, max(self.z, self.hz)
         dy = grads[at]
         grads[at] = None
-        if wide != me.z:
-            dy = me.new(size, wide)
-        turned = me.new(size, wide)
-        parts = [me.new(size, wide) for _ in range(2)]
-        parts.append(me.new(size // 2, wide))
+        if wide != self.z:
+            dy = self.new(size, wide)
+        turned = self.new(size, wide)
+        parts = [self.new(size, wide) for _ in range(2)]
+        parts.append(self.new(size // 2, wide))
         del turned
-        dx = me.new(size, wide)
+        dx = self.new(size, wide)
         del parts, dy
-        return dx if wide == me.z else me.new(size, me.z)
+        return dx if wide == self.z else self.new(size, self.z)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, needs: bool) -> tuple[Tensor, Back]:
         """Flash attention (Dao, 2023)."""
-        me = self.owner
-        s, z, n = me.s, me.z, me.n
+        s, z, n = self.s, self.z, self.n
         queries, shared = n * s.heads * s.head, n * s.groups * s.head
-        out, logs = me.new(queries, z), me.new(n * s.heads, 4)
+        out, logs = self.new(queries, z), self.new(n * s.heads, 4)
         saved = [q, k, v, out, logs] if needs else []
-        del logs, q, k, v
 
         def back(box: list[Any]) -> list[Any]:
             dy = box.pop()
-            grads: list[Any] = [me.new(queries, z), me.new(shared, z), me.new(shared, z)]
-            sums = me.new(n * s.heads, 4)
-            wide = me.new(queries, 4) if me.plan.gpu else None
-            expanded = [me.new(queries, z), me.new(queries, z)] if me.plan.gpu and s.heads != s.groups else []
-            del sums, wide, expanded, dy
+            grads: list[Any] = [self.new(queries, z), self.new(shared, z), self.new(shared, z)]
+            expanded = queries if self.plan.gpu and s.heads != s.groups else 0
+            with self.new(n * s.heads, 4), self.new(queries if self.plan.gpu else 0, 4), self.new(expanded, z):
+                self.new(expanded, z)
+            del dy
             saved.clear()
             return grads
 
@@ -384,37 +353,36 @@ class Attention:
 
     def scores(self, q: Tensor, k: Tensor, v: Tensor, needs: bool) -> tuple[Tensor, Back]:
         """torch's plain attention: softmax(q kᵀ) v with key-value heads repeated."""
-        me = self.owner
-        s, z, n = me.s, me.z, me.n
+        s, z, n = self.s, self.z, self.n
         queries, square = n * s.heads * s.head, self.rows * s.heads * self.width**2
-        k, v = me.new(queries, z), me.new(queries, z)
-        mask = me.new(self.width**2, z)
-        q, k = me.new(queries, z), me.new(queries, z)
-        raw = me.new(square, z)
-        weights = me.new(square, z)
-        where = me.new(square, 1)
-        weights = me.new(square, z)
+        k, v = self.new(queries, z), self.new(queries, z)
+        mask = self.new(self.width**2, z)
+        q, k = self.new(queries, z), self.new(queries, z)
+        raw = self.new(square, z)
+        weights = self.new(square, z)
+        where = self.new(square, 1)
+        weights = self.new(square, z)
         del where, raw
-        out = me.new(queries, z)
+        out = self.new(queries, z)
         saved = [q, k, v, weights] if needs else []
         del q, k, v, weights, mask
-        out = me.new(queries, z)
+        out = self.new(queries, z)
 
         def back(box: list[Any]) -> list[Any]:
             dy = box.pop()
-            dy = me.new(queries, z)
-            dweights = me.new(square, z)
-            dv = me.new(queries, z)
+            dy = self.new(queries, z)
+            dweights = self.new(square, z)
+            dv = self.new(queries, z)
             del dy
-            draw = me.new(square, z)
+            draw = self.new(square, z)
             del dweights
-            dq, dk = me.new(queries, z), me.new(queries, z)
+            dq, dk = self.new(queries, z), self.new(queries, z)
             del draw
             saved.clear()
-            dq = me.new(queries, z)
-            dk = me.new(queries, z)
-            dk = me.new(n * s.groups * s.head, z)
-            dv = me.new(n * s.groups * s.head, z)
+            dq = self.new(queries, z)
+            dk = self.new(queries, z)
+            dk = self.new(n * s.groups * s.head, z)
+            dv = self.new(n * s.groups * s.head, z)
             return [dq, dk, dv]
 
         return out, back

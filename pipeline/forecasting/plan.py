@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from pipeline.core.settings import Precision, Train
 from pipeline.data.rows import Encoded, by_length, step_rows
 from pipeline.forecasting.shape import NoForecast, Shape
 from pipeline.forecasting.trained import Trained
 
-if TYPE_CHECKING:
-    from pipeline.engine.layout import Shape as BatchShape
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -32,8 +29,6 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training run as the forecast sees it."""
-
     shape: Shape
     trained: Trained
     precision: str
@@ -79,6 +74,10 @@ class Constants:
     cpu_process: int = 582 * 10**6
     """Resident bytes of a process beside its tensors: 525 MiB before the first step and 30 of libraries and small objects that steps touch."""
 
+    def of(self, plan: Plan) -> tuple[float, int]:
+        """(scale, fixed) of the plan's engine; on a CPU, fixed is the process."""
+        return self.scale.get(plan.engine, 1.0), self.fixed.get(plan.engine, 0) if plan.gpu else self.cpu_process
+
 
 MOST_STEPS = 200
 """Steps whose rows are looked at."""
@@ -98,18 +97,14 @@ def engine_of(train: Train, trained: Trained, model: Shape, precision: str, gpu:
     if train.engine == "eager" or not gpu or train.checkpointing or precision == "int8":  # 8-bit products wait for the device: no capture
         return "eager"
     whole = trained.parts == {"embedding", "layers", "norm", "head"} and trained.first == 0 and not trained.own_head
-    by_hand = {"lora": trained.by_hand and len(set(trained.ranks.values())) == 1, "soft": trained.by_hand, "full": whole and not model.biases}
+    by_hand = {"lora": trained.by_hand and len(set(trained.ranks.values())) == 1, "soft": trained.by_hand, "full": whole}
     biased = any(name not in ("q_proj", "k_proj", "v_proj") for name in model.biases)
-    return "hand" if by_hand.get(trained.kind, False) and not biased else "captured"
+    return "hand" if by_hand.get(trained.kind, False) and model.by_hand and not biased else "captured"
 
 
 def training_plan(model: Shape, trained: Trained, train: Train, precision: Precision, examples: Sequence[Sequence[Encoded]], seed: int, total: int,
                   gpu: bool) -> Plan:
-    """The plan of a run of `total` steps over these rows.
-
-    Raises:
-        NoForecast: no rows.
-    """
+    """The plan of a run of `total` steps over these rows. Raises NoForecast: no rows."""
     if not examples or not total:
         raise NoForecast("there is nothing to train on")
     base, compute = precision_of(precision, gpu)
@@ -124,15 +119,12 @@ def training_plan(model: Shape, trained: Trained, train: Train, precision: Preci
         streamable = engine == "hand" and trained.kind != "soft" and compute == 2
         buckets, streams = shapes_of_run(examples, train, orders, total, streamable, model.layers, model.parameters)
         chosen = streams or buckets
-        steps, accumulates = [[_micro(shape) for shape in chosen.all()]], chosen.accumulates
+        parts = [MicroBatch(1 if s.longest else s.rows, s.width, s.labels, s.longest, s.dense) for s in chosen.all()]
+        steps, accumulates = [parts], chosen.accumulates
         fed = [(chosen.shape(width).tokens, count) for width, count in chosen.fed.items()]
     paged = train.optimizer == "paged_adamw" and gpu and engine == "eager"
     return Plan(model, trained, base, compute, steps, engine, gpu, precision.double_quantisation, train.checkpointing, paged, accumulates,
                 fed=fed, looked=len(orders))
-
-
-def _micro(shape: BatchShape) -> MicroBatch:
-    return MicroBatch(1 if shape.longest else shape.rows, shape.width, shape.labels, shape.longest, shape.dense)
 
 
 def _eager_steps(examples: Sequence[Sequence[Encoded]], orders: Sequence[Sequence[int]], most_tokens: int

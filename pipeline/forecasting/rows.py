@@ -34,8 +34,6 @@ class TrainingRows:
     examples: Sequence[Sequence[Encoded]]
     count: int
     source: str
-    measured: bool
-    """Whether the lengths are the data's."""
 
 
 class FastTokenizer:
@@ -53,7 +51,8 @@ class FastTokenizer:
         eos = self._tokenizer.token_to_id(token) if token else None
         self.eos_token_id = eos if eos is not None else 0
         self.pad_token_id = self.eos_token_id
-        self._chat = folder / "chat_template.jinja"
+        chat = folder / "chat_template.jinja"
+        self.chat_template = chat.read_text(encoding="utf-8") if chat.exists() else config.get("chat_template")
         self._config = config
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
@@ -63,19 +62,12 @@ class FastTokenizer:
         """The prompt in the model's own template (transformers renders it with jinja2 too)."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        text = self._chat.read_text(encoding="utf-8") if self._chat.exists() else self._config.get("chat_template")
-        if not isinstance(text, str):
-            raise NoForecast("no forecast for a chat task: the model's folder holds no chat template")
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(str(self.chat_template))
         return template.render(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=self._config.get("bos_token") or "", eos_token="")
 
 
 def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
-    """The cell's rows, as far as they are known.
-
-    Raises:
-        NoForecast: an objective with a loss or batches of its own, or a teacher's text that is not there.
-    """
+    """The cell's rows, as far as they are known. Raises NoForecast: an objective with a loss or batches of its own, or a teacher's text that is not there."""
     objective: Objective = build(cfg.objective, "objective")
     if objective.own_part:
         raise NoForecast(f"no forecast for objective {objective.name}, whose {objective.own_part} is its own")
@@ -86,11 +78,9 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
     random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.rows.load_rows draws them
     rows = rows[: cfg.train_rows]
     rows += synthetic.extra(cfg, rows)[0]
-    return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), _source(len(rows), data), True)
-
-
-def _source(rows: int, data: Path) -> str:
-    return f"the {'first ' + str(MOST_ROWS) + ' of the ' if rows > MOST_ROWS else ''}{rows} training rows of {data} in the model's own tokens"
+    first = f"first {MOST_ROWS} of the " if len(rows) > MOST_ROWS else ""
+    source = f"the {first}{len(rows)} training rows of {data} in the model's own tokens"
+    return TrainingRows(_encoded(cfg, settings, objective, rows[:MOST_ROWS], model), len(rows), source)
 
 
 def _encoded(cfg: DictConfig, settings: Settings, objective: Objective, rows: list[dict[str, Any]], model: Path) -> list[list[Encoded]]:
@@ -113,4 +103,4 @@ def _as_configured(cfg: DictConfig, settings: Settings, objective: Objective) ->
     labels = min(fed, settings.task.max_new_tokens if settings.task.scoring == "generate" else LABELS)
     count = cfg.train_rows or settings.train.batch_size
     row = [Encoded(range(fed + 1), fed + 1 - labels)] * (2 if objective.needs_rationales else 1)  # type: ignore[arg-type]
-    return TrainingRows([row] * min(count, max(MOST_ROWS, settings.train.batch_size)), count, source, False)
+    return TrainingRows([row] * min(count, max(MOST_ROWS, settings.train.batch_size)), count, source)

@@ -1,19 +1,23 @@
 """A model's shape, from its config.json alone: widths, parameters, and the tensors that a precision holds them in.
 
-Library. The Llama family (llama, mistral, qwen2); another architecture has no forecast, and says so.
+Library. The architectures of the hand-written step; another one has no forecast, and says so.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, read_json
+from pipeline.core.files import UserError, read_object
+from pipeline.engine import families
 
-FAMILIES = ("llama", "mistral", "qwen2")
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LLAMAS = ("llama", "mistral", "qwen2")
+"""Architectures of Llama's modules, whose steps under autograd are known, too."""
+HEAD = {"qwen3": 128, "gemma3_text": 256}
+"""Width of a head where a config does not say, and it is not its share of the model's."""
 BLOCK, OUTER_BLOCK = 64, 256
 """bitsandbytes: 4-bit values to a scale, and scales to a scale of theirs."""
 
@@ -39,17 +43,35 @@ class Shape:
     context: int | None = None
     stored: int = 4
     """Bytes of a number in the model's file."""
+    family: str = "llama"
+    """transformers' model_type."""
+    window: int = 0
+    """Tokens that a token attends to in layers with a sliding window; 0: there are none."""
+    by_hand: bool = True
+    """Whether the hand-written step has what the config asks for."""
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """A layer's linear maps."""
+        return tuple(name for _, names in families.FAMILIES[self.family].groups for name in names)
+
+    @property
+    def norms(self) -> dict[str, int]:
+        """A layer's norms and their numbers."""
+        own = families.FAMILIES[self.family]
+        every = ["norm1", "norm2", *(["after1", "after2"] if own.after else [])]
+        return dict.fromkeys(every, self.width) | (dict.fromkeys(["q_norm", "k_norm"], self.head) if own.head_norms else {})
 
     def linear(self, name: str) -> tuple[int, int]:
         """(in, out) of one of a layer's linear maps."""
         d, q, k = self.width, self.heads * self.head, self.groups * self.head
         return {"q_proj": (d, q), "k_proj": (d, k), "v_proj": (d, k), "o_proj": (q, d),
-                "gate_proj": (d, self.inner), "up_proj": (d, self.inner), "down_proj": (self.inner, d)}[name]
+                "gate_proj": (d, self.inner), "up_proj": (d, self.inner), "down_proj": (self.inner, d),
+                "qkv_proj": (d, q + 2 * k), "gate_up_proj": (d, 2 * self.inner)}[name]
 
     @property
     def layer_matrices(self) -> int:
-        """Numbers in a layer's linear maps."""
-        return sum(i * o for i, o in map(self.linear, LINEAR))
+        return sum(i * o for i, o in map(self.linear, self.linears))
 
     @property
     def layer_biases(self) -> int:
@@ -58,7 +80,7 @@ class Shape:
     @property
     def parameters(self) -> int:
         """Of the model; tied weights count once."""
-        layer = self.layer_matrices + self.layer_biases + 2 * self.width
+        layer = self.layer_matrices + self.layer_biases + sum(self.norms.values())
         return self.layers * layer + self.width + self.vocabulary * self.width * (1 if self.tied else 2)
 
 
@@ -66,30 +88,46 @@ def read_shape(path: Path) -> Shape:
     """The shape that a config.json tells.
 
     Raises:
-        UserError: no such file. NoForecast: another architecture.
+        UserError: no such file, or no model's. NoForecast: another architecture.
     """
     if not path.exists():
         raise UserError(f"{path} is not there; run python -m pipeline.base_model for it, or set forecast.model_config to a model's config.json")
-    return shape_of(read_json(path))
+    try:
+        shape = shape_of(read_object(path))
+        wrong = next((f.name for f in dataclasses.fields(shape) if f.type == "int" and (type(value := getattr(shape, f.name)) is not int or value < (f.name != "window"))), None)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} is no config.json of a model ({type(error).__name__}: {error}); run python -m pipeline.base_model for it") from error
+    if wrong:
+        raise UserError(f"{path} is no config.json of a model (its {wrong} is {getattr(shape, wrong)!r}); run python -m pipeline.base_model for it")
+    return shape
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
     """As read_shape, from the file's content."""
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise NoForecast(f"no forecast for the architecture {kind}; there is one for {', '.join(FAMILIES)}")
-    if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
-        raise NoForecast("no forecast for sliding-window attention")
+    kind = str(config.get("model_type"))
+    if kind not in families.FAMILIES:
+        raise NoForecast(f"no forecast for the architecture {kind}; there is one for {', '.join(families.FAMILIES)}")
     heads = config["num_attention_heads"]
     qkv = ("q_proj", "k_proj", "v_proj")
     biases: tuple[str, ...] = qkv if kind == "qwen2" else (*qkv, "o_proj") if config.get("attention_bias") else ()
     biases += ("gate_proj", "up_proj", "down_proj") if config.get("mlp_bias") else ()
+    slides = config.get("use_sliding_window", kind not in ("qwen2", "qwen3"))
     return Shape(
         config["hidden_size"], config["num_hidden_layers"], heads, config.get("num_key_value_heads") or heads,
-        config.get("head_dim") or config["hidden_size"] // heads, config["intermediate_size"], config["vocab_size"],
-        bool(config.get("tie_word_embeddings", False)), biases, config.get("max_position_embeddings"),
+        config.get("head_dim") or HEAD.get(kind) or config["hidden_size"] // heads, config["intermediate_size"], config["vocab_size"],
+        bool(config.get("tie_word_embeddings", kind == "gemma3_text")), biases, config.get("max_position_embeddings"),
         2 if str(config.get("dtype") or config.get("torch_dtype")).endswith("float16") else 4,
+        kind, (config.get("sliding_window") or 0) if slides else 0, _by_hand(config),
     )
+
+
+def _by_hand(config: dict[str, Any]) -> bool:
+    """As families.refused, as far as a config's file says without transformers."""
+    options = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parts = [part for part in (options, *options.values()) if isinstance(part, dict)]
+    rotations = {str(part.get("rope_type", part.get("type", "default"))) for part in parts}
+    odd = ("attention_dropout", "resid_pdrop", "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+    return rotations <= set(families.ROTATIONS) and not any(config.get(key) for key in odd)
 
 
 def nf4_parts(values: int, double: bool = True) -> list[int]:
@@ -123,21 +161,15 @@ def tensors(shape: Shape, precision: str, double: bool = True, compute: int = 2)
     whole = shape.vocabulary * shape.width
     yield "embedding", whole, whole * z
     for layer in range(shape.layers):
-        for name in LINEAR:
+        for name in shape.linears:
             i, o = shape.linear(name)
             first, *constants = matrix_parts(shape, name, precision, double)
             yield f"{layer}.{name}", i * o, first
             yield from (("", 0, size) for size in constants)
             if name in shape.biases:
                 yield f"{layer}.{name}.bias", o, o * z
-        for norm in ("norm1", "norm2"):
-            yield f"{layer}.{norm}", shape.width, shape.width * z
+        for norm, size in shape.norms.items():
+            yield f"{layer}.{norm}", size, size * z
     yield "norm", shape.width, shape.width * z
     if not shape.tied:
         yield "head", whole, whole * z
-
-
-def weight_bytes(shape: Shape, precision: str, double: bool = True, compute: int = 2) -> int:
-    """Bytes of the loaded base, quantisation constants and code tables included (results have it as size.model_bytes, with the
-    rotary frequencies on top)."""
-    return sum(size for _, _, size in tensors(shape, precision, double, compute))

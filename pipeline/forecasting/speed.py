@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
 import statistics
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from pipeline.data.rows import Encoded
 from pipeline.forecasting.plan import MicroBatch, Plan
 from pipeline.forecasting.shape import Shape
 from pipeline.measure.clock import Stopwatch
+from pipeline.measure.machine import cpu_count, versions
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 MODEL_ERROR = 0.15
@@ -43,24 +43,20 @@ class Point:
 
 
 def file_of(work: str | Path) -> Path:
-    """Where calibrations are kept."""
     return Path(work) / "throughput.json"
 
 
 def machine(hardware: str) -> str:
     """What a calibration holds for: the device, its threads, and versions."""
-    versions = []
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    return "; ".join([hardware, f"{threads} threads", *versions])
+    threads = os.environ.get("OMP_NUM_THREADS") or cpu_count()
+    return "; ".join([hardware, f"{threads} threads", *(f"{name} {version}" for name, version in versions(PACKAGES).items())])
 
 
 def work(plan: Plan) -> str:
     """What of a plan decides a step's time, besides layers and cells."""
     shape, trained = plan.shape, plan.trained
     sizes = f"d{shape.width} h{shape.heads}/{shape.groups}x{shape.head} f{shape.inner} v{shape.vocabulary}{'' if shape.tied else ' untied'}"
+    sizes = sizes if shape.family == "llama" else f"{shape.family} {sizes}"
     what = [trained.name, f"top {shape.layers - trained.first}" if trained.first else "", " ".join(f"{k}:{r}" for k, r in trained.ranks.items()),
             f"p{trained.dropout}" if trained.dropout else "", f"soft {trained.virtual}" if trained.virtual else ""]
     how = [plan.engine, plan.precision, f"{8 * plan.compute} bits", "checkpointing" if plan.checkpointing else ""]
@@ -187,8 +183,10 @@ def _timed(cfg: DictConfig, base: Any, rows: list[Encoded], train: Train, device
 
 
 def config_of(shape: Shape) -> dict[str, Any]:
-    """The keys of a Llama's config.json that make this shape."""
+    """The keys of a config.json that make this shape."""
+    slides = {"sliding_window": shape.window, "use_sliding_window": True} if shape.window else {"sliding_window": None}
     return {
+        "model_type": shape.family, **({} if shape.family == "llama" else slides),
         "hidden_size": shape.width, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.groups,
         "head_dim": shape.head, "intermediate_size": shape.inner, "vocab_size": shape.vocabulary, "tie_word_embeddings": shape.tied,
         "max_position_embeddings": shape.context or 8192, "attention_bias": bool(shape.biases),
@@ -196,16 +194,16 @@ def config_of(shape: Shape) -> dict[str, Any]:
 
 
 def random_base(config: dict[str, Any], precision: str, dtype: Any, device: Any) -> Any:
-    """A frozen Llama in eval mode.
+    """A frozen model in eval mode.
 
     Args:
-        config: of transformers.LlamaConfig.
+        config: as in a config.json; without a model_type, a Llama's.
         precision: fp32, bf16, int8 or nf4. dtype: of the arithmetic.
     """
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    made = LlamaConfig(**{**config, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None})
+    made = AutoConfig.for_model(**{"model_type": "llama", **config, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None})
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(made, dtype=stored, attn_implementation="sdpa")
@@ -225,8 +223,11 @@ def random_base(config: dict[str, Any], precision: str, dtype: Any, device: Any)
 
 
 def _draw(module: Any, device: Any) -> None:
-    """Give a module's own parameters memory and values: small random ones, ones for norms."""
+    """Give a module's own parameters memory and values: small random ones, ones for norms; and what Gemma multiplies embeddings by."""
     import torch
+
+    if hasattr(module, "scalar_embed_scale"):
+        module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
 
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.is_meta:

@@ -1,7 +1,4 @@
-"""A forecast in words: the command's table, and a line for every cell that will not fit, before it starts.
-
-Library of `python -m pipeline.forecast`, `train` and `cells`.
-"""
+"""A forecast in words: the command's table, and a line for every cell that will not fit, before it starts."""
 
 from __future__ import annotations
 
@@ -22,7 +19,6 @@ WHAT = {
 
 
 def table(estimate: Forecast) -> list[str]:
-    """Lines to print."""
     head = f"{estimate.technique} on {estimate.card.name} ({gib(estimate.card.memory_bytes)})"
     if estimate.memory is None:
         return [f"{head}: {estimate.reason}"]
@@ -60,7 +56,6 @@ def gib(size: int) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time for people."""
     if value < 120:
         return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

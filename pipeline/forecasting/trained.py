@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import read_json
 from pipeline.core.names import class_of, name_of
-from pipeline.forecasting.shape import LINEAR, NoForecast, Shape
+from pipeline.engine import options
+from pipeline.forecasting.shape import LLAMAS, NoForecast, Shape
 
 IA3_TARGETS, IA3_INNER = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
 NOTHING = ("untouched", "few_shot", "teacher", "retrieval", "prompt_choice")
@@ -45,11 +46,7 @@ class Trained:
 
 
 def trained(method: dict[str, Any], shape: Shape) -> Trained:
-    """What a method's config (with its `type`) trains of a model.
-
-    Raises:
-        NoForecast: a method that this file does not know.
-    """
+    """What a method's config (with its `type`) trains of a model. Raises NoForecast: a method that this file does not know."""
     owner = name_of(method, "method")
     if owner in NOTHING:
         return Trained("none", 0, owner)
@@ -58,7 +55,8 @@ def trained(method: dict[str, Any], shape: Shape) -> Trained:
     if owner == "selective":
         return _selective(method, shape)
     if owner == "from_file":
-        return _adapter(_stored(method["path"]), shape, True)
+        path = Path(method["path"])
+        return _adapter(read_json(path / "adapter_config.json" if path.is_dir() else path), shape, True)
     declared = class_of(method, "method")
     if declared.peft:
         kind = name_of(method["config"], "peft", "method.config").removesuffix("Config")
@@ -67,56 +65,34 @@ def trained(method: dict[str, Any], shape: Shape) -> Trained:
     raise NoForecast(f"no forecast for method {owner}")
 
 
-PEFT_NAMES = {
-    "Lora": "LORA", "PromptTuning": "PROMPT_TUNING", "PromptEncoder": "P_TUNING", "PrefixTuning": "PREFIX_TUNING", "IA3": "IA3", "LNTuning": "LN_TUNING",
-    "MultitaskPromptTuning": "MULTITASK_PROMPT_TUNING", "AdaLora": "ADALORA", "LoHa": "LOHA", "LoKr": "LOKR", "Vera": "VERA", "OFT": "OFT",
-}
-"""PEFT's config classes and the peft_type that its files name."""
-
-
-def _stored(path: str) -> dict[str, Any]:
-    folder = Path(path)
-    return read_json(folder / "adapter_config.json" if folder.is_dir() else folder)
+PEFT_NAMES = {"PromptTuning": "PROMPT_TUNING", "PromptEncoder": "P_TUNING", "PrefixTuning": "PREFIX_TUNING", "LNTuning": "LN_TUNING",
+              "MultitaskPromptTuning": "MULTITASK_PROMPT_TUNING"}
+"""PEFT's config classes whose peft_type in its files is not their name in capitals."""
 
 
 def _selective(method: dict[str, Any], shape: Shape) -> Trained:
-    parts = set(method["parts"])
-    top = method.get("top_layers") or shape.layers
-    first = shape.layers - top
-    biases = shape.layer_biases
-    if method.get("add_biases"):
-        biases = sum(shape.linear(name)[1] for name in LINEAR)
-    count = 0
-    if "layers" in parts:
-        count += top * (shape.layer_matrices + biases + 2 * shape.width)
-    elif "biases" in parts:
-        count += top * biases
-    whole = shape.vocabulary * shape.width
-    count += shape.width if "final_norm" in parts else 0
-    both = {"head", "embeddings"} <= parts and shape.tied
-    count += whole * (len({"head", "embeddings"} & parts) - both)
-    names = {"layers": "layers", "biases": "biases", "final_norm": "norm", "head": "head", "embeddings": "embedding"}
-    label = method.get("label", "selective")
-    if "embeddings" in parts:
-        first = 0
-    elif not parts & {"layers", "biases"}:
+    parts = {{"final_norm": "norm", "embeddings": "embedding"}.get(part, part) for part in method["parts"]}
+    first = shape.layers - (method.get("top_layers") or shape.layers)
+    if not parts & {"layers", "biases"}:
         first = shape.layers
-    return Trained("full", count, label, frozenset(names[p] for p in parts), first, own_head="head" in parts and "embeddings" not in parts and shape.tied,
-                   added_biases=bool(method.get("add_biases")))
+    own_head = "head" in parts and "embedding" not in parts and shape.tied
+    what = Trained("full", 0, method.get("label", "selective"), frozenset(parts), first, own_head, added_biases=bool(method.get("add_biases")))
+    what = replace(what, count=sum(_base_sizes(what, shape)))
+    return replace(what, first=0) if "embedding" in parts else what
 
 
 def _targets(config: dict[str, Any], shape: Shape) -> tuple[str, ...]:
     wanted = config.get("target_modules")
     if wanted == "all-linear":
-        return LINEAR
+        return shape.linears
     if wanted is None:
         return ("q_proj", "v_proj")
     if isinstance(wanted, str) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
         raise NoForecast("no forecast for an adapter whose modules are chosen by a pattern")
-    unknown = [name for name in wanted if name not in LINEAR]
+    unknown = [name for name in wanted if name not in shape.linears]
     if unknown:
         raise NoForecast(f"no forecast for an adapter on {unknown[0]}")
-    return tuple(name for name in LINEAR if name in wanted)
+    return tuple(name for name in shape.linears if name in wanted)
 
 
 def _adapter(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
@@ -128,17 +104,21 @@ def _adapter(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
         virtual = config["num_virtual_tokens"]
         sizes = tuple(SOFT[kind](config, shape))
         return Trained("soft", sum(sizes), kind.lower(), virtual=virtual, sizes=sizes, by_hand=kind == "PROMPT_TUNING")
+    if shape.family not in LLAMAS:
+        raise NoForecast(f"no forecast for method {kind.lower()} on {shape.family}")
     if kind == "IA3":
         targets = tuple(config.get("target_modules") or IA3_TARGETS)
         inner = config.get("feedforward_modules") or IA3_INNER
-        if any(name not in LINEAR for name in targets):
+        if any(name not in shape.linears for name in targets):
             raise NoForecast("no forecast for IA3 on other modules than a layer's linear maps")
         count = shape.layers * sum(shape.linear(name)[0 if name in inner else 1] for name in targets)
         return Trained("ia3", count, "ia3", ranks=dict.fromkeys(targets, 1))
     if kind == "LN_TUNING" and config.get("target_modules") is None:
         return Trained("ln", (2 * shape.layers + 1) * shape.width, "ln_tuning")
     if kind == "PREFIX_TUNING":
-        return Trained("other", _prefix(config, shape), "prefix_tuning")
+        if config.get("prefix_projection"):
+            raise NoForecast("no forecast for prefix tuning with a projection")
+        return Trained("other", config["num_virtual_tokens"] * shape.layers * 2 * shape.groups * shape.head, "prefix_tuning")
     if kind not in COUNTS:
         raise NoForecast(f"no forecast for method {kind.lower()}")
     each = sum(COUNTS[kind](config, *shape.linear(name)) for name in _targets(config, shape))
@@ -147,19 +127,13 @@ def _adapter(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
 
 def _lora(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
     rank, targets = config["r"], _targets(config, shape)
-    odd = next((key for key in ("rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
-                                "target_parameters") if config.get(key)), None)
-    if odd or config.get("bias", "none") != "none":
-        raise NoForecast(f"no forecast for LoRA with {odd or 'trained biases'}")
+    if odd := options.unknown("LORA", {key: value for key, value in config.items() if key != "use_dora"}):
+        raise NoForecast(f"no forecast for LoRA with {odd}")
     count = shape.layers * sum(rank * sum(shape.linear(name)) for name in targets)
     if config.get("use_dora"):
         return Trained("other", count + shape.layers * sum(shape.linear(name)[1] for name in targets), "dora")
     return Trained("lora", count, "lora", ranks=dict.fromkeys(targets, rank), dropout=float(config.get("lora_dropout") or 0.0),
                    by_hand=one_rate)
-
-
-def _prompt(config: dict[str, Any], shape: Shape) -> list[int]:
-    return [config["num_virtual_tokens"] * shape.width]
 
 
 def _multitask(config: dict[str, Any], shape: Shape) -> list[int]:
@@ -172,12 +146,6 @@ def _encoder(config: dict[str, Any], shape: Shape) -> list[int]:
     if config.get("encoder_reparameterization_type", "MLP") != "MLP":
         raise NoForecast("no forecast for P-tuning with an LSTM")
     return [config["num_virtual_tokens"] * d, d * h, h, h * h, h, h * d, d]
-
-
-def _prefix(config: dict[str, Any], shape: Shape) -> int:
-    if config.get("prefix_projection"):
-        raise NoForecast("no forecast for prefix tuning with a projection")
-    return config["num_virtual_tokens"] * shape.layers * 2 * shape.groups * shape.head
 
 
 def _factors(size: int, wanted: int) -> tuple[int, int]:
@@ -203,7 +171,7 @@ def _oft(config: dict[str, Any], i: int, o: int) -> int:
 
 
 SOFT: dict[str, Callable[[dict[str, Any], Shape], list[int]]] = {
-    "PROMPT_TUNING": _prompt, "MULTITASK_PROMPT_TUNING": _multitask, "P_TUNING": _encoder,
+    "PROMPT_TUNING": lambda config, shape: [config["num_virtual_tokens"] * shape.width], "MULTITASK_PROMPT_TUNING": _multitask, "P_TUNING": _encoder,
 }
 COUNTS: dict[str, Callable[[dict[str, Any], int, int], int]] = {
     "ADALORA": lambda c, i, o: c["init_r"] * (i + o + 1),
@@ -233,10 +201,10 @@ def _base_sizes(what: Trained, shape: Shape) -> list[int]:
     sizes = [whole] if "embedding" in what.parts else []
     for _ in range(what.first, shape.layers):
         if "layers" in what.parts:
-            sizes += [i * o for i, o in map(shape.linear, LINEAR)]
+            sizes += [i * o for i, o in map(shape.linear, shape.linears)]
         if {"layers", "biases"} & what.parts:
-            sizes += [shape.linear(name)[1] for name in (LINEAR if what.added_biases else shape.biases)]
+            sizes += [shape.linear(name)[1] for name in (shape.linears if what.added_biases else shape.biases)]
         if "layers" in what.parts:
-            sizes += [shape.width, shape.width]
+            sizes += shape.norms.values()
     sizes += [shape.width] if "norm" in what.parts else []
     return sizes + ([whole] if "head" in what.parts and (not shape.tied or what.own_head) else [])

@@ -128,7 +128,6 @@ class Energy:
 
     @property
     def note(self) -> str | None:
-        """Why a figure is missing."""
         where = {"GPU": self.device, "CPU": self.host} if self.host else {"CPU": self.device}
         return "; ".join(f"{name} energy was not measured: {part.note}" for name, part in where.items() if part.note) or None
 

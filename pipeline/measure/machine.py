@@ -6,13 +6,17 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "evaluate", "numpy")
+CPU_MODEL = ("cpu family", "model", "stepping")
+BLAS_VARIABLES = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
 
 def nvml(device: Any) -> Any:
@@ -69,52 +73,67 @@ def hardware(device: Any) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         gpu, memory = properties.name, properties.total_memory
     return {
-        "device": getattr(device, "type", device),
-        "gpu": gpu,
-        "gpu_memory_bytes": memory,
-        "cpu": cpu_name(),
-        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "platform": f"{platform.system()} {platform.machine()}",
+        "device": getattr(device, "type", device), "gpu": gpu, "gpu_memory_bytes": memory, "cpu": cpu_name(), "cpu_count": cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total, "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def cpu_count() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def arithmetic() -> dict[str, Any]:
+    """What decides in which order this process adds on the CPU, and so the last bits of its figures (docs/statistics.md); no part of a cell's identity.
+
+    cpu_model: family, model and stepping, which a name such as "AMD EPYC" does not tell; cpu_capability: the vector code that torch chose;
+    blas: the library of the matrix products, with the variables that choose its code.
+    """
+    import torch
+
+    config = torch.__config__.show()
+    name, version = re.search(r"BLAS_INFO=(\w+)", config), re.search(r"Math Kernel Library Version (\S+?)-", config)
+    chosen = [f"{key}={os.environ[key]}" for key in BLAS_VARIABLES if key in os.environ]
+    return {
+        "cpu_model": ", ".join(f"{key.split()[-1]} {value}" for key in CPU_MODEL if (value := _cpuinfo(key))) or None,
+        "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "blas": " ".join([*(found[1] for found in (name, version) if found), *chosen]) or None,
     }
 
 
 def cpu_name() -> str:
     """The processor's model."""
-    try:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str | None:
+    """The first processor's value in /proc/cpuinfo; None where there is none."""
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.partition(":")[0].strip() == key:
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return None
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    installed = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def provenance() -> dict[str, Any]:
-    """Package versions, code version, start time and command of this process."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "packages": versions,
-        "python": platform.python_version(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": _dirty(),
-        "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
-    }
+    """Package versions, code version, start time and command of this process.
 
-
-def _dirty() -> bool | None:
-    """Whether tracked files differ from the commit; dvc.lock files record results and are no part of what made them."""
-    out = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*dvc.lock")
-    return None if out is None else bool(out)
-
-
-def _module() -> str:
+    git_dirty: whether tracked files differ from the commit; dvc.lock files record results and are no part of what made them.
+    """
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*dvc.lock")
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).name
+    return {
+        "packages": versions(PACKAGES), "python": platform.python_version(), "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if changed is None else bool(changed), "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "command": " ".join(["python -m", spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def _git(*args: str) -> str | None:

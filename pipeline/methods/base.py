@@ -30,23 +30,32 @@ class Method:
     """Whether its artefact is an adapter as PEFT makes, saves and loads it from the field `config`."""
     answers_without_model: ClassVar[bool] = False
     """`answers` is asked in the model's place."""
-    prepares: ClassVar[bool] = False
-    """`prepare` keeps something of the training examples, or changes the base."""
     chooses: ClassVar[bool] = False
     """`choose` picks among states."""
     own_prompt: ClassVar[bool] = False
     """`prompt` changes what the model sees."""
-    plans_training: ClassVar[bool] = False
-    """`before_training` needs the number of steps."""
     own_optimizer_groups: ClassVar[bool] = False
     """`optimizer_groups` gives others than all trained parameters at one learning rate."""
-    acts_between_steps: ClassVar[bool] = False
-    """`after_step` does something, so it is stepped eagerly."""
 
     @property
     def name(self) -> str:
         """As in conf/method/, MLflow and the table."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` keeps something of the training examples, or changes the base."""
+        return False
+
+    @property
+    def plans_training(self) -> bool:
+        """Whether `before_training` needs the number of steps, or adds to the loss."""
+        return False
+
+    @property
+    def acts_between_steps(self) -> bool:
+        """Whether `after_step` does something, so that it is stepped eagerly."""
+        return False
 
     @property
     def changes_when_served(self) -> bool:

@@ -16,7 +16,7 @@ from pipeline.data.rows import Example
 from pipeline.measure.memory import out_of_memory
 from pipeline.methods import peft_options, peft_start
 from pipeline.methods.base import QUANTISED, Method
-from pipeline.models.base import dequantised, untie
+from pipeline.models.base import autocast, dequantised, untie
 from pipeline.models.reach import adapted_weights
 
 SHOWN = {
@@ -24,6 +24,8 @@ SHOWN = {
     "num_virtual_tokens": "virtual_tokens", "init_lora_weights": "init", "prompt_tuning_init": "init", "use_rslora": "use_rslora", "use_dora": "use_dora",
 }
 """Keys of PEFT's configs and what the table calls them; a flag that is off, and an initialisation that is the default, are left out."""
+
+
 @dataclass(frozen=True)
 class PeftAdapter(Method):
     """Trains an adapter over a frozen base. Adapter weights are fp32 in every precision (PEFT's autocast_adapter_dtype).
@@ -72,7 +74,7 @@ class PeftAdapter(Method):
         return "together" if self.config.peft_type.value == "LORA" and plain else "in_turn"
 
     @property
-    def prepares(self) -> bool:
+    def prepares(self) -> bool:  # type: ignore[override]  # of this config, where the class declares it of all
         return peft_options.start(self.config) in peft_options.FROM_DATA
 
     @property
@@ -80,21 +82,20 @@ class PeftAdapter(Method):
         return peft_options.has(self.config, *peft_options.PENALISED)
 
     @property
-    def plans_training(self) -> bool:
+    def plans_training(self) -> bool:  # type: ignore[override]  # of this config, where the class declares it of all
         return self._penalised
 
     @property
-    def acts_between_steps(self) -> bool:
+    def acts_between_steps(self) -> bool:  # type: ignore[override]  # of this config, where the class declares it of all
         """AdaMSS moves its subspaces; terms of the loss are added in the model's forward, which is a step that is not captured."""
         return self._penalised or getattr(self.config, "use_asa", False)
 
     def check(self, precision: str) -> None:
+        if self.config.task_type != "CAUSAL_LM":
+            raise UserError(f"method.config.task_type is {self.config.task_type!r}; every base here is a causal language model: CAUSAL_LM")
+        peft_options.check_start(self.config, precision, precision in QUANTISED)
         if precision not in QUANTISED:
             return
-        start = peft_options.start(self.config)
-        if start.startswith(peft_options.NEEDS_FLOATS):
-            fix = "technique=loftq does it beside an nf4 base" if start == "loftq" else "choose precision=auto, fp32 or bf16"
-            raise UserError(f"init_lora_weights={start} takes the base's weights apart, and {precision} ones are rounded already; {fix}")
         if not (self.soft_prompt or self.name == "ln_tuning" or _has_quantised_layers(self.name)):
             kind = self.config.peft_type.value
             raise UserError(f"PEFT's {kind} has no layer for {precision} weights; choose precision=auto, fp32 or bf16, or another adapter")
@@ -117,8 +118,8 @@ class PeftAdapter(Method):
             if out_of_memory(error):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
-            key = "name other modules in method.config.target_modules, or choose another technique"
-            raise UserError(f"this adapter does not fit the model: {self.config.peft_type.value} on {name}: {reason}; {key}") from error
+            fix = "; name other modules in method.config.target_modules" if hasattr(config, "target_modules") else "; choose another technique"
+            raise UserError(f"this adapter does not fit the model: {self.config.peft_type.value} on {name}: {reason.rstrip('.')}{fix}") from error
         return wrapped
 
     def before_training(self, model: Any, steps: int) -> None:
@@ -184,6 +185,7 @@ class PeftAdapter(Method):
 
         if getattr(model.get_base_model(), "quantization_method", None):
             weights, config = get_peft_model_state_dict(model), model.peft_config["default"]
+            model.get_base_model().is_loaded_in_8bit = False  # else IA3 refuses, though what it merges with is no longer 8-bit then
             model = get_peft_model(dequantised(model.unload()), config)
             set_peft_model_state_dict(model, weights)
         base = model.get_base_model()
@@ -213,7 +215,8 @@ def _answer_once(model: Any) -> None:
 
     modes = {module: module.training for module in model.modules()}
     more = {"task_ids": torch.zeros(1, dtype=torch.long, device=model.device)} if model.active_peft_config.peft_type.value == "MULTITASK_PROMPT_TUNING" else {}
-    with torch.no_grad(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+    generators = torch.random.fork_rng([model.device] if model.device.type == "cuda" else [])
+    with torch.no_grad(), generators, autocast(model.device, model.get_base_model().dtype):
         model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), **more)
     for module, mode in modes.items():
         module.training = mode

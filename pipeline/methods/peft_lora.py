@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.methods.peft_adapter import PeftAdapter
-from pipeline.models.base import load_stored
+from pipeline.models.base import load_stored, quantised
 from pipeline.models.blocks import matrix
 
 
@@ -46,6 +46,7 @@ class LoftQ(PeftAdapter):
     """
 
     def check(self, precision: str) -> None:
+        super().check(precision)
         if precision != "nf4":
             raise UserError(f"LoftQ starts from what NF4 quantisation lost, but the base is {precision}; choose precision=nf4")
 
@@ -57,8 +58,8 @@ class LoftQ(PeftAdapter):
         wrapped = super().wrap(model)
         full = load_stored(Path(model.config._name_or_path))
         for name, module in wrapped.get_base_model().named_modules():
-            if not isinstance(module, LoraLayer):
-                continue
+            if not isinstance(module, LoraLayer) or not quantised(getattr(module.get_base_layer(), "weight", None)):
+                continue  # experts and routers, which keep their own weights
             rank, scale = module.r["default"], module.scaling["default"]
             rounded = dequantize_module_weight(module.base_layer).float()
             left, values, right = torch.linalg.svd(matrix(full.get_submodule(name)).to(rounded.device).float() - rounded, full_matrices=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 from typing import Any
 
 from pipeline.core.files import UserError
@@ -30,6 +32,13 @@ ELSEWHERE = {
 """Adapters that do not run here -> why, and what to do."""
 MODEL_SIZES = ("token_dim", "num_layers", "num_attention_heads")
 """Of trained prompts, what PEFT reads from the model unless a file of another model names it."""
+COUNTS = ("r", "num_virtual_tokens", "init_r", "target_r")
+"""Keys of PEFT's configs that count something."""
+PATTERNS = ("target_modules", "exclude_modules")
+NAMED = (*PATTERNS, "modules_to_save", "feedforward_modules", "target_parameters")
+"""Keys that name modules: a regular expression or, of all of them, a list of names."""
+RANKED = {"LORA": "r", "ADALORA": "init_r", "LOHA": "r"}
+"""Adapters whose weights grow with the rank, however little a layer has; the key of it. VeRA's is of frozen matrices, and LoKr's has an end of its own."""
 BASE = "base"
 """In a config's tokenizer_name_or_path: the base model's own."""
 
@@ -63,19 +72,47 @@ def check(config: Any) -> None:
         raise UserError("method.config.arrow_config routes between LoRA adapters that are trained already; take it out to train one")
     if has(config, "use_qalora"):
         raise UserError("method.config.use_qalora acts on GPTQ's weights alone, which no precision here is; set it to false")
-    if start(config) == "loftq" and not _gpu():
-        raise UserError("method.config.init_lora_weights=loftq rounds weights on a GPU, and torch finds none; technique=loftq does without")
-    for count in ("r", "num_virtual_tokens", "init_r", "target_r"):
-        value = getattr(config, count, None)
-        by_block = count == "r" and value == 0 and getattr(config, "oft_block_size", 0)
-        if value is not None and not by_block and (type(value) is not int or value < 1):
-            raise UserError(f"method.config.{count} is {value}; it must be a whole number of at least 1")
+    if has(config, "use_asa") and config.asa_target_subspaces < 2:
+        raise UserError("method.config.asa_target_subspaces=1 leaves PEFT's AdaMSS no subspace to train, since it keeps one fewer; set it to 2 or more")
+    _check_values(config)
 
 
-def _gpu() -> bool:
+def _check_values(config: Any) -> None:
+    """Raise UserError for values of a peft.PeftConfig that train nothing or mean nothing, and that PEFT takes without a word."""
+    for key, value in vars(config).items():
+        named = f"method.config.{key} is {value!r}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{named}; it takes a finite number")
+        by_block = key == "r" and value == 0 and getattr(config, "oft_block_size", 0)
+        if key in COUNTS and value is not None and not by_block and (type(value) is not int or value < 1):
+            raise UserError(f"{named}; it must be a whole number of at least 1")
+        if key.endswith("block_size") and isinstance(value, int) and value < 0:
+            raise UserError(f"{named}; it must be at least 0")
+        if key.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise UserError(f"{named}; it is a share from 0, below 1")
+        if key in ("alpha", "lora_alpha") and isinstance(value, (int, float)) and value <= 0:
+            raise UserError(f"{named}, by which the adapter is scaled; it must be above 0")
+        if key in PATTERNS and isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise UserError(f"{named}, no regular expression ({error}); fix it, or give a list of names") from error
+    if config.inference_mode:
+        raise UserError("method.config.inference_mode is True, with which nothing would be trained; leave it out")
+    if getattr(config, "prompt_tuning_init", None) == "TEXT" and not (config.prompt_tuning_init_text or "").strip():
+        raise UserError("method.config.prompt_tuning_init_text is empty; give words to start from, or set prompt_tuning_init=RANDOM")
+
+
+def check_start(config: Any, precision: str, quantised: bool) -> None:
+    """Raise UserError for an initialisation of LoRA that a base of this precision, or this machine, cannot take."""
     import torch
 
-    return torch.cuda.is_available()
+    name = start(config)
+    if quantised and name.startswith(NEEDS_FLOATS):
+        fix = "technique=loftq does it beside an nf4 base" if name == "loftq" else "choose precision=auto, fp32 or bf16"
+        raise UserError(f"init_lora_weights={name} takes the base's weights apart, and {precision} ones are rounded already; {fix}")
+    if name == "loftq" and not torch.cuda.is_available():
+        raise UserError("method.config.init_lora_weights=loftq rounds weights on a GPU, and torch finds none; technique=loftq does without")
 
 
 def fitted(config: Any, model: Any) -> Any:
@@ -100,13 +137,43 @@ def fitted(config: Any, model: Any) -> Any:
         if not config.target_modules:
             what = "norms" if kind == "LN_TUNING" else "layers that make keys and values"
             raise UserError(f"{kind} finds no {what} in {type(model).__name__}; name its modules in method.config.target_modules")
+    _check_fit(config, model)
     for key in ("token_indices", "trainable_token_indices"):
-        _check_tokens(key, getattr(config, key, None), model.get_input_embeddings().num_embeddings)
+        if has(config, key):
+            _check_tokens(key, getattr(config, key), model.get_input_embeddings().num_embeddings)
     return config
 
 
+def _check_fit(config: Any, model: Any) -> None:
+    """Raise UserError for names of modules that the model does not have, and for sizes beyond it, before anything is made."""
+    names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
+    for key in NAMED:
+        wanted = getattr(config, key, None)
+        for word in sorted(wanted) if isinstance(wanted, (list, tuple, set)) else ():
+            if not any(name == word or name.endswith(f".{word}") for name in names):
+                there = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")})
+                raise UserError(f"this adapter does not fit the model: method.config.{key} names {word}, which it does not have; there are: {', '.join(there)}")
+    kind = config.peft_type.value
+    if kind in RANKED:
+        sizes = [min(m.in_features, m.out_features) for name, m in model.named_modules() if hasattr(m, "in_features") and _is_targeted(config, name)]
+        ranks = {RANKED[kind]: getattr(config, RANKED[kind]), **{f"rank_pattern.{k}": v for k, v in (getattr(config, "rank_pattern", None) or {}).items()}}
+        for key, rank in ranks.items():
+            if type(rank) is not int or rank < 1 or sizes and rank > max(sizes):
+                raise UserError(f"method.config.{key} is {rank}; the layers that it names have a rank of at most {max(sizes, default=0)}; lower it")
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tokens = getattr(config, "num_virtual_tokens", None)
+    if tokens and context and tokens >= context:
+        raise UserError(f"method.config.num_virtual_tokens is {tokens}, but the model's context is {context} tokens; lower it")
+
+
+def _is_targeted(config: Any, name: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return config.target_modules in (None, "all-linear") or bool(check_target_module_exists(config, name))
+
+
 def _check_tokens(key: str, indices: Any, size: int) -> None:
-    chosen = [i for each in (indices.values() if isinstance(indices, dict) else [indices or []]) for i in each]
+    chosen = [i for each in (indices.values() if isinstance(indices, dict) else [indices]) for i in each]
     beyond = [i for i in chosen if not 0 <= i < size]
     if beyond:
         raise UserError(f"method.config.{key} names the token {beyond[0]}, and the model has {size:,}; name tokens of its own vocabulary")

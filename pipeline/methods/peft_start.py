@@ -44,7 +44,8 @@ def attached(base: Any, config: Any) -> Any:
     if kind == "lora_ga":
         preprocess_loraga(base, config, lambda: _backward(base, batches))
     elif kind == "corda":
-        preprocess_corda(base, config, lambda: [base(**batch) for batch in _without_labels(batches)])
+        rows = [ids[None, mask > 0] for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)]
+        preprocess_corda(base, config, lambda: _forward(base, rows))
     model = get_peft_model(base, config)
     if kind == "eva":
         eva.initialize_lora_eva_weights(model, _without_labels(batches), forward_fn=_at_most(MOST_PASSES), show_progress_bar=False)
@@ -87,6 +88,11 @@ def _batches(base: Any, examples: Sequence[Example]) -> Iterator[dict[str, Any]]
 
 def _without_labels(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+
+
+def _forward(base: Any, rows: Sequence[Any]) -> None:
+    for ids in rows:
+        base(ids)
 
 
 def _backward(base: Any, batches: list[dict[str, Any]]) -> None:

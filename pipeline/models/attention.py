@@ -2,7 +2,7 @@
 
 Library. `register` puts both functions in the place of transformers' "sdpa" (its AttentionInterface and AttentionMaskInterface). While a CUDA graph
 is captured, transformers (5.17 to 5.23) cannot see whether positions hold several sequences, takes it that they do, and makes a dense mask where it
-otherwise leaves causality to the kernel: slower, and with cuDNN's masked kernel not finite for some heads (docs/fast.md, "A mask that was none").
+otherwise leaves causality to the kernel: slower, and with cuDNN's masked kernel of gradients that are not finite for some heads (docs/fast.md, "A mask that was none").
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def _plain(q_length: int, kv_length: int, attention_mask: Any = None, local_size
 
 
 def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **how: Any) -> Any:
-    """transformers' sdpa_attention_forward; with a mask by any of torch's kernels but cuDNN's."""
+    """transformers' sdpa_attention_forward; with a mask, and a backward pass to come, by any of torch's kernels but cuDNN's."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if attention_mask is None or not query.is_cuda:
+    if attention_mask is None or not query.is_cuda or not (query.requires_grad or key.requires_grad or value.requires_grad):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, read_json
+from pipeline.core.files import UserError, read_object
 from pipeline.core.settings import Precision
+from pipeline.measure.memory import out_of_memory
 
 
 def device_of(name: str) -> Any:
@@ -35,21 +37,54 @@ def resolve(precision: Precision, device: Any) -> tuple[str, Any]:
     return name, torch.bfloat16 if compute == "bf16" else torch.float32
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a model folder. Raises UserError where there is none."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a model folder. Raises UserError where there is none, or one that cannot be read or comes with code that is not trusted."""
+    manifest(folder)
+    return tokenizer_at(folder, str(folder), trust_remote_code)
+
+
+def tokenizer_at(folder: Path, shown: str, trust_remote_code: bool) -> Any:
+    """The same of a folder without a manifest. shown: what to call it in a message."""
     from transformers import AutoTokenizer
 
-    manifest(folder)
-    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} holds no tokenizer (tokenizer.json); put the model's tokenizer files beside its weights")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{shown} holds no tokenizer (tokenizer.json); put the model's tokenizer files beside its weights")
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"the tokenizer of {shown} cannot be loaded: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return "it comes with Python code of its own; read that code, then set model.trust_remote_code=true" if "trust_remote_code" in reason else reason
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def pickle_alone(folder: Path) -> str | None:
+    """The name of a file of pickled weights in a folder that has no safetensors; None where there is none."""
+    if any(folder.glob("*.safetensors")):
+        return None
+    return next((p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES), None)
+
+
+def refuse_pickles(folder: Path, allow_pickle: bool) -> None:
+    """Raise UserError where weights come as pickle files alone, unless the config allows that."""
+    if any(folder.glob("*.safetensors")) or allow_pickle:
+        return
+    if pickle := pickle_alone(folder):
+        raise UserError(f"{folder} has pickle weights only ({pickle}), which can run code; convert them to safetensors, or set model.allow_pickle=true")
+    raise UserError(f"{folder} holds no weights (*.safetensors); put the model's weights there")
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     """A prepared model's manifest. Raises UserError if the model stage has not run."""
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is not there; run: python -m pipeline.base_model model={folder.name}")
-    return read_json(folder / "manifest.json")
+    return read_object(folder / "manifest.json")
 
 
 def load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -66,6 +101,14 @@ def load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _pretrained(folder: Path, trust_remote_code: bool, **how: Any) -> Any:
+    refuse_pickles(folder, allow_pickle=False)
+    return model_at(folder, str(folder), trust_remote_code, use_safetensors=True, **how)
+
+
+def model_at(folder: Path, shown: str, trust_remote_code: bool, **how: Any) -> Any:
+    """The causal language model in a folder. Raises UserError for what is none, is damaged, or comes with code that is not trusted."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from pipeline.models import attention
@@ -74,10 +117,11 @@ def _pretrained(folder: Path, trust_remote_code: bool, **how: Any) -> Any:
     try:
         with quiet():
             return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **how)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, StrictDataclassError, SafetensorError,
+            pickle.UnpicklingError) as error:
+        if out_of_memory(error):
             raise
-        raise UserError(f"{folder} comes with Python code of its own; read that code, then set model.trust_remote_code=true") from error
+        raise UserError(f"the model {shown} cannot be loaded as a causal language model: {_why(error)}") from error
 
 
 def check_loads(folder: Path, trust_remote_code: bool = False) -> None:
@@ -187,7 +231,6 @@ def dequantised(model: Any) -> Any:
     from transformers.pytorch_utils import Conv1D
 
     transposed = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
-    model.is_loaded_in_8bit = False  # else IA3 refuses, though what it merges with is no longer 8-bit then
     model = model.dequantize()
     for name in transposed:
         linear = model.get_submodule(name)

@@ -39,8 +39,10 @@ def norms(model: Any) -> list[str]:
 
 def matrix_shape(module: Any) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer, also of one with 4-bit weights."""
-    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    return features if None not in features else tuple(matrix(module).shape)  # type: ignore[return-value]
+    if hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    rows, columns = matrix(module).shape
+    return rows, columns
 
 
 def _in_attention(name: str) -> bool:

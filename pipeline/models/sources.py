@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, read_json
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+from pipeline.core.files import UserError, read_object
+from pipeline.models.base import PICKLES, model_at, quiet, refuse_pickles, tokenizer_at
 
 
 @dataclass(frozen=True)
@@ -76,54 +75,19 @@ class Hub:
         return _pretrained(str(folder), f"{self.repository}@{self.revision}", trust_remote_code, allow_pickle)
 
 
-def refuse_pickles(folder: Path, allow_pickle: bool) -> None:
-    """Raise UserError where weights come as pickle files alone, unless the config allows that."""
-    if any(folder.glob("*.safetensors")) or allow_pickle:
-        return
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    if pickles:
-        raise UserError(f"{folder} has pickle weights only ({pickles[0]}), which can run code; convert them to safetensors, or set model.allow_pickle=true")
-    raise UserError(f"{folder} holds no weights (*.safetensors); put the model's weights there")
-
-
 def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: bool) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    from pipeline.models.base import quiet
-
-    tokenizer = _tokenizer(folder, shown, trust_remote_code)
+    tokenizer = tokenizer_at(Path(folder), shown, trust_remote_code)
     config = Path(folder) / "config.json"
-    about = read_json(config) if config.exists() else {}
+    about = read_object(config) if config.exists() else {}
     if about.get("is_encoder_decoder"):
         what = f"the model {shown} is an encoder-decoder ({about.get('model_type')})"
         raise UserError(f"{what}, and every technique here is for decoder-only models; choose a causal language model with model=<name>")
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True
-            )
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
-            reason = "it comes with Python code of its own; read that code, then set model.trust_remote_code=true"
-        raise UserError(f"the model {shown} cannot be loaded as a causal language model: {reason}") from error
-    return model, tokenizer
-
-
-def _tokenizer(folder: str, shown: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
-        raise UserError(f"{shown} holds no tokenizer (tokenizer.json); put the model's tokenizer files beside its weights")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    return model_at(Path(folder), shown, trust_remote_code, dtype="auto", use_safetensors=None if allow_pickle else True), tokenizer
 
 
 def _dequantised(gguf: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from pipeline.models.base import quiet
 
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

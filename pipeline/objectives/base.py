@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from omegaconf import DictConfig
 
-from pipeline.core.settings import Settings, Task, Train
+from pipeline.core.settings import Settings, Task, Train, check_fields
 from pipeline.data.rows import Batch, Encoded, Encoder, Example, step_batches
 from pipeline.records.results import Teacher
 from pipeline.scoring.answers import Reasoning
@@ -73,6 +73,9 @@ class Objective:
 
     reads_labels: ClassVar[bool] = True
     """Whether it reads the training rows' labels."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "objective")
 
     @property
     def name(self) -> str:

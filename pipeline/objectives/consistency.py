@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.files import UserError
+from pipeline.core.settings import NotNegative
 from pipeline.data.rows import Batch
 from pipeline.objectives.base import Objective
 from pipeline.scoring.scorer import logits_at
@@ -21,11 +21,7 @@ class Consistency(Objective):
 
     own_loss = True
 
-    consistency_weight: float
-
-    def __post_init__(self) -> None:
-        if self.consistency_weight < 0:
-            raise UserError(f"objective.consistency_weight is {self.consistency_weight}; it must be at least 0")
+    consistency_weight: NotNegative
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         import torch

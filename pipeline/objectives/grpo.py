@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pipeline.core.files import UserError
-from pipeline.core.settings import Task
+from pipeline.core.settings import NotNegative, Positive, Task, Within
 from pipeline.data.rows import Encoded
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
 from pipeline.scoring.answers import canonical, extract
@@ -36,19 +36,11 @@ class Grpo(Objective):
     prepares = True
     trainer = "trl"
 
-    algorithm: str
-    num_generations: int
-    temperature: float
-    beta: float = 0.0
+    algorithm: Literal["grpo", "rloo"]
+    num_generations: Annotated[int, Within(2, why="answers are compared within a row's own")]
+    temperature: Positive
+    beta: NotNegative = 0.0
     """Weight of the KL to the model as training starts with it; above 0 only for an adapter."""
-
-    def __post_init__(self) -> None:
-        if self.algorithm not in ("grpo", "rloo"):
-            raise UserError(f"objective.algorithm is {self.algorithm!r}; choose grpo or rloo")
-        if self.num_generations < 2:
-            raise UserError(f"objective.num_generations is {self.num_generations}; answers are compared within a row's own, so at least 2")
-        if not self.temperature > 0 or self.beta < 0:
-            raise UserError(f"objective.temperature is {self.temperature} and beta {self.beta}; the first must be above 0, the second at least 0")
 
     @property
     def name(self) -> str:

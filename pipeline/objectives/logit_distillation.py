@@ -12,15 +12,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.files import UserError, atomic_path, sha256
-from pipeline.core.settings import Train
+from pipeline.core.settings import Positive, Train
 from pipeline.data.rows import Batch, Encoded, Example, by_length, collate
 from pipeline.measure.clock import Stopwatch
 from pipeline.models.base import autocast
@@ -33,10 +34,7 @@ from pipeline.scoring.scorer import Scorer, logits_at
 if TYPE_CHECKING:
     import torch
 
-UNTOUCHED: dict[Any, Any] = {
-    "start": None, "method": {"type": "untouched"}, "objective": {"type": "labels"},
-    "precision": {"name": "auto"},
-}
+UNTOUCHED: dict[Any, Any] = {"start": None, "method": {"type": "untouched"}, "objective": {"type": "labels"}, "precision": {"name": "auto"}}
 """The config of a base model that teaches as it is."""
 
 
@@ -119,16 +117,13 @@ class LogitDistillation(Objective):
 
     teacher: str
     label_weight: float
-    temperature: float
-    divergence: str = "forward"
+    temperature: Positive
+    divergence: Literal["forward", "reverse"] = "forward"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.label_weight < 1:
             raise UserError(f"objective.label_weight is {self.label_weight}; from 0 to below 1 (1 would leave the teacher out: objective=labels)")
-        if not self.temperature > 0:
-            raise UserError(f"objective.temperature is {self.temperature}; it must be above 0")
-        if self.divergence not in ("forward", "reverse"):
-            raise UserError(f"objective.divergence is {self.divergence!r}; choose forward or reverse")
 
     def reads(self, cfg: DictConfig) -> list[Path]:
         return [source(self.teacher, cfg)]
@@ -180,8 +175,6 @@ def teacher_states(word: str, wanted: Sequence[Example], context: TrainingContex
     Raises:
         UserError: no such teacher, one of another vocabulary, one that answers without a model or after reasoning.
     """
-    from safetensors import safe_open
-
     cfg = context.cfg
     at = source(word, cfg)
     if at.name == "result.json":
@@ -190,14 +183,30 @@ def teacher_states(word: str, wanted: Sequence[Example], context: TrainingContex
     key: list[Any] = [sha256(at), sha256(Path(cfg.paths.models) / config.model.name / "manifest.json"), str(context.dtype), context.device.type,
              OmegaConf.to_container(config.task, resolve=True), [dataclasses.astuple(e) for e in wanted]]
     path = Path(cfg.paths.work) / "teachers" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
-    if not path.exists():
+    kept = _kept(path)
+    if kept is None:
         _ask(word, config, at, wanted, context, path)
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["about"])
-        head = _layer(file.get_tensor("weight"), file.get_tensor("bias") if "bias" in file.keys() else None)  # noqa: SIM118 (no dict)
-        hidden = list(file.get_tensor("hidden").split(about["tokens"]))
+        kept = _kept(path)
+    assert kept is not None
+    about, head, hidden = kept
     teacher = Teacher(at.parent.name, len(wanted), about["right"], about["seconds"])
     return TeacherStates(Head(head, len(context.encoder.tokenizer), AfterLayer(**about.get("after", {}))), hidden, teacher)
+
+
+def _kept(path: Path) -> tuple[dict[str, Any], Any, list[torch.Tensor]] | None:
+    """(what is known of the states, the output layer, [n, d] a row) of a file that `_ask` wrote; None where there is none, or a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            head = _layer(file.get_tensor("weight"), file.get_tensor("bias") if "bias" in file.keys() else None)  # noqa: SIM118 (no dict)
+            return about, head, list(file.get_tensor("hidden").split(about["tokens"]))
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        print(f"warning: {path} is damaged ({type(error).__name__}); the teacher is asked again", file=sys.stderr)
+        return None
 
 
 def _config(at: Path, cfg: DictConfig) -> DictConfig:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from pipeline.core.files import UserError, read_jsonl
-from pipeline.core.settings import Task, Train
+from pipeline.core.settings import AtLeast1, Positive, Task, Train
 from pipeline.data.rows import Batch, Encoded, Example, by_length, collate
 from pipeline.models.base import autocast
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
@@ -85,14 +85,10 @@ class Preference(Objective):
     own_batches = True
     own_rows = True
 
-    wrong_choices: int | None = 1
+    wrong_choices: AtLeast1 | None = 1
     """How many wrong choices of a row are each a pair with the right one, drawn by the row's id; null: all."""
     pairs: str | None = None
     """A JSONL file of {prompt, chosen, rejected} to train on in the place of the task's training rows."""
-
-    def __post_init__(self) -> None:
-        if self.wrong_choices is not None and self.wrong_choices < 1:
-            raise UserError(f"objective.wrong_choices is {self.wrong_choices}; a pair needs at least 1, null takes all")
 
     def reads(self, cfg: DictConfig) -> list[Path]:
         return [Path(self.pairs)] if self.pairs else []
@@ -179,11 +175,7 @@ class Dpo(Preference):
     own_loss = True
     prepares = True
 
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _above_0("beta", self.beta)
+    beta: Positive = 0.1
 
     def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
         return PreparedExamples(with_reference(examples, context))
@@ -206,11 +198,7 @@ class Orpo(Preference):
 
     own_loss = True
 
-    weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _above_0("weight", self.weight)
+    weight: Positive = 0.1
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         import torch
@@ -244,18 +232,13 @@ class Kto(Preference):
     own_loss = True
     prepares = True
 
-    beta: float = 0.1
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("beta", "desirable_weight", "undesirable_weight"):
-            _above_0(key, getattr(self, key))
+    beta: Positive = 0.1
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
 
     def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
         others = [*examples[-1:], *examples[:-1]]
-        mismatched = [[_mismatched(e, other[i % len(other)]) for i, e in enumerate(row)] for row, other in zip(examples, others, strict=True)]
+        mismatched = [[_with_answer_of(other[i % len(other)], e) for i, e in enumerate(row)] for row, other in zip(examples, others, strict=True)]
         both = zip(with_reference(examples, context), with_reference(mismatched, context), strict=True)
         return PreparedExamples([[dataclasses.replace(e, mismatched=m) for e, m in zip(*rows, strict=True)] for rows in both])
 
@@ -270,11 +253,6 @@ class Kto(Preference):
         return ((desirable + undesirable) * batch.share).sum() / 2
 
 
-def _mismatched(example: Encoded, other: Encoded) -> Encoded:
+def _with_answer_of(other: Encoded, example: Encoded) -> Encoded:
     """The example's prompt with the other's answer."""
     return dataclasses.replace(example, ids=(*example.ids[: example.start], *other.ids[other.start :]))
-
-
-def _above_0(key: str, value: float) -> None:
-    if not value > 0:
-        raise UserError(f"objective.{key} is {value}; it must be above 0")

@@ -7,10 +7,10 @@ answer costs the tokens of its reasoning, which shows in the latency.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pipeline.core.files import UserError
-from pipeline.core.settings import Task
+from pipeline.core.settings import AtLeast1, Task, Within
 from pipeline.data.rows import Encoded, Example
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext, rationale_text
 from pipeline.scoring.answers import Reasoning
@@ -25,20 +25,13 @@ class RationaleFirst(Objective):
 
     prepares = True
 
-    rationale_weight: float
-    max_new_tokens: int
+    rationale_weight: Annotated[float, Within(0, above=True, why="reasoning that is not learnt cannot come first")]
+    max_new_tokens: AtLeast1
     """Most tokens of reasoning at test."""
     cue: str = " So the answer is"
     """Comes between reasoning and answer."""
-    wrong_rationales: str = "drop"
+    wrong_rationales: Literal["keep", "drop"] = "drop"
     """drop: a reasoning that ends in a wrong answer is not learnt, its row's label is; keep: it is learnt, with the right label after it."""
-
-    def __post_init__(self) -> None:
-        if not self.rationale_weight > 0:
-            raise UserError(f"objective.rationale_weight is {self.rationale_weight}; reasoning that is not learnt cannot come first, it must be above 0")
-        if self.wrong_rationales not in ("keep", "drop"):
-            raise UserError(f"objective.wrong_rationales is {self.wrong_rationales!r}; choose keep or drop")
-        Reasoning(self.max_new_tokens, self.cue)
 
     @property
     def needs_rationales(self) -> bool:

@@ -6,10 +6,9 @@ conf/objective/step_by_step.yaml; goes with any method that trains.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from pipeline.core.files import UserError
-from pipeline.core.settings import Task
+from pipeline.core.settings import NotNegative, Task
 from pipeline.data.rows import Example
 from pipeline.objectives.base import Objective, rationale_text
 
@@ -22,17 +21,11 @@ class StepByStep(Objective):
     explain prefix before the same prompt whenever the rationale is. No rationale is generated at test time.
     """
 
-    rationale_weight: float
+    rationale_weight: NotNegative
     predict_prefix: str = "[label] "
     explain_prefix: str = "[rationale] "
-    wrong_rationales: str = "keep"
+    wrong_rationales: Literal["keep", "drop"] = "keep"
     """keep or drop the rationales of wrong answers."""
-
-    def __post_init__(self) -> None:
-        if self.rationale_weight < 0:
-            raise UserError(f"objective.rationale_weight is {self.rationale_weight}; it must be at least 0")
-        if self.wrong_rationales not in ("keep", "drop"):
-            raise UserError(f"objective.wrong_rationales is {self.wrong_rationales!r}; choose keep or drop")
 
     @property
     def needs_rationales(self) -> bool:

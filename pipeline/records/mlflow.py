@@ -12,7 +12,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from omegaconf import DictConfig
 from pipeline.core import locks
 from pipeline.core.compose import plain
 from pipeline.core.files import UserError, atomic_path
-from pipeline.core.settings import build
+from pipeline.core.settings import Tracking, build
 from pipeline.records.runs import Dataset, Run, cell_run, sweep_runs
 
 CELL, DIGEST, PARENT = "alignscope.cell", "alignscope.digest", "mlflow.parentRunId"
@@ -38,49 +37,34 @@ LOUD = ("alembic", "mlflow", "urllib3")
 _unreachable: set[str] = set()
 
 
-@dataclass(frozen=True)
-class Tracking:
-    """The config group tracking."""
-
-    enabled: bool
-    uri: str = ""
-    artifacts: str | None = None
-    """Folder of the runs' files where `uri` is a local database; a server has its own place."""
-
-    def check(self) -> None:
-        if self.enabled and not self.uri:
-            raise UserError("tracking.uri is empty; set it (sqlite:///mlflow.db or a server's address), or tracking=none")
-
-
 def log_cell(folder: str | Path, cfg: DictConfig) -> bool:
     """Mirror a finished cell from its folder: its one run is made, or made anew if the files changed. Never raises.
 
     Returns:
         Whether trying with further cells makes sense: not where MLflow is missing or no server answers.
     """
-    _attempt(cfg, lambda mirror: mirror.cell(Path(folder)))
-    return cfg.tracking.get("uri") not in _unreachable
+    return _attempt(cfg, lambda mirror: mirror.cell(Path(folder)))
 
 
-def log_sweep(folder: str | Path, cfg: DictConfig) -> None:
-    """Mirror a sweep from its folder: a parent run, and a nested run each finished trial. Never raises."""
-    _attempt(cfg, lambda mirror: mirror.sweep(Path(folder)))
+def log_sweep(folder: str | Path, cfg: DictConfig) -> bool:
+    """Mirror a sweep from its folder: a parent run, and a nested run each finished trial. Never raises; returns as log_cell does."""
+    return _attempt(cfg, lambda mirror: mirror.sweep(Path(folder)))
 
 
-def _attempt(cfg: DictConfig, work: Callable[[Mirror], object]) -> None:
+def _attempt(cfg: DictConfig, work: Callable[[Mirror], object]) -> bool:
     uri = "MLflow"
     try:
         settings = _settings(cfg)
         uri = settings.uri
-        if not settings.enabled or uri in _unreachable:
-            return
-        with _connected(settings, Path(cfg.paths.work)) as mirror:
-            work(mirror)
+        if settings.enabled and uri not in _unreachable:
+            with _connected(settings, Path(cfg.paths.work)) as mirror:
+                work(mirror)
     except Exception as error:  # noqa: BLE001  (a mirror that fails must not fail the training)
         if uri.startswith("http") or isinstance(error, ImportError):
             _unreachable.add(uri)  # do not wait again, nor warn again, for every further cell
         command = f"python -m pipeline.tracking backfill experiments={cfg.experiment}"
         print(f"warning: {uri} was not written ({_reason(error)}); results are complete, once it answers run `{command}`", file=sys.stderr)
+    return uri not in _unreachable
 
 
 def _settings(cfg: DictConfig) -> Tracking:
@@ -110,8 +94,9 @@ def _connected(settings: Tracking, work: Path) -> Iterator[Mirror]:
         for name in LOUD:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         with locks.in_turn(lock):
-            if local:
-                _create_database(local)
+            if local and not local.exists():  # made under another name: no other process, nor a kill half-way, leaves or meets half a schema
+                with atomic_path(local) as beside:
+                    mlflow.MlflowClient(tracking_uri=f"{SQLITE}{beside}").search_experiments()
             client = mlflow.MlflowClient(tracking_uri=f"{SQLITE}{local}" if local else settings.uri)
         yield Mirror(client, settings.artifacts if local else None, lock)
     finally:
@@ -119,16 +104,6 @@ def _connected(settings: Tracking, work: Path) -> Iterator[Mirror]:
             logging.getLogger(name).setLevel(level)
         for key in added:
             os.environ.pop(key, None)
-
-
-def _create_database(path: Path) -> None:
-    """Made under another name and renamed: no other process, nor a kill half-way, leaves or meets half a schema."""
-    if path.exists():
-        return
-    import mlflow
-
-    with atomic_path(path) as beside:
-        mlflow.MlflowClient(tracking_uri=f"{SQLITE}{beside}").search_experiments()
 
 
 class Mirror:
@@ -149,11 +124,11 @@ class Mirror:
         """Parent and children; children that the sweep no longer has (it was started anew) are deleted."""
         parent, children = sweep_runs(folder)
         parent_id = self.put(parent)
-        kept = {child.cell for child in children}
+        current = {child.cell for child in children}
         with locks.in_turn(self.lock):
             for run in self._find(parent.experiment, f"tags.`{CELL}` LIKE '{parent.cell}/%'"):
                 cell = run.data.tags[CELL]
-                if cell not in kept and cell.startswith(f"{parent.cell}/"):  # LIKE takes _ for any character
+                if cell not in current and cell.startswith(f"{parent.cell}/"):  # LIKE takes _ for any character
                     self.client.delete_run(run.info.run_id)
         for child in children:
             self.put(child, parent_id)
@@ -222,11 +197,8 @@ def _input(dataset: Dataset) -> Any:
 
     about = {"uri": dataset.uri, "sha256": dataset.sha256}
     entity = Entity(
-        name=dataset.name,
-        digest=dataset.sha256[:36],  # the longest that MLflow takes
-        source_type="local",
-        source=json.dumps(about),
-        profile=json.dumps({"rows": dataset.rows, "sha256": dataset.sha256}),
+        name=dataset.name, digest=dataset.sha256[:36],  # the longest that MLflow takes
+        source_type="local", source=json.dumps(about), profile=json.dumps({"rows": dataset.rows, "sha256": dataset.sha256}),
     )
     return DatasetInput(entity, [InputTag("mlflow.data.context", dataset.context)])
 
@@ -257,9 +229,7 @@ def backfill(cfg: DictConfig, everything: bool) -> int:
         except UserError as error:
             unreadable.append(error)
         except Exception as error:
-            raise UserError(
-                f"{settings.uri} cannot be written ({_reason(error)}); start it or fix tracking.uri, then run again"
-            ) from error
+            raise UserError(f"{settings.uri} cannot be written ({_reason(error)}); start it or fix tracking.uri, then run again") from error
     done = ", ".join(f"{counts[what]} {what}" for what in ("written", "up to date"))
     print(f"{len(cells)} cells and {len(sweeps)} sweeps in {settings.uri}; runs: {done}")
     for each in unreadable:

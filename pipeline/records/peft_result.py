@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
+from pipeline.core.files import read_json
 from pipeline.core.peft_files import DEFAULTS, experiment_name, read_training
 from pipeline.records.results import Result
 
@@ -29,8 +28,7 @@ def as_peft_result(result: Result) -> dict[str, Any]:
     return {
         "run_info": {
             "created_at": result.provenance.get("started"), "total_time": phases.wall_s if phases else None, "experiment_name": experiment_name(path),
-            "peft_branch": "main", "train_config": settings, "peft_config": json.loads(Path(path).read_text(encoding="utf-8")),
-            "error_msg": result.error or "",
+            "peft_branch": "main", "train_config": settings, "peft_config": read_json(path), "error_msg": result.error or "",
         },
         "train_info": {
             "accelerator_memory_reserved_avg": None, "accelerator_memory_max": peak, "accelerator_memory_reserved_99th": None,

@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -36,13 +36,15 @@ ENGINES = {"eager": "eager", "captured": "autograd", "handwritten": "hand-writte
 NAMES = ("experiment", "cell", "technique", "task", "model")
 """Fields that become parts of paths."""
 FACTS: dict[str, Any] = {
-    **dict.fromkeys([f"hardware.{key}" for key in ("device", "gpu", "cpu", "platform")], str | None),
-    **dict.fromkeys([f"hardware.{key}" for key in ("gpu_memory_bytes", "memory_bytes", "cpu_count")], float | None),
+    **dict.fromkeys([f"hardware.{key}" for key in ("device", "gpu", "cpu", "platform", "cpu_model", "cpu_capability", "blas")], str | None),
+    **dict.fromkeys([f"hardware.{key}" for key in ("gpu_memory_bytes", "memory_bytes", "cpu_count", "threads")], float | None),
     **dict.fromkeys([f"provenance.{key}" for key in ("git_commit", "data_sha256", "model_sha256", "started", "command", "python")], str | None),
     "provenance.packages": dict[str, Any] | None,
     **dict.fromkeys([f"config.{key}" for key in ("task", "model", "train", "evaluate", "precision", "technique", "paths")], dict[str, Any]),
 }
 """What others read of the fields without a schema of their own."""
+HISTORY = ("step", "loss", "lr", "validation_metric", "validation_nll")
+"""Columns of a training curve as CSV."""
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 AGAIN = "delete the cell's folder and run it again"
 
@@ -277,7 +279,6 @@ class Result:
 
 
 def write(folder: str | Path, result: Result) -> None:
-    """Write result.json in a cell's folder, atomically."""
     write_json(Path(folder) / "result.json", dataclasses.asdict(result))
 
 
@@ -433,10 +434,10 @@ def price(cfg: DictConfig, seconds: float) -> Cost | None:
     return None if cfg.price_per_hour is None else Cost(cfg.price_per_hour * seconds / 3600, cfg.currency, cfg.price_per_hour)
 
 
-def history_csv(history: list[dict[str, float | None]]) -> str:
-    """The training curve as CSV: step, loss, lr, validation_metric, validation_nll; header alone if nothing was trained."""
+def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV under these columns, a header first; None is empty, a key that is no column is left out."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, ["step", "loss", "lr", "validation_metric", "validation_nll"], lineterminator="\n", extrasaction="ignore")
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(rows)
     return out.getvalue()

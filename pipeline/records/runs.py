@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import read_json, sha256
+from pipeline.core.files import UserError, check_name, read_json, read_object, sha256
 from pipeline.records import results
 from pipeline.records.results import Result
 
@@ -81,39 +82,34 @@ def cell_run(folder: str | Path) -> Run:
     result = results.read(folder)
     start = _milliseconds(result.provenance.get("started"))
     end = start + round(1000 * result.phases.wall_s) if result.phases else start
+    named = ("technique", "method", "objective", "precision", "train_rows", "labelled_rows", "seed", "model", "task")
     return Run(
-        cell=f"{result.experiment}/{result.cell}",
-        experiment=result.experiment,
-        name=result.cell,
-        start_ms=start,
-        end_ms=end,
+        cell=f"{result.experiment}/{result.cell}", experiment=result.experiment, name=result.cell, start_ms=start, end_ms=end,
         status="FINISHED" if result.status == "ok" else "FAILED",
-        params=_cell_params(result),
+        params=_texts({SHORT.get(k, k): v for k, v in result.hyperparameters.items()} | {k: getattr(result, k) for k in named}),
         tags=_cell_tags(result),
         metrics=[Metric(key, float(value), end) for key, value in _cell_metrics(result).items()] + _curves(result, start, end),
         datasets=_datasets(result),
-        files=[p for p in (folder / "result.json", folder / "predictions.jsonl") if p.exists()],
+        files=_own(folder / "result.json", folder / "predictions.jsonl"),
         config=result.config,
     )
 
 
-def _cell_params(result: Result) -> dict[str, str]:
-    fields = ("technique", "method", "objective", "precision", "train_rows", "labelled_rows", "seed", "model", "task")
-    return _texts({SHORT.get(k, k): v for k, v in result.hyperparameters.items()} | {k: getattr(result, k) for k in fields})
+def _own(*paths: Path) -> list[Path]:
+    """Those that are there. Raises UserError for a symbolic link: what it leads to is not the cell's to be sent."""
+    if link := next((path for path in paths if path.is_symlink()), None):
+        raise UserError(f"{link} is a symbolic link, whose content is not sent to MLflow; put the file itself there")
+    return [path for path in paths if path.exists()]
 
 
 def _cell_tags(result: Result) -> dict[str, str]:
-    return _texts(
-        {k: getattr(result, k) for k in ("experiment", "technique", "family", "kind", "seed", "status", "packed", "shared_process", "error")}
-        | {k: result.provenance.get(k) for k in ("git_commit", "git_dirty")}
-        | {
-            "hardware": hardware_name(result.hardware),
-            "memory_kind": result.memory.kind if result.memory else None,
-            **{k: getattr(result.work, k) if result.work else None for k in ("resumed", "engine", "engine_reason")},
-            "mlflow.source.git.commit": result.provenance.get("git_commit"),
-            "mlflow.note.content": "\n\n".join(result.notes) or None,
-        }
-    )
+    return _texts({
+        **{k: getattr(result, k) for k in ("experiment", "technique", "family", "kind", "seed", "status", "packed", "shared_process", "error")},
+        **{k: result.provenance.get(k) for k in ("git_commit", "git_dirty")},
+        "hardware": hardware_name(result.hardware), "memory_kind": result.memory.kind if result.memory else None,
+        **{k: getattr(result.work, k, None) for k in ("resumed", "engine", "engine_reason")},
+        "mlflow.source.git.commit": result.provenance.get("git_commit"), "mlflow.note.content": "\n\n".join(result.notes) or None,
+    })
 
 
 def hardware_name(hardware: dict[str, Any]) -> str | None:
@@ -127,21 +123,15 @@ def _cell_metrics(result: Result) -> dict[str, float]:
     metrics: dict[str, Any] = {}
     for split, score in result.scores.items():
         metrics |= {f"{split}/{name}": getattr(score, name) for name in SCORES}
-    metrics |= {f"phases/{k}": v for k, v in _fields(result.phases).items()}
-    metrics |= {f"forgetting/{k}": v for k, v in _fields(result.forgetting).items()}
-    metrics |= {f"size/{k}": v for k, v in _fields(result.size).items()}
-    metrics |= {f"inference/{k}": v for k, v in _fields(result.inference).items()}
-    metrics |= {f"inference/adapters/{n}": v for n, v in ((result.inference and result.inference.adapters) or {}).items()}
-    metrics |= {f"teacher/{k}": v for k, v in _fields(result.teacher).items()}
-    metrics |= {f"synthetic/{k}": v for k, v in _fields(result.synthetic).items()}
-    metrics |= {f"train/{k}": v for k, v in _fields(result.work).items()}
-    metrics |= {f"train/{k}": v for k, v in _fields(result.memory).items()}
+    parts: list[tuple[str, Any]] = [
+        ("phases", result.phases), ("forgetting", result.forgetting), ("size", result.size), ("inference", result.inference),
+        ("inference/adapters", result.inference and result.inference.adapters), ("teacher", result.teacher), ("synthetic", result.synthetic),
+        ("train", result.work), ("train", result.memory),
+    ]
+    for name, part in parts:
+        metrics |= {f"{name}/{k}": v for k, v in (part if isinstance(part, dict) else dataclasses.asdict(part) if part else {}).items()}
     metrics["train/time_s"] = result.phases.train_s if result.phases else None
     return {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-
-
-def _fields(part: Any) -> dict[str, Any]:
-    return dataclasses.asdict(part) if part is not None else {}
 
 
 def _curves(result: Result, start: int, end: int) -> list[Metric]:
@@ -150,30 +140,32 @@ def _curves(result: Result, start: int, end: int) -> list[Metric]:
     last = max(steps, default=0) or 1
     return [
         Metric(f"history/{key}", float(value), start + round((end - start) * step / last), step)
-        for step, point in zip(steps, result.history, strict=True)
-        for key, value in point.items()
-        if key != "step" and value is not None
+        for step, point in zip(steps, result.history, strict=True) for key, value in point.items() if key != "step" and value is not None
     ]
 
 
 def _datasets(result: Result) -> list[Dataset]:
     digest = result.provenance.get("data_sha256")
     splits = [("train", "training", result.train_rows)] + ([("test", "testing", result.test.rows)] if result.test else [])
-    return [
-        Dataset(f"{result.task}-{split}", context, digest, f"data/{result.task}/{split}.jsonl", rows)
-        for split, context, rows in splits
-        if digest
-    ]
+    return [Dataset(f"{result.task}-{split}", context, digest, f"data/{result.task}/{split}.jsonl", rows) for split, context, rows in splits if digest]
 
 
 def sweep_runs(folder: str | Path) -> tuple[Run, list[Run]]:
     """The parent run of a sweep and one child a finished trial, from sweep.json, trials.csv and best.json.
 
     Raises:
-        UserError: sweep.json is missing or not JSON.
+        UserError: sweep.json is missing, or the folder's files are not those of a sweep.
     """
     folder = Path(folder)
-    sweep = read_json(folder / "sweep.json")
+    try:
+        return _sweep_runs(folder)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{folder / 'sweep.json'} and the files beside it are none of a sweep ({type(error).__name__}: {error}); remove that folder") from error
+
+
+def _sweep_runs(folder: Path) -> tuple[Run, list[Run]]:
+    sweep = read_object(folder / "sweep.json")
+    check_name(sweep["experiment"], f"{folder / 'sweep.json'}: experiment")
     best_path = folder / "best.json"
     best = read_json(best_path) if best_path.exists() else None
     start = _milliseconds(sweep["provenance"]["started"])
@@ -181,53 +173,31 @@ def sweep_runs(folder: str | Path) -> tuple[Run, list[Run]]:
     params = _texts({k: sweep[k] for k in ("technique", "task", "model", "seed", "train_rows", "sampler")})
     tags = _texts({k: sweep[k] for k in ("experiment", "technique", "seed")} | {"git_commit": sweep["provenance"].get("git_commit")})
     key = f"{sweep['experiment']}/sweep/{folder.name}"
+    trials = folder / "trials.csv"
+    rows = list(csv.DictReader(io.StringIO(trials.read_text(encoding="utf-8")))) if trials.exists() else []
     parent = Run(
-        cell=key,
-        experiment=sweep["experiment"],
-        name=f"{folder.name} sweep",
-        start_ms=start,
-        end_ms=end,
-        status="FINISHED" if best else "RUNNING",
+        cell=key, experiment=sweep["experiment"], name=f"{folder.name} sweep", start_ms=start, end_ms=end, status="FINISHED" if best else "RUNNING",
         params=params | _texts({"space": json.dumps(sweep["space"]), "objectives": ", ".join(sweep["objectives"])}),
         tags=tags | {"status": "ok" if best else "running"},
         metrics=[Metric(f"best/{k}", float(v), end or 0) for k, v in best["values"].items()] if best else [],
-        files=[folder / "sweep.json", best_path] if best else [],
+        files=_own(folder / "sweep.json", best_path) if best else [],
     )
-    return parent, [_trial_run(row, sweep, key, params, tags) for row in _rows(folder / "trials.csv")]
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
+    return parent, [_trial_run(row, sweep, key, params, tags) for row in rows]
 
 
 def _trial_run(row: dict[str, str], sweep: dict[str, Any], key: str, params: dict[str, str], tags: dict[str, str]) -> Run:
     start = _milliseconds(row["started"])
     end = start + round(1000 * float(row["seconds"] or 0))
-    named = {
-        f"validation/{sweep['metric']}": row.get("validation"),
-        "train/peak_bytes": row["peak_bytes"],
-        "train/time_s": row["train_s"],
-        "train/tokens_per_s": row["tokens_per_s"],
-    }
+    named = {f"validation/{sweep['metric']}": row.get("validation"), "train/peak_bytes": row["peak_bytes"], "train/time_s": row["train_s"],
+             "train/tokens_per_s": row["tokens_per_s"]}
+    settings = {key.rpartition(".")[2]: row[key] or None for key in sweep["settings"]}
     return Run(
-        cell=f"{key}/{row['number']}",
-        experiment=sweep["experiment"],
-        name=f"{key.rpartition('/')[2]} trial {row['number']}",
-        start_ms=start,
-        end_ms=end,
+        cell=f"{key}/{row['number']}", experiment=sweep["experiment"], name=f"{key.rpartition('/')[2]} trial {row['number']}", start_ms=start, end_ms=end,
         status="FINISHED" if row["status"] in ("ok", "pruned") else "FAILED",
-        params=params | _texts({_short(k): row[k] or None for k in sweep["settings"]}),
+        params=params | _texts({SHORT.get(name, name): value for name, value in settings.items()}),
         tags=tags | _texts({"status": row["status"], "memory_kind": row["memory_kind"] or None, "packed": row.get("packed") or None}),
         metrics=[Metric(k, float(v), end) for k, v in named.items() if v],
     )
-
-
-def _short(key: str) -> str:
-    name = key.rpartition(".")[2]
-    return SHORT.get(name, name)
 
 
 def _milliseconds(moment: str | None) -> int:

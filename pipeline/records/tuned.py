@@ -104,13 +104,11 @@ def searches(cfg: DictConfig) -> Any:
 
 
 def path_of(cfg: DictConfig) -> Path:
-    """The tuned file of a cell's technique and train_rows."""
     rows = "all" if cfg.train_rows is None else cfg.train_rows
     return Path(cfg.paths.tuning) / cfg.experiment / f"{label(cfg)}-n{rows}.yaml"
 
 
 def write(path: Path, tuned: Tuned) -> None:
-    """Write the file, atomically."""
     raw = dataclasses.asdict(tuned)
     head = HEAD.format(**raw | {"train_rows": "null" if tuned.train_rows is None else tuned.train_rows})
     write_text(path, head + yaml.safe_dump(raw, sort_keys=False, width=140))
@@ -127,11 +125,8 @@ def read(path: Path) -> Tuned:
 
 def read_all(folder: Path) -> dict[tuple[str, str], Tuned]:
     """The tuned files of an experiment (tuning/<experiment>) by technique (with its variant) and train_rows ("160" or "all")."""
-    tunings = {}
-    for path in sorted(folder.glob("*.yaml")):
-        technique, _, rows = path.stem.rpartition("-n")
-        tunings[technique, rows] = read(path)
-    return tunings
+    names = {path: path.stem.rpartition("-n") for path in sorted(folder.glob("*.yaml"))}
+    return {(technique, rows): read(path) for path, (technique, _, rows) in names.items()}
 
 
 def applied(cfg: DictConfig, words: Sequence[str]) -> DictConfig:

@@ -26,7 +26,7 @@ from pipeline.reporting.evidence import (
     sizes_in_words,
     takes_no_rows,
 )
-from pipeline.stats import learning_curve, learning_noise, tiers
+from pipeline.stats import learning_curve, tiers
 
 SLACK = 0.02
 """What is expected this much below the most accurate, and is not told apart from it, may be recommended for costing less. Not being told apart alone
@@ -58,6 +58,8 @@ class Candidate:
     out: str | None = None
     told_apart: bool = True
     """From the most accurate that is not out; False for that one itself."""
+    one_seed: bool = False
+    """That was asked of single runs: it speaks of their weights, not of the techniques."""
     by_task: dict[str, float] = field(default_factory=dict)
     """Borrowed advice: what is expected on every task with evidence, fractions."""
 
@@ -171,7 +173,7 @@ def _pair(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
 
 def _curves(seen: Sequence[Seen]) -> dict[str, learning_curve.Curve]:
     """Learning curves over training rows of every technique with three sizes; those that take no rows have none here."""
-    measured = [learning_noise.Measured(s.technique, s.rows, s.seed, s.accuracy, s.test_rows) for s in seen if not takes_no_rows(s)]
+    measured = [learning_curve.Measured(s.technique, s.rows, s.seed, s.accuracy, s.test_rows) for s in seen if not takes_no_rows(s)]
     return learning_curve.fit(measured) if measured else {}
 
 
@@ -222,7 +224,9 @@ def _choose(advice: Advice) -> None:
     chosen = min(alike, key=lambda c: (c.memory.value if c.memory else math.inf, c.train_s.value if c.train_s else 0.0, -_value(c)))
     advice.candidates, advice.chosen = [chosen, *(c for c in live if c is not chosen), *gone], chosen
     if len(alike) == 1:
-        advice.reason = "the most accurate" + (", and told apart from the others" if all(c.told_apart for c in live if c is not best) else "")
+        apart = all(c.told_apart for c in live if c is not best)
+        single = " (with one seed: these weights, another may come in another order)" if any(c.one_seed for c in live) else ""
+        advice.reason = "the most accurate" + (f", and told apart from the others{single}" if apart else "")
     elif chosen is best:
         advice.reason = f"the most accurate; of those within {100 * SLACK:g} points that cannot be told from it none needs less memory"
     else:
@@ -248,6 +252,7 @@ def _apart(one: Candidate, best: Candidate) -> bool:
         fixed = [c.technique for c in (one, best) if c.nearest.cell.result.kind == "base"]
         comparison = tiers.compare(runs, fixed)
         if comparison is not None and len(comparison.means) == 2:
+            one.one_seed = not comparison.covers_seeds
             return comparison.between(best.technique, one.technique).significant
     assert one.accuracy and best.accuracy
     return one.accuracy.high is not None and best.accuracy.low is not None and one.accuracy.high < best.accuracy.low
@@ -313,6 +318,7 @@ def _facts(chosen: Candidate, rows: int, task: str) -> list[str]:
 def _line(one: Candidate) -> str:
     assert one.accuracy
     apart = "told apart from the most accurate" if one.told_apart else "not told apart from the most accurate"
+    apart += " (one seed: these weights, not the techniques)" if one.one_seed else ""
     return f"{one.technique}: {_percent(one.accuracy)}, memory {_size(one.memory)}, training {_duration(one.train_s)}; {apart}"
 
 

@@ -6,16 +6,19 @@ are CSS variables (--f1 … --f8 by family), so that they follow light and dark 
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from pipeline.records.finished import Cell
+from pipeline.reporting import plot
 from pipeline.reporting import words as f
 from pipeline.reporting.figures import Row, interval, memory_kind, remarks
-from pipeline.reporting.plot import LINE, Box, Label, Scale, place_labels, scale, shorten, stacked, tag, text_width
+from pipeline.reporting.plot import Box, Scale, tag
 
 WIDTH, HEIGHT = 380, 320
 FRAME = Box(40, 16, 368, 272)
@@ -77,7 +80,6 @@ def colours(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def tip(row: Row, *lines: str) -> Markup:
-    """A point's tooltip."""
     bounds = f" [{interval(row)}]" if interval(row) else ""
     return tag("title", "\n".join([row.name, f"test {f.percent(row.test)}%{bounds}", *lines, *remarks(row)]))
 
@@ -85,9 +87,9 @@ def tip(row: Row, *lines: str) -> Markup:
 def forest(rows: Sequence[Row], colour: dict[str, str]) -> Markup:
     """One line a technique: test figure and 95% interval; the band is the best one's interval, small marks are seeds."""
     shown = [r for r in rows if r.test is not None]
-    left = min(150.0, 14 + max(text_width(r.technique) for r in shown))
+    left = min(150.0, 14 + max(plot.text_width(r.technique) for r in shown))
     height = 30 + 28 * len(shown)
-    axis = scale([v for r in shown for v in bounds(r)], left, WIDTH - 46.0, room=0.03)
+    axis = plot.scale([v for r in shown for v in bounds(r)], left, WIDTH - 46.0, room=0.03)
     best = next((r for r in shown if not r.teacher), shown[0])
     low, high = bounds(best)
     parts = [tag("rect", class_="band", x=axis(low), y=4, width=axis(high) - axis(low), height=height - 26)] if high > low else []
@@ -96,14 +98,14 @@ def forest(rows: Sequence[Row], colour: dict[str, str]) -> Markup:
         parts.append(tag("text", f"{100 * at:g}", class_="tick", x=axis(at), y=height - 7, text_anchor="middle"))
     for i, row in enumerate(shown):
         parts += _forest_line(row, 20 + 28 * i, left, axis, colour[row.family])
-    return svg(height, parts, "Test result and 95% interval of every technique")
+    return plot.svg(WIDTH, height, parts, "Test result and 95% interval of every technique")
 
 
 def _forest_line(row: Row, y: int, left: float, axis: Scale, colour: str) -> list[Markup]:
     assert row.test is not None
     low, high = bounds(row)
     seeds = [c.result.test.accuracy for c in row.cells if c.result.test] if row.seeds > 1 and interval(row) else []
-    name = shorten(row.technique, left - 10)
+    name = plot.shorten(row.technique, left - 10)
     return [
         tag("text", name, class_="name", x=left - 10, y=y + 4, text_anchor="end"),
         tag("line", class_=f"whisker {colour}", x1=axis(low), x2=axis(high), y1=y, y2=y) if high > low else Markup(""),
@@ -121,9 +123,8 @@ def bounds(row: Row) -> tuple[float, float]:
 
 
 def point(x: float, y: float, colour: str, hollow: bool, title: Markup, name: str) -> Markup:
-    """A dot with its tooltip, to be touched, pointed at or reached by Tab; it leads to the cells of the row of this name."""
-    dot = tag("circle", class_=f"dot {colour}{' hollow' if hollow else ''}", cx=x, cy=y, r=4.5)
-    return tag("a", title, tag("circle", class_="hit", cx=x, cy=y, r=13), dot, class_="point", href=f"#{f.anchor(name)}")
+    """A dot that leads to the cells of the row of this name."""
+    return plot.dot(x, y, f"{colour}{' hollow' if hollow else ''}", title, f"#{f.anchor(name)}")
 
 
 def scatter(rows: Sequence[Row], cost: Cost, colour: dict[str, str]) -> Chart | None:
@@ -133,18 +134,20 @@ def scatter(rows: Sequence[Row], cost: Cost, colour: dict[str, str]) -> Chart | 
         return None
     values = [cost.value(r) or 0.0 for r in shown]
     inset = 14.0 if min(values) == 0 else 0.0  # room for whiskers beside the y axis
-    x = scale(values, FRAME.left + inset, FRAME.right - 6, log=True, floor=None if min(values) > 0.7 * max(values) else 0.0)
-    y = scale([v for r in shown for v in bounds(r)], FRAME.bottom, FRAME.top, room=0.08)
+    x = plot.scale(values, FRAME.left + inset, FRAME.right - 6, log=True, floor=None if min(values) > 0.7 * max(values) else 0.0)
+    y = plot.scale([v for r in shown for v in bounds(r)], FRAME.bottom, FRAME.top, room=0.08)
     at = _apart([(x(v), y(r.test or 0.0)) for v, r in zip(values, shown, strict=True)])
     front = pareto([(v, r.test or 0.0) for v, r in zip(values, shown, strict=True)])
     stairs = _stairs([at[i] for i in front])
-    parts = [*_axes(x, y, cost), tag("path", class_="front", d="M" + " L".join(f"{a:.1f},{b:.1f}" for a, b in stairs))]
+    parts = [*_axes(x, y, cost), tag("path", class_="front", d=plot.path(stairs))]
     parts += [tag("line", class_=f"whisker {colour[r.family]}", x1=px, x2=px, y1=y(bounds(r)[0]), y2=y(bounds(r)[1]))
               for r, (px, _) in zip(shown, at, strict=True)]
-    parts += _labels(shown, at, stairs, y, range(len(shown)) if len(shown) <= MOST_NAMES else front)
+    whiskers = [Box(px - 1.5, y(bounds(r)[1]), px + 1.5, y(bounds(r)[0])) for r, (px, _) in zip(shown, at, strict=True)]
+    lines = [Box(min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in itertools.pairwise(stairs)]
+    parts += names([(*at[i], shown[i].technique) for i in (range(len(shown)) if len(shown) <= MOST_NAMES else front)], at, whiskers, lines)
     for i, (row, (px, py)) in enumerate(zip(shown, at, strict=True)):
         parts.append(point(px, py, colour[row.family], i not in front, tip(row, cost.words(values[i])), row.name))
-    return Chart(f"Against {cost.name}", svg(HEIGHT, parts, f"Test result against {cost.title}"), left_out)
+    return Chart(f"Against {cost.name}", plot.svg(WIDTH, HEIGHT, parts, f"Test result against {cost.title}"), left_out)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -203,37 +206,26 @@ def _stairs(front: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _axes(x: Scale, y: Scale, cost: Cost) -> list[Markup]:
-    bottom = FRAME.bottom
-    parts = [tag("line", class_="axis", x1=FRAME.left, x2=FRAME.right, y1=bottom, y2=bottom)]
-    for at in y.ticks():
-        parts.append(tag("line", class_="grid", x1=FRAME.left, x2=FRAME.right, y1=y(at), y2=y(at)))
-        parts.append(tag("text", f"{100 * at:g}", class_="tick", x=FRAME.left - 7, y=y(at) + 4, text_anchor="end"))
+    bottom, parts = FRAME.bottom, [plot.base_line(FRAME), *plot.percent_ticks(y, FRAME)]
     if x.zero is not None:
-        parts.append(tag("text", "0", class_="tick", x=x.zero, y=bottom + 17, text_anchor="middle"))
+        parts += plot.tick(x.zero, "0", FRAME, marked=False)
         parts.append(tag("rect", class_="gap", x=x.start - 8, y=bottom - 3, width=6, height=6))
         parts += [tag("line", class_="axis", x1=x.start - d - 2, x2=x.start - d + 2, y1=bottom + 4, y2=bottom - 4) for d in (8, 2)]
-    for at in x.ticks():
-        parts.append(tag("line", class_="axis", x1=x(at), x2=x(at), y1=bottom, y2=bottom + 4))
-        parts.append(tag("text", cost.show(at), class_="tick", x=x(at), y=bottom + 17, text_anchor="middle"))
-    where = f"{cost.title}{' (log scale)' if x.log else ''}"
-    return [*parts, tag("text", where, class_="title", x=(FRAME.left + FRAME.right) / 2, y=HEIGHT - 10, text_anchor="middle")]
+    parts += [part for at in x.ticks() for part in plot.tick(x(at), cost.show(at), FRAME)]
+    return [*parts, plot.axis_title(f"{cost.title}{' (log scale)' if x.log else ''}", FRAME, 38)]
 
 
-def _labels(rows: Sequence[Row], at: Sequence[tuple[float, float]], stairs: Sequence[tuple[float, float]], y: Scale,
-            which: Sequence[int]) -> list[Markup]:
-    dots = [Box(px - 6, py - 6, px + 6, py + 6) for px, py in at]
-    whiskers = [Box(px - 1.5, y(bounds(r)[1]), px + 1.5, y(bounds(r)[0])) for r, (px, _) in zip(rows, at, strict=True)]
-    lines = [Box(min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in zip(stairs, stairs[1:], strict=False)]
-    room = Box(FRAME.left + 2, FRAME.top - 10, WIDTH - 2.0, FRAME.bottom - 2)
-    placed = place_labels([(*at[i], rows[i].technique) for i in which], [dots, whiskers, lines], room)
-    return [part for i, label in zip(which, placed, strict=True) if label for part in named(rows[i].technique, at[i], label)]
-
-
-def named(name: str, at: tuple[float, float], label: Label) -> list[Markup]:
-    """A placed label, with a line to its point where it is far from it."""
-    end = min(max(at[0], label.x), label.x + label.width)
-    line = [tag("line", class_="leader", x1=at[0], y1=at[1], x2=end, y2=label.y)] if label.far else []
-    return [*line, tag("text", name, class_="name", x=label.x + label.width / 2, y=label.y + 4, text_anchor="middle")]
+def names(named: Sequence[tuple[float, float, str]], dots: Sequence[tuple[float, float]], *obstacles: Sequence[Box]) -> list[Markup]:
+    """The names of points (x, y, name) beside them, clear of all dots and, from the first to the last, of obstacles; a line to a point that is far."""
+    around = [Box(px - 6, py - 6, px + 6, py + 6) for px, py in dots]
+    placed = plot.place_labels(named, [around, *obstacles], Box(FRAME.left + 2, FRAME.top - 10, WIDTH - 2.0, FRAME.bottom - 2))
+    parts = []
+    for (px, py, name), label in zip(named, placed, strict=True):
+        if label and label.far:
+            parts.append(tag("line", class_="leader", x1=px, y1=py, x2=min(max(px, label.x), label.x + label.width), y2=label.y))
+        if label:
+            parts.append(tag("text", name, class_="name", x=label.x + label.width / 2, y=label.y + 4, text_anchor="middle"))
+    return parts
 
 
 def by_rows(rows: Sequence[Row], colour: dict[str, str]) -> Markup | None:
@@ -242,28 +234,24 @@ def by_rows(rows: Sequence[Row], colour: dict[str, str]) -> Markup | None:
     if len({r.train_rows for r in shown}) < 2:
         return None
     cost = Cost("Training rows", lambda r: r.train_rows, f.count)
-    margin = min(150.0, max(text_width(r.technique) for r in shown) + 16)
-    x = scale([float(r.train_rows) for r in shown], FRAME.left + 6, FRAME.right - margin, log=True, floor=0.0)
-    y = scale([r.test or 0.0 for r in shown], FRAME.bottom, FRAME.top, room=0.08)
+    margin = min(150.0, max(plot.text_width(r.technique) for r in shown) + 16)
+    x = plot.scale([float(r.train_rows) for r in shown], FRAME.left + 6, FRAME.right - margin, log=True, floor=0.0)
+    y = plot.scale([r.test or 0.0 for r in shown], FRAME.bottom, FRAME.top, room=0.08)
     parts, ends = _axes(x, y, cost), []
     for name in dict.fromkeys(r.technique for r in shown):
         line = sorted((r for r in shown if r.technique == name), key=lambda r: r.train_rows)
         at = [(x(r.train_rows), y(r.test or 0.0)) for r in line]
-        parts.append(tag("path", class_=f"line {colour[line[0].family]}", d="M" + " L".join(f"{a:.1f},{b:.1f}" for a, b in at)))
+        parts.append(tag("path", class_=f"line {colour[line[0].family]}", d=plot.path(at)))
         for row, (px, py) in zip(line, at, strict=True):
             parts.append(point(px, py, colour[row.family], False, tip(row, f"{row.labelled_rows} labelled rows"), row.name))
         ends.append((*at[-1], name))
-    for (px, py, name), level in zip(ends, stacked([py for _, py, _ in ends], LINE), strict=True):
+    for (px, py, name), level in zip(ends, plot.stacked([py for _, py, _ in ends], plot.LINE), strict=True):
         parts.append(tag("line", class_="leader", x1=px + 5, y1=py, x2=FRAME.right - margin + 12, y2=level))
-        parts.append(tag("text", shorten(name, margin), class_="name", x=FRAME.right - margin + 15, y=level + 4))
-    return svg(HEIGHT, parts, "Test result against the number of training rows")
+        parts.append(tag("text", plot.shorten(name, margin), class_="name", x=FRAME.right - margin + 15, y=level + 4))
+    return plot.svg(WIDTH, HEIGHT, parts, "Test result against the number of training rows")
 
 
-def svg(height: float, parts: Sequence[Markup], about: str) -> Markup:
-    """The drawing of these parts; about: what a screen reader says of it."""
-    return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {height:.0f}", role="img", aria_label=about)
-
-
+CHECK = "validation_metric"
 CURVE = (300, 236)
 LEFT, RIGHT = 34.0, 292.0
 LOSS = (122.0, 20.0)  # pixels of the lower and the upper end of each part's y axis
@@ -274,56 +262,47 @@ MOST_POINTS = 150  # of a curve; longer ones are averaged in equal stretches of 
 def training_curves(rows: Sequence[Row], colour: dict[str, str]) -> list[tuple[str, Markup]]:
     """(name, drawing) of every row that trained. Rows with the same objective share the axis of the loss."""
     trained = [r for r in rows if any(_losses(c) for c in r.cells)]
-    checks = [v for r in trained for c in r.cells for _, v in _checks(c)]
-    metric = scale(checks, *CHECKS, room=0.12) if checks else None
+    checks = [v for r in trained for c in r.cells for _, v in _points(c, CHECK)]
+    metric = plot.scale(checks, *CHECKS, room=0.12) if checks else None
     panels = []
     for row in trained:
         same = [v for r in trained if r.cells[0].result.objective == row.cells[0].result.objective for c in r.cells for _, v in _losses(c)]
-        panels.append((row.name, _curve(row, scale(same, *LOSS, floor=0.0 if min(same) >= 0 else None), metric, colour[row.family])))
+        panels.append((row.name, _curve(row, plot.scale(same, *LOSS, floor=0.0 if min(same) >= 0 else None), metric, colour[row.family])))
     return panels
 
 
 def _curve(row: Row, loss: Scale, metric: Scale | None, colour: str) -> Markup:
     last = max(step for c in row.cells for step, _ in _losses(c))
     x = Scale(0, last, LEFT, RIGHT)
-    parts = [*_grid(loss, lambda v: f"{v:g}"), *_caption("loss", LOSS[1])]
+    parts = _grid(loss, lambda v: f"{v:g}", "loss", LOSS[1])
     for cell in row.cells:
         if line := _losses(cell):
-            d = "M" + " L".join(f"{x(step):.1f},{loss(value):.1f}" for step, value in line)
-            parts.append(tag("path", class_=f"line {colour}", d=d))
+            parts.append(tag("path", class_=f"line {colour}", d=plot.path([(x(step), loss(value)) for step, value in line])))
     if metric:
-        parts += [*_grid(metric, lambda v: f"{100 * v:g}"), *_caption("validation, %", CHECKS[1])]
+        parts += _grid(metric, lambda v: f"{100 * v:g}", "validation, %", CHECKS[1])
         for cell in row.cells:
             parts += _dots(cell, row.name, x, metric, colour)
+    height = CURVE[1] if metric else CURVE[1] - (CHECKS[0] - LOSS[0])  # no room for checks that there are none of
     for step, anchor in ((0, "start"), (last, "end")):
-        parts.append(tag("text", f"{step:,.0f}{' steps' if step else ''}", class_="tick", x=x(step), y=CURVE[1] - 8, text_anchor=anchor))
-    return tag("svg", *parts, viewBox=f"0 0 {CURVE[0]} {CURVE[1]}", role="img", aria_label=f"Training curve of {row.name}")
+        parts.append(tag("text", f"{step:,.0f}{' steps' if step else ''}", class_="tick", x=x(step), y=height - 8, text_anchor=anchor))
+    return plot.svg(CURVE[0], height, parts, f"Training curve of {row.name}")
 
 
-def _grid(y: Scale, show: Callable[[float], str]) -> list[Markup]:
+def _grid(y: Scale, show: Callable[[float], str], caption: str, top: float) -> list[Markup]:
     ticks = y.ticks()
     parts = []
     for at in ticks[:: math.ceil(len(ticks) * 18 / abs(y.end - y.start)) or 1]:
         parts.append(tag("line", class_="grid", x1=LEFT, x2=RIGHT, y1=y(at), y2=y(at)))
         parts.append(tag("text", show(at), class_="tick", x=LEFT - 6, y=y(at) + 4, text_anchor="end"))
-    return parts
-
-
-def _caption(text: str, top: float) -> list[Markup]:
-    return [tag("text", text, class_="tick", x=LEFT, y=top - 8)]
+    return [*parts, tag("text", caption, class_="tick", x=LEFT, y=top - 8)]
 
 
 def _dots(cell: Cell, name: str, x: Scale, y: Scale, colour: str) -> list[Markup]:
-    line = _checks(cell)
-    if not line:
-        return []
-    d = "M" + " L".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line)
-    parts = [tag("path", class_=f"line thin {colour}", d=d)]
+    line = _points(cell, CHECK)
+    parts = [tag("path", class_=f"line thin {colour}", d=plot.path([(x(step), y(value)) for step, value in line]))] if line else []
     for step, value in line:
         title = tag("title", f"seed {cell.result.seed}, step {step:,.0f}\nvalidation {f.percent(value)}%")
-        hit = tag("circle", class_="hit", cx=x(step), cy=y(value), r=9)
-        dot = tag("circle", class_=f"dot {colour}", cx=x(step), cy=y(value), r=3)
-        parts.append(tag("a", title, hit, dot, class_="point", href=f"#{f.anchor(name)}"))
+        parts.append(plot.dot(x(step), y(value), colour, title, f"#{f.anchor(name)}", 3, 9))
     return parts
 
 
@@ -331,11 +310,7 @@ def _losses(cell: Cell) -> list[tuple[float, float]]:
     points = _points(cell, "loss")
     size = math.ceil(len(points) / MOST_POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(math.fsum(s for s, _ in part) / len(part), math.fsum(v for _, v in part) / len(part)) for part in parts]
-
-
-def _checks(cell: Cell) -> list[tuple[float, float]]:
-    return _points(cell, "validation_metric")
+    return [(statistics.fmean(s for s, _ in part), statistics.fmean(v for _, v in part)) for part in parts]
 
 
 def _points(cell: Cell, key: str) -> list[tuple[float, float]]:

@@ -2,14 +2,14 @@
 
 Library of `python -m pipeline.compare`. Two runs of a technique are compared as two techniques are in the report (tiers.py): on the rows that
 both answered, with the spread that the seeds of all techniques show, corrected for being many (Holm 1979). What ran twice with the same seed
-on the same machine differs by less than that; what is told here would be remarkable even for other seeds.
+on the same machine differs by less than that; what is reported here would be remarkable even for other seeds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,14 +23,17 @@ from pipeline.records.results import Result
 from pipeline.reporting import words as f
 from pipeline.reporting.figures import FIGURES
 from pipeline.stats import tiers
-from pipeline.stats.tiers import holm
 
 SIDES = ("A", "B")
 OF_THE_CELL = ("seed", "train_rows")
 """Config keys that both sides of a pair share by its name."""
 HARDWARE = ("device", "gpu", "gpu_memory_bytes", "cpu", "cpu_count", "memory_bytes", "platform")
-SAME_MACHINE = ("device", "gpu", "cpu", "cpu_count")
+SAME_MACHINE = ("device", "gpu", "cpu", "cpu_model", "cpu_count", "threads")
 """Hardware that must be the same for times and memory to be compared."""
+ARITHMETIC = {"cpu": ("cpu", "cpu_model", "threads", "cpu_capability", "blas"), "cuda": ("gpu",)}
+"""Hardware that decides in which order a device adds, by device."""
+ROUNDED_ROWS = (19, 200)
+"""At most so many of so many test rows of `quick` were right on one side alone where a CPU cell was rounded otherwise: benchmarks/results/rounding.json."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,18 @@ class Cost:
     after: float
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """The sides' sums are not made in the same order, so that equal code, data and seeds do not give equal bits."""
+
+    keys: list[str]
+    """Hardware that differs."""
+    alone: bool
+    """Data, model, versions, code and settings are the same: what differs between equal cells is rounding and nothing else."""
+    flips: int
+    """Most test rows of a cell that are right on one side and wrong on the other."""
+
+
 @dataclass
 class Drift:
     """All that was found."""
@@ -99,6 +114,8 @@ class Drift:
     costs: list[Cost] = field(default_factory=list)
     uncosted: str | None = None
     """Why times and memory were not compared."""
+    rounding: Rounding | None = None
+    """None: the sides' arithmetic is the same, as far as their results say."""
 
     @property
     def moved(self) -> bool:
@@ -107,12 +124,11 @@ class Drift:
 
 
 TOLERANCES = {"train_s": 0.10, "latency_s": 0.10, "energy_j": 0.10, "peak_bytes": 0.02, "artefact_bytes": 0.0}
-"""Relative changes that are not told. Artefacts are the same on every machine."""
+"""Relative changes that are not reported. Artefacts are the same on every machine."""
 
 
 def _figure(cell: Cell, key: str) -> float | None:
-    value = None if key == "train_s" and cell.timing else FIGURES[key].of(cell)
-    return None if value is None else float(value)
+    return None if key == "train_s" and cell.timing else FIGURES[key].of(cell)
 
 
 def load(root: Path) -> dict[str, Cell]:
@@ -146,6 +162,7 @@ def compare(a: Path, b: Path, tolerance: float | None = None) -> Drift:
     pairs = [(sides[0][n], sides[1][n]) for n in both if n not in lost["A"] and n not in lost["B"]]
     _accuracies(drift, pairs)
     _costs(drift, pairs, tolerance)
+    drift.rounding = _rounding(drift, pairs)
     return drift
 
 
@@ -157,7 +174,8 @@ def changes(pairs: Sequence[tuple[Result, Result]]) -> list[Change]:
         first, second = dict(_facts(one)), dict(_facts(other))
         for kind, what in dict.fromkeys([*first, *second]):
             before, after = first.get((kind, what)), second.get((kind, what))
-            if before != after:
+            unknown = what in ARITHMETIC["cpu"] and None in (before, after)  # a result from before this was recorded
+            if before != after and not unknown:
                 key = (kind, what, repr(before), repr(after))
                 counted[key] += 1
                 values[key] = (before, after)
@@ -170,6 +188,7 @@ def _facts(result: Result) -> Iterable[tuple[tuple[str, str], Any]]:
     yield ("model", "model_sha256"), known.get("model_sha256")
     yield from ((("version", name), value) for name, value in {"python": known.get("python"), **(known.get("packages") or {})}.items())
     yield from ((("hardware", name), result.hardware.get(name)) for name in HARDWARE)
+    yield from ((("hardware", name), result.hardware[name]) for name in ARITHMETIC["cpu"] if name in result.hardware and name not in HARDWARE)
     yield from ((("code", name), known.get(name)) for name in ("git_commit", "git_dirty"))
     yield from ((("config", name), value) for name, value in flat(deciding(result.config)) if name not in OF_THE_CELL)
 
@@ -179,69 +198,47 @@ def _accuracies(drift: Drift, pairs: Sequence[tuple[Cell, Cell]]) -> None:
     groups: dict[str, dict[str, list[tuple[Cell, Cell]]]] = defaultdict(lambda: defaultdict(list))
     for pair in pairs:
         groups[pair[0].rows][pair[0].label].append(pair)
-    techniques, cells = [], []
-    rows = []
     for size, group in sorted(groups.items(), key=lambda item: (not item[0].isdecimal(), item[0].zfill(9))):
-        moves = _group(size, group)
-        if moves:
-            techniques += moves.techniques
-            cells += moves.cells
-            rows.append(moves.rows)
-            drift.identical += moves.identical
-            drift.covers_seeds &= moves.covers_seeds
-    drift.rows = min(rows, default=0)
-    drift.techniques, drift.cells = _corrected(techniques), _corrected(cells)
+        _moves(drift, size, group)
+    drift.techniques, drift.cells = _corrected(drift.techniques), _corrected(drift.cells)
 
 
-@dataclass
-class _Moves:
-    techniques: list[tuple[Move, float]]
-    cells: list[tuple[Move, float]]
-    rows: int
-    identical: int
-    covers_seeds: bool
+def _moves(drift: Drift, size: str, group: Mapping[str, Sequence[tuple[Cell, Cell]]]) -> None:
+    """Add the moves of one group; their p is not corrected yet."""
+    answers = {label: [side.right() for pair in pairs for side in pair] for label, pairs in group.items()}
+    right = tiers.on_common_rows({label: runs for label, runs in answers.items() if all(runs)})  # both sides of a pair one after the other
+    if not right:
+        return
+    fixed = [label for label in right if group[label][0][0].result.method in ("none", "teacher")]
+    sides = {label: [tiers.Technique.of(runs[side::2], label in fixed) for side in (0, 1)] for label, runs in right.items()}
+    both = [technique for pair in sides.values() for technique in pair]
+    single = [tiers.Technique(run[None], min(1, sides[label][i % 2].seeds), 0.0, 0.0) for label, runs in right.items() for i, run in enumerate(runs)]
+    drift.techniques += [_move(f"{label} ({size} rows)", right[label], pair) for label, pair in zip(right, _second_beyond_first(both), strict=True)]
+    runs = [(pair[0].folder.name, right[label][2 * i : 2 * i + 2]) for label in right for i, pair in enumerate(group[label])]
+    drift.cells += [_move(name, two, pair) for (name, two), pair in zip(runs, _second_beyond_first(both + single)[len(sides) :], strict=True)]
+    drift.identical += sum(bool((two[0] == two[1]).all()) for _, two in runs)
+    rows = len(runs[0][1][0])
+    drift.rows = min(drift.rows or rows, rows)
+    drift.covers_seeds &= any(technique.seeds > 1 for technique in both)
 
 
-def _group(size: str, group: Mapping[str, Sequence[tuple[Cell, Cell]]]) -> _Moves | None:
-    import numpy as np
-
-    answers = {label: [(one.right(), other.right()) for one, other in pairs] for label, pairs in group.items()}
-    answers = {label: runs for label, runs in answers.items() if all(one and other for one, other in runs)}
-    common = sorted(set.intersection(*(set(side) for runs in answers.values() for pair in runs for side in pair))) if answers else []
-    if not common:
-        return None
-    right = {label: np.array([[[side[i] for i in common] for side in pair] for pair in runs], dtype=float) for label, runs in answers.items()}
-    fixed = {label for label in right if group[label][0][0].result.method in ("none", "teacher")}
-    sides = [tiers.Technique.of(right[label][:, side], label in fixed) for label in right for side in (0, 1)]
-    whole = tiers.differences(sides, [(2 * n + 1, 2 * n) for n in range(len(right))])
-    singles, places = [*sides], []
-    for number, label in enumerate(right):
-        for one in right[label]:
-            places.append((number, len(singles)))
-            singles += [tiers.Technique(one[[side]], min(1, sides[2 * number + side].seeds), 0.0, 0.0) for side in (0, 1)]
-    single = tiers.differences(singles, [(at + 1, at) for _, at in places])
-    names = [pair[0].folder.name for label in right for pair in group[label]]
-    return _Moves(
-        [_move(f"{label} ({size} rows)", right[label], difference) for (label, difference) in zip(right, whole, strict=True)],
-        [_move(name, one[None], difference) for name, one, difference in zip(names, (one for label in right for one in right[label]), single, strict=True)],
-        len(common), sum(bool((one[0] == one[1]).all()) for label in right for one in right[label]), tiers.Spreads.of(sides).known,
-    )
+def _second_beyond_first(techniques: Sequence[tiers.Technique]) -> list[tiers.Pair]:
+    """Every second one against the one before it; the seeds of all tell of the spreads."""
+    return tiers.pairs_of(techniques, [(at + 1, at) for at in range(0, len(techniques), 2)])
 
 
-def _move(name: str, right: Any, difference: tuple[float, float, float]) -> tuple[Move, float]:
-    point, half, p = difference
-    before, after = (float(right[:, side].mean()) for side in (0, 1))
-    return Move(name, before, after, point - half, point + half, 1.0, int((right[:, 0] != right[:, 1]).sum())), p
+def _move(name: str, right: Any, pair: tiers.Pair) -> Move:
+    before, after = right[::2], right[1::2]
+    return Move(name, float(before.mean()), float(after.mean()), pair.point - pair.half, pair.point + pair.half, pair.p, int((before != after).sum()))
 
 
-def _corrected(moves: Sequence[tuple[Move, float]]) -> list[Move]:
-    every = holm([p for _, p in moves])
-    return [Move(**{**vars(move), "corrected": p}) for (move, _), p in zip(moves, every, strict=True)]
+def _corrected(moves: Sequence[Move]) -> list[Move]:
+    return [dataclasses.replace(move, corrected=p) for move, p in zip(moves, tiers.holm([m.corrected for m in moves]), strict=True)]
 
 
 def _costs(drift: Drift, pairs: Sequence[tuple[Cell, Cell]], tolerance: float | None) -> None:
     """Fill in what costs more or less than before; of times and memory only where the machines are the same."""
-    other = next((k for k in SAME_MACHINE for one, two in pairs if one.result.hardware.get(k) != two.result.hardware.get(k)), None)
+    other = next((c.what for c in drift.changes if c.kind == "hardware" and c.what in SAME_MACHINE), None)
     if other:
         drift.uncosted = f"the machines differ ({other}), so times, energy and memory are not comparable"
     by_name: dict[str, list[tuple[Cell, Cell]]] = defaultdict(list)
@@ -257,16 +254,24 @@ def _costs(drift: Drift, pairs: Sequence[tuple[Cell, Cell]], tolerance: float | 
                 drift.costs.append(Cost(name, figure, before, after))
 
 
+def _rounding(drift: Drift, pairs: Sequence[tuple[Cell, Cell]]) -> Rounding | None:
+    """What the results say of the sides' arithmetic; of two devices everything is other."""
+    devices = {str(side.result.hardware.get("device")) for pair in pairs for side in pair}
+    decisive = ARITHMETIC.get(next(iter(devices)), ()) if len(devices) == 1 else ("device",)
+    keys = [c.what for c in drift.changes if c.kind == "hardware" and c.what in decisive]
+    alone = all(c.kind == "hardware" for c in drift.changes)
+    return Rounding(keys, alone, max((m.flips for m in drift.cells), default=0)) if keys else None
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+    return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 SHOWN_CONFIG = 30
 
 
 def headline(drift: Drift) -> str:
-    """One sentence."""
     moved = [m.name for m in drift.techniques if m.moved]
     alone = [m.name for m in drift.cells if m.moved]
     compared = len(drift.cells)
@@ -275,10 +280,15 @@ def headline(drift: Drift) -> str:
     if not compared:
         return f"No shared cell of {drift.experiment} has predictions on both sides, so no accuracy can be compared."
     if not moved and not alone:
-        return f"No technique of {drift.experiment} moved by more than seed noise ({compared} cells, {drift.identical} with the same answers)."
+        return f"No technique of {drift.experiment} moved by more than {_noise(drift)} ({compared} cells, {drift.identical} with the same answers)."
     parts = [f"{len(moved)} of {len(drift.techniques)} techniques ({', '.join(moved)})"] if moved else []
     parts += [f"{len(alone)} of {compared} cells ({', '.join(alone)})"] if alone else []
-    return f"Moved by more than seed noise in {drift.experiment}: {' and '.join(parts)}."
+    return f"Moved by more than {_noise(drift)} in {drift.experiment}: {' and '.join(parts)}."
+
+
+def _noise(drift: Drift) -> str:
+    """What a move has to exceed: with one seed a side, only that of drawing test rows is known."""
+    return "seed noise" if drift.covers_seeds else "the test rows' noise (one seed: these weights, not the techniques)"
 
 
 def markdown(drift: Drift) -> str:
@@ -321,11 +331,23 @@ def _caveats(drift: Drift) -> list[str]:
     if any(c.kind == "data" for c in drift.changes):
         caveats.append("The data are not the same: rows are matched by their ids alone, and a move may be the data's.")
     if drift.techniques and not drift.covers_seeds:
-        caveats.append("No technique has two seeds, so nothing is known of how much a seed matters: p is over test rows alone (McNemar's test) and calls more "
-                       "a move than there is.")
+        caveats.append("No technique has two seeds, so nothing is known of how much a seed matters: p is over test rows alone (McNemar's test), compares these "
+                       "weights, not the techniques, and calls more a move than there is.")
+    if drift.rounding:
+        caveats.append(_rounded(drift.rounding, drift.rows))
     if drift.uncosted:
         caveats.append(f"{drift.uncosted[0].upper()}{drift.uncosted[1:]}.")
     return caveats
+
+
+def _rounded(rounding: Rounding, rows: int) -> str:
+    """What other arithmetic means for the figures."""
+    what = {"device": "another device", "gpu": "another GPU"}.get(rounding.keys[0], "another CPU or other threads")
+    measured = f" (one seed of quick: up to {ROUNDED_ROWS[0]} of {ROUNDED_ROWS[1]} rows, docs/statistics.md)"
+    usual = measured if what.startswith("another CPU") else ""
+    cause = "and nothing else differs" if rounding.alone else "beside what else is not the same"
+    return (f"B ran on {what} ({', '.join(rounding.keys)}): figures may differ by rounding{usual}, {cause}. "
+            f"Up to {rounding.flips} of a cell's {rows:,} rows are right on one side and wrong on the other.")
 
 
 def _shown(changes: Sequence[Change]) -> list[Change]:

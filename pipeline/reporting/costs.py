@@ -1,11 +1,8 @@
-"""What a technique costs besides its training run: one panel a technique, from trainable parameters to many adapters on one base.
-
-Library of `python -m pipeline.report`.
-"""
+"""What a technique costs besides its training run: one panel a technique, from trainable parameters to many adapters on one base."""
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +12,6 @@ from pipeline.reporting.figures import Row
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a panel."""
-
     title: str
     text: str
     small: str = ""
@@ -26,8 +21,6 @@ class Figure:
 
 @dataclass(frozen=True)
 class Panel:
-    """A technique's panel."""
-
     row: Row
     figures: list[Figure]
     numbers: list[str]
@@ -40,8 +33,6 @@ class Panel:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of all panels."""
-
     title: str
     scale: str
     """Measures of one scale share the full length of their bars, so that attached and merged compare."""
@@ -110,4 +101,4 @@ def _many(row: Row) -> tuple[list[str], dict[str, list[str]], str]:
 
 def _texts(measured: Sequence[dict[str, float]], numbers: Sequence[str]) -> list[str]:
     by_number = [[m[n] for m in measured if n in m] for n in numbers]
-    return [_milliseconds(math.fsum(values) / len(values) if values else None) for values in by_number]
+    return [_milliseconds(statistics.fmean(values) if values else None) for values in by_number]

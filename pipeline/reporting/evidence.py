@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,6 @@ NOT_SETTINGS = ("start",)
 
 @dataclass(frozen=True)
 class Seen:
-    """One cell as evidence."""
-
     technique: str
     """With the settings in which it differs from other cells of the technique on the model: "lora [epochs=3.0 r=8]"."""
     task: str
@@ -111,11 +110,7 @@ class Spread:
     @property
     def t(self) -> float:
         """Half a 95% interval in standard deviations."""
-        if not self.df:
-            return 1.959964
-        from scipy.stats import t
-
-        return float(t.ppf(0.975, self.df))
+        return _t(self.df) if self.df else 1.959964
 
 
 def pooled_spread(seen: Sequence[Seen]) -> Spread:
@@ -123,12 +118,9 @@ def pooled_spread(seen: Sequence[Seen]) -> Spread:
     groups: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for one in seen:
         groups[one.task, one.technique, one.rows].append(one.accuracy)
-    squares, df = 0.0, 0
-    for values in groups.values():
-        mean = math.fsum(values) / len(values)
-        if len(values) > 1 and any(v != values[0] for v in values):
-            squares += math.fsum((v - mean) ** 2 for v in values)
-            df += len(values) - 1
+    random = [values for values in groups.values() if any(v != values[0] for v in values)]
+    df = sum(len(values) - 1 for values in random)
+    squares = math.fsum(statistics.variance(values) * (len(values) - 1) for values in random)
     return Spread(math.sqrt(squares / df), df) if df else Spread(UNKNOWN_SPREAD, 0)
 
 
@@ -159,20 +151,18 @@ def expected_accuracy(cells: Sequence[Seen], rows: int, spread: Spread, curve: l
     if below is None or above is None:
         return None
     low, high = (_mean([s for s in cells if s.rows == n], spread, "") for n in (below, above))
-    share = math.log(rows / below) / math.log(above / below)
-    value = low.value + share * (high.value - low.value)
     assert low.low is not None and high.low is not None and low.high is not None and high.high is not None
+    value = low.value + math.log(rows / below) / math.log(above / below) * (high.value - low.value)
     return Expected(value, min(low.low, high.low), max(low.high, high.high), f"between {below:,} and {above:,} rows, even in the logarithm")
 
 
 def _mean(cells: Sequence[Seen], spread: Spread, basis: str) -> Expected:
-    value = math.fsum(s.accuracy for s in cells) / len(cells)
+    value = statistics.fmean(s.accuracy for s in cells)
     same = len(cells) > 1 and all(s.accuracy == cells[0].accuracy for s in cells)
     sd = 0.0 if same or cells[0].cell.result.kind == "base" else spread.sd
     rows = value * (1 - value) / cells[0].test_rows
     half = spread.t * math.sqrt(sd**2 * (1 + 1 / len(cells)) + rows)
-    seeds = f"{len(cells)} run{'s' if len(cells) > 1 else ''}"
-    return Expected(value, *bounded(value, half), f"{basis}, {seeds}")
+    return Expected(value, *bounded(value, half), f"{basis}, {_runs(len(cells))}")
 
 
 def bounded(value: float, half: float) -> tuple[float, float]:
@@ -182,22 +172,17 @@ def bounded(value: float, half: float) -> tuple[float, float]:
 
 def other_task(by_task: Mapping[str, float], spread: Spread) -> Expected:
     """A new task's accuracy from those expected on others; without an interval from one alone."""
-    count, mean = len(by_task), math.fsum(by_task.values()) / len(by_task)
+    count, mean = len(by_task), statistics.fmean(by_task.values())
     if count == 1:
         return Expected(mean, None, None, f"that of {next(iter(by_task))}; one task does not tell how far another lies from it")
-    half = _t(count - 1) * math.sqrt(_variance(list(by_task.values())) * (1 + 1 / count) + spread.sd**2)
+    half = _t(count - 1) * math.sqrt(statistics.variance(by_task.values()) * (1 + 1 / count) + spread.sd**2)
     return Expected(mean, *bounded(mean, half), f"from {count} other tasks, with the spread between tasks")
 
 
 def paired_apart(best: Mapping[str, float], one: Mapping[str, float]) -> bool:
     """Whether the tasks that both were measured on tell them apart: a paired t test at 5%. One task tells nothing."""
     gaps = [best[task] - one[task] for task in best if task in one]
-    return len(gaps) > 1 and abs(math.fsum(gaps) / len(gaps)) > _t(len(gaps) - 1) * math.sqrt(_variance(gaps) / len(gaps))
-
-
-def _variance(values: list[float]) -> float:
-    mean = math.fsum(values) / len(values)
-    return math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return len(gaps) > 1 and abs(statistics.fmean(gaps)) > _t(len(gaps) - 1) * math.sqrt(statistics.variance(gaps) / len(gaps))
 
 
 def _t(df: int) -> float:
@@ -222,9 +207,8 @@ def expected_memory(ordered: Sequence[Seen], rows: int, card_gb: float | None) -
     peaks = [float(r.memory.peak_bytes) for r in _nearest(ordered) if r.memory and r.memory.peak_bytes and r.memory.kind.startswith("gpu")]
     if not peaks:
         return None, None
-    mean = math.fsum(peaks) / len(peaks)
     basis = f"measured at {ordered[0].rows:,} rows of {ordered[0].task} on {ordered[0].cell.result.hardware.get('gpu')}, range of {_runs(len(peaks))}"
-    return Expected(mean, min(peaks), max(peaks), basis), None if card_gb is None else max(peaks) <= card_gb * 2**30
+    return Expected(statistics.fmean(peaks), min(peaks), max(peaks), basis), None if card_gb is None else max(peaks) <= card_gb * 2**30
 
 
 def _forecast(result: Result, rows: int, card_gb: float | None) -> tuple[Expected, bool | None] | None:
@@ -259,14 +243,11 @@ def expected_time(ordered: Sequence[Seen], rows: int) -> Expected | None:
     machine = result.hardware.get("gpu") or result.hardware.get("cpu") or "an unknown machine"
     ratio, by = _steps_ratio(result, ordered[0].rows, rows)
     logs = [math.log(ratio * v) for v in times]
-    middle = math.fsum(logs) / len(logs)
+    middle = statistics.fmean(logs)
     basis = f"measured at {ordered[0].rows:,} rows of {ordered[0].task} on {machine}, {_runs(len(times))}, {by}"
     if len(times) == 1:
         return Expected(math.exp(middle), None, None, basis)
-    from scipy.stats import t
-
-    sd = math.sqrt(math.fsum((v - middle) ** 2 for v in logs) / (len(logs) - 1))
-    half = float(t.ppf(0.975, len(logs) - 1)) * sd * math.sqrt(1 + 1 / len(logs))
+    half = _t(len(logs) - 1) * statistics.stdev(logs) * math.sqrt(1 + 1 / len(logs))
     return Expected(math.exp(middle), math.exp(middle - half), math.exp(middle + half), basis)
 
 

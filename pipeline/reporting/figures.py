@@ -6,19 +6,18 @@ Library. rows.py makes rows by it; the columns of table.md and index.html, table
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import itertools
-import math
+import operator
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.records.finished import Cell
-from pipeline.records.results import Result
+from pipeline.records.results import HISTORY, Result, csv_text
 from pipeline.reporting import words as f
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L"}
@@ -48,12 +47,7 @@ def with_model(cells: Sequence[Cell]) -> list[Cell]:
     return [c for c in finished(cells) if c.result.size and c.result.size.total]
 
 
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def first(values: Sequence[Any]) -> Any:
-    return values[0]
+first = operator.itemgetter(0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ class Figure:
     """Columns of a section are sorted by it; those that are equal keep this table's order."""
     over: Callable[[Sequence[Cell]], list[Cell]] = finished
     """Which cells of a row count."""
-    seeds: Callable[[Sequence[Any]], Any] = mean
+    seeds: Callable[[Sequence[Any]], Any] = statistics.fmean
     """What makes one value of theirs that are known."""
     empty: Any = None
     """The value where none is known."""
@@ -98,7 +92,6 @@ class Figure:
         return functools.reduce(lambda part, name: None if part is None else getattr(part, name), self.where.split("."), cell.result)
 
     def over_seeds(self, cells: Sequence[Cell]) -> Any:
-        """The value of a row's cells."""
         known = [value for cell in self.over(cells) if (value := self.of(cell)) is not None]
         return self.seeds(known) if known else self.empty
 
@@ -107,7 +100,6 @@ class Figure:
         return getattr(row, self.key)
 
     def text(self, row: Row) -> str:
-        """The column's cell."""
         text = self.main(row) if self.main else self.show(self.value(row))
         mark = self.mark(row)
         return f"{text} {mark}" if mark and text != f.DASH else text
@@ -158,17 +150,13 @@ def headline(split: str) -> Callable[[Cell], float | None]:
 
 def _transfer(cell: Cell) -> float | None:
     values = [v for split in cell.result.scores if split.startswith("transfer/") and (v := headline(split)(cell)) is not None]
-    return mean(values) if values else None
+    return statistics.fmean(values) if values else None
 
 
 def _teacher_s(cell: Cell) -> float | None:
     """Seconds for rationales and for synthetic rows."""
     known = [part.seconds for part in (cell.result.teacher, cell.result.synthetic) if part is not None and part.seconds is not None]
     return sum(known) if known else None
-
-
-def _rationales(cell: Cell) -> int | None:
-    return cell.result.teacher.rows if cell.result.teacher and cell.result.kind != "teacher" else None
 
 
 def _growth_of(base: str) -> Callable[[Cell], float | None]:
@@ -185,11 +173,6 @@ def _change_of(probe: str, base: str) -> Callable[[Cell], float | None]:
         return after - before if before is not None and after is not None else None
 
     return of
-
-
-def _kind_of_memory(cell: Cell) -> str | None:
-    memory = cell.result.memory
-    return memory.kind if memory and memory.peak_bytes is not None else None
 
 
 def _status(each: Sequence[str]) -> str:
@@ -242,10 +225,9 @@ class Row:
     standing: str = _figure(empty="")
     """To the best one at the same number of training rows. best; near: not told apart from it; below; empty: not compared."""
     letters: str = _figure(
-        None, "Tier", "Quality", lambda v: v or f.DASH, small=lambda r: "" if r.covers_seeds in (None, True) else "one seed", optional=True, last=-1, empty="",
-        about="Techniques that share a letter cannot be told apart by these runs; a is the best one's. Tested over seeds and test rows, corrected for "
-        "all pairs (docs/statistics.md); of more than ten techniques, at most 5% of the differences shown should be chance. "
-        "One seed: how much a technique's figure moves from seed to seed is not known, and the test is over the rows alone.")
+        None, "Tier", "Quality", lambda v: v or f.DASH, small=lambda r: "one seed" if r.one_seed else "", optional=True, last=-1, empty="",
+        about="Techniques that share a letter cannot be told apart by these runs; a is the best one's (docs/statistics.md). What the letters rest on "
+        "stands under the table.")
     against_best_p: float | None = _figure()
     """Corrected for all pairs of the group."""
     covers_seeds: bool | None = _figure()
@@ -267,7 +249,8 @@ class Row:
         about="Labelled rows that the technique used: training rows, plus the validation rows that chose the checkpoint; "
         "demonstrations alone for few-shot, all rows that retrieval searches or a choice of prompt is scored on; none for an untouched base.")
     rationale_rows: int | None = _figure(
-        _rationales, "Rationale rows", "Data", _whole, seeds=first, optional=True, about="Training rows with a rationale of the teacher.")
+        lambda c: c.result.teacher.rows if c.result.teacher and c.result.kind != "teacher" else None, "Rationale rows", "Data", _whole,
+        seeds=first, optional=True, about="Training rows with a rationale of the teacher.")
     synthetic_rows: int | None = _figure(
         "synthetic.rows", "Synthetic rows", "Data", _whole, seeds=first, optional=True,
         about="Rows that a teacher wrote (pipeline.synthesize), trained on beside the labelled ones, which alone count as labelled.")
@@ -292,7 +275,7 @@ class Row:
         "memory.peak_bytes", "Peak memory", "Training", f.size, small=lambda r: memory_kind(r), last=1, for_dvc=True,
         about="Peak while training, validation kept out; while evaluating for a technique that trains nothing. "
         "RSS: resident memory of the process on the CPU; GPU: what the allocator reserved.")
-    memory_kind: str | None = _figure(_kind_of_memory, seeds=first)
+    memory_kind: str | None = _figure(lambda c: c.result.memory.kind if c.result.memory and c.result.memory.peak_bytes is not None else None, seeds=first)
     trainable: float | None = _figure(
         "size.trainable", "Trainable", "Model", f.count, small=lambda r: f.share(r.trainable_share), over=with_model, for_dvc=True,
         about="Parameters that are trained, and their share of all.")
@@ -330,7 +313,7 @@ class Row:
     host_energy_j: float | None = _figure("work.host_energy_j", over=timed, single=True)
     cost: float | None = _figure(
         "cost", "Cost", "Training", main=lambda r: f.DASH if r.cost is None else f"{r.cost:.3g} {r.currency}", optional=True, over=timed, single=True,
-        seeds=_one_currency(lambda costs: mean([cost.amount for cost in costs])), about="Wall clock of the whole cell at the config's price_per_hour.")
+        seeds=_one_currency(lambda costs: statistics.fmean(c.amount for c in costs)), about="Wall clock of the whole cell at the config's price_per_hour.")
     """Of a cell, in `currency`; None without a price, or where its seeds were priced in several."""
     currency: str | None = _figure("cost", over=timed, seeds=_one_currency(lambda costs: costs[0].currency))
     engine: str | None = _figure("work.engine", over=list, seeds=lambda each: ", ".join(dict.fromkeys(each)))
@@ -346,6 +329,11 @@ class Row:
     def teacher(self) -> bool:
         """The teacher is no way of making the model do the task: it is shown, not compared."""
         return self.kind == "teacher"
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether its letter speaks of these weights alone: no technique beside it has several seeds."""
+        return self.covers_seeds is False
 
     @property
     def begins(self) -> bool:
@@ -381,7 +369,8 @@ def metrics(cell: Cell) -> dict[str, float]:
 def columns(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
     """(columns of which some row has a value, columns that were not measured at all)."""
     metric = metric_name(rows)
-    every = [dataclasses.replace(c, title=c.title.format(metric=metric)) for c in COLUMNS]
+    weights = " of these weights" if any(r.one_seed for r in rows) and not any(r.covers_seeds for r in rows) else ""
+    every = [dataclasses.replace(c, title=c.title.format(metric=metric) + weights * (c.key == "letters")) for c in COLUMNS]
     empty = [c for c in every if all(c.value(r) is None for r in rows)]
     return [c for c in every if c not in empty], [c for c in empty if not c.optional]
 
@@ -401,44 +390,27 @@ def interval(row: Row) -> str:
     return f.span(row.accuracy_low, row.accuracy_high) if row.metric == "accuracy" else ""
 
 
-def timing_notes(rows: Sequence[Row]) -> list[str]:
-    """What the marks at times stand for, those that occur."""
-    resumed = [f"{RESUMED} resumed, or packed with other cells: no single run's time"]
-    shared = [f"{SHARED} imports and base were read once for several cells: their start-up and load are missing from the total"]
-    return resumed * any(r.timing for r in rows) + shared * any(r.shared_process for r in rows)
-
-
 def remarks(row: Row) -> list[str]:
     """What the last column says: how the row stands to the best, out of memory or diverged, unusual timing."""
     standing = {
-        "best": "best",
+        "best": "best of these weights" if row.one_seed else "best",
         "near": "not told apart from the best",
         "below": f"below the best ({f.p_value(row.against_best_p)})",
     }.get(row.standing, "")
+    standing += ", these weights" if row.one_seed and row.standing != "best" else ""
     status = "" if row.status == "ok" else row.status.replace("oom", "out of memory", 1)
     return [text for text in (standing, "teacher" if row.teacher else "", status, row.timing) if text]
 
 
 def table_csv(rows: Sequence[Row]) -> str:
     """One line a row, plain numbers (fractions, seconds, bytes), empty where nothing was measured or a time is no single run's."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(FIGURES)
-    for row in rows:
-        writer.writerow([_plain(None if one.single and row.timing else one.value(row)) for one in FIGURES.values()])
-    return out.getvalue()
+    return csv_text(FIGURES, ({key: _plain(None if one.single and row.timing else one.value(row)) for key, one in FIGURES.items()} for row in rows))
 
 
 def history_csv(histories: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
-    """The training curves of all cells, one line a point: cell, step, loss, lr, validation_metric, validation_nll, and what a technique adds (reward)."""
-    out = io.StringIO()
-    known = ["cell", "step", "loss", "lr", "validation_metric", "validation_nll"]
-    extra = sorted({key for points in histories.values() for point in points for key in point} - set(known))
-    writer = csv.DictWriter(out, [*known, *extra], lineterminator="\n")
-    writer.writeheader()
-    for cell, points in histories.items():
-        writer.writerows({"cell": cell, **point} for point in points)
-    return out.getvalue()
+    """The training curves of all cells, one line a point: the cell, the columns of results.HISTORY, and what a technique adds (reward)."""
+    extra = sorted({key for points in histories.values() for point in points for key in point} - set(HISTORY))
+    return csv_text(["cell", *HISTORY, *extra], ({"cell": cell, **point} for cell, points in histories.items() for point in points))
 
 
 def _plain(value: object) -> str:

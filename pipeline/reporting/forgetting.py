@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from pipeline.reporting import plot
 from pipeline.reporting import words as f
-from pipeline.reporting.charts import FRAME, HEIGHT, WIDTH, Chart, named, point, svg, tip
+from pipeline.reporting.charts import FRAME, HEIGHT, WIDTH, Chart, names, point, tip
 from pipeline.reporting.figures import QUANTISED, Row
-from pipeline.reporting.plot import Box, Scale, place_labels, scale, tag
+from pipeline.reporting.plot import Box, Scale, tag
 from pipeline.reporting.rows import zero_shot
 
 FARTHEST = 8.0  # times the median of what was forgotten: what lies beyond is named, not drawn
@@ -74,7 +75,7 @@ def _chart(rows: Sequence[Row], base: Row, axis: Axis, colour: dict[str, str]) -
     parts = [*_axes(x, y, axis), *_beyond(shown, at, x, axis, colour), *_names(shown, at, x, y, axis)]
     for (row, lost, gain), (px, py) in zip(shown, at, strict=True):
         parts.append(point(px, py, colour[row.family], row.precision in QUANTISED, _tip(row, axis, lost, gain), row.name))
-    return Chart(axis.heading, svg(HEIGHT, parts, f"Test result above zero-shot against: {axis.title}"), left_out)
+    return Chart(axis.heading, plot.svg(WIDTH, HEIGHT, parts, f"Test result above zero-shot against: {axis.title}"), left_out)
 
 
 def _limit(lost: Sequence[float]) -> float:
@@ -87,22 +88,19 @@ def _scales(shown: Sequence[tuple[Row, float, float]], axis: Axis) -> tuple[Scal
     across = [0.0, *(lost for _, lost, _ in shown), *(v for row, _, _ in shown if (v := _in_16bit(row, axis)) is not None)]
     room = 0.12 * (max(across) - min(across)) or 0.01  # where nothing was forgotten at all
     x = Scale(min(across) - room / 2, max(across) + room, FRAME.left, FRAME.right)
-    y = scale([0.0, *(gain for _, _, gain in shown)], FRAME.bottom, FRAME.top, room=0.1)
+    y = plot.scale([0.0, *(gain for _, _, gain in shown)], FRAME.bottom, FRAME.top, room=0.1)
     return x, y
 
 
 def _axes(x: Scale, y: Scale, axis: Axis) -> list[Markup]:
-    parts = []
-    for at in y.ticks():
-        parts.append(tag("line", class_="grid" if at else "axis", x1=FRAME.left, x2=FRAME.right, y1=y(at), y2=y(at)))
-        parts.append(tag("text", _plus(at), class_="tick", x=FRAME.left - 7, y=y(at) + 4, text_anchor="end"))
+    parts = plot.percent_ticks(y, FRAME, show=_plus, zero="axis")
     for at in x.ticks():
         parts.append(tag("line", class_="grid" if at else "axis", x1=x(at), x2=x(at), y1=FRAME.top, y2=FRAME.bottom))
-        parts.append(tag("text", _plus(at), class_="tick", x=x(at), y=FRAME.bottom + 17, text_anchor="middle"))
+        parts += plot.tick(x(at), _plus(at), FRAME, marked=False)
     if not axis.lost:  # as much gained on other domains as on the task's own
         low, high = max(x.low, y.low), min(x.high, y.high)
         parts.append(tag("line", class_="target", x1=x(low), x2=x(high), y1=y(low), y2=y(high)))
-    return [*parts, tag("text", axis.title, class_="title", x=(FRAME.left + FRAME.right) / 2, y=HEIGHT - 10, text_anchor="middle")]
+    return [*parts, plot.axis_title(axis.title, FRAME, 38)]
 
 
 def _plus(at: float) -> str:
@@ -126,13 +124,10 @@ def _beyond(shown: Sequence[tuple[Row, float, float]], at: Sequence[tuple[float,
 
 
 def _names(shown: Sequence[tuple[Row, float, float]], at: Sequence[tuple[float, float]], x: Scale, y: Scale, axis: Axis) -> list[Markup]:
-    dots = [Box(px - 6, py - 6, px + 6, py + 6) for px, py in at]
     zeros = [Box(x(0) - 1, FRAME.top, x(0) + 1, FRAME.bottom), Box(FRAME.left, y(0) - 1, FRAME.right, y(0) + 1)]
     ends = [(px, py, x(v)) for (row, _, _), (px, py) in zip(shown, at, strict=True) if (v := _in_16bit(row, axis)) is not None]
     lines = [Box(min(px, end), py - 1, max(px, end), py + 1) for px, py, end in ends]
-    room = Box(FRAME.left + 2, FRAME.top - 10, WIDTH - 2.0, FRAME.bottom - 2)
-    placed = place_labels([(px, py, row.technique) for (row, _, _), (px, py) in zip(shown, at, strict=True)], [dots, lines, zeros], room)
-    return [part for (row, _, _), where, label in zip(shown, at, placed, strict=True) if label for part in named(row.technique, where, label)]
+    return names([(*where, row.technique) for (row, _, _), where in zip(shown, at, strict=True)], at, lines, zeros)
 
 
 def _tip(row: Row, axis: Axis, lost: float, gain: float) -> Markup:

@@ -6,20 +6,20 @@ Library of `python -m pipeline.report`. A part of the report where some techniqu
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from pipeline.core.files import UserError
 from pipeline.records.finished import Cell
+from pipeline.reporting import plot
 from pipeline.reporting import words as f
 from pipeline.reporting.figures import Row, metric_name
-from pipeline.reporting.plot import LINE, Box, Scale, shorten, stacked, tag, text_width
+from pipeline.reporting.plot import Box, Scale, tag
 from pipeline.reporting.rows import zero_shot
-from pipeline.stats.learning_curve import Crossover, Curve, Estimate, RowsFor, crossover, fit
-from pipeline.stats.learning_noise import Measured
+from pipeline.stats.learning_curve import Crossover, Curve, Estimate, Measured, RowsFor, crossover, fit
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class Line:
 
     @property
     def name(self) -> str:
-        """The technique."""
         return self.curve.technique
 
 
@@ -67,12 +66,13 @@ def growth(rows: Sequence[Row], target: float | None = None) -> Growth | None:
     if target is not None and not 0 < target < 1:
         raise UserError(f"report.target is {target:g}; it is an accuracy between 0 and 1, such as 0.6")
     shown = [r for r in rows if not r.teacher and r.test is not None]
-    constant = {r.technique for r in shown if _constant(r.cells[0])}
+    constant = {r.technique for r in shown if not r.cells[0].result.takes_rows}  # nothing, or a number of demonstrations
     measured = [m for row in shown for cell in row.cells if (m := _measured(cell))]
     curves = fit(measured, constant)
     if not any(c.kind == "power" for c in curves.values()):
         return None
-    smallest, largest = _range(curves.values())
+    sizes = [n for c in curves.values() if c.kind == "power" for n in c.sizes]
+    smallest, largest = min(sizes), max(sizes)
     rows_of = {r.technique: r for r in shown}
     untouched = zero_shot([r for r in shown if r.technique in curves])
     base = untouched.technique if untouched else None
@@ -88,11 +88,6 @@ def growth(rows: Sequence[Row], target: float | None = None) -> Growth | None:
     )
 
 
-def _constant(cell: Cell) -> bool:
-    """Whether the technique takes no more rows than it has at every size: nothing, or a number of demonstrations."""
-    return not cell.result.takes_rows
-
-
 def _measured(cell: Cell) -> Measured | None:
     result = cell.result
     if result.test is None:
@@ -102,18 +97,10 @@ def _measured(cell: Cell) -> Measured | None:
     return Measured(cell.label, result.train_rows + result.validation_rows, result.seed, value, result.test.rows, right or None)
 
 
-def _range(curves: Iterable[Curve]) -> tuple[int, int]:
-    sizes = [n for c in curves if c.kind == "power" for n in c.sizes]
-    return min(sizes), max(sizes)
-
-
 def _line(curve: Curve, row: Row, measured: Sequence[Measured], target: float, smallest: int, largest: int) -> Line:
-    cells: dict[int, list[Measured]] = {}
-    for one in measured:
-        if one.technique == curve.technique:
-            cells.setdefault(one.rows, []).append(one)
+    cells = {n: [one for one in measured if (one.technique, one.rows) == (curve.technique, n)] for n in curve.sizes}
     low, high = (smallest, largest) if curve.kind == "constant" else (curve.sizes[0], curve.sizes[-1])
-    return Line(curve, row.family, row.kind, dict(sorted(cells.items())), curve.at(low), curve.at(high), curve.rows_for(target))
+    return Line(curve, row.family, row.kind, cells, curve.at(low), curve.at(high), curve.rows_for(target))
 
 
 def _halfway(base: str | None, start: float, best: Curve, largest: int) -> str:
@@ -138,15 +125,15 @@ def rows_in_words(needed: RowsFor, constant: bool = False) -> str:
 def sentences(grown: Growth) -> list[str]:
     """The crossovers in words: those that the data can tell, who is ahead throughout, what they cannot tell."""
     texts = [
-        f"`{name}` overtakes {_joined([f'`{c.behind}` at n = {c.rows:,.0f} [{c.low:,.0f}–{c.high:,.0f}]' for c in group])} labelled rows."
+        f"`{name}` overtakes {f.listed([f'`{c.behind}` at n = {c.rows:,.0f} [{c.low:,.0f}–{c.high:,.0f}]' for c in group])} labelled rows."
         for name, group in _by_ahead(grown, "crosses")
     ]
     texts += [
-        f"`{name}` is ahead of {_joined([f'`{c.behind}`' for c in group])} at every size from {group[0].smallest:,} to {group[0].largest:,} rows."
+        f"`{name}` is ahead of {f.listed([f'`{c.behind}`' for c in group])} at every size from {group[0].smallest:,} to {group[0].largest:,} rows."
         for name, group in _by_ahead(grown, "ahead")
     ]
     texts += [
-        f"`{name}` is ahead of {_joined([f'`{c.behind}` from {c.high:,.0f}' for c in group])} rows on; with fewer the data cannot tell."
+        f"`{name}` is ahead of {f.listed([f'`{c.behind}` from {c.high:,.0f}' for c in group])} rows on; with fewer the data cannot tell."
         for name, group in _by_ahead(grown, "ahead_from")
     ]
     untold = [c for c in grown.crossovers if c.verdict == "unclear"]
@@ -167,10 +154,6 @@ def _by_ahead(grown: Growth, verdict: str) -> list[tuple[str, list[Crossover]]]:
     return list(groups.items())
 
 
-def _joined(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def remarks(grown: Growth) -> list[str]:
     """What a reader of the curves should know, as far as it holds here."""
     power = [one for one in grown.lines if one.curve.kind == "power"]
@@ -188,7 +171,7 @@ def remarks(grown: Growth) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return _joined([f"`{name}`" for name in names])
+    return f.listed([f"`{name}`" for name in names])
 
 
 def table(grown: Growth) -> tuple[list[str], list[list[str]]]:
@@ -216,8 +199,6 @@ def summary(grown: Growth | None) -> list[str]:
 
 
 WIDE, NARROW = (760, 430), (380, 360)
-DASHES = (None, "7 4", "2 4", "9 3 2 3")
-"""Techniques of a family share a colour and differ in the dashes."""
 STEPS = 60
 TICK = 34.0  # pixels that a number below the axis needs
 
@@ -228,18 +209,18 @@ def charts(grown: Growth, colour: dict[str, str]) -> list[tuple[str, Markup]]:
 
 
 def _chart(grown: Growth, colour: dict[str, str], width: int, height: int) -> Markup:
-    margin = min(0.29 * width, 14 + max(text_width(one.name) for one in grown.lines))
-    frame = Box(40, 14, width - margin - 8, height - 48)
+    frame, margin = plot.beside_names([one.name for one in grown.lines], width, height)
     x = Scale(grown.smallest, grown.largest, frame.left + 10, frame.right, log=True)
     y = _levels(grown, frame)
     parts = [*_axes(grown, x, y, frame), *_target(grown, y, frame)]
-    dashes = _dashes(grown.lines)
-    parts += [_band(one, x, y, colour[one.family]) for one in reversed(grown.lines)]
-    parts += [_stroke(one, x, y, colour[one.family], dashes[one.name]) for one in reversed(grown.lines)]
-    parts += [part for one in reversed(grown.lines) for part in _points(one, x, y, colour[one.family])]
-    parts += _names(grown.lines, x, y, colour, dashes, width - margin)
-    about = f"Test {grown.metric} against labelled rows, a curve for each of {len(grown.lines)} techniques"
-    return tag("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=about)
+    dashed = dict(zip((one.name for one in grown.lines), plot.dashes([one.family for one in grown.lines]), strict=True))
+    upwards = grown.lines[::-1]
+    parts += [_band(one, x, y, colour[one.family]) for one in upwards]
+    parts += [tag("path", class_=f"line {colour[one.family]}", d=plot.path([(x(n), y(one.curve.value(n))) for n in _along(one, x)]),
+                  stroke_dasharray=dashed[one.name]) for one in upwards]
+    parts += [part for one in upwards for part in _points(one, x, y, colour[one.family])]
+    parts += _names(grown.lines, x, y, colour, width - margin)
+    return plot.svg(width, height, parts, f"Test {grown.metric} against labelled rows, a curve for each of {len(grown.lines)} techniques")
 
 
 def _levels(grown: Growth, frame: Box) -> Scale:
@@ -256,17 +237,9 @@ def _grid(one: Line, grown: Growth, steps: int = 9) -> list[float]:
 
 
 def _axes(grown: Growth, x: Scale, y: Scale, frame: Box) -> list[Markup]:
-    parts = []
-    for at in y.ticks(6):
-        parts.append(tag("line", class_="grid", x1=frame.left, x2=frame.right, y1=y(at), y2=y(at)))
-        parts.append(tag("text", f"{100 * at:g}", class_="tick", x=frame.left - 7, y=y(at) + 4, text_anchor="end"))
-    parts.append(tag("line", class_="axis", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom))
     sizes = sorted({n for one in grown.lines if one.curve.kind == "power" for n in one.curve.sizes})
-    for n in _apart(sizes, x):
-        parts.append(tag("line", class_="axis", x1=x(n), x2=x(n), y1=frame.bottom, y2=frame.bottom + 4))
-        parts.append(tag("text", f.count(n), class_="tick", x=x(n), y=frame.bottom + 17, text_anchor="middle"))
-    title = "Labelled rows, training and validation (log scale)"
-    return [*parts, tag("text", title, class_="title", x=(frame.left + frame.right) / 2, y=frame.bottom + 37, text_anchor="middle")]
+    below = [part for n in _apart(sizes, x) for part in plot.tick(x(n), f.count(n), frame)]
+    return [*plot.percent_ticks(y, frame, 6), plot.base_line(frame), *below, plot.axis_title("Labelled rows, training and validation (log scale)", frame)]
 
 
 def _apart(sizes: Sequence[int], x: Scale) -> list[int]:
@@ -288,15 +261,6 @@ def _target(grown: Growth, y: Scale, frame: Box) -> list[Markup]:
     ]
 
 
-def _dashes(lines: Sequence[Line]) -> dict[str, str | None]:
-    seen: dict[str, int] = {}
-    by_name = {}
-    for one in lines:
-        by_name[one.name] = DASHES[seen.get(one.family, 0) % len(DASHES)]
-        seen[one.family] = seen.get(one.family, 0) + 1
-    return by_name
-
-
 def _ends(one: Line, x: Scale) -> tuple[float, float]:
     return (x.low, x.high) if one.curve.kind == "constant" else (one.curve.sizes[0], one.curve.sizes[-1])
 
@@ -309,16 +273,7 @@ def _along(one: Line, x: Scale) -> list[float]:
 def _band(one: Line, x: Scale, y: Scale, colour: str) -> Markup:
     edges = [(x(n), one.curve.at(n)) for n in _along(one, x)[:: 1 if one.curve.kind == "power" else STEPS]]
     edge = [(px, y(e.high)) for px, e in edges] + [(px, y(e.low)) for px, e in reversed(edges)]
-    return tag("path", class_=f"spread {colour}", d=_path(edge) + "Z")
-
-
-def _stroke(one: Line, x: Scale, y: Scale, colour: str, dash: str | None) -> Markup:
-    at = [(x(n), y(one.curve.value(n))) for n in _along(one, x)]
-    return tag("path", class_=f"line {colour}", d=_path(at), stroke_dasharray=dash)
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + " L".join(f"{px:.1f},{py:.1f}" for px, py in points)
+    return tag("path", class_=f"spread {colour}", d=plot.path(edge) + "Z")
 
 
 def _points(one: Line, x: Scale, y: Scale, colour: str) -> list[Markup]:
@@ -327,12 +282,10 @@ def _points(one: Line, x: Scale, y: Scale, colour: str) -> list[Markup]:
     for n, cells in one.cells.items():
         if not x.low <= n <= x.high:
             continue
-        mean = math.fsum(c.accuracy for c in cells) / len(cells)
+        mean = statistics.fmean(c.accuracy for c in cells)
         same = len({c.accuracy for c in cells}) == 1
         parts += [tag("circle", class_=f"seed-dot {colour}", cx=x(n), cy=y(c.accuracy), r=1.8) for c in cells if not same]
-        dot = tag("circle", class_=f"dot {colour}", cx=x(n), cy=y(mean), r=3.5)
-        hit = tag("circle", class_="hit", cx=x(n), cy=y(mean), r=11)
-        parts.append(tag("a", tag("title", _tip(one, n, mean)), hit, dot, class_="point", href=f"#{f.anchor(one.name)}"))
+        parts.append(plot.dot(x(n), y(mean), colour, tag("title", _tip(one, n, mean)), f"#{f.anchor(one.name)}", 3.5, 11))
     return parts
 
 
@@ -345,11 +298,11 @@ def _tip(one: Line, n: int, mean: float) -> str:
     ])
 
 
-def _names(lines: Sequence[Line], x: Scale, y: Scale, colour: dict[str, str], dashes: dict[str, str | None], left: float) -> list[Markup]:
+def _names(lines: Sequence[Line], x: Scale, y: Scale, colour: dict[str, str], left: float) -> list[Markup]:
     """Each technique's name beside the end of its line, a piece of the line before it."""
     ends = [(x(_ends(one, x)[1]), y(one.curve.value(_ends(one, x)[1]))) for one in lines]
     parts = []
-    for one, (px, py), level in zip(lines, ends, stacked([py for _, py in ends], LINE), strict=True):
+    for one, (px, py), level in zip(lines, ends, plot.stacked([py for _, py in ends], plot.LINE), strict=True):
         parts.append(tag("line", class_="leader", x1=px + 5, y1=py, x2=left - 4, y2=level))
-        parts.append(tag("text", shorten(one.name, 2 * left), class_=f"name {colour[one.family]}", x=left, y=level + 4))
+        parts.append(tag("text", plot.shorten(one.name, 2 * left), class_=f"name {colour[one.family]}", x=left, y=level + 4))
     return parts

@@ -24,11 +24,11 @@ from pipeline.reporting import costs as report_complexity
 from pipeline.reporting import forgetting, tuning
 from pipeline.reporting import words as f
 from pipeline.reporting.charts import by_rows, colours, costs, forest, scatter, training_curves
-from pipeline.reporting.figures import RESUMED, SHARED, Figure, Row, columns, metric_name, remarks, timing_notes
+from pipeline.reporting.figures import RESUMED, SHARED, Row, columns, metric_name, remarks
 from pipeline.reporting.growth import Growth, charts, sentences
 from pipeline.reporting.growth import remarks as growth_remarks
 from pipeline.reporting.growth import table as growth_table
-from pipeline.reporting.rows import by_group
+from pipeline.reporting.rows import by_group, tier_notes, timing_notes
 from pipeline.reporting.text import opening, provenance, rows_in_words, warnings
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -40,7 +40,6 @@ PHASES = {
 
 
 def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Growth | None = None, tunings: tuning.Tunings | None = None) -> str:
-    """The HTML page."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -77,12 +76,10 @@ def _content(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown
     heading = {"experiment": experiment, "task": first.task, "model": first.model, "metric": metric_name(rows)}
     words = {"opening": opening(rows, grown), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
     assets = {"css": _asset("report.css") + _asset("panels.css"), "js": _asset("report.js")}
-    return {**heading, **words, **assets, **_table(rows), **_charts(rows, colour), **_cells(rows), **_forecasts(rows)}
-
-
-def _table(rows: Sequence[Row]) -> dict[str, Any]:
     shown, unmeasured = columns(rows)
-    return {"rows": rows, "columns": shown, "groups": _groups(shown), "unmeasured": [c.title for c in unmeasured]}
+    groups = [(name, len(list(members))) for name, members in itertools.groupby(shown, key=lambda c: c.section)]  # runs of columns of one section
+    table = {"rows": rows, "columns": shown, "groups": groups, "unmeasured": [c.title for c in unmeasured]}
+    return {**heading, **words, **assets, **table, **_charts(rows, colour), **_cells(rows), **_forecasts(rows)}
 
 
 def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
@@ -96,6 +93,7 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
         "forest_rows": rows_in_words(largest) if len(groups) > 1 else "",
         "charts": [(name, charts) for name, charts in costly if charts],
         "curves": training_curves(rows, colour),
+        "curve_checks": any(point.get("validation_metric") is not None for r in rows for c in r.cells for point in c.result.history),
         "forgetting": [(rows_in_words(name), charts) for name, group in groups.items() if (charts := forgetting.charts(group, colour))],
         "probed": forgetting.probes(rows),
         "complexity": report_complexity.panels(first), "complexity_missing": report_complexity.unmeasured(first),
@@ -108,12 +106,8 @@ def _cells(rows: Sequence[Row]) -> dict[str, Any]:
         alias = f.anchor(row.technique)  # where a learning curve's point leads
         details.append((row, [_detail(c, row.own_notes) for c in row.cells], "" if alias in names else alias))
         names.add(alias)
-    return {"phase_names": PHASES, "timelines": _timelines(rows), "timing_notes": timing_notes(rows), "details": details}
-
-
-def _groups(shown: Sequence[Figure]) -> list[tuple[str, int]]:
-    """(name, number of columns) of every run of columns of one group."""
-    return [(name, len(list(members))) for name, members in itertools.groupby(shown, key=lambda c: c.section)]
+    notes = {"tier_notes": tier_notes(rows), "timing_notes": timing_notes(rows)}
+    return {"phase_names": PHASES, "timelines": _timelines(rows), **notes, "details": details}
 
 
 def _asset(name: str) -> Markup:

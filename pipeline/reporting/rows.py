@@ -1,7 +1,4 @@
-"""The rows of the comparison: one a technique and number of training rows, means over its seeds, and how they stand to each other.
-
-Library of `python -m pipeline.report`.
-"""
+"""The rows of the comparison: one a technique and number of training rows, means over its seeds, and how they stand to each other."""
 
 from __future__ import annotations
 
@@ -10,9 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pipeline.records.finished import Cell, check_comparable
-from pipeline.reporting.figures import FIGURES, QUANTISED, Row, finished, notes_of
+from pipeline.reporting.figures import FIGURES, QUANTISED, RESUMED, SHARED, Row, finished, notes_of
 from pipeline.stats import tiers
-from pipeline.stats.tiers import Runs
+from pipeline.stats.tiers import FEW, Runs
+
+ONE_SEED = "One seed: tiers and p-values compare these weights, not the techniques; with another seed the techniques may come in another order."
 
 
 def by_group(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -100,3 +99,22 @@ def _against_best(rows: list[Row], answers: Mapping[str, Runs]) -> list[Row]:
         return dataclasses.replace(row, standing="below" if one.significant else "near", against_best_p=one.corrected)
 
     return [placed(r) for r in rows]
+
+
+def timing_notes(rows: Sequence[Row]) -> list[str]:
+    """What the marks at times stand for, those that occur."""
+    resumed = [f"{RESUMED} resumed, or packed with other cells: no single run's time"]
+    shared = [f"{SHARED} imports and base were read once for several cells: their start-up and load are missing from the total"]
+    return resumed * any(r.timing for r in rows) + shared * any(r.shared_process for r in rows)
+
+
+def tier_notes(rows: Sequence[Row]) -> list[str]:
+    """What the letters of a group are: of these weights or of the techniques, and corrected how."""
+    sizes = [sum(bool(r.letters) for r in group) for group in by_group(rows).values()]
+    corrected = "corrected for all pairs: where techniques are alike, at most 5% of experiments show any difference"
+    if max(sizes, default=0) > FEW:
+        corrected = (f"of more than {FEW} techniques corrected as a false-discovery rate: of the differences shown at most 5% should be chance, "
+                     "so a false one among them is no rarity")
+    if any(r.one_seed for r in rows):
+        return [f"{ONE_SEED} Letters are a test over the rows alone, {corrected.partition(':')[0]} (docs/statistics.md)"]
+    return [f"tier: a test over seeds and rows, {corrected} (docs/statistics.md)"] if any(sizes) else []

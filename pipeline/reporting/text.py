@@ -12,8 +12,8 @@ from typing import Any
 from pipeline.records.finished import Cell
 from pipeline.records.runs import hardware_name
 from pipeline.reporting import words as f
-from pipeline.reporting.figures import METRICS, Row, columns, interval, remarks, timing_notes
-from pipeline.reporting.rows import by_group, common_notes, zero_shot
+from pipeline.reporting.figures import METRICS, Row, columns, interval, remarks
+from pipeline.reporting.rows import ONE_SEED, by_group, common_notes, tier_notes, timing_notes, zero_shot
 from pipeline.stats.tiers import FEW
 
 CURVES = 2  # sentences about learning curves in the opening
@@ -49,7 +49,7 @@ def _headline(ranked: list[Row]) -> str:
     rows = f" with {best.labelled_rows:,} labelled rows" if best.labelled_rows else ""
     place = f"On `{best.results[0].task}`{rows}, "
     if not near:
-        return f"{place}`{best.technique}` is ahead of all others by more than chance."
+        return f"{place}{'this run of ' * best.one_seed}`{best.technique}` is ahead of all others by more than chance."
     whole = [best, *near]
     who = _listed(whole) if len(whole) <= MANY else f"{len(whole)} of {len(ranked)} techniques"
     return f"{place}{who} cannot be told apart{_saving(_close(whole))}."
@@ -91,17 +91,17 @@ def _apart(ranked: list[Row]) -> str:
         why = "The answers to single rows are not kept" if ranked[0].metric == "accuracy" else "This metric is no share of the rows"
         return f"{why}, so nothing is said here about which differences are more than chance."
     near = [r for r in ranked if r.standing == "near"]
-    seeds = "" if ranked[0].covers_seeds else " (over the test rows; one seed says nothing of how much the figures move from seed to seed)"
+    seeds = f" {ONE_SEED}" if ranked[0].one_seed else ""
     if not near:
-        return f"All others are below it by more than chance{seeds}." if all(r.standing for r in ranked) else ""
+        return f"All others are below it by more than chance.{seeds}" if all(r.standing for r in ranked) else ""
     if len(near) <= MANY:
-        return f"{_listed(near)} cannot be told apart from it{seeds}."
+        return f"{_listed(near)} cannot be told apart from it.{seeds}"
     last, single = near[-1], sum(r.seeds == 1 and r.kind != "base" for r in near)
     why = f"; {single} of these ran with one seed" if single and ranked[0].covers_seeds else ""
     pairs = len(ranked) * (len(ranked) - 1) // 2
-    why += f". Of the differences that the tiers show among {pairs:,} pairs, at most 5% should be chance" if len(ranked) > FEW else ""
+    why += f". Of the differences that the tiers show among {pairs:,} pairs, at most 5% should be chance (a false-discovery rate)" if len(ranked) > FEW else ""
     first = ", ".join(f"`{r.technique}`" for r in near[:3])
-    return f"{first} and {len(near) - 3} others, down to `{last.technique}` at {f.percent(last.test)}%, cannot be told apart from it{seeds}{why}."
+    return f"{first} and {len(near) - 3} others, down to `{last.technique}` at {f.percent(last.test)}%, cannot be told apart from it{why}.{seeds}"
 
 
 def _gain(ranked: list[Row]) -> str:
@@ -136,7 +136,7 @@ def _costs(ranked: list[Row]) -> str:
         return ""
     which = "that hold up with the best, itself included" if len(near) <= MANY else f"within {f.percent(CLOSE)} points of the best, itself included"
     whom = f"Of the trained techniques {which}" if pool is good else "Of the trained techniques"
-    return f"{whom}, " + "; ".join(f"`{name}` {_and(parts)}" for name, parts in by_name.items()) + "."
+    return f"{whom}, " + "; ".join(f"`{name}` {f.listed(parts)}" for name, parts in by_name.items()) + "."
 
 
 def _one_kind(rows: list[Row]) -> list[Row]:
@@ -153,10 +153,6 @@ def _cheapest(rows: list[Row], cost: Callable[[Row], float | None], show: Callab
     return cheap, f"{claim} ({show(low)}; `{dear}`: {show(high)}, {f.times(high / low)} times as much)"
 
 
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def _teacher(rows: Sequence[Row]) -> str:
     row = next((r for r in rows if r.teacher and r.test is not None), None)
     if row is None:
@@ -167,7 +163,7 @@ def _teacher(rows: Sequence[Row]) -> str:
 
 
 def _listed(rows: Sequence[Row]) -> str:
-    return _and([f"`{r.technique}`" for r in rows])
+    return f.listed([f"`{r.technique}`" for r in rows])
 
 
 def _few(names: Sequence[str], most: int = 12) -> str:
@@ -272,7 +268,7 @@ def markdown(experiment: str, rows: Sequence[Row], missing: Sequence[str], extra
 def _footnotes(rows: Sequence[Row], unmeasured: Sequence[str]) -> list[str]:
     cells = [c for r in rows for c in r.cells]
     notes = [f"not measured: {', '.join(unmeasured)}"] if unmeasured else []
-    notes += timing_notes(rows)
+    notes += tier_notes(rows) + timing_notes(rows)
     if any(interval(r) for r in rows):
         notes.append("brackets after accuracy: 95% interval; with several seeds from the lowest to the highest bound of theirs")
     by_note: dict[str, list[str]] = {}

@@ -16,13 +16,13 @@ from pipeline.core.compose import SUFFIX
 from pipeline.core.files import UserError
 from pipeline.records.finished import COMPARABLE
 from pipeline.records.tuned import Edge, Tuned, expected_best
+from pipeline.reporting import plot
 from pipeline.reporting import words as f
 from pipeline.reporting.figures import Row
-from pipeline.reporting.plot import LINE, Box, Scale, scale, shorten, stacked, tag, text_width
+from pipeline.reporting.plot import Box, Scale, tag
 from pipeline.reporting.text import rows_in_words
 
 WIDE, NARROW = (760, 340), (380, 320)
-DASHES = (None, "7 4", "2 4", "9 3 2 3")
 HEADS = ("Technique", "Untuned test, %", "Tuned test, %", "Best validation, %", "Searched", "Trials", "Time")
 Tunings = Mapping[tuple[str, str], Tuned]
 
@@ -64,19 +64,17 @@ def summary(rows: Sequence[Row], tunings: Tunings) -> list[str]:
 
 
 def _lines(rows: Sequence[Row], tunings: Tunings) -> list[Line]:
-    by_name = {(r.technique, r.group): r for r in rows}
-    every = [Line(t, group, by_name.get((name, group)), by_name.get((_after(name), group))) for (name, group), t in tunings.items()]
-    lines = [line for line in every if line.before or line.after]
+    by_name, lines = {(r.technique, r.group): r for r in rows}, []
+    for (name, group), tuned in tunings.items():
+        after = f"{name}-tuned" if "+" in name else f"{name}{SUFFIX}"
+        line = Line(tuned, group, by_name.get((name, group)), by_name.get((after, group)))
+        lines += [line] if line.before or line.after else []
     for line, key in itertools.product(lines, COMPARABLE):
-        tuned, reported = getattr(line.tuned, key), getattr(rows[0].results[0], key)
-        if tuned != reported:
+        ours, reported = getattr(line.tuned, key), getattr(rows[0].results[0], key)
+        if ours != reported:
             path = f"{line.tuned.experiment}/{line.tuned.technique}-n{line.group}.yaml"
-            raise UserError(f"the tuned file {path} has {key}={tuned}, the cells {key}={reported}, which no ranking may mix; move the file away or tune again")
+            raise UserError(f"the tuned file {path} has {key}={ours}, the cells {key}={reported}, which no ranking may mix; move the file away or tune again")
     return sorted(lines, key=lambda line: (line.group, -line.tuned.validation, line.tuned.technique))
-
-
-def _after(technique: str) -> str:
-    return f"{technique}-tuned" if "+" in technique else f"{technique}{SUFFIX}"
 
 
 def _cells(line: Line, several: bool) -> list[tuple[str, str]]:
@@ -129,44 +127,34 @@ def _charts(lines: Sequence[Line], colour: Mapping[str, str]) -> list[tuple[str,
         if len(line.tuned.values) > 1:
             groups.setdefault(line.group, []).append(line)
     several = len(groups) > 1
-    return [(rows_in_words(group) if several else "", [("wide", _chart(part, colour, *WIDE)), ("narrow", _chart(part, colour, *NARROW))])
-            for group, part in groups.items()]
+    sizes = {"wide": WIDE, "narrow": NARROW}
+    return [(rows_in_words(group) if several else "", [(name, _chart(part, colour, *size)) for name, size in sizes.items()]) for group, part in groups.items()]
 
 
 def _chart(lines: Sequence[Line], colour: Mapping[str, str], width: int, height: int) -> Markup:
     curves = {line.tuned.technique: expected_best(line.tuned.values) for line in lines}
-    margin = min(0.29 * width, 14 + max(text_width(name) for name in curves))
-    frame = Box(40, 14, width - margin - 8, height - 48)
+    frame, margin = plot.beside_names(curves, width, height)
     x = Scale(1, max(len(c) for c in curves.values()), frame.left + 10, frame.right)
-    y = scale([v for c in curves.values() for v in c], frame.bottom, frame.top)
+    y = plot.scale([v for c in curves.values() for v in c], frame.bottom, frame.top)
     parts = _axes(x, y, frame, lines[0].tuned.metric)
-    levels = stacked([y(c[-1]) for c in curves.values()], LINE + 1)
-    seen: dict[str, int] = {}
-    for line, level in zip(lines, levels, strict=True):
-        dashes = DASHES[seen.setdefault(line.family, 0) % len(DASHES)]
-        seen[line.family] += 1
-        parts += _curve(line.tuned.technique, curves[line.tuned.technique], x, y, colour[line.family], dashes)
-        parts.append(tag("text", shorten(line.tuned.technique, margin - 14), class_="label", x=frame.right + 12, y=level + 4))
+    levels = plot.stacked([y(c[-1]) for c in curves.values()], plot.LINE + 1)
+    for line, level, dash in zip(lines, levels, plot.dashes([line.family for line in lines]), strict=True):
+        parts += _curve(line.tuned.technique, curves[line.tuned.technique], x, y, colour[line.family], dash)
+        parts.append(tag("text", plot.shorten(line.tuned.technique, margin - 14), class_="label", x=frame.right + 12, y=level + 4))
     about = f"Expected best validation {lines[0].tuned.metric} after k random trials, a curve for each of {len(lines)} techniques"
-    return tag("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=about)
+    return plot.svg(width, height, parts, about)
 
 
 def _axes(x: Scale, y: Scale, frame: Box, metric: str) -> list[Markup]:
-    parts = [tag("text", f"Random trials (expected best validation {metric}, %)", class_="title", x=(frame.left + frame.right) / 2, y=frame.bottom + 37,
-                 text_anchor="middle")]
-    for at in y.ticks(5):
-        parts.append(tag("line", class_="grid", x1=frame.left, x2=frame.right, y1=y(at), y2=y(at)))
-        parts.append(tag("text", f"{100 * at:g}", class_="tick", x=frame.left - 7, y=y(at) + 4, text_anchor="end"))
-    parts.append(tag("line", class_="axis", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom))
+    parts = [plot.axis_title(f"Random trials (expected best validation {metric}, %)", frame), *plot.percent_ticks(y, frame, 5), plot.base_line(frame)]
     whole = [at for at in dict.fromkeys([1, *(round(at) for at in x.ticks(6))]) if x.low <= at <= x.high]
-    return parts + [tag("text", str(at), class_="tick", x=x(at), y=frame.bottom + 17, text_anchor="middle") for at in whole]
+    return parts + [part for at in whole for part in plot.tick(x(at), str(at), frame, marked=False)]
 
 
-def _curve(name: str, values: Sequence[float], x: Scale, y: Scale, colour: str, dashes: str | None) -> list[Markup]:
+def _curve(name: str, values: Sequence[float], x: Scale, y: Scale, colour: str, dash: str | None) -> list[Markup]:
     at = [(x(k), y(v)) for k, v in enumerate(values, 1)]
-    parts = [tag("path", class_=f"line {colour}", d="M" + " L".join(f"{px:.1f},{py:.1f}" for px, py in at), stroke_dasharray=dashes)]
-    for k, ((px, py), value) in enumerate(zip(at, values, strict=True), 1):
+    parts = [tag("path", class_=f"line {colour}", d=plot.path(at), stroke_dasharray=dash)]
+    for k, (where, value) in enumerate(zip(at, values, strict=True), 1):
         title = tag("title", f"{name}\n{k} trial{'s' * (k > 1)}: {f.percent(value)}% expected")
-        hit = tag("circle", class_="hit", cx=px, cy=py, r=9)
-        parts.append(tag("g", title, hit, tag("circle", class_=f"dot {colour}", cx=px, cy=py, r=2.5), class_="point", tabindex=0))
+        parts.append(plot.dot(*where, colour, title, radius=2.5, reach=9))
     return parts

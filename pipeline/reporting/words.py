@@ -1,11 +1,9 @@
-"""How the report writes numbers. What was not measured is an em dash, never a zero.
-
-Library of `python -m pipeline.report`.
-"""
+"""How the report writes numbers. What was not measured is an em dash, never a zero."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 DASH = "—"
@@ -90,6 +88,11 @@ def span(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return ""
     return percent(low) if percent(low) == percent(high) else f"{percent(low)}–{percent(high)}"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """a, b and c."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def anchor(name: str) -> str:

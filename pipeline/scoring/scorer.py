@@ -92,8 +92,9 @@ def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
 
     from pipeline.engine.answering import by_hand
     from pipeline.engine.decode import Cached, Decoder, Handwritten, greedy, unsuited
+    from pipeline.engine.reuse import window_of
 
-    refused = owners is not None or unsuited(model, max(map(len, prompts)) + max_new_tokens)
+    refused = owners is not None or unsuited(model)
     parts = list(_generation_batches(model, [len(p) for p in prompts], max_new_tokens, batch_tokens))
     with torch.inference_mode(), autocast(device, dtype), by_hand(model, dtype, device, 0 if refused else len(prompts)) as written:
 
@@ -101,7 +102,7 @@ def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
             shape = (rows, width, max_new_tokens, end, pad_id, device)
             return Handwritten(written, *shape) if written else Cached(functools.partial(logits_at, model), model.config, *shape)
 
-        if refused:
+        if refused or (window_of(model) and not written):  # transformers' static cache has no place for a window
             yield from _generate(model, prompts, parts, max_new_tokens, end, pad_id, device, owners or ())
         else:
             yield from greedy(make, lambda: autocast(device, dtype, cache=False), prompts, parts, max_new_tokens, device, [] if notes is None else notes)

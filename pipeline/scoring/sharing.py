@@ -34,7 +34,9 @@ def shared_latency(scorer: scoring.Scorer, method: Method, rows: Sequence[dict],
     """Measure it on a cell's model with copies of its adapter, which are removed again; None where the method cannot share a base, or reasons first."""
     if method.sharing == "no" or scorer.reasoning or not counts or not rows:
         return None
-    model, adapters, together = scorer.model, hasattr(scorer.model, "peft_config"), method.sharing == "together"
+    model, adapters = scorer.model, hasattr(scorer.model, "peft_config")
+    experts = any(getattr(config, "target_parameters", None) for config in getattr(model, "peft_config", {}).values())
+    together = method.sharing == "together" and not experts  # PEFT's layers for experts take no mixed batch
     many = {n: [dict(rows[i % len(rows)]) for i in range(n)] for n in counts}
     copies = _copies(model, max(counts)) if adapters and together else []
     own: dict[str, float] = {}

@@ -110,7 +110,6 @@ class Space:
 
     @property
     def size(self) -> float:
-        """How many points there are."""
         return math.prod(p.size for p in self.searched.values())
 
     @property
@@ -155,11 +154,7 @@ class Space:
 
 
 def declared(cfg: DictConfig) -> Space:
-    """What a technique declares to be searched.
-
-    Raises:
-        UserError: an entry of another form, or of a key that the cell does not have.
-    """
+    """What a technique declares to be searched. Raises UserError: an entry of another form, or of a key that the cell does not have."""
     try:
         return parse(tuned.searches(cfg), "search", cfg)
     except UserError as error:
@@ -197,13 +192,13 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
             raise UserError(f"{where} is {entry!r}; write {{times: <number>, of: <a key that is searched>}}")
         return parameter
     _check_values(where, entry, parameter)
-    if key.rpartition(".")[2] == "r":
-        _check_ranks(where, parameter)
+    for number in parameter.extremes if key.rpartition(".")[2] == "r" else ():
+        if type(number) is not int or number < 1:
+            raise UserError(f"{where} contains {number!r}; a rank is a whole number of at least 1")
     return parameter
 
 
 def _around(where: str, parameter: Parameter, value: Any) -> Parameter:
-    """The range around the cell's own value."""
     factor = parameter.factor
     if not is_number(value) or factor is None or factor <= 1 or value <= 0:
         raise UserError(f"{where} has factor {factor!r} of {value!r}; write a factor above 1 of a number above 0, or low and high")
@@ -227,12 +222,6 @@ def _check_values(where: str, entry: Any, parameter: Parameter) -> None:
         raise UserError(f"{where} has step {parameter.step}; a step is above 0, and does not go with log")
 
 
-def _check_ranks(where: str, parameter: Parameter) -> None:
-    for number in parameter.extremes:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise UserError(f"{where} contains {number!r}; a rank is a whole number of at least 1")
-
-
 def _check_exists(cfg: DictConfig, key: str, name: str) -> None:
     parent_key, _, last = key.rpartition(".")
     parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
@@ -253,5 +242,4 @@ def at(cfg: DictConfig, settings: Mapping[str, Any], new_keys: bool = False) -> 
 
 
 def overrides(settings: Mapping[str, Any]) -> list[str]:
-    """The settings as Hydra overrides."""
     return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]

@@ -1,15 +1,12 @@
-"""One search: its settings (the config group sweep), its Optuna study, opened or resumed, and its files trials.csv and best.json.
-
-Library of `python -m pipeline.sweep` and `python -m pipeline.tune`.
-"""
+"""One search: its settings (the config group sweep), its Optuna study, opened or resumed, and its files trials.csv and best.json."""
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import functools
-import io
 import json
 import math
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,18 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cell import identity
 from pipeline.core.compose import RENAMED, plain
-from pipeline.core.files import UserError, sha256, write_json, write_text
-from pipeline.core.settings import Within, build
+from pipeline.core.files import UserError, atomic_path, sha256, write_json, write_text
+from pipeline.core.settings import AtLeast1, Within, build
 from pipeline.measure.machine import provenance
-from pipeline.records.results import Result
+from pipeline.records.results import Result, csv_text
 from pipeline.search.space import Point, Space, at, overrides, parse
 
 if TYPE_CHECKING:
     import optuna
 
-SAMPLERS = ("brute_force", "tpe", "random")
-EXECUTORS = ("auto", "packed", "sequential")
-PRUNERS = ("median", "successive_halving", "hyperband")
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {"validation": "maximize", "peak_memory": "minimize"}
 NOT_RANKED = ("task.name", "task.metric", "model.name")
 """Config keys in which the trials of one study are all the same."""
@@ -47,15 +41,13 @@ so that their sum is what the search took.
 
 @dataclass(frozen=True)
 class Sweep:
-    """The config group sweep."""
-
-    sampler: str
+    sampler: Literal["brute_force", "tpe", "random"]
     """brute_force (every point of the choices once, in their order), tpe, or random (n_trials points drawn beforehand, none twice)."""
     space: Space
     """Config key of the cell -> an entry, as pipeline/search/space.py says."""
     objectives: tuple[str, ...] = ("validation",)
     """validation (the task's metric, up), or validation and peak_memory (bytes while training, down)."""
-    n_trials: int | None = None
+    n_trials: AtLeast1 | None = None
     """Trials with an answer to stop at; null: all points (brute_force only)."""
     timeout_s: float | None = None
     """No trial is started later than this."""
@@ -63,19 +55,17 @@ class Sweep:
     """Of the sampler."""
     confirm: bool = True
     """Run the best setting (each Pareto point for two objectives) as a cell that is scored on test."""
-    executor: str = "auto"
+    executor: Literal["auto", "packed", "sequential"] = "auto"
     """sequential (a process a trial, the reference), packed (many trials at once over one base in one process), or auto: packed on a
     GPU where the technique allows it."""
-    slots: int | None = None
+    slots: AtLeast1 | None = None
     """Packed: trials at once; null: as many as the free memory holds."""
     count_errors: bool = False
     """A trial that ends with an error (not for bad input, nor ended from outside) counts as one without a value; else the search ends there."""
-    pruner: str | None = None
+    pruner: Literal["median", "successive_halving", "hyperband"] | None = None
     """Packed: Optuna's pruner, asked at every validation (train.validations); its trial's slot goes to the next one. null: none."""
 
     def check(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"sweep.sampler is {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
         if not self.space.searched:
             raise UserError("sweep.space is empty; name at least one config key with choices or low and high")
         for key, parameter in self.space.searched.items():
@@ -83,23 +73,12 @@ class Sweep:
                 raise UserError(f"sweep.space searches {key!r}, but no ranking may mix trials of several tasks, models or metrics; leave it out and sweep each")
             if self.sampler == "brute_force" and parameter.choices is None:
                 raise UserError(f"sweep.space has a range for {key!r}, but brute_force goes through choices; give choices or choose sampler tpe")
-        if not self.objectives or self.objectives[0] != "validation" or len(set(self.objectives)) != len(self.objectives):
+        if self.objectives not in (("validation",), ("validation", "peak_memory")):
             raise UserError(f"sweep.objectives is {list(self.objectives)}; choose [validation] or [validation, peak_memory]")
-        for name in self.objectives:
-            if name not in OBJECTIVES:
-                raise UserError(f"sweep.objectives names {name!r}; choose from {', '.join(OBJECTIVES)}")
-        if self.executor not in EXECUTORS:
-            raise UserError(f"sweep.executor is {self.executor!r}; choose one of {', '.join(EXECUTORS)}")
         if self.executor == "packed" and "peak_memory" in self.objectives:
             raise UserError("sweep.executor=packed cannot measure peak_memory: trials share it; choose sweep.executor=sequential or drop the objective")
-        if self.slots is not None and self.slots < 1:
-            raise UserError(f"sweep.slots is {self.slots}; it must be at least 1, or null")
-        if self.pruner is not None and self.pruner not in PRUNERS:
-            raise UserError(f"sweep.pruner is {self.pruner!r}; choose null or one of {', '.join(PRUNERS)}")
         if self.pruner is not None and (self.executor == "sequential" or len(self.objectives) > 1):
             raise UserError("sweep.pruner needs packed trials and one objective; set sweep.executor=packed and objectives [validation], or sweep.pruner=null")
-        if self.n_trials is not None and self.n_trials < 1:
-            raise UserError(f"sweep.n_trials is {self.n_trials}; it must be at least 1")
         if self.n_trials is None and self.sampler != "brute_force":
             raise UserError(f"sweep.n_trials is null, which only brute_force takes; set it for {self.sampler}")
 
@@ -109,18 +88,15 @@ class Sweep:
 
     @functools.cached_property
     def points(self) -> list[Point] | None:
-        """All points in the order of the choices (the first n_trials of them); random: those drawn with the seed; None for tpe."""
+        """The first n_trials points in the order of the choices; random: as many different ones, the same for the same seed; None for tpe."""
         if self.sampler == "tpe":
             return None
-        return self._drawn() if self.sampler == "random" else list(self.space.grid())[: self.n_trials]
-
-    def _drawn(self) -> list[Point]:
-        """n_trials different points (all there are, if that is fewer), the same for the same seed, however many are asked for later."""
-        wanted, draws = min(self.n_trials or 0, self.space.size), self.space.draw(self.seed)
+        if self.sampler == "brute_force":
+            return list(self.space.grid())[: self.n_trials]
         points: list[Point] = []
-        while len(points) < wanted:
-            point = next(draws)
-            if point not in points:
+        draws = self.space.draw(self.seed)
+        while len(points) < min(self.n_trials or 0, self.space.size):
+            if (point := next(draws)) not in points:
                 points.append(point)
         return points
 
@@ -152,6 +128,7 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> Study:
     path = folder / "study.db"
     name = f"{cfg.experiment}/{folder.name}"
     try:
+        _create(path)
         study = optuna.create_study(
             storage=f"sqlite:///{path}",
             study_name=name,
@@ -159,9 +136,9 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> Study:
             pruner=_pruner(sweep),
             load_if_exists=True,
         )
-    except OperationalError as error:  # of the place, not of what the file holds
+    except (OperationalError, sqlite3.OperationalError) as error:  # of the place, not of what the file holds
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); free space or fix paths.sweeps, then run again") from error
-    except (SQLAlchemyError, RuntimeError) as error:
+    except (SQLAlchemyError, sqlite3.DatabaseError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be opened as an Optuna study ({str(error).splitlines()[0]}); delete {folder} to start anew"
         ) from error
@@ -172,6 +149,24 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> Study:
     if not study.trials or not (folder / "sweep.json").exists():
         write_json(folder / "sweep.json", _description(cfg, sweep))
     return Study(study, sweep, folder)
+
+
+def _create(path: Path) -> None:
+    """Make an empty database of Optuna's, whole or not at all.
+
+    Raises:
+        UserError: a symbolic link is there. sqlite3.DatabaseError: a file that is no database of Optuna's, which is left as it is.
+    """
+    import optuna
+
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, through which nothing is written; remove it, or set paths.sweeps to another folder")
+    if not path.exists():
+        with atomic_path(path) as beside:
+            optuna.storages.RDBStorage(f"sqlite:///{beside}").engine.dispose()
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'studies'").fetchall():
+            raise sqlite3.DatabaseError("it has no table of studies")
 
 
 def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
@@ -227,18 +222,9 @@ def _decides(cfg: DictConfig, key: str, value: Any) -> bool:
 def _description(cfg: DictConfig, sweep: Sweep) -> dict[str, Any]:
     about = provenance()
     return {
-        "experiment": cfg.experiment,
-        "technique": cfg.technique.name,
-        "task": cfg.task.name,
-        "model": cfg.model.name,
-        "seed": cfg.seed,
-        "train_rows": cfg.train_rows,
-        "metric": cfg.task.get("metric", "accuracy"),
-        "sampler": sweep.sampler,
-        "space": sweep.space.entries,
-        "objectives": list(sweep.objectives),
-        "settings": sweep.space.keys,
-        "provenance": {key: about[key] for key in ("started", "git_commit", "git_dirty")},
+        **{key: cfg[key] for key in ("experiment", "seed", "train_rows")}, **{key: cfg[key].name for key in ("technique", "task", "model")},
+        "metric": cfg.task.get("metric", "accuracy"), "sampler": sweep.sampler, "space": sweep.space.entries, "objectives": list(sweep.objectives),
+        "settings": sweep.space.keys, "provenance": {key: about[key] for key in ("started", "git_commit", "git_dirty")},
     }
 
 
@@ -321,13 +307,8 @@ class Study:
         }
 
     def write_trials(self) -> None:
-        """trials.csv."""
         columns = ["number", "state", "status", *self.sweep.space.keys, *self.sweep.objectives, "seconds", "started", *NUMBERS]
-        out = io.StringIO()
-        writer = csv.DictWriter(out, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows())
-        write_text(self.folder / "trials.csv", out.getvalue())
+        write_text(self.folder / "trials.csv", csv_text(columns, self.rows()))
 
     def table(self) -> str:
         shown = ["number", "status", *self.sweep.space.keys, *self.sweep.objectives, "seconds"]
@@ -347,12 +328,7 @@ class Study:
         candidates = [t for t in self.stored.best_trials if not _diverged(t)] or complete if several else complete
         front = sorted(candidates, key=lambda t: (-t.values[0], *t.values[1:], sweep.space.order(t.params)))
         last = max(t.datetime_complete for t in trials if _has_answer(t) and t.datetime_complete)
-        best = {
-            **_choice(front[0], sweep),
-            "variant": "best",
-            "front": [_choice(t, sweep) for t in front] if several else None,
-            "finished": _utc(last),
-        }
+        best = {**_choice(front[0], sweep), "variant": "best", "front": [_choice(t, sweep) for t in front] if several else None, "finished": _utc(last)}
         write_json(self.folder / "best.json", best)
         return best
 
@@ -376,17 +352,12 @@ def _point(trial: optuna.trial.FrozenTrial) -> Point:
 
 
 def numbers(result: Result) -> dict[str, Any]:
-    nll = result.scores["validation"].nll if "validation" in result.scores else None
+    nll, memory = getattr(result.scores.get("validation"), "nll", None), result.memory
     return {
-        "train_s": result.phases.train_s if result.phases else None,
-        "tokens_per_s": result.work.tokens_per_s if result.work else None,
-        "peak_bytes": result.memory.peak_bytes if result.memory else None,
-        "memory_kind": result.memory.kind if result.memory else None,
-        "packed": result.packed,
-        "slots": result.slots,
-        "nll": nll if nll is not None and math.isfinite(nll) else None,
-        "hardware": result.hardware.get("gpu") or result.hardware.get("cpu"),
-        "diverged": result.status == "diverged",
+        "train_s": result.phases.train_s if result.phases else None, "tokens_per_s": result.work.tokens_per_s if result.work else None,
+        "peak_bytes": memory.peak_bytes if memory else None, "memory_kind": memory.kind if memory else None,
+        "packed": result.packed, "slots": result.slots, "nll": nll if nll is not None and math.isfinite(nll) else None,
+        "hardware": result.hardware.get("gpu") or result.hardware.get("cpu"), "diverged": result.status == "diverged",
     }
 
 
@@ -396,7 +367,6 @@ def short(values: Point) -> str:
 
 
 def number(value: Any) -> str:
-    """A figure of a setting for people."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -408,11 +378,6 @@ def _utc(moment: datetime | None) -> str | None:
 def _choice(trial: optuna.trial.FrozenTrial, sweep: Sweep) -> dict[str, Any]:
     chosen = sweep.space.complete(trial.params)
     return {
-        "params": trial.params,
-        "value": trial.values[0],
-        "values": dict(zip(sweep.objectives, trial.values, strict=True)),
-        "trial": trial.number,
-        "overrides": overrides(chosen),
-        "settings": chosen,
-        "variant": short(trial.params).replace("=", "").replace(" ", "-"),
+        "params": trial.params, "value": trial.values[0], "values": dict(zip(sweep.objectives, trial.values, strict=True)), "trial": trial.number,
+        "overrides": overrides(chosen), "settings": chosen, "variant": short(trial.params).replace("=", "").replace(" ", "-"),
     }

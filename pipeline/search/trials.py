@@ -18,6 +18,7 @@ from pipeline.cell import grid as cell_grid
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
 from pipeline.cell.packing import attempt, signals
+from pipeline.core import locks as core_locks
 from pipeline.core.files import Unsuited, UserError
 from pipeline.measure.clock import Phases, Stopwatch, now
 from pipeline.measure.machine import hardware, provenance
@@ -43,20 +44,12 @@ TPE_AT_ONCE = 10
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the sweep's folder. Whoever holds it knows that a trial still marked as running is dead."""
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=LOCK_S)
-    except Timeout as error:
-        raise UserError(f"another sweep is at work in {folder}; wait for it, or end it") from error
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free space or fix paths.sweeps, then run again") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(core_locks.held(folder / ".lock", LOCK_S))
+        except core_locks.Busy as error:
+            raise UserError(f"another sweep is at work in {folder}, in {core_locks.holder(folder / '.lock')}; wait for it, or end it") from error
         yield
-    finally:
-        lock.release()
 
 
 @dataclass
@@ -77,7 +70,6 @@ class Trials:
         return in_time and self.study.answered + running < self.study.sweep.target
 
     def ended(self, trial: optuna.Trial, chosen: Point, result: Result, pruned: bool = False) -> None:
-        """Keep and show what became of a trial."""
         self.study.tell(trial, result, self.lap.lap(), pruned)
         self.study.write_trials()
         print(f"trial {self.study.answered} of {self.study.sweep.target}: {short(chosen)}: {_outcome(result, pruned)}", flush=True)
@@ -208,7 +200,7 @@ def _packed(trials: Trials, shared: inputs.Shared) -> str | None:
         def work(tell: Callable[[int], None], slots: int | None = slots, left_s: float | None = left_s) -> None:
             PackedTrials(open_study(study.folder, cfg, sweep), cfg, left_s).run(shared, slots, tell)
 
-        ended = attempt(work, shared, study.folder / ".pack.json", cfg.memory_limit_gb)
+        ended = attempt(work, shared, cfg.memory_limit_gb)
         if ended.refused and sweep.executor == "packed":
             raise UserError(f"sweep.executor=packed, but {ended.refused}; choose auto or sequential")
         if ended.refused:
@@ -300,19 +292,21 @@ def of_grid(cfg: DictConfig, words: Collection[str]) -> DictConfig:
     return at(cfg, {key: value for key, value in wanted.items() if key not in words})
 
 
-def confirm(cfg: DictConfig, best: dict[str, Any], confirmed: list[DictConfig]) -> int:
-    """Run the best setting, or each point of the front, as a cell of the experiment; test rows are scored here only."""
+def confirm(cfg: DictConfig, best: dict[str, Any], mirror: cell_grid.Mirror) -> int:
+    """Run the best setting, or each point of the front, as a cell of the experiment, and mirror it; test rows are scored here only."""
     code, shared = 0, None
     for choice in best["front"] or [best]:
         variant = f"{cfg.variant}-{choice['variant']}" if cfg.variant else choice["variant"]
         chosen = at(cfg, {**choice["settings"], "variant": variant})
         with locks.alone(chosen):
-            if not cell_grid.is_done(chosen):
+            if cell_grid.is_done(chosen):
+                cell_grid.clear([chosen])
+            else:
                 shared = shared or inputs.preload([chosen])
                 code = max(code, child.run_cell(chosen, shared, now()))
         if code == 130:
             break
         if cell_grid.is_done(chosen):
             print(f"confirmed in {identity.folder_of(chosen)}")
-            confirmed.append(chosen)
+            mirror.put([chosen])
     return code

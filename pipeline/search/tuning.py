@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from pipeline.core.compose import SUFFIX, by_key, without
 from pipeline.core.files import UserError
 from pipeline.core.settings import build
 from pipeline.measure.machine import provenance
-from pipeline.records import mlflow as tracking
 from pipeline.records import tuned
 from pipeline.records.results import rank_key
 from pipeline.records.tuned import Edge
@@ -62,10 +61,11 @@ def each_technique(cfg: DictConfig, words: Sequence[str]) -> list[list[str]]:
 
 @dataclass
 class Shared:
-    """What the searches of one base model read once."""
+    """What searches share: what those of one base model read once, and the mirror."""
 
     model: str | None = None
     loaded: inputs.Shared | None = None
+    mirror: cell_grid.Mirror = field(default_factory=cell_grid.Mirror)
 
     def of(self, cfg: DictConfig) -> inputs.Shared:
         if self.loaded is None or self.model != cfg.model.name:
@@ -88,7 +88,7 @@ def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
     first = math.ceil(budget * FIRST_SHARE)
     try:
         trials = _part("declared", cfg, space, first, shared)
-        added, edges = widened(space, best_of(trials)["params"], _tried(trials))
+        added, edges = widened(space, trials)
         left = budget - len(trials)
         for e in edges:
             then = f"{left} trials go to {e.widened}" if e.widened else "there is no room to widen it"
@@ -98,11 +98,9 @@ def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
             edges = [replace(e, still=_still(e, added, trials)) for e in edges]
         else:
             trials = _part("declared", cfg, space, budget, shared)
-            edges = [replace(e, widened=None) for e in widened(space, best_of(trials)["params"], _tried(trials))[1]]
+            edges = [replace(e, widened=None) for e in widened(space, trials)[1]]
     finally:
-        for folder in (_folder(cfg, part) for part in PARTS):
-            if (folder / "sweep.json").exists():
-                tracking.log_sweep(folder, cfg)
+        shared.mirror.sweeps(cfg, *(_folder(cfg, part) for part in PARTS))
     result = _tuned(cfg, space, budget, trials, edges)
     tuned.write(tuned.path_of(cfg), result)
     return result
@@ -122,12 +120,14 @@ def _sweep(cfg: DictConfig, space: Space, trials: int, part: str = "declared") -
 
 
 def _part(part: str, cfg: DictConfig, space: Space, trials: int, shared: Shared) -> list[dict[str, Any]]:
-    """Trials over one space, those that were made before included. Every one that counts, in the order they were asked for."""
+    """Trials over one space, those that were made before included. Every one that counts, in the order of the draws: a kill changes nothing."""
     folder = _folder(cfg, part)
     with alone(folder):
         study = open_study(folder, cfg, _sweep(cfg, space, trials, part))
         search(study, cfg, lambda: shared.of(cfg))
+        drawn = study.sweep.points or []
         rows = [row for row in study.rows() if row["status"] != "died"]
+        rows.sort(key=lambda row: drawn.index(point) if (point := space.point(row)) in drawn else len(drawn))
         if any(row["validation"] is not None for row in rows):
             study.write_best()
     return [{**row, "part": part, "params": space.point(row), "settings": {key: row[key] for key in space.keys}} for row in rows]
@@ -142,25 +142,19 @@ def best_of(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(valued, key=lambda t: rank_key(t["validation"], t["nll"]))
 
 
-def _tried(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [t["params"] for t in trials]
-
-
 def _tuned(cfg: DictConfig, space: Space, budget: int, trials: Sequence[dict[str, Any]], edges: list[Edge]) -> tuned.Tuned:
     best, about = best_of(trials), provenance()
-    rows = [{**{key: t[key] for key in ("number", "part", "status", "diverged", "validation", "nll")}, "settings": t["settings"]} for t in trials]
+    rows = [{key: t[key] for key in ("number", "part", "status", "diverged", "validation", "nll", "settings")} for t in trials]
     return tuned.Tuned(
         experiment=cfg.experiment, technique=tuned.label(cfg), task=cfg.task.name, model=cfg.model.name, train_rows=cfg.train_rows, seed=cfg.seed,
-        metric=cfg.task.get("metric", "accuracy"), settings=best["settings"],
-        searched={key: space.entries[key] for key in space.searched}, budget=budget, validation=best["validation"],
-        edges=edges, trials=rows,
+        metric=cfg.task.get("metric", "accuracy"), settings=best["settings"], searched={key: space.entries[key] for key in space.searched},
+        budget=budget, validation=best["validation"], edges=edges, trials=rows,
         device_s=round(math.fsum(t["spent_s"] or 0.0 for t in trials), 3), packed=any(t["packed"] for t in trials), hardware=trials[-1]["hardware"],
         provenance={key: about[key] for key in ("started", "git_commit", "git_dirty", "packages")},
     )
 
 
 def summary(result: tuned.Tuned) -> str:
-    """One line on a tuned technique."""
     chosen = " ".join(f"{key}={number(value)}" for key, value in result.settings.items())
     lost = f", {result.failed} without a value" if result.failed else ""
     edge = "".join(f"; {e.key} was at its {e.side} edge" + (" and is again" if e.still else "") for e in result.edges)
@@ -170,15 +164,11 @@ def summary(result: tuned.Tuned) -> str:
 # edges and widening
 
 
-def widened(space: Space, best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> tuple[Space, list[Edge]]:
-    """The space with every range whose best value is at its edge replaced by the part from there on and beyond, and those edges.
-
-    Args:
-        best: the best trial's values by key. tried: every trial's.
-    """
-    parameters, edges = dict(space.parameters), []
+def widened(space: Space, trials: Sequence[dict[str, Any]]) -> tuple[Space, list[Edge]]:
+    """The space with every range whose best value is at its edge replaced by the part from there on and beyond, and those edges."""
+    parameters, edges, best = dict(space.parameters), [], best_of(trials)["params"]
     for key, parameter in space.searched.items():
-        side = edge_of(parameter, best[key], [t[key] for t in tried])
+        side = edge_of(parameter, best[key], [t["params"][key] for t in trials])
         if side:
             beyond = _beyond(parameter, best[key], side)
             parameters[key] = beyond or parameter
@@ -203,10 +193,10 @@ def edge_of(parameter: Parameter, value: Any, tried: Sequence[Any]) -> str | Non
 
 def _still(edge: Edge, added: Space, trials: Sequence[dict[str, Any]]) -> bool:
     """Whether the best value of all is one of the widened part, and at the end of it, too."""
-    best, beyond = best_of(trials), _tried([t for t in trials if t["part"] == "widened"])
+    best, beyond = best_of(trials), [t["params"][edge.key] for t in trials if t["part"] == "widened"]
     if not edge.widened or best["part"] != "widened":
         return False
-    return edge_of(added.parameters[edge.key], best["params"][edge.key], [p[edge.key] for p in beyond]) == edge.side
+    return edge_of(added.parameters[edge.key], best["params"][edge.key], beyond) == edge.side
 
 
 def _beyond(parameter: Parameter, value: Any, side: str) -> Parameter | None:
@@ -231,9 +221,9 @@ def _more_choices(parameter: Parameter, side: str, least: float, most: float) ->
     choices: list[Any] = []
     if len(ratios) != 1 and len(steps) != 1:
         return choices
-    last = ordered[-1]
+    last, ratio, step = ordered[-1], min(ratios, default=1), min(steps)
     for _ in range(max(1, len(ordered) // 2)):
-        last = last * ratios.copy().pop() if len(ratios) == 1 else last + steps.copy().pop()
+        last = last * ratio if len(ratios) == 1 else last + step
         if not least <= last <= most or parameter.whole and last != round(last):
             break
         choices.append(round(last) if parameter.whole else float(f"{last:.6g}"))

@@ -7,6 +7,8 @@ request (zero-shot, few-shot, retrieval) share a batch; other adapters are put o
 from __future__ import annotations
 
 import functools
+import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +17,18 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.core.compose import build
-from pipeline.core.files import UserError
+from pipeline.core.files import UserError, read_jsonl, read_object
 from pipeline.core.settings import Settings, read
+from pipeline.data import recipe
 from pipeline.data.choices import Items
 from pipeline.data.rows import Encoder
 from pipeline.methods.base import Method
-from pipeline.models.base import cast, device_of, load_model, load_tokenizer, most_tokens, resolve
+from pipeline.models.base import cast, device_of, load_model, load_tokenizer, most_tokens, pickle_alone, resolve
 from pipeline.objectives.base import Objective
 from pipeline.records.finished import cell_config, finished, needed
-from pipeline.records.results import Result
+from pipeline.records.results import Forgetting, Result, Score
 from pipeline.scoring import answers
+from pipeline.scoring.probes import Probing
 from pipeline.scoring.scorer import WHOLE, Scorer
 
 NO_ADAPTER = "__base__"  # PEFT's name for a row that the base answers by itself
@@ -47,7 +51,7 @@ class Base:
         dtype = resolve(settings.precision, device)[1]
         trusted = settings.model.trust_remote_code
         model = started(cfg, dtype)[0] if cfg.start else load_model(folder, settings.precision, device, trust_remote_code=trusted)
-        return cls(model, load_tokenizer(folder), device, dtype)
+        return cls(model, load_tokenizer(folder, trusted), device, dtype)
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,18 @@ class Artefact:
         method = build(cfg.method, "method")
         if not (folder / "artefact.json").exists():
             raise UserError(f"{folder} has no artefact; run the cell again, or dvc checkout it")
+        if pickle := pickle_alone(folder):
+            raise UserError(f"{folder} has pickle weights only ({pickle}), which can run code and no cell writes; run the cell again, or dvc checkout it")
         if method.answers_without_model:
             raise UserError(f"the {method.name} answers without a model; its rows are in rationales/")
         return cls(name, folder, cfg, read(cfg), method, build(cfg.objective, "objective"))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether its rows are answered in one batch with other artefacts' rows; of a LoRA that adapts experts, PEFT's cannot be."""
+        if self.method.sharing != "together" or self.objective.reasoning:
+            return False
+        return not (self.method.peft and read_object(self.folder / "adapter_config.json").get("target_parameters"))
 
     def load(self, base: Base) -> tuple[Any, Any]:
         """(model, state) on the base, which may be changed in place. Raises UserError where the files are damaged."""
@@ -159,7 +172,7 @@ class Multiplexer:
         by_name: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_name.setdefault(request["adapter"], []).append(index)
-        together = [n for n in by_name if self.artefacts[n].method.sharing == "together" and not self.artefacts[n].objective.reasoning]
+        together = [n for n in by_name if self.artefacts[n].mixes]
         self._put(answered, requests, sorted(i for n in together for i in by_name[n]), functools.partial(self._mixed, together))
         for name in by_name:
             if name not in together:
@@ -186,7 +199,8 @@ class Multiplexer:
         """Rows of several artefacts in one batch, choices and generated answers apart."""
         loaded = [n for n in names if self.artefacts[n].method.peft]
         labels = {n: f"a{i}" for i, n in enumerate(loaded)}
-        scorers = {n: self.artefacts[n].scorer(self.base, self.base.model, self._state(n)) for n in names}
+        states = {n: None if n in loaded else self.artefacts[n].load(self.base)[1] for n in names}
+        scorers = {n: self.artefacts[n].scorer(self.base, self.base.model, states[n]) for n in names}
         items = [scorers[row["adapter"]].items([row])[0] for row in rows]  # before any adapter is there: retrieval embeds with the base
         kinds: dict[tuple[str, int], list[int]] = {}
         for index, row in enumerate(rows):
@@ -212,10 +226,6 @@ class Multiplexer:
         return [{"id": row["id"], "prediction": answers.extract(text, scorers[row["adapter"]].task.answer_pattern), "output": text}
                 for row, text in zip(batch, scorer.texts(asked, owners), strict=True)]
 
-    def _state(self, name: str) -> Any:
-        artefact = self.artefacts[name]
-        return None if artefact.method.peft else artefact.load(self.base)[1]
-
     def _attached(self, labels: dict[str, str]) -> Any:
         from peft import PeftModel
 
@@ -238,3 +248,91 @@ def detach(model: Any, base: Base) -> None:
     if hasattr(base.model, "peft_config"):
         del base.model.peft_config
     base.model.eval()
+
+
+def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[dict], Score]:
+    """Predictions and score of an artefact, from the files alone.
+
+    Raises:
+        UserError: no such split or artefact, a damaged one, or a technique whose answers come without a model.
+    """
+    rows = _rows(cfg, split)
+    scorer = scorer_of(cfg.technique.name, artefact, cfg)
+    for note in scorer.check({split: rows}):
+        print(f"note: {note}")
+    predictions = scorer.predict(rows)
+    return [{"split": split, **p} for p in predictions], answers.score(predictions, scorer.task)
+
+
+def probe_artefact(cfg: DictConfig, artefact: Path) -> Forgetting:
+    """What an artefact forgot against its untouched base, from the files alone."""
+    served = Artefact.at(cfg.technique.name, artefact, cfg)
+    base = Base.of(cfg)
+    probing = Probing(cfg, served.settings, base.tokenizer, base.model)
+    if probing.note:
+        print(f"note: {probing.note}")
+    return probing.forgetting(served.load(base)[0])
+
+
+def _rows(cfg: DictConfig, split: str) -> list[dict]:
+    """The split's first rows, as many as the evaluate settings say."""
+    folder = Path(cfg.paths.data) / cfg.task.name
+    kinds = {"test": cfg.evaluate.test_rows, "validation": None}
+    limit = kinds.get(split, cfg.evaluate.transfer_rows)
+    splits = ["validation", "test", *(f"transfer/{p.stem}" for p in sorted((folder / "transfer").glob("*.jsonl")))]
+    if split not in splits:
+        raise UserError(f"unknown split {split!r} of {folder}; there are: {', '.join(splits)}")
+    return read_jsonl(folder / f"{split}.jsonl")[:limit]
+
+
+def read_requests(source: str) -> list[dict[str, Any]]:
+    """Raises UserError naming the line of a request that is none."""
+    if source == "-":
+        try:
+            requests = [json.loads(line) for line in sys.stdin if line.strip()]
+        except json.JSONDecodeError as error:
+            raise UserError(f"standard input has a line that is no JSON ({error}); send one JSON object a line") from error
+    else:
+        requests = read_jsonl(source)
+    for number, row in enumerate(requests, 1):
+        for key in ("adapter", "prompt"):
+            if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]:
+                raise UserError(f"request {number} of {source} has no text {key!r}; every request is {{adapter, prompt}}, choices where the task needs them")
+    if not requests:
+        raise UserError(f"{source} has no request; add lines like {{\"adapter\": \"lora-s0-n160\", \"prompt\": \"…\"}}")
+    return requests
+
+
+def folder_of(root: Path, name: str) -> Path:
+    """A cell's folder. Raises UserError where there is no such cell, or the name leads elsewhere."""
+    cells = sorted(p.parent.name for p in root.glob("*/result.json"))
+    if name not in cells:
+        raise UserError(f"{root} has no cell {name!r} to answer with; there are: {', '.join(cells) or 'none'}")
+    return root / name
+
+
+def check_one_base(results: dict[str, Result]) -> None:
+    """Raises UserError naming two cells that differ in model, precision or start."""
+    first, *others = results
+    for key in ("model", "precision", "start"):
+        for name in others:
+            if (value := _shared(results[name], key)) != (expected := _shared(results[first], key)):
+                raise UserError(f"{name} has {key} {value} and {first} has {expected}; artefacts share a base of one model in one precision, send them apart")
+
+
+def _shared(result: Result, key: str) -> Any:
+    """What artefacts over one base have in common; their start is a cell of one seed and number of rows."""
+    if key != "start":
+        return getattr(result, key)
+    start = result.config.get("start")
+    return start and (start if "/" in start else f"{start}-s{result.seed}-n{result.config['train_rows']} of {result.experiment}")
+
+
+def with_choices(number: int, request: dict[str, Any], artefact: Artefact) -> dict[str, Any]:
+    """The request with its task's fixed choices, where it brings none. Raises UserError where the task needs some."""
+    if artefact.settings.task.scoring != "choice":
+        return request
+    choices = request.get("choices") or recipe.read(artefact.cfg).choice_list
+    if not isinstance(choices, list) or len(set(map(str, choices))) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise UserError(f"request {number}: the task of {request['adapter']} chooses among a row's own choices; give it a list of two or more texts")
+    return {**request, "choices": choices}

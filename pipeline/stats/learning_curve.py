@@ -6,9 +6,19 @@ how often these hold the truth.
 
 A curve is acc(n) = a - b · n^(-c) (a power law that saturates, e.g. Hestness et al., 2017), a <= 1, b >= 0, 0.1 <= c <= 2; a technique
 that takes no more rows than it has at the smallest size is a constant. Weighted least squares over the sizes' means, weights from the
-spread over seeds; intervals from a parametric bootstrap: errors drawn as learning_noise.py tells are added to the fitted
+spread over seeds; intervals from a parametric bootstrap: errors drawn as described below are added to the fitted
 curve, and it is fitted again. Where the means lie farther from the curve than their spread lets them, the seeds' errors are drawn larger by that
 ratio (Birge's): a power law is never quite right.
+
+A cell's accuracy differs from what the technique gives on average for two reasons, which are drawn apart (`errors`):
+
+- The test rows. All cells answer the same ones, so their errors are alike: a normal draw whose covariance is that of the answers
+  over the rows (between different seeds, so that what differs from seed to seed is not counted here). Without predictions: binomial,
+  shared by a technique's sizes.
+- The seed: training rows drawn, their order, initial weights. Its standard deviation is sigma · n^(-slope), sigma a technique's own, the slope
+  common to all; a share of its variance may be common to all sizes of a seed. Three seeds tell little of a spread, so each draw takes
+  another one that the data allow: sigma² · df / chi²(df) (what makes an interval of means Student's t), the common share likewise, and a
+  slope with a chance proportional to its likelihood.
 """
 
 from __future__ import annotations
@@ -16,14 +26,138 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.stats.learning_noise import Key, Measured, Spread, errors, spreads
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
+SLOPES = tuple(i / 50 for i in range(26))
+"""The slopes tried; 0.5 is a spread that falls with the square root of the rows."""
+MOST_COMMON = 0.95
 
-__all__ = ["Crossover", "Curve", "Estimate", "Measured", "RowsFor", "crossover", "fit"]
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell's result on the test rows."""
+
+    technique: str
+    rows: int
+    """Labelled rows that the cell had: training and validation rows."""
+    seed: int
+    accuracy: float
+    """A fraction, as are all accuracies here."""
+    test_rows: int
+    right: Mapping[str, bool] | None = None
+    """Whether each test row, by id, was answered right; None: not known."""
+
+
+Key = tuple[str, int]
+"""Technique and labelled rows."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The spread of one technique over seeds."""
+
+    slope: float
+    parts: tuple[tuple[int, int, float], ...] = ()
+    """(rows, degrees of freedom, variance) of every size with several seeds; none: one seed, nothing is known of it, and it counts as 0."""
+
+    @property
+    def df(self) -> int:
+        """Degrees of freedom that it is known with."""
+        return sum(df for _, df, _ in self.parts)
+
+    def sigma(self, slope: float | None = None) -> float:
+        """The factor of the spread, by maximum likelihood for a slope (its own if none is given)."""
+        slope = self.slope if slope is None else slope
+        return (sum(df * v * n ** (2 * slope) for n, df, v in self.parts) / self.df) ** 0.5 if self.df else 0.0
+
+    def sd(self, rows: float, slope: float | None = None) -> float:
+        """Standard deviation of a cell's accuracy over seeds, at a number of labelled rows."""
+        return self.sigma(slope) * rows ** -(self.slope if slope is None else slope)
+
+
+def spreads(cells: Mapping[Key, Sequence[Measured]]) -> dict[str, Spread]:
+    """Every technique's spread, from the cells of a size that differ in the seed alone; the slope by maximum likelihood over all of them."""
+    parts: dict[str, list[tuple[int, int, float]]] = {technique: [] for technique, _ in cells}
+    for (technique, rows), group in cells.items():
+        if len(group) > 1:
+            parts[technique].append((rows, len(group) - 1, float(np.var([c.accuracy for c in group], ddof=1))))
+    by_technique = {technique: Spread(0.0, tuple(p)) for technique, p in parts.items()}
+    slope = SLOPES[int(np.argmax(_likelihoods(by_technique)))]
+    return {technique: Spread(slope, one.parts) for technique, one in by_technique.items()}
+
+
+def _likelihoods(spread: Mapping[str, Spread]) -> np.ndarray:
+    """The likelihood of every slope over that of the likeliest, all techniques taken together."""
+    known = [s for s in spread.values() if s.sigma()]
+    logs = [-sum(s.df * np.log(s.sigma(g)) - g * sum(df * np.log(n) for n, df, _ in s.parts) for s in known) for g in SLOPES]
+    return np.exp(np.array(logs, dtype=float) - max(logs))
+
+
+def common_share(cells: Mapping[Key, Sequence[Measured]], spread: Mapping[str, Spread]) -> tuple[float, int, int]:
+    """(Q, df, sizes): Q, with df degrees of freedom, expects 1 + (sizes - 1) · the share of the seed variance that all sizes of a seed have in common."""
+    total, df, most = 0.0, 0, 1
+    for technique, one in spread.items():
+        groups = {n: {c.seed: c.accuracy for c in group} for (t, n), group in cells.items() if t == technique}
+        seeds = sorted(set.intersection(*(set(g) for g in groups.values())))
+        if one.sigma() and len(seeds) > 1 and len(groups) > 1:
+            table = np.array([[g[s] for s in seeds] for g in groups.values()])
+            table = (table - table.mean(1, keepdims=True)) / np.array([[one.sd(n)] for n in groups])
+            total += len(groups) * float((table.mean(0) ** 2).sum())
+            df, most = df + len(seeds) - 1, max(most, len(groups))
+    return (total / df if df else 1.0), df, most
+
+
+def row_covariance(cells: Mapping[Key, Sequence[Measured]]) -> np.ndarray:
+    """[M, M] covariance that the choice of test rows gives to the means of the M groups of cells, in their order."""
+    keys = list(cells)
+    known = [c for group in cells.values() for c in group]
+    ids = sorted(set.intersection(*(set(c.right or ()) for c in known)))
+    if len(ids) < 2:
+        sd = np.array([_binomial_sd(cells[k]) for k in keys])
+        same = np.array([[a[0] == b[0] for b in keys] for a in keys])
+        return np.outer(sd, sd) * same
+    each = [np.array([[(c.right or {})[i] for i in ids] for c in cells[k]], dtype=float) for k in keys]
+    cov = np.atleast_2d(np.cov(np.stack([e.mean(0) for e in each]))) / len(ids)
+    for i, answers in enumerate(each):
+        if (seeds := len(answers)) > 1:
+            by_seed = float(np.var(answers, axis=1, ddof=1).sum()) / len(ids) / seeds**2
+            cov[i, i] = max(0.0, (cov[i, i] - by_seed) * seeds / (seeds - 1))
+    return cov
+
+
+def _binomial_sd(group: Sequence[Measured]) -> float:
+    p = sum(c.accuracy for c in group) / len(group)
+    return float((p * (1 - p) / min(c.test_rows for c in group)) ** 0.5)
+
+
+def errors(cells: Mapping[Key, Sequence[Measured]], spread: Mapping[str, Spread], inflation: Mapping[str, float], draws: int, seed: int) -> np.ndarray:
+    """[draws, M] draws of the error of every group's mean accuracy, the same draw of rows for all techniques.
+
+    Args:
+        inflation: what a technique's seed error is multiplied by (1 where its curve fits).
+    """
+    rng = np.random.default_rng(seed)
+    keys = list(cells)
+    values, vectors = np.linalg.eigh(row_covariance(cells))
+    drawn = rng.standard_normal((draws, len(keys))) @ (vectors * np.sqrt(np.clip(values, 0, None))).T
+    q, df, sizes = common_share(cells, spread)
+    common = np.clip((q * df / rng.chisquare(df, draws) - 1) / (sizes - 1), 0, MOST_COMMON) if df and sizes > 1 else np.zeros(draws)
+    chances = _likelihoods(spread)
+    slopes = rng.choice(len(SLOPES), draws, p=chances / chances.sum())
+    for technique, one in spread.items():
+        if not one.sigma():
+            continue
+        scale = np.sqrt(one.df / rng.chisquare(one.df, draws)) * inflation.get(technique, 1.0)
+        shared = rng.standard_normal(draws)
+        for i, (name, rows) in enumerate(keys):
+            if name == technique:
+                z = np.sqrt(common) * shared + np.sqrt(1 - common) * rng.standard_normal(draws)
+                sd = np.array([one.sd(rows, g) for g in SLOPES])[slopes]
+                drawn[:, i] += scale * z * sd / len(cells[name, rows]) ** 0.5
+    return drawn
+
 
 SMALLEST, LARGEST, SHAPES = 0.1, 2.0, 40
 """Range of the exponent c and how many values of it are tried first, evenly in its logarithm."""
@@ -37,17 +171,16 @@ STEPS = 240
 
 @dataclass(frozen=True)
 class Estimate:
-    """An accuracy with its 95% interval, fractions; `extrapolated`: outside the sizes measured."""
+    """An accuracy with its 95% interval, fractions."""
 
     value: float
     low: float
     high: float
-    extrapolated: bool
 
 
 @dataclass(frozen=True)
 class RowsFor:
-    """Labelled rows that an accuracy takes, with a 95% interval, told within the sizes measured.
+    """Labelled rows that an accuracy takes, with a 95% interval, within the sizes measured.
 
     A number equal to `smallest` stands for that many or fewer; None for not reached at `largest`.
     """
@@ -62,8 +195,6 @@ class RowsFor:
 
 @dataclass(frozen=True)
 class Curve:
-    """A technique's fitted learning curve."""
-
     technique: str
     kind: str
     """power, or constant."""
@@ -86,21 +217,15 @@ class Curve:
         return self.misfit_p is None or self.misfit_p >= MISFIT
 
     def value(self, rows: float) -> float:
-        """The fitted accuracy."""
         return min(1.0, max(0.0, self.a - self.b * rows**-self.c))
 
     def at(self, rows: float) -> Estimate:
         """The technique's expected accuracy at a number of labelled rows."""
-        import numpy as np
-
         low, high = np.percentile(self.drawn([rows])[:, 0], [TAIL, 100 - TAIL])
-        outside = self.kind == "power" and not self.sizes[0] <= rows <= self.sizes[-1]
-        return Estimate(self.value(rows), float(low), float(high), outside)
+        return Estimate(self.value(rows), float(low), float(high))
 
     def rows_for(self, target: float) -> RowsFor:
         """The labelled rows at which the curve reaches an accuracy."""
-        import numpy as np
-
         grid = _grid(self.sizes[0], self.sizes[-1])
         crossings = np.array([_last_crossing(grid, self._values(grid)[None] - target)[0], *_last_crossing(grid, self.drawn(grid) - target)])
         ends = [None if np.isinf(v) else float(v) for v in (crossings[0], *_quantiles(crossings[1:]))]
@@ -108,20 +233,16 @@ class Curve:
 
     def drawn(self, rows: Sequence[float] | np.ndarray) -> np.ndarray:
         """[draws, len(rows)] accuracies of the bootstrap draws."""
-        import numpy as np
-
         a, drop, c = self.draws.T[:, :, None]
         return np.clip(a - drop * (np.asarray(rows, dtype=float) / self.sizes[0]) ** -c, 0, 1)
 
     def _values(self, rows: np.ndarray) -> np.ndarray:
-        import numpy as np
-
         return np.array([self.value(n) for n in rows])
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where one technique overtakes another, told within the sizes that both were measured at."""
+    """Where one technique overtakes another, within the sizes that both were measured at."""
 
     ahead: str
     """The technique whose curve is the higher one at `largest`."""
@@ -166,24 +287,22 @@ class _Fit:
     """One technique's means, weights and fitted curve."""
 
     def __init__(self, cells: Mapping[Key, Sequence[Measured]], technique: str, sizes: tuple[int, ...], spread: Spread, constant: bool) -> None:
-        import numpy as np
-
         groups = [cells[technique, n] for n in sizes]
         self.technique, self.sizes, self.spread, self.constant = technique, sizes, spread, constant
         self.seeds = max(map(len, groups))
         self.means = np.array([sum(c.accuracy for c in g) / len(g) for g in groups])
         sd = np.array([spread.sd(n) or 1.0 for n in sizes])
         self.weights = np.array([len(g) for g in groups]) / sd**2
-        self.found = self._fitted(self.means[None])[0]
+        self.fitted = self._fitted(self.means[None])[0]
         self.misfit_p, self.inflation = self._misfit()
 
     def _fitted(self, means: np.ndarray) -> np.ndarray:
-        return fit_constant(means, self.weights) if self.constant else fit_power(self.sizes, means, self.weights)
+        if not self.constant:
+            return fit_power(self.sizes, means, self.weights)
+        return np.stack([means @ self.weights / self.weights.sum(), np.zeros(len(means)), np.ones(len(means))], 1)
 
     def _values(self) -> np.ndarray:
-        import numpy as np
-
-        a, drop, c = self.found
+        a, drop, c = self.fitted
         return a - drop * (np.array(self.sizes) / self.sizes[0]) ** -c
 
     def _misfit(self) -> tuple[float | None, float]:
@@ -196,17 +315,10 @@ class _Fit:
         return float(fdtrc(free, self.spread.df, ratio)), max(1.0, ratio) ** 0.5
 
     def curve(self, errors: np.ndarray) -> Curve:
-        a, drop, c = map(float, self.found)
+        a, drop, c = map(float, self.fitted)
         draws = self._fitted(self._values() + errors)
         return Curve(self.technique, "constant" if self.constant else "power", a, drop * self.sizes[0] ** c, c, self.sizes, self.seeds,
                      self.misfit_p, self.spread, draws)
-
-
-def fit_constant(means: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[B, K] means to [B, 3] curves that do not depend on the rows."""
-    import numpy as np
-
-    return np.stack([means @ weights / weights.sum(), np.zeros(len(means)), np.ones(len(means))], 1)
 
 
 def fit_power(sizes: Sequence[int], means: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -215,8 +327,6 @@ def fit_power(sizes: Sequence[int], means: np.ndarray, weights: np.ndarray) -> n
     For a given c the curve is linear in a and b, and with two bounds the best pair is in closed form. Values of c are tried over their
     range, then the lowest point of the parabola through the best and its neighbours.
     """
-    import numpy as np
-
     n, w = np.asarray(sizes, dtype=float) / sizes[0], weights / weights.sum()
     logs = np.linspace(np.log(SMALLEST), np.log(LARGEST), SHAPES)
     missed = np.stack([_pair(np.array([np.exp(v)]), n, means, w)[2] for v in logs], 1)
@@ -236,8 +346,6 @@ def fit_power(sizes: Sequence[int], means: np.ndarray, weights: np.ndarray) -> n
 
 def _pair(c: np.ndarray, n: np.ndarray, means: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The best a and drop, 0 <= drop and a <= 1, for exponents c [B] or [1], and the weighted squares that they leave."""
-    import numpy as np
-
     x = n ** -c[:, None]
     mean = (x @ w)[:, None]
     drop = np.maximum(0.0, -(means * (w * (x - mean))).sum(1) / ((x - mean) ** 2 @ w))
@@ -249,8 +357,6 @@ def _pair(c: np.ndarray, n: np.ndarray, means: np.ndarray, w: np.ndarray) -> tup
 
 def crossover(one: Curve, other: Curve) -> Crossover:
     """Where one of two curves of the same fit overtakes the other for good, within the sizes that both were measured at."""
-    import numpy as np
-
     ranged = [c for c in (one, other) if c.kind == "power"] or [one, other]
     smallest, largest = max(c.sizes[0] for c in ranged), min(c.sizes[-1] for c in ranged)
     ahead, behind = (one, other) if one.value(largest) >= other.value(largest) else (other, one)
@@ -268,15 +374,11 @@ def crossover(one: Curve, other: Curve) -> Crossover:
 
 
 def _grid(smallest: float, largest: float) -> np.ndarray:
-    import numpy as np
-
     return np.geomspace(smallest, largest, STEPS) if largest > smallest else np.array([float(smallest)])
 
 
 def _last_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     """[B]: from where to the grid's end each row of gaps [B, G] stays at or above 0; its start if everywhere, infinite if not at its end."""
-    import numpy as np
-
     under = gaps < 0
     last = len(grid) - 1 - np.argmax(under[:, ::-1], 1)
     edge = np.where(under.any(1), np.inf, grid[0])
@@ -286,8 +388,6 @@ def _last_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
 
 def _first_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     """[B]: up to where from the grid's start each row of gaps stays below 0; its start if nowhere, its end if everywhere."""
-    import numpy as np
-
     over = gaps >= 0
     first = np.argmax(over, 1)
     edge = np.where(over.any(1), grid[0], grid[-1])
@@ -295,9 +395,7 @@ def _first_crossing(grid: np.ndarray, gaps: np.ndarray) -> np.ndarray:
 
 
 def _between(grid: np.ndarray, gaps: np.ndarray, index: np.ndarray, inside: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """`found`, where `inside` with the zero between grid[index] and the next point, in the logarithm of the rows."""
-    import numpy as np
-
+    """`otherwise`; where `inside`, the zero between grid[index] and the next point, in the logarithm of the rows."""
     rows, at = np.nonzero(inside)[0], index[inside]
     before, after = gaps[rows, at], gaps[rows, at + 1]
     share = before / np.where(before == after, 1, before - after)
@@ -308,7 +406,5 @@ def _between(grid: np.ndarray, gaps: np.ndarray, index: np.ndarray, inside: np.n
 
 def _quantiles(values: np.ndarray) -> tuple[float, float]:
     """The 95% interval's ends; an end among infinite values is infinite."""
-    import numpy as np
-
     low, high = np.percentile(values, [TAIL, 100 - TAIL], method="closest_observation")
     return float(low), float(high)

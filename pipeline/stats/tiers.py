@@ -13,8 +13,8 @@ little of sigma_t, so it is not put in as if it were known: the p-value is avera
 allow (a hierarchical model: sigma_t is log-normal around a spread that all techniques share, with a heterogeneity of its own; TILT and
 HETEROGENEITIES are their priors). Averaging over what is not known is Behrens' and Fisher's answer to unequal variances; sharing it over
 techniques is Smyth's (2004). All pairs are corrected: comparisons with a best that the same data chose, corrected for those alone, find too
-much. Up to FEW techniques hardly any experiment tells a single pair apart falsely (Holm 1979); beyond, pairs are so many that nothing would be
-told at all, and what is kept small is the share of false ones among the differences that are told (Benjamini and Hochberg 1995).
+much. Up to FEW techniques the chance of any false difference is bounded (family-wise, Holm 1979); beyond, pairs are so many that nothing would
+be significant at all, and the share of false ones among the significant differences is bounded (false discovery rate, Benjamini and Hochberg 1995).
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 SIGNIFICANT = 0.05
 FEW = 10
-"""Techniques up to which at most one experiment in twenty tells any false difference; beyond, at most one in twenty of the differences told is false."""
+"""Techniques up to which at most one experiment in twenty has any false difference; beyond, at most one in twenty of the significant ones is false."""
 SPREADS = (0.0015, 0.1, 20)
 """The shared spreads over seeds that are tried: lowest, highest (fractions), how many, evenly in the logarithm."""
 TILT = 0.5
@@ -62,7 +61,6 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the data tell the two apart."""
         return self.corrected < SIGNIFICANT
 
 
@@ -98,25 +96,27 @@ def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Compari
     Args:
         fixed: techniques with nothing random in them, for which one run says all. Several runs with the same answers are taken as that, too.
     """
-    import numpy as np
-
-    runs = {name: [by_row for by_row in seeds.values() if by_row] for name, seeds in answers.items()}
-    runs = {name: seeds for name, seeds in runs.items() if seeds}
-    common = sorted(set.intersection(*(set(by_row) for seeds in runs.values() for by_row in seeds))) if runs else []
-    if not common:
+    right = on_common_rows({name: [by_row for by_row in seeds.values() if by_row] for name, seeds in answers.items()})
+    if not right:
         return None
-    right = {name: np.array([[by_row[i] for i in common] for by_row in seeds], dtype=float) for name, seeds in runs.items()}
     order = sorted(right, key=lambda name: (-right[name].mean(), name))
     ranked = [Technique.of(right[name], name in fixed) for name in order]
-    spreads = Spreads.of(ranked)
-    pairs = {(order[a], order[b]): _Pair.of(ranked, spreads, a, b) for a, b in itertools.combinations(range(len(order)), 2)}
-    raw = [pair.p for pair in pairs.values()]
-    compared = {
+    compared = pairs_of(ranked)
+    raw = [pair.p for pair in compared]
+    pairs = {
         names: Difference(pair.point, pair.point - pair.half, pair.point + pair.half, p, corrected)
-        for (names, pair), p, corrected in zip(pairs.items(), raw, correct(raw, len(order)), strict=True)
+        for names, pair, p, corrected in zip(itertools.combinations(order, 2), compared, raw, correct(raw, len(order)), strict=True)
     }
-    apart = [names for names, one in compared.items() if one.significant]
-    return Comparison({name: float(right[name].mean()) for name in order}, compared, letters(order, apart), len(common), spreads.known)
+    apart = [names for names, one in pairs.items() if one.significant]
+    means = {name: float(right[name].mean()) for name in order}
+    return Comparison(means, pairs, letters(order, apart), right[order[0]].shape[1], any(t.seeds > 1 for t in ranked))
+
+
+def on_common_rows(answers: Mapping[Any, Sequence[Mapping[str, bool]]]) -> dict[Any, np.ndarray]:
+    """[S, n] answers of 0 and 1 on the rows that all runs answered, of every key that has runs; empty where there is no such row."""
+    runs = {key: some for key, some in answers.items() if some}
+    common = sorted(set.intersection(*(set(by_row) for some in runs.values() for by_row in some))) if runs else []
+    return {key: np.array([[by_row[i] for i in common] for by_row in some], dtype=float) for key, some in runs.items()} if common else {}
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,6 @@ class Spreads:
     @classmethod
     def from_variances(cls, sample: Sequence[float], freedom: Sequence[int], flips: Sequence[float]) -> Spreads:
         """From the sample variances of the seeds' means, their degrees of freedom (0: one seed) and the part that single rows' flips have in them."""
-        import numpy as np
-
         nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
         tried = np.minimum(np.geomspace(*SPREADS)[:, None, None] * np.exp(np.array(HETEROGENEITIES)[None, :, None] * nodes), MOST)
         df, v, beside = (np.array(values, dtype=float)[:, None, None, None] for values in (freedom, sample, flips))
@@ -176,8 +174,6 @@ class Spreads:
 
     def mixture(self, a: int, b: int, seeds_a: int, seeds_b: int) -> tuple[np.ndarray, np.ndarray]:
         """(variances that the seeds add to the difference of techniques a and b, their weights), flat. seeds: 0 for one without any."""
-        import numpy as np
-
         def part(variance: np.ndarray, seeds: int, axis: int) -> np.ndarray:
             return np.expand_dims(variance / seeds if seeds else np.zeros_like(variance), axis)
 
@@ -187,7 +183,7 @@ class Spreads:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """Technique number a against number b: the point difference, and what its distance from 0 is measured with (None: rows alone)."""
 
     by_row: np.ndarray
@@ -197,9 +193,7 @@ class _Pair:
     weights: np.ndarray | None
 
     @classmethod
-    def of(cls, ranked: Sequence[Technique], spreads: Spreads, a: int, b: int) -> _Pair:
-        import numpy as np
-
+    def of(cls, ranked: Sequence[Technique], spreads: Spreads, a: int, b: int) -> Pair:
         one, other = ranked[a].right, ranked[b].right
         by_row = one.mean(0) - other.mean(0)
         if not spreads.known:
@@ -214,6 +208,7 @@ class _Pair:
 
     @property
     def p(self) -> float:
+        """Two-sided."""
         if self.spread is None or self.weights is None:
             return sign_flip([round(self.weight * float(d)) for d in self.by_row])
         return chance(abs(self.point), self.spread, self.weights)
@@ -236,18 +231,10 @@ def _mean_variance(by_row: np.ndarray) -> float:
     return float(by_row.var(ddof=1)) / len(by_row) if len(by_row) > 1 else 0.0
 
 
-def differences(ranked: Sequence[Technique], pairs: Sequence[tuple[int, int]]) -> list[tuple[float, float, float]]:
-    """(the first beyond the second, half the 95% interval's width, two-sided p) of chosen pairs of techniques on the same rows, corrected for
-    nothing. The seeds of all techniques tell of the spreads."""
+def pairs_of(ranked: Sequence[Technique], numbers: Sequence[tuple[int, int]] | None = None) -> list[Pair]:
+    """Pairs of techniques on the same rows, by their numbers (None: every two), corrected for nothing. The seeds of all techniques tell of the spreads."""
     spreads = Spreads.of(ranked)
-    compared = [_Pair.of(ranked, spreads, a, b) for a, b in pairs]
-    return [(pair.point, pair.half, pair.p) for pair in compared]
-
-
-def p_values(ranked: Sequence[Technique]) -> list[tuple[int, int, float]]:
-    """(technique number, other, two-sided p) of every pair, corrected for nothing."""
-    spreads = Spreads.of(ranked)
-    return [(a, b, _Pair.of(ranked, spreads, a, b).p) for a, b in itertools.combinations(range(len(ranked)), 2)]
+    return [Pair.of(ranked, spreads, a, b) for a, b in (itertools.combinations(range(len(ranked)), 2) if numbers is None else numbers)]
 
 
 def correct(raw: Sequence[float], techniques: int) -> list[float]:
@@ -276,11 +263,7 @@ def letters(order: Sequence[str], apart: Sequence[tuple[str, str]]) -> dict[str,
             split += [group - {one}, group - {other}] if {one, other} <= group else [group]
         groups = [g for i, g in enumerate(split) if not any(g < h or (g == h and i > j) for j, h in enumerate(split))]
     groups.sort(key=lambda g: sorted(map(order.index, g)))
-    return {name: "".join(_letter(i) for i, group in enumerate(groups) if name in group) for name in order}
-
-
-def _letter(index: int) -> str:
-    return chr(ord("a") + index % 26) + "'" * (index // 26)
+    return {name: "".join(chr(ord("a") + i % 26) + "'" * (i // 26) for i, group in enumerate(groups) if name in group) for name in order}
 
 
 def sign_flip(differences: Sequence[int]) -> float:
@@ -309,10 +292,7 @@ def _tosses(count: int) -> list[tuple[int, float]]:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for being many (Holm 1979), in the order given."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    corrected = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = highest
-    return corrected
+    raw, corrected = np.array(p_values, dtype=float), np.empty(len(p_values))
+    order = raw.argsort(kind="stable")
+    corrected[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(raw), 0, -1) * raw[order]))
+    return corrected.tolist()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.core.files import UserError
+from pipeline.core.settings import AtLeast1, Positive, check_fields
 from pipeline.measure.clock import Stopwatch, now
 
 T = TypeVar("T")
@@ -40,16 +41,14 @@ class Patience:
     half of it and all; a server's Retry-After is waited for where it is longer, up to patience_s.
     """
 
-    attempts: int = 6
-    timeout_s: float = 60.0
+    attempts: AtLeast1 = 6
+    timeout_s: Positive = 60.0
     first_wait_s: float = 1.0
-    longest_wait_s: float = 60.0
+    longest_wait_s: Positive = 60.0
     patience_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for key in ("attempts", "timeout_s", "longest_wait_s"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"config key 'writer.patience.{key}' is {getattr(self, key)}; it must be above 0")
+        check_fields(self, "writer.patience")
 
     def wait_s(self, attempt: int) -> float:
         """Seconds before attempt `attempt` + 1, counted from 1."""

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from pipeline.core.files import UserError
-from pipeline.core.settings import Task
+from pipeline.core.settings import AtLeast1, Task, check_fields
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,15 @@ class Teacher:
         row_seeds: with train_rows=n, the seeds whose n training rows are explained; None: of the config's seed alone.
     """
 
+    works_here: ClassVar[bool] = True
+    """Whether the time that `explain` takes is what the rationales cost; if not, their cost is not known."""
+
     name: str
-    batch_size: int = 256
+    batch_size: AtLeast1 = 256
     row_seeds: list[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"config key 'teacher.batch_size' is {self.batch_size}; it must be at least 1")
-
-    @property
-    def works_here(self) -> bool:
-        """Whether the time that `explain` takes is what the rationales cost; if not, their cost is not known."""
-        return True
+        check_fields(self, "teacher")
 
     def check(self, task: str, row: dict) -> None:
         """Raise UserError, naming what to change, if the teacher cannot explain this task. `row` is a training row."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.core.files import UserError, read_jsonl
+from pipeline.core.settings import AtLeast0, check_fields
 from pipeline.data.recipe import text_of
 from pipeline.scoring.answers import canonical
 
@@ -36,16 +38,15 @@ class Demonstrations:
         rationale_column, answer_column: of the rows' source; only rows whose answer there is right are drawn.
     """
 
-    k: int = 4
+    k: AtLeast0 = 4
     seed: int = 0
-    written: list[dict[str, str]] = field(default_factory=list)
+    written: list[dict[str, Any]] = field(default_factory=list)
     file: str | None = None
     rationale_column: str = "teacher_rationale"
     answer_column: str = "teacher_answer"
 
     def __post_init__(self) -> None:
-        if self.k < 0:
-            raise UserError(f"config key 'teacher.demonstrations.k' is {self.k}; it must be at least 0")
+        check_fields(self, "teacher.demonstrations")
 
     def shots(self, task: str, train: Sequence[dict]) -> list[Shot]:
         """Raises UserError where there are fewer than k, naming the ways to give some."""

@@ -66,7 +66,7 @@ class Lexicon(Teacher):
         compound = _analyser().polarity_scores(text)["compound"]
         label = next(label for label, highest in scale.items() if highest is None or compound <= highest)
         middle = len(scale) % 2 == 1 and label == list(scale)[len(scale) // 2]
-        return Explanation(sentence(scored_words(text), self.subject, label, middle, _but_decides(text)), label)
+        return Explanation(sentence(scored_words(text), self.subject, label, middle, "but" in text.lower().split()[1:-1]), label)
 
 
 def scored_words(text: str) -> list[Word]:
@@ -118,11 +118,6 @@ def _negates(token: str) -> bool:
     from vaderSentiment import vaderSentiment as vader
 
     return token.lower() in ("no", "least") or bool(vader.negated([token.lower()]))
-
-
-def _but_decides(text: str) -> bool:
-    tokens = text.lower().split()
-    return "but" in tokens[1:-1]
 
 
 @functools.cache

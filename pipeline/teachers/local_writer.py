@@ -38,6 +38,8 @@ class LocalWriter(Writer):
         separator: comes before every turn but replies where the tokenizer has no chat template; the text ends where it comes again.
     """
 
+    kind = "local"
+
     models: str
     model: str
     precision: str = "auto"
@@ -45,10 +47,6 @@ class LocalWriter(Writer):
     trust_remote_code: bool = False
     batch_tokens: int = 8192
     separator: str = "\n\n"
-
-    @property
-    def kind(self) -> str:
-        return "local"
 
     @property
     def folder(self) -> Path:
@@ -62,8 +60,8 @@ class LocalWriter(Writer):
     @property
     def settings(self) -> Precision:
         """Raises UserError for a precision that there is not."""
-        found: Precision = build(Precision, {"name": self.precision}, "precision")
-        return found
+        precision: Precision = build(Precision, {"name": self.precision}, "precision")
+        return precision
 
     def identity(self) -> dict[str, Any]:
         files = [self.folder / name for name in TOKENIZER]

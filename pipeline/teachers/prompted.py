@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.files import UserError
-from pipeline.core.settings import Task
+from pipeline.core.settings import AtLeast1, Task
 from pipeline.scoring.answers import canonical, extract
 from pipeline.teachers.base import Explanation, Teacher
 from pipeline.teachers.demonstrations import Demonstrations, Shot
@@ -51,7 +51,7 @@ class Prompted(Teacher):
     answer_pattern: str
     system: str | None = None
     demonstrations: Demonstrations = field(default_factory=Demonstrations)
-    samples: int = 1
+    samples: AtLeast1 = 1
     seed: int = 0
     session: Session = field(default_factory=Session, init=False, repr=False, compare=False)
 
@@ -60,8 +60,6 @@ class Prompted(Teacher):
         _takes("template", self.template, ("prompt", "options"), ("prompt",))
         _takes("options", self.options, ("choices",), ("choices",))
         _takes("reply", self.reply, ("rationale", "answer"), ("rationale", "answer"))
-        if self.samples < 1:
-            raise UserError(f"config key 'teacher.samples' is {self.samples}; it must be at least 1")
         if self.samples > 1 and self.writer.temperature == 0:
             raise UserError(f"teacher.samples={self.samples}, but writer.temperature=0 writes the same text every time; raise it, or set teacher.samples=1")
         try:

@@ -7,9 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline.core.files import read_jsonl
 from pipeline.core.settings import read
-from pipeline.data.rows import load_rows
+from pipeline.data.rows import load_rows, read_rows
 from pipeline.scoring.answers import canonical
 from pipeline.teachers.base import Teacher
 
@@ -18,7 +17,7 @@ SPLITS = ("train", "validation", "test")
 
 def wanted(cfg: DictConfig, data: Path) -> dict[str, list[dict]]:
     """The rows to explain, by split: all, or with train_rows those that such a cell reads."""
-    every = {name: read_jsonl(data / f"{name}.jsonl") for name in SPLITS}
+    every = {name: read_rows(data / f"{name}.jsonl") for name in SPLITS}
     if cfg.train_rows is None:
         return every
     settings = read(cfg)

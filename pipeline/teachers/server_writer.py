@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.core.files import UserError
+from pipeline.core.settings import AtLeast1, Positive
 from pipeline.measure.clock import Stopwatch
 from pipeline.teachers.api_client import Client, Malformed, Pace, Patience, Stopped, address, key_of
 from pipeline.teachers.writers import Completion, Messages, Writer, as_text
@@ -36,16 +37,18 @@ class ServerWriter(Writer):
         input_price, output_price: per million tokens, in `currency`; null: no price is reported.
     """
 
+    kind = "server"
+
     base_url: str
     model: str | None = None
-    api: str = "chat"
+    api: Literal["chat", "completions"] = "chat"
     key_variable: str | None = "OPENAI_API_KEY"
     room_key: str = "max_tokens"
     extra: dict[str, Any] = field(default_factory=dict)
     separator: str = "\n\n"
-    concurrency: int = 4
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
+    concurrency: AtLeast1 = 4
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
     patience: dict[str, Any] = field(default_factory=dict)
     input_price: float | None = None
     output_price: float | None = None
@@ -53,21 +56,9 @@ class ServerWriter(Writer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.api not in PATHS:
-            raise UserError(f"config key 'writer.api' is {self.api!r}; choose chat or completions")
-        if self.concurrency < 1:
-            raise UserError(f"config key 'writer.concurrency' is {self.concurrency}; it must be at least 1")
-        for key in ("requests_per_minute", "tokens_per_minute"):
-            value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise UserError(f"config key 'writer.{key}' is {value}; it must be above 0, or null for no limit")
         if len({value is None for value in (self.input_price, self.output_price, self.currency)}) > 1:
             raise UserError("writer.input_price, writer.output_price (per million tokens) and writer.currency go together; set all three, or none")
         Patience(**self.patience)
-
-    @property
-    def kind(self) -> str:
-        return "server"
 
     def check(self) -> None:
         if not self.model:

@@ -12,18 +12,12 @@ from pipeline.teachers.base import Explanation, Teacher
 
 @dataclass(frozen=True)
 class Stored(Teacher):
-    """Columns of the task's source: a larger model's answers, or people's.
+    """Columns of the task's source: a larger model's answers, or people's. rationale_column, answer_column: names in a row's `fields`."""
 
-    Args:
-        rationale_column, answer_column: names in a row's `fields`.
-    """
+    works_here = False
 
     rationale_column: str = "teacher_rationale"
     answer_column: str = "teacher_answer"
-
-    @property
-    def works_here(self) -> bool:
-        return False
 
     def check(self, task: str, row: dict) -> None:
         for key in ("rationale_column", "answer_column"):

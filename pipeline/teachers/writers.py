@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
+from pipeline.core import locks
 from pipeline.core.files import UserError
+from pipeline.core.settings import AtLeast1, NotNegative, Within, check_fields
 
 Messages = list[dict[str, str]]
 """[{"role": "system" | "user" | "assistant", "content": text}, …]"""
@@ -57,23 +59,15 @@ class Writer:
         top_p: sampling keeps to the likeliest tokens of this share (Holtzman et al., 2020); 1: to all.
     """
 
+    kind: ClassVar[str]
     cache: str
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
+    max_new_tokens: AtLeast1
+    temperature: NotNegative = 0.0
+    top_p: Annotated[float, Within(0, 1, above=True)] = 1.0
     spent: Spent = field(default_factory=Spent, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"config key 'writer.max_new_tokens' is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"config key 'writer.temperature' is {self.temperature}; it must be at least 0 (0 is greedy)")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"config key 'writer.top_p' is {self.top_p}; it is a share above 0, at most 1")
-
-    @property
-    def kind(self) -> str:
-        raise NotImplementedError
+        check_fields(self, "writer")
 
     def check(self) -> None:
         """Raise UserError, naming what to change, if it cannot write: no such model, no key."""
@@ -145,6 +139,12 @@ class Completion:
     completion_tokens: int | None = None
     cut: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for a field of another type: a cache may have been written by anybody."""
+        tokens = (self.prompt_tokens, self.completion_tokens)
+        if not isinstance(self.text, str) or type(self.seconds) not in (int, float) or {*map(type, tokens)} - {int, type(None)} or type(self.cut) is not bool:
+            raise TypeError(f"no answer: {self}")
+
 
 def digest(value: Any) -> str:
     """sha256 of a JSON value, the order of its keys set aside."""
@@ -165,18 +165,8 @@ class Cache:
         Raises:
             UserError: the place cannot be written.
         """
-        from filelock import FileLock, Timeout
-
         path = Path(path)
-        with _refusals(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_suffix(".lock"))
-            try:
-                lock.acquire(timeout=1)
-            except Timeout:
-                print(f"waiting for another run that writes to {path}", file=sys.stderr)
-                lock.acquire()
-        try:
+        with locks.waited(path.with_suffix(".lock"), f"waiting for {{holder}}, which writes to {path}", wait_s=1):
             with _refusals(path):
                 out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
@@ -187,8 +177,6 @@ class Cache:
                 yield cls(path, answers, out)
             finally:
                 os.close(out)
-        finally:
-            lock.release()
 
     def __contains__(self, key: str) -> bool:
         return key in self._answers
@@ -215,14 +203,17 @@ def _refusals(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Completion]:
-    answers = {}
-    for line in path.read_bytes().split(b"\n"):
+    answers, bad = {}, []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            answer = json.loads(line)
-            key = answer.pop("key")
-            answers[key] = Completion(**answer)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue  # cut off, or written by another version: asked for again
+            if line:
+                answer = json.loads(line)
+                key = str(answer.pop("key"))
+                answers[key] = Completion(**answer)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            bad.append(number)
+    if bad:
+        print(f"warning: {path} has {len(bad)} damaged lines (the first: line {bad[0]}); what they held is asked for again", file=sys.stderr)
     return answers
 
 

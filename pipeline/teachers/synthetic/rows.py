@@ -10,13 +10,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
 
 from pipeline.core.compose import plain
 from pipeline.core.files import UserError, read_json, read_jsonl, sha256
-from pipeline.core.settings import build
+from pipeline.core.settings import AtLeast0, AtLeast1, Within, build
 from pipeline.records.results import Synthetic
 
 TASK = "task"
@@ -33,22 +33,22 @@ class Synthesis:
     """task: labelled training rows of the cell; else a qna.yaml or a folder of them (pipeline/teachers/synthetic/taxonomy.py)."""
     documents: str | None = None
     """A folder with the documents that a taxonomy's knowledge names."""
-    passage_words: int = 250
-    rows: int = 200
+    passage_words: AtLeast1 = 250
+    rows: AtLeast1 = 200
     """Rows to keep of a set, as evenly from its leaves as it goes."""
     row_seeds: tuple[int, ...] | None = None
     """seeds=task: the cells' seeds, each of which gets a set written from its own labelled rows; null: that of the config's seed."""
-    seed_rows: int = 8
+    seed_rows: AtLeast1 = 8
     """seeds=task: labelled rows of every answer that are shown; without fixed choices, that many in all."""
-    shots: int = 3
+    shots: AtLeast0 = 3
     """Examples shown with every request, drawn anew each time."""
-    attempts: float = 4.0
+    attempts: Annotated[float, Within(1)] = 4.0
     """Most texts to ask for, as a multiple of `rows`."""
     judge: bool = False
     """Whether the writer rates its rows from 1 to 3 and those below 2 are dropped (as LAB does)."""
-    near: float = 0.7
+    near: Annotated[float, Within(0, 1, above=True)] = 0.7
     """ROUGE-L from which on a text counts as a duplicate (Self-Instruct, Wang et al., 2023)."""
-    shortest: int = 3
+    shortest: AtLeast0 = 3
     longest: int | None = None
     """Words of a question; null: twice as many as the longest example has."""
     question_column: str | None = None
@@ -64,15 +64,8 @@ class Synthesis:
     def check(self) -> None:
         if not 0 <= self.share < 1:
             raise UserError(f"config key 'synthetic.share' is {self.share}; it is a share of the training rows, from 0 to below 1")
-        for key, least in (("rows", 1), ("seed_rows", 1), ("shots", 0), ("shortest", 0), ("passage_words", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"config key 'synthetic.{key}' is {getattr(self, key)}; it must be at least {least}")
         if self.longest is not None and self.longest < self.shortest:
             raise UserError(f"synthetic.longest={self.longest} is below synthetic.shortest={self.shortest}; raise it")
-        if self.attempts < 1:
-            raise UserError(f"config key 'synthetic.attempts' is {self.attempts}; it must be at least 1")
-        if not 0 < self.near <= 1:
-            raise UserError(f"config key 'synthetic.near' is {self.near}; it is a share above 0, at most 1")
 
 
 def read(cfg: DictConfig) -> Synthesis:

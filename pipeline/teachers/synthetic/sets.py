@@ -11,18 +11,17 @@ from omegaconf import DictConfig
 
 from pipeline.core import settings
 from pipeline.core.compose import plain
-from pipeline.core.files import UserError, read_jsonl, sha256
+from pipeline.core.files import UserError, sha256
 from pipeline.data import recipe as tasks
 from pipeline.data import splits
 from pipeline.data.near import Near
 from pipeline.data.recipe import Recipe
-from pipeline.data.rows import load_rows
+from pipeline.data.rows import load_rows, read_rows
 from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.teachers.synthetic import taxonomy
-from pipeline.teachers.synthetic.filter import Filter
 from pipeline.teachers.synthetic.rows import Synthesis
 from pipeline.teachers.synthetic.taxonomy import Leaf, SeedExample
-from pipeline.teachers.synthetic.writing import Draft, Writing, branches, check_words
+from pipeline.teachers.synthetic.writing import Draft, Filter, Writing, branches, check_words
 from pipeline.teachers.writers import Writer
 
 Rows = list[dict[str, Any]]
@@ -37,7 +36,6 @@ class Form:
     context: str | None
 
     def row(self, name: str, number: int, draft: Draft) -> dict[str, Any]:
-        """The task's row of a draft."""
         question = draft.question
         if self.context is None and draft.branch.leaf.kind == "skill" and draft.context:
             question = f"{draft.context}\n\n{question}"
@@ -125,9 +123,8 @@ def check(cfg: DictConfig, wanted: Synthesis) -> None:
 
 
 def held_out_rows(data: Path, recipe: Recipe) -> Rows:
-    """Validation, test and transfer rows."""
     files = [data / "validation.jsonl", data / "test.jsonl", *(data / "transfer" / f"{name}.jsonl" for name in recipe.transfer)]
-    return [row for file in files for row in read_jsonl(file)]
+    return [row for file in files for row in read_rows(file)]
 
 
 def whole(example: SeedExample) -> str:

@@ -112,21 +112,13 @@ def _place(file: Path, root: Path | None) -> str:
     return "/".join(inside) or file.stem
 
 
-def _keys(kind: str, version: int) -> tuple[list[str], list[str]]:
-    """(Required, optional) keys at the top."""
-    required = ["created_by", "seed_examples"]
-    if kind == "skill":
-        return [*required, "task_description"], ["version"]
-    later = ["document_outline"] if version >= 3 else ["task_description"]
-    return [*required, "domain", "document", *later], ["version"]
-
-
 def _check_keys(file: Path, raw: dict[str, Any], kind: str, version: int) -> None:
-    required, optional = _keys(kind, version)
+    skill = ["task_description"]
+    required = ["created_by", "seed_examples", *(skill if kind == "skill" else ["domain", "document", *(["document_outline"] if version >= 3 else skill)])]
     for key in raw:
-        if key not in (*required, *optional):
+        if key not in ("version", *required):
             meant = closest(str(key), required)
-            raise UserError(f"{file} has the unknown key {key!r}{meant}; {kind} of version {version} takes {', '.join([*optional, *required])}")
+            raise UserError(f"{file} has the unknown key {key!r}{meant}; {kind} of version {version} takes {', '.join(['version', *required])}")
     for key in required:
         empty = raw.get(key) == "" and not (key == "task_description" and version == 1)  # as version 1 allows
         if raw.get(key) is None or empty:
