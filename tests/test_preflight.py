@@ -25,7 +25,7 @@ from pipeline.training.stepping import Run
 
 CPU = torch.device("cpu")
 TASK = Task("vader_movies", "choice")
-TEXTS = ["Review: the film was fine\nSentiment: positive", "Review: a poor plot\nSentiment: negative"]
+TEXTS = ["Review: the film and a fine plot\nSentiment: positive", "Review: a poor plot\nSentiment: negative"]
 SHORT = ["train.batch_size=8", "train_rows=16"]
 
 
@@ -209,7 +209,7 @@ def test_merged_is_attached(load, tokenizer, rows):
 @pytest.mark.parametrize("engine", ["eager", "fast"])
 def test_the_engine_s_first_loss_is_that_of_the_rows(load, tokenizer, rows, monkeypatch, engine):
     flat = encoded(encoder_of(tokenizer), rows[:4])
-    settings = Train(1e-3, 1, 1, 4, engine=engine, padding_free="always")
+    settings = Train(1e-3, 1, batch_size=4, micro_batch_tokens=512, engine=engine, padding_free="always")
     run = Run(wrapped(load), build(compose(["technique=lora"]).method, "method"), Objective(), [], settings, 0, 1, CPU, torch.float32, 1)
     before = {n: p.clone() for n, p in run.model.named_parameters() if p.requires_grad}
     sound = checks.engine(run, [[e] for e in flat], "fp32")

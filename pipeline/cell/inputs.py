@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.core.compose import build
-from pipeline.core.files import Unsuited, UserError
+from pipeline.core.files import Unsuited, UserError, read_json
 from pipeline.core.settings import Settings
 from pipeline.core.settings import read as read_settings
 from pipeline.data.rows import Encoded, Encoder, Rows, load_rationales, load_rows
@@ -106,14 +106,15 @@ def check(parts: Parts) -> None:
 
 
 @contextlib.contextmanager
-def named(parts: Parts, model: Any) -> Iterator[None]:
+def named(parts: Parts) -> Iterator[None]:
     """A refusal from inside says which technique and architecture it is about; one of settings that the rows do not suit is about neither."""
     try:
         yield
     except Unsuited:
         raise
     except UserError as error:
-        raise UserError(f"technique={parts.cfg.technique.name} on {model.config.model_type}: {error}") from error
+        kind = read_json(parts.model / "config.json").get("model_type") if (parts.model / "manifest.json").exists() else None
+        raise (UserError(f"technique={parts.cfg.technique.name} on {kind}: {error}") if kind else error) from error
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ def training_rows(parts: Parts, rows: Rows) -> tuple[Rows, int, Synthetic | None
 
 def load_base(parts: Parts, shared: Shared) -> Any:
     """The untouched base model on its device, frozen."""
-    return load_model(parts.model, parts.settings.precision, parts.device, shared.stored.get(parts.model), parts.settings.model.trust_remote_code)
+    with named(parts):
+        return load_model(parts.model, parts.settings.precision, parts.device, shared.stored.get(parts.model), parts.settings.model.trust_remote_code)
 
 
 def load_encoder(parts: Parts, shared: Shared, base: Any) -> Encoder:

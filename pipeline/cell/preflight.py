@@ -115,7 +115,7 @@ def _of_model(parts: Parts, every: Sequence[Rows], shared: Shared) -> Iterator[F
     base = load_base(parts, dataclasses.replace(shared, stored={k: copy.deepcopy(v) for k, v in shared.stored.items() if k == parts.model}))
     encoder = load_encoder(parts, shared, base)
     yield checks.tokenizer(encoder.tokenizer, base.get_input_embeddings().weight.shape[0], [f"{r['prompt']} {r['answer']}" for r in rows.train[:ROWS]])
-    with named(parts, base):
+    with named(parts):
         state = parts.method.prepare([parts.objective.label_example(row, parts.settings.task) for row in rows.train], parts.cfg.seed, base)
         model = parts.method.wrap(base)
     state = parts.method.choose(state, lambda _: (0.0, None))

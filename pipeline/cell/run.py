@@ -114,7 +114,7 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     method, settings, rows, base = parts.method, parts.settings, inputs.rows, inputs.base
     model_bytes, attention, whole = memory_bytes(base), attention_of(base), block_weights(base)
     dtype = base.dtype
-    with named(parts, base):
+    with named(parts):
         state = method.prepare([parts.objective.label_example(row, settings.task) for row in rows.train], parts.cfg.seed, base)
         model = method.wrap(base)
     trainable, total = parameters(model)
@@ -156,7 +156,7 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
         scorer.notes += filter(None, [inputs.encoder.check("the training rows")])
         total = total_steps(parts.settings.train, len(examples))
         method.before_training(scorer.model, total)
-        with meter.phase("warmup"), named(parts, scorer.model):
+        with meter.phase("warmup"), named(parts):
             prepared = objective.prepared(
                 examples, TrainingContext(parts.cfg, parts.settings, scorer.model, inputs.encoder, rows.train, parts.device, parts.dtype, scorer_of))
         scorer.notes += prepared.notes
