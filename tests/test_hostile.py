@@ -173,9 +173,7 @@ def test_what_reads_results_for_people_runs_nothing_and_tells_no_secret(hostile,
 
 
 class _Forgetful(set):
-    """So that a file is named by every command, not only by the first of a process."""
-
-    add = set.discard
+    add = set.discard  # a file is named by every command, not only by the first of a process
 
 
 class Guard:
