@@ -113,8 +113,10 @@ def named(parts: Parts) -> Iterator[None]:
     except Unsuited:
         raise
     except UserError as error:
-        kind = read_json(parts.model / "config.json").get("model_type") if (parts.model / "manifest.json").exists() else None
-        raise (UserError(f"technique={parts.cfg.technique.name} on {kind}: {error}") if kind else error) from error
+        if not (parts.model / "manifest.json").exists():
+            raise
+        kind = read_json(parts.model / "config.json")["model_type"]
+        raise UserError(f"technique={parts.cfg.technique.name} on {kind}: {error}") from error
 
 
 @dataclass(frozen=True)
