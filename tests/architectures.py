@@ -63,7 +63,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": _of("DeepseekV3Config", num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=24,
                        n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, **EXPERTS),
     "gpt_oss": _of("GptOssConfig", head_dim=16, num_local_experts=4, num_experts_per_tok=2, **LOCAL_AND_GLOBAL),
-    "mamba": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.15, "state_size": 8, "time_step_min": 0.1, "time_step_max": 1.0}),
+    "mamba": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.15, "state_size": 8, "time_step_min": 0.1,
+                              "time_step_max": 1.0}),
     "t5": ("T5Config", {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 128, "d_kv": 16}),
 }
 """By model_type: the class of its config, and what makes it tiny. The larger initialisation is conftest's: weights small enough for a real width leave
