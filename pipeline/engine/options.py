@@ -20,6 +20,7 @@ READ = {
                       "prompt_tuning_init_text"),
 }
 """By adapter: options that bind.py reads off the wrapped model, whatever they are, and those that only say how it is initialised."""
+NAMES = {"LORA": "LoRA", "PROMPT_TUNING": "prompt tuning"}
 KEEPS_BASE = ("gaussian", "orthogonal")
 CHANGES_BASE = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga")
 """LoRA's initialisations by name (the beginning of it), after which it trains as LoRA does; the second kind may write to the base's weights."""
@@ -65,6 +66,6 @@ def refused(kind: str, options: Mapping[str, Any], shared: bool = False) -> str 
     if kind not in READ:
         return f"{kind} has no hand-written step"
     if option := unknown(kind, options):
-        return f"{kind} with {option} has no hand-written step"
+        return f"{NAMES[kind]} with {option} has no hand-written step"
     start = _start(options)
     return f"init_lora_weights={start} changes the base, of which a pack has one" if shared and start.startswith(CHANGES_BASE) else None
