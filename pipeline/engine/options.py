@@ -32,6 +32,12 @@ def changed(config: Any) -> dict[str, Any]:
     return {name: value for name, (value, field) in values.items() if value != _default(field)}
 
 
+def switched_on(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a PEFT config's file, whose defaults are not known without PEFT, that are neither empty nor off."""
+    off: tuple[Any, ...] = (None, False, "none", [], {}, ())
+    return {name: value for name, value in config.items() if value not in off}
+
+
 def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
@@ -41,11 +47,9 @@ def unknown(kind: str, options: Mapping[str, Any]) -> str | None:
 
     Args:
         kind: PEFT's name of the adapter (LORA, PROMPT_TUNING).
-        options: those that are set (`changed`, or a config file's), by name.
+        options: those that are set, by name (`changed`, `switched_on`).
     """
-    known = (*INFORMATION, *READ[kind])
-    off: tuple[Any, ...] = (None, False, "none", [], {}, ())
-    if name := next((name for name, value in options.items() if name not in known and value not in off), None):
+    if name := next((name for name in options if name not in (*INFORMATION, *READ[kind])), None):
         return name
     start = _start(options)
     return None if start.startswith((*KEEPS_BASE, *CHANGES_BASE)) else f"init_lora_weights={start}"
