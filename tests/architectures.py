@@ -112,7 +112,7 @@ STARTS = {"full+weak": ["train.lr=1e-3", "train.epochs=1"], "full+half": ["train
 REACHED = 0.95
 SETTINGS = ROOT / "tests" / "data" / "architecture_settings.json"
 """{architecture: {technique: settings beside those of the technique}}, where a random tiny model learns by others; written with the table."""
-OTHERS = ((3, 1), (1, 3), (3, 3), (1 / 3, 1), (1 / 3, 3), (10, 3), (1, 10))
+OTHERS = ((3, 1), (1, 3), (3, 3), (1 / 3, 1), (1 / 3, 3), (10, 3), (1, 10), (3, 10))
 """What is tried then, in turn: times the learning rate, times the epochs."""
 
 
