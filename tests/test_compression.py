@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import random_model
 from test_techniques_written import apart, gpt2, logits, method
 
 from pipeline.cell import identity
@@ -187,6 +188,20 @@ def test_nearly_all_of_the_numbers_nearly_give_the_base(load):
             model = compressed(name, load(), "method.share=0.9")
             actual.append(float((model(input_ids=ids).logits - load()(input_ids=ids).logits).norm()))
     assert actual[1] < actual[0]
+
+
+def test_a_model_that_reads_a_layer_s_weight_in_the_place_of_calling_it_goes_on_with_thin_ones():
+    """Mamba's mixer reads those of its projections."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model = random_model("mamba").requires_grad_(False).eval()
+    before = model(input_ids=ids).logits
+    made = build(compose(["technique=low_rank", "method.share=0.95"]).method, "method")
+    made.prepare([], 0, model)
+    after = model(input_ids=ids).logits
+    assert 0 < float((after - before).norm() / before.norm()) < 1.0 and made.reached_weights(model) > 0
+    layer = next(m for m in model.modules() if hasattr(m, "factors"))
+    x = torch.randn(3, layer.weight.shape[1])
+    assert torch.allclose(torch.nn.functional.linear(x, layer.weight, layer.bias), layer(x), atol=1e-5)
 
 
 def test_the_hand_written_answers_refuse_thin_layers_by_name(load):
