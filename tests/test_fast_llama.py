@@ -303,7 +303,9 @@ def test_an_option_that_nobody_knows_is_refused_and_a_packs_base_stays_as_it_is(
     @dataclass
     class Later(LoraConfig):
         warp: float = 1.0
+        straight: bool = True
 
+    assert "straight" in str(options.refused("LORA", options.changed(Later(straight=False))))
     assert "warp" in str(options.refused("LORA", options.changed(Later(warp=2.0)))) and options.refused("LORA", options.changed(Later(r=3))) is None
     for start, alone, shared in (("gaussian", True, True), (False, True, True), ("pissa_niter_4", True, False), ("olora", True, False), ("mica", False, False)):
         chosen = options.changed(LoraConfig(init_lora_weights=start))

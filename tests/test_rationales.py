@@ -99,6 +99,12 @@ def test_the_scale_with_the_tasks_labels_is_used(labels, text, label, tmp_path):
     assert read_jsonl(tmp_path / "rationales" / "vader_movies" / "lexicon" / "rationales.jsonl")[0]["answer"] == label
 
 
+def test_a_stored_rationale_that_is_no_text_is_named(tmp_path, capsys):
+    words = prepared(tmp_path, rationale=["because", {"a": 1}, "", ""], given_answer=["positive", "negative", "", ""])
+    assert rationales.main([*words, "teacher=stored", "teacher.rationale_column=rationale", "teacher.answer_column=given_answer"]) == 2
+    assert "row train-1 has rationale={'a': 1}, which is an object and no text; fix or remove that row" in capsys.readouterr().err
+
+
 def test_stored_columns(tmp_path):
     texts = [("q", "42"), ("r", "7"), ("s", "x"), ("t", "x")]
     more = {"teacher_rationale": ["6 * 7 is 42.", "guess", None, None], "teacher_answer": [42.0, 8, "X.", None]}

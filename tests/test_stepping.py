@@ -14,10 +14,12 @@ import torch
 from family_models import family
 
 from pipeline.cell import run as cell_run
-from pipeline.core.compose import compose
+from pipeline.core.compose import build, compose
 from pipeline.data.rows import Encoded
+from pipeline.engine.bind import bind
 from pipeline.engine.buffer import ParameterBuffer, Region
 from pipeline.engine.layout import Shapes, choose_widths, tokens
+from pipeline.engine.parts import Unsupported
 from pipeline.engine.steps import Stepper, overlap
 from pipeline.models.base import load_tokenizer
 from pipeline.records.results import read
@@ -242,3 +244,13 @@ def test_a_captured_model_makes_no_mask_where_it_makes_none_uncaptured(overrides
     layers = model.config.num_hidden_layers
     assert masks[: 2 * layers] == [None] * 2 * layers and torch.equal(captured, expected)
     assert all(mask is not None for mask in masks[2 * layers :]) and torch.allclose(padded[0], expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("technique", ["full", "prompt_tuning"])
+def test_a_large_residual_stream_is_left_to_autocast(technique):
+    """Gemma's is: in bf16 the hand-written step's losses lay above the eager loop's."""
+    model = family("gemma3")
+    wrapped = build(compose([f"technique={technique}"]).method, "method").wrap(model)
+    with pytest.raises(Unsupported, match="bf16 loses too much of its residual stream"):
+        bind(wrapped, torch.bfloat16)
+    assert bind(wrapped, torch.float32)

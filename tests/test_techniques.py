@@ -245,6 +245,13 @@ def test_ia3_merges_over_an_8_bit_base(load):
     assert parameters(made.merged(made.wrap(load("int8"))))[1] == ALL
 
 
+@pytest.mark.parametrize("name", ["ln_tuning", "ia3", "lora", "prompt_tuning", "prefix_tuning", "vera", "bitfit_added", "full"])
+def test_what_is_trained_over_a_bf16_base_is_fp32(load, name):
+    """An update of a bf16 weight is lost where it is less than 0.4% of it."""
+    model = method(name).wrap(load("bf16"))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_lora_plus_has_b_learn_faster(load):
     model = method("lora_plus", "method.lr_ratio=5").wrap(load())
     rates = {id(p): group["lr"] for group in method("lora_plus", "method.lr_ratio=5").optimizer_groups(model, 0.01) for p in group["params"]}

@@ -75,7 +75,7 @@ def test_no_soft_prompt_can_be_merged(name):
         ("prompt_tuning", ["method.config.num_virtual_tokens=256"], "num_virtual_tokens is 256, but the model's context is 256 tokens; lower it"),
         ("prefix_tuning", ["method.config.num_virtual_tokens=100000"], "num_virtual_tokens is 100000, but the model's context"),
         ("lora", ["+method.config.layer_replication=[[0,99]]"], "this adapter does not fit the model: "),
-        ("lora", ["+method.config.trainable_token_indices=[99999]"], "this adapter does not fit the model: "),
+        ("lora", ["+method.config.trainable_token_indices=[99999]"], "method.config.trainable_token_indices names the token 99999, and the model has 31"),
     ],
 )
 def test_a_model_that_a_technique_cannot_apply_to_is_told(load, name, overrides, message):
@@ -106,7 +106,6 @@ def test_a_model_that_a_technique_cannot_apply_to_is_told(load, name, overrides,
         ("lora", "+method.config.modules_to_save=lm_head", "'method.config.modules_to_save' is 'lm_head'; it takes list or null"),
         ("lora", "+method.config.rank_pattern=5", "'method.config.rank_pattern' is 5; it takes dict or null"),
         ("lora", "+method.config.inference_mode=true", "inference_mode is True, with which nothing would be trained"),
-        ("lora", "+method.config.alora_invocation_tokens=[1]", "alora_invocation_tokens starts the adapter at tokens that no prompt here has"),
         ("lora", "+method.config.peft_type=IA3", "method.config.type says which adapter it is; leave out peft_type"),
         ("lora", "method.config=null", "config group 'method.config' is None; it takes a type and its fields"),
         ("lora", "method.config=5", "config group 'method.config' is 5; it takes a type and its fields"),
@@ -139,5 +138,5 @@ def test_an_encoder_decoder_is_told_when_the_model_is_fetched(tiny, tmp_path, ca
     T5ForConditionalGeneration(T5Config(vocab_size=31, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
     load_tokenizer(tiny / "models" / "smollm2_135m").save_pretrained(tmp_path / "t5")
     assert base_model.main(["model=local", f"model.source.path={tmp_path}/t5", f"paths.models={tmp_path}/models"]) == 2
-    assert "t5 is an encoder-decoder, and every technique here is for decoder-only models" in capsys.readouterr().err
+    assert "t5 is an encoder-decoder (t5), and every technique here is for decoder-only models" in capsys.readouterr().err
     assert not (tmp_path / "models").exists()

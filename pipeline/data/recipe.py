@@ -200,7 +200,7 @@ def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> 
     if answer is None:
         return None
     prompt = _fill(recipe.prompt, fields, "task.prompt", where)
-    if not any(_text(_look(fields, name, "task.prompt", where), name, where) for name in columns_of(recipe.prompt, "task.prompt")):
+    if not any(column_text(_look(fields, name, "task.prompt", where), name, where) for name in columns_of(recipe.prompt, "task.prompt")):
         raise UserError(f"{where} has no text in the columns of task.prompt; fill or remove that row")
     if not answer:
         raise UserError(f"{where} has an empty answer; fill or remove that row, or map its label to null")
@@ -216,8 +216,8 @@ def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> 
         raise UserError(f"{where} is nested too deeply to be kept; fix or remove that row") from error
 
 
-def _text(value: Any, column: str, where: str) -> str:
-    """`text_of`, of a row's value. Raises UserError naming the row and the column where it has none."""
+def column_text(value: Any, column: str, where: str) -> str:
+    """`text_of`, of a row's value. where: the row in words. Raises UserError naming the row and the column where it has none."""
     try:
         return text_of(value)
     except ValueError as error:
@@ -253,7 +253,7 @@ def _parts(template: str, key: str) -> list[tuple[str, str | None]]:
 
 def _fill(template: str, fields: dict[str, Any], key: str, where: str) -> str:
     parts = _parts(template, key)
-    return "".join(text + ("" if name is None else _text(_look(fields, name, key, where), name, where)) for text, name in parts).strip()
+    return "".join(text + ("" if name is None else column_text(_look(fields, name, key, where), name, where)) for text, name in parts).strip()
 
 
 def _answer(recipe: Recipe, fields: dict[str, Any], where: str) -> str | None:
@@ -263,7 +263,7 @@ def _answer(recipe: Recipe, fields: dict[str, Any], where: str) -> str | None:
     assert spec is not None
     value = _look(fields, spec.column, "task.answer.column", where)
     if spec.labels is not None:
-        words, text = spec.by_text, _text(value, spec.column, where)
+        words, text = spec.by_text, column_text(value, spec.column, where)
         if text not in words:
             raise UserError(
                 f"{where} has {spec.column}={value!r}, which task.answer.labels does not list; "
@@ -294,14 +294,14 @@ def _number(value: Any, column: str, where: str) -> float:
 
 
 def _element(options: Any, value: Any, spec: Answer, where: str) -> str:
-    text = _text(value, spec.column, where)
+    text = column_text(value, spec.column, where)
     index = int(text) if text.isdecimal() else ord(text.upper()) - ord("A") if len(text) == 1 else -1
     if not isinstance(options, list) or not 0 <= index < len(options):
         raise UserError(
             f"{where} has {spec.column}={value!r}, which is no place (0, 1, … or A, B, …) in the list {spec.of}; "
             "fix or remove that row"
         )
-    return _text(options[index], str(spec.of), where)
+    return column_text(options[index], str(spec.of), where)
 
 
 def _choices(recipe: Recipe, fields: dict[str, Any], where: str) -> list[str] | None:
@@ -310,7 +310,7 @@ def _choices(recipe: Recipe, fields: dict[str, Any], where: str) -> list[str] | 
     options = _look(fields, recipe.choices, "task.choices", where)
     if not isinstance(options, list) or len(options) < 2:
         raise UserError(f"{where} has {recipe.choices}={options!r}; task.choices needs a column that holds a list of at least two")
-    return list(dict.fromkeys(_text(option, recipe.choices, where) for option in options))
+    return list(dict.fromkeys(column_text(option, recipe.choices, where) for option in options))
 
 
 def check_words(key: str, words: Iterable[Any]) -> None:
@@ -342,4 +342,4 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+    return value if value is None or isinstance(value, (str, int, bool)) else None if isinstance(value, bytes) else str(value)

@@ -91,6 +91,8 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
     """
     base, kind = _base(model)
     parts = Parts(base, dtype)
+    if kind != "lora" and parts.family.large and dtype == torch.bfloat16:
+        raise Unsupported("bf16 loses too much of its residual stream, which autocast keeps in fp32")
     if kind == "lora":
         _check_trained(model, {f"base_model.model.{name}.lora_{x}.default.weight" for name in _adapters(parts) for x in "AB"})
         bound = _lora(parts, dtype, slots, rank, accumulate)

@@ -20,6 +20,7 @@ READ = {
                       "prompt_tuning_init_text"),
 }
 """By adapter: options that bind.py reads off the wrapped model, whatever they are, and those that only say how it is initialised."""
+NAMES = {"LORA": "LoRA", "PROMPT_TUNING": "prompt tuning"}
 KEEPS_BASE = ("gaussian", "orthogonal")
 CHANGES_BASE = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga")
 """LoRA's initialisations by name (the beginning of it), after which it trains as LoRA does; the second kind may write to the base's weights."""
@@ -31,6 +32,12 @@ def changed(config: Any) -> dict[str, Any]:
     return {name: value for name, (value, field) in values.items() if value != _default(field)}
 
 
+def switched_on(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a PEFT config's file, whose defaults are not known without PEFT, that are neither empty nor off."""
+    off: tuple[Any, ...] = (None, False, "none", [], {}, ())
+    return {name: value for name, value in config.items() if value not in off}
+
+
 def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
@@ -40,11 +47,9 @@ def unknown(kind: str, options: Mapping[str, Any]) -> str | None:
 
     Args:
         kind: PEFT's name of the adapter (LORA, PROMPT_TUNING).
-        options: those that are set (`changed`, or a config file's), by name.
+        options: those that are set, by name (`changed`, `switched_on`).
     """
-    known = (*INFORMATION, *READ[kind])
-    off: tuple[Any, ...] = (None, False, "none", [], {}, ())
-    if name := next((name for name, value in options.items() if name not in known and value not in off), None):
+    if name := next((name for name in options if name not in (*INFORMATION, *READ[kind])), None):
         return name
     start = _start(options)
     return None if start.startswith((*KEEPS_BASE, *CHANGES_BASE)) else f"init_lora_weights={start}"
@@ -65,6 +70,6 @@ def refused(kind: str, options: Mapping[str, Any], shared: bool = False) -> str 
     if kind not in READ:
         return f"{kind} has no hand-written step"
     if option := unknown(kind, options):
-        return f"{kind} with {option} has no hand-written step"
+        return f"{NAMES[kind]} with {option} has no hand-written step"
     start = _start(options)
     return f"init_lora_weights={start} changes the base, of which a pack has one" if shared and start.startswith(CHANGES_BASE) else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from pipeline.core.settings import Precision, Train
 from pipeline.data.rows import Encoded, by_length, step_rows
+from pipeline.engine import families
 from pipeline.forecasting.shape import NoForecast, Shape
 from pipeline.forecasting.trained import Trained
 
@@ -99,7 +100,8 @@ def engine_of(train: Train, trained: Trained, model: Shape, precision: str, gpu:
     whole = trained.parts == {"embedding", "layers", "norm", "head"} and trained.first == 0 and not trained.own_head
     by_hand = {"lora": trained.by_hand and len(set(trained.ranks.values())) == 1, "soft": trained.by_hand, "full": whole}
     biased = any(name not in ("q_proj", "k_proj", "v_proj") for name in model.biases)
-    return "hand" if by_hand.get(trained.kind, False) and model.by_hand and not biased else "captured"
+    rounded = trained.kind != "lora" and families.FAMILIES[model.family].large and precision != "fp32"
+    return "hand" if by_hand.get(trained.kind, False) and model.by_hand and not biased and not rounded else "captured"
 
 
 def training_plan(model: Shape, trained: Trained, train: Train, precision: Precision, examples: Sequence[Sequence[Encoded]], seed: int, total: int,

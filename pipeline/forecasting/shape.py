@@ -94,7 +94,8 @@ def read_shape(path: Path) -> Shape:
         raise UserError(f"{path} is not there; run python -m pipeline.base_model for it, or set forecast.model_config to a model's config.json")
     try:
         shape = shape_of(read_object(path))
-        wrong = next((f.name for f in dataclasses.fields(shape) if f.type == "int" and (type(value := getattr(shape, f.name)) is not int or value < (f.name != "window"))), None)
+        counts = {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.type == "int"}
+        wrong = next((name for name, value in counts.items() if type(value) is not int or value < (name != "window")), None)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is no config.json of a model ({type(error).__name__}: {error}); run python -m pipeline.base_model for it") from error
     if wrong:

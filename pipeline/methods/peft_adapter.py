@@ -74,7 +74,7 @@ class PeftAdapter(Method):
         return "together" if self.config.peft_type.value == "LORA" and plain else "in_turn"
 
     @property
-    def prepares(self) -> bool:  # type: ignore[override]  # of this config, where the class declares it of all
+    def prepares(self) -> bool:
         return peft_options.start(self.config) in peft_options.FROM_DATA
 
     @property
@@ -82,11 +82,11 @@ class PeftAdapter(Method):
         return peft_options.has(self.config, *peft_options.PENALISED)
 
     @property
-    def plans_training(self) -> bool:  # type: ignore[override]  # of this config, where the class declares it of all
+    def plans_training(self) -> bool:
         return self._penalised
 
     @property
-    def acts_between_steps(self) -> bool:  # type: ignore[override]  # of this config, where the class declares it of all
+    def acts_between_steps(self) -> bool:
         """AdaMSS moves its subspaces; terms of the loss are added in the model's forward, which is a step that is not captured."""
         return self._penalised or getattr(self.config, "use_asa", False)
 
@@ -111,6 +111,9 @@ class PeftAdapter(Method):
         attach = peft_start.attached if hasattr(model, peft_start.EXAMPLES) else get_peft_model
         try:
             wrapped = prompts_on_device(attach(model, config))
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad and parameter.is_floating_point():
+                    parameter.data = parameter.data.float()  # copies of a bf16 base's own, such as LN tuning's norms, too
             _answer_once(wrapped)
         except UserError:
             raise

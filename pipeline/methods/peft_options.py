@@ -129,6 +129,7 @@ def fitted(config: Any, model: Any) -> Any:
         for key in MODEL_SIZES:
             setattr(config, key, None)
         _fit_prompt(config, model)
+    _check_fit(config, model)
     if kind in ("IA3", "LN_TUNING") and config.target_modules is None:
         config.target_modules = kinds.norms(model) if kind == "LN_TUNING" else kinds.keys_and_values(model)
         if kind == "IA3" and config.target_modules:
@@ -137,7 +138,6 @@ def fitted(config: Any, model: Any) -> Any:
         if not config.target_modules:
             what = "norms" if kind == "LN_TUNING" else "layers that make keys and values"
             raise UserError(f"{kind} finds no {what} in {type(model).__name__}; name its modules in method.config.target_modules")
-    _check_fit(config, model)
     for key in ("token_indices", "trainable_token_indices"):
         if has(config, key):
             _check_tokens(key, getattr(config, key), model.get_input_embeddings().num_embeddings)

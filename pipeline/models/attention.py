@@ -2,7 +2,8 @@
 
 Library. `register` puts both functions in the place of transformers' "sdpa" (its AttentionInterface and AttentionMaskInterface). While a CUDA graph
 is captured, transformers (5.17 to 5.23) cannot see whether positions hold several sequences, takes it that they do, and makes a dense mask where it
-otherwise leaves causality to the kernel: slower, and with cuDNN's masked kernel of gradients that are not finite for some heads (docs/fast.md, "A mask that was none").
+otherwise leaves causality to the kernel: slower, and the gradients of cuDNN's masked kernel are not finite for some heads (docs/fast.md, "A mask that
+was none").
 """
 
 from __future__ import annotations

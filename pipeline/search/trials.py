@@ -44,6 +44,8 @@ TPE_AT_ONCE = 10
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the sweep's folder. Whoever holds it knows that a trial still marked as running is dead."""
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a symbolic link, through which nothing is written; remove it, or set paths.sweeps to another folder")
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(core_locks.held(folder / ".lock", LOCK_S))

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import AtLeast0, check_fields
-from pipeline.data.recipe import text_of
+from pipeline.data.recipe import column_text
 from pipeline.scoring.answers import canonical
 
 
@@ -74,7 +74,8 @@ class Demonstrations:
     def _of_rows(self, train: Sequence[dict]) -> list[Shot]:
         shots = []
         for row in train:
-            rationale, answer = (text_of(row["fields"].get(column)) for column in (self.rationale_column, self.answer_column))
+            fields, columns = row["fields"], (self.rationale_column, self.answer_column)
+            rationale, answer = (column_text(fields.get(column), column, f"row {row['id']}") for column in columns)
             if rationale and canonical(answer) == canonical(row["answer"]):
                 shots.append(Shot(row["prompt"], _choices(row), rationale, row["answer"]))
         return shots
@@ -100,9 +101,10 @@ def _shot(line: dict, where: str, by_id: dict[str, dict], train: Sequence[dict])
     row = by_id.get(line.get("id", ""))
     if row is not None and "prompt" not in line:
         line = {**line, "prompt": row["prompt"], "answer": row["answer"]}
-    missing = [key for key in ("prompt", "rationale", "answer") if not text_of(line.get(key))]
+    texts = {key: column_text(line.get(key), key, where) for key in ("prompt", "rationale", "answer")}
+    missing = [key for key, text in texts.items() if not text]
     if missing:
         raise UserError(f"{where} has no {missing[0]}; a demonstration has prompt, rationale and answer")
     fixed = {_choices(one) for one in train}
     choices = _choices(row) if row is not None else fixed.pop() if len(fixed) == 1 else None
-    return Shot(text_of(line["prompt"]), choices, text_of(line["rationale"]), text_of(line["answer"]))
+    return Shot(texts["prompt"], choices, texts["rationale"], texts["answer"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.core.files import UserError
-from pipeline.data.recipe import text_of
+from pipeline.data.recipe import column_text
 from pipeline.teachers.base import Explanation, Teacher
 
 
@@ -26,8 +26,8 @@ class Stored(Teacher):
                 raise UserError(f"{what}; set the key or choose another teacher")
 
     def explain(self, rows: Sequence[dict]) -> list[Explanation | None]:
-        return [self._explanation(row["fields"]) for row in rows]
+        return [self._explanation(row) for row in rows]
 
-    def _explanation(self, fields: dict) -> Explanation | None:
-        rationale, answer = text_of(fields.get(self.rationale_column)), text_of(fields.get(self.answer_column))
+    def _explanation(self, row: dict) -> Explanation | None:
+        rationale, answer = (column_text(row["fields"].get(column), column, f"row {row['id']}") for column in (self.rationale_column, self.answer_column))
         return Explanation(rationale, answer or None) if rationale or answer else None

@@ -148,7 +148,7 @@ def _narrow_heads(small: Any, config: Any, width: int, reduction: int) -> None:
     for key in ("num_key_value_heads", "num_kv_heads"):
         if getattr(config, key, None) is not None:
             setattr(small, key, heads if own_widths else next(g for g in range(min(getattr(config, key), heads), 0, -1) if heads % g == 0))
-    derived = isinstance(getattr(type(config), "head_dim", None), property)
+    derived = any(isinstance(vars(kind).get("head_dim"), property) for kind in type(config).__mro__)
     if not own_widths and not derived and getattr(config, "head_dim", None) is not None:
         small.head_dim = width // heads
 

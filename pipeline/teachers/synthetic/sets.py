@@ -48,11 +48,14 @@ class Form:
 
     def text(self, row: dict[str, Any]) -> str:
         """What of a row is compared: context and question, without the template's words."""
-        return " ".join(tasks.text_of(row["fields"].get(column)) for column in (self.context, self.question) if column).strip()
+        return " ".join(_column(row, column) for column in (self.context, self.question) if column).strip()
 
     def example(self, row: dict[str, Any]) -> SeedExample:
-        context = tasks.text_of(row["fields"].get(self.context)) if self.context else ""
-        return SeedExample(tasks.text_of(row["fields"].get(self.question)), row["answer"], context, row["id"])
+        return SeedExample(_column(row, self.question), row["answer"], _column(row, self.context) if self.context else "", row["id"])
+
+
+def _column(row: dict[str, Any], column: str) -> str:
+    return tasks.column_text(row["fields"].get(column), column, f"row {row['id']}")
 
 
 def write_set(wanted: Synthesis, form: Form, leaves: Sequence[Leaf], writer: Writer, known: tuple[Near, Near], tag: str) -> tuple[Rows, dict[str, Any]]:
