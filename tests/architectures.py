@@ -57,14 +57,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": _of("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
     "granite": _of("GraniteConfig", logits_scaling=8.0),
     "smollm3": _of("SmolLM3Config", no_rope_layers=[1, 0]),
-    "cohere2": _of("Cohere2Config", **LOCAL_AND_GLOBAL),
+    "cohere2": _of("Cohere2Config", logit_scale=0.5, **LOCAL_AND_GLOBAL),
     "stablelm": _of("StableLmConfig"),
     "starcoder2": _of("Starcoder2Config"),
     "deepseek_v3": _of("DeepseekV3Config", num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=24,
                        n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, **EXPERTS),
     "gpt_oss": _of("GptOssConfig", head_dim=16, num_local_experts=4, num_experts_per_tok=2, **LOCAL_AND_GLOBAL),
-    "mamba": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.15, "state_size": 8, "time_step_min": 0.1,
-                              "time_step_max": 1.0}),
+    "mamba": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.15, "state_size": 8}),
     "t5": ("T5Config", {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 128, "d_kv": 16}),
 }
 """By model_type: the class of its config, and what makes it tiny. The larger initialisation is conftest's: weights small enough for a real width leave
@@ -110,6 +109,11 @@ TECHNIQUES: dict[str, list[str]] = {
 STARTS = {"full+weak": ["train.lr=1e-3", "train.epochs=1"], "full+half": ["train.lr=2e-3", "train.epochs=2"]}
 """What grpo begins at: trained a little, so that some answers are right and not all."""
 REACHED = 0.95
+LESS = {"mamba": ("prompt_tuning", "p_tuning", "ln_tuning", "written prompt_tuning")}
+"""What trains and does not get there at any of the rates: in front of a frozen random state space model a soft prompt does little, since nothing of it can be
+looked up later (Galim et al., 2024, show that it can set the first state at most), and its norms fit the training rows alone (90% of others)."""
+FALLEN = 0.7
+"""Of the first step's loss, what the last one's of such a pair is below."""
 SETTINGS = ROOT / "tests" / "data" / "architecture_settings.json"
 """{architecture: {technique: settings beside those of the technique}}, where a random tiny model learns by others; written with the table."""
 OTHERS = ((3, 1), (1, 3), (3, 3), (1 / 3, 1), (1 / 3, 3), (10, 3), (1, 10), (3, 10))
@@ -123,6 +127,7 @@ class Column:
     ran: list[str] = field(default_factory=list)
     settings: dict[str, list[str]] = field(default_factory=dict)
     """By technique, where others than TECHNIQUES' were needed."""
+    less: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -132,8 +137,8 @@ class Column:
         told: dict[str, list[str]] = {}
         for technique, sentence in self.refused.items():
             told.setdefault(sentence.removeprefix(f"technique={technique.rpartition(' ')[2]} on {architecture}: "), []).append(technique)
-        refused = "<br>".join(f"{', '.join(names)}: {sentence}" for sentence, names in told.items())
-        return f"| {architecture} | {len(self.ran)} | {other} | {refused} |"
+        refused = "<br>".join(f"{'all' if len(names) == len(TECHNIQUES) else ', '.join(names)}: {sentence}" for sentence, names in told.items())
+        return f"| {architecture} | {len(self.ran)} | {other} | {', '.join(self.less)} | {refused} |"
 
 
 def random_model(name: str, vocabulary: int = 31, **more: Any) -> Any:
@@ -175,6 +180,15 @@ def byte_pairs() -> Any:
     return Qwen2Tokenizer(vocab=file["vocab"], merges=[tuple(m) for m in file["merges"]], unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
 
 
+class NotLearnt(AssertionError):
+    """Trained, and too few answers are right. fell: whether the loss came down."""
+
+    def __init__(self, result: Any) -> None:
+        first, last = (result.history[at]["loss"] for at in (0, -1)) if result.history else (0.0, 0.0)
+        self.fell = last < FALLEN * first
+        super().__init__(f"{result.test.accuracy:.2f}, the loss went from {first} to {last}")
+
+
 def column(name: str, overrides: list[str], work: Path, capsys: pytest.CaptureFixture[str], chosen: list[str], search: bool) -> Column:
     """Register a model of the architecture and take it through the chosen techniques. search: try other settings where those that are known do not learn."""
     found, known = Column(), json.loads(SETTINGS.read_text(encoding="utf-8")).get(name, {})
@@ -191,9 +205,15 @@ def column(name: str, overrides: list[str], work: Path, capsys: pytest.CaptureFi
         return found
     for technique in chosen:
         try:
-            if more := learnt(technique, here, known.get(technique, []), search):
+            less = technique in LESS.get(name, ())
+            if more := learnt(technique, here, known.get(technique, []), search and not less):
                 found.settings[technique] = more
             found.ran.append(technique)
+        except NotLearnt as error:
+            if less and error.fell:
+                found.less.append(technique)
+            else:
+                found.failed[technique] = str(error)
         except UserError as error:
             found.refused[technique] = str(error).replace(str(work), "")
         except Exception as error:  # noqa: BLE001 (the matrix tells all that went wrong, not the first alone)
@@ -218,6 +238,8 @@ def learnt(technique: str, here: list[str], known: list[str], search: bool) -> l
 def other_settings(technique: str) -> list[list[str]]:
     own = by_key([*LEARN, *TECHNIQUES[technique]])
     rate, epochs = (float(own.get(f"train.{key}", 0)) for key in ("lr", "epochs"))
+    if technique == "full_wanda":
+        return [["method.sparsity=0.25"]]
     if technique == "grpo":
         return [["start=full+half"], ["start=full+half", f"train.lr={rate / 3:.3g}"]]
     return [[f"train.lr={rate * a:.3g}", f"train.epochs={epochs * b:g}"] for a, b in OTHERS] if rate else []
@@ -235,8 +257,8 @@ def pair(technique: str, here: list[str]) -> None:
     cell = [*LEARN, f"technique={technique.rpartition(' ')[2]}", *TECHNIQUES[technique], *here]
     result, stepped = run(cell)
     assert result.status == "ok", result.error
-    if stepped or technique == "full_wanda":
-        assert result.test.accuracy >= REACHED, f"{result.test.accuracy:.2f} after a loss of {result.history[-1]['loss'] if result.history else None}"
+    if (stepped or technique == "full_wanda") and result.test.accuracy < REACHED:
+        raise NotLearnt(result)
     cfg = compose(cell)
     held = [p for p in read_jsonl(identity.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test"]
     again, _ = artefact.score_artefact(cfg, identity.folder_of(cfg) / "artefact", "test")

@@ -177,7 +177,7 @@ def _of_training(parts: Parts, encoder: Encoder, rows: Rows, model: Any) -> Iter
 def _precision(parts: Parts) -> str:
     import torch
 
-    return "bf16" if parts.dtype == torch.bfloat16 else "fp32"
+    return "int8" if parts.precision == "int8" else "bf16" if parts.dtype == torch.bfloat16 else "fp32"
 
 
 def _spread(examples: Sequence[Sequence[Encoded]], longest: int) -> list[Sequence[Encoded]]:
