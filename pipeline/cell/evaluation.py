@@ -157,7 +157,7 @@ def _many_adapters(parts: Parts, scorer: Scorer, rows: Rows, inference: Inferenc
     """How long requests take that each have an adapter of their own over one base, where adapters can share one."""
     evaluate = parts.settings.evaluate
     shared = shared_latency(scorer, parts.method, rows.test[: evaluate.latency_rows], evaluate.adapters)
-    return dataclasses.replace(inference, adapters=shared.own, one_adapter=shared.same, adapters_mixed=shared.mixed) if shared else inference
+    return dataclasses.replace(inference, adapters=shared.adapters, one_adapter=shared.one_adapter, adapters_mixed=shared.mixed) if shared else inference
 
 
 def _merged(parts: Parts, scorer: Scorer, rows: Rows, inference: Inference) -> Inference:

@@ -1,6 +1,6 @@
 """Which technique to take, from the cells on disk: expected accuracy at a number of training rows, memory, time, and what they rest on.
 
-Library of `python -m pipeline.advise`; docs/advice.md tells the rules, `python -m benchmarks.advice` how they did where a size or a task was hidden.
+Library of `python -m pipeline.advise`; docs/advice.md states the rules, `python -m benchmarks.advice` how they did where a size or a task was hidden.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What finished cells, and the forecast, say about a technique: its accuracy, memory and training time, and how much other tasks tell.
+"""What finished cells, and the forecast, say about a technique: its accuracy, memory and training time, and how much other tasks predict.
 
 Library of advice.py. Memory: the forecast for the card that is asked for, within the error that 95 of 100 forecasts kept to
 (experiments/forecast/summary.json); else what was measured. Time: measured, per optimiser step, on the machine that is named.

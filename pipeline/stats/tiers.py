@@ -142,15 +142,15 @@ class Technique:
 
 @dataclass(frozen=True)
 class Spreads:
-    """What the seeds of all techniques tell of each one's spread: a mixture over shared spread x heterogeneity x own deviation.
+    """What the seeds of all techniques say of each one's spread: a mixture over shared spread x heterogeneity x own deviation.
 
-    variances [G, H, Z]; shared [G, H]: weights of the first two; own [T, G, H, Z]: of the third given them. known: whether any technique
+    variances [G, H, Z]; shared [G, H]: weights of the first two; deviation [T, G, H, Z]: of the third, conditional on them. known: whether any technique
     has several seeds.
     """
 
     variances: Any
     shared: Any
-    own: Any
+    deviation: Any
     known: bool
 
     @classmethod
@@ -178,7 +178,7 @@ class Spreads:
             return np.expand_dims(variance / seeds if seeds else np.zeros_like(variance), axis)
 
         added = part(self.variances, seeds_a, 3) + part(self.variances, seeds_b, 2)
-        weights = self.shared[..., None, None] * self.own[a][..., :, None] * self.own[b][..., None, :]
+        weights = self.shared[..., None, None] * self.deviation[a][..., :, None] * self.deviation[b][..., None, :]
         return added.reshape(-1), weights.reshape(-1)
 
 
@@ -232,7 +232,7 @@ def _mean_variance(by_row: np.ndarray) -> float:
 
 
 def pairs_of(ranked: Sequence[Technique], numbers: Sequence[tuple[int, int]] | None = None) -> list[Pair]:
-    """Pairs of techniques on the same rows, by their numbers (None: every two), corrected for nothing. The seeds of all techniques tell of the spreads."""
+    """Pairs of techniques on the same rows, by their numbers (None: all pairs), uncorrected. Spreads are estimated from the seeds of all techniques."""
     spreads = Spreads.of(ranked)
     return [Pair.of(ranked, spreads, a, b) for a, b in (itertools.combinations(range(len(ranked)), 2) if numbers is None else numbers)]
 
