@@ -206,8 +206,8 @@ def to_run(cells: Sequence[DictConfig]) -> list[DictConfig]:
             missing += [cfg] if cfg.stale == "run" else []
     if older:
         files = sorted({file for difference in older.values() for file in difference.code})
-        treatment = "they are kept (stale=keep)" if cells[0].stale == "keep" else "they run again (stale=keep keeps them)"
-        print(f"{len(older)} of {len(cells)} cells are of older code ({identity.few(files)}): {identity.few(list(older))}; {treatment}")
+        action = "they are kept (stale=keep)" if cells[0].stale == "keep" else "they run again (stale=keep keeps them)"
+        print(f"{len(older)} of {len(cells)} cells are of older code ({identity.few(files)}): {identity.few(list(older))}; {action}")
     return missing
 
 

@@ -249,8 +249,8 @@ def difference(result: Result, cfg: DictConfig) -> Difference:
     config = [f"{key} {_shown(theirs.get(key))} -> {_shown(mine.get(key))}" for key in keys]
     there, here = _inputs_of(result), inputs(cfg)
     moved = [key for key in sorted(there) if there[key] != here.get(key)]
-    then, now = result.provenance.get("code"), code(cfg)
-    older = ["all"] if not isinstance(then, dict) else [path for path in sorted(then.keys() | now.keys()) if then.get(path) != now.get(path)]
+    recorded, now = result.provenance.get("code"), code(cfg)
+    older = ["all"] if not isinstance(recorded, dict) else [path for path in sorted(recorded.keys() | now.keys()) if recorded.get(path) != now.get(path)]
     return Difference(config, moved, older)
 
 

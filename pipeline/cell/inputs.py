@@ -35,7 +35,7 @@ class Shared:
     stored: dict[Path, Any] = field(default_factory=dict)
     tokenizers: dict[Path, Any] = field(default_factory=dict)
     threads: int | None = None
-    """Threads for the cell to compute with, where the process before the fork kept to one."""
+    """Threads for the cell to compute with, where the process before the fork used one."""
 
     def preload(self, folder: Path, trust_remote_code: bool) -> None:
         """Read a base model and its tokenizer on the CPU, and import what every cell imports."""

@@ -105,9 +105,9 @@ def findings(group: Sequence[DictConfig], shared: Shared) -> Iterator[Finding]:
 
 def _rows(parts: Parts, cfg: DictConfig) -> Rows:
     """What a cell of the group trains on and is asked."""
-    of_cell = dataclasses.replace(parts, cfg=cfg)
-    rows = dataclasses.replace(load_task(of_cell, cfg.seed, cfg.train_rows), rationales=load_taught(of_cell))
-    return training_rows(of_cell, rows)[0]
+    cell_parts = dataclasses.replace(parts, cfg=cfg)
+    rows = dataclasses.replace(load_task(cell_parts, cfg.seed, cfg.train_rows), rationales=load_taught(cell_parts))
+    return training_rows(cell_parts, rows)[0]
 
 
 def _of_model(parts: Parts, every: Sequence[Rows], shared: Shared) -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """Locks between processes: a file that names its holder, and a hold that the kernel ends with the process, however that ends.
 
-Library. The files stay where they are; what they say is of meaning only while the lock is held.
+Library. The files stay where they are; their text is valid only while a process has the lock.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which techniques the data can tell apart: differences over seeds and test rows, corrected for being many, and letters.
+"""Which techniques differ significantly: differences over seeds and test rows, corrected for being many, and letters.
 
 Library of `python -m pipeline.report` and `python -m pipeline.compare`; docs/statistics.md says why this test, and `python -m benchmarks.tiers`
 measures what it promises.
@@ -8,8 +8,8 @@ of the row under this technique, and of the seed under this technique. The diffe
 
     Var_i(d_i) / n  +  sigma_a² / S_a  +  sigma_b² / S_b
 
-where d_i is the difference on row i (means over seeds), n the rows, and sigma_t² the variance of the seeds' effect. A few seeds tell
-little of sigma_t, so it is not put in as if it were known: the p-value is averaged over the sigmas that the seeds of all techniques
+where d_i is the difference on row i (means over seeds), n the rows, and sigma_t² the variance of the seeds' effect. A few seeds say
+little about sigma_t, so it is not put in as if it were known: the p-value is averaged over the sigmas that the seeds of all techniques
 allow (a hierarchical model: sigma_t is log-normal around a spread that all techniques share, with a heterogeneity of its own; TILT and
 HETEROGENEITIES are their priors). Averaging over what is not known is Behrens' and Fisher's answer to unequal variances; sharing it over
 techniques is Smyth's (2004). All pairs are corrected: comparisons with a best that the same data chose, corrected for those alone, find too
@@ -34,7 +34,7 @@ FEW = 10
 SPREADS = (0.0015, 0.1, 20)
 """The shared spreads over seeds that are tried: lowest, highest (fractions), how many, evenly in the logarithm."""
 TILT = 0.5
-"""Before anything is seen a spread counts as its TILT-th power: flat in the logarithm (0) separates the same technique in up to 7%, flat (1) tells little."""
+"""Before anything is seen a spread counts as its TILT-th power: flat in the logarithm (0) separates the same technique in up to 7%, flat (1) separates few."""
 HETEROGENEITIES = (0.0, 0.35, 0.7, 1.05, 1.4, 1.8)
 """Standard deviations of a technique's log spread around the shared one that are tried."""
 MOST = 0.15

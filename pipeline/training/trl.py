@@ -67,10 +67,10 @@ class TrlLoop(Loop):
         return {"engine": "trl"}
 
     def _remarks(self) -> list[str]:
-        how = f"trained by TRL's {self.run.objective.name.upper()} loop; tokens are those of prompts and sampled answers"
+        loop = f"trained by TRL's {self.run.objective.name.upper()} loop; tokens are those of prompts and sampled answers"
         earned = [point["reward"] for point in self.state.history if "reward" in point]
         none = "no sampled answer was right, so nothing was learnt; begin at a fine-tuned cell: start=<cell>"
-        return [how, none] if earned and not max(earned) else [how]
+        return [loop, none] if earned and not max(earned) else [loop]
 
     def _trainer(self, folder: str) -> Any:
         """TRL's trainer, set up as the settings say."""

@@ -107,14 +107,14 @@ class Filter:
 
     def _cleaned(self, raw: str, lines: bool) -> str:
         """A text without quotes, list marks and the task's words around it; only its first line where no example has several."""
-        cleaned: list[str] = []
+        stripped: list[str] = []
         for line in raw.strip().splitlines():
             bare = self._bare(line)
-            if cleaned and self._framed(line) or cleaned and not lines:
+            if stripped and self._framed(line) or stripped and not lines:
                 break
-            if bare or cleaned:
-                cleaned.append(bare)
-        return "\n".join(cleaned).strip()
+            if bare or stripped:
+                stripped.append(bare)
+        return "\n".join(stripped).strip()
 
     def _framed(self, line: str) -> bool:
         return any(line.strip().casefold().startswith(word.casefold()) for word in self.frame)
