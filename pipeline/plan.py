@@ -50,9 +50,9 @@ def plan_commands(folder: Path) -> int:
     """Write what each command's code is; of rationales one a teacher of conf/teacher/."""
     wanted = {stage: [(kind, name) for kind in kinds for name in names.TABLE[kind]] for stage, kinds in STAGES.items()}
     for path in sorted(CONF.glob("teacher/*.yaml")):
-        held = yaml.safe_load(path.read_text(encoding="utf-8"))
-        writers = [("writer", name) for name in names.TABLE["writer"]] if held["type"] == "prompted" else []
-        wanted[f"rationales-{path.stem}"] = [("teacher", held["type"]), *writers]
+        teacher = yaml.safe_load(path.read_text(encoding="utf-8"))
+        writers = [("writer", name) for name in names.TABLE["writer"]] if teacher["type"] == "prompted" else []
+        wanted[f"rationales-{path.stem}"] = [("teacher", teacher["type"]), *writers]
     with atomic_folder(folder, "prepare.json") as beside:
         for name, classes in wanted.items():
             modules = [f"pipeline.{name.partition('-')[0]}", *(names.TABLE[kind][one].rpartition(".")[0] for kind, one in classes)]

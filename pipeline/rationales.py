@@ -5,8 +5,8 @@
 Training rows are there to learn from, test rows only so that the teacher itself can be scored. With train_rows=n the rows that such a cell reads
 are explained alone: n training rows of seed (or of teacher.row_seeds), its validation rows, and evaluate.test_rows.
 
-`seconds` in the manifest are those that passed; of a teacher whose texts are kept (local, server) those that passed when each text was written, now
-or in an earlier run, so that what was kept does not look free. Everything else is the same at every run.
+`seconds` in the manifest are those that passed; of a teacher whose texts are stored (local, server) those that passed when each text was written, now
+or in an earlier run, so that stored texts do not look free. Everything else is the same at every run.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ SHAKEN = 0.01
 
 @dataclass(frozen=True)
 class Finding:
-    """ok: whether the check holds. said: what was found; of one that does not hold what is wrong, and the key or file to change."""
+    """ok: whether the check passed. said: the outcome; of one that failed what is wrong, and the key or file to change."""
 
     check: str
     ok: bool
@@ -83,8 +83,8 @@ def trained_as_scored(scorer: Scorer, objective: Objective, rows: Sequence[dict]
 
 
 def _label(objective: Objective, row: dict, task: Task, rationales: dict[str, dict]) -> Example:
-    found = objective.examples(row, task, rationales.get(row["id"]))
-    return next((e for e in found if e.answer == row["answer"]), objective.label_example(row, task))
+    examples = objective.examples(row, task, rationales.get(row["id"]))
+    return next((e for e in examples if e.answer == row["answer"]), objective.label_example(row, task))
 
 
 def labels(encoder: Encoder, examples: Sequence[Example]) -> Finding:
@@ -98,8 +98,8 @@ def labels(encoder: Encoder, examples: Sequence[Example]) -> Finding:
         learnt = [(int(c) + 1, int(t)) for c, t in zip(batch.cols, batch.targets, strict=True)]
         first = len(encoded.ids) - len(answer)
         if learnt != list(enumerate(answer, first)):
-            told = encoder.tokenizer.decode([t for _, t in learnt])
-            return Finding("labels", False, f"the answer is {example.answer!r}, and the loss falls on {told!r}; check task.separator and task.format")
+            trained = encoder.tokenizer.decode([t for _, t in learnt])
+            return Finding("labels", False, f"the answer is {example.answer!r}, and the loss falls on {trained!r}; check task.separator and task.format")
         if squeezed(encoder.tokenizer.decode(answer, skip_special_tokens=True)) != squeezed(example.answer):
             read = encoder.tokenizer.decode(answer)
             return Finding("labels", False, f"the answer {example.answer!r} comes back from its tokens as {read!r}; the tokenizer lacks its letters")
@@ -116,15 +116,15 @@ def losses(model: Any, parts: Sequence[Sequence[Encoded]], pad_id: int, device: 
     import torch
     import torch.nn.functional as F
 
-    found: list[float] = []
+    per_token: list[float] = []
     model.eval()
     for part in parts:
         batch = collate(part, dict.fromkeys((e.group for e in part), 1), pad_id).to(device)
         with torch.no_grad(), autocast(device, dtype):
             nats = F.cross_entropy(logits_at(model, batch.input_ids, batch.rows, batch.cols), batch.targets, reduction="none")
         sums = torch.zeros(len(part), device=device).index_add(0, batch.rows, nats)
-        found += [float(total) / (len(e.ids) - e.start) for total, e in zip(sums, part, strict=True)]
-    return found
+        per_token += [float(total) / (len(e.ids) - e.start) for total, e in zip(sums, part, strict=True)]
+    return per_token
 
 
 def neighbours(alone: Sequence[float], together: Sequence[float], precision: str) -> Finding:
@@ -175,16 +175,16 @@ def _backward(model: Any, loss: Callable[[], Any], trained: dict[str, Any]) -> d
     value = loss()
     if value.requires_grad:
         value.backward()
-    found = {}
+    outcomes = {}
     for name, parameter in trained.items():
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
-            found[name] = "is not reached from the loss"
+            outcomes[name] = "is not reached from the loss"
         elif not bool(gradient.isfinite().all()):
-            found[name] = "gets a gradient that is not finite"
+            outcomes[name] = "gets a gradient that is not finite"
         else:
-            found[name] = "moves" if bool(gradient.any()) else "gets a gradient of zeros"
-    return found
+            outcomes[name] = "moves" if bool(gradient.any()) else "gets a gradient of zeros"
+    return outcomes
 
 
 def merged(method: Method, model: Any, parts: Sequence[Sequence[Encoded]], pad_id: int, device: Any, dtype: Any, precision: str) -> Finding:

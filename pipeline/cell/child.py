@@ -79,9 +79,9 @@ def _wait(child: int, limit: int | None, kills: int | None) -> Outcome:
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
                 break
-            held = child_rss(child)
-            if limit and held and held > limit and over is None:
-                over = f"ended at {held} resident bytes, above memory_limit_gb"
+            resident = child_rss(child)
+            if limit and resident and resident > limit and over is None:
+                over = f"ended at {resident} resident bytes, above memory_limit_gb"
                 os.kill(child, signal.SIGKILL)
             threading.Event().wait(POLL_S)
     finally:
@@ -103,7 +103,7 @@ def _main_thread() -> bool:
 def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | None) -> int:
     """One cell in a child process; 0 once its result is on disk."""
     for group in (settings, recipe, synthetic):
-        group.read(cfg)  # a misspelt key is told before anything is started
+        group.read(cfg)  # a misspelt key is reported before anything is started
     folder = identity.folder_of(cfg)
     check_writable(folder)
     identity.check_free(cfg)

@@ -60,11 +60,11 @@ def score_answers(parts: Parts, rows: Rows, meter: Meter) -> Evaluation:
         for split, asked in (("validation", rows.validation), ("test", rows.test)):
             if not parts.wants(split):
                 continue
-            given = parts.method.answers(asked, rows.rationales) or []
-            found = [{"id": r["id"], "answer": r["answer"], "prediction": g, "correct": answers.canonical(g) == answers.canonical(r["answer"])}
-                     for r, g in zip(asked, given, strict=True)]
-            predictions += [{"split": split, **p} for p in found]
-            scores[split] = answers.score(found, parts.settings.task)
+            replies = parts.method.answers(asked, rows.rationales) or []
+            scored = [{"id": r["id"], "answer": r["answer"], "prediction": g, "correct": answers.canonical(g) == answers.canonical(r["answer"])}
+                     for r, g in zip(asked, replies, strict=True)]
+            predictions += [{"split": split, **p} for p in scored]
+            scores[split] = answers.score(scored, parts.settings.task)
     return Evaluation(scores, predictions, Memory(kind="none", peak_bytes=None))
 
 
@@ -75,12 +75,12 @@ def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Eval
     scores: dict[str, Score] = {}
 
     def answer(split: str, asked: list[dict]) -> None:
-        found = scorer.predict(asked)
-        predictions.extend({"split": split, **p} for p in found)
-        scores[split] = answers.score(found, parts.settings.task)
+        answered = scorer.predict(asked)
+        predictions.extend({"split": split, **p} for p in answered)
+        scores[split] = answers.score(answered, parts.settings.task)
 
     failed: dict[str, str] = {}
-    measured = functools.partial(_kept, failed)
+    measured = functools.partial(_measure, failed)
     memory, inference = PeakMemory(parts.device), None
     memory.start()
     with meter.phase("validate"):
@@ -110,7 +110,7 @@ def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Eval
     return Evaluation(scores, predictions, peak, inference, forgetting, scorer.notes, finite, failed)
 
 
-def _kept(failed: dict[str, str], name: str, without: Any, measure: Callable[[], Any]) -> Any:
+def _measure(failed: dict[str, str], name: str, without: Any, measure: Callable[[], Any]) -> Any:
     """What `measure` gives; where it fails `without`, and its reason among the `failed`: a cell that has trained and answered keeps its result."""
     try:
         return measure()
@@ -122,7 +122,7 @@ def _kept(failed: dict[str, str], name: str, without: Any, measure: Callable[[],
 def _nats_per_token(scorer: Scorer, rows: Sequence[dict], predictions: Sequence[dict]) -> float | None:
     """Mean negative log-likelihood of a token of the right answers: those that were scored, or where answers are generated those of a few rows.
 
-    None where neither tells: the model reasons before it answers, or there are no rows.
+    None where neither is known: the model reasons before it answers, or there are no rows.
     """
     encoder = scorer.encoder
     if scorer.task.scoring == "choice":
@@ -156,8 +156,8 @@ def _requests(parts: Parts, scorer: Scorer, rows: Rows) -> tuple[float | None, i
 def _many_adapters(parts: Parts, scorer: Scorer, rows: Rows, inference: Inference) -> Inference:
     """How long requests take that each have an adapter of their own over one base, where adapters can share one."""
     evaluate = parts.settings.evaluate
-    found = shared_latency(scorer, parts.method, rows.test[: evaluate.latency_rows], evaluate.adapters)
-    return dataclasses.replace(inference, adapters=found.own, one_adapter=found.same, adapters_mixed=found.mixed) if found else inference
+    shared = shared_latency(scorer, parts.method, rows.test[: evaluate.latency_rows], evaluate.adapters)
+    return dataclasses.replace(inference, adapters=shared.adapters, one_adapter=shared.one_adapter, adapters_mixed=shared.mixed) if shared else inference
 
 
 def _merged(parts: Parts, scorer: Scorer, rows: Rows, inference: Inference) -> Inference:

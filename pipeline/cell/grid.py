@@ -1,4 +1,4 @@
-"""An experiment's cells: its grid composed, those that are done told from those that are missing, the missing ones run."""
+"""An experiment's cells: its grid composed, those that are done separated from those that are missing, the missing ones run."""
 
 from __future__ import annotations
 
@@ -145,33 +145,34 @@ def grid(experiment: str) -> dict[str, Any]:
     path = ROOT / "experiments" / experiment / "params.yaml"
     if not path.exists():
         raise UserError(f"{path.relative_to(ROOT)} does not exist; choose experiments=<name> of a folder under experiments/")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    params = yaml.safe_load(path.read_text(encoding="utf-8"))
     for key in ("techniques", "seeds", "train_rows"):
-        if not (found.get("grid") or {}).get(key):
+        if not (params.get("grid") or {}).get(key):
             raise UserError(f"{path.relative_to(ROOT)} has no grid.{key}; list at least one")
-    found["grid"]["techniques"] = [*found["grid"]["techniques"], *(found["grid"].get("synthetic") or []), *(found["grid"].get("after") or [])]
-    return found
+    params["grid"]["techniques"] = [*params["grid"]["techniques"], *(params["grid"].get("synthetic") or []), *(params["grid"].get("after") or [])]
+    return params
 
 
 def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every cell; technique, seed and train_rows given by hand narrow the grid."""
-    given = by_key(overrides)
-    if "experiments" not in given:
+    chosen = by_key(overrides)
+    if "experiments" not in chosen:
         raise UserError("pipeline.cells needs an experiment; add experiments=<name>, for example experiments=quick")
-    axes = grid(given["experiments"])["grid"]
+    axes = grid(chosen["experiments"])["grid"]
     rest = without(overrides, "technique", "seed", "train_rows")
-    values = [[given[key]] if key in given else axes[plural] for key, plural in (("technique", "techniques"), ("seed", "seeds"), ("train_rows", "train_rows"))]
-    if given.get("tuned", "").lower() == "true":
+    names = (("technique", "techniques"), ("seed", "seeds"), ("train_rows", "train_rows"))
+    values = [[chosen[key]] if key in chosen else axes[plural] for key, plural in names]
+    if chosen.get("tuned", "").lower() == "true":
         values[0] = _searched(dict.fromkeys(t.removesuffix(SUFFIX) for t in values[0]), rest)
     return [[*rest, f"technique={t}", f"seed={s}", f"train_rows={n}"] for n, t, s in itertools.product(values[2], values[0], values[1])]
 
 
 def _searched(techniques: Iterable[str], rest: Sequence[str]) -> list[str]:
     """The techniques that have something to search; the others have no tuned cell."""
-    found = {t: bool(tuned.searches(compose([*rest, f"technique={t}"]))) for t in techniques}
-    if without := [t for t, searched in found.items() if not searched]:
+    has_space = {t: bool(tuned.searches(compose([*rest, f"technique={t}"]))) for t in techniques}
+    if without := [t for t, searched in has_space.items() if not searched]:
         print(f"nothing is searched for {', '.join(without)}: the untuned cell stands")
-    return [t for t, searched in found.items() if searched]
+    return [t for t, searched in has_space.items() if searched]
 
 
 def check_params(experiment: str, cells: Sequence[DictConfig]) -> None:
@@ -194,20 +195,20 @@ def check_params(experiment: str, cells: Sequence[DictConfig]) -> None:
 
 def to_run(cells: Sequence[DictConfig]) -> list[DictConfig]:
     """Those without a result; those whose code alone is older are named, and among them unless stale=keep."""
-    found, older = [], {}
+    missing, older = [], {}
     for cfg in cells:
         identity.check_free(cfg)
         there = identity.standing(cfg)
         if there is None or there[1].other or not counts_here(there[0], cfg):
-            found.append(cfg)
+            missing.append(cfg)
         elif there[1].code:
             older[cell_name(cfg)] = there[1]
-            found += [cfg] if cfg.stale == "run" else []
+            missing += [cfg] if cfg.stale == "run" else []
     if older:
         files = sorted({file for difference in older.values() for file in difference.code})
-        kept = "they are kept (stale=keep)" if cells[0].stale == "keep" else "they run again (stale=keep keeps them)"
-        print(f"{len(older)} of {len(cells)} cells are of older code ({identity.few(files)}): {identity.few(list(older))}; {kept}")
-    return found
+        action = "they are kept (stale=keep)" if cells[0].stale == "keep" else "they run again (stale=keep keeps them)"
+        print(f"{len(older)} of {len(cells)} cells are of older code ({identity.few(files)}): {identity.few(list(older))}; {action}")
+    return missing
 
 
 def is_done(cfg: DictConfig) -> bool:

@@ -52,27 +52,27 @@ def deciding(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: it names a class that the table does not have.
     """
-    held = {key: value for key, value in names.named(values).items() if key in settings.DECIDING and value is not None}
-    found: dict[str, Any] = {}
-    for key, value in held.items():
+    config = {key: value for key, value in names.named(values).items() if key in settings.DECIDING and value is not None}
+    decisive: dict[str, Any] = {}
+    for key, value in config.items():
         left = _without_defaults(key, value) if isinstance(value, dict) else {} if value == settings.DECIDING[key] else {key: value}
         if left:
-            found[key] = left if isinstance(value, dict) else value
-    evaluate = found.get("evaluate", {})
+            decisive[key] = left if isinstance(value, dict) else value
+    evaluate = decisive.get("evaluate", {})
     for condition, keys in settings.Evaluate.ONLY_WITH.items():
-        for unused in keys if not held.get("evaluate", {}).get(condition) else ():
+        for unused in keys if not config.get("evaluate", {}).get(condition) else ():
             evaluate.pop(unused, None)
-    found.get("teacher", {}).pop("writer", None)  # what it wrote decides: `inputs`
-    mixed = found.pop("synthetic", None)
+    decisive.get("teacher", {}).pop("writer", None)  # what it wrote decides: `inputs`
+    mixed = decisive.pop("synthetic", None)
     if mixed and synthetic.is_wanted(mixed):  # how its rows were written shows in them: `inputs`
-        found["synthetic"] = {"name": mixed["name"], "share": mixed["share"]}
-    return found
+        decisive["synthetic"] = {"name": mixed["name"], "share": mixed["share"]}
+    return decisive
 
 
 def _without_defaults(group: str, values: dict[str, Any]) -> dict[str, Any]:
     defaults = _defaults(group, values)
-    kept = settings.NOT_DECIDING.get(group, ())
-    return {key: value for key, value in values.items() if key not in kept and (key not in defaults or defaults[key] != value)}
+    ignored = settings.NOT_DECIDING.get(group, ())
+    return {key: value for key, value in values.items() if key not in ignored and (key not in defaults or defaults[key] != value)}
 
 
 def _defaults(group: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -81,12 +81,12 @@ def _defaults(group: str, values: dict[str, Any]) -> dict[str, Any]:
             "technique": settings.Technique}.get(group)
     if group in ("method", "objective", "teacher"):
         kind = names.class_of(values, group)
-    found = {}
+    defaults = {}
     for field in dataclasses.fields(kind) if kind is not None and dataclasses.is_dataclass(kind) else ():
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         if default is not dataclasses.MISSING:
-            found[field.name] = list(default) if isinstance(default, tuple) else default
-    return found
+            defaults[field.name] = list(default) if isinstance(default, tuple) else default
+    return defaults
 
 
 # What a cell reads
@@ -95,10 +95,10 @@ def _defaults(group: str, values: dict[str, Any]) -> dict[str, Any]:
 def inputs(cfg: DictConfig) -> dict[str, str | None]:
     """sha256 of what a cell reads, by name; None: it is not there. Where the folders lie is no part of it."""
     data, model = (folder / "manifest.json" for folder in (Path(cfg.paths.data) / cfg.task.name, Path(cfg.paths.models) / cfg.model.name))
-    found = {"data": _digest(data), "model": _digest(model)}
+    hashes = {"data": _digest(data), "model": _digest(model)}
     for path in reads(cfg):
-        found["/".join(path.parts[-2:])] = _digest(path)
-    return found
+        hashes["/".join(path.parts[-2:])] = _digest(path)
+    return hashes
 
 
 def reads(cfg: DictConfig) -> list[Path]:
@@ -190,13 +190,13 @@ def closure(module: str) -> tuple[Path, ...]:
 
 @functools.cache
 def _imported(path: Path) -> tuple[str, ...]:
-    found = []
+    modules = []
     for node in _run_nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return tuple(name for name in found if name.startswith("pipeline."))
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(name for name in modules if name.startswith("pipeline."))
 
 
 def _run_nodes(node: ast.AST) -> Iterator[ast.AST]:
@@ -213,7 +213,7 @@ def _file(module: str) -> Path | None:
     return path if path.exists() else None
 
 
-# A result held against a config
+# A result compared with a config
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Difference:
     inputs: list[str]
     """data, model, and names of other files that were read."""
     code: list[str]
-    """Files; "all" where the result does not tell (a result of schema 1)."""
+    """Files; "all" where the result does not say (a result of schema 1)."""
 
     @property
     def other(self) -> bool:
@@ -249,15 +249,15 @@ def difference(result: Result, cfg: DictConfig) -> Difference:
     config = [f"{key} {_shown(theirs.get(key))} -> {_shown(mine.get(key))}" for key in keys]
     there, here = _inputs_of(result), inputs(cfg)
     moved = [key for key in sorted(there) if there[key] != here.get(key)]
-    kept, now = result.provenance.get("code"), code(cfg)
-    older = ["all"] if not isinstance(kept, dict) else [path for path in sorted(kept.keys() | now.keys()) if kept.get(path) != now.get(path)]
+    recorded, now = result.provenance.get("code"), code(cfg)
+    older = ["all"] if not isinstance(recorded, dict) else [path for path in sorted(recorded.keys() | now.keys()) if recorded.get(path) != now.get(path)]
     return Difference(config, moved, older)
 
 
 def _inputs_of(result: Result) -> dict[str, Any]:
-    held = result.provenance.get("inputs")
-    if isinstance(held, dict):
-        return held
+    stored = result.provenance.get("inputs")
+    if isinstance(stored, dict):
+        return stored
     return {"data": result.provenance["data_sha256"]} if "data_sha256" in result.provenance else {}
 
 

@@ -35,7 +35,7 @@ class Shared:
     stored: dict[Path, Any] = field(default_factory=dict)
     tokenizers: dict[Path, Any] = field(default_factory=dict)
     threads: int | None = None
-    """Threads for the cell to compute with, where the process before the fork kept to one."""
+    """Threads for the cell to compute with, where the process before the fork used one."""
 
     def preload(self, folder: Path, trust_remote_code: bool) -> None:
         """Read a base model and its tokenizer on the CPU, and import what every cell imports."""
@@ -173,10 +173,10 @@ def load_taught(parts: Parts) -> dict[str, dict]:
     """What the teacher wrote, by row id; nothing where the technique needs none. Raises UserError where it is missing."""
     if not (parts.method.answers_without_model or parts.objective.needs_rationales):
         return {}
-    found = load_rationales(parts.rationales)
-    if not found:
+    rationales = load_rationales(parts.rationales)
+    if not rationales:
         raise UserError(f"{parts.cfg.technique.name} learns from a teacher, but {parts.rationales} is empty; choose another teacher")
-    return found
+    return rationales
 
 
 def training_rows(parts: Parts, rows: Rows) -> tuple[Rows, int, Synthetic | None]:
@@ -186,10 +186,10 @@ def training_rows(parts: Parts, rows: Rows) -> tuple[Rows, int, Synthetic | None
     cfg, batch_size = parts.cfg, parts.settings.train.batch_size
     written, mixed = synthetic.extra(cfg, rows.train)
     labelled = parts.objective.rows(rows.train, rows.rationales, cfg.train_rows, cfg.seed)
-    found = [*labelled, *written]
-    if batch_size > len(found):
-        raise UserError(f"train.batch_size={batch_size} is larger than the {len(found)} training rows; lower it")
-    return dataclasses.replace(rows, train=found), len(labelled), mixed
+    train = [*labelled, *written]
+    if batch_size > len(train):
+        raise UserError(f"train.batch_size={batch_size} is larger than the {len(train)} training rows; lower it")
+    return dataclasses.replace(rows, train=train), len(labelled), mixed
 
 
 def load_base(parts: Parts, shared: Shared) -> Any:
@@ -205,6 +205,6 @@ def load_encoder(parts: Parts, shared: Shared, base: Any) -> Encoder:
 
 
 def encoded(parts: Parts, encoder: Encoder, rows: Sequence[dict], rationales: dict[str, dict]) -> list[list[Encoded]]:
-    """The training examples of every row. `encoder.check` then tells of texts that were too long."""
+    """The training examples of every row. `encoder.check` then reports texts that were too long."""
     task = parts.settings.task
     return [[encoder.example(e) for e in parts.objective.examples(row, task, rationales.get(row["id"]))] for row in rows]

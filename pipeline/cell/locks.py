@@ -47,5 +47,5 @@ def free(cells: Iterable[DictConfig]) -> Iterator[list[DictConfig]]:
 
 
 def waited(cfg: DictConfig) -> contextlib.AbstractContextManager[None]:
-    """Hold a cell once the process that computes it has ended with it; who that is is told first."""
+    """Hold a cell once the process that computes it has ended with it; which process that is, is printed first."""
     return locks.waited(path_of(cfg), f"waiting for {cell_name(cfg)}, which {{holder}} computes")

@@ -167,12 +167,12 @@ class Packing:
         """Validate runs: choices under all adapters in one pass, generated answers one adapter after another. Keeps (Score, predictions)."""
         from pipeline.training.pack import Scored
 
-        task, found = self.parts.settings.task, []
+        task, scores = self.parts.settings.task, []
         for run, predictions in zip(running, self._predict(pack, running), strict=True):
             scored = answers.score(predictions, task)
-            found.append(Scored(*ranked(scored, task.metric), (scored, predictions)))
+            scores.append(Scored(*ranked(scored, task.metric), (scored, predictions)))
             run.notes += [n for n in [self.encoder.check("the validation rows")] if n]
-        return found
+        return scores
 
     def _predict(self, pack: Pack, running: list[Running]) -> list[list[dict]]:
         task, rows = self.parts.settings.task, max((r.job.name.rows.validation for r in running), key=len)
@@ -182,11 +182,11 @@ class Packing:
             values = pack.choice_log_likelihoods(running, items, limit)
             counts = [len(r.job.name.rows.validation) for r in running]
             return [answers.chosen(rows[:count], mine[:count], task) for count, mine in zip(counts, values, strict=True)]
-        found = []
+        predictions = []
         for run in running:
             with self.initializer.wrapped(run.job.name.method, pack.adapters.take(run.slot, run.init.weights)) as model:
-                found.append(self._scorer(model).predict(run.job.name.rows.validation))
-        return found
+                predictions.append(self._scorer(model).predict(run.job.name.rows.validation))
+        return predictions
 
     def _scorer(self, model: Any) -> scorer.Scorer:
         parts, settings = self.parts, self.parts.settings
@@ -234,9 +234,9 @@ def _refusal(method: Method, objective: Objective, checkpointing: bool = False) 
         return "activations are checkpointed"
     if not method.peft:
         return "it trains the base itself or modules that PEFT does not make, of which nothing could be shared"
-    own = next((what for declared, what in UNPACKED.items() if getattr(method, declared)), None)
-    if own:
-        return f"{type(method).__name__} {own}"
+    reason = next((what for declared, what in UNPACKED.items() if getattr(method, declared)), None)
+    if reason:
+        return f"{type(method).__name__} {reason}"
     adapter = method.config  # type: ignore[attr-defined]
     if reason := options.refused(adapter.peft_type.value, options.changed(adapter), shared=True):
         return reason
@@ -249,12 +249,12 @@ SHARED_ENERGY = "energy was not measured: it was trained at once with others, wh
 
 def groups(missing: Sequence[DictConfig]) -> list[list[DictConfig]]:
     """The cells with pack=true that may train at once: those that differ in their seed alone."""
-    found: dict[str, list[DictConfig]] = {}
+    by_config: dict[str, list[DictConfig]] = {}
     for cfg in missing:
         if cfg.pack:
             same = {k: v for k, v in identity.decides(cfg).items() if k != "seed"}
-            found.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(cfg)
-    return [group for group in found.values() if len(group) > 1]
+            by_config.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(cfg)
+    return [group for group in by_config.values() if len(group) > 1]
 
 
 def train(group: Sequence[DictConfig], shared: inputs.Shared) -> None:
@@ -306,10 +306,10 @@ def _keep(run: Running, slots: int, warmup_s: float) -> None:
     seen = run.tokens + run.padding
     work = Work(steps=run.step, tokens=run.tokens, padding_share=run.padding / seen if seen else None, energy_note=SHARED_ENERGY,
                 engine="handwritten", diverged_at=run.diverged_at)
-    held = {"weights": run.weights, "history": run.history, "notes": run.notes, "work": dataclasses.asdict(work), "slots": slots,
+    training = {"weights": run.weights, "history": run.history, "notes": run.notes, "work": dataclasses.asdict(work), "slots": slots,
             "train_s": run.seconds, "warmup_s": warmup_s}
     with atomic_path(identity.packed_of(run.job.name.cfg)) as beside:
-        torch.save(held, beside)
+        torch.save(training, beside)
 
 
 REFUSED, OUT_OF_MEMORY, INTERRUPTED = 74, 75, 130

@@ -1,6 +1,6 @@
-"""Whether an experiment's techniques, model and task go together, found out in seconds before the first cell: docs/models.md says what is checked.
+"""Whether an experiment's techniques, model and task go together, checked in seconds before the first cell: docs/models.md says what is checked.
 
-Library of `python -m pipeline.check`, and of `pipeline.cells`, which remembers in .work/preflight/ what held and does not ask again.
+Library of `python -m pipeline.check`, and of `pipeline.cells`, which stores in .work/preflight/ what passed and does not check it again.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def ahead(cells: Sequence[DictConfig], shared: Shared) -> int:
     failed = []
     for key, group in new.items():
         try:
-            found = list(findings(group, shared))
+            results = list(findings(group, shared))
         except Exception as error:  # noqa: BLE001 (what ends a check ends the cell, which keeps its trace; the others need not wait for that)
             print(f"preflight: {group[0].technique.name} could not be checked ({type(error).__name__}: {error})", file=sys.stderr)
             continue
-        wrong = [finding for finding in found if not finding.ok]
+        wrong = [finding for finding in results if not finding.ok]
         failed += [f"{group[0].technique.name}: {finding.check}: {finding.said}" for finding in wrong]
         if not wrong:
-            write_json(_memory(group[0], key), [dataclasses.asdict(finding) for finding in found])
+            write_json(_memory(group[0], key), [dataclasses.asdict(finding) for finding in results])
     print(f"preflight: {len(new)} techniques checked on this model and task in {watch.lap():.0f} s, {len(failed)} checks failed", flush=True)
     for line in failed:
         print(f"preflight: {line}", file=sys.stderr)
@@ -72,13 +72,13 @@ def report(cells: Sequence[DictConfig]) -> Iterator[tuple[str, bool]]:
 
 def _groups(cells: Iterable[DictConfig]) -> dict[str, list[DictConfig]]:
     """Cells that the same checks are for, by what those depend on: seeds of one technique."""
-    found: dict[str, list[DictConfig]] = {}
+    groups: dict[str, list[DictConfig]] = {}
     for cfg in cells:
         config = {key: value for key, value in identity.decides(cfg).items() if key not in NO_PART}
         inputs = identity.inputs(cfg)
         key = json.dumps([config, inputs["data"], inputs["model"], cfg.train_rows, cfg.device], sort_keys=True, default=str)
-        found.setdefault(hashlib.sha256(key.encode()).hexdigest()[:24], []).append(cfg)
-    return found
+        groups.setdefault(hashlib.sha256(key.encode()).hexdigest()[:24], []).append(cfg)
+    return groups
 
 
 def _memory(cfg: DictConfig, key: str) -> Path:
@@ -105,9 +105,9 @@ def findings(group: Sequence[DictConfig], shared: Shared) -> Iterator[Finding]:
 
 def _rows(parts: Parts, cfg: DictConfig) -> Rows:
     """What a cell of the group trains on and is asked."""
-    own = dataclasses.replace(parts, cfg=cfg)
-    rows = dataclasses.replace(load_task(own, cfg.seed, cfg.train_rows), rationales=load_taught(own))
-    return training_rows(own, rows)[0]
+    cell_parts = dataclasses.replace(parts, cfg=cfg)
+    rows = dataclasses.replace(load_task(cell_parts, cfg.seed, cfg.train_rows), rationales=load_taught(cell_parts))
+    return training_rows(cell_parts, rows)[0]
 
 
 def _of_model(parts: Parts, every: Sequence[Rows], shared: Shared) -> Iterator[Finding]:

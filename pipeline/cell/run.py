@@ -44,7 +44,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
 
     Args:
         splits: the splits to score; None: validation, test and what the evaluate settings ask for.
-        folder: where result.json, predictions.jsonl, history.csv and artefact/ go; None: nothing is kept.
+        folder: where result.json, predictions.jsonl, history.csv and artefact/ go; None: nothing is written.
         started: Unix time from which start-up is counted (the process's start).
 
     Returns:

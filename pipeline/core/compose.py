@@ -79,9 +79,9 @@ def check_places(cfg: DictConfig, overrides: Sequence[str]) -> None:
     for name, value in cfg.paths.items():
         if not isinstance(value, str) or not value or unwritable(value):
             raise UserError(f"config key 'paths.{name}' is {value!r}; it takes the path of a folder")
-    given = dict(word.split("=", 1) for word in overrides if "=" in word)
-    own_name = given.get("experiment")
-    if own_name in {path.stem for path in ROOT.glob("experiments/*.yaml")} and own_name != given.get("experiments"):
+    overridden = dict(word.split("=", 1) for word in overrides if "=" in word)
+    own_name = overridden.get("experiment")
+    if own_name in {path.stem for path in ROOT.glob("experiments/*.yaml")} and own_name != overridden.get("experiments"):
         raise UserError(
             f"experiment={own_name} would write into the results of experiments/{own_name}.yaml with other settings than its own; "
             f"say experiments={own_name} to compose it, or choose another name"

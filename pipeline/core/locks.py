@@ -1,6 +1,6 @@
 """Locks between processes: a file that names its holder, and a hold that the kernel ends with the process, however that ends.
 
-Library. The files stay where they are; what they say is of meaning only while the lock is held.
+Library. The files stay where they are; their text is valid only while a process has the lock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATIENCE_S = 600
 """A queue that has not moved for so long is stuck."""
 FOREVER = -1
 
-_told: set[Path] = set()
+_announced: set[Path] = set()
 
 
 class Busy(UserError):
@@ -71,7 +71,7 @@ def waited(path: Path, waiting: str, wait_s: float = 0) -> Iterator[None]:
 def in_turn(path: Path) -> Iterator[None]:
     """Hold the lock at `path`; nobody gets it twice in a row while somebody else waits, however many take it over and over.
 
-    A wait has no limit as long as the lock changes hands; the first is told on stderr.
+    A wait has no limit as long as the lock changes hands; the first is reported on stderr.
 
     Raises:
         Busy: one process has held it for PATIENCE_S. OSError: the place cannot be written.
@@ -120,9 +120,9 @@ def _patiently(path: Path, queue_for: Path) -> BaseFileLock:
         except Busy as error:
             if wait_s == SAY_S:
                 wait_s = PATIENCE_S
-                if queue_for not in _told:
+                if queue_for not in _announced:
                     print(f"waiting for the lock {queue_for}, which {holder(queue_for)} holds", file=sys.stderr, flush=True)
-                    _told.add(queue_for)
+                    _announced.add(queue_for)
             elif _last_taken(queue_for) == before:
                 raise Busy(f"{holder(queue_for)} has held the lock {queue_for} for {PATIENCE_S} s; wait for it, or end it, then run again") from error
 

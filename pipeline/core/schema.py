@@ -1,4 +1,4 @@
-"""Values held against types: which values a field takes is what its type says.
+"""Values checked against types: which values a field takes is what its type says.
 
 Library of core/settings.py and core/names.py. `checked` takes plain data, as a config holds it.
 """

@@ -23,7 +23,7 @@ def normalised(text: str) -> str:
 
 
 class Near:
-    """Texts to hold others against: one is near to another from a ROUGE-L (F1 of the longest common subsequence of words) of `least` on.
+    """Texts to compare others with: one is near to another from a ROUGE-L (F1 of the longest common subsequence of words) of `least` on.
 
     Exact, though few pairs are scored: the subsequence is never longer than what two texts have in common as bags of words.
     """

@@ -90,13 +90,13 @@ class Answer:
     @functools.cached_property
     def by_text(self) -> dict[str, Any]:
         """The labels by what their values are as texts. Raises UserError where two are the same, or one is none."""
-        found: dict[str, Any] = {}
+        labels: dict[str, Any] = {}
         for value, word in (self.labels or {}).items():
             text = _word("task.answer.labels", value)
-            if text in found:
+            if text in labels:
                 raise UserError(f"config key 'task.answer.labels' lists {text!r} twice; take one out")
-            found[text] = word
-        return found
+            labels[text] = word
+        return labels
 
     @property
     def words(self) -> tuple[str, ...]:

@@ -163,11 +163,11 @@ def _object(line: str) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"it has the key {twice!r} twice")
-    return found
+    return row
 
 
 def _csv(path: Path, header: list[str] | None, encoding: str, **dialect: Any) -> list[dict[str, Any]]:

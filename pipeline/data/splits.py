@@ -91,9 +91,9 @@ def _distinct(recipe: Recipe, rows: Rows, name: str, dropped: Counts, place: str
     first: dict[str, dict] = {}
     others = []
     for row in rows:
-        kept = first.setdefault(normalised(row["prompt"]), row)
-        if row["answer"] != kept["answer"] and set(row["choices"] or ()) == set(kept["choices"] or ()):
-            others.append((kept, row))
+        earlier = first.setdefault(normalised(row["prompt"]), row)
+        if row["answer"] != earlier["answer"] and set(row["choices"] or ()) == set(earlier["choices"] or ()):
+            others.append((earlier, row))
     dropped["contradicting"][name] = len(others)
     dropped["duplicate"][name] = len(rows) - len(first) - len(others)
     if recipe.scoring == "choice" and len(others) > CONTRADICTING * len(rows):
@@ -110,7 +110,7 @@ def case_variants(sets: Sets) -> list[list[str]]:
     spelt: dict[str, Counter[str]] = {}
     for row in (row for rows in sets.values() for row in rows if not row["choices"]):
         spelt.setdefault(row["answer"].casefold(), Counter())[row["answer"]] += 1
-    return [sorted(found) for found in sorted(spelt.values(), key=lambda c: -c.total()) if len(found) > 1]
+    return [sorted(spellings) for spellings in sorted(spelt.values(), key=lambda c: -c.total()) if len(spellings) > 1]
 
 
 def _without_leakage(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Sets:
@@ -136,7 +136,7 @@ def _without_leakage(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Set
 
 
 def _drawn(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Sets:
-    """Every set in its fixed shuffled order; missing splits taken from train, sizes kept."""
+    """Every set in its fixed shuffled order; missing splits taken from train, sizes unchanged."""
     sizes, pool = recipe.sizes, len(sets["train"])
     shuffled = {name: _shuffled(rows, f"{sizes.seed}/{name}") for name, rows in sets.items()}
     final: Sets = {"train": shuffled["train"]}

@@ -143,10 +143,10 @@ def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0, under: in
 
 def biases(modules: list[tuple[str, Any]]) -> list[Any]:
     """Those of linear modules that read the same input; none have, or all. Raises Unsupported for any other."""
-    found = [bias for _, m in modules if (bias := getattr(m, "base_layer", m).bias) is not None]
-    if found and (len(found) < len(modules) or len(modules) == 1):
+    vectors = [bias for _, m in modules if (bias := getattr(m, "base_layer", m).bias) is not None]
+    if vectors and (len(vectors) < len(modules) or len(modules) == 1):
         raise Unsupported("its linear layers have biases where the hand-written step has none")
-    return found
+    return vectors
 
 
 def _dequantised(weights: list[Any], spans: list[tuple[int, int]], room: int) -> Callable[[], Tensor]:

@@ -254,7 +254,7 @@ class Stepper:
         """Capture all shapes' forward and backward, and the update. Parameters are unchanged; moments and step counts are zero.
 
         Args:
-            firsts: by width a micro-batch of the run, with which its captured step is held against an uncaptured one.
+            firsts: by width a micro-batch of the run, on which its captured step is compared with an uncaptured one.
 
         Raises:
             RuntimeError: out of memory, the step cannot be captured, or the captured step computes something else.
@@ -279,7 +279,7 @@ class Stepper:
         self._clear_gradients()
 
     def _compare(self, width: int) -> None:
-        """Hold the replay of what was just captured against the uncaptured run before the capture (which a CPU makes here, where a replay is one)."""
+        """Compare the replay of what was just captured with the uncaptured run before the capture (which a CPU makes here, where a replay is one)."""
         runs = [self._outcome()] if self.graphs.captures else []
         while len(runs) < 3:  # the third says how far two replays are apart, by dropout for instance
             self._clear_gradients()

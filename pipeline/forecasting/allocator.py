@@ -25,7 +25,7 @@ OCCUPIED = 2
 
 
 class OutOfMemory(Exception):
-    """The card that was given is full."""
+    """The card is full."""
 
 
 class Block:
@@ -46,7 +46,7 @@ class Block:
 
 
 class Tensor:
-    """Memory that is given back when nothing refers to it any more, as a tensor's is."""
+    """Memory that is freed when nothing refers to it any more, as a tensor's is."""
 
     __slots__ = ("__weakref__", "_allocator", "_block", "numbers")
 
@@ -83,7 +83,7 @@ class Allocator:
 
     Args:
         capacity: bytes of the card that tensors may take; None: no bound. As PyTorch does, segments that nothing lives in are
-            given up before an allocation fails.
+            released before an allocation fails.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -170,7 +170,7 @@ class Allocator:
         self._pool, self._stream = before
 
     def drop_pool(self, pool: int) -> None:
-        """The graphs of a pool are gone: its segments can be given up."""
+        """The graphs of a pool are gone: its segments can be released."""
         for place in [p for p in self._free if p[0] == pool]:
             for *_, block in self._free.pop(place):
                 block.place = (0, -pool - 1, place[2])
@@ -236,7 +236,7 @@ class Heap(Allocator):
     """A process's memory under glibc, where a CPU's tensors lie: what is reserved is what stays resident.
 
     Best fit, blocks are split, neighbours are joined when freed; where nothing fits the heap grows at its end, and it does not shrink.
-    Large tensors are mapped by themselves and given back at once. posix_memalign looks for `ALIGNED` bytes more than it keeps and gives the
+    Large tensors are mapped by themselves and unmapped at once. posix_memalign looks for `ALIGNED` bytes more than it keeps and gives the
     rest back. In a forward pass autograd's own small objects come to lie in such rests, so the hole that a tensor leaves is too small for
     an equal one until the graph is gone.
     """

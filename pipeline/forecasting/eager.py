@@ -88,7 +88,7 @@ class Eager(Operations):
     def checkpointed(self, x: Tensor, layer: int, needs: bool) -> tuple[Tensor, Back]:
         """torch.utils.checkpoint without re-entrance: the input is saved, the layer is gone through again in backward."""
         y, back = self.layer(x, layer, needs)
-        del back  # what autograd would save is given back at once
+        del back  # what autograd would save is freed at once
         inputs = [x]
         del x
 

@@ -1,7 +1,7 @@
 """The memory of the fast engine's hand-written step (pipeline/engine), tensor by tensor, through warm-up and capture.
 
 Library of memory.py. It follows buffer.py, bind.py, llama.py, linear.py and graphs.py line by line and uses their names, so that a change
-there has its place here; tests/test_forecast_fast.py holds it against the tensors that a bound model has.
+there has its place here; tests/test_forecast_fast.py compares it with the tensors that a bound model has.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class ByHand:
         out = self.new(n * s.heads * s.head, self.z)
         if self.z == 2:
             return [out, self.new(n * s.heads, 4)]
-        own, square = n * s.heads * s.head, n * s.heads * self.width
-        repeated = [self.new(own, 4) for _ in range(4)]
+        queries, square = n * s.heads * s.head, n * s.heads * self.width
+        repeated = [self.new(queries, 4) for _ in range(4)]
         mask = self.new(self.width**2, 4)
         raw, first = self.new(square, 4), self.new(square, 4)
         where = self.new(square, 1)

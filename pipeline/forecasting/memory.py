@@ -123,7 +123,7 @@ def check(plan: Plan) -> None:
 
 
 def fits(plan: Plan, constants: Constants, capacity: int, peak: Memory | None = None) -> bool:
-    """Whether the run goes through on a card with so many bytes, unused segments given up as PyTorch does.
+    """Whether the run goes through on a card with so many bytes, unused segments released as PyTorch does.
 
     capacity: of the whole card. peak: the run's forecast, if it is known.
     """

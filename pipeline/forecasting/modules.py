@@ -51,7 +51,7 @@ class Operations:
         self.keep_grad(name, [self.new(numbers, z, "gradients")], numbers, z)
 
     def keep_grad(self, name: str, box: list[Any], numbers: int, z: int) -> None:
-        """A gradient is cast to fp32 and kept, or added to the one there is."""
+        """A gradient is cast to fp32 and stored, or added to the one there is."""
         made = box.pop() if z == 4 else self.new(numbers, 4, "gradients")
         if name == TIED:
             self.tied = made
@@ -268,7 +268,7 @@ class Operations:
 
     @property
     def plain_attention(self) -> bool:
-        """Whether the scores themselves are kept."""
+        """Whether the scores themselves are saved for backward."""
         return self.plan.gpu and self.z == 4 and self.s.heads != self.s.groups
 
     def attention(self, x: Tensor, xz: int, layer: int, needs: bool) -> tuple[Tensor, Back]:
@@ -305,7 +305,7 @@ class Operations:
         return out, back
 
     def rotated(self, x: Tensor, heads: int) -> Tensor:
-        """x · cos + rotate_half(x) · sin; nothing but the angles is kept."""
+        """x · cos + rotate_half(x) · sin; only the angles are saved for backward."""
         size, wide = self.n * heads * self.s.head, max(self.z, self.hz)
         first = self.new(size, wide)
         half = self.new(size // 2, self.z)

@@ -62,7 +62,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Constants:
-    """What the arithmetic does not tell. `python -m benchmarks.forecast fit` sets them (experiments/forecast/)."""
+    """What the arithmetic does not give. `python -m benchmarks.forecast fit` sets them (experiments/forecast/)."""
 
     product_workspace: int = 32 * 2**20
     """Bytes that cuBLAS takes once for every thread and stream that multiplies (32 MiB on Hopper, torch's default)."""

@@ -24,7 +24,7 @@ from pipeline.teachers.synthetic import rows as synthetic
 MOST_ROWS = 1024
 """Rows whose tokens are counted; what more rows would add is not worth the wait."""
 LABELS = 8
-"""Labelled tokens of a row, where nothing tells and an answer is not generated."""
+"""Labelled tokens of a row, where nothing says how many and an answer is not generated."""
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ class Shape:
     @property
     def norms(self) -> dict[str, int]:
         """A layer's norms and their numbers."""
-        own = families.FAMILIES[self.family]
-        every = ["norm1", "norm2", *(["after1", "after2"] if own.after else [])]
-        return dict.fromkeys(every, self.width) | (dict.fromkeys(["q_norm", "k_norm"], self.head) if own.head_norms else {})
+        family = families.FAMILIES[self.family]
+        every = ["norm1", "norm2", *(["after1", "after2"] if family.after else [])]
+        return dict.fromkeys(every, self.width) | (dict.fromkeys(["q_norm", "k_norm"], self.head) if family.head_norms else {})
 
     def linear(self, name: str) -> tuple[int, int]:
         """(in, out) of one of a layer's linear maps."""
@@ -85,7 +85,7 @@ class Shape:
 
 
 def read_shape(path: Path) -> Shape:
-    """The shape that a config.json tells.
+    """The shape that a config.json describes.
 
     Raises:
         UserError: no such file, or no model's. NoForecast: another architecture.

@@ -1,6 +1,6 @@
 """What a technique trains, from its config alone: how many numbers, and where in the model they are.
 
-Library. Counts are those of `size.trainable` in a result (tests/test_forecast_trained.py holds every technique of conf/ against the
+Library. Counts are those of `size.trainable` in a result (tests/test_forecast_trained.py compares every technique of conf/ with the
 real model). What memory it takes is known for the kinds that eager.py and fast.py walk through; others have counts alone.
 """
 

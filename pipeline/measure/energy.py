@@ -74,7 +74,7 @@ class Joules:
 
 
 class Energy:
-    """Energy between `start` and `stop`, with what happens between `pause` and `resume` kept out.
+    """Energy between `start` and `stop`, without what happens between `pause` and `resume`.
 
     device: the GPU's counter (NVML, through NVIDIA's library for it), or on the CPU its packages and their memory (RAPL, found by
     zeus); host: the latter beside a GPU, else None. Counters are the machine's: they include what other processes do.

@@ -96,7 +96,7 @@ def arithmetic() -> dict[str, Any]:
     return {
         "cpu_model": ", ".join(f"{key.split()[-1]} {value}" for key in CPU_MODEL if (value := _cpuinfo(key))) or None,
         "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "blas": " ".join([*(found[1] for found in (name, version) if found), *chosen]) or None,
+        "blas": " ".join([*(match[1] for match in (name, version) if match), *chosen]) or None,
     }
 
 

@@ -1,4 +1,4 @@
-"""Bytes: `PeakMemory` reads the peak of a stretch of work with others (validation) kept out; what the machine has left; out of memory."""
+"""Bytes: `PeakMemory` reads the peak of a stretch of work without interruptions (validation); what the machine has left; out of memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.measure.machine import control_group, nvml
 
 
 class PeakMemory:
-    """Peak memory between `start` and `stop`; what happens between `pause` and `resume` is kept out.
+    """Peak memory between `start` and `stop`; what happens between `pause` and `resume` is excluded.
 
     GPU: the allocator's peaks. CPU: the peak resident set, after `malloc_trim` and a reset through
     /proc/self/clear_refs (without the trim the peak would include what was freed before). None where the
@@ -128,7 +128,7 @@ def _nvml_used(device: Any) -> int | None:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peaks while training (or evaluating, for a technique that trains nothing), validation kept out."""
+    """Peaks while training (or evaluating, for a technique that trains nothing), validation excluded."""
 
     kind: str
     """gpu_reserved (the allocator's peak) or cpu_rss (peak resident set)."""

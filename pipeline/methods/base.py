@@ -1,7 +1,7 @@
 """What a method is: a frozen dataclass whose hooks say what is trained and what is left to serve.
 
 Library. A hook has a default; a method overrides what it needs and declares it as a class attribute. Engine, packing, forecast, tuning, serving and
-export read the declarations alone, never which hooks are overridden (tests/test_contracts.py holds both together).
+export read the declarations alone, never which hooks are overridden (tests/test_contracts.py compares the two).
 `type` in conf/method/<name>.yaml names the class.
 """
 

@@ -29,7 +29,7 @@ def keep(base: Any, examples: Sequence[Example]) -> None:
 
 
 def attached(base: Any, config: Any) -> Any:
-    """The base in an adapter that begins at the kept examples. Raises UserError where there are too few."""
+    """The base in an adapter that begins at the stored examples. Raises UserError where there are too few."""
     from peft import get_peft_model, get_peft_model_state_dict
     from peft.tuners.lora import eva
     from peft.tuners.lora.corda import preprocess_corda

@@ -122,8 +122,8 @@ class Pruning(Method):
             if name in tensors:
                 parameter.data.copy_(tensors[name])
             else:
-                kept = unpacked(tensors[name + MASK], parameter.numel()).view(parameter.shape)
-                parameter.data.zero_()[kept] = tensors[name + VALUES].to(parameter.dtype)
+                mask = unpacked(tensors[name + MASK], parameter.numel()).view(parameter.shape)
+                parameter.data.zero_()[mask] = tensors[name + VALUES].to(parameter.dtype)
         return base.eval(), None
 
 

@@ -1,4 +1,4 @@
-"""A decoder's layers by what they do, found in the model itself: keys and values, the feed-forward's last layer, norms. Names are as PEFT's
+"""A decoder's layers by what they do, read from the model itself: keys and values, the feed-forward's last layer, norms. Names are as PEFT's
 target_modules take them: a layer of every block by its place in the block."""
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def down_projections(model: Any) -> list[str]:
 def norms(model: Any) -> list[str]:
     """The norms of the blocks, and those before and behind them."""
     inside = {id(module) for block in blocks(model) for module in block.modules()}
-    found = [name for block in blocks(model) for name, module in block.named_modules() if _is_norm(module)]
-    found += [name for name, module in model.named_modules() if _is_norm(module) and id(module) not in inside]
-    return list(dict.fromkeys(found))
+    names = [name for block in blocks(model) for name, module in block.named_modules() if _is_norm(module)]
+    names += [name for name, module in model.named_modules() if _is_norm(module) and id(module) not in inside]
+    return list(dict.fromkeys(names))
 
 
 def matrix_shape(module: Any) -> tuple[int, int]:

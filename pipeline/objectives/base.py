@@ -1,7 +1,7 @@
 """What an objective is: the examples that a row gives, and the loss of a batch of them.
 
 Library. What an objective overrides it declares as a class attribute; engine, packing and forecast read the declarations alone
-(tests/test_contracts.py holds both together). `type` in conf/objective/<name>.yaml names the class.
+(tests/test_contracts.py compares the two). `type` in conf/objective/<name>.yaml names the class.
 """
 
 from __future__ import annotations

@@ -183,17 +183,17 @@ def teacher_states(word: str, wanted: Sequence[Example], context: TrainingContex
     key: list[Any] = [sha256(at), sha256(Path(cfg.paths.models) / config.model.name / "manifest.json"), str(context.dtype), context.device.type,
              OmegaConf.to_container(config.task, resolve=True), [dataclasses.astuple(e) for e in wanted]]
     path = Path(cfg.paths.work) / "teachers" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
-    kept = _kept(path)
-    if kept is None:
+    stored = _stored(path)
+    if stored is None:
         _ask(word, config, at, wanted, context, path)
-        kept = _kept(path)
-    assert kept is not None
-    about, head, hidden = kept
+        stored = _stored(path)
+    assert stored is not None
+    about, head, hidden = stored
     teacher = Teacher(at.parent.name, len(wanted), about["right"], about["seconds"])
     return TeacherStates(Head(head, len(context.encoder.tokenizer), AfterLayer(**about.get("after", {}))), hidden, teacher)
 
 
-def _kept(path: Path) -> tuple[dict[str, Any], Any, list[torch.Tensor]] | None:
+def _stored(path: Path) -> tuple[dict[str, Any], Any, list[torch.Tensor]] | None:
     """(what is known of the states, the output layer, [n, d] a row) of a file that `_ask` wrote; None where there is none, or a damaged one."""
     from safetensors import SafetensorError, safe_open
 

@@ -110,7 +110,7 @@ class Mirror:
     """Writes runs through an MLflow client. `counts` says how many runs were written and how many were up to date.
 
     Args:
-        lock: held for one run at a time, so that several processes that write many take turns, and write none twice.
+        lock: acquired for one run at a time, so that several processes that write many take turns, and write none twice.
     """
 
     def __init__(self, client: Any, artifacts: str | None, lock: Path) -> None:
@@ -137,7 +137,7 @@ class Mirror:
         """Find or create the one run of `run.cell` and bring it up to date. Returns its id.
 
         Raises:
-            locks.Busy: a process that writes a run has kept the others waiting for too long.
+            locks.Busy: a process that writes a run has made the others wait for too long.
         """
         with locks.in_turn(self.lock):
             return self._put(run, parent_id)

@@ -1,4 +1,4 @@
-"""What MLflow is told of a cell or a sweep: params, metrics, tags and files, all taken from the result files.
+"""What is logged to MLflow of a cell or a sweep: params, metrics, tags and files, all taken from the result files.
 
 Library; knows MLflow's vocabulary but not MLflow. The names are fixed, so that runs of different machines line up. Everything here is a function of
 files, so a mirror made after the fact equals the one made live.

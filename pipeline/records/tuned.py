@@ -25,7 +25,7 @@ HEAD = "# Written by python -m pipeline.tune experiments={experiment} technique=
 
 @dataclass(frozen=True)
 class Edge:
-    """A best value at the edge of its range, as pipeline/tune.py tells it."""
+    """A best value at the edge of its range, as pipeline/tune.py reports it."""
 
     key: str
     value: Any

@@ -1,6 +1,6 @@
 """Which technique to take, from the cells on disk: expected accuracy at a number of training rows, memory, time, and what they rest on.
 
-Library of `python -m pipeline.advise`; docs/advice.md tells the rules, `python -m benchmarks.advice` how they did where a size or a task was hidden.
+Library of `python -m pipeline.advise`; docs/advice.md states the rules, `python -m benchmarks.advice` how they did where a size or a task was hidden.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pipeline.reporting.evidence import (
 from pipeline.stats import learning_curve, tiers
 
 SLACK = 0.02
-"""What is expected this much below the most accurate, and is not told apart from it, may be recommended for costing less. Not being told apart alone
-will not do: with few seeds it holds of techniques that are 15 points worse (benchmarks/advice.py showed it)."""
+"""What is expected this much below the most accurate, and does not differ significantly from it, may be recommended for costing less.
+No significant difference alone is not enough: with few seeds that is true of techniques that are 15 points worse (benchmarks/advice.py showed it)."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _limits(candidate: Candidate, need: Need) -> None:
 
 
 def _choose(advice: Advice) -> None:
-    """The most accurate that is not out, or what needs least memory of those close to it that cannot be told from it."""
+    """The most accurate that is not out, or what needs least memory of those close to it that do not differ significantly."""
     live = sorted((c for c in advice.candidates if c.out is None), key=lambda c: -_value(c))
     gone = sorted((c for c in advice.candidates if c.out is not None), key=lambda c: -_value(c))
     trained = [c for c in advice.candidates if not takes_no_rows(c.nearest)]

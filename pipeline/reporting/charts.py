@@ -23,7 +23,7 @@ from pipeline.reporting.plot import Box, Scale, tag
 WIDTH, HEIGHT = 380, 320
 FRAME = Box(40, 16, 368, 272)
 MOST_NAMES = 24
-"""Points whose names a chart has room for; of more, those on the front are named and the others tell theirs when pointed at."""
+"""Points whose names a chart has room for; of more, those on the front are named and the others show theirs when pointed at."""
 BESIDE, ASIDE = 9.0, 45.0
 """Pixels between points of the same x, and the most that all of them take."""
 

@@ -94,7 +94,7 @@ class Rounding:
 
 @dataclass
 class Drift:
-    """All that was found."""
+    """Everything in which the two folders differ."""
 
     experiment: str
     shared: int
@@ -223,7 +223,7 @@ def _moves(drift: Drift, size: str, group: Mapping[str, Sequence[tuple[Cell, Cel
 
 
 def _second_beyond_first(techniques: Sequence[tiers.Technique]) -> list[tiers.Pair]:
-    """Every second one against the one before it; the seeds of all tell of the spreads."""
+    """Every second one against the one before it; the spreads are estimated from the seeds of all."""
     return tiers.pairs_of(techniques, [(at + 1, at) for at in range(0, len(techniques), 2)])
 
 

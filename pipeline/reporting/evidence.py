@@ -1,6 +1,6 @@
-"""What finished cells, and the forecast, say about a technique: its accuracy, memory and training time, and how much other tasks tell.
+"""What finished cells, and the forecast, say about a technique: its accuracy, memory and training time, and how much other tasks predict.
 
-Library of advice.py. Memory: the forecast for the card that is asked for, within the error that 95 of 100 forecasts kept to
+Library of advice.py. Memory: the forecast for the card that is asked for, within the error that 95 of 100 forecasts did not exceed
 (experiments/forecast/summary.json); else what was measured. Time: measured, per optimiser step, on the machine that is named.
 """
 
@@ -58,7 +58,7 @@ class Expected:
 
 
 def gather(roots: Iterable[Path]) -> list[Seen]:
-    """Every finished cell below the folders that answered test rows; cells of one technique with other settings are told apart by their names."""
+    """Every finished cell below the folders that answered test rows; cells of one technique with other settings are distinguished by their names."""
     cells = [cell for root in roots for cell in cells_below(root, lambda parts: parts["variant"] not in LEFT_OUT)]
     return _once(_told_apart([
         Seen(cell.label, r.task, r.model, r.train_rows, r.seed, r.test.accuracy, r.test.rows, cell) for cell in cells
@@ -114,7 +114,7 @@ class Spread:
 
 
 def pooled_spread(seen: Sequence[Seen]) -> Spread:
-    """Within tasks, techniques and sizes with several seeds; what is not random (all seeds alike) tells nothing of those that are."""
+    """Within tasks, techniques and sizes with several seeds; what is not random (all seeds alike) says nothing about those that are."""
     groups: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for one in seen:
         groups[one.task, one.technique, one.rows].append(one.accuracy)
@@ -180,7 +180,7 @@ def other_task(by_task: Mapping[str, float], spread: Spread) -> Expected:
 
 
 def paired_apart(best: Mapping[str, float], one: Mapping[str, float]) -> bool:
-    """Whether the tasks that both were measured on tell them apart: a paired t test at 5%. One task tells nothing."""
+    """Whether they differ on the tasks that both were measured on: a paired t test at 5%. One task is not enough."""
     gaps = [best[task] - one[task] for task in best if task in one]
     return len(gaps) > 1 and abs(statistics.fmean(gaps)) > _t(len(gaps) - 1) * math.sqrt(statistics.variance(gaps) / len(gaps))
 
@@ -252,7 +252,7 @@ def expected_time(ordered: Sequence[Seen], rows: int) -> Expected | None:
 
 
 def _steps_ratio(result: Result, measured: int, asked: int) -> tuple[float, str]:
-    """Optimiser steps at `asked` rows to those at `measured`; of the rows where the result's config does not tell."""
+    """Optimiser steps at `asked` rows to those at `measured`; of the rows where the result's config does not say."""
     train = result.config.get("train") or {}
     if not {"epochs", "batch_size"} <= set(train):
         return asked / measured, "in proportion to the rows"

@@ -1,6 +1,6 @@
 """What was learned against what was forgotten: a chart a probe, and one of what carries over to other domains.
 
-Library of `python -m pipeline.report`; docs/forgetting.md tells what the probes are. Learned is the test figure above zero-shot's.
+Library of `python -m pipeline.report`; docs/forgetting.md says what the probes are. Learned is the test figure above zero-shot's.
 Along the probes' charts the untouched base stands at 0, and to the right of it more was forgotten.
 """
 

@@ -58,7 +58,7 @@ def growth(rows: Sequence[Row], target: float | None = None) -> Growth | None:
     """The curves of an experiment; None where no technique that takes rows has three sizes.
 
     Args:
-        target: the accuracy whose rows are told; None: half of the way from zero-shot to the end of the best curve.
+        target: the accuracy whose required rows are reported; None: half of the way from zero-shot to the end of the best curve.
 
     Raises:
         UserError: a target that is no fraction.

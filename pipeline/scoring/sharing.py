@@ -22,11 +22,11 @@ REPEATS = 3
 class Shared:
     """What one base costs that many adapters share: seconds by number of requests ("1", "8", "64").
 
-    own: every request by an adapter of its own. same: all by one adapter. mixed: whether `own` is one batch; else one request after another.
+    adapters: every request by an adapter of its own. one_adapter: all by one adapter. mixed: whether `adapters` is one batch; else one request after another.
     """
 
-    own: dict[str, float]
-    same: dict[str, float]
+    adapters: dict[str, float]
+    one_adapter: dict[str, float]
     mixed: bool
 
 
@@ -34,26 +34,26 @@ def shared_latency(scorer: scoring.Scorer, method: Method, rows: Sequence[dict],
     """Measure it on a cell's model with copies of its adapter, which are removed again; None where the method cannot share a base, or reasons first."""
     if method.sharing == "no" or scorer.reasoning or not counts or not rows:
         return None
-    model, adapters = scorer.model, hasattr(scorer.model, "peft_config")
+    model, wrapped = scorer.model, hasattr(scorer.model, "peft_config")
     experts = any(getattr(config, "target_parameters", None) for config in getattr(model, "peft_config", {}).values())
     together = method.sharing == "together" and not experts  # PEFT's layers for experts take no mixed batch
     many = {n: [dict(rows[i % len(rows)]) for i in range(n)] for n in counts}
-    copies = _copies(model, max(counts)) if adapters and together else []
-    own: dict[str, float] = {}
-    same: dict[str, float] = {}
+    copies = _copies(model, max(counts)) if wrapped and together else []
+    adapters: dict[str, float] = {}
+    one_adapter: dict[str, float] = {}
     try:
         for count, batch in many.items():
-            same[str(count)] = _seconds(functools.partial(_answer, scorer, batch, scoring.WHOLE), scorer.device)
-            if adapters and not together:
-                own[str(count)] = _one_by_one(scorer, batch)
-            elif adapters:
-                own[str(count)] = _seconds(functools.partial(_answer, scorer, batch, copies[: len(batch)]), scorer.device)
+            one_adapter[str(count)] = _seconds(functools.partial(_answer, scorer, batch, scoring.WHOLE), scorer.device)
+            if wrapped and not together:
+                adapters[str(count)] = _one_by_one(scorer, batch)
+            elif wrapped:
+                adapters[str(count)] = _seconds(functools.partial(_answer, scorer, batch, copies[: len(batch)]), scorer.device)
             else:
-                own[str(count)] = same[str(count)]
+                adapters[str(count)] = one_adapter[str(count)]
     finally:
         for name in copies[1:]:
             model.delete_adapter(name)
-    return Shared(own, same, together)
+    return Shared(adapters, one_adapter, together)
 
 
 def _answer(scorer: scoring.Scorer, rows: Sequence[dict], owners: Sequence[str]) -> None:

@@ -215,7 +215,7 @@ def _unified(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decides(cfg: DictConfig, key: str, value: Any) -> bool:
-    """Whether a cell with this value would be another one: earlier studies kept every key of the config, and a default may be left out today."""
+    """Whether a cell with this value would be another one: earlier studies stored every key of the config, and a default may be left out today."""
     return identity.decides(at(cfg, {key: value}, new_keys=True)) != identity.decides(cfg)
 
 

@@ -1,6 +1,6 @@
-"""Learning curves: a technique's accuracy against labelled rows, and what the measured sizes can and cannot tell.
+"""Learning curves: a technique's accuracy against labelled rows, and what the measured sizes can and cannot show.
 
-Library. `fit` takes cells' results and gives a curve a technique; a curve tells its accuracy at any number of rows (`at`) and the rows that an
+Library. `fit` takes cells' results and gives a curve a technique; a curve gives its accuracy at any number of rows (`at`) and the rows that an
 accuracy takes (`rows_for`), two curves where one overtakes the other (`crossover`), all with 95% intervals. docs/data_dependency.md says
 how often these hold the truth.
 
@@ -16,7 +16,7 @@ A cell's accuracy differs from what the technique gives on average for two reaso
   over the rows (between different seeds, so that what differs from seed to seed is not counted here). Without predictions: binomial,
   shared by a technique's sizes.
 - The seed: training rows drawn, their order, initial weights. Its standard deviation is sigma · n^(-slope), sigma a technique's own, the slope
-  common to all; a share of its variance may be common to all sizes of a seed. Three seeds tell little of a spread, so each draw takes
+  common to all; a share of its variance may be common to all sizes of a seed. Three seeds say little about a spread, so each draw takes
   another one that the data allow: sigma² · df / chi²(df) (what makes an interval of means Student's t), the common share likewise, and a
   slope with a chance proportional to its likelihood.
 """
@@ -249,7 +249,7 @@ class Crossover:
     behind: str
     verdict: str
     """crosses: it overtakes at `rows`; ahead: it is ahead at every size; ahead_from: it is ahead from `high` rows on, below that the data cannot
-    tell; unclear: the data cannot tell which is ahead at `largest`."""
+    tell; unclear: the data do not show which is ahead at `largest`."""
     rows: float | None
     """From here to `largest` it is ahead; None unless it crosses."""
     low: float | None

@@ -1,4 +1,4 @@
-"""Which techniques the data can tell apart: differences over seeds and test rows, corrected for being many, and letters.
+"""Which techniques differ significantly: differences over seeds and test rows, corrected for being many, and letters.
 
 Library of `python -m pipeline.report` and `python -m pipeline.compare`; docs/statistics.md says why this test, and `python -m benchmarks.tiers`
 measures what it promises.
@@ -8,8 +8,8 @@ of the row under this technique, and of the seed under this technique. The diffe
 
     Var_i(d_i) / n  +  sigma_a² / S_a  +  sigma_b² / S_b
 
-where d_i is the difference on row i (means over seeds), n the rows, and sigma_t² the variance of the seeds' effect. A few seeds tell
-little of sigma_t, so it is not put in as if it were known: the p-value is averaged over the sigmas that the seeds of all techniques
+where d_i is the difference on row i (means over seeds), n the rows, and sigma_t² the variance of the seeds' effect. A few seeds say
+little about sigma_t, so it is not put in as if it were known: the p-value is averaged over the sigmas that the seeds of all techniques
 allow (a hierarchical model: sigma_t is log-normal around a spread that all techniques share, with a heterogeneity of its own; TILT and
 HETEROGENEITIES are their priors). Averaging over what is not known is Behrens' and Fisher's answer to unequal variances; sharing it over
 techniques is Smyth's (2004). All pairs are corrected: comparisons with a best that the same data chose, corrected for those alone, find too
@@ -34,7 +34,7 @@ FEW = 10
 SPREADS = (0.0015, 0.1, 20)
 """The shared spreads over seeds that are tried: lowest, highest (fractions), how many, evenly in the logarithm."""
 TILT = 0.5
-"""Before anything is seen a spread counts as its TILT-th power: flat in the logarithm (0) separates the same technique in up to 7%, flat (1) tells little."""
+"""Before anything is seen a spread counts as its TILT-th power: flat in the logarithm (0) separates the same technique in up to 7%, flat (1) separates few."""
 HETEROGENEITIES = (0.0, 0.35, 0.7, 1.05, 1.4, 1.8)
 """Standard deviations of a technique's log spread around the shared one that are tried."""
 MOST = 0.15
@@ -142,15 +142,15 @@ class Technique:
 
 @dataclass(frozen=True)
 class Spreads:
-    """What the seeds of all techniques tell of each one's spread: a mixture over shared spread x heterogeneity x own deviation.
+    """What the seeds of all techniques say of each one's spread: a mixture over shared spread x heterogeneity x own deviation.
 
-    variances [G, H, Z]; shared [G, H]: weights of the first two; own [T, G, H, Z]: of the third given them. known: whether any technique
+    variances [G, H, Z]; shared [G, H]: weights of the first two; deviation [T, G, H, Z]: of the third, conditional on them. known: whether any technique
     has several seeds.
     """
 
     variances: Any
     shared: Any
-    own: Any
+    deviation: Any
     known: bool
 
     @classmethod
@@ -178,7 +178,7 @@ class Spreads:
             return np.expand_dims(variance / seeds if seeds else np.zeros_like(variance), axis)
 
         added = part(self.variances, seeds_a, 3) + part(self.variances, seeds_b, 2)
-        weights = self.shared[..., None, None] * self.own[a][..., :, None] * self.own[b][..., None, :]
+        weights = self.shared[..., None, None] * self.deviation[a][..., :, None] * self.deviation[b][..., None, :]
         return added.reshape(-1), weights.reshape(-1)
 
 
@@ -232,7 +232,7 @@ def _mean_variance(by_row: np.ndarray) -> float:
 
 
 def pairs_of(ranked: Sequence[Technique], numbers: Sequence[tuple[int, int]] | None = None) -> list[Pair]:
-    """Pairs of techniques on the same rows, by their numbers (None: every two), corrected for nothing. The seeds of all techniques tell of the spreads."""
+    """Pairs of techniques on the same rows, by their numbers (None: all pairs), uncorrected. Spreads are estimated from the seeds of all techniques."""
     spreads = Spreads.of(ranked)
     return [Pair.of(ranked, spreads, a, b) for a, b in (itertools.combinations(range(len(ranked)), 2) if numbers is None else numbers)]
 

@@ -65,8 +65,8 @@ def total_steps(settings: Train, rows: int) -> int:
     """Optimiser steps of a run: `steps`, or as many as the epochs take, at least `min_steps` (none if there are 0 epochs)."""
     if settings.steps is not None:
         return settings.steps
-    found = math.ceil(settings.epochs * steps_in_epoch(rows, settings.batch_size))
-    return max(found, settings.min_steps or 0) if found else 0
+    steps = math.ceil(settings.epochs * steps_in_epoch(rows, settings.batch_size))
+    return max(steps, settings.min_steps or 0) if steps else 0
 
 
 def lr_factor(step: int, total: int, schedule: str, warmup_share: float) -> float:
@@ -92,7 +92,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
         if out_of_memory(error) or isinstance(error, PermissionError):
             raise
@@ -100,7 +100,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
         path.replace(aside)
         print(f"warning: {path} is damaged ({type(error).__name__}) and was set aside as {aside.name}; the training begins anew", file=sys.stderr)
         return None
-    return held
+    return state
 
 
 class Loop:
@@ -244,15 +244,15 @@ class Loop:
         import torch
 
         with self.meter.phase("load"):
-            held = load_state(self.checkpoint) if self.checkpoint else None
-            if held is None:
+            checkpoint = load_state(self.checkpoint) if self.checkpoint else None
+            if checkpoint is None:
                 return
-            self._put(held["weights"])
-            self.stepping.load_state_dict(held["optimizer"])
-            torch.set_rng_state(held["rng"]["cpu"])
-            if held["rng"]["cuda"] is not None:
-                torch.cuda.set_rng_state(held["rng"]["cuda"], self.run.device)
-            self.state = State(**{**held["state"], "resumed": True})
+            self._put(checkpoint["weights"])
+            self.stepping.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["rng"]["cpu"])
+            if checkpoint["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.run.device)
+            self.state = State(**{**checkpoint["state"], "resumed": True})
         self.meter.add("train", self.state.train_s)
         self.energy.add(self.state.energy_j, self.state.host_energy_j)
         self.notes.append(f"resumed at step {self.state.step} of {self.run.total}")

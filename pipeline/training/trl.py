@@ -54,7 +54,7 @@ class TrlLoop(Loop):
         if self._stop:
             raise KeyboardInterrupt
         self._put(self.state.best_weights)
-        return Trained(self._work([]), memory, self.state.history, [*self.notes, *self._told()])
+        return Trained(self._work([]), memory, self.state.history, [*self.notes, *self._remarks()])
 
     def _release(self, trainer: Any) -> None:
         self.state.tokens = int(trainer.state.num_input_tokens_seen)
@@ -66,11 +66,11 @@ class TrlLoop(Loop):
     def _engine(self) -> dict[str, Any]:
         return {"engine": "trl"}
 
-    def _told(self) -> list[str]:
-        own = f"trained by TRL's {self.run.objective.name.upper()} loop; tokens are those of prompts and sampled answers"
+    def _remarks(self) -> list[str]:
+        loop = f"trained by TRL's {self.run.objective.name.upper()} loop; tokens are those of prompts and sampled answers"
         earned = [point["reward"] for point in self.state.history if "reward" in point]
         none = "no sampled answer was right, so nothing was learnt; begin at a fine-tuned cell: start=<cell>"
-        return [own, none] if earned and not max(earned) else [own]
+        return [loop, none] if earned and not max(earned) else [loop]
 
     def _trainer(self, folder: str) -> Any:
         """TRL's trainer, set up as the settings say."""

@@ -63,11 +63,11 @@ def write_set(wanted: Synthesis, form: Form, leaves: Sequence[Leaf], writer: Wri
     writing = Writing(writer, wanted, Filter(wanted, form.recipe, form.recipe.prompt, *known), tag)
     writing.run(branches(leaves, form.recipe.choice_list))
     rows = []
-    for number, draft in enumerate(writing.kept, 1):
+    for number, draft in enumerate(writing.accepted, 1):
         row = form.row(f"{wanted.name}-{tag}", number, draft)
         rows.append(row | {"source": "synthetic", "set": tag, "leaf": draft.branch.leaf.path, "teacher": _teacher(writer), "seeds": draft.shown})
     unread = sorted({leaf.documents_at for leaf in leaves if leaf.documents_at})
-    leaf_rows = {leaf.path: sum(draft.branch.leaf is leaf for draft in writing.kept) for leaf in leaves}
+    leaf_rows = {leaf.path: sum(draft.branch.leaf is leaf for draft in writing.accepted) for leaf in leaves}
     return rows, writing.report() | {"labels": splits.balance(rows), "leaves": leaf_rows} | ({"documents_not_read": unread} if unread else {})
 
 

@@ -107,14 +107,14 @@ class Filter:
 
     def _cleaned(self, raw: str, lines: bool) -> str:
         """A text without quotes, list marks and the task's words around it; only its first line where no example has several."""
-        kept: list[str] = []
+        stripped: list[str] = []
         for line in raw.strip().splitlines():
             bare = self._bare(line)
-            if kept and self._framed(line) or kept and not lines:
+            if stripped and self._framed(line) or stripped and not lines:
                 break
-            if bare or kept:
-                kept.append(bare)
-        return "\n".join(kept).strip()
+            if bare or stripped:
+                stripped.append(bare)
+        return "\n".join(stripped).strip()
 
     def _framed(self, line: str) -> bool:
         return any(line.strip().casefold().startswith(word.casefold()) for word in self.frame)
@@ -195,7 +195,7 @@ class Writing:
     filter: Filter
     tag: str
     asked: int = 0
-    kept: list[Draft] = field(default_factory=list)
+    accepted: list[Draft] = field(default_factory=list)
     nearness: dict[str, float] = field(default_factory=dict)
     """By leaf, what `_near` returned."""
 
@@ -203,18 +203,18 @@ class Writing:
         """Write in rounds, each asking for what is still missing, until there are `rows` or the attempts are spent. The same texts give the same rows."""
         goals = [self.settings.rows // len(parts) + (i < self.settings.rows % len(parts)) for i in range(len(parts))]
         most = [round(goal * self.settings.attempts) for goal in goals]
-        asked, kept, number = [0] * len(parts), [0] * len(parts), 0
+        asked, accepted, number = [0] * len(parts), [0] * len(parts), 0
         while True:
-            counts = [0 if kept[i] >= goal else min(most[i] - asked[i], _request(goal, kept[i], asked[i])) for i, goal in enumerate(goals)]
+            counts = [0 if accepted[i] >= goal else min(most[i] - asked[i], _request(goal, accepted[i], asked[i])) for i, goal in enumerate(goals)]
             if not any(counts):
-                return self.kept
+                return self.accepted
             rng = random.Random(f"{self.settings.seed}/{self.tag}/{number}")
             drafts = [self._draft(part, rng) for part, count in zip(parts, counts, strict=True) for _ in range(count)]
             for draft in self._written(drafts, number):
                 i = next(i for i, part in enumerate(parts) if part is draft.branch)
-                if kept[i] < goals[i]:
-                    self.kept.append(draft)
-                    kept[i] += 1
+                if accepted[i] < goals[i]:
+                    self.accepted.append(draft)
+                    accepted[i] += 1
             asked = [a + count for a, count in zip(asked, counts, strict=True)]
             self.asked, number = sum(asked), number + 1
 
@@ -223,7 +223,7 @@ class Writing:
         return Draft(branch, shots, rng.choice(branch.contexts) if branch.contexts else "")
 
     def _written(self, drafts: list[Draft], number: int) -> list[Draft]:
-        """One round: contexts, questions, answers, ratings; each step asks about the drafts that the one before kept."""
+        """One round: contexts, questions, answers, ratings; each step asks about the drafts that the one before accepted."""
         drafts = self._contexts(drafts, number)
         texts = self._ask([self._question(d) for d in drafts], number)
         asked: list[Draft] = []
@@ -300,13 +300,13 @@ class Writing:
         """How the set came about: rows, texts asked for, and those dropped by reason."""
         reasons = self.filter.dropped if self.settings.judge else {k: v for k, v in self.filter.dropped.items() if k != JUDGE}
         raised = {path: round(near, 3) for path, near in self.nearness.items() if near > self.settings.near}
-        return {"rows": len(self.kept), "asked": self.asked, "dropped": dict(sorted(reasons.items()))} | ({"near_raised": raised} if raised else {})
+        return {"rows": len(self.accepted), "asked": self.asked, "dropped": dict(sorted(reasons.items()))} | ({"near_raised": raised} if raised else {})
 
 
-def _request(goal: int, kept: int, asked: int) -> int:
-    """Texts to ask for: what is missing, divided by the share that was kept so far (at least a quarter)."""
-    share = max(kept / asked, 0.25) if asked else 1.0
-    return math.ceil((goal - kept) / share)
+def _request(goal: int, accepted: int, asked: int) -> int:
+    """Texts to ask for: what is missing, divided by the share that was accepted so far (at least a quarter)."""
+    share = max(accepted / asked, 0.25) if asked else 1.0
+    return math.ceil((goal - accepted) / share)
 
 
 def _whole(context: str, question: str) -> str:
