@@ -257,9 +257,10 @@ def test_a_technique_that_does_not_apply_is_a_finding(overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("technique", ["adalora", "prefix_tuning", "qlora", "lora_int8", "adamix", "dpo", "logit_distillation", "grpo", "full_wanda",
-"few_shot",
-                                       "prompt_choice", "retrieval_embedding", "rationale_first", "task_distillation", "full", "from_scratch", "head_only"])
+@pytest.mark.parametrize("technique", [
+    "adalora", "prefix_tuning", "qlora", "lora_int8", "adamix", "dpo", "logit_distillation", "grpo", "full_wanda", "few_shot", "prompt_choice",
+    "retrieval_embedding", "rationale_first", "task_distillation", "full", "from_scratch", "head_only",
+])
 def test_what_is_sound_passes(overrides, technique):
     """One of every kind of method, objective and precision; a start or a teacher that is still to come keeps none from being checked."""
     found = list(preflight.findings([compose([*overrides, *SHORT, f"technique={technique}"])], Shared()))
