@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from family_models import FAMILIES, WINDOW, family
-from test_fast_llama import R, T, batch, close, lora, reference
+from test_fast_llama import R, T, batch, close, lora, packed, reference, together
 
 from pipeline.engine import bind
 from pipeline.engine.attention import Stream
@@ -68,18 +68,9 @@ def test_prompt_gradients_are_autograds(name):
 @pytest.mark.parametrize("name", ["qwen3", "phi3", "gemma3"])
 def test_slots_are_runs_of_their_own(name):
     ranks, plain = (2, 4), family(name)
-    solo = [lora(copy.deepcopy(plain), r=r, alpha=2 * r, seed=k) for k, r in enumerate(ranks)]
-    bound = bind.bind(lora(copy.deepcopy(plain)), torch.float32, slots=2, rank=4)
-    for k, model in enumerate(solo):
-        for key, (a, b) in bound.pairs.items():
-            module = model.base_model.model.get_submodule(key)
-            a[k, : ranks[k]].copy_(module.lora_A["default"].weight.data)
-            b[k, :, : ranks[k]].copy_(module.lora_B["default"].weight.data)
-    bound.buffer.scale.fill_(2.0)
-    bound.buffer.sync()
+    solo, bound = packed(plain, ranks)
     parts = [batch(k) for k in range(2)]
-    ids, targets, weights = (torch.cat([p[i] for p in parts]) for i in (0, 3, 4))
-    at = torch.cat([p[5] + k * R * T for k, p in enumerate(parts)])
+    ids, at, targets, weights = together(parts)
     loss = bound.llama.step(ids, at, targets, weights).view(2, -1)
     for k, model in enumerate(solo):
         expected, gradients = reference(model, *parts[k][:5])

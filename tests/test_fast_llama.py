@@ -144,11 +144,10 @@ def test_relatives_of_llama(options):
     close(bind.bind(model, torch.float32).llama.step(ids, at, targets, weights), expected)
 
 
-def test_slots_are_runs_of_their_own():
-    """Three adapters of ranks 2, 4 and 4 at once: each loss and gradient as if it were alone; a NaN stays where it is, bit for bit."""
-    ranks, plain = (2, 4, 4), base()
+def packed(plain, ranks):
+    """(a model with an adapter of each rank, the pack of them bound over one base)."""
     solo = [lora(copy.deepcopy(plain), r=r, alpha=2 * r, seed=k) for k, r in enumerate(ranks)]
-    bound = bind.bind(lora(copy.deepcopy(plain)), torch.float32, slots=3, rank=4)
+    bound = bind.bind(lora(copy.deepcopy(plain)), torch.float32, slots=len(ranks), rank=max(ranks))
     for k, model in enumerate(solo):
         for name, (a, b) in bound.pairs.items():
             module = model.base_model.model.get_submodule(name)
@@ -156,9 +155,21 @@ def test_slots_are_runs_of_their_own():
             b[k, :, : ranks[k]].copy_(module.lora_B["default"].weight.data)
     bound.buffer.scale.fill_(2.0)
     bound.buffer.sync()
-    parts = [batch(k) for k in range(3)]
+    return solo, bound
+
+
+def together(parts):
+    """(ids, at, targets, weights) of a step of a pack, a batch a slot."""
     ids, targets, weights = (torch.cat([p[i] for p in parts]) for i in (0, 3, 4))
-    at = torch.cat([p[5] + k * R * T for k, p in enumerate(parts)])
+    return ids, torch.cat([p[5] + k * R * T for k, p in enumerate(parts)]), targets, weights
+
+
+def test_slots_are_runs_of_their_own():
+    """Three adapters of ranks 2, 4 and 4 at once: each loss and gradient as if it were alone; a NaN stays where it is, bit for bit."""
+    ranks, plain = (2, 4, 4), base()
+    solo, bound = packed(plain, ranks)
+    parts = [batch(k) for k in range(3)]
+    ids, at, targets, weights = together(parts)
     loss = bound.llama.step(ids, at, targets, weights).view(3, -1)
     raw = bound.buffer.raw.clone()
     for k, model in enumerate(solo):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 from family_models import FAMILIES, family
-from test_gpu_kernels import near, numbers
+from test_gpu_kernels import answers_bit_for_bit, near, numbers
 
 pytestmark = pytest.mark.gpu
 WIDE = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.1}
@@ -160,22 +160,7 @@ def test_captured_steps_follow_the_trainer(monkeypatch, name):
 @pytest.mark.parametrize("window", [24, 512])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_are_transformers_bit_for_bit(name, window):
-    import torch
-
-    from pipeline.engine.answering import Forward
-    from pipeline.engine.bind import answering
-
-    model = on_device(name, window)
-    ids = torch.randint(4096, (200, 48), device="cuda")
-    rows, cols = torch.arange(200, device="cuda"), torch.arange(200, device="cuda") % 48
-    with torch.inference_mode():
-        expected = model(input_ids=ids, use_cache=False).logits[rows, cols].float()
-    bound = answering(model, torch.bfloat16)
-    try:
-        with torch.inference_mode():
-            assert torch.equal(Forward(bound.llama)(ids, rows, cols), expected)
-    finally:
-        bound.release()
+    assert answers_bit_for_bit(on_device(name, window))
 
 
 # beyond a window transformers' cache has fewer columns, so that bf16 rounds otherwise: 160 to 165 of 200 texts were the same on an H200

@@ -114,15 +114,13 @@ def random_model(width):
         return LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("width", [576, 2048])
-def test_answers_are_transformers_bit_for_bit(width):
-    """In bf16, rows of one width: norms, rotation, activation and residuals round where the model's own forward pass rounds."""
+def answers_bit_for_bit(model):
+    """Whether 200 rows' logits by hand are those of the model's own forward pass."""
     import torch
 
     from pipeline.engine.answering import Forward
     from pipeline.engine.bind import answering
 
-    model = random_model(width)
     ids = torch.randint(4096, (200, 48), device="cuda")
     rows, cols = torch.arange(200, device="cuda"), torch.arange(200, device="cuda") % 48
     with torch.inference_mode():
@@ -130,9 +128,15 @@ def test_answers_are_transformers_bit_for_bit(width):
     bound = answering(model, torch.bfloat16)
     try:
         with torch.inference_mode():
-            assert torch.equal(Forward(bound.llama)(ids, rows, cols), expected)
+            return torch.equal(Forward(bound.llama)(ids, rows, cols), expected)
     finally:
         bound.release()
+
+
+@pytest.mark.parametrize("width", [576, 2048])
+def test_answers_are_transformers_bit_for_bit(width):
+    """In bf16, rows of one width: norms, rotation, activation and residuals round where the model's own forward pass rounds."""
+    assert answers_bit_for_bit(random_model(width))
 
 
 @pytest.mark.parametrize("width", [576, 2048])

@@ -236,11 +236,11 @@ def test_a_captured_model_makes_no_mask_where_it_makes_none_uncaptured(overrides
     monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", spied)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
-        expected = model(ids).logits
+        expected = model(ids, use_cache=False).logits
         monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
         monkeypatch.setattr(attention, "_capturing", lambda: True)
-        captured = model(ids).logits
-        padded = model(ids, attention_mask=torch.tensor([[1] * 6, [1] * 4 + [0] * 2])).logits
+        captured = model(ids, use_cache=False).logits
+        padded = model(ids, use_cache=False, attention_mask=torch.tensor([[1] * 6, [1] * 4 + [0] * 2])).logits
     layers = model.config.num_hidden_layers
     assert masks[: 2 * layers] == [None] * 2 * layers and torch.equal(captured, expected)
     assert all(mask is not None for mask in masks[2 * layers :]) and torch.allclose(padded[0], expected[0], atol=1e-5)
