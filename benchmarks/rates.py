@@ -142,7 +142,8 @@ class Grid:
 
         if self.stepping is not None:
             self.stepping.close()
-        self.stepping = self.wrapped = self.inputs = self.first = None
+        self.stepping = self.first = None
+        self.__dict__.pop("wrapped", None), self.__dict__.pop("inputs", None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
