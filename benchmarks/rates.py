@@ -2,7 +2,7 @@
 
     python -m benchmarks.rates run out=experiments/rates/cells.jsonl tasks=cqa,trec techniques=main -- model=smollm2_135m
     (several such processes share the grids of a model between them)
-    python -m benchmarks.rates fit                          fits the rules on half of the pairs, judges them on the other half, writes the tables
+    python -m benchmarks.rates fit                         fits the rules on half of the pairs, judges them on the other half, writes rules.json and table.md
 
 A grid is one technique on one task and model at seven rates, half a decade apart. Its runs begin at the same weights, see the same rows in the
 same order and share one capture of the step, so that they differ in the rate alone. A line a run: scores on validation and test rows after the
@@ -226,6 +226,10 @@ def main(words: list[str]) -> int:
     command, options = words[0], dict(word.split("=", 1) for word in words[1:split])
     if command == "run":
         measure(options, words[split + 1 :])
+    else:
+        from benchmarks import rates_fit
+
+        rates_fit.write(FOLDER, lines(FOLDER / "cells.jsonl"))
     return 0
 
 
