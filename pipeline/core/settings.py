@@ -34,8 +34,11 @@ class Task:
     """choice: the most likely of the row's choices; generate: greedy text, then extraction."""
     metric: Literal["accuracy", "macro_f1", "rouge_l"] = "accuracy"
     """accuracy, macro_f1 or rouge_l: selects the checkpoint and heads the table."""
-    format: Literal["plain", "chat"] = "plain"
-    """plain: prompt, then separator + answer; chat: the model's chat template around them."""
+    format: Literal["plain", "chat", "transcript"] = "plain"
+    """plain: prompt, then separator + answer; chat: the model's chat template around them, which conversations (messages) have anyway but for transcript:
+    their turns as lines of text, for a model without a template."""
+    messages: str | None = None
+    """The column that holds a row's conversation; null: a row's prompt is a text."""
     separator: str = " "
     """Stands between prompt and answer in the plain format."""
     length_normalised: bool = False
@@ -45,6 +48,11 @@ class Task:
     """Regular expression whose last match (first group, if any) in generated text is the answer."""
     transfer: tuple[str, ...] = ()
     """Names of extra test sets in data/<task>/transfer/<name>.jsonl."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether the model's chat template stands around prompt and answer."""
+        return self.format == "chat" or self.messages is not None and self.format != "transcript"
 
     def check(self) -> None:
         needs = {"macro_f1": "choice", "rouge_l": "generate"}.get(self.metric, self.scoring)
