@@ -29,6 +29,7 @@ from pipeline.objectives.base import Objective
 from pipeline.records.finished import cell_config, finished, needed
 from pipeline.records.results import Forgetting, Result, Score
 from pipeline.scoring import answers
+from pipeline.scoring.per_row import measured
 from pipeline.scoring.probes import Probing
 from pipeline.scoring.scorer import WHOLE, Scorer
 
@@ -261,7 +262,7 @@ def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[di
     scorer = scorer_of(cfg.technique.name, artefact, cfg)
     for note in scorer.check({split: rows}):
         print(f"note: {note}")
-    predictions = scorer.predict(rows)
+    predictions = measured(scorer.predict(rows), rows, scorer.task)
     return [{"split": split, **p} for p in predictions], answers.score(predictions, scorer.task)
 
 
