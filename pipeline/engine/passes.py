@@ -119,6 +119,7 @@ class Inputs:
         inverse, targets = [], []
         for number, row in enumerate(rows):
             ids[number, : len(row.ids)] = row.ids
+            positions[number, len(row.ids) :] = offset  # of padding: a model with a table of positions may have none so far on
             for column, target, _ in row.reads:
                 inverse.append(places.setdefault((number, column), len(places)))
                 targets.append(target)
