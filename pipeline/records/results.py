@@ -59,6 +59,11 @@ class Score:
     accuracy_high: float
     macro_f1: float | None = None
     rouge_l: float | None = None
+    exact_match: float | None = None
+    numeric: float | None = None
+    token_f1: float | None = None
+    custom: float | None = None
+    """Of the user's own function (task.metric=module:function)."""
     nll: float | None = None
     """Mean negative log-likelihood of the right answer, nats per row (choice scoring only)."""
     unanswered: int = 0
@@ -69,7 +74,7 @@ class Score:
 
     def interval(self, metric: str) -> tuple[float, float] | None:
         """The 95% interval of the headline metric; None where it was not measured. A metric that these rows cannot have is read as accuracy."""
-        if metric == "accuracy" or getattr(self, metric) is None:
+        if metric in ("accuracy", "exact_match", "numeric") or getattr(self, metric) is None:  # shares of the rows that are right
             return self.accuracy_low, self.accuracy_high
         return None if self.metric_low is None or self.metric_high is None else (self.metric_low, self.metric_high)
 
