@@ -30,6 +30,7 @@ from pipeline.reporting.growth import remarks as growth_remarks
 from pipeline.reporting.growth import table as growth_table
 from pipeline.reporting.rows import by_group, tier_notes, timing_notes
 from pipeline.reporting.text import opening, provenance, rows_in_words, warnings
+from pipeline.reporting.vega import inline
 
 TEMPLATES = Path(__file__).with_name("templates")
 UNBROKEN = re.compile(r"\b[np] [=<] |\d [A-Za-z]{1,3}\b|\d–\d")
@@ -56,7 +57,7 @@ def _growth(rows: Sequence[Row], grown: Growth | None) -> dict[str, Any]:
     """The part on data dependency; without learning curves the lines over the training rows stand in."""
     colour = colours(rows)
     if grown is None:
-        return {"growth": None, "by_rows": by_rows(rows, colour)}
+        return {"growth": None, "by_rows": inline(spec) if (spec := by_rows(rows, colour)) else None}
     heads, lines = growth_table(grown)
     of = [colour[one.family] for one in grown.lines]
     return {"growth": grown, "growth_charts": charts(grown, colour), "growth_heads": heads, "growth_lines": list(zip(of, lines, strict=True)),
@@ -89,10 +90,10 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
     return {
         "colour": colour,
         "families": {r.family: colour[r.family] for r in sorted(rows, key=lambda r: colour[r.family]) if not r.teacher},
-        "forest": forest(first, colour) if any(r.test is not None for r in first) else None,
+        "forest": inline(forest(first, colour)) if any(r.test is not None for r in first) else None,
         "forest_rows": rows_in_words(largest) if len(groups) > 1 else "",
         "charts": [(name, charts) for name, charts in costly if charts],
-        "curves": training_curves(rows, colour),
+        "curves": [(name, inline(spec)) for name, spec in training_curves(rows, colour)],
         "curve_checks": any(point.get("validation_metric") is not None for r in rows for c in r.cells for point in c.result.history),
         "forgetting": [(rows_in_words(name), charts) for name, group in groups.items() if (charts := forgetting.charts(group, colour))],
         "probed": forgetting.probes(rows),
