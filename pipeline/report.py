@@ -38,7 +38,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> None:
     tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)
     text = markdown(cfg.experiment, rows, missing, [*summary(grown), *tuning.summary(rows, tunings)])
     files = {
-        "index.html": page(cfg.experiment, rows, missing, grown, tunings),
+        "index.html": page(cfg.experiment, rows, missing, grown, tunings, Path(cfg.paths.data)),
         "table.md": text,
         "table.csv": table_csv(rows),
         "history.csv": history_csv({c.result.cell: c.result.history for c in cells}),

@@ -6,6 +6,7 @@ sheet (--f1 … --f10 by family). The page's script shows a point's description 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -111,7 +112,7 @@ def forest(rows: Sequence[Row], colour: dict[str, str]) -> Spec:
          "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y, "color": {"field": "c", **plain}}},
         {"data": {"values": seeds}, "mark": {"type": "tick", "thickness": 1.4, "size": 12, "aria": False},
          "encoding": {"x": x, "y": y, "color": {"field": "c", **plain}}},
-        {"data": {"values": lines}, "mark": {"type": "point", "size": 66, "strokeWidth": 1.8},
+        {"data": {"values": lines}, "mark": {"type": "point", "size": 66, "strokeWidth": 1.8, "opacity": 1},
          "encoding": {"x": x, "y": y, "stroke": {"field": "c", **plain}, "fill": {"field": "fill", **plain}, "description": {"field": "tip"},
                       "href": {"field": "href"}}},
         {"data": {"values": lines}, "mark": {"type": "text", "align": "right", "fontSize": 12, "fontWeight": 600, "aria": False},
@@ -143,10 +144,11 @@ def scatter(rows: Sequence[Row], cost: Cost, colour: dict[str, str]) -> Drawn | 
     y = plot.scale([v for r in shown for v in bounds(r)], FRAME.bottom, FRAME.top, room=0.08)
     chart = Chart(FRAME.right - FRAME.left, FRAME.bottom - FRAME.top, _across(cost, x), linear("", y, percent), f"Test result against {cost.title}")
     front = pareto(list(zip(values, tests, strict=True)))
-    chart.line([*((values[i], tests[i]) for i in front), (x.high, tests[front[-1]])], "faint", step=True)
+    stairs = [(values[i], tests[i]) for i in front] + [(x.high, tests[front[-1]])]
+    chart.line(stairs, "faint", step=True)
     chart.bars([(v, *bounds(r), colour[r.family]) for v, r in zip(values, shown, strict=True)])
     named = range(len(shown)) if len(shown) <= MOST_NAMES else front
-    chart.names(placed([(values[i], tests[i], shown[i].technique) for i in named], list(zip(values, tests, strict=True)), chart))
+    chart.names(placed([(values[i], tests[i], shown[i].technique) for i in named], list(zip(values, tests, strict=True)), chart, stairs))
     chart.dots([Dot(v, r.test or 0.0, colour[r.family], tip(r, cost.words(v)), link(r), i not in front)
                 for i, (v, r) in enumerate(zip(values, shown, strict=True))])
     return Drawn(f"Against {cost.name}", chart.spec(), left_out)
@@ -162,14 +164,17 @@ def percent(value: float) -> str:
     return f"{100 * value:g}"
 
 
-def placed(named: Sequence[tuple[float, float, str]], dots: Sequence[tuple[float, float]], chart: Chart) -> list[tuple[float, float, str, str]]:
-    """Where the names of points (x, y, name) stand, in the units of the axes, clear of all dots and of each other."""
+def placed(named: Sequence[tuple[float, float, str]], dots: Sequence[tuple[float, float]], chart: Chart,
+           stairs: Sequence[tuple[float, float]] = ()) -> list[tuple[float, float, str, str]]:
+    """Where the names of points (x, y, name) stand, in the units of the axes, clear of all dots, of each other and of stairs, if there is room."""
     def pixel(point: tuple[float, float]) -> tuple[float, float]:
         return across(point[0], chart.x), chart.height * (chart.y.scale.high - point[1]) / (chart.y.scale.high - chart.y.scale.low)
 
     around = [Box(px - 6, py - 6, px + 6, py + 6) for px, py in map(pixel, dots)]
     lines = [Box(px - 2, py - 30, px + 2, py + 30) for px, py in map(pixel, dots)]
-    labels = plot.place_labels([(*pixel((px, py)), name) for px, py, name in named], [around, lines], Box(0, -8, chart.width + 10, chart.height - 2))
+    corners = list(map(pixel, stairs))
+    level = [Box(one[0], one[1] - 2, other[0], one[1] + 2) for one, other in itertools.pairwise(corners)]
+    labels = plot.place_labels([(*pixel((px, py)), name) for px, py, name in named], [around, lines, level], Box(0, -8, chart.width + 10, chart.height - 2))
     height = chart.y.scale.high - chart.y.scale.low
     return [(back(one.x + one.width / 2, chart.x), chart.y.scale.high - one.y / chart.height * height, name, "ink")
             for (_, _, name), one in zip(named, labels, strict=True) if one]

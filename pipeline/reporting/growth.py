@@ -216,7 +216,8 @@ def curves(grown: Growth, colour: dict[str, str], width: int, height: int) -> Sp
     y = _levels(grown, height)
     sizes = sorted({n for one in grown.lines if one.curve.kind == "power" for n in one.curve.sizes})
     below = Axis("Labelled rows, training and validation (log scale)", x, {float(n): f.count(n) for n in _apart(sizes, x)}, grid=False)
-    chart = Chart(width, height, below, linear("", y, percent, 6), f"Test {grown.metric} against labelled rows, a curve for each of {len(grown.lines)} techniques")
+    about = f"Test {grown.metric} against labelled rows, a curve for each of {len(grown.lines)} techniques"
+    chart = Chart(width, height, below, linear("", y, percent, 6), about)
     if y.low < grown.target < y.high:
         chart.dashed((x.low, grown.target), (x.high, grown.target))
     dashed = dict(zip((one.name for one in grown.lines), plot.dashes([one.family for one in grown.lines]), strict=True))

@@ -147,6 +147,7 @@ def curves(lines: Sequence[Line], colour: Mapping[str, str], width: int, height:
     for line, dash in zip(lines, plot.dashes([line.family for line in lines]), strict=True):
         name, each = line.tuned.technique, values[line.tuned.technique]
         chart.line(list(enumerate(each, 1)), colour[line.family], dash)
-        chart.dots([Dot(k, value, colour[line.family], f"{name} | {k} trial{'s' * (k > 1)}: {f.percent(value)}% expected") for k, value in enumerate(each, 1)], 20)
+        tips = [f"{name} | {k} trial{'s' * (k > 1)}: {f.percent(value)}% expected" for k, value in enumerate(each, 1)]
+        chart.dots([Dot(k, value, colour[line.family], tip) for k, (value, tip) in enumerate(zip(each, tips, strict=True), 1)], 20)
     beside(chart, [(len(each), each[-1], name, "ink") for name, each in values.items()])
     return chart.spec()
