@@ -80,7 +80,8 @@ def picture(shown: Sequence[Panel], colour: Mapping[str, str], columns: int) -> 
         data = []
         for panel in shown:
             one = panel.figures[number]
-            data.append({"name": panel.row.name, "share": one.share or 0.0, "text": one.text if one.text != f.DASH else "", "c": COLOUR[colour[panel.row.family]],
+            text = one.text if one.text != f.DASH else ""
+            data.append({"name": panel.row.name, "share": one.share or 0.0, "text": text, "c": COLOUR[colour[panel.row.family]],
                          "tip": f"{panel.row.name} | {title.lower()} {one.text}{f' ({one.small})' if one.small else ''}"})
         labels = {"title": None, "labelFontSize": 11.5, "labelColor": COLOUR["ink"], "labelLimit": 130, "domain": True, "domainColor": COLOUR["grid"]}
         y = {"field": "name", "type": "nominal", "sort": names, "axis": labels if number % columns == 0 else {**labels, "labels": False}}

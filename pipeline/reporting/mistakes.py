@@ -104,7 +104,7 @@ def _matrix(name: str, labels: Sequence[str], counts: Counter[tuple[str, str]]) 
     x = {"field": "said", "type": "nominal", "sort": said, "axis": {**axis, "title": "said", "labelAngle": -40, "orient": "top"}}
     y = {"field": "right", "type": "nominal", "sort": list(labels), "axis": {**axis, "title": "right answer"}}
     shade = {"field": "share", "type": "quantitative", "scale": {"domain": [0, 1], "range": [COLOUR["band"], COLOUR["f1"]]}, "legend": None}
-    ink = {"condition": {"test": "datum.share > 0.5", "value": COLOUR["card"]}, "value": COLOUR["ink"]}
+    ink = {"condition": {"test": "datum.share > 0.5", "value": "#fefefe"}, "value": "#222222"}  # on the shades, which are the same in dark mode
     return {
         "description": f"What {name} said, by the right answer", "data": {"values": cells}, "width": {"step": size}, "height": {"step": size},
         "layer": [

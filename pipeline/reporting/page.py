@@ -25,13 +25,14 @@ from pipeline.reporting import forgetting, tuning
 from pipeline.reporting import words as f
 from pipeline.reporting.charts import by_rows, colours, costs, forest, scatter, training_curves
 from pipeline.reporting.figures import RESUMED, SHARED, Row, columns, metric_name, remarks
-from pipeline.reporting.growth import Growth, charts, sentences
+from pipeline.reporting.growth import WIDE, Growth, charts, sentences
+from pipeline.reporting.growth import curves as growth_curves
 from pipeline.reporting.growth import remarks as growth_remarks
 from pipeline.reporting.growth import table as growth_table
 from pipeline.reporting.mistakes import of_report
 from pipeline.reporting.rows import by_group, tier_notes, timing_notes
 from pipeline.reporting.text import answer, context, provenance, rows_in_words, warnings
-from pipeline.reporting.vega import inline
+from pipeline.reporting.vega import Spec, inline
 
 TEMPLATES = Path(__file__).with_name("templates")
 UNBROKEN = re.compile(r"\b[np] [=<] |\d [A-Za-z]{1,3}\b|\d–\d")
@@ -58,6 +59,16 @@ def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Gr
         **_content(experiment, rows, missing, sentences(grown) if grown else ()), **_growth(rows, grown),
         **tuning.part(rows, tunings or {}, colours(rows)), mistakes=of_report(rows, data),
     )
+
+
+def drawings(rows: Sequence[Row], grown: Growth | None) -> dict[str, Spec]:
+    """The charts that are kept as files beside the page, by name: those of the largest number of training rows."""
+    colour, first = colours(rows), next(iter(by_group(rows).values()))
+    kept = {"intervals": forest(first, colour)} if any(r.test is not None for r in first) else {}
+    kept |= {c.title.lower().replace(" ", "_"): c.spec for cost in costs(first) if (c := scatter(first, cost, colour))}
+    panels = report_complexity.panels(first)
+    kept |= {"complexity": report_complexity.picture(panels, colour, len(panels[0].figures))} if panels and panels[0].figures else {}
+    return kept | ({"learning_curves": growth_curves(grown, colour, *WIDE)} if grown else {})
 
 
 def _growth(rows: Sequence[Row], grown: Growth | None) -> dict[str, Any]:
@@ -113,7 +124,7 @@ def _complexity(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
     """One picture of all techniques: on a wide page its measures side by side, on a phone two in a row."""
     panels = report_complexity.panels(rows)
     measured = len(panels[0].figures) if panels else 0
-    sizes = {"wide": min(6, measured), "narrow": 2} if measured else {}
+    sizes = {"wide": measured if measured < 9 else 5, "narrow": 2} if measured else {}
     numbers = sorted({n for panel in panels for n in panel.numbers}, key=int)
     return {"complexity": panels if measured else [], "complexity_missing": report_complexity.unmeasured(rows), "complexity_numbers": numbers,
             "complexity_pictures": [(name, inline(report_complexity.picture(panels, colour, columns))) for name, columns in sizes.items()]}

@@ -187,14 +187,14 @@ def _inlined(text: str) -> str:
     return f'<svg class="vega" viewBox="0 0 {width:g} {height:g}" style="{style}" role="img" aria-label="{escape(about)}">{body}'
 
 
-def files(charts: Mapping[str, Spec]) -> dict[str, str | bytes]:
+def files(charts: Mapping[str, Spec]) -> dict[str, bytes]:
     """charts/<name>.vl.json and .svg of every chart, and .png of it at twice its size."""
     import vl_convert
 
-    written: dict[str, str | bytes] = {}
+    written: dict[str, bytes] = {}
     for name, spec in charts.items():
         text = json.dumps(whole(spec), sort_keys=True)
-        written[f"charts/{name}.vl.json"] = json.dumps(whole(spec), indent=1) + "\n"
-        written[f"charts/{name}.svg"] = _svg(text)
+        written[f"charts/{name}.vl.json"] = (json.dumps(whole(spec), indent=1) + "\n").encode()
+        written[f"charts/{name}.svg"] = _svg(text).encode()
         written[f"charts/{name}.png"] = vl_convert.svg_to_png(_svg(text).replace("<g ", '<rect width="100%" height="100%" fill="white"/><g ', 1), scale=2)
     return written
