@@ -13,14 +13,20 @@ source    type: files (JSONL, CSV, TSV, Parquet), hub or registry; what it gives
 columns   {new: old} renames a source's columns; a dot reaches into a nested one ({options: choices.text}).
 prompt    a template of columns. A list is joined by commas, a whole float loses its ".0", null is empty. Bytes, objects, NaN and a list with null
           inside are refused, with row and column.
+messages  in the place of prompt: the column of a row's conversation, OpenAI's messages or ShareGPT's (docs/data.md). Without `answer` the last assistant
+          turn is the answer, what comes before it the prompt; a row without one is left out and counted. The model's chat template stands around it.
+system    a template of columns: the system turn of a prompt, or of a conversation that has none (chat alone).
+tools     the column of what the assistant may call, which is put into the system turn as text.
 answer    a template ("{label}"), or one column made into words:
             {column: label, labels: {0: negative, 1: positive, 2: null}}   words for values
             {column: stars, bins: {negative: [null, 2], positive: [4, null]}}   words for numbers; both ends belong to a
                 bin, null is open, the first bin that fits counts
             {column: key, of: options}   an element of a list column, by its number from 0 or its letter from A
             {column: total, number: true}   the number as plain text (42, not 42.0)
+            {column: label}                the value as it stands
           A row whose label is null, or whose number is in no bin, is left out and counted.
-choices   a fixed list of words, or the name of a list column; left out, the words of labels or bins.
+choices   a fixed list of words, or the name of a list column; left out, the words of labels or bins, or else the answers that the training rows have
+          (up to 300, counted when prepared).
 split     {seed: 0, train: null, validation: null, test: null}: rows, or a share below 1 of what they are drawn from;
           null takes all that there is (drawn: a tenth for validation, a fifth for test).
 leakage   error (the default) or drop: what to do with a text that stands in two splits.
@@ -35,8 +41,9 @@ import functools
 import math
 import reprlib
 import string
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from omegaconf import DictConfig
@@ -46,8 +53,11 @@ from pipeline.core.files import UserError
 from pipeline.core.names import name_of
 from pipeline.core.schema import unwritable
 from pipeline.core.settings import Seed, Task, build
+from pipeline.data.conversations import Turns, normalised, transcript
 
 KINDS = ("labels", "bins", "of", "number")
+MOST_LABELS = 300
+"""Different answers that are taken for labels; more look like free text."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,8 @@ class Answer:
 
     def check(self) -> None:
         chosen = [kind for kind in KINDS if getattr(self, kind)]
-        if len(chosen) != 1:
-            raise UserError(f"config key 'task.answer' takes one of {', '.join(KINDS)} beside column, not {' and '.join(chosen) or 'none'}")
+        if len(chosen) > 1:
+            raise UserError(f"config key 'task.answer' takes one of {', '.join(KINDS)} beside column, not {' and '.join(chosen)}")
         for word, ends in (self.bins or {}).items():
             numbers = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(e is None or isinstance(e, (int, float)) for e in ends)
             if not numbers or None not in ends and not ends[0] <= ends[1]:
@@ -109,8 +119,10 @@ class Recipe(Task):
     """All keys of a task's YAML; the opening of this file says what each takes."""
 
     source: dict
-    prompt: str
-    answer: str | dict
+    prompt: str = ""
+    answer: str | dict | None = None
+    system: str | None = None
+    tools: str | None = None
     columns: dict = field(default_factory=dict)
     choices: tuple | str | None = None
     split: dict = field(default_factory=dict)
@@ -120,22 +132,36 @@ class Recipe(Task):
     def check(self) -> None:
         super().check()
         name_of(self.source, "task.source")
+        self._check_turns()
         for key in ("prompt", "answer"):
             value = getattr(self, key)
-            if isinstance(value, str) and not columns_of(value, f"task.{key}"):
+            if isinstance(value, str) and value and not columns_of(value, f"task.{key}"):
                 raise UserError(f"config key 'task.{key}' is {value!r}; name at least one column in braces, as in {{text}}")
         if isinstance(self.choices, tuple):
             check_words("task.choices", self.choices)
-        if self.scoring == "choice" and self.choice_list is None and not isinstance(self.choices, str):
-            raise UserError(
-                "config key 'task.choices' is missing; "
-                "list the answers to choose from, or name the column that holds a row's own"
-            )
+        if self.scoring == "choice" and self.choices is None and self.answer is None:
+            raise UserError("config key 'task.choices' is missing; list the answers to choose from, or name the column that holds a row's own")
+
+    def _check_turns(self) -> None:
+        missing = next((key for key in ("prompt", "answer") if not getattr(self, key)), None)
+        if self.messages is None and missing:
+            raise UserError(f"config key 'task.{missing}' is missing; set it, or name the column of conversations: task.messages")
+        if self.messages is not None and self.prompt:
+            raise UserError("config keys 'task.messages' and 'task.prompt' both say what is asked; take one out")
+        if self.tools is not None and self.messages is None:
+            raise UserError("config key 'task.tools' goes with task.messages; write the tools into task.system, or take it out")
+        if self.system is not None and self.messages is None and not self.chat:
+            raise UserError("config key 'task.system' needs the model's chat template; set task.format=chat, or begin task.prompt with it")
 
     @functools.cached_property
     def spec(self) -> Answer | None:
         """The answer as a column and its treatment; None where it is a template."""
         return build(Answer, dict(self.answer), "task.answer") if isinstance(self.answer, dict) else None
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the choices are the answers that the training rows have (`with_labels`): nothing else says what they are."""
+        return self.scoring == "choice" and self.choices is None and self.choice_list is None and self.answer is not None
 
     @property
     def sizes(self) -> Split:
@@ -157,6 +183,40 @@ def read(cfg: DictConfig) -> Recipe:
     return recipe
 
 
+def with_labels(recipe: Recipe, rows: Iterable[dict[str, Any]], place: str) -> Recipe:
+    """The recipe with the answers of the training rows as its choices, in the order of their texts (numbers by value).
+
+    Args:
+        rows: the source's. place: where they are from, for the messages.
+
+    Raises:
+        UserError: a row without an answer, or more than MOST_LABELS different ones.
+    """
+    counts: Counter[str] = Counter()
+    for number, raw in enumerate(rows, 1):
+        where = f"row {number} of {place}"
+        answer = _answer(recipe, _renamed(recipe, raw, where), where)
+        if not answer:
+            raise UserError(f"{where} has an empty answer; fill or remove that row, or list the labels (null leaves rows out): "
+                            "task.answer={column: …, labels: {…}}")
+        counts[answer] += 1
+    if len(counts) > MOST_LABELS:
+        few = ", ".join(f"{word!r} ({count})" for word, count in counts.most_common(3))
+        raise UserError(f"{place} has {len(counts):,} different answers (most often: {few}), more than the {MOST_LABELS} that labels are taken from; "
+                        "task.scoring=generate has the model write its answer, task.choices lists what it may choose from")
+    names = sorted(counts, key=lambda word: (_order(word), word))
+    chosen: Recipe = replace(recipe, choices=tuple(names))
+    check_words("task.choices", chosen.choices or ())
+    return chosen
+
+
+def _order(word: str) -> tuple[int, float]:
+    try:
+        return 0, float(word)
+    except ValueError:
+        return 1, 0.0
+
+
 def text_of(value: Any) -> str:
     """A value as it stands in a prompt or an answer.
 
@@ -168,9 +228,15 @@ def text_of(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         if any(item is None or isinstance(item, (list, tuple)) for item in value):
             raise ValueError("a list with null or another list inside")
+        if (nested := next((item for item in value if isinstance(item, dict)), None)) is not None:
+            text_of(nested)
         return ", ".join(map(text_of, value))
-    if isinstance(value, (bytes, dict)):
-        raise ValueError("bytes and no text" if isinstance(value, bytes) else "an object and no text")
+    if isinstance(value, bytes):
+        raise ValueError("bytes and no text")
+    if isinstance(value, dict):
+        if {"role", "content"} <= set(value) or {"from", "value"} <= set(value):
+            raise ValueError("a conversation and no text: name its column in task.messages, in the place of task.prompt and task.answer (docs/data.md)")
+        raise ValueError("an object and no text: name what is inside it with a dot, as in {column.key}")
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError("no finite number")
@@ -196,12 +262,15 @@ def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> 
         UserError: a missing column, an unknown label, an empty prompt or answer, an answer that is no choice.
     """
     fields = _renamed(recipe, raw, where)
-    answer = _answer(recipe, fields, where)
+    turns, said = ([], None) if recipe.messages is None else _conversation(recipe, fields, where)
+    answer = said if recipe.answer is None else _answer(recipe, fields, where)
     if answer is None:
         return None
-    prompt = _fill(recipe.prompt, fields, "task.prompt", where)
-    if not any(column_text(_look(fields, name, "task.prompt", where), name, where) for name in columns_of(recipe.prompt, "task.prompt")):
-        raise UserError(f"{where} has no text in the columns of task.prompt; fill or remove that row")
+    if recipe.messages is None:
+        system = _system(recipe, fields, where)
+        turns = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": _asked(recipe, fields, where)}]
+    if not any(turn["role"] == "user" for turn in turns):
+        raise UserError(f"{where} has no user turn before the answer; fix or remove that row")
     if not answer:
         raise UserError(f"{where} has an empty answer; fill or remove that row, or map its label to null")
     choices = _choices(recipe, fields, where)
@@ -211,9 +280,36 @@ def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> 
             "fix the row or task.choices"
         )
     try:
-        return {"id": identity, "prompt": prompt, "answer": answer, "choices": choices, "fields": _plain(fields)}
+        row = {"id": identity, "prompt": turns[0]["content"], "answer": answer, "choices": choices, "fields": _plain(fields)}
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply to be kept; fix or remove that row") from error
+    return row if recipe.messages is None and recipe.system is None else {**row, "prompt": transcript(turns), "messages": turns}
+
+
+def _system(recipe: Recipe, fields: dict[str, Any], where: str) -> str:
+    return "" if recipe.system is None else _fill(recipe.system, fields, "task.system", where)
+
+
+def _conversation(recipe: Recipe, fields: dict[str, Any], where: str) -> tuple[Turns, str | None]:
+    """The turns before the answer, and the last assistant turn, which is it (None: there is none, or `answer` says what it is). What was said after it is
+    left out. Takes the conversation out of the fields."""
+    assert recipe.messages is not None
+    system = _system(recipe, fields, where)
+    tools = None if recipe.tools is None else _look(fields, recipe.tools, "task.tools", where)
+    turns = normalised(_look(fields, recipe.messages, "task.messages", where), where, recipe.messages, system, tools)
+    for key in filter(None, (recipe.messages, recipe.tools)):
+        fields.pop(key, None)
+    if recipe.answer is not None:
+        return turns, None
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    return (turns, None) if last is None else (turns[:last], turns[last]["content"])
+
+
+def _asked(recipe: Recipe, fields: dict[str, Any], where: str) -> str:
+    """The prompt's template filled. Raises UserError where none of its columns has a text."""
+    if not any(column_text(_look(fields, name, "task.prompt", where), name, where) for name in columns_of(recipe.prompt, "task.prompt")):
+        raise UserError(f"{where} has no text in the columns of task.prompt; fill or remove that row")
+    return _fill(recipe.prompt, fields, "task.prompt", where)
 
 
 def column_text(value: Any, column: str, where: str) -> str:
@@ -273,6 +369,8 @@ def _answer(recipe: Recipe, fields: dict[str, Any], where: str) -> str | None:
         return None if word is None else text_of(word)
     if spec.of is not None:
         return _element(_look(fields, spec.of, "task.answer.of", where), value, spec, where)
+    if not spec.number and spec.bins is None:
+        return column_text(value, spec.column, where)
     number = _number(value, spec.column, where)
     if spec.number:
         return text_of(number)

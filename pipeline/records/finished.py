@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.compose import literal
 from pipeline.core.files import Damaged, UserError, read_jsonl
+from pipeline.core.settings import CUSTOM
 from pipeline.records.results import ENGINES, Result
 from pipeline.records.results import read as read_result
 
@@ -55,10 +56,14 @@ class Cell:
         graphs = ", captured in CUDA graphs" if work.engine != "eager" and self.result.hardware.get("device") == "cuda" else ""
         return f"{ENGINES[work.engine]}{reason}{graphs}"
 
+    def predictions(self) -> list[dict[str, Any]]:
+        """Those of the test split; empty where they are not kept."""
+        path = self.folder / "predictions.jsonl"
+        return [r for r in read_jsonl(path) if r["split"] == "test"] if path.exists() else []
+
     def right(self) -> dict[str, bool]:
         """{row id: answered right} of the test split; empty without predictions."""
-        path = self.folder / "predictions.jsonl"
-        return {r["id"]: bool(r["correct"]) for r in read_jsonl(path) if r["split"] == "test"} if path.exists() else {}
+        return {r["id"]: bool(r["correct"]) for r in self.predictions()}
 
 
 def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:
@@ -164,4 +169,6 @@ def cell_config(result: Result, cfg: DictConfig) -> DictConfig:
     newer = {str(key): value for key, value in cfg.items()}
     settings = literal(result.config)
     settings["model"] = {**settings["model"], "trust_remote_code": cfg.model.trust_remote_code}  # who wrote the result does not decide that
+    if ":" in str(settings["task"].get("metric")) and settings["task"]["metric"] != cfg.task.get("metric"):  # nor names code that this run imports
+        settings["task"] = {**settings["task"], "metric": CUSTOM}
     return OmegaConf.create({**newer, **settings, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})

@@ -51,7 +51,7 @@ AGAIN = "delete the cell's folder and run it again"
 
 @dataclass(frozen=True)
 class Score:
-    """How well one set of rows was answered. Fractions in [0, 1]; the interval is Wilson's at 95%."""
+    """How well one set of rows was answered. Fractions in [0, 1]; accuracy's interval is Wilson's at 95%."""
 
     rows: int
     accuracy: float
@@ -59,10 +59,28 @@ class Score:
     accuracy_high: float
     macro_f1: float | None = None
     rouge_l: float | None = None
+    exact_match: float | None = None
+    numeric: float | None = None
+    token_f1: float | None = None
+    custom: float | None = None
+    """Of the user's own function (task.metric=module:function)."""
     nll: float | None = None
     """Mean negative log-likelihood of the right answer, nats per row (choice scoring only)."""
     unanswered: int = 0
     """Rows from whose output no answer could be extracted (generate scoring only)."""
+    metric_low: float | None = None
+    """Of a headline metric other than accuracy, the 95% interval over the rows (bootstrap); null: accuracy, or written before it was measured."""
+    metric_high: float | None = None
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """The 95% interval of the headline metric; None where it was not measured. A metric that these rows cannot have is read as accuracy."""
+        if metric in ("accuracy", "exact_match", "numeric") or getattr(self, metric) is None:  # shares of the rows that are right
+            return self.accuracy_low, self.accuracy_high
+        return None if self.metric_low is None or self.metric_high is None else (self.metric_low, self.metric_high)
+
+
+NOT_METRICS = ("rows", "accuracy_low", "accuracy_high", "nll", "unanswered", "metric_low", "metric_high")
+"""Fields of Score that are no headline metric."""
 
 
 @dataclass(frozen=True)
@@ -394,7 +412,7 @@ def _typed(hint: Any, value: Any, at: str) -> Any:
 
 def _check_values(result: Result, at: str) -> None:
     """Raise UserError where a text is none of those that have a meaning, or a fact inside hardware, provenance or config is of another type."""
-    metrics = tuple(f.name for f in dataclasses.fields(Score))
+    metrics = tuple(f.name for f in dataclasses.fields(Score) if f.name not in NOT_METRICS)
     engines = [("work.engine", result.work.engine, tuple(ENGINES))] if result.work and result.work.engine is not None else []
     for name, value, known in [("kind", result.kind, KINDS), ("metric", result.metric, metrics), *engines]:
         if value not in known:
