@@ -3,7 +3,8 @@
     python -m benchmarks.choices model=models/smollm2_135m rows=24 repeats=3
 
 Three ways: the search (engine/branches.py, what a cell does), every choice of a row in one tree, and every choice a sequence of its own, each for the base
-and for a soft prompt of 20 vectors; the last way is timed once, of the others the median counts. Writes benchmarks/results/choices.json, which docs/data.md quotes.
+and for a soft prompt of 20 vectors; the last way is timed once, of the others the median counts. Writes benchmarks/results/choices.json, which docs/data.md
+quotes.
 """
 
 from __future__ import annotations
