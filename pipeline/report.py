@@ -22,6 +22,7 @@ from pipeline.core.commands import entry
 from pipeline.core.files import atomic_folder, write_json, write_text
 from pipeline.records import tuned
 from pipeline.records.finished import select
+from pipeline.records.mlflow import log_note
 from pipeline.reporting import tuning, vega
 from pipeline.reporting.figures import history_csv, metrics, table_csv
 from pipeline.reporting.growth import growth, summary
@@ -55,6 +56,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> None:
         for cell in cells:
             if figures := metrics(cell):
                 write_json(beside / "metrics" / f"{cell.result.cell}.json", figures)
+    log_note(cfg, text)
     print(f"{text}\nreport: {folder / 'index.html'}")
 
 

@@ -95,7 +95,8 @@ def lines(law: dict[str, float], technique: str = "lora") -> list[dict]:
             made.append({"model": model, "task": task, "technique": "zero_shot", "lr": None, "test": {"bits": f"{1 << 200:x}"}})
             for rate in rates_of(technique):
                 right = round(160 * 0.5 ** abs(math.log10(rate / law[model])))
-                made.append({"model": model, "task": task, "technique": technique, "lr": rate, "test": {"bits": f"{int('1' + '1' * right + '0' * (200 - right), 2):x}"}})
+                bits = int("1" + "1" * right + "0" * (200 - right), 2)
+                made.append({"model": model, "task": task, "technique": technique, "lr": rate, "test": {"bits": f"{bits:x}"}})
     return made
 
 

@@ -49,6 +49,10 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 AGAIN = "delete the cell's folder and run it again"
 
 
+RIGHT_OR_WRONG = ("accuracy", "exact_match", "numeric")
+"""Metrics that are a share of right rows: a cell counts those as right that its metric does, so accuracy is the same figure."""
+
+
 @dataclass(frozen=True)
 class Score:
     """How well one set of rows was answered. Fractions in [0, 1]; accuracy's interval is Wilson's at 95%."""
@@ -74,7 +78,7 @@ class Score:
 
     def interval(self, metric: str) -> tuple[float, float] | None:
         """The 95% interval of the headline metric; None where it was not measured. A metric that these rows cannot have is read as accuracy."""
-        if metric in ("accuracy", "exact_match", "numeric") or getattr(self, metric) is None:  # shares of the rows that are right
+        if metric in RIGHT_OR_WRONG or getattr(self, metric) is None:
             return self.accuracy_low, self.accuracy_high
         return None if self.metric_low is None or self.metric_high is None else (self.metric_low, self.metric_high)
 
