@@ -15,8 +15,8 @@ from pipeline.cell import identity, locks, packing, preflight
 from pipeline.cell.child import run_cell, run_in_child
 from pipeline.cell.inputs import Shared, preload
 from pipeline.cell.packing import INTERRUPTED
-from pipeline.core.compose import ROOT, SUFFIX, by_key, compose, without
-from pipeline.core.files import UserError
+from pipeline.core.compose import SUFFIX, by_key, compose, experiments, without
+from pipeline.core.files import UserError, closest
 from pipeline.measure.clock import now
 from pipeline.measure.machine import hardware_here
 from pipeline.records import mlflow as tracking
@@ -141,16 +141,38 @@ class Mirror:
 
 
 def grid(experiment: str) -> dict[str, Any]:
-    """experiments/<name>/params.yaml, with `synthetic` and `after` at the end of grid.techniques. Raises UserError where it is missing or lacks a key."""
-    path = ROOT / "experiments" / experiment / "params.yaml"
-    if not path.exists():
-        raise UserError(f"{path.relative_to(ROOT)} does not exist; choose experiments=<name> of a folder under experiments/")
-    params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """experiments/<name>/params.yaml, with `synthetic` and `after` at the end of grid.techniques.
+
+    Of an experiment that is one file (`alignscope try` writes such), experiments/<name>.yaml says the same.
+
+    Raises:
+        UserError: it is missing or lacks a key.
+    """
+    params, shown = own_grid(experiment), f"experiments/{experiment}.yaml"
+    if params is None:
+        path, shown = experiments() / experiment / "params.yaml", f"experiments/{experiment}/params.yaml"
+        if not path.exists():
+            names = [p.parent.name for p in experiments().glob("*/params.yaml")]
+            raise UserError(f"{shown} does not exist{closest(experiment, names)}; choose experiments=<name> of a folder under experiments/")
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
     for key in ("techniques", "seeds", "train_rows"):
         if not (params.get("grid") or {}).get(key):
-            raise UserError(f"{path.relative_to(ROOT)} has no grid.{key}; list at least one")
+            raise UserError(f"{shown} has no grid.{key}; list at least one")
     params["grid"]["techniques"] = [*params["grid"]["techniques"], *(params["grid"].get("synthetic") or []), *(params["grid"].get("after") or [])]
     return params
+
+
+def own_grid(experiment: str) -> dict[str, Any] | None:
+    """What params.yaml would say of an experiment whose grid stands in its own experiments/<name>.yaml; None where it does not."""
+    path = experiments() / f"{experiment}.yaml"
+    try:
+        held = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML ({' '.join(str(error).split())}); mend that line, with quotes around a text that has : # ? or {{") from error
+    if not isinstance(held, dict) or not isinstance(held.get("grid"), dict):
+        return None
+    cfg = compose([f"experiments={experiment}"])
+    return {"experiment": experiment, "task": cfg.task.name, "model": cfg.model.name, "teacher": cfg.teacher.name, "synthetic": None, "grid": held["grid"]}
 
 
 def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:
