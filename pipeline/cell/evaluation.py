@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.cell.inputs import Inputs, Parts
+from pipeline.core import progress
 from pipeline.data.rows import Rows
 from pipeline.measure import clock
 from pipeline.measure.clock import Meter
@@ -75,6 +76,7 @@ def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Eval
     scores: dict[str, Score] = {}
 
     def answer(split: str, asked: list[dict]) -> None:
+        progress.stage(split)
         answered = scorer.predict(asked)
         predictions.extend({"split": split, **p} for p in answered)
         scores[split] = answers.score(answered, parts.settings.task)

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig
 
 from pipeline.cell import identity, locks, packing, preflight
-from pipeline.cell.child import run_cell, run_in_child
+from pipeline.cell.child import Watcher, run_cell, run_in_child
 from pipeline.cell.inputs import Shared, preload
 from pipeline.cell.packing import INTERRUPTED
 from pipeline.core.compose import SUFFIX, by_key, compose, experiments, without
@@ -38,13 +38,14 @@ def run_missing(overrides: Sequence[str], warn: Callable[[Sequence[DictConfig]],
     return run_cells([compose_cell(o) for o in grid_overrides(overrides)], warn)
 
 
-def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:
+def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None, watcher: Watcher | None = None) -> int:
     """Run those of the cells that have no result, and mirror all that have one. Returns 0 if all have one then.
 
     Cells that another process computes are left to it; what it does not finish is run after all.
 
     Args:
         warn: is shown the missing ones before the first starts.
+        watcher: is told of each as it runs; None: a line is printed.
 
     Raises:
         UserError: another cell stands where one would be written, and overwrite=true was not said.
@@ -65,10 +66,10 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
         code = run_in_child(lambda: preflight.ahead(missing, shared)).code
         if code:
             return code
-    return _run(missing, shared, mirror)
+    return _run(missing, shared, mirror, watcher or Watcher())
 
 
-def _run(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror) -> int:
+def _run(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watcher: Watcher) -> int:
     for group in packing.groups(missing):
         with locks.free(group) as members:
             packing.train([cfg for cfg in members if not is_done(cfg)], shared)
@@ -78,22 +79,22 @@ def _run(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror) -> int:
         with locks.free([] if _awaits(cfg, elsewhere) else [cfg]) as members:
             if not members:
                 elsewhere.append(cfg)
-            elif not is_done(cfg):
-                print(f"[{number}/{len(missing)}] {cell_name(cfg)}", flush=True)
-                code = max(code, _run_one(cfg, shared, mirror))
+            elif not is_done(cfg) and not watcher.passes(cfg):
+                watcher.begins(cfg, number, len(missing))
+                code = max(code, _run_one(cfg, shared, mirror, watcher))
         if code == INTERRUPTED:
             return code
     for cfg in elsewhere:
         with locks.waited(cfg):
-            code = max(code, 0 if is_done(cfg) else _run_one(cfg, shared, mirror))
+            code = max(code, 0 if is_done(cfg) else _run_one(cfg, shared, mirror, watcher))
         if code == INTERRUPTED:
             return code
     mirror.put([cfg for cfg in missing if is_done(cfg)])
     return code
 
 
-def _run_one(cfg: DictConfig, shared: Shared, mirror: Mirror) -> int:
-    code = run_cell(cfg, shared, now())
+def _run_one(cfg: DictConfig, shared: Shared, mirror: Mirror, watcher: Watcher) -> int:
+    code = run_cell(cfg, shared, now(), watcher)
     if code == 0:
         mirror.put([cfg])
     return code

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core import progress
 from pipeline.core.settings import Task
 from pipeline.data.choices import Items
 from pipeline.data.rows import Encoder, by_length, pad
@@ -70,10 +71,11 @@ def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: 
 def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int,
              device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None) -> list[str]:
     """Greedy continuations as text, prompts of similar length together. notes, owners: as `continuations` has them."""
-    texts = [""] * len(prompts)
+    texts, answered = [""] * len(prompts), 0
     for part, tokens in continuations(model, prompts, max_new_tokens, batch_tokens, tokenizer.eos_token_id, pad_id, device, dtype, notes, owners):
         for index, text in zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
             texts[index] = text
+        progress.part(answered := answered + len(part), len(prompts))
     return texts
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import progress
 from pipeline.core.files import atomic_path
 from pipeline.core.settings import Train
 from pipeline.data.rows import steps_in_epoch
@@ -135,6 +136,7 @@ class Loop:
         self._resume()
         marks, state, saved = validation_steps(run.total, run.settings.validations), self.state, Stopwatch()
         times: list[float] = []
+        progress.stage("train")
         with stop_on_signals(self._request_stop), self._bar() as bar, self.meter.phase("train"):
             self.energy.start()
             lap = Stopwatch(run.device)
@@ -155,6 +157,7 @@ class Loop:
                 if self._stop:
                     raise KeyboardInterrupt
                 bar.update()
+                progress.part(state.step, run.total)
                 self.energy.tick()
                 lap.lap(wait=False)
             self._read_losses(bar)
