@@ -80,7 +80,7 @@ def overrides_help(module: str) -> str:
     """The help of a command of Hydra's overrides: what its file says, and the keys of conf/config.yaml with their defaults."""
     conf = PACKAGE.parent / "conf"
     lines = (conf / "config.yaml").read_text(encoding="utf-8").splitlines()
-    keys = [found for line in lines if (found := re.fullmatch(r"(\w+): (\S.*?)? *(?:# (.*))?", line)) and found[2]]
+    keys = [found for line in lines if (found := re.fullmatch(r"(\w+): ([^#\s]\S*) *(?:# (.*))?", line))]
     groups = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in sorted(conf.iterdir()) if folder.is_dir()}
     groups = {"experiments": sorted(p.stem for p in (PACKAGE.parent / "experiments").glob("*.yaml"))} | groups
     width = 100
@@ -98,3 +98,44 @@ def _short(text: str, width: int) -> str:
 def _example(module: str) -> str:
     found = re.search(rf"python -m pipeline\.{module}\b[^\n]*?(?=  |\n|$)", docstring(module))
     return found[0] if found else f"python -m pipeline.{module}"
+
+
+GROUPS = {
+    "from a file to an answer": ("try", "more", "errors", "rank", "deploy", "ui", "fit"),
+    "an experiment": ("prepare", "base_model", "rationales", "synthesize", "train", "cells", "report", "evaluate", "tune", "sweep", "advise", "compare"),
+    "a model that answers": ("export", "serve"),
+}
+"""Heading -> commands, in the order of their use; all others come last."""
+
+
+def overview() -> str:
+    """The commands with a line each."""
+    known = commands()
+    rest = [name for name in known if not any(name in names for names in GROUPS.values())]
+    told = ["alignscope: compares ways to align a language model with a task: data needed, accuracy, cost", "", "    alignscope try reviews.csv", ""]
+    for heading, names in {**GROUPS, "others": tuple(rest)}.items():
+        first = {name: " ".join(docstring(known[name]).partition("\n\n")[0].split()) for name in names if name in known}
+        told += [heading, *(f"  {name:<13}{_short(line, 115)}" for name, line in first.items()), ""]
+    return "\n".join([*told, "alignscope COMMAND --help says what each takes; commands of key=value take Hydra's overrides (--cfg job prints the config)"])
+
+
+def completion(words: Sequence[str]) -> int:
+    """Print a shell's completion script: commands, and the options of those that have some."""
+    import importlib
+
+    import shtab
+
+    shell = words[0] if words else "bash"
+    if shell not in shtab.SUPPORTED_SHELLS:
+        print(f"error: no completion for {shell!r}{closest(shell, shtab.SUPPORTED_SHELLS)}; there are: {', '.join(shtab.SUPPORTED_SHELLS)}", file=sys.stderr)
+        return 2
+    whole = argparse.ArgumentParser(prog="alignscope", description="compares ways to align a language model with a task")
+    parts = whole.add_subparsers()
+    for name, module in commands().items():
+        about = docstring(module).split("\n")[0]
+        if takes_overrides(module) or not (made := getattr(importlib.import_module(f"pipeline.{module}").main, "parser", None)):
+            parts.add_parser(name, help=about).add_argument("overrides", nargs="*", help="key=value")
+        else:
+            parts.add_parser(name, help=about, parents=[made()], add_help=False)
+    print(shtab.complete(whole, shell))
+    return 0

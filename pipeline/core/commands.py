@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted; other
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
@@ -83,6 +84,11 @@ def _command_line(run: Run) -> int:
     if refused:
         raise refused[0]
     return code
+
+
+def call(command: str, cfg: DictConfig, overrides: list[str]) -> int:
+    """Another command's `run`, as if it had been typed: for those that stand for several. Raises UserError as it does."""
+    return importlib.import_module(f"pipeline.{command}").run(cfg, overrides) or 0
 
 
 def key_values(words: Sequence[str], known: Iterable[str], command: str) -> dict[str, str]:

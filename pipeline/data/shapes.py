@@ -50,7 +50,7 @@ def flat(rows: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
     """
     shape = shape_of(rows)
     if shape in ("messages", "conversations"):
-        return [_conversation(row[shape] if shape in row else None, f"row {n} of {where}") for n, row in enumerate(rows, 1)]
+        return [_conversation(row.get(shape), f"row {n} of {where}") for n, row in enumerate(rows, 1)]
     if shape == "preference":
         return [_pair(row, f"row {n} of {where}") for n, row in enumerate(rows, 1)]
     return rows

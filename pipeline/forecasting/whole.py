@@ -104,7 +104,8 @@ def parameters_of(config: Path) -> tuple[int, int] | None:
         held = read_object(config)
     except UserError:
         return None
-    width, layers = (next((held[k] for k in keys if isinstance(held.get(k), int)), None) for keys in (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer")))
+    named = (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"))
+    width, layers = (next((held[k] for k in keys if isinstance(held.get(k), int)), None) for keys in named)
     return (12 * layers * width**2, held.get("vocab_size", 50_000) * width) if width and layers else None
 
 

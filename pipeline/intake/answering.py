@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.cell.grid import grid
+from pipeline.core.commands import call
 from pipeline.core.files import UserError
 from pipeline.intake import running
 from pipeline.records.finished import Cell, select
@@ -37,7 +37,8 @@ def answer(name: str, cfg: DictConfig, watch: running.Watch, code: int, args: ar
     console.print()
     console.print(running.grid(running.HEAD, [row.cells for row in watch.rows.values()]))
     if code == 130:
-        console.print(f"\ninterrupted; {done} of {len(watch.rows)} cells are done, all that was done is kept. Go on with: alignscope try {name}", highlight=False)
+        console.print(f"\ninterrupted; {done} of {len(watch.rows)} cells are done, and all that was done is kept. Go on with: alignscope try {name}",
+                      highlight=False, soft_wrap=True)
         return 130
     console.print("\n" + "\n".join(sentences), highlight=False, markup=False, soft_wrap=True)
     if page:
@@ -60,7 +61,7 @@ def write_report(name: str, cfg: DictConfig) -> Path | None:
     """The report's page; None where it cannot be made of these cells."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module("pipeline.report").run(cfg, [f"experiments={name}"])
+            call("report", cfg, [f"experiments={name}"])
     except UserError:
         return None
     return Path(cfg.paths.report) / cfg.experiment / "index.html"
@@ -97,5 +98,6 @@ def next_steps(name: str, chosen: str | None, cells: Sequence[Cell]) -> list[tup
         steps += [(f"alignscope rank {name}", "which rank of LoRA")] if any(c.label == "lora" for c in trained) else []
     if cells:
         best = chosen if chosen in {c.label for c in cells} else cells[0].label
-        steps += [(f"alignscope errors {name} {best}", "what it answers wrong"), (f"alignscope deploy {name} {best} --to out/{name}", "weights, predict.py, model card")]
+        steps += [(f"alignscope errors {name} {best}", "what it answers wrong")]
+        steps += [(f"alignscope deploy {name} {best} --to out/{name}", "weights, predict.py, model card")]
     return [*steps, (f"alignscope ui {name}", "the report, and MLflow's pages")]

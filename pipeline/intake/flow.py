@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline.core.commands import call
 from pipeline.core.compose import compose, plain
 from pipeline.core.files import UserError, read_object
 from pipeline.forecasting.whole import need, whole
@@ -20,6 +23,7 @@ from pipeline.intake import planning, project, running
 from pipeline.intake.known_models import known_config
 from pipeline.intake.look import Look
 from pipeline.intake.project import ModelChoice
+
 
 def run(args: argparse.Namespace) -> int:
     """The command: 0 once the answer is there, 130 where it was interrupted (what is done is kept)."""
@@ -82,8 +86,8 @@ def files_of(model: ModelChoice) -> tuple[Path | None, Path | None]:
 def show_plan(plan: planning.Plan, model: ModelChoice, say: Callable[[Any], None]) -> None:
     """Print what the comparison takes."""
     total = planning.duration(plan.total_s)
-    say(f"plan for {plan.machine.card.name} ({plan.machine.card.memory_bytes / 2**30:.0f} GiB), {model.name}: {plan.rows} rows to train on, {plan.test_rows} to "
-        f"test on, {plan.epochs:g} epoch{'s' if plan.epochs != 1 else ''}; {total} of {plan.hours * 60:.0f} min")
+    card = plan.machine.card
+    say(f"plan for {card.name} ({card.memory_bytes / 2**30:.0f} GiB), {model.name}: {plan.rows} rows to train on, {plan.test_rows} to test on, {plan.epochs:g} epoch{'s' if plan.epochs != 1 else ''}; {total} of {plan.hours * 60:.0f} min")
     say(running.grid(["technique", "training", "scoring", "together", "memory", ""], planning.table(plan)))
     say(f"times: {plan.machine.basis}, within a factor of two; memory: forecast")
     for note in plan.notes:
@@ -119,7 +123,7 @@ def go(name: str, args: argparse.Namespace) -> int:
     known = grid.grid(name)
     overrides = [f"experiments={name}"]
     cfg = compose(overrides)
-    prepare(cfg, overrides)
+    prepare(cfg, overrides, _say(args))
     cells = [grid.compose_cell([*words, "train.progress=false"]) for words in grid.grid_overrides(overrides)]
     source = plain(cfg)["task"]["source"]
     project.stages(name, known, source.get("path"), (plain(cfg)["model"].get("source") or {}).get("path"))
@@ -159,19 +163,18 @@ def costs_of(cells: Sequence[DictConfig], cfg: DictConfig) -> dict[str, Any]:
     return costs
 
 
-def prepare(cfg: DictConfig, overrides: list[str]) -> None:
+def prepare(cfg: DictConfig, overrides: list[str], say: Callable[[Any], None]) -> None:
     """Make the task's rows and fetch the model, where they are not there or the file says otherwise now."""
-    import importlib
-
     values = plain(cfg)
     folders = {"prepare": Path(cfg.paths.data) / cfg.task.name, "base_model": Path(cfg.paths.models) / cfg.model.name}
     held = {name: read_object(folder / "manifest.json") if (folder / "manifest.json").exists() else None for name, folder in folders.items()}
-    stale = {"prepare": held["prepare"] is None or held["prepare"].get("config") != json.loads(json.dumps(values["task"])) or _moved(values["task"], held["prepare"]),
-             "base_model": held["base_model"] is None}
+    rows, task = held["prepare"], json.loads(json.dumps(values["task"]))
+    stale = {"prepare": rows is None or rows.get("config") != task or _moved(task, rows), "base_model": held["base_model"] is None}
     for command, needed in stale.items():
         if needed:
-            print({"prepare": f"preparing {folders[command]}", "base_model": f"fetching {cfg.model.name} into {folders[command]}"}[command], flush=True)
-            importlib.import_module(f"pipeline.{command}").run(cfg, overrides)
+            say({"prepare": f"preparing {folders[command]}", "base_model": f"fetching {cfg.model.name} into {folders[command]}"}[command])
+            with contextlib.redirect_stdout(io.StringIO()):
+                call(command, cfg, overrides)
 
 
 def _moved(task: dict[str, Any], manifest: dict[str, Any]) -> bool:

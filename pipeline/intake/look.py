@@ -210,7 +210,8 @@ def _rank(name: str, words: Sequence[str]) -> int | None:
 
 
 def _is_id(column: Column, rows: int) -> bool:
-    return column.name.casefold() in ID_WORDS or column.name.casefold().endswith("_id") or column.numeric and column.distinct == rows and rows > 10 and column.length > 3
+    counts = column.numeric and column.distinct == rows > 10 and column.length > 3
+    return column.name.casefold() in ID_WORDS or column.name.casefold().endswith("_id") or counts
 
 
 def _guess_text(path: str, columns: Sequence[Column], label: str, shape: str | None) -> tuple[str, ...]:
@@ -266,16 +267,16 @@ def check(seen: Look) -> None:
     if seen.kind != "choice":
         return
     if len(seen.labels) < 2:
-        raise UserError(f"every row of {seen.path} has the answer {next(iter(seen.labels))!r} in {seen.label!r}; there is nothing to learn: add rows with other "
-                        "answers, or name another column with --label")
+        raise UserError(f"every row of {seen.path} has the answer {next(iter(seen.labels))!r} in {seen.label!r}; there is nothing to learn: add rows with "
+                        "other answers, or name another column with --label")
     if len(seen.labels) > MOST_CHOICES:
         rare = sum(count < 3 for count in seen.labels.values())
-        raise UserError(f"{seen.label!r} of {seen.path} has {len(seen.labels):,} different answers in {left:,} rows ({rare:,} of them in fewer than three rows), "
-                        f"and choosing is for {MOST_CHOICES} at most; join rare ones, or name another column with --label")
+        raise UserError(f"{seen.label!r} of {seen.path} has {len(seen.labels):,} different answers in {left:,} rows ({rare:,} of them in fewer than three rows), and "
+                        f" choosing is for {MOST_CHOICES} at most; join rare ones, or name another column with --label")
     if seen.near and not seen.normalise:
         one = seen.near[0]
-        raise UserError(f"{seen.label!r} of {seen.path} spells {len(seen.near)} labels in several ways (first: {', '.join(map(repr, one))}); make them one with "
-                        "--normalise, or mend the file")
+        raise UserError(f"{seen.label!r} of {seen.path} spells {len(seen.near)} labels in several ways (first: {', '.join(map(repr, one))}); make them one "
+                        "with --normalise, or mend the file")
     share = len(seen.contradicting) / left
     if share > 0.1:
         raise UserError(f"{len(seen.contradicting)} texts of {seen.path} stand there with two answers (first: {seen.contradicting[0][0]!r} is "

@@ -74,7 +74,8 @@ def card_of(word: str | None) -> Card:
     size = re.fullmatch(r"(?:([\w ]+?)[ :,-]+)?(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", word.strip(), re.IGNORECASE)
     if not size or float(size[2]) <= 0:
         raise UserError(f"--card {word} is no size of memory; write it in GiB, as in 24GB, with the card's name before it if it is known (A100:40GB)")
-    return Card(True, f"a card of {float(size[2]):g} GiB" if not size[1] else f"{size[1]} of {float(size[2]):g} GiB", int(float(size[2]) * 2**30), at_hand=False)
+    gib = float(size[2])
+    return Card(True, f"{size[1] or 'a card'} of {gib:g} GiB", int(gib * 2**30), at_hand=False)
 
 
 def check_techniques(names: Iterable[str]) -> list[str]:
@@ -130,7 +131,8 @@ def make(seen: Look, model: ModelChoice, folder: Path | None, config: Path | Non
 
 
 def _compose(technique: str, seen: Look) -> Any:
-    words = [f"technique={technique}", "train.batch_size=8", "train.micro_batch_tokens=256", f"++task.max_new_tokens={task_keys(seen, False).get('max_new_tokens', 8)}"]
+    new = task_keys(seen, False).get("max_new_tokens", 8)
+    words = [f"technique={technique}", "train.batch_size=8", "train.micro_batch_tokens=256", f"++task.max_new_tokens={new}"]
     return compose([*words, *(["task.scoring=generate"] if seen.kind in ("text", "number") else [])])
 
 
@@ -164,10 +166,12 @@ def _shrunk(base: Work, work: Work, names: list[str], costed: Any, limit: float,
 
 def _within(cells: Sequence[Whole], limit: float, hours: float, asked: bool) -> tuple[list[Whole], list[Whole]]:
     """(those that fit the time in their order, the others with why). Of techniques that were asked for by name none is left out."""
-    spent, kept, late = 0.0, [], []
+    spent = 0.0
+    kept: list[Whole] = []
+    late: list[Whole] = []
     for cell in cells:
-        if not asked and kept and spent + (cell.total_s or 0.0) > limit and cell.technique not in FIRST[:1]:
-            late.append(with_reason(cell, f"takes {(cell.total_s or 0) / 60:.0f} min, more than is left of {hours * 60:.0f} min; --hours {2 * hours:g} has room"))
+        if not asked and kept and spent + (cell.total_s or 0.0) > limit:
+            late.append(with_reason(cell, f"takes {duration(cell.total_s)}, more than is left of {duration(hours * 3600)}; --hours {2 * hours:g} gives more"))
         else:
             kept.append(cell)
             spent += cell.total_s or 0.0
@@ -198,11 +202,11 @@ def _work(seen: Look, folder: Path | None) -> tuple[Work, bool, list[str]]:
     prompts = [fixed + sum(count(str(row.get(c, ""))) for c in seen.text) for row in rows]
     answers = [count(f" {row[seen.label]}") for row in rows]
     if seen.kind == "choice":
-        choices, number = sum(count(f" {word}") for word in seen.labels), len(seen.labels)
+        choices, number = float(sum(count(f" {word}") for word in seen.labels)), len(seen.labels)
     elif seen.kind == "pair":
         choices, number = sum(count(text) for row in rows for text in row["choices"]) / len(rows), 2
     else:
-        choices, number = 0, 0
+        choices, number = 0.0, 0
     chat = bool(seen.shape and tokenizer and tokenizer.chat_template)
     mean = sum(prompts) / len(rows)
     longest = max(p + a for p, a in zip(prompts, answers, strict=True))

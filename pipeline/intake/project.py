@@ -19,6 +19,8 @@ from pipeline.core.files import UserError, check_name, closest, read_object, wri
 from pipeline.intake.look import Look
 
 ENCODERS = ("bert", "roberta", "deberta", "deberta-v2", "distilbert", "electra", "xlm-roberta", "albert", "modernbert", "mpnet", "t5", "bart", "pegasus", "mt5")
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the names of classes end that write text."""
 GENERATED = {"text": "rouge_l", "number": "accuracy"}
 MOST_TEST, TEST_SHARE = 2000, 0.3
 MOST_VALIDATION, VALIDATION_SHARE = 400, 0.1
@@ -76,7 +78,8 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} is no model folder (no config.json); {fix}")
     config = read_object(folder / "config.json")
     kind, made = str(config.get("model_type")), [str(a) for a in config.get("architectures") or []]
-    if config.get("is_encoder_decoder") or kind in ENCODERS or made and not any(a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for a in made):
+    writes = not made or any(a.endswith(WRITERS) for a in made)
+    if config.get("is_encoder_decoder") or kind in ENCODERS or not writes:
         raise UserError(f"{folder} is a {made[0] if made else kind}, which does not write text from left to right; choose a causal language model, such as "
                         "smollm2_135m or Qwen/Qwen3-0.6B")
     if not any(folder.glob("*.safetensors")):
@@ -109,7 +112,7 @@ def task_keys(seen: Look, chat: bool) -> dict[str, Any]:
 def _source(seen: Look) -> dict[str, Any]:
     if seen.hub:
         return {"type": "hub", "id": seen.path, "splits": {"train": "train"}}
-    cleaning = {"label": seen.label} if seen.normalise or seen.missing_rows else {}
+    cleaning: dict[str, Any] = {"label": seen.label} if seen.normalise or seen.missing_rows else {}
     cleaning |= {"normalise": True} if seen.normalise else {}
     cleaning |= {"missing": "drop"} if seen.missing_rows else {}
     return {"type": "table", "path": seen.path, **cleaning}
@@ -205,3 +208,25 @@ def stages(name: str, known: dict[str, Any], reads: str | None, model_reads: str
         held["stages"].pop(stage, None)
     write_text(folder / "dvc.yaml", MADE.format(name=name) + yaml.safe_dump({"stages": own | held["stages"]}, sort_keys=False, width=150))
     write_text(folder / "params.yaml", MADE.format(name=name) + yaml.safe_dump({**known, "grid": grid}, sort_keys=False, width=150))
+
+
+CHANGED = {"seeds": r"^(  seeds: )\[[^\]]*\]", "train_rows": r"^(  train_rows: )\[[^\]]*\]", "test_rows": r"(\btest_rows: )\d+", "hours": r"(\bhours: )[\d.]+"}
+"""Number that `alignscope more` changes -> where it stands in the file."""
+
+
+def change(name: str, values: dict[str, Any]) -> None:
+    """Put numbers into the file, all else as its user wrote it; None changes nothing. Raises UserError: no such file, a number that is not there."""
+    path = file_of(name)
+    if not path.exists():
+        names = [p.stem for p in experiments().glob("*.yaml")]
+        raise UserError(f"experiments/{name}.yaml does not exist{closest(name, names)}; `alignscope try FILE` writes one")
+    text = path.read_text(encoding="utf-8")
+    for key, value in values.items():
+        if value is None:
+            continue
+        if value == [] or not isinstance(value, list) and value <= 0 or isinstance(value, list) and min(value) < 0:
+            raise UserError(f"{key} {value} is no number above 0")
+        text, count = re.subn(CHANGED[key], rf"\g<1>{value}", text, count=1, flags=re.MULTILINE)
+        if not count:
+            raise UserError(f"{path} has no {key} where `alignscope try` writes it; edit the file by hand")
+    write_text(path, text)
