@@ -19,6 +19,7 @@ be significant at all, and the share of false ones among the significant differe
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -58,6 +59,12 @@ class Difference:
     """Two-sided, for this pair alone."""
     corrected: float
     """Corrected for all pairs (`correct`)."""
+    row_variance: float = 0.0
+    """Var_i(d_i), of the difference on one row: the rows' part of the variance is this over their number."""
+    seed_variance: float | None = None
+    """What the seeds add to the difference's variance, expected over what is known of their spread; None: nothing is (one seed)."""
+    seeds: int = 1
+    """The more of the two techniques' seeds, of those with any: `seed_variance` shrinks in proportion to them."""
 
     @property
     def significant(self) -> bool:
@@ -87,7 +94,7 @@ class Comparison:
         if (one, other) in self.pairs:
             return self.pairs[one, other]
         reverse = self.pairs[other, one]
-        return Difference(-reverse.difference, -reverse.high, -reverse.low, reverse.p, reverse.corrected)
+        return dataclasses.replace(reverse, difference=-reverse.difference, low=-reverse.high, high=-reverse.low)
 
 
 def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Comparison | None:
@@ -104,12 +111,32 @@ def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Compari
     compared = pairs_of(ranked)
     raw = [pair.p for pair in compared]
     pairs = {
-        names: Difference(pair.point, pair.point - pair.half, pair.point + pair.half, p, corrected)
+        names: Difference(pair.point, pair.point - pair.half, pair.point + pair.half, p, corrected, *pair.planning)
         for names, pair, p, corrected in zip(itertools.combinations(order, 2), compared, raw, correct(raw, len(order)), strict=True)
     }
     apart = [names for names, one in pairs.items() if one.significant]
     means = {name: float(right[name].mean()) for name in order}
     return Comparison(means, pairs, letters(order, apart), right[order[0]].shape[1], any(t.seeds > 1 for t in ranked))
+
+
+def by_shares(shares: Mapping[str, float], rows: int) -> Comparison:
+    """Compare means over so many rows of which the single answers are not known, as if each had rows of its own.
+
+    Args:
+        shares: means of values from 0 to 1 over the rows, whose variance is then at most share · (1 - share). Answers to the same rows agree more
+            than those to other rows, so what differs here differs; little does.
+    """
+    order = sorted(shares, key=lambda name: -shares[name])
+    names = list(itertools.combinations(order, 2))
+    variances = [sum(shares[name] * (1 - shares[name]) for name in pair) for pair in names]
+    gaps = [shares[one] - shares[other] for one, other in names]
+    raw = [chance(gap, np.array([math.sqrt(v / rows)]), np.ones(1)) for gap, v in zip(gaps, variances, strict=True)]
+    pairs = {}
+    for pair, gap, variance, p, corrected in zip(names, gaps, variances, raw, correct(raw, len(order)) if raw else [], strict=True):
+        half = 1.959964 * math.sqrt(variance / rows)
+        pairs[pair] = Difference(gap, gap - half, gap + half, p, corrected, variance)
+    apart = [pair for pair, one in pairs.items() if one.significant]
+    return Comparison({name: shares[name] for name in order}, pairs, letters(order, apart), rows, covers_seeds=False)
 
 
 def on_common_rows(answers: Mapping[Any, Sequence[Mapping[str, bool]]]) -> dict[Any, np.ndarray]:
@@ -191,6 +218,7 @@ class Pair:
     """by_row times this are whole numbers."""
     spread: np.ndarray | None
     weights: np.ndarray | None
+    seeds: int = 1
 
     @classmethod
     def of(cls, ranked: Sequence[Technique], spreads: Spreads, a: int, b: int) -> Pair:
@@ -200,7 +228,8 @@ class Pair:
             return cls(by_row, len(one) * len(other), None, None)
         added, weights = spreads.mixture(a, b, ranked[a].seeds, ranked[b].seeds)
         heavy = weights > NEGLIGIBLE * weights.max()
-        return cls(by_row, len(one) * len(other), np.sqrt(_mean_variance(by_row) + added[heavy]), weights[heavy] / weights[heavy].sum())
+        spread, weights = np.sqrt(_mean_variance(by_row) + added[heavy]), weights[heavy] / weights[heavy].sum()
+        return cls(by_row, len(one) * len(other), spread, weights, max(1, ranked[a].seeds, ranked[b].seeds))
 
     @property
     def point(self) -> float:
@@ -212,6 +241,13 @@ class Pair:
         if self.spread is None or self.weights is None:
             return sign_flip([round(self.weight * float(d)) for d in self.by_row])
         return chance(abs(self.point), self.spread, self.weights)
+
+    @property
+    def planning(self) -> tuple[float, float | None, int]:
+        """The last three fields of its Difference."""
+        by_rows = _mean_variance(self.by_row)
+        added = None if self.spread is None or self.weights is None else max(0.0, float((self.spread**2 * self.weights).sum()) - by_rows)
+        return by_rows * len(self.by_row), added, self.seeds
 
     @property
     def half(self) -> float:

@@ -1,0 +1,147 @@
+"""The words of the verdict (pipeline/stats/verdict.py): the same sentences in the terminal, the report, advise, sweep and tune.
+
+Library. A technique's name stands in backticks; the HTML page sets it in bold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.reporting import words as f
+from pipeline.reporting.figures import QUANTISED, Row, finished, metric_name
+from pipeline.stats import tiers
+from pipeline.stats.verdict import WORTH, Option, Verdict, decide
+
+MANY = 5
+"""Names that are all said; of more, the first three."""
+ONE_SEED = "One seed: this compares these weights, not the techniques; with another seed they may come in another order."
+
+
+@dataclass(frozen=True)
+class Saying:
+    """What the words depend on besides the verdict."""
+
+    metric: str = "accuracy"
+    """In words."""
+    rows: str = "test rows"
+    """What it was compared on."""
+    experiment: str = ""
+    """Names the commands that come next; empty: they are not said."""
+
+
+def verdict_of(rows: Sequence[Row]) -> Verdict:
+    """The verdict on rows of one number of training rows (rows.by_group); a teacher and what has no test figure are left out."""
+    compared = [r for r in rows if r.test is not None and not r.teacher]
+    answers = {r.technique: {c.result.seed: c.right() for c in finished(r.cells)} for r in compared}
+    comparison = tiers.compare(answers, [r.technique for r in compared if r.kind == "base"])
+    return decide(options(compared), comparison)
+
+
+def options(rows: Sequence[Row]) -> list[Option]:
+    """The rows as what can be chosen. Memory counts where one counter measured it alone, the time where it is a single run's."""
+    kinds = {r.memory_kind for r in rows if r.peak_bytes is not None}
+    return [
+        Option(r.technique, r.test or 0.0, r.kind == "base", r.kind == "trained", r.peak_bytes if len(kinds) == 1 else None, r.train_s or None)
+        for r in sorted(rows, key=lambda r: r.precision in QUANTISED)
+    ]
+
+
+def saying_of(rows: Sequence[Row]) -> Saying:
+    """The words' surroundings for rows of one experiment."""
+    return Saying(metric_name(rows), experiment=rows[0].results[0].experiment)
+
+
+def sentences(verdict: Verdict, saying: Saying = Saying()) -> list[str]:  # noqa: B008  (frozen)
+    """The verdict: what lies below the untouched base first, then what to do, what it rests on and what would decide what is open."""
+    if verdict.name is None or verdict.evidence is None:
+        return ["Undecided: no two techniques have answers to the same rows, so nothing can be compared."]
+    said = [below(verdict, saying), _lead(verdict, saying), _higher(verdict), _tied(verdict), further(verdict, saying)]
+    said += [ONE_SEED] if not verdict.evidence.covers_seeds and len(verdict.options) > 1 and saying.rows == "test rows" else []
+    return [text for text in said if text]
+
+
+def below(verdict: Verdict, saying: Saying) -> str:
+    """Trained techniques below the untouched base, and what to do; empty where there is none."""
+    base = verdict.base
+    if not verdict.below_base or base is None:
+        return ""
+    some = [verdict.option(name) for name in verdict.below_base]
+    shown = f.listed([f"`{one.name}` ({f.percent(one.value)}%)" for one in some[:MANY]] + ([f"{len(some) - MANY} more"] if len(some) > MANY else []))
+    each = [f"python -m pipeline.tune experiments={saying.experiment} technique={one.name.split(' ')[0].partition('+')[0]}" for one in some[:1]]
+    tune = f": {each[0]}" if saying.experiment else ", with pipeline.tune"
+    return (f"{shown} {'lies' if len(some) == 1 else 'lie'} below the untouched base `{base.name}` ({f.percent(base.value)}%): with these settings training "
+            f"did harm, which is no verdict on the technique. Tune {'it' if len(some) == 1 else 'them'} first{tune}.")
+
+
+def _lead(verdict: Verdict, saying: Saying) -> str:
+    assert verdict.name and verdict.evidence
+    chosen, evidence = verdict.option(verdict.name), verdict.evidence
+    level = f"{f.percent(chosen.value)}% {saying.metric} on {evidence.rows:,} {saying.rows}"
+    costs = [f"{f.duration(chosen.seconds)} of training"] if chosen.seconds else []
+    costs += [f"{f.size(chosen.memory)} of memory"] if chosen.memory and chosen.trained else []
+    cost = f" for {' and '.join(costs)}" if costs else ""
+    if verdict.kind == "take":
+        return f"Take `{chosen.name}`: {level}{cost}{_against(verdict)}."
+    if verdict.kind == "undecided":
+        return (f"Undecided: `{chosen.name}` leads ({level}{cost}){_against(verdict)}, which these data do not tell apart. "
+                f"Until then keep the untouched base.")
+    what = "the untouched base" if chosen.base else "which trains nothing"
+    higher = evidence.against is not None and verdict.option(evidence.against).trained
+    return f"Do not train{'' if verdict.decided else ' yet'}: `{chosen.name}`, {what}, reaches {level}{_against(verdict) if higher else ''}."
+
+
+def _against(verdict: Verdict) -> str:
+    """, 12.0 points above `zero_shot` (95% interval 3.1 to 20.9, p = 0.004): the difference that the verdict rests on."""
+    evidence = verdict.evidence
+    if evidence is None or evidence.against is None or evidence.difference is None:
+        return ""
+    one = evidence.difference
+    way = "above" if one.difference >= 0 else "below"
+    other = "the untouched base " if verdict.option(evidence.against).base else ""
+    how = f"95% interval {f.points(one.low)} to {f.points(one.high)}, {f.p_value(one.corrected)}"
+    return f", {f.percent(abs(one.difference))} points {way} {other}`{evidence.against}` ({how})"
+
+
+def _higher(verdict: Verdict) -> str:
+    """Where the cheapest of a tie is taken: who is higher, not confirmed."""
+    evidence, chosen = verdict.evidence, verdict.option(str(verdict.name))
+    top = next(one for one in verdict.options if one.name in (*verdict.tied, chosen.name))
+    if not verdict.lowest or evidence is None or top.name in (chosen.name, evidence.against):
+        return ""
+    gap = f.percent(top.value - chosen.value)
+    return f"It costs least of those that are as good: `{top.name}` is {gap} points higher, which these data do not tell apart."
+
+
+def _tied(verdict: Verdict) -> str:
+    names = [f"`{name}`" for name in verdict.tied if verdict.evidence and name != verdict.evidence.against]
+    if not names:
+        return ""
+    who = f.listed(names) if len(names) <= MANY else f"{', '.join(names[:3])} and {len(names) - 3} others"
+    return f"Not told apart from it: {who}."
+
+
+def further(verdict: Verdict, saying: Saying = Saying()) -> str:  # noqa: B008
+    """How many more rows or seeds would decide; empty where nothing is open."""
+    evidence = verdict.evidence
+    if evidence is None or evidence.open is None or evidence.gap is None:
+        return ""
+    rows = f"about {verdict.more_rows:,} more {saying.rows}" if verdict.more_rows else ""
+    seeds = f"{verdict.more_seeds} more seeds" if verdict.more_seeds and saying.rows == "test rows" else ""
+    gap = f"a difference of {100 * evidence.gap:.3g} points between `{verdict.name}` and `{evidence.open}`"
+    if not rows and not seeds:
+        enough = verdict.kind != "undecided" and abs(evidence.gap - WORTH) < 1e-9
+        return f"These data would have shown {gap} in most cases." if enough else f"No reasonable number of rows or seeds would confirm {gap}."
+    if not evidence.covers_seeds:
+        also = f", and {seeds} tell whether it is the technique's" if seeds and rows else f"; {seeds} tell whether it is the technique's" if seeds else ""
+        return f"To confirm {gap}, {rows or f'{evidence.rows:,} {saying.rows} are enough'}{' would be needed' if rows else ''}{also}."
+    return f"To confirm {gap}, {(' and ' if verdict.both else ' or ').join(filter(None, (rows, seeds)))} would be needed."
+
+
+def remark(option: Option, verdict: Verdict) -> str:
+    """How one row of a table stands to the verdict, in a few words."""
+    if option.name in verdict.below_base:
+        return "below the untouched base: tune it first, no verdict"
+    if option.name == verdict.name:
+        return {"take": "take", "do_not_train": "take: no training", "undecided": "leads, not confirmed"}[verdict.kind]
+    return f"not told apart from {verdict.name}" if option.name in verdict.tied else ""
