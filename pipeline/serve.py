@@ -3,10 +3,10 @@
     python -m pipeline.serve experiments=quick requests=requests.jsonl to=answers.jsonl
 
 A request is a line {"adapter": "lora-s0-n160", "prompt": "…"}: the name of a finished cell of the experiment, and a prompt as the
-cell's task has it (data/<task>/test.jsonl); `choices` where every row of the task brings its own. An answer is the request with
-`answer`, and `scores` (choices) or `output` (generated). The base is loaded once. Requests to LoRA cells, zero-shot, few-shot and
-retrieval share a batch, whatever their cells; other adapters are put on the base in turn; a cell that changed the base's own weights
-is refused by name. `requests=-` reads standard input; without `to` the answers go to standard output.
+cell's task has it (data/<task>/test.jsonl), or a conversation as `messages`; `choices` where every row of the task brings its own. An
+answer is the request with `answer`, and `scores` (choices) or `output` (generated). The base is loaded once. Requests to LoRA cells,
+zero-shot, few-shot and retrieval share a batch, whatever their cells; other adapters are put on the base in turn; a cell that changed
+the base's own weights is refused by name. `requests=-` reads standard input; without `to` the answers go to standard output.
 """
 
 from __future__ import annotations

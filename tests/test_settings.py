@@ -97,7 +97,7 @@ def test_an_override_by_a_key_s_old_name_is_refused():
     ("precision.name=fp16", r"'precision\.name' is 'fp16'; choose one of auto, fp32, bf16, int8, nf4"),
     ("precision.compute=fp64", r"'precision\.compute' is 'fp64'"),
     ("task.scoring=rank", r"'task\.scoring' is 'rank'; choose one of choice, generate"),
-    ("task.metric=f1", r"'task\.metric' is 'f1'; choose one of accuracy, macro_f1, rouge_l"),
+    ("task.metric=f1", r"'task\.metric' is 'f1'; choose one of accuracy, macro_f1, exact_match, numeric, token_f1, rouge_l, or"),
     ("task.format=html", r"'task\.format' is 'html'; choose one of plain, chat"),
     ("task.max_new_tokens=0", r"'task\.max_new_tokens' is 0"),
     ("device=tpu", r"'device' is 'tpu'; choose one of auto, cpu, cuda"),

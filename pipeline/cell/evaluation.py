@@ -17,6 +17,7 @@ from pipeline.measure.clock import Meter
 from pipeline.measure.memory import Memory, PeakMemory
 from pipeline.records.results import Forgetting, Inference, Score
 from pipeline.scoring import answers
+from pipeline.scoring.per_row import measured
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.sharing import shared_latency
 
@@ -45,7 +46,7 @@ class Evaluation:
 
 def validate(scorer: Scorer, rows: Sequence[dict]) -> tuple[float, float | None]:
     """(metric, nll) of the model as it stands."""
-    return ranked(answers.score(scorer.predict(rows), scorer.task), scorer.task.metric)
+    return ranked(answers.score(measured(scorer.predict(rows), rows, scorer.task), scorer.task), scorer.task.metric_name)
 
 
 def ranked(score: Score, metric: str) -> tuple[float, float | None]:
@@ -64,6 +65,7 @@ def score_answers(parts: Parts, rows: Rows, meter: Meter) -> Evaluation:
             replies = parts.method.answers(asked, rows.rationales) or []
             scored = [{"id": r["id"], "answer": r["answer"], "prediction": g, "correct": answers.canonical(g) == answers.canonical(r["answer"])}
                      for r, g in zip(asked, replies, strict=True)]
+            scored = measured(scored, asked, parts.settings.task)
             predictions += [{"split": split, **p} for p in scored]
             scores[split] = answers.score(scored, parts.settings.task)
     return Evaluation(scores, predictions, Memory(kind="none", peak_bytes=None))
@@ -77,12 +79,12 @@ def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Eval
 
     def answer(split: str, asked: list[dict]) -> None:
         progress.stage(split)
-        answered = scorer.predict(asked)
+        answered = measured(scorer.predict(asked), asked, parts.settings.task)
         predictions.extend({"split": split, **p} for p in answered)
         scores[split] = answers.score(answered, parts.settings.task)
 
     failed: dict[str, str] = {}
-    measured = functools.partial(_measure, failed)
+    tried = functools.partial(_measure, failed)
     memory, inference = PeakMemory(parts.device), None
     memory.start()
     with meter.phase("validate"):
@@ -99,12 +101,12 @@ def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Eval
             for split, asked in rows.transfer.items():
                 answer(f"transfer/{split}", asked)
             inference = Inference(latency, len(rows.test) / seconds, peak.peak_bytes, request_peak_bytes=request_bytes)
-        forgetting = measured("forgetting", None, lambda: inputs.probing.forgetting(scorer.model) if inputs.probing else None)
+        forgetting = tried("forgetting", None, lambda: inputs.probing.forgetting(scorer.model) if inputs.probing else None)
         nats = _nats_per_token(scorer, rows.validation, predictions) if parts.method.trains else None
         if inference is not None:
             alone = inference
-            shared = measured("adapters", alone, lambda: _many_adapters(parts, scorer, rows, alone))
-            inference = measured("merged_latency_s", shared, lambda: _merged(parts, scorer, rows, shared))
+            shared = tried("adapters", alone, lambda: _many_adapters(parts, scorer, rows, alone))
+            inference = tried("merged_latency_s", shared, lambda: _merged(parts, scorer, rows, shared))
     finite = answers.finite(predictions) and (nats is None or math.isfinite(nats))
     if finite and nats is not None and (note := _no_better_than_uniform(nats, scorer.model.config.get_text_config().vocab_size)):
         scorer.notes.append(note)

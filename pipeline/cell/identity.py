@@ -26,6 +26,7 @@ from pipeline.data.recipe import Recipe
 from pipeline.records.finished import cell_at, name, read_or_name
 from pipeline.records.results import Result
 from pipeline.records.results import read as read_result
+from pipeline.scoring.per_row import source_of
 from pipeline.teachers.synthetic import rows as synthetic
 
 CELL = "pipeline.cell.run"
@@ -106,7 +107,8 @@ def reads(cfg: DictConfig) -> list[Path]:
     start = [cell_at(cfg.start, cfg) / "result.json"] if cfg.start else []
     if "writer" in cfg.teacher.keys():  # noqa: SIM118 (`in` leaves an exception of OmegaConf's that keeps this frame and its callers alive)
         start.append(Path(cfg.paths.rationales) / cfg.task.name / cfg.teacher.name / "rationales.jsonl")
-    return start + synthetic.reads(cfg) + build(cfg.objective, "objective").reads(cfg)
+    own = source_of(cfg.task.get("metric") or "")
+    return start + ([own] if own else []) + synthetic.reads(cfg) + build(cfg.objective, "objective").reads(cfg)
 
 
 def _digest(path: Path) -> str | None:

@@ -28,6 +28,7 @@ from pipeline.objectives.base import Objective
 from pipeline.records.finished import name as cell_name
 from pipeline.records.results import Work
 from pipeline.scoring import answers, scorer
+from pipeline.scoring.per_row import measured
 from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.training.loop import stop_on_signals, total_steps
 
@@ -168,9 +169,10 @@ class Packing:
         from pipeline.training.pack import Scored
 
         task, scores = self.parts.settings.task, []
-        for run, predictions in zip(running, self._predict(pack, running), strict=True):
+        for run, predicted in zip(running, self._predict(pack, running), strict=True):
+            predictions = measured(predicted, run.job.name.rows.validation, task)
             scored = answers.score(predictions, task)
-            scores.append(Scored(*ranked(scored, task.metric), (scored, predictions)))
+            scores.append(Scored(*ranked(scored, task.metric_name), (scored, predictions)))
             run.notes += [n for n in [self.encoder.check("the validation rows")] if n]
         return scores
 

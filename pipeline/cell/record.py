@@ -72,7 +72,7 @@ def _named(cfg: DictConfig, settings: Settings, method: Method, objective: Objec
         "experiment": cfg.experiment, "cell": name(cfg), "technique": cfg.technique.name, "family": settings.technique.family,
         "kind": _kind(method), "start": cfg.start, "takes_rows": method.takes_rows or bool(cfg.start),
         "method": method.name, "objective": objective.name if method.trains else "none", "task": cfg.task.name, "model": cfg.model.name,
-        "seed": cfg.seed, "train_rows": cfg.train_rows or 0, "hyperparameters": shown, "metric": settings.task.metric, "config": plain(cfg),
+        "seed": cfg.seed, "train_rows": cfg.train_rows or 0, "hyperparameters": shown, "metric": settings.task.metric_name, "config": plain(cfg),
     }
 
 

@@ -25,6 +25,13 @@ Seed = Annotated[int, Within(0, 2**63 - 1)]
 Steps = Annotated[int, Within(0, 2**31 - 1)]
 
 
+METRICS = {"accuracy": None, "macro_f1": "choice", "exact_match": None, "numeric": None, "token_f1": None, "rouge_l": "generate"}
+"""A headline metric -> the scoring that it needs, if any."""
+CUSTOM = "custom"
+"""What a result calls a metric that is a function of its user's own: reading a result imports nothing."""
+OWN = re.compile(r"[\w./~-]+:[A-Za-z_]\w*")
+
+
 @dataclass(frozen=True)
 class Task:
     """What a cell needs to know of a task; the rest of its YAML is for `prepare` alone."""
@@ -32,10 +39,16 @@ class Task:
     name: str
     scoring: Literal["choice", "generate"]
     """choice: the most likely of the row's choices; generate: greedy text, then extraction."""
-    metric: Literal["accuracy", "macro_f1", "rouge_l"] = "accuracy"
-    """accuracy, macro_f1 or rouge_l: selects the checkpoint and heads the table."""
-    format: Literal["plain", "chat"] = "plain"
-    """plain: prompt, then separator + answer; chat: the model's chat template around them."""
+    metric: str = "accuracy"
+    """Selects the checkpoint and heads the table: accuracy, macro_f1, exact_match, numeric (a number within `tolerance`), token_f1, rouge_l, or
+    module:function, a function of the user's own (docs/data.md)."""
+    tolerance: NotNegative = 0.0
+    """By how much a number may miss the reference (metric numeric): a share of it where it is above 1, else a difference."""
+    format: Literal["plain", "chat", "transcript"] = "plain"
+    """plain: prompt, then separator + answer; chat: the model's chat template around them, which conversations (messages) have anyway but for transcript:
+    their turns as lines of text, for a model without a template."""
+    messages: str | None = None
+    """The column that holds a row's conversation; null: a row's prompt is a text."""
     separator: str = " "
     """Stands between prompt and answer in the plain format."""
     length_normalised: bool = False
@@ -46,8 +59,24 @@ class Task:
     transfer: tuple[str, ...] = ()
     """Names of extra test sets in data/<task>/transfer/<name>.jsonl."""
 
+    @property
+    def chat(self) -> bool:
+        """Whether the model's chat template stands around prompt and answer."""
+        return self.format == "chat" or self.messages is not None and self.format != "transcript"
+
+    @property
+    def own_metric(self) -> bool:
+        return self.metric not in METRICS
+
+    @property
+    def metric_name(self) -> str:
+        """The field of a Score that holds the metric."""
+        return CUSTOM if self.own_metric else self.metric
+
     def check(self) -> None:
-        needs = {"macro_f1": "choice", "rouge_l": "generate"}.get(self.metric, self.scoring)
+        if self.own_metric and self.metric != CUSTOM and not OWN.fullmatch(self.metric):
+            raise UserError(f"config key 'task.metric' is {self.metric!r}; choose one of {', '.join(METRICS)}, or name a function of your own: module:function")
+        needs = METRICS.get(self.metric) or self.scoring
         if needs != self.scoring:
             raise UserError(f"task.metric={self.metric} needs task.scoring={needs}, not {self.scoring}; change one of them")
         if len({check_name(name, "config key 'task.transfer'") for name in self.transfer}) < len(self.transfer):

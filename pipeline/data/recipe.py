@@ -13,6 +13,10 @@ source    type: files (JSONL, CSV, TSV, Parquet), hub or registry; what it gives
 columns   {new: old} renames a source's columns; a dot reaches into a nested one ({options: choices.text}).
 prompt    a template of columns. A list is joined by commas, a whole float loses its ".0", null is empty. Bytes, objects, NaN and a list with null
           inside are refused, with row and column.
+messages  in the place of prompt: the column of a row's conversation, OpenAI's messages or ShareGPT's (docs/data.md). Without `answer` the last assistant
+          turn is the answer, what comes before it the prompt; a row without one is left out and counted. The model's chat template stands around it.
+system    a template of columns: the system turn of a prompt, or of a conversation that has none (chat alone).
+tools     the column of what the assistant may call, which is put into the system turn as text.
 answer    a template ("{label}"), or one column made into words:
             {column: label, labels: {0: negative, 1: positive, 2: null}}   words for values
             {column: stars, bins: {negative: [null, 2], positive: [4, null]}}   words for numbers; both ends belong to a
@@ -46,6 +50,7 @@ from pipeline.core.files import UserError
 from pipeline.core.names import name_of
 from pipeline.core.schema import unwritable
 from pipeline.core.settings import Seed, Task, build
+from pipeline.data.conversations import Turns, normalised, transcript
 
 KINDS = ("labels", "bins", "of", "number")
 
@@ -109,8 +114,10 @@ class Recipe(Task):
     """All keys of a task's YAML; the opening of this file says what each takes."""
 
     source: dict
-    prompt: str
-    answer: str | dict
+    prompt: str = ""
+    answer: str | dict | None = None
+    system: str | None = None
+    tools: str | None = None
     columns: dict = field(default_factory=dict)
     choices: tuple | str | None = None
     split: dict = field(default_factory=dict)
@@ -120,9 +127,10 @@ class Recipe(Task):
     def check(self) -> None:
         super().check()
         name_of(self.source, "task.source")
+        self._check_turns()
         for key in ("prompt", "answer"):
             value = getattr(self, key)
-            if isinstance(value, str) and not columns_of(value, f"task.{key}"):
+            if isinstance(value, str) and value and not columns_of(value, f"task.{key}"):
                 raise UserError(f"config key 'task.{key}' is {value!r}; name at least one column in braces, as in {{text}}")
         if isinstance(self.choices, tuple):
             check_words("task.choices", self.choices)
@@ -131,6 +139,17 @@ class Recipe(Task):
                 "config key 'task.choices' is missing; "
                 "list the answers to choose from, or name the column that holds a row's own"
             )
+
+    def _check_turns(self) -> None:
+        missing = next((key for key in ("prompt", "answer") if not getattr(self, key)), None)
+        if self.messages is None and missing:
+            raise UserError(f"config key 'task.{missing}' is missing; set it, or name the column of conversations: task.messages")
+        if self.messages is not None and self.prompt:
+            raise UserError("config keys 'task.messages' and 'task.prompt' both say what is asked; take one out")
+        if self.tools is not None and self.messages is None:
+            raise UserError("config key 'task.tools' goes with task.messages; write the tools into task.system, or take it out")
+        if self.system is not None and self.messages is None and not self.chat:
+            raise UserError("config key 'task.system' needs the model's chat template; set task.format=chat, or begin task.prompt with it")
 
     @functools.cached_property
     def spec(self) -> Answer | None:
@@ -196,12 +215,15 @@ def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> 
         UserError: a missing column, an unknown label, an empty prompt or answer, an answer that is no choice.
     """
     fields = _renamed(recipe, raw, where)
-    answer = _answer(recipe, fields, where)
+    turns, said = ([], None) if recipe.messages is None else _conversation(recipe, fields, where)
+    answer = said if recipe.answer is None else _answer(recipe, fields, where)
     if answer is None:
         return None
-    prompt = _fill(recipe.prompt, fields, "task.prompt", where)
-    if not any(column_text(_look(fields, name, "task.prompt", where), name, where) for name in columns_of(recipe.prompt, "task.prompt")):
-        raise UserError(f"{where} has no text in the columns of task.prompt; fill or remove that row")
+    if recipe.messages is None:
+        system = _system(recipe, fields, where)
+        turns = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": _asked(recipe, fields, where)}]
+    if not any(turn["role"] == "user" for turn in turns):
+        raise UserError(f"{where} has no user turn before the answer; fix or remove that row")
     if not answer:
         raise UserError(f"{where} has an empty answer; fill or remove that row, or map its label to null")
     choices = _choices(recipe, fields, where)
@@ -211,9 +233,36 @@ def make_row(recipe: Recipe, raw: dict[str, Any], identity: str, where: str) -> 
             "fix the row or task.choices"
         )
     try:
-        return {"id": identity, "prompt": prompt, "answer": answer, "choices": choices, "fields": _plain(fields)}
+        row = {"id": identity, "prompt": turns[0]["content"], "answer": answer, "choices": choices, "fields": _plain(fields)}
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply to be kept; fix or remove that row") from error
+    return row if recipe.messages is None and recipe.system is None else {**row, "prompt": transcript(turns), "messages": turns}
+
+
+def _system(recipe: Recipe, fields: dict[str, Any], where: str) -> str:
+    return "" if recipe.system is None else _fill(recipe.system, fields, "task.system", where)
+
+
+def _conversation(recipe: Recipe, fields: dict[str, Any], where: str) -> tuple[Turns, str | None]:
+    """The turns before the answer, and the last assistant turn, which is it (None: there is none, or `answer` says what it is). What was said after it is
+    left out. Takes the conversation out of the fields."""
+    assert recipe.messages is not None
+    system = _system(recipe, fields, where)
+    tools = None if recipe.tools is None else _look(fields, recipe.tools, "task.tools", where)
+    turns = normalised(_look(fields, recipe.messages, "task.messages", where), where, recipe.messages, system, tools)
+    for key in filter(None, (recipe.messages, recipe.tools)):
+        fields.pop(key, None)
+    if recipe.answer is not None:
+        return turns, None
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    return (turns, None) if last is None else (turns[:last], turns[last]["content"])
+
+
+def _asked(recipe: Recipe, fields: dict[str, Any], where: str) -> str:
+    """The prompt's template filled. Raises UserError where none of its columns has a text."""
+    if not any(column_text(_look(fields, name, "task.prompt", where), name, where) for name in columns_of(recipe.prompt, "task.prompt")):
+        raise UserError(f"{where} has no text in the columns of task.prompt; fill or remove that row")
+    return _fill(recipe.prompt, fields, "task.prompt", where)
 
 
 def column_text(value: Any, column: str, where: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.core.files import Unsuited, UserError, read_jsonl, read_object
 from pipeline.core.settings import Task, Train
+from pipeline.data.conversations import Conversation, Template, turns_of
 
 if TYPE_CHECKING:
     import torch
@@ -74,30 +75,37 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, task: Task, max_length: int, too_long: str) -> None:
-        if task.format == "chat" and not getattr(tokenizer, "chat_template", None):
-            raise UserError("task.format is chat, but the model's tokenizer has no chat template; choose task.format=plain, or a model that was tuned to chat")
+        if task.chat and not getattr(tokenizer, "chat_template", None):
+            other = "transcript" if task.messages else "plain"
+            what = "task.format is chat" if task.format == "chat" else "task.messages goes through a chat template"
+            raise UserError(f"{what}, but the model's tokenizer has no chat template; choose task.format={other}, or a model that was tuned to chat")
+        self.template = Template(tokenizer) if task.chat else None
         self.tokenizer, self.task, self.max_length, self.too_long = tokenizer, task, max_length, too_long
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._cut: set[tuple[int, ...]] = set()
         self._reported = 0
 
+    @property
+    def end_id(self) -> Any:
+        """The token that closes an answer: the chat template's own, or the end of text."""
+        return self.tokenizer.eos_token_id if self.template is None else self.template.end_id
+
     def prompt(self, text: str) -> list[int]:
-        if self.task.format == "chat":
-            messages = [{"role": "user", "content": text}]
-            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        """text: a conversation keeps its turns."""
+        if self.template is not None:
+            return self.tokenizer(self.template.prompt(turns_of(text)), add_special_tokens=False)["input_ids"]
         return beginning(self.tokenizer, text) or [self.pad_id]
 
     def continuation(self, text: str) -> list[int]:
         """A text as it follows a prompt; of a text that a model wrote there may be no token."""
-        glue = "" if self.task.format == "chat" else self.task.separator
+        glue = self.task.separator if self.template is None else ""
         return self.tokenizer(glue + text, add_special_tokens=False)["input_ids"]
 
     def answer(self, text: str, ends: bool = False) -> list[int]:
         ids = self.continuation(text)
         if not ids:
             raise Unsuited(f"the answer {text!r} encodes to no token of this model's; choose another model, or write the task's answers in its words")
-        return ids + [self.tokenizer.eos_token_id] if ends else ids
+        return ids + [self.end_id] if ends else ids
 
     def example(self, example: Example) -> Encoded:
         answer = self.answer(example.answer, example.ends)
@@ -185,8 +193,13 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file of a prepared task. Raises UserError where there is none, or a line is no such row."""
-    return read_jsonl(path, id=str, prompt=str, answer=str)
+    """The rows of a file of a prepared task, the prompt of one with `messages` as a Conversation.
+
+    Raises:
+        UserError: there is no such file, or a line is no such row.
+    """
+    rows = read_jsonl(path, id=str, prompt=str, answer=str)
+    return [{**row, "prompt": Conversation(row["messages"])} if row.get("messages") else row for row in rows]
 
 
 def load_rationales(folder: Path) -> dict[str, dict]:

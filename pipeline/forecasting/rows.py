@@ -14,9 +14,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.core.compose import build
-from pipeline.core.files import read_json, read_jsonl
+from pipeline.core.files import read_json
 from pipeline.core.settings import Settings
-from pipeline.data.rows import Encoded, Encoder, load_rationales
+from pipeline.data.rows import Encoded, Encoder, load_rationales, read_rows
 from pipeline.forecasting.shape import NoForecast
 from pipeline.objectives.base import Objective
 from pipeline.teachers.synthetic import rows as synthetic
@@ -74,7 +74,7 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
     data, model = Path(cfg.paths.data) / cfg.task.name, Path(cfg.paths.models) / cfg.model.name
     if cfg.forecast.length is not None or not (data / "train.jsonl").exists() or not (model / "tokenizer.json").exists():
         return _as_configured(cfg, settings, objective)
-    rows = read_jsonl(data / "train.jsonl")
+    rows = read_rows(data / "train.jsonl")
     random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.rows.load_rows draws them
     rows = rows[: cfg.train_rows]
     rows += synthetic.extra(cfg, rows)[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import Unsuited, UserError, read_jsonl, write_jsonl
+from pipeline.data.conversations import reworded
 from pipeline.data.rows import Example
 from pipeline.methods.base import Method
 
@@ -67,7 +68,7 @@ class FewShot(Method):
 
     def prompt(self, prompt: str, state: list[dict[str, str]]) -> str:
         shots = [shot["prompt"] + self.answer_separator + shot["answer"] for shot in state]
-        return self.separator.join([*shots, prompt])
+        return reworded(prompt, lambda asked: self.separator.join([*shots, asked]))
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"k": self.k}

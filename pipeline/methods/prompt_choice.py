@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import UserError, read_json, write_json
+from pipeline.data.conversations import reworded
 from pipeline.data.rows import Example
 from pipeline.methods.base import Method
 from pipeline.records.results import rank_key
@@ -54,7 +55,8 @@ class PromptChoice(Method):
         return {**state, "template": best["template"], "tried": tried}
 
     def prompt(self, prompt: str, state: dict[str, Any]) -> str:
-        return state["template"].replace("{answers}", ", ".join(state["answers"])).replace("{prompt}", prompt)
+        template = state["template"].replace("{answers}", ", ".join(state["answers"]))
+        return reworded(prompt, lambda asked: template.replace("{prompt}", asked))
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"templates": len(self.templates), "labels_from": "validation"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.files import Unsuited, UserError, read_jsonl, write_jsonl
+from pipeline.data.conversations import reworded
 from pipeline.data.rows import Example
 from pipeline.methods.base import Method, check_counts
 from pipeline.models.base import load_tokenizer
@@ -81,7 +82,7 @@ class Retrieval(Method):
     def prompt(self, prompt: str, state: Index) -> str:
         entries = [state.entries[i] for i in reversed(state.nearest(prompt, self.k))]
         texts = [e["text"] + (self.answer_separator + e["answer"] if "answer" in e else "") for e in entries]
-        return self.separator.join([*texts, prompt])
+        return reworded(prompt, lambda asked: self.separator.join([*texts, asked]))
 
     def hyperparameters(self) -> dict[str, Any]:
         shown = {"retrieved": self.k, "by": self.by}

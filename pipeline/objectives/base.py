@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from omegaconf import DictConfig
 
 from pipeline.core.settings import Settings, Task, Train, check_fields
+from pipeline.data.conversations import answered
 from pipeline.data.rows import Batch, Encoded, Encoder, Example, step_batches
 from pipeline.records.results import Teacher
 from pipeline.scoring.answers import Reasoning
@@ -121,7 +122,12 @@ class Objective:
 
     def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
         """The training examples of a row. `rationale` is the teacher's row, if there is one."""
-        return [self.label_example(row, task)]
+        return [self.label_example(row, task)] if self.own_part else self.label_examples(row, task)
+
+    def label_examples(self, row: dict, task: Task) -> list[Example]:
+        """The example of the row's answer, then, of a conversation, one of every earlier assistant turn that is to be learnt: each is trained on after
+        the very prompt under which a template asks for it."""
+        return [self.label_example(row, task), *(Example(self.prompt(before), words, ends=True) for before, words in answered(row["prompt"]))]
 
     def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
         """What is computed once, before the first step: a reference's log-probabilities, a teacher's hidden states."""

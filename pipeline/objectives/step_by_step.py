@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.core.settings import NotNegative, Task
+from pipeline.data.conversations import reworded
 from pipeline.data.rows import Example
 from pipeline.objectives.base import Objective, rationale_text
 
@@ -32,14 +33,15 @@ class StepByStep(Objective):
         return self.rationale_weight > 0
 
     def prompt(self, prompt: str) -> str:
-        return self.predict_prefix + prompt
+        return reworded(prompt, lambda asked: self.predict_prefix + asked)
 
     def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
-        label = self.label_example(row, task)
+        labels = self.label_examples(row, task)
         text = rationale_text(rationale, self.wrong_rationales)
         if not self.needs_rationales or not text:
-            return [label]
-        return [label, Example(self.explain_prefix + row["prompt"], text, "rationale", self.rationale_weight, ends=True)]
+            return labels
+        explain = reworded(row["prompt"], lambda asked: self.explain_prefix + asked)
+        return [*labels, Example(explain, text, "rationale", self.rationale_weight, ends=True)]
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"rationale_weight": self.rationale_weight, "wrong_rationales": self.wrong_rationales}

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.compose import literal
 from pipeline.core.files import Damaged, UserError, read_jsonl
+from pipeline.core.settings import CUSTOM
 from pipeline.records.results import ENGINES, Result
 from pipeline.records.results import read as read_result
 
@@ -164,4 +165,6 @@ def cell_config(result: Result, cfg: DictConfig) -> DictConfig:
     newer = {str(key): value for key, value in cfg.items()}
     settings = literal(result.config)
     settings["model"] = {**settings["model"], "trust_remote_code": cfg.model.trust_remote_code}  # who wrote the result does not decide that
+    if ":" in str(settings["task"].get("metric")) and settings["task"]["metric"] != cfg.task.get("metric"):  # nor names code that this run imports
+        settings["task"] = {**settings["task"], "metric": CUSTOM}
     return OmegaConf.create({**newer, **settings, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})

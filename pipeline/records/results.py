@@ -59,6 +59,11 @@ class Score:
     accuracy_high: float
     macro_f1: float | None = None
     rouge_l: float | None = None
+    exact_match: float | None = None
+    numeric: float | None = None
+    token_f1: float | None = None
+    custom: float | None = None
+    """Of the user's own function (task.metric=module:function)."""
     nll: float | None = None
     """Mean negative log-likelihood of the right answer, nats per row (choice scoring only)."""
     unanswered: int = 0

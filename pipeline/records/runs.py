@@ -21,7 +21,7 @@ from pipeline.records import results
 from pipeline.records.results import Result
 
 LONGEST = 5000  # characters of a param or tag; MLflow refuses more than 6,000
-SCORES = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "rouge_l", "nll")
+SCORES = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "rouge_l", "exact_match", "numeric", "token_f1", "custom", "nll")
 SHORT = {"lora_alpha": "alpha"}
 
 

@@ -20,7 +20,8 @@ from pipeline.records.finished import Cell
 from pipeline.records.results import HISTORY, Result, csv_text
 from pipeline.reporting import words as f
 
-METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L"}
+METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L", "exact_match": "exact match", "numeric": "right numbers",
+           "token_f1": "token F1", "custom": "own metric"}
 COUNTERS = {"cpu_rss": "RSS", "gpu_reserved": "GPU"}
 QUANTISED = ("int8", "nf4")
 RESUMED, SHARED = "†", "‡"

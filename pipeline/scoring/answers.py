@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.records.results import Score
+from pipeline.scoring import per_row
 
 
 def extract(output: str, pattern: str | None) -> str | None:
@@ -70,8 +71,13 @@ def score(predictions: Sequence[dict], task: Task) -> Score:
     return Score(
         rows=rows, accuracy=float(accuracy), accuracy_low=float(interval.low), accuracy_high=float(interval.high),
         macro_f1=_macro_f1(predictions, task), rouge_l=_rouge(predictions) if task.metric == "rouge_l" else None,
-        nll=_nll(predictions), unanswered=sum(p["prediction"] is None for p in predictions),
+        nll=_nll(predictions), unanswered=sum(p["prediction"] is None for p in predictions), **_by_row(predictions, task),
     )
+
+
+def _by_row(predictions: Sequence[dict], task: Task) -> dict[str, float]:
+    """The metric that is the mean of the rows' own values, under its name; nothing where it is another."""
+    return {task.metric_name: math.fsum(p["value"] for p in predictions) / len(predictions)} if all("value" in p for p in predictions) else {}
 
 
 def _macro_f1(predictions: Sequence[dict], task: Task) -> float | None:
@@ -105,7 +111,8 @@ def _metric(name: str) -> Any:
 
 
 def preload(task: Task) -> None:
-    """Import what scoring needs, so that it is booked to start-up and not to the first evaluation."""
+    """Import what scoring needs, so that it is booked to start-up and not to the first evaluation. Raises UserError where an own metric cannot be had."""
+    per_row.of(task)
     for name in ("accuracy", "macro_f1", *(["rouge_l"] if task.metric == "rouge_l" else [])):
         _metric(name)
     import scipy.stats  # noqa: F401

@@ -69,11 +69,15 @@ def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: 
 
 
 def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int,
-             device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None) -> list[str]:
-    """Greedy continuations as text, prompts of similar length together. notes, owners: as `continuations` has them."""
-    texts, answered = [""] * len(prompts), 0
-    for part, tokens in continuations(model, prompts, max_new_tokens, batch_tokens, tokenizer.eos_token_id, pad_id, device, dtype, notes, owners):
-        for index, text in zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+             device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None, end: int | None = None) -> list[str]:
+    """Greedy continuations as text, prompts of similar length together. notes, owners: as `continuations` has them.
+
+    end: the token that closes an answer besides the tokenizer's end of text."""
+    texts, eos, answered = [""] * len(prompts), tokenizer.eos_token_id, 0
+    end = eos if end is None else end
+    for part, tokens in continuations(model, prompts, max_new_tokens, batch_tokens, end, pad_id, device, dtype, notes, owners):
+        said = tokens if end == eos else [list(itertools.takewhile(lambda i: i not in (end, eos), row)) for row in tokens.tolist()]
+        for index, text in zip(part, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
             texts[index] = text
         progress.part(answered := answered + len(part), len(prompts))
     return texts
@@ -193,7 +197,8 @@ class Scorer:
         """What follows the items' prompts. owners: as `generate` has them; room: most new tokens (None: an answer's)."""
         new, encoder = self.task.max_new_tokens if room is None else room, self.encoder
         prompts = [prompt for prompt, _ in items]
-        return generate(self.model, prompts, new, self.batch_tokens, encoder.tokenizer, encoder.pad_id, self.device, self.dtype, self.notes, owners)
+        asked = self.model, prompts, new, self.batch_tokens, encoder.tokenizer, encoder.pad_id
+        return generate(*asked, self.device, self.dtype, self.notes, owners, encoder.end_id)
 
     def _choose(self, rows: Sequence[dict]) -> list[dict]:
         return chosen(rows, self.log_likelihoods(self.items(rows)), self.task)

@@ -21,13 +21,15 @@ from pipeline.core.files import UserError, read_jsonl, read_object
 from pipeline.core.settings import Settings, read
 from pipeline.data import recipe
 from pipeline.data.choices import Items
-from pipeline.data.rows import Encoder
+from pipeline.data.conversations import Conversation, normalised
+from pipeline.data.rows import Encoder, read_rows
 from pipeline.methods.base import Method
 from pipeline.models.base import cast, device_of, load_model, load_tokenizer, most_tokens, pickle_alone, resolve
 from pipeline.objectives.base import Objective
 from pipeline.records.finished import cell_config, finished, needed
 from pipeline.records.results import Forgetting, Result, Score
 from pipeline.scoring import answers
+from pipeline.scoring.per_row import measured
 from pipeline.scoring.probes import Probing
 from pipeline.scoring.scorer import WHOLE, Scorer
 
@@ -202,10 +204,10 @@ class Multiplexer:
         states = {n: None if n in loaded else self.artefacts[n].load(self.base)[1] for n in names}
         scorers = {n: self.artefacts[n].scorer(self.base, self.base.model, states[n]) for n in names}
         items = [scorers[row["adapter"]].items([row])[0] for row in rows]  # before any adapter is there: retrieval embeds with the base
-        kinds: dict[tuple[str, int], list[int]] = {}
+        kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, row in enumerate(rows):
-            task = scorers[row["adapter"]].task
-            kinds.setdefault((task.scoring, task.max_new_tokens if task.scoring == "generate" else 0), []).append(index)
+            task, encoder = scorers[row["adapter"]].task, scorers[row["adapter"]].encoder
+            kinds.setdefault((task.scoring, *((task.max_new_tokens, encoder.end_id) if task.scoring == "generate" else ())), []).append(index)
         model = self._attached(labels)
         for scorer in scorers.values():
             scorer.model = model
@@ -260,7 +262,7 @@ def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[di
     scorer = scorer_of(cfg.technique.name, artefact, cfg)
     for note in scorer.check({split: rows}):
         print(f"note: {note}")
-    predictions = scorer.predict(rows)
+    predictions = measured(scorer.predict(rows), rows, scorer.task)
     return [{"split": split, **p} for p in predictions], answers.score(predictions, scorer.task)
 
 
@@ -282,7 +284,7 @@ def _rows(cfg: DictConfig, split: str) -> list[dict]:
     splits = ["validation", "test", *(f"transfer/{p.stem}" for p in sorted((folder / "transfer").glob("*.jsonl")))]
     if split not in splits:
         raise UserError(f"unknown split {split!r} of {folder}; there are: {', '.join(splits)}")
-    return read_jsonl(folder / f"{split}.jsonl")[:limit]
+    return read_rows(folder / f"{split}.jsonl")[:limit]
 
 
 def read_requests(source: str) -> list[dict[str, Any]]:
@@ -294,6 +296,7 @@ def read_requests(source: str) -> list[dict[str, Any]]:
             raise UserError(f"standard input has a line that is no JSON ({error}); send one JSON object a line") from error
     else:
         requests = read_jsonl(source)
+    requests = [_spoken(number, row) for number, row in enumerate(requests, 1)]
     for number, row in enumerate(requests, 1):
         for key in ("adapter", "prompt"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]:
@@ -301,6 +304,16 @@ def read_requests(source: str) -> list[dict[str, Any]]:
     if not requests:
         raise UserError(f"{source} has no request; add lines like {{\"adapter\": \"lora-s0-n160\", \"prompt\": \"…\"}}")
     return requests
+
+
+def _spoken(number: int, request: Any) -> Any:
+    """The request, with a conversation in `messages` as its prompt. Raises UserError where it is none, or the user says nothing in it."""
+    if not isinstance(request, dict) or "messages" not in request or "prompt" in request:
+        return request
+    turns = normalised(request["messages"], f"request {number}", "messages", tools=request.get("tools"))
+    if not any(turn["role"] == "user" for turn in turns):
+        raise UserError(f"request {number} has no user turn in messages; add what is asked")
+    return {**request, "prompt": Conversation(turns)}
 
 
 def folder_of(root: Path, name: str) -> Path:

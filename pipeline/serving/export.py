@@ -84,7 +84,8 @@ def about(result: Result, artefact: Artefact) -> dict[str, Any]:
     return {
         "cell": f"{result.experiment}/{result.cell}", "technique": result.technique, "base": result.model, "precision": result.precision,
         "task": result.task, "metric": result.metric, "test": getattr(result.test, result.metric) if result.test else None,
-        "prompt": artefact.objective.prompt(task["prompt"]), "format": task.get("format", "plain"),
+        "prompt": artefact.objective.prompt(task["prompt"]) if task.get("prompt") else None, "messages": task.get("messages"),
+        "format": "chat" if artefact.settings.task.chat else task.get("format", "plain"),
         "separator": task.get("separator", " "), "choices": task.get("choices"),
         "base_sha256": result.provenance.get("model_sha256"),
     }

@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
+from pipeline.data.conversations import turns_of
 from pipeline.data.rows import Encoder
 from pipeline.training.loop import Loop, Trained, lr_factor, stop_on_signals, validation_steps
 
@@ -136,7 +137,7 @@ class TrlLoop(Loop):
 
 
 def _asked(prompt: str, encoder: Encoder) -> Any:
-    return [{"role": "user", "content": prompt}] if encoder.task.format == "chat" else prompt
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns_of(prompt)] if encoder.task.chat else prompt
 
 
 def _room(questions: Sequence[Any], encoder: Encoder) -> int:

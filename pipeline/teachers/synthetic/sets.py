@@ -75,6 +75,8 @@ def form_of(recipe: Recipe, wanted: Synthesis) -> Form:
     """Raises UserError where it is not clear which column a question fills, or every row has its own choices."""
     if isinstance(recipe.choices, str):
         raise UserError(f"rows of task {recipe.name} have their own choices (column {recipe.choices!r}), synthetic ones have none; choose another task")
+    if recipe.messages is not None:
+        raise UserError(f"rows of task {recipe.name} are conversations (column {recipe.messages!r}), which no teacher here writes; choose another task")
     columns = list(dict.fromkeys(tasks.columns_of(recipe.prompt, "task.prompt")))
     for key in ("question_column", "context_column"):
         if getattr(wanted, key) not in (None, *columns):
