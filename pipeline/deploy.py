@@ -1,6 +1,7 @@
 """Write a folder that answers by itself: weights, prompt.json, a short predict.py, a model card.
 
     alignscope deploy reviews lora --to out/reviews
+    python -m pipeline.deploy reviews zero_shot --to out/reviews
     python out/reviews/predict.py text='A lovely film'
 
 Needs nothing of alignscope to run: transformers alone (PEFT for an adapter that cannot be merged). The untouched base and few-shot can be deployed, too.

@@ -67,7 +67,7 @@ class Table:
         encoding, separator: null tells them by the content.
     """
 
-    path: str
+    path: str = ""
     label: str | None = None
     normalise: bool = False
     missing: Literal["error", "drop"] = "error"
@@ -76,6 +76,8 @@ class Table:
 
     def read(self, work: Path) -> Loaded:
         """Raises UserError: no such file, no table, a row that cannot be read (named)."""
+        if not self.path:
+            raise UserError("config key 'task.source.path' is missing; name the file of rows")
         rows = shapes.flat(read(Path(self.path), self.encoding, self.separator)[0], self.path)
         if self.label is not None:
             if rows and self.label not in rows[0]:

@@ -20,6 +20,8 @@ from pipeline.core.commands import call
 from pipeline.core.files import UserError
 from pipeline.intake import running
 from pipeline.records.finished import Cell, select
+from pipeline.reporting import verdict as verdicts
+from pipeline.reporting.rows import make_rows
 from pipeline.scoring.answers import headline
 
 
@@ -68,11 +70,13 @@ def write_report(name: str, cfg: DictConfig) -> Path | None:
 
 
 def verdict(cells: Sequence[Cell]) -> tuple[list[str], str | None]:
-    """(two sentences, the technique that is taken; None where none could be compared)."""
+    """(the verdict's sentences, the technique that is taken; None where none could be compared), of the largest number of training rows."""
     if not cells:
         return ["No technique has a result; the table says why."], None
-    best = max(cells, key=lambda c: headline(c.result.test, c.result.metric))  # type: ignore[arg-type]
-    return [f"{best.label} is highest."], best.label
+    largest = max(cell.result.train_rows for cell in cells)
+    rows = make_rows([cell for cell in cells if cell.result.train_rows == largest])
+    decided = verdicts.verdict_of(rows)
+    return [text.replace("`", "") for text in verdicts.sentences(decided, verdicts.saying_of(rows))], decided.name
 
 
 def as_json(name: str, cells: Sequence[Cell], watch: running.Watch, sentences: Sequence[str], chosen: str | None, page: Path | None,

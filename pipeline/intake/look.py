@@ -64,8 +64,6 @@ class Look:
     prompt: str
     labels: Counter[str] = field(default_factory=Counter)
     """Rows by label; of choices alone."""
-    pattern: str | None = None
-    """What finds the answer in a longer one; of numbers alone."""
     hub: bool = False
     missing_rows: tuple[int, ...] = ()
     """Numbers, from 1, of rows without an answer."""
@@ -110,10 +108,10 @@ def look(path: str, text: Sequence[str] = (), label: str | None = None, prompt: 
     rows = shapes.flat(raw, path)
     columns = [_column(name, rows) for name in dict.fromkeys(key for row in rows for key in row)]
     _check_columns(path, columns, (*text, *([label] if label else [])))
-    label = label or ("answer" if shape in ("messages", "conversations", "preference") else _guess_label(path, columns, rows, text))
+    label = label or ("answer" if shape in (*shapes.TURNS, "preference") else _guess_label(path, columns, rows, text))
     missing_rows = tuple(n for n, row in enumerate(rows, 1) if tables.is_missing(row.get(label)))
     left = [row for row in rows if not tables.is_missing(row.get(label))]
-    kind, pattern = ("pair", None) if shape == "preference" else _kind(left, label, next(c for c in columns if c.name == label))
+    kind: Kind = "pair" if shape == "preference" else _kind(left, label, next(c for c in columns if c.name == label))
     labels = Counter(str(row[label]).strip() for row in left) if kind == "choice" else Counter()
     near = [sorted(group, key=lambda w: -labels[w]) for group in _near(labels)]
     if normalise and kind == "choice":
@@ -128,7 +126,7 @@ def look(path: str, text: Sequence[str] = (), label: str | None = None, prompt: 
         if first.setdefault(key, answer) != answer:
             other.setdefault(key, (str(row.get(taken[0], ""))[:60], first[key], answer))
     return Look(
-        path, name_of(path), form, shape, len(rows), left, columns, taken, label, kind, template, labels, pattern, hub, missing_rows,
+        path, name_of(path), form, shape, len(rows), left, columns, taken, label, kind, template, labels, hub, missing_rows,
         len(keyed) - len(first), list(other.values()) if kind == "choice" else [], near, normalise, missing,
         max((len(str(row[label])) + sum(len(str(row.get(c, ""))) for c in taken) for row in left), default=0),
     )
@@ -138,8 +136,8 @@ def lines(seen: Look) -> list[str]:
     """What was seen, for people."""
     shape = f", {shapes.SHAPES[seen.shape]}" if seen.shape else ""
     told = [f"{seen.path}: {seen.count:,} rows ({seen.form}{shape})", f"  text    {', '.join(seen.text)}", f"  answer  {seen.label}: {_answers(seen)}"]
-    told += [f"  prompt  {seen.prompt!r}"]
-    others = [c.name for c in seen.columns if c.name not in (*seen.text, seen.label, "choices")]
+    told += [f"  prompt  {'the turns before it' if seen.shape in shapes.TURNS else repr(seen.prompt)}"]
+    others = [c.name for c in seen.columns if c.name not in (*seen.text, seen.label, "choices", seen.shape)]
     told += [f"  unused  {', '.join(others[:8])}{' and others' if len(others) > 8 else ''}"] if others else []
     notes = []
     if seen.missing_rows:
@@ -161,7 +159,7 @@ def _answers(seen: Look) -> str:
     if seen.kind == "pair":
         return "the better of two answers"
     if seen.kind == "number":
-        return "a number" + (", after ####" if seen.pattern and "####" in seen.pattern else "")
+        return "a number, the last of its text"
     lengths = sorted(len(str(row[seen.label])) for row in seen.rows)
     return f"free text of {lengths[len(lengths) // 2]:,} characters (half are shorter), at most {lengths[-1]:,}" if lengths else "free text"
 
@@ -229,22 +227,22 @@ def _guess_text(path: str, columns: Sequence[Column], label: str, shape: str | N
 
 
 def _template(text: Sequence[str], label: str, shape: str | None) -> str:
-    if shape in ("messages", "conversations", "preference", "completion"):
+    if shape in (*shapes.TURNS, "preference", "completion"):
         return "{prompt}"
     if shape == "alpaca":
         return "\n\n".join(f"{{{column}}}" for column in text)
     return "\n".join(f"{column.capitalize()}: {{{column}}}" for column in text) + f"\n{label.replace('_', ' ').capitalize()}:"
 
 
-def _kind(rows: Sequence[dict[str, Any]], label: str, column: Column) -> tuple[Kind, str | None]:
+def _kind(rows: Sequence[dict[str, Any]], label: str, column: Column) -> Kind:
     values = [str(row[label]).strip() for row in rows]
     distinct = len({tables.spelling(v) for v in values})
     if values and all(MARKED.search(v) for v in values):
-        return "number", r"####\s*(-?[\d,.]*\d)"
+        return "number"
     short = max(map(len, values), default=0) <= 2 * MOST_SHORT
     if distinct <= 2 or short and (distinct <= 20 or len(values) >= 2 * distinct and not (column.numeric and distinct > 30)):
-        return "choice", None
-    return ("number", r"-?\d[\d,]*(?:\.\d+)?") if column.numeric else ("text", None)
+        return "choice"
+    return "number" if column.numeric else "text"
 
 
 def _near(labels: Counter[str]) -> list[list[str]]:
@@ -271,8 +269,8 @@ def check(seen: Look) -> None:
                         "other answers, or name another column with --label")
     if len(seen.labels) > MOST_CHOICES:
         rare = sum(count < 3 for count in seen.labels.values())
-        raise UserError(f"{seen.label!r} of {seen.path} has {len(seen.labels):,} different answers in {left:,} rows ({rare:,} of them in fewer than three rows), and "
-                        f" choosing is for {MOST_CHOICES} at most; join rare ones, or name another column with --label")
+        raise UserError(f"{seen.label!r} of {seen.path} has {len(seen.labels):,} different answers in {left:,} rows ({rare:,} of them in fewer than three "
+                        f"rows), and choosing is for {MOST_CHOICES} at most; join rare ones, or name another column with --label")
     if seen.near and not seen.normalise:
         one = seen.near[0]
         raise UserError(f"{seen.label!r} of {seen.path} spells {len(seen.near)} labels in several ways (first: {', '.join(map(repr, one))}); make them one "

@@ -16,17 +16,19 @@ import yaml
 
 from pipeline.core.compose import CONF, ROOT, experiments
 from pipeline.core.files import UserError, check_name, closest, read_object, write_text
+from pipeline.data import shapes
 from pipeline.intake.look import Look
 
 ENCODERS = ("bert", "roberta", "deberta", "deberta-v2", "distilbert", "electra", "xlm-roberta", "albert", "modernbert", "mpnet", "t5", "bart", "pegasus", "mt5")
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the names of classes end that write text."""
-GENERATED = {"text": "rouge_l", "number": "accuracy"}
+SHORT_TEXT = 60
+"""Characters of an answer, in the middle, up to which token F1 says more than ROUGE-L."""
 MOST_TEST, TEST_SHARE = 2000, 0.3
 MOST_VALIDATION, VALIDATION_SHARE = 400, 0.1
 CHARACTERS_A_TOKEN = 3
 """Few, so that answers fit."""
-LEAST_NEW, MOST_NEW = 16, 128
+LEAST_NEW, MOST_NEW = 16, 200
 """Tokens of a generated answer."""
 MADE = "# Made by `alignscope try` from experiments/{name}.yaml; edit that.\n"
 
@@ -88,22 +90,19 @@ def check_folder(folder: Path) -> None:
 
 def task_keys(seen: Look, chat: bool) -> dict[str, Any]:
     """What conf/task/table.yaml leaves open. chat: whether the model has a template for what was written as a chat."""
-    keys: dict[str, Any] = {"name": seen.name, "source": _source(seen), "prompt": seen.prompt, "answer": f"{{{seen.label}}}",
-                            "scoring": "choice" if seen.kind in ("choice", "pair") else "generate"}
+    keys: dict[str, Any] = {"name": seen.name, "source": _source(seen)}
+    keys |= {"messages": seen.shape, "prompt": None, "answer": None} if seen.shape in shapes.TURNS else {"prompt": seen.prompt, "answer": f"{{{seen.label}}}"}
+    keys["scoring"] = "choice" if seen.kind in ("choice", "pair") else "generate"
     if seen.kind == "choice":
         keys["choices"] = sorted(seen.labels)
     elif seen.kind == "pair":
         keys["choices"] = "choices"
     else:
-        longest = max(len(str(row[seen.label])) for row in seen.rows)
-        keys["metric"] = GENERATED[seen.kind]
-        keys["max_new_tokens"] = min(MOST_NEW, max(LEAST_NEW, -(-longest // CHARACTERS_A_TOKEN)))
-        if seen.pattern:
-            keys["answer_pattern"] = seen.pattern
-            if "####" not in seen.pattern:
-                keys["answer"] = {"column": seen.label, "number": True}
-    if seen.shape and chat:
-        keys["format"] = "chat"
+        lengths = sorted(len(str(row[seen.label])) for row in seen.rows)
+        keys["metric"] = "numeric" if seen.kind == "number" else "token_f1" if lengths[len(lengths) // 2] <= SHORT_TEXT else "rouge_l"
+        keys["max_new_tokens"] = min(MOST_NEW, max(LEAST_NEW, -(-lengths[-1] // CHARACTERS_A_TOKEN)))
+    if seen.shape and (chat or seen.shape in shapes.TURNS):
+        keys["format"] = "chat" if chat else "transcript"
     count = len(seen.rows)
     keys["split"] = {"seed": 0, "validation": min(MOST_VALIDATION, max(4, int(VALIDATION_SHARE * count))), "test": min(MOST_TEST, int(TEST_SHARE * count))}
     return keys
@@ -122,8 +121,10 @@ ABOUT = {
     "name": "the folder below data/", "source": "where the rows are; normalise and missing say what becomes of odd labels",
     "prompt": "what the model reads; {column} is a column", "answer": "what it is to say",
     "scoring": "choice: the likeliest of the choices; generate: it writes, and that is compared", "choices": "the answers to choose from",
-    "metric": "what ranks the techniques: accuracy, macro_f1 (choices), rouge_l (free text)", "max_new_tokens": "most tokens of an answer that it writes",
-    "answer_pattern": "what finds the answer in a text; the last match counts", "format": "plain, or chat: in the model's own chat template",
+    "messages": "the column of a row's turns; the last assistant turn is the answer",
+    "metric": "what ranks the techniques: accuracy, macro_f1, exact_match, numeric, token_f1, rouge_l, or a function of yours (module:function)",
+    "max_new_tokens": "most tokens of an answer that it writes",
+    "format": "plain; chat: in the model's own chat template; transcript: turns as lines of text",
     "split": "rows held back to choose by and to test on, drawn with the seed",
 }
 
