@@ -91,7 +91,7 @@ def check_folder(folder: Path) -> None:
 def task_keys(seen: Look, chat: bool) -> dict[str, Any]:
     """What conf/task/table.yaml leaves open. chat: whether the model has a template for what was written as a chat."""
     keys: dict[str, Any] = {"name": seen.name, "source": _source(seen)}
-    keys |= {"messages": seen.shape, "prompt": None, "answer": None} if seen.shape in shapes.TURNS else {"prompt": seen.prompt, "answer": f"{{{seen.label}}}"}
+    keys |= {"messages": seen.shape, "prompt": "", "answer": None} if seen.shape in shapes.TURNS else {"prompt": seen.prompt, "answer": f"{{{seen.label}}}"}
     keys["scoring"] = "choice" if seen.kind in ("choice", "pair") else "generate"
     if seen.kind == "choice":
         keys["choices"] = sorted(seen.labels)
