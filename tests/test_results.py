@@ -164,7 +164,7 @@ def test_a_result_cannot_be_changed():
     ({"hyperparameters": ["r"]}, r"hyperparameters is \['r'\], not an object"), ({"history": [{"step": "1"}]}, r"history\[0\].step is '1', not a number"),
     ({"history": [5]}, r"history\[0\] is 5, not an object"), ({"work": [1]}, r"work is \[1\], not an object or null"), ({"packed": 1}, "packed is 1, not true"),
     ({"memory": {"kind": 3, "peak_bytes": None}}, "memory.kind is 3, not a text"), ({"error": ["x"]}, r"error is \['x'\], not a text or null"),
-    ({"inference": {"adapters": {"8": "fast"}}}, "inference.adapters.8 is 'fast', not a number"), ({"metric": "f1"}, "metric is 'f1', none of rows, accuracy"),
+    ({"inference": {"adapters": {"8": "fast"}}}, "inference.adapters.8 is 'fast', not a number"), ({"metric": "f1"}, "metric is 'f1', none of"),
     ({"hardware": {"gpu": 5}}, "hardware.gpu is 5, not a text or null"),
     ({"provenance": {"packages": "torch"}}, "provenance.packages is 'torch', not an object"),
     ({"provenance": {"started": "noon"}}, "provenance.started is 'noon', no ISO time"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from pipeline.reporting.verdict import Saying, sentences
 from pipeline.stats import tiers
+from pipeline.stats.bootstrap import class_value, interval, macro_f1, mean
 from pipeline.stats.verdict import Option, Verdict, decide
 
 GIB = 2**30
@@ -118,3 +120,35 @@ def test_a_search_over_equals_calls_none_the_best():
 def test_shares_without_single_answers_differ_where_they_are_far_apart_alone():
     assert tiers.by_shares({"a": 0.9, "b": 0.2}, 40).between("a", "b").significant
     assert not tiers.by_shares({"a": 0.5, "b": 0.45}, 40).between("a", "b").significant
+
+
+def test_macro_f1_has_a_paired_test_and_an_interval_of_its_own():
+    """The draws' metric on the rows as they are is scikit-learn's; the same answers are no difference; a better set of answers is one."""
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 300)
+    poor, good = (np.where(rng.random(300) < right, truth, rng.integers(0, 3, 300)) for right in (0.3, 0.6))
+    values = {name: {0: {str(i): class_value(int(t), int(p), 4) for i, (t, p) in enumerate(zip(truth, some, strict=True))}}
+              for name, some in (("zero_shot", poor), ("lora", good))}
+    one = tiers.compare(values, ["zero_shot"], macro_f1(4))
+    assert one and one.means["lora"] == pytest.approx(f1_score(truth, good, labels=range(4), average="macro", zero_division=0))
+    pair = one.between("lora", "zero_shot")
+    assert pair.significant and 0 < pair.low < pair.difference < pair.high and not one.covers_seeds
+    same = tiers.compare({"a": values["lora"], "b": values["lora"]}, [], macro_f1(4))
+    assert same and same.between("a", "b").p == 1.0
+    low, high = interval(np.array(list(values["lora"][0].values())), macro_f1(4))
+    assert low < one.means["lora"] < high and high - low < 0.2
+
+
+def test_the_bootstrap_of_a_mean_agrees_with_its_formula():
+    rng = np.random.default_rng(1)
+    rows = rng.random(400)
+    low, high = interval(rows, mean)
+    assert (high - low) / 2 == pytest.approx(1.96 * rows.std() / 20, rel=0.1)
+    answers = {name: {s: {str(i): float(v) for i, v in enumerate(np.clip(rows + shift + rng.normal(0, 0.1, 400), 0, 1))} for s in range(3)}
+               for name, shift in (("zero_shot", 0.0), ("lora", 0.05))}
+    drawn, plain = (tiers.compare(answers, [], statistic) for statistic in (mean, None))
+    assert drawn and plain and drawn.covers_seeds
+    one, other = (c.between("lora", "zero_shot") for c in (drawn, plain))
+    assert (one.difference, one.high - one.low) == (pytest.approx(other.difference), pytest.approx(other.high - other.low, rel=0.1))

@@ -173,7 +173,9 @@ def summary(result: Result) -> str:
     if result.status != "ok" or result.test is None or result.phases is None:
         return f"{result.cell}: {result.status} ({result.error})"
     test = result.test
+    interval = test.interval(result.metric)
+    bounds = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     return (
-        f"{result.cell}: test {result.metric} {headline(test, result.metric):.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] "
+        f"{result.cell}: test {result.metric} {headline(test, result.metric):.3f}{bounds} "
         f"on {test.rows} rows, train {result.phases.train_s:.1f} s, wall {result.phases.wall_s:.1f} s"
     )

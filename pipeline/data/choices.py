@@ -6,6 +6,7 @@ lets a row's choices share its prompt, and all rows the tokens that they begin w
 
 from __future__ import annotations
 
+import dataclasses
 import os.path
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,19 @@ LEAD = 8  # tokens that rows have in common at least, if they are to share their
 
 Items = Sequence[tuple[list[int], list[list[int]]]]
 """(prompt ids, [choice ids, …]) a row."""
+
+
+MANY = 16
+"""Choices of a row from which on they are searched as a tree, on devices whose passes are not captured (engine/branches.py)."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What is wanted of many choices: the best one, and one more score. By item: lengths, which a choice's score is divided by before they are compared;
+    needed, the choice whose score is to be exact beside the best one's (None: no other)."""
+
+    lengths: Sequence[Sequence[int]]
+    needed: Sequence[int | None]
 
 
 @dataclass(frozen=True)
@@ -102,11 +116,13 @@ class Group:
 
     prefix: list[int]
     rows: list[Row]
+    soft: bool = False
+    """Whether they follow the model's soft prompt, fed once, too; else the model puts it before each of them."""
 
     @property
     def shares(self) -> bool:
         """Whether it takes another mask and positions than a padded batch has, so that a model has to allow it."""
-        return bool(self.prefix) or any(row.branches for row in self.rows)
+        return bool(self.prefix) or self.soft or any(row.branches for row in self.rows)
 
 
 def _longest(heads: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -135,12 +151,16 @@ def joined(items: Items) -> list[Row]:
     return [row for row in rows if row.reads]
 
 
-def arrange(reads: Reads, items: Items, least: float = LEAST) -> list[Group]:
+def arrange(reads: Reads, items: Items, least: float = LEAST, soft: bool = False) -> list[Group]:
     """The rows of `items` with as much shared as saves `least` of all tokens.
 
     Args:
-        reads: Reads.of(items).
+        reads: Reads.of(items). soft: whether the model's soft prompt is shared by all rows.
     """
+    return [dataclasses.replace(group, soft=soft) for group in _arranged(reads, items, least)]
+
+
+def _arranged(reads: Reads, items: Items, least: float) -> list[Group]:
     rows = reads.rows()
     if any(len(choice) > 1 for _, choices in items for choice in choices):  # else a row's choices are read off its prompt alone
         together = joined(items)

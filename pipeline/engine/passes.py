@@ -22,7 +22,7 @@ from pipeline.data.rows import by_length
 from pipeline.engine import answering
 from pipeline.engine.graphs import Graphs
 from pipeline.engine.layout import GRAIN, choose_widths
-from pipeline.engine.reuse import prefix_cache
+from pipeline.engine.reuse import SoftPrompt, prefix_cache
 from pipeline.models.base import parameters
 
 MOST_WIDTHS, GRAINS = 8, 16  # shapes to choose, out of so many candidates
@@ -120,6 +120,7 @@ class Inputs:
         inverse, targets = [], []
         for number, row in enumerate(rows):
             ids[number, : len(row.ids)] = row.ids
+            positions[number, len(row.ids) :] = offset  # of padding: a model with a table of positions may have none so far on
             for column, target, _ in row.reads:
                 inverse.append(places.setdefault((number, column), len(places)))
                 targets.append(target)
@@ -184,10 +185,13 @@ class ChoiceScorer:
         notes: takes the reason where a capture failed.
         owners: by item, PEFT's name of the adapter that answers it (only without `model`); (): the model as it stands answers all.
         grain: widths are padded to multiples of it.
+        soft: the model's soft prompt, which is then fed once, and the pass over the model without it.
     """
 
     def __init__(self, forward: Any, batch_tokens: int, pad_id: int, device: Any, *, log_p: Callable[..., torch.Tensor] = log_probabilities, model: Any = None,
-                 fresh: Callable[[], Any] = nullcontext, notes: list[str] | None = None, owners: Sequence[str] = (), grain: int = 1) -> None:
+                 fresh: Callable[[], Any] = nullcontext, notes: list[str] | None = None, owners: Sequence[str] = (), grain: int = 1,
+                 soft: tuple[SoftPrompt, Callable[..., torch.Tensor]] | None = None) -> None:
+        self.soft = soft
         self.forward, self.log_p, self.fresh, self.batch_tokens, self.pad_id, self.device = forward, log_p, fresh, batch_tokens, pad_id, device
         self.notes, self.owners, self.grain, self.graphs = [] if notes is None else notes, owners, grain, Graphs(device)
         layer_s = HANDWRITTEN_S if isinstance(forward, answering.Forward) else LAYER_S
@@ -200,7 +204,7 @@ class ChoiceScorer:
             refused: gives the reason why rows may not share tokens (None: they may), called where sharing would save enough; None: nothing is shared.
         """
         reads = Reads.of(items)
-        groups = reads.apart() if refused is None else arrange(reads, items)
+        groups = reads.apart() if refused is None else arrange(reads, items, soft=self.soft is not None)
         if refused is not None and any(group.shares for group in groups) and refused(groups):
             groups = reads.apart()
         return [reads.by_item(sums) for sums in self.sums(groups, len(reads.places))]
@@ -224,7 +228,12 @@ class ChoiceScorer:
 
     def _group(self, group: Group) -> Iterator[tuple[list[Row], torch.Tensor]]:
         offset, masked = len(group.prefix), group.shares
-        past = prefix_cache(self.forward, group.prefix, self.device) if group.prefix else None
+        forward, past = self.forward, None
+        if group.soft and self.soft:
+            soft, forward = self.soft
+            offset, past = offset + soft.tokens, prefix_cache(forward, group.prefix, self.device, soft.cache())
+        elif group.prefix:
+            past = prefix_cache(forward, group.prefix, self.device)
         captured: dict[int, tuple[Inputs, torch.Tensor, Callable[[], None]] | None] = {}
         # a cached token costs its keys and values alone: counted as a quarter
         batches = choose_batches([len(row.ids) for row in group.rows], self.batch_tokens, self.pass_tokens, offset // 4)
@@ -238,7 +247,7 @@ class ChoiceScorer:
                 inputs = Inputs(Shape.of(rows, masked, self.grain), self.device)
                 inputs.fill(rows, self.pad_id, offset)
                 named = {"adapter_names": [self.owners[row.item] for row in rows]} if self.owners else {}
-                yield rows, self.log_p(self.forward, inputs, **inputs.extra_inputs(past, offset), **named)
+                yield rows, self.log_p(forward, inputs, **inputs.extra_inputs(past, offset), **named)
                 continue
             inputs, out, replay = static
             inputs.fill(rows, self.pad_id, offset)

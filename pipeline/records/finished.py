@@ -56,10 +56,14 @@ class Cell:
         graphs = ", captured in CUDA graphs" if work.engine != "eager" and self.result.hardware.get("device") == "cuda" else ""
         return f"{ENGINES[work.engine]}{reason}{graphs}"
 
+    def predictions(self) -> list[dict[str, Any]]:
+        """Those of the test split; empty where they are not kept."""
+        path = self.folder / "predictions.jsonl"
+        return [r for r in read_jsonl(path) if r["split"] == "test"] if path.exists() else []
+
     def right(self) -> dict[str, bool]:
         """{row id: answered right} of the test split; empty without predictions."""
-        path = self.folder / "predictions.jsonl"
-        return {r["id"]: bool(r["correct"]) for r in read_jsonl(path) if r["split"] == "test"} if path.exists() else {}
+        return {r["id"]: bool(r["correct"]) for r in self.predictions()}
 
 
 def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:

@@ -49,9 +49,13 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 AGAIN = "delete the cell's folder and run it again"
 
 
+RIGHT_OR_WRONG = ("accuracy", "exact_match", "numeric")
+"""Metrics that are a share of right rows: a cell counts those as right that its metric does, so accuracy is the same figure."""
+
+
 @dataclass(frozen=True)
 class Score:
-    """How well one set of rows was answered. Fractions in [0, 1]; the interval is Wilson's at 95%."""
+    """How well one set of rows was answered. Fractions in [0, 1]; accuracy's interval is Wilson's at 95%."""
 
     rows: int
     accuracy: float
@@ -68,6 +72,19 @@ class Score:
     """Mean negative log-likelihood of the right answer, nats per row (choice scoring only)."""
     unanswered: int = 0
     """Rows from whose output no answer could be extracted (generate scoring only)."""
+    metric_low: float | None = None
+    """Of a headline metric other than accuracy, the 95% interval over the rows (bootstrap); null: accuracy, or written before it was measured."""
+    metric_high: float | None = None
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """The 95% interval of the headline metric; None where it was not measured. A metric that these rows cannot have is read as accuracy."""
+        if metric in RIGHT_OR_WRONG or getattr(self, metric) is None:
+            return self.accuracy_low, self.accuracy_high
+        return None if self.metric_low is None or self.metric_high is None else (self.metric_low, self.metric_high)
+
+
+NOT_METRICS = ("rows", "accuracy_low", "accuracy_high", "nll", "unanswered", "metric_low", "metric_high")
+"""Fields of Score that are no headline metric."""
 
 
 @dataclass(frozen=True)
@@ -399,7 +416,7 @@ def _typed(hint: Any, value: Any, at: str) -> Any:
 
 def _check_values(result: Result, at: str) -> None:
     """Raise UserError where a text is none of those that have a meaning, or a fact inside hardware, provenance or config is of another type."""
-    metrics = tuple(f.name for f in dataclasses.fields(Score))
+    metrics = tuple(f.name for f in dataclasses.fields(Score) if f.name not in NOT_METRICS)
     engines = [("work.engine", result.work.engine, tuple(ENGINES))] if result.work and result.work.engine is not None else []
     for name, value, known in [("kind", result.kind, KINDS), ("metric", result.metric, metrics), *engines]:
         if value not in known:

@@ -117,8 +117,8 @@ def _forest_line(row: Row, y: int, left: float, axis: Scale, colour: str) -> lis
 
 def bounds(row: Row) -> tuple[float, float]:
     """Low and high end of a row's interval; the figure itself where it has none."""
-    if row.metric == "accuracy" and row.accuracy_low is not None and row.accuracy_high is not None:
-        return row.accuracy_low, row.accuracy_high
+    if row.metric_low is not None and row.metric_high is not None:
+        return row.metric_low, row.metric_high
     return row.test or 0.0, row.test or 0.0
 
 

@@ -19,11 +19,21 @@ from typing import Any
 from pipeline.records.finished import Cell
 from pipeline.records.results import HISTORY, Result, csv_text
 from pipeline.reporting import words as f
+from pipeline.stats.verdict import Verdict
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L", "exact_match": "exact match", "numeric": "right numbers",
            "token_f1": "token F1", "custom": "own metric"}
 COUNTERS = {"cpu_rss": "RSS", "gpu_reserved": "GPU"}
 QUANTISED = ("int8", "nf4")
+STANDINGS = {
+    "take": "take",
+    "no_training": "take: no training",
+    "leads": "leads, not confirmed",
+    "tied": "not told apart from {name}",
+    "lower": "below the highest ({p})",
+    "lost": "below the untouched base: no verdict, tune it",
+}
+"""How a row stands to the verdict -> what the last column says of it."""
 RESUMED, SHARED = "†", "‡"
 SECTIONS = ("", "Quality", "Data", "Training", "Model", "Forgetting")
 """Of the columns, in their order on the page."""
@@ -149,6 +159,15 @@ def headline(split: str) -> Callable[[Cell], float | None]:
     return of
 
 
+def _bound(end: int) -> Callable[[Cell], float | None]:
+    """One end of the headline metric's interval on the test rows."""
+    def of(cell: Cell) -> float | None:
+        bounds = cell.result.test.interval(cell.result.metric) if cell.result.test else None
+        return bounds[end] if bounds else None
+
+    return of
+
+
 def _transfer(cell: Cell) -> float | None:
     values = [v for split in cell.result.scores if split.startswith("transfer/") and (v := headline(split)(cell)) is not None]
     return statistics.fmean(values) if values else None
@@ -212,11 +231,15 @@ class Row:
     metric: str = _same("metric")
     test: float | None = _figure(
         headline("test"), "Test {metric}, %", "Quality", f.percent, small=lambda r: interval(r), last=-1, for_dvc=True,
-        about="Share of the test rows answered right (or the task's own metric), in percent. Under it the 95% interval of accuracy (Wilson); "
+        about="Share of the test rows answered right (or the task's own metric), in percent. Under it its 95% interval (Wilson's; of other metrics than "
+        "accuracy the bootstrap's over rows); "
         "with several seeds it reaches from the lowest to the highest bound of their intervals.")
     accuracy: float | None = _figure("test.accuracy")
     accuracy_low: float | None = _figure("test.accuracy_low", seeds=min)
     accuracy_high: float | None = _figure("test.accuracy_high", seeds=max)
+    metric_low: float | None = _figure(_bound(0), seeds=min)
+    """The headline metric's 95% interval, whatever the metric."""
+    metric_high: float | None = _figure(_bound(1), seeds=max)
     test_seed_low: float | None = _figure(headline("test"), seeds=lambda each: min(each) if len(each) > 1 else None)
     test_seed_high: float | None = _figure(
         headline("test"), "Over seeds, %", "Quality", main=lambda r: f.span(r.test_seed_low, r.test_seed_high) or f.DASH, optional=True,
@@ -224,19 +247,19 @@ class Row:
         about="Smallest and largest test figure over the seeds: the spread of training, not that of drawing the test rows.")
     test_rows: int | None = _figure("test.rows", seeds=min)
     standing: str = _figure(empty="")
-    """To the best one at the same number of training rows. best; near: not told apart from it; below; empty: not compared."""
+    """To the verdict at the same number of training rows. One of STANDINGS; empty: not compared."""
     letters: str = _figure(
         None, "Tier", "Quality", lambda v: v or f.DASH, small=lambda r: "one seed" if r.one_seed else "", optional=True, last=-1, empty="",
-        about="Techniques that share a letter cannot be told apart by these runs; a is the best one's (docs/statistics.md). What the letters rest on "
+        about="Techniques that share a letter cannot be told apart by these runs; a is the highest one's (docs/statistics.md). What the letters rest on "
         "stands under the table.")
     against_best_p: float | None = _figure()
-    """Corrected for all pairs of the group."""
+    """Against the highest, corrected for all pairs of the group."""
     covers_seeds: bool | None = _figure()
     """Whether that test covers the spread over seeds; None: not compared."""
     against_zero_shot: float | None = _figure(
         None, "Against zero-shot", "Quality", f.points, small=lambda r: f.p_value(r.against_zero_shot_p),
-        about="Accuracy beyond zero-shot's in percentage points on the same test rows, and the p-value over seeds and rows "
-        "(two-sided, not corrected for the number of techniques; with one seed McNemar's exact test).")
+        about="The metric beyond zero-shot's in percentage points on the same test rows, and the p-value over seeds and rows (two-sided, corrected for all "
+        "pairs of techniques as the tiers are; with one seed McNemar's exact test, for other metrics than accuracy the paired bootstrap).")
     against_zero_shot_p: float | None = _figure()
     macro_f1: float | None = _figure(
         "test.macro_f1", "Macro-F1, %", "Quality", f.percent,
@@ -325,6 +348,8 @@ class Row:
     own_notes: tuple[str, ...] = ()
     """Notes that not every row has."""
     cells: tuple[Cell, ...] = field(default=(), repr=False)
+    verdict: Verdict | None = field(default=None, repr=False, compare=False)
+    """On all rows of the same number of training rows; the rows of a group share it."""
 
     @property
     def teacher(self) -> bool:
@@ -387,18 +412,14 @@ def memory_kind(row: Row) -> str:
 
 
 def interval(row: Row) -> str:
-    """The 95% interval in percent; empty where the headline metric is not the one that has it."""
-    return f.span(row.accuracy_low, row.accuracy_high) if row.metric == "accuracy" else ""
+    """The headline metric's 95% interval in percent; empty where none was measured."""
+    return f.span(row.metric_low, row.metric_high)
 
 
 def remarks(row: Row) -> list[str]:
     """What the last column says: how the row stands to the best, out of memory or diverged, unusual timing."""
-    standing = {
-        "best": "best of these weights" if row.one_seed else "best",
-        "near": "not told apart from the best",
-        "below": f"below the best ({f.p_value(row.against_best_p)})",
-    }.get(row.standing, "")
-    standing += ", these weights" if row.one_seed and row.standing != "best" else ""
+    standing = STANDINGS.get(row.standing, "").format(name=row.verdict.name if row.verdict else "", p=f.p_value(row.against_best_p))
+    standing += " (these weights)" if standing and row.one_seed else ""
     status = "" if row.status == "ok" else row.status.replace("oom", "out of memory", 1)
     return [text for text in (standing, "teacher" if row.teacher else "", status, row.timing) if text]
 

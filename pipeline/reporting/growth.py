@@ -16,9 +16,10 @@ from pipeline.core.files import UserError
 from pipeline.records.finished import Cell
 from pipeline.reporting import plot
 from pipeline.reporting import words as f
-from pipeline.reporting.figures import Row, metric_name
+from pipeline.reporting.figures import METRICS, Row, metric_name
 from pipeline.reporting.plot import Box, Scale, tag
 from pipeline.reporting.rows import zero_shot
+from pipeline.scoring.answers import by_row
 from pipeline.stats.learning_curve import Crossover, Curve, Estimate, Measured, RowsFor, crossover, fit
 
 
@@ -92,7 +93,7 @@ def _measured(cell: Cell) -> Measured | None:
     result = cell.result
     if result.test is None:
         return None
-    right = cell.right() if result.metric == "accuracy" else None
+    right = None if result.metric == "macro_f1" else by_row(cell.predictions(), result.metric)[0]
     value = getattr(result.test, result.metric)
     return Measured(cell.label, result.train_rows + result.validation_rows, result.seed, value, result.test.rows, right or None)
 
@@ -165,7 +166,7 @@ def remarks(grown: Growth) -> list[str]:
         f"The points of {_listed(poor)} do not lie on such a curve (lack of fit, p < 0.01): trust the points more than the line." if poor else "",
         f"One seed of {_listed(lone)}: the bands leave the spread of training out, and are too narrow." if lone else "",
         f"{grown.metric} has no answers to compare row by row: the sampling of test rows is counted as for a share, apart for every technique."
-        if grown.metric != "accuracy" else "",
+        if grown.metric == METRICS["macro_f1"] else "",
         f"Too few sizes for a curve: {_listed(grown.without)}." if grown.without else "",
     ) if text]
 

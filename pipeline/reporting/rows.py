@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from pipeline.records.finished import Cell, check_comparable
 from pipeline.reporting.figures import FIGURES, QUANTISED, RESUMED, SHARED, Row, finished, notes_of
+from pipeline.scoring.answers import by_row
 from pipeline.stats import tiers
-from pipeline.stats.tiers import FEW, Runs
+from pipeline.stats.tiers import FEW
+from pipeline.stats.verdict import Option, Verdict, decide
 
 ONE_SEED = "One seed: tiers and p-values compare these weights, not the techniques; with another seed the techniques may come in another order."
 
@@ -29,9 +32,8 @@ def make_rows(cells: Sequence[Cell]) -> list[Row]:
     several, common = len({rows for _, rows in groups}) > 1, common_notes(cells)
     rows = [_row(sorted(group, key=lambda c: c.result.seed), several, common) for group in groups.values()]
     rows.sort(key=lambda r: (r.test is None, -(r.test or 0), r.name))
-    answers = {r.name: {c.result.seed: c.right() for c in finished(r.cells)} for r in rows}
     for group in by_group(rows).values():
-        compared = {r.name: r for r in _against_best(_against_zero_shot(group, answers), answers)}
+        compared = {r.name: r for r in _compared(group)}
         rows = [compared.get(r.name, r) for r in rows]
     return rows
 
@@ -49,56 +51,63 @@ def _row(cells: list[Cell], several: bool, common: list[str]) -> Row:
                cells=tuple(cells))
 
 
-def _fixed(rows: Sequence[Row]) -> list[str]:
-    """Names of the rows with nothing random in them."""
-    return [r.name for r in rows if r.kind in ("teacher", "base")]
-
-
 def zero_shot(rows: Sequence[Row]) -> Row | None:
     """The row that learning is counted from: the untouched base in the experiment's own precision, else in any."""
     return min((r for r in rows if r.kind == "base"), key=lambda r: (r.precision in QUANTISED, r.name), default=None)
 
 
-def _against_zero_shot(rows: list[Row], answers: Mapping[str, Runs]) -> list[Row]:
-    base = zero_shot(rows)
-    trained = tiers.compare(_some(answers, [r for r in rows if not r.teacher]), _fixed(rows))
-
-    def compared(row: Row) -> Row:
+def _compared(group: Sequence[Row]) -> list[Row]:
+    """The rows of one number of training rows with how they stand to each other, and the verdict. A teacher is held against zero-shot alone."""
+    base = zero_shot(group)
+    competing = [r for r in group if r.test is not None and not r.teacher]
+    comparison = comparison_of(competing)
+    verdict = decide(options(competing), comparison) if competing else None
+    rows = []
+    for row in group:
+        own = comparison if not row.teacher else comparison_of([r for r in (row, base) if r is not None])
+        changes: dict[str, Any] = {"verdict": verdict}
         if base and row.transfer is not None and base.transfer is not None:
-            row = dataclasses.replace(row, transfer_change=row.transfer - base.transfer)
-        if base is None or row.name == base.name:
-            return row
-        comparison = trained if not row.teacher else tiers.compare(_some(answers, [row, base]), _fixed(rows))
-        if comparison is None or not {row.name, base.name} <= set(comparison.means):
-            return row
-        one = comparison.between(row.name, base.name)
-        return dataclasses.replace(row, against_zero_shot=one.difference, against_zero_shot_p=one.p)
-
-    return [compared(r) for r in rows]
+            changes["transfer_change"] = row.transfer - base.transfer
+        if base and row is not base and own and {row.technique, base.technique} <= set(own.means):
+            one = own.between(row.technique, base.technique)
+            changes |= {"against_zero_shot": one.difference, "against_zero_shot_p": one.corrected}
+        if comparison and verdict and row.technique in comparison.means:
+            changes |= _placed(row, comparison, verdict)
+        rows.append(dataclasses.replace(row, **changes))
+    return rows
 
 
-def _some(answers: Mapping[str, Runs], rows: Sequence[Row]) -> dict[str, Runs]:
-    return {r.name: answers[r.name] for r in rows}
+def _placed(row: Row, comparison: tiers.Comparison, verdict: Verdict) -> dict[str, Any]:
+    """How a row stands to the others."""
+    if row.technique in verdict.below_base:
+        standing = "lost"
+    elif row.technique == verdict.name:
+        standing = {"take": "take", "do_not_train": "no_training", "undecided": "leads"}[verdict.kind]
+    else:
+        standing = "tied" if row.technique in verdict.tied else "lower"
+    highest = None if row.technique == comparison.best else comparison.between(row.technique, comparison.best).corrected
+    standing = standing if len(comparison.means) > 1 else ""
+    return {"standing": standing, "letters": comparison.letters[row.technique], "covers_seeds": comparison.covers_seeds, "against_best_p": highest}
 
 
-def _against_best(rows: list[Row], answers: Mapping[str, Runs]) -> list[Row]:
-    """Say of every row how it stands to the best one; only where the headline metric is a share of the rows."""
-    ranked = [r for r in rows if r.test is not None and not r.teacher]
-    if not ranked or ranked[0].metric != "accuracy" or (comparison := tiers.compare(_some(answers, ranked), _fixed(ranked))) is None:
-        return rows
+def comparison_of(rows: Sequence[Row]) -> tiers.Comparison | None:
+    """The rows compared by the headline metric on the test rows that all of them answered; None where single answers are not kept."""
+    answers, statistic = {}, None
+    for row in rows:
+        by_seed = {c.result.seed: by_row(c.predictions(), row.metric) for c in finished(row.cells)}
+        answers[row.technique] = {seed: values for seed, (values, _) in by_seed.items()}
+        statistic = statistic or next((one for values, one in by_seed.values() if values), None)
+    return tiers.compare(answers, [r.technique for r in rows if r.kind in ("teacher", "base")], statistic)
 
-    best = ranked[0].name if ranked[0].name in comparison.means else comparison.best
 
-    def placed(row: Row) -> Row:
-        if row.name not in comparison.means:
-            return row
-        if row.name == best:
-            return dataclasses.replace(row, standing="best", letters=comparison.letters[row.name], covers_seeds=comparison.covers_seeds)
-        one = comparison.between(row.name, best)
-        row = dataclasses.replace(row, letters=comparison.letters[row.name], covers_seeds=comparison.covers_seeds)
-        return dataclasses.replace(row, standing="below" if one.significant else "near", against_best_p=one.corrected)
-
-    return [placed(r) for r in rows]
+def options(rows: Sequence[Row]) -> list[Option]:
+    """The rows as what can be chosen, the base in the experiment's own precision first. Memory counts where one counter measured it."""
+    kinds = {r.memory_kind for r in rows if r.peak_bytes is not None}
+    return [
+        Option(r.technique, r.test or 0.0, r.kind == "base", r.kind == "trained", r.peak_bytes if len(kinds) == 1 and r.timing != "packed" else None,
+               r.train_s or None)
+        for r in sorted(rows, key=lambda r: (r.precision in QUANTISED, r.name))
+    ]
 
 
 def timing_notes(rows: Sequence[Row]) -> list[str]:

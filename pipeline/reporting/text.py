@@ -13,59 +13,60 @@ from pipeline.records.finished import Cell
 from pipeline.records.runs import hardware_name
 from pipeline.reporting import words as f
 from pipeline.reporting.figures import METRICS, Row, columns, interval, remarks
-from pipeline.reporting.rows import ONE_SEED, by_group, common_notes, tier_notes, timing_notes, zero_shot
-from pipeline.stats.tiers import FEW
+from pipeline.reporting.rows import by_group, common_notes, tier_notes, timing_notes
+from pipeline.reporting.verdict import saying_of, sentences
+from pipeline.stats.verdict import SLACK
 
 CURVES = 2  # sentences about learning curves in the opening
 MANY = 8  # names that are all said; of more, the first three
-CLOSE = 0.02  # of many that cannot be told apart from the best, costs are those of the ones that are so near to it
+
+
+def answer(rows: Sequence[Row]) -> list[str]:
+    """The verdict, in sentences; with several numbers of training rows at the largest."""
+    compared = _compared(rows)
+    if not compared:
+        return ["No technique of this experiment has a test result yet."]
+    group = next(iter(by_group(compared).values()))
+    verdict = group[0].verdict
+    if verdict is None or verdict.name is None:
+        return [_highest(group), "The answers to single rows are not kept, so nothing is said here about which differences are more than chance."]
+    said = sentences(verdict, saying_of(group))
+    return [f"With {rows_in_words(group[0].group)}: {said[0]}", *said[1:]] if len(by_group(compared)) > 1 else said
 
 
 def opening(rows: Sequence[Row], grown: Sequence[str] = ()) -> list[str]:
-    """What came out, in sentences: the best technique, which cannot be told apart from it, and what they cost.
-
-    With several numbers of training rows the largest comes first and in full, the others in a sentence each, or what learning curves say of them.
+    """What came out, in sentences: the verdict, what the techniques cost, and what other numbers of training rows or learning curves say.
 
     Args:
         grown: sentences about learning curves; the first few are taken.
     """
-    compared = [r for r in rows if r.test is not None and not r.teacher]
-    groups = by_group(compared)
+    return [*answer(rows), *context(rows, grown)]
+
+
+def context(rows: Sequence[Row], grown: Sequence[str] = ()) -> list[str]:
+    """What follows the verdict."""
+    groups = by_group(_compared(rows))
     if not groups:
-        return ["No technique of this experiment has a test result yet."]
-    (name, ranked), *others = groups.items()
-    where = f"With {rows_in_words(name)}, " if len(groups) > 1 else ""
-    sentences = [_headline(ranked), where + _best(ranked), _apart(ranked), _gain(ranked), _costs(ranked)]
-    sentences += list(grown[:CURVES]) if grown else [f"With {rows_in_words(name)}, {_best(ranked)} {_apart(ranked)}" for name, ranked in others]
-    return [text.strip() for text in (*sentences, _teacher(rows)) if text]
+        return []
+    (_, ranked), *others = groups.items()
+    said = [_costs(ranked), *(grown[:CURVES] if grown else [f"With {rows_in_words(name)}: {answer(group)[0]}" for name, group in others]), _teacher(rows)]
+    return [text.strip() for text in said if text]
 
 
-def _headline(ranked: list[Row]) -> str:
-    """Which techniques share the first place, and what the leanest of them saves; empty where that is not known."""
+def _compared(rows: Sequence[Row]) -> list[Row]:
+    return [r for r in rows if r.test is not None and not r.teacher]
+
+
+def _highest(ranked: Sequence[Row]) -> str:
     best = ranked[0]
-    near = [r for r in ranked if r.standing == "near"]
-    if not best.standing or not any(r.standing for r in ranked[1:]):
-        return ""
-    rows = f" with {best.labelled_rows:,} labelled rows" if best.labelled_rows else ""
-    place = f"On `{best.results[0].task}`{rows}, "
-    if not near:
-        return f"{place}{'this run of ' * best.one_seed}`{best.technique}` is ahead of all others by more than chance."
-    whole = [best, *near]
-    who = _listed(whole) if len(whole) <= MANY else f"{len(whole)} of {len(ranked)} techniques"
-    return f"{place}{who} cannot be told apart{_saving(_close(whole))}."
+    bounds = f" (95% interval {interval(best)})" if interval(best) else ""
+    among = f", the highest of {len(ranked)} techniques" if len(ranked) > 1 else ", the only result so far"
+    return f"`{best.technique}` reaches {f.percent(best.test)}% {METRICS.get(best.metric, best.metric)}{bounds}{among}."
 
 
-def _close(rows: list[Row]) -> list[Row]:
+def _close(rows: Sequence[Row]) -> list[Row]:
     """All rows, or of many those near to the first."""
-    return rows if len(rows) <= MANY else [r for r in rows if (rows[0].test or 0.0) - (r.test or 0.0) < CLOSE + 1e-9]
-
-
-def _saving(rows: list[Row]) -> str:
-    known = sorted((r for r in _one_kind([r for r in rows if r.trainable]) if r.peak_bytes), key=lambda r: r.peak_bytes or 0.0)
-    if len(known) < 2:
-        return ""
-    share = (known[0].peak_bytes or 0.0) / (known[-1].peak_bytes or 1.0)
-    return f"; `{known[0].technique}` needs {share:.2g} of the memory of `{known[-1].technique}`" if share <= 0.9 else ""
+    return list(rows) if len(rows) <= MANY else [r for r in rows if (rows[0].test or 0.0) - (r.test or 0.0) < SLACK + 1e-9]
 
 
 def rows_in_words(group: str) -> str:
@@ -73,55 +74,9 @@ def rows_in_words(group: str) -> str:
     return "all training rows" if group == "all" else f"{int(group):,} training rows"
 
 
-def _best(ranked: list[Row]) -> str:
-    best = ranked[0]
-    about = [f"mean of {best.seeds} seeds"] if best.seeds > 1 else []
-    about += [f"95% interval {interval(best)}"] if interval(best) else []
-    bounds = f" ({', '.join(about)})" if about else ""
-    among = f"the highest of {len(ranked)} techniques" if len(ranked) > 1 else "the only result so far"
-    if best.metric == "accuracy":
-        return f"`{best.technique}` answers {f.percent(best.test)}% of the {best.test_rows:,} test rows right{bounds}, {among}."
-    return f"`{best.technique}` reaches a test {METRICS.get(best.metric, best.metric)} of {f.percent(best.test)}%{bounds}, {among}."
-
-
-def _apart(ranked: list[Row]) -> str:
-    if len(ranked) == 1:
-        return ""
-    if not ranked[0].standing:
-        why = "The answers to single rows are not kept" if ranked[0].metric == "accuracy" else "This metric is no share of the rows"
-        return f"{why}, so nothing is said here about which differences are more than chance."
-    near = [r for r in ranked if r.standing == "near"]
-    seeds = f" {ONE_SEED}" if ranked[0].one_seed else ""
-    if not near:
-        return f"All others are below it by more than chance.{seeds}" if all(r.standing for r in ranked) else ""
-    if len(near) <= MANY:
-        return f"{_listed(near)} cannot be told apart from it.{seeds}"
-    last, single = near[-1], sum(r.seeds == 1 and r.kind != "base" for r in near)
-    why = f"; {single} of these ran with one seed" if single and ranked[0].covers_seeds else ""
-    pairs = len(ranked) * (len(ranked) - 1) // 2
-    why += f". Of the differences that the tiers show among {pairs:,} pairs, at most 5% should be chance (a false-discovery rate)" if len(ranked) > FEW else ""
-    first = ", ".join(f"`{r.technique}`" for r in near[:3])
-    return f"{first} and {len(near) - 3} others, down to `{last.technique}` at {f.percent(last.test)}%, cannot be told apart from it{why}.{seeds}"
-
-
-def _gain(ranked: list[Row]) -> str:
-    best, base = ranked[0], zero_shot(ranked)
-    if base is None:
-        return ""
-    if best is base:
-        return "Nothing that was tried beats the untouched base." if len(ranked) > 1 else ""
-    text = f"`{base.technique}`, the untouched base, is at {f.percent(base.test)}%"
-    if best.against_zero_shot is None or best.against_zero_shot_p is None:
-        return text + "."
-    doubt = "" if best.against_zero_shot_p < 0.05 else ", which may well be chance"
-    way = "above" if best.against_zero_shot >= 0 else "below"
-    gap = f.percent(abs(best.against_zero_shot))
-    return f"{text}; on the same rows `{best.technique}` is {gap} points {way} it ({f.p_value(best.against_zero_shot_p)}{doubt})."
-
-
 def _costs(ranked: list[Row]) -> str:
-    """Among the trained techniques that hold up with the best, the cheapest by time, memory and trained parameters."""
-    near = [r for r in ranked if r.standing in ("best", "near")]
+    """Among the trained techniques that hold up, the cheapest by time, memory and trained parameters."""
+    near = [r for r in ranked if r.standing not in ("", "lower", "lost")]
     good = [r for r in _close(near) if r.trainable]
     pool = good if len(good) > 1 else [r for r in ranked if r.trainable]
     claims = [
@@ -134,7 +89,7 @@ def _costs(ranked: list[Row]) -> str:
         by_name.setdefault(name, []).append(claim)
     if not by_name:
         return ""
-    which = "that hold up with the best, itself included" if len(near) <= MANY else f"within {f.percent(CLOSE)} points of the best, itself included"
+    which = "that are not told apart" if len(near) <= MANY else f"within {f.percent(SLACK)} points of the highest"
     whom = f"Of the trained techniques {which}" if pool is good else "Of the trained techniques"
     return f"{whom}, " + "; ".join(f"`{name}` {f.listed(parts)}" for name, parts in by_name.items()) + "."
 
@@ -160,10 +115,6 @@ def _teacher(rows: Sequence[Row]) -> str:
     made = next((r.teacher for r in row.results if r.teacher), None)
     who = f"The teacher `{made.name}`" if made else "The teacher"
     return f"{who}, whose rationales the distilled techniques learn from, is right on {f.percent(row.test)}% itself."
-
-
-def _listed(rows: Sequence[Row]) -> str:
-    return f.listed([f"`{r.technique}`" for r in rows])
 
 
 def _few(names: Sequence[str], most: int = 12) -> str:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.reporting import words as f
-from pipeline.reporting.figures import QUANTISED, Row, finished, metric_name
-from pipeline.stats import tiers
-from pipeline.stats.verdict import WORTH, Option, Verdict, decide
+from pipeline.reporting.figures import Row, metric_name
+from pipeline.stats.verdict import WORTH, Verdict
 
 MANY = 5
 """Names that are all said; of more, the first three."""
@@ -28,23 +27,6 @@ class Saying:
     """What it was compared on."""
     experiment: str = ""
     """Names the commands that come next; empty: they are not said."""
-
-
-def verdict_of(rows: Sequence[Row]) -> Verdict:
-    """The verdict on rows of one number of training rows (rows.by_group); a teacher and what has no test figure are left out."""
-    compared = [r for r in rows if r.test is not None and not r.teacher]
-    answers = {r.technique: {c.result.seed: c.right() for c in finished(r.cells)} for r in compared}
-    comparison = tiers.compare(answers, [r.technique for r in compared if r.kind == "base"])
-    return decide(options(compared), comparison)
-
-
-def options(rows: Sequence[Row]) -> list[Option]:
-    """The rows as what can be chosen. Memory counts where one counter measured it alone, the time where it is a single run's."""
-    kinds = {r.memory_kind for r in rows if r.peak_bytes is not None}
-    return [
-        Option(r.technique, r.test or 0.0, r.kind == "base", r.kind == "trained", r.peak_bytes if len(kinds) == 1 else None, r.train_s or None)
-        for r in sorted(rows, key=lambda r: r.precision in QUANTISED)
-    ]
 
 
 def saying_of(rows: Sequence[Row]) -> Saying:
@@ -136,12 +118,3 @@ def further(verdict: Verdict, saying: Saying = Saying()) -> str:  # noqa: B008
         also = f", and {seeds} tell whether it is the technique's" if seeds and rows else f"; {seeds} tell whether it is the technique's" if seeds else ""
         return f"To confirm {gap}, {rows or f'{evidence.rows:,} {saying.rows} are enough'}{' would be needed' if rows else ''}{also}."
     return f"To confirm {gap}, {(' and ' if verdict.both else ' or ').join(filter(None, (rows, seeds)))} would be needed."
-
-
-def remark(option: Option, verdict: Verdict) -> str:
-    """How one row of a table stands to the verdict, in a few words."""
-    if option.name in verdict.below_base:
-        return "below the untouched base: tune it first, no verdict"
-    if option.name == verdict.name:
-        return {"take": "take", "do_not_train": "take: no training", "undecided": "leads, not confirmed"}[verdict.kind]
-    return f"not told apart from {verdict.name}" if option.name in verdict.tied else ""

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
-from pipeline.records.results import Score
+from pipeline.records.results import RIGHT_OR_WRONG, Score
 from pipeline.scoring import per_row
+from pipeline.stats.bootstrap import Statistic, class_value, interval, macro_f1, mean
 
 
 def extract(output: str, pattern: str | None) -> str | None:
@@ -67,17 +70,48 @@ def score(predictions: Sequence[dict], task: Task) -> Score:
 
     hits, rows = sum(p["correct"] for p in predictions), len(predictions)
     interval = binomtest(hits, rows).proportion_ci(method="wilson")
+    low, high = _interval(predictions, task.metric_name)
     accuracy = _metric("accuracy").compute(predictions=[int(p["correct"]) for p in predictions], references=[1] * rows)["accuracy"]
     return Score(
         rows=rows, accuracy=float(accuracy), accuracy_low=float(interval.low), accuracy_high=float(interval.high),
         macro_f1=_macro_f1(predictions, task), rouge_l=_rouge(predictions) if task.metric == "rouge_l" else None,
-        nll=_nll(predictions), unanswered=sum(p["prediction"] is None for p in predictions), **_by_row(predictions, task),
+        nll=_nll(predictions), unanswered=sum(p["prediction"] is None for p in predictions), metric_low=low, metric_high=high,
+        **_of_rows(predictions, task),
     )
 
 
-def _by_row(predictions: Sequence[dict], task: Task) -> dict[str, float]:
-    """The metric that is the mean of the rows' own values, under its name; nothing where it is another."""
+def _of_rows(predictions: Sequence[dict], task: Task) -> dict[str, float]:
+    """The metric that is the mean of the rows' own values (per_row.py), under its name; nothing where it is another."""
     return {task.metric_name: math.fsum(p["value"] for p in predictions) / len(predictions)} if all("value" in p for p in predictions) else {}
+
+
+def by_row(predictions: Sequence[dict], metric: str) -> tuple[dict[str, float], Statistic | None]:
+    """What a metric makes of every row, by its id, and what makes the metric of these values; None: the mean of right and wrong answers.
+
+    Empty where the metric does not exist for such answers: macro-F1 of choices that differ by row.
+    """
+    if metric == "macro_f1":
+        names = _labels(predictions)
+        code = {name: i for i, name in enumerate(names)}
+        values = {p["id"]: class_value(code[p["answer"]], code.get(p["prediction"]), len(names)) for p in predictions} if names else {}
+        return values, macro_f1(len(names))
+    if metric == "rouge_l":
+        return {p["id"]: one for p, one in zip(predictions, _rouge_by_row(predictions), strict=True)}, mean
+    if metric in RIGHT_OR_WRONG:
+        return {p["id"]: float(p["correct"]) for p in predictions}, None
+    return {p["id"]: float(p["value"]) for p in predictions if "value" in p}, mean
+
+
+def _interval(predictions: Sequence[dict], metric: str) -> tuple[float | None, float | None]:
+    """The bootstrap's 95% interval of a headline metric other than accuracy."""
+    values, statistic = by_row(predictions, metric)
+    return (None, None) if statistic is None or not values else interval(np.array(list(values.values())), statistic)
+
+
+def _labels(predictions: Sequence[dict]) -> tuple[str, ...]:
+    """The choices, where all rows that have any have the same; else none."""
+    every = {tuple(sorted(p["scores"])) for p in predictions if p.get("scores")}
+    return next(iter(every)) if len(every) == 1 else ()
 
 
 def _macro_f1(predictions: Sequence[dict], task: Task) -> float | None:
@@ -95,6 +129,13 @@ def _macro_f1(predictions: Sequence[dict], task: Task) -> float | None:
 def _rouge(predictions: Sequence[dict]) -> float:
     outputs = [p.get("output", p["prediction"]) for p in predictions]
     return float(_metric("rouge_l").compute(predictions=outputs, references=[p["answer"] for p in predictions])["rouge_l"])
+
+
+def _rouge_by_row(predictions: Sequence[dict]) -> list[float]:
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    return [float(scorer.score(p["answer"], p.get("output", p["prediction"]) or "")["rougeL"].fmeasure) for p in predictions]
 
 
 def _nll(predictions: Sequence[dict]) -> float | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core import progress
 from pipeline.core.settings import Task
-from pipeline.data.choices import Items
+from pipeline.data.choices import MANY, Contest, Items, Reads, arrange
 from pipeline.data.rows import Encoder, by_length, pad
 from pipeline.models.base import autocast
 from pipeline.scoring.answers import Reasoning, canonical, chosen, extract
@@ -42,12 +42,14 @@ def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: tor
 
 
 def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: int, device: Any, dtype: Any,
-                           notes: list[str] | None = None, owners: Sequence[str] | None = None) -> list[list[float]]:
+                           notes: list[str] | None = None, owners: Sequence[str] | None = None, contest: Contest | None = None) -> list[list[float]]:
     """Sum of token log-probabilities of every choice after its prompt, nats.
 
     What a row's choices, or all rows, have in common is fed once where that saves enough and the model allows it.
 
     Args:
+        contest: that the best of many choices is wanted, and one more score; any other one may then be a bound that lies below the best one's
+            (engine/branches.py). None: every score is exact.
         notes: takes the reason where a pass could not be captured.
         owners: by row, PEFT's name of the adapter that answers it (or WHOLE): rows share nothing then, and go through the model's own forward pass.
             None: the model as it stands answers all.
@@ -55,17 +57,36 @@ def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: 
     import torch
 
     from pipeline.engine.answering import by_hand
+    from pipeline.engine.branches import BranchScorer
     from pipeline.engine.passes import ChoiceScorer, log_probabilities_apiece
-    from pipeline.engine.reuse import sharing_refused
+    from pipeline.engine.reuse import sharing_refused, soft_prompt
 
     logits = functools.partial(logits_at, model)
     with torch.inference_mode(), autocast(device, dtype):
         if owners is not None:
             return ChoiceScorer(logits, batch_tokens, pad_id, device, log_p=log_probabilities_apiece, owners=owners).scores(items)[0]
+        soft = soft_prompt(model, device)
+        bare = functools.partial(logits_at, soft.inner) if soft else logits
         with by_hand(model, dtype, device, len(items)) as written, contextlib.closing(ChoiceScorer(
             written or logits, batch_tokens, pad_id, device, model=model, fresh=lambda: autocast(device, dtype, cache=False), notes=notes,
+            soft=(soft, bare) if soft else None,
         )) as reader:
-            return reader.scores(items, lambda groups: sharing_refused(model, dtype, items, groups, reader.sums))[0]
+            refused = functools.partial(sharing_refused, model, dtype, items, sums=reader.sums, soft=soft)
+            groups = arrange(Reads.of(items), items, 0, soft is not None) if contest is not None and _many(items, device) else []
+            if contest is None or not any(group.shares for group in groups) or refused(groups):
+                return reader.scores(items, refused)[0]
+            layers = model.config.get_text_config().num_hidden_layers
+            before = (soft.cache, soft.tokens) if soft else (None, 0)
+            return BranchScorer(bare, layers, batch_tokens, pad_id, device, *before).scores(items, contest)
+
+
+def _many(items: Items, device: Any) -> bool:
+    """Whether the rows have so many choices that they are searched as a tree, where passes are not captured."""
+    import torch
+
+    from pipeline.engine.answering import STATIC
+
+    return torch.device(device).type not in STATIC and bool(items) and min(len(choices) for _, choices in items) >= MANY
 
 
 def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int,
@@ -189,9 +210,9 @@ class Scorer:
         texts = self.texts(self.items(rows), room=self.reasoning.max_new_tokens)
         return [self.reasoning.prefill(text) for text in texts]
 
-    def log_likelihoods(self, items: Items, owners: Sequence[str] | None = None) -> list[list[float]]:
-        """Of every choice of the items, nats. owners: as choice_log_likelihoods has them."""
-        return choice_log_likelihoods(self.model, items, self.batch_tokens, self.encoder.pad_id, self.device, self.dtype, self.notes, owners)
+    def log_likelihoods(self, items: Items, owners: Sequence[str] | None = None, contest: Contest | None = None) -> list[list[float]]:
+        """Of every choice of the items, nats. owners, contest: as choice_log_likelihoods has them."""
+        return choice_log_likelihoods(self.model, items, self.batch_tokens, self.encoder.pad_id, self.device, self.dtype, self.notes, owners, contest)
 
     def texts(self, items: Items, owners: Sequence[str] | None = None, room: int | None = None) -> list[str]:
         """What follows the items' prompts. owners: as `generate` has them; room: most new tokens (None: an answer's)."""
@@ -201,7 +222,9 @@ class Scorer:
         return generate(*asked, self.device, self.dtype, self.notes, owners, encoder.end_id)
 
     def _choose(self, rows: Sequence[dict]) -> list[dict]:
-        return chosen(rows, self.log_likelihoods(self.items(rows)), self.task)
+        lengths = [[len(c) if self.task.length_normalised else 1 for c in row["choices"]] for row in rows]
+        needed = [row["choices"].index(row["answer"]) if row.get("answer") in row["choices"] else None for row in rows]
+        return chosen(rows, self.log_likelihoods(self.items(rows), contest=Contest(lengths, needed)), self.task)
 
     def _generate(self, rows: Sequence[dict]) -> list[dict]:
         predictions = []

@@ -46,8 +46,8 @@ class Measured:
     accuracy: float
     """A fraction, as are all accuracies here."""
     test_rows: int
-    right: Mapping[str, bool] | None = None
-    """Whether each test row, by id, was answered right; None: not known."""
+    right: Mapping[str, float] | None = None
+    """By id, whether each test row was answered right, or what a metric that is a mean over rows makes of it; None: not known."""
 
 
 Key = tuple[str, int]

@@ -29,6 +29,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.stats.bootstrap import Statistic, resampled
+
 SIGNIFICANT = 0.05
 FEW = 10
 """Techniques up to which at most one experiment in twenty has any false difference; beyond, at most one in twenty of the significant ones is false."""
@@ -43,8 +45,8 @@ MOST = 0.15
 NODES = 9  # of the quadrature over a technique's own log spread
 NEGLIGIBLE = 1e-10  # of the largest weight of a mixture: what is lighter is left out, together less than 1e-6
 
-Runs = Mapping[int, Mapping[str, bool]]
-"""{seed: {row id: answered right}} of one technique."""
+Runs = Mapping[int, Mapping[str, float]]
+"""{seed: {row id: answered right, or what a metric makes of the row}} of one technique."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,11 @@ class Comparison:
     """Techniques compared on the rows that all of them answered."""
 
     means: dict[str, float]
-    """Accuracy over seeds and rows, the best first."""
+    """The metric over seeds and rows, the highest first."""
     pairs: dict[tuple[str, str], Difference]
     """By (technique, other), the better one first."""
     letters: dict[str, str]
-    """Techniques that share a letter cannot be told apart; a is the best one's (Piepho 2004)."""
+    """Techniques that share a letter cannot be told apart; a is the highest one's (Piepho 2004)."""
     rows: int
     covers_seeds: bool
     """False: no technique here has several seeds, so nothing is known of their spread and the test is over rows alone."""
@@ -97,17 +99,20 @@ class Comparison:
         return dataclasses.replace(reverse, difference=-reverse.difference, low=-reverse.high, high=-reverse.low)
 
 
-def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Comparison | None:
+def compare(answers: Mapping[str, Runs], fixed: Collection[str] = (), statistic: Statistic | None = None) -> Comparison | None:
     """Compare techniques; those without answers are left out. None where none is left or no row was answered by all.
 
     Args:
+        statistic: makes the metric of rows' values; the rows' part of a difference's variance is then the paired bootstrap's. None: the mean of
+            right and wrong answers, which needs no draws.
         fixed: techniques with nothing random in them, for which one run says all. Several runs with the same answers are taken as that, too.
     """
     right = on_common_rows({name: [by_row for by_row in seeds.values() if by_row] for name, seeds in answers.items()})
     if not right:
         return None
-    order = sorted(right, key=lambda name: (-right[name].mean(), name))
-    ranked = [Technique.of(right[name], name in fixed) for name in order]
+    techniques = {name: Technique.of(values, name in fixed, statistic) for name, values in right.items()}
+    order = sorted(techniques, key=lambda name: (-techniques[name].level, name))
+    ranked = [techniques[name] for name in order]
     compared = pairs_of(ranked)
     raw = [pair.p for pair in compared]
     pairs = {
@@ -115,7 +120,7 @@ def compare(answers: Mapping[str, Runs], fixed: Collection[str] = ()) -> Compari
         for names, pair, p, corrected in zip(itertools.combinations(order, 2), compared, raw, correct(raw, len(order)), strict=True)
     }
     apart = [names for names, one in pairs.items() if one.significant]
-    means = {name: float(right[name].mean()) for name in order}
+    means = {name: techniques[name].level for name in order}
     return Comparison(means, pairs, letters(order, apart), right[order[0]].shape[1], any(t.seeds > 1 for t in ranked))
 
 
@@ -139,8 +144,8 @@ def by_shares(shares: Mapping[str, float], rows: int) -> Comparison:
     return Comparison({name: shares[name] for name in order}, pairs, letters(order, apart), rows, covers_seeds=False)
 
 
-def on_common_rows(answers: Mapping[Any, Sequence[Mapping[str, bool]]]) -> dict[Any, np.ndarray]:
-    """[S, n] answers of 0 and 1 on the rows that all runs answered, of every key that has runs; empty where there is no such row."""
+def on_common_rows(answers: Mapping[Any, Sequence[Mapping[str, float]]]) -> dict[Any, np.ndarray]:
+    """[S, n] values (of answers 0 and 1) on the rows that all runs answered, of every key that has runs; empty where there is no such row."""
     runs = {key: some for key, some in answers.items() if some}
     common = sorted(set.intersection(*(set(by_row) for some in runs.values() for by_row in some))) if runs else []
     return {key: np.array([[by_row[i] for i in common] for by_row in some], dtype=float) for key, some in runs.items()} if common else {}
@@ -155,16 +160,34 @@ class Technique:
     seeds: int
     variance: float
     flips: float
+    draws: np.ndarray | None = None
+    """[1 + R] the metric, mean over the seeds, on the rows as they are and on those of every draw; None: it is the mean of `right`."""
+
+    @property
+    def level(self) -> float:
+        """The metric, mean over the seeds."""
+        return float(self.right.mean() if self.draws is None else self.draws[0])
 
     @classmethod
-    def of(cls, right: np.ndarray, fixed: bool = False) -> Technique:
-        """From answers [S, n] of 0 and 1; fixed: there is nothing random in it."""
+    def of(cls, right: np.ndarray, fixed: bool = False, statistic: Statistic | None = None) -> Technique:
+        """From answers [S, n] of 0 and 1, or the values that statistic makes the metric of; fixed: there is nothing random in it."""
         if fixed or (len(right) > 1 and (right == right[0]).all()):
-            return cls(right[:1], 0, 0.0, 0.0)
+            return cls(right[:1], 0, 0.0, 0.0, None if statistic is None else resampled(right[:1], statistic)[0])
+        if statistic is not None:
+            return cls._drawn(right, resampled(right, statistic))
         if len(right) == 1:
             return cls(right, 1, 0.0, 0.0)
         centred = right - right.mean(1, keepdims=True)
         return cls(right, len(right), float(right.mean(1).var(ddof=1)), float(centred.var(0, ddof=1).mean()) / right.shape[1])
+
+    @classmethod
+    def _drawn(cls, right: np.ndarray, draws: np.ndarray) -> Technique:
+        """draws [S, 1 + R]. What of the seeds' variance comes from single rows is how the seeds' distances from their mean vary over the draws."""
+        if len(right) == 1:
+            return cls(right, 1, 0.0, 0.0, draws[0])
+        apart = draws - draws.mean(0)
+        flips = float(apart[:, 1:].var(1).sum()) / (len(right) - 1)
+        return cls(right, len(right), float(draws[:, 0].var(ddof=1)), flips, draws.mean(0))
 
 
 @dataclass(frozen=True)
@@ -215,25 +238,31 @@ class Pair:
 
     by_row: np.ndarray
     weight: int
-    """by_row times this are whole numbers."""
+    """by_row times this are whole numbers, where answers are right or wrong."""
     spread: np.ndarray | None
     weights: np.ndarray | None
     seeds: int = 1
+    draws: np.ndarray | None = None
+    """[1 + R] the difference on the rows as they are and on every draw; None: it is the mean of by_row."""
+    known: bool = False
+    """Whether anything is known of the spread over seeds."""
 
     @classmethod
     def of(cls, ranked: Sequence[Technique], spreads: Spreads, a: int, b: int) -> Pair:
-        one, other = ranked[a].right, ranked[b].right
-        by_row = one.mean(0) - other.mean(0)
+        one, other = ranked[a], ranked[b]
+        by_row, weight = one.right.mean(0) - other.right.mean(0), len(one.right) * len(other.right)
+        draws = None if one.draws is None or other.draws is None else one.draws - other.draws
+        by_rows = _mean_variance(by_row) if draws is None else float(draws[1:].var())
         if not spreads.known:
-            return cls(by_row, len(one) * len(other), None, None)
-        added, weights = spreads.mixture(a, b, ranked[a].seeds, ranked[b].seeds)
+            return cls(by_row, weight, None, None) if draws is None else cls(by_row, weight, np.array([math.sqrt(by_rows)]), np.ones(1), 1, draws)
+        added, weights = spreads.mixture(a, b, one.seeds, other.seeds)
         heavy = weights > NEGLIGIBLE * weights.max()
-        spread, weights = np.sqrt(_mean_variance(by_row) + added[heavy]), weights[heavy] / weights[heavy].sum()
-        return cls(by_row, len(one) * len(other), spread, weights, max(1, ranked[a].seeds, ranked[b].seeds))
+        spread, weights = np.sqrt(by_rows + added[heavy]), weights[heavy] / weights[heavy].sum()
+        return cls(by_row, weight, spread, weights, max(1, one.seeds, other.seeds), draws, known=True)
 
     @property
     def point(self) -> float:
-        return float(self.by_row.mean())
+        return float(self.by_row.mean() if self.draws is None else self.draws[0])
 
     @property
     def p(self) -> float:
@@ -245,8 +274,9 @@ class Pair:
     @property
     def planning(self) -> tuple[float, float | None, int]:
         """The last three fields of its Difference."""
-        by_rows = _mean_variance(self.by_row)
-        added = None if self.spread is None or self.weights is None else max(0.0, float((self.spread**2 * self.weights).sum()) - by_rows)
+        by_rows = _mean_variance(self.by_row) if self.draws is None else float(self.draws[1:].var())
+        known = self.known and self.spread is not None and self.weights is not None
+        added = max(0.0, float((self.spread**2 * self.weights).sum()) - by_rows) if known else None  # type: ignore[operator]
         return by_rows * len(self.by_row), added, self.seeds
 
     @property
@@ -260,6 +290,8 @@ class Pair:
         def beyond(distance: float) -> float:
             return chance(distance, spread, weights) - SIGNIFICANT
 
+        if not spread.any():
+            return 0.0
         return 1.0 if beyond(1.0) > 0 else float(brentq(beyond, 0.0, 1.0, xtol=1e-9))
 
 

@@ -88,6 +88,8 @@ class Verdict:
     """Trained techniques below the untouched base, by more than SLACK or told apart: no verdict on them."""
     options: tuple[Option, ...] = ()
     """All that were compared, the highest first."""
+    untouched: str | None = None
+    """The untouched base that was compared with; None: there is none."""
     lowest: bool = False
     """Whether `name` was taken for costing least, others being higher."""
 
@@ -96,7 +98,7 @@ class Verdict:
 
     @property
     def base(self) -> Option | None:
-        return next((one for one in self.options if one.base), None)
+        return None if self.untouched is None else self.option(self.untouched)
 
     @property
     def decided(self) -> bool:
@@ -122,14 +124,14 @@ def decide(options: Sequence[Option], comparison: Comparison | None, slack: floa
     alike = [one for one in live if one is live[0] or _same(one, live[0], comparison) and live[0].value - one.value <= slack + 1e-9]
     chosen, kind = _chosen(alike, base, comparison)
     tied = tuple(one.name for one in live if one is not chosen and _same(one, chosen, comparison))
-    chosen_is_lower = chosen.value < live[0].value
-    settled = Verdict(kind, chosen.name, tied, None, below_base=tuple(one.name for one in below), options=ranked, lowest=chosen_is_lower)
+    settled = Verdict(kind, chosen.name, tied, None, below_base=tuple(one.name for one in below), options=ranked,
+                      untouched=base.name if base else None, lowest=chosen.value < live[0].value)
     return _with_evidence(settled, [one for one in live if one is not chosen], comparison, slack)
 
 
 def _with_evidence(verdict: Verdict, others: Sequence[Option], comparison: Comparison, slack: float) -> Verdict:
     """The verdict with what it rests on, and what would decide what it leaves open. others: the highest first, without what is below the base."""
-    name, base = str(verdict.name), next((one.name for one in others if one.base), None)
+    name, base = str(verdict.name), verdict.untouched if verdict.untouched != verdict.name else None
     tied = [one for one in others if one.name in verdict.tied]
     trained = [one.name for one in tied if one.trained]
     if verdict.kind == "undecided":
