@@ -172,8 +172,9 @@ def own_grid(experiment: str) -> dict[str, Any] | None:
         raise UserError(f"{path} is no YAML ({' '.join(str(error).split())}); mend that line, with quotes around a text that has : # ? or {{") from error
     if not isinstance(held, dict) or not isinstance(held.get("grid"), dict):
         return None
-    cfg = compose([f"experiments={experiment}"])
-    return {"experiment": experiment, "task": cfg.task.name, "model": cfg.model.name, "teacher": cfg.teacher.name, "synthetic": None, "grid": held["grid"]}
+    chosen = {key.rpartition("/")[2]: option for entry in held.get("defaults") or [] if isinstance(entry, dict) for key, option in entry.items()}
+    names = {key: (held.get(key) or {}).get("name") or chosen.get(key) for key in ("task", "model", "teacher")}
+    return {"experiment": experiment, **names, "synthetic": None, "grid": dict(held["grid"])}
 
 
 def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:

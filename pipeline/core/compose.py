@@ -169,6 +169,9 @@ def explain(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     if cause is not None:  # raised by a resolver
         return str(cause)
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
+        return (f"{mark.name} is no YAML from line {mark.line + 1} on ({error.problem or error.context}); mend it: a text that holds : # ? {{ or [ stands in "
+                "quotes")
     missing = re.search(r"Missing mandatory value: (\S+)", str(error))
     if missing:
         return f"config key {missing[1]!r} is missing; set it"
@@ -197,6 +200,7 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     overrides: list[str] = []
     for word in words:
         check_override(word)
+        word = f"++{word}" if word.startswith("task.") else word  # most of a task's keys have a default and stand in no YAML; a misspelt one is refused later
         technique, *marks = word.split("+") if word.startswith("technique=") else [word]
         overrides += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
     return overrides

@@ -139,6 +139,7 @@ def whole(needed: Need, work: Work, machine: Machine) -> Whole:
     kind = str((method.get("config") or {}).get("type", ""))
     prompt = work.prompt * shots + (work.answer * (shots - 1))
     if work.choices:
+        prompt = work.prompt if method["type"] == "few_shot" else prompt  # all rows share their demonstrations, which are fed once
         fed = prompt * (work.choice_count if kind in SOFT_PROMPTS else 1) + work.choices
         row_s = fed * body + work.choices * head
     else:
