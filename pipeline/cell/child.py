@@ -144,6 +144,7 @@ def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | Non
     """One cell in a child process; 0 once its result is on disk. watcher: is told how far it is."""
     for group in (settings, recipe, synthetic):
         group.read(cfg)  # a misspelt key is reported before anything is started
+    inputs.check_ahead(cfg)
     folder = identity.folder_of(cfg)
     check_writable(folder)
     identity.check_free(cfg)

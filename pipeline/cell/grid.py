@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 
 from pipeline.cell import identity, locks, packing, preflight
 from pipeline.cell.child import Watcher, run_cell, run_in_child
-from pipeline.cell.inputs import Shared, preload
+from pipeline.cell.inputs import Shared, check_ahead, preload
 from pipeline.cell.packing import INTERRUPTED
-from pipeline.core.compose import SUFFIX, by_key, compose, experiments, without
+from pipeline.core.compose import SUFFIX, by_key, compose, experiments, explain, without
 from pipeline.core.files import UserError, closest
 from pipeline.measure.clock import now
 from pipeline.measure.machine import hardware_here
@@ -59,6 +59,8 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     mirror.put(done)
     if not missing:
         return 0
+    for cfg in missing:
+        check_ahead(cfg)
     if warn:
         warn(missing)
     shared = preload(missing)
@@ -166,10 +168,13 @@ def grid(experiment: str) -> dict[str, Any]:
 def own_grid(experiment: str) -> dict[str, Any] | None:
     """What params.yaml would say of an experiment whose grid stands in its own experiments/<name>.yaml; None where it does not."""
     path = experiments() / f"{experiment}.yaml"
+    if not path.exists():
+        return None
     try:
-        held = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+        with open(path, encoding="utf-8") as file:
+            held = yaml.safe_load(file)
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML ({' '.join(str(error).split())}); mend that line, with quotes around a text that has : # ? or {{") from error
+        raise UserError(explain(error)) from error
     if not isinstance(held, dict) or not isinstance(held.get("grid"), dict):
         return None
     chosen = {key.rpartition("/")[2]: option for entry in held.get("defaults") or [] if isinstance(entry, dict) for key, option in entry.items()}

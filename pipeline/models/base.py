@@ -12,6 +12,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.compose import CONF
 from pipeline.core.files import UserError, read_object
 from pipeline.core.settings import Precision
 from pipeline.measure.memory import out_of_memory
