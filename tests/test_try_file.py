@@ -110,17 +110,17 @@ def tried(path: str, *words: str, capsys: Any) -> tuple[int, str]:
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_any_kind_leads_to_an_answer(place, imports, capsys, name):
     FILES[name](place / name)
-    code, out = tried(name, capsys=capsys)
-    assert code == 0 and "Undecided" in out or "Take" in out or "Do not train" in out, out
-    assert "zero_shot" in out and "lora" in out and f"alignscope errors {look.name_of(name)}" in out
+    code, out = tried(name, "--techniques", "zero_shot", capsys=capsys)
+    assert code == 0 and "zero_shot" in out and "test rows" in out and f"alignscope errors {look.name_of(name)}" in out, out
     assert (place / "report" / look.name_of(name) / "index.html").exists()
-    results = sorted(p.parent.name for p in (place / "results").rglob("result.json"))
-    assert results == ["lora-s0-n16", "zero_shot-s0-n16"]
+    assert [p.parent.name for p in (place / "results").rglob("result.json")] == ["zero_shot-s0-n16"]
 
 
-def test_what_follows_an_answer(place, imports, capsys):
+def test_what_follows_an_answer(place, imports, capsys, monkeypatch):
     write(place / "reviews.csv", csv_text())
-    assert tried("reviews.csv", capsys=capsys)[0] == 0
+    code, out = tried("reviews.csv", capsys=capsys)
+    assert code == 0 and any(word in out for word in ("Take", "Do not train", "Undecided")) and "alignscope rank reviews" in out
+    deployed_answers_as_measured("lora", place, capsys, monkeypatch)
     assert errors.main(["reviews", "zero_shot"]) == 0
     assert "test rows answered wrong" in capsys.readouterr().out
     assert errors.main(["reviews", "lora", "--json"]) == 0
@@ -134,11 +134,16 @@ def test_what_follows_an_answer(place, imports, capsys):
     assert "seeds: [0, 1] #" in project.file_of("reviews").read_text()
 
 
-@pytest.mark.parametrize("technique", ["lora", "zero_shot", "few_shot", "prompt_tuning"])
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", ["zero_shot", "few_shot", "prompt_tuning"])
 def test_a_deployed_folder_answers_as_the_cell_did(place, imports, capsys, technique, monkeypatch):
     """predict.py, run as it is, gives what predictions.jsonl has: merged weights, the base, demonstrations, an adapter beside its base."""
     write(place / "reviews.csv", csv_text())
     assert tried("reviews.csv", "--techniques", technique, capsys=capsys)[0] == 0
+    deployed_answers_as_measured(technique, place, capsys, monkeypatch)
+
+
+def deployed_answers_as_measured(technique: str, place: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert deploy.main(["reviews", technique, "--to", "out"]) == 0, capsys.readouterr().err
     said = {p["id"]: p["prediction"] for line in (place / f"results/reviews/{technique}-s0-n16/predictions.jsonl").read_text().splitlines()
             if (p := json.loads(line))["split"] == "test"}
@@ -153,6 +158,7 @@ def test_a_deployed_folder_answers_as_the_cell_did(place, imports, capsys, techn
     assert f"{technique} on smollm2_135m" in (place / "out/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_failed_technique_says_why_in_the_table_and_the_others_go_on(place, imports, capsys):
     write(place / "reviews.csv", csv_text())
     code, out = tried("reviews.csv", "--techniques", "zero_shot,bitfit,lora", capsys=capsys)
@@ -161,6 +167,7 @@ def test_a_failed_technique_says_why_in_the_table_and_the_others_go_on(place, im
     assert sum(line.startswith("lora") for line in out.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_an_answer_as_json_is_json_alone(place, imports, capsys):
     write(place / "reviews.csv", csv_text())
     assert tried("reviews.csv", "--techniques", "zero_shot", capsys=capsys)[0] == 0
@@ -293,9 +300,10 @@ def test_bad_input_is_one_sentence(place, capsys, name):
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--text", "txet"], "has no column 'txet', did you mean 'text'"), (["--label", "lable"], "has no column 'lable', did you mean 'label'"),
-    (["--prompt", "{body}:"], "--prompt names the column 'body'"), (["--prompt", "hi"], "names no column"), (["--prompt", "{text} {label}"], "which holds the answer"),
+    (["--prompt", "{body}:"], "--prompt names the column 'body'"), (["--prompt", "hi"], "names no column"),
+    (["--prompt", "{text} {label}"], "which holds the answer"),
     (["--techniques", "lorra"], "there is no technique 'lorra', did you mean 'lora'"), (["--rows", "5000"], "leaves 54 to train on"),
-    (["--card", "big"], "--card big is no size of memory"), (["--modle", "x"], "there is no option --modle, did you mean --model"),
+    (["--card", "big"], "--card big is no size of memory"), (["--modle", "x"], "there is no option --modle, did you mean '--model'"),
     (["--model", "nowhere"], "--model nowhere is no model"), (["--card", "0.2GB"], "no technique fits: zero_shot needs"),
 ])
 def test_a_wrong_argument_is_one_sentence(place, capsys, words, said):
@@ -373,7 +381,13 @@ def test_fit_answers_without_any_result(place, capsys):
     (["--model", "Qwen/Qwen3-8B", "--rows", "0"], "--rows 0 is no number above 0"), (["--model", "mine"], "--model mine is no model"),
 ])
 def test_fit_refuses_in_one_sentence(place, capsys, monkeypatch, words, said):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unreachable(*_: str) -> None:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     assert fit.main(words) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

@@ -35,7 +35,9 @@ def compose_cell(overrides: Sequence[str]) -> DictConfig:
 
 def run_missing(overrides: Sequence[str], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:
     """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result. warn: as run_cells has it."""
-    return run_cells([compose_cell(o) for o in grid_overrides(overrides)], warn)
+    every = grid_overrides(overrides)
+    check_ahead(compose_cell(every[0]))
+    return run_cells([compose_cell(o) for o in every], warn)
 
 
 def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None, watcher: Watcher | None = None) -> int:

@@ -20,8 +20,8 @@ from pipeline.core.commands import call
 from pipeline.core.files import UserError
 from pipeline.intake import running
 from pipeline.records.finished import Cell, select
-from pipeline.reporting import verdict as verdicts
-from pipeline.reporting.rows import make_rows
+from pipeline.reporting.rows import by_group, make_rows
+from pipeline.reporting.text import answer as text_of
 from pipeline.scoring.answers import headline
 
 
@@ -73,10 +73,9 @@ def verdict(cells: Sequence[Cell]) -> tuple[list[str], str | None]:
     """(the verdict's sentences, the technique that is taken; None where none could be compared), of the largest number of training rows."""
     if not cells:
         return ["No technique has a result; the table says why."], None
-    largest = max(cell.result.train_rows for cell in cells)
-    rows = make_rows([cell for cell in cells if cell.result.train_rows == largest])
-    decided = verdicts.verdict_of(rows)
-    return [text.replace("`", "") for text in verdicts.sentences(decided, verdicts.saying_of(rows))], decided.name
+    rows = make_rows(cells)
+    compared = [row for group in by_group(rows).values() for row in group if row.verdict is not None]
+    return [text.replace("`", "") for text in text_of(rows)], compared[0].verdict.name if compared and compared[0].verdict else None
 
 
 def as_json(name: str, cells: Sequence[Cell], watch: running.Watch, sentences: Sequence[str], chosen: str | None, page: Path | None,

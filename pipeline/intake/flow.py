@@ -113,7 +113,7 @@ def make_console() -> Any:
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=150)
+    return console if console.is_terminal else Console(width=400)
 
 
 def go(name: str, args: argparse.Namespace) -> int:
@@ -144,7 +144,7 @@ def compare(cells: Sequence[DictConfig], cfg: DictConfig, args: argparse.Namespa
     log = Path(cfg.paths.work) / "logs" / f"{cfg.experiment}.log"
     watch = running.Watch(cells, costs, log, console, hours and hours * 3600)
     code = 0
-    with watch:
+    with watch, contextlib.redirect_stdout(io.StringIO()) if args.json else contextlib.nullcontext():
         try:
             code = grid.run_cells(cells, watcher=watch)
         except KeyboardInterrupt:

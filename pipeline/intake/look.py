@@ -208,7 +208,7 @@ def _rank(name: str, words: Sequence[str]) -> int | None:
 
 
 def _is_id(column: Column, rows: int) -> bool:
-    counts = column.numeric and column.distinct == rows > 10 and column.length > 3
+    counts = column.numeric and column.distinct == rows > 10 and column.length > 3 and _rank(column.name, LABEL_WORDS) is None
     return column.name.casefold() in ID_WORDS or column.name.casefold().endswith("_id") or counts
 
 
