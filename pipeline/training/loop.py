@@ -28,6 +28,7 @@ from pipeline.measure.memory import Memory, PeakMemory, out_of_memory
 from pipeline.records.results import Teacher, Work, rank_key
 from pipeline.training.stepping import Run, Stepping, choose
 
+LONG_S, LARGE_BYTES = 20, 1 << 30
 LOSS_EVERY = 10  # steps between readings of the loss on a GPU, where each reading waits for the device
 
 
@@ -162,10 +163,17 @@ class Loop:
                 lap.lap(wait=False)
             self._read_losses(bar)
             self.energy.stop()
+            if self._worth_keeping():  # scoring may take longer still, and be interrupted
+                self._save()
         memory = self.memory.stop()
         self.stepping.close()
         self._put(state.best_weights)  # without validation the last ones stand
         return Trained(self._work(times), memory, state.history, self.notes)
+
+    def _worth_keeping(self) -> bool:
+        """Whether the end of a training is written down, too: where it took long, and is not large."""
+        size = sum(p.numel() * p.element_size() for p in self.trainable.values())
+        return self.diverged_at is None and self.state.train_s + self.meter.seconds("train") >= LONG_S and size <= LARGE_BYTES
 
     def _factor(self, step: int) -> float:
         """What the learning rate is multiplied by at optimiser step `step` (from 0)."""
