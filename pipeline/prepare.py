@@ -19,7 +19,7 @@ from pipeline.core.compose import build, plain
 from pipeline.core.files import atomic_folder, write_json, write_jsonl
 from pipeline.data import recipe as tasks
 from pipeline.data.sources import Loaded
-from pipeline.data.splits import assemble, balance, case_variants, file_of, in_words, manifest_of
+from pipeline.data.splits import assemble, balance, case_variants, file_of, in_words, manifest_of, stored, warnings
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
@@ -30,7 +30,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     folder = Path(cfg.paths.data) / recipe.name
     with atomic_folder(folder, "manifest.json", "task", "left_out") as beside:
         for name, rows in sets.items():
-            write_jsonl(beside / file_of(name), rows)
+            write_jsonl(beside / file_of(name), stored(recipe, rows))
         write_json(beside / "manifest.json", manifest_of(recipe, plain(cfg)["task"], loaded, sets, dropped, beside))
     for name, rows in sets.items():
         print(f"{folder / file_of(name)}: {len(rows):,} rows{in_words(balance(rows))}")
@@ -38,6 +38,8 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     if variants := case_variants(sets):
         print(f"warning: {len(variants)} answers are spelt in ways that differ in case alone (first: {', '.join(variants[0])}); training tells them apart, "
               "scoring does not; make them one in the source", file=sys.stderr)
+    for warning in warnings(recipe, sets):
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pipeline.core.settings import build
 from pipeline.data import near
 from pipeline.data import recipe as tasks
 from pipeline.data import splits as data_splits
+from pipeline.data.rows import read_rows
 from pipeline.data.sources import Loaded
 
 SHARED = Path("../shared/data")
@@ -313,3 +315,54 @@ def test_the_default_task_from_the_registry(task, tmp_path):
     saved = [row for name in data_splits.SPLITS for row in read_jsonl(tmp_path / task / f"{name}.jsonl")]
     assert len({near.normalised(row["prompt"]) for row in saved}) == len(saved)
     assert "clichés disappear" in " ".join(row["prompt"] for row in saved)  # the file is UTF-8, whatever its README's encoding
+
+
+MANY = [f"label {n}" for n in range(40)]
+
+
+def of_labels(counts):
+    return [(f"text {label} {n}", label) for label, count in counts.items() for n in range(count)]
+
+
+def test_a_drawn_split_that_would_miss_labels_has_every_one_in_its_share():
+    counts = {label: 10 + 10 * (n % 2) for n, label in enumerate(MANY)}
+    sets, _ = make({"train": of_labels(counts)}, choices=MANY, split={"seed": 1})
+    by_split = {name: Counter(row["answer"] for row in rows) for name, rows in sets.items()}
+    assert [by_split[name][label] for name in ("test", "validation", "train") for label in MANY[:2]] == [2, 4, 1, 2, 7, 14]
+    assert {name: len(rows) for name, rows in sets.items()} == {"train": 420, "validation": 60, "test": 120}
+    plain, _ = make({"train": of_labels(counts)}, choices=MANY, split={"seed": 1, "stratify": False})
+    assert len({row["answer"] for row in plain["validation"]}) < 40 and [len(rows) for rows in plain.values()] == [len(rows) for rows in sets.values()]
+
+
+def test_a_draw_that_leaves_no_label_out_is_the_plain_one():
+    rows = {"train": pairs("film", 200)}
+    assert make(rows) == make(rows, split={"stratify": False}) != make(rows, split={"stratify": True})
+
+
+def test_rare_labels_stay_in_training_and_the_sizes_are_as_asked():
+    counts = {"common": 50, "rare": 1, "two": 2}
+    sets, _ = make({"train": of_labels(counts)}, choices=list(counts), split={"stratify": True, "test": 7, "validation": 5})
+    assert [len(sets[name]) for name in ("test", "validation", "train")] == [7, 5, 41]
+    assert {row["answer"] for row in sets["train"]} == set(counts)
+
+
+def test_many_choices_are_written_once_and_read_back_into_every_row(tmp_path, capsys):
+    folder = tmp_path / "data" / "reviews"
+    yaml = f"""
+        name: reviews
+        source: {{type: files, files: FOLDER/reviews.csv}}
+        prompt: "{{text}}"
+        answer: "{{label}}"
+        choices: [{', '.join(MANY)}]
+        scoring: choice
+    """
+    rows = of_labels(dict.fromkeys(MANY, 8))
+    assert prepare.main(own_task(tmp_path, yaml, "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))) == 0
+    assert all("choices" not in row for row in read_jsonl(folder / "train.jsonl")) and read_json(folder / "manifest.json")["choices"] == MANY
+    assert all(row["choices"] == MANY for name in ("train", "test") for row in read_rows(folder / f"{name}.jsonl"))
+    assert "40 labels of" in capsys.readouterr().out
+
+
+def test_splits_that_tell_nothing_are_warned_about(tmp_path, capsys):
+    assert prepare.main(own_task(tmp_path, csv=reviews(10))) == 0
+    assert "warning: validation has 1 row, which tell" in (said := capsys.readouterr().err) and "warning: test has 2 rows, which tell" in said

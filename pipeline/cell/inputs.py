@@ -17,6 +17,7 @@ from pipeline.core.names import class_of
 from pipeline.core.settings import Settings
 from pipeline.core.settings import read as read_settings
 from pipeline.data.rows import Encoded, Encoder, Rows, check_prepared, load_rationales, load_rows
+from pipeline.data.splits import named as labels_in_words
 from pipeline.measure.clock import Meter
 from pipeline.methods.base import Method
 from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, most_tokens, resolve
@@ -162,7 +163,7 @@ def load_inputs(parts: Parts, shared: Shared, meter: Meter) -> Inputs:
     rows, labelled, mixed = training_rows(parts, rows)
     base = load_base(parts, shared)
     encoder = load_encoder(parts, shared, base)
-    notes, probing = [cfg.model.get("note")], None
+    notes, probing = [cfg.model.get("note"), *draw_notes(rows, parts.method.takes_rows)], None
     torch.manual_seed(cfg.seed)
     if parts.wants("forgetting") and parts.settings.evaluate.forgetting:
         with meter.phase("evaluate"):
@@ -182,6 +183,15 @@ def load_task(parts: Parts, seed: int, train_rows: int | None) -> Rows:
     test_rows = evaluate.test_rows if parts.wants("test") else 0
     transfer_rows = evaluate.transfer_rows if parts.wants("transfer") else 0
     return load_rows(parts.data, parts.settings.task, train_rows, seed, evaluate.validation_share, test_rows, transfer_rows)
+
+
+def draw_notes(rows: Rows, takes_rows: bool) -> list[str]:
+    """What the draw of rows lacks: labels that no training row has, validation rows."""
+    choices = (rows.train or rows.test or [{"choices": None}])[0]["choices"] or []
+    fixed = all(row["choices"] == choices for row in (*rows.train, *rows.test))
+    missing = [choice for choice in choices if choice not in {row["answer"] for row in rows.train}] if fixed and takes_rows else []
+    said = [f"no training row has {labels_in_words(missing)}: draw more rows (train_rows)"] if missing and len(missing) < len(choices) else []
+    return said + (["validated on 1 row, which tells nothing: choose more training rows"] if len(rows.validation) == 1 and takes_rows else [])
 
 
 def load_taught(parts: Parts) -> dict[str, dict]:

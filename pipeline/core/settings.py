@@ -223,6 +223,7 @@ TOP = {
     "tune.techniques": tuple[str, ...] | None, "tune.trials": AtLeast1, "tune.seed": Seed, "tune.slots": AtLeast1 | None,
     "tune.executor": Literal["auto", "packed", "sequential"],
     "forecast.gpu_memory_gb": Positive | None, "forecast.model_config": Filled | None, "forecast.length": AtLeast1 | None, "forecast.calibrate": bool,
+    "judge.cells": tuple[str, ...] | None, "judge.rows": AtLeast1 | None, "judge.reference": bool, "judge.criterion": Filled,
     "report.target": Annotated[float, Within(0, 1)] | None, "report.train_rows": Axis, "report.seeds": Axis,
 }
 """Config key outside the groups -> its type."""
@@ -252,7 +253,7 @@ def _known_keys(raw: dict[str, Any]) -> None:
     """An experiment file adds keys unchecked; those at the top and below paths and report must be conf/config.yaml's."""
     file = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     groups = [name for entry in file["defaults"] if isinstance(entry, dict) for name in entry]
-    for values, known, prefix in ((raw, [*file, *groups], ""), *((raw[k], list(file[k]), f"{k}.") for k in ("paths", "report", "forecast"))):
+    for values, known, prefix in ((raw, [*file, *groups], ""), *((raw[k], list(file[k]), f"{k}.") for k in ("paths", "report", "forecast", "judge"))):
         for key in values:
             if key not in known:
                 raise UserError(f"unknown config key '{prefix}{key}'{closest(key, known)}; conf/config.yaml lists those there are")

@@ -26,7 +26,8 @@ answer    a template ("{label}"), or one column made into words:
           A row whose label is null, or whose number is in no bin, is left out and counted.
 choices   a fixed list of words, or the name of a list column; left out, the words of labels or bins.
 split     {seed: 0, train: null, validation: null, test: null}: rows, or a share below 1 of what they are drawn from;
-          null takes all that there is (drawn: a tenth for validation, a fifth for test).
+          null takes all that there is (drawn: a tenth for validation, a fifth for test). stratify: true draws every label in its share,
+          false without a look at them, null the first where the second would leave a label out.
 leakage   error (the default) or drop: what to do with a text that stands in two splits.
 licence   of the data, as stated there.
 
@@ -60,6 +61,8 @@ class Split:
     """Sizes in rows (int) or as shares (float) of the rows that they are drawn from."""
 
     seed: Seed = 0
+    stratify: bool | None = None
+    """Whether drawn validation and test rows have the labels in their shares of all rows; null: where a plain draw would leave a label out."""
     train: int | float | None = None
     validation: int | float | None = None
     test: int | float | None = None

@@ -204,7 +204,16 @@ def read_rows(path: Path) -> list[dict]:
         UserError: there is no such file, or a line is no such row.
     """
     rows = read_jsonl(path, id=str, prompt=str, answer=str)
+    if rows and "choices" not in rows[0]:
+        choices = _shared_choices(path)
+        rows = [{**row, "choices": choices} for row in rows]
     return [{**row, "prompt": Conversation(row["messages"])} if row.get("messages") else row for row in rows]
+
+
+def _shared_choices(path: Path) -> list[str] | None:
+    """The choices that the manifest of a prepared task has for all its rows."""
+    manifest = next((folder / "manifest.json" for folder in path.parents[:2] if (folder / "manifest.json").exists()), None)
+    return read_object(manifest).get("choices") if manifest else None
 
 
 def load_rationales(folder: Path) -> dict[str, dict]:

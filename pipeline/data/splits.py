@@ -14,7 +14,11 @@ from pipeline.data.recipe import Recipe
 from pipeline.data.sources import Loaded
 
 SPLITS = ("train", "validation", "test")
-DRAWN = {"validation": 0.1, "test": 0.2}
+DRAWN = {"test": 0.2, "validation": 0.1}
+FEW_ROWS = {"validation": 2, "test": 20}
+"""Rows of a split below which a warning is given: one validation row, or fewer test rows than tell 50% from 70%."""
+INLINE_CHOICES = 16
+"""Of more choices, the same for all rows, a prepared row holds none: the manifest does, once."""
 CONTRADICTING = 0.1
 """The largest share of a set's rows that may contradict others; from there on the labels are what has to be fixed first."""
 Rows = list[dict[str, Any]]
@@ -58,6 +62,9 @@ def file_of(name: str) -> str:
 
 
 def in_words(counts: dict[str, int]) -> str:
+    if len(counts) > INLINE_CHOICES:
+        rows = sorted(counts.values())
+        return f" ({len(counts)} labels of {rows[0]:,} to {rows[-1]:,} rows, median {rows[len(rows) // 2]:,})"
     return " (" + ", ".join(f"{count:,} {what}" for what, count in counts.items()) + ")"
 
 
@@ -138,22 +145,52 @@ def _without_leakage(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Set
 def _drawn(recipe: Recipe, sets: Sets, dropped: dict[str, int]) -> Sets:
     """Every set in its fixed shuffled order; missing splits taken from train, sizes unchanged."""
     sizes, pool = recipe.sizes, len(sets["train"])
+    drawn = {name: _count(DRAWN[name] if getattr(sizes, name) is None else getattr(sizes, name), pool) for name in DRAWN if name not in sets}
+    stratify = recipe.choice_list is not None and (sizes.stratify if sizes.stratify is not None else _leaves_out(sets["train"], drawn, sizes.seed))
     shuffled = {name: _shuffled(rows, f"{sizes.seed}/{name}") for name, rows in sets.items()}
     final: Sets = {"train": shuffled["train"]}
-    for name, share in (("test", DRAWN["test"]), ("validation", DRAWN["validation"])):
-        size = getattr(sizes, name)
+    for name in ("test", "validation"):
         if name in shuffled:
-            final[name] = _first(shuffled[name], size, name)
+            final[name] = _first(shuffled[name], getattr(sizes, name), name)
             dropped[name] = len(shuffled[name]) - len(final[name])
         else:
-            count = _count(share if size is None else size, pool)
-            final[name], final["train"] = final["train"][:count], final["train"][count:]
+            final[name], final["train"] = (_by_label if stratify else _from_start)(final["train"], drawn[name])
     if not final["train"]:
         raise UserError(f"{pool} rows are too few for task.split ({_asked(sizes)}); ask for less or add rows")
     left = len(final["train"])
     final["train"] = _first(final["train"], sizes.train, "train", pool)
     dropped["train"] = left - len(final["train"])
     return {**{name: final[name] for name in SPLITS}, **{name: shuffled[name] for name in recipe.transfer}}
+
+
+def _from_start(rows: Rows, count: int) -> tuple[Rows, Rows]:
+    return rows[:count], rows[count:]
+
+
+def _by_label(rows: Rows, count: int) -> tuple[Rows, Rows]:
+    """`count` rows in which every answer has its share of all rows, to a row, and the others; an answer's last row stays among those. Both keep their order."""
+    counts = Counter(row["answer"] for row in rows)
+    exact = {answer: count * of / len(rows) for answer, of in counts.items()}
+    quota = {answer: min(int(share), counts[answer] - 1) for answer, share in exact.items()}
+    while sum(quota.values()) < min(count, len(rows)):
+        open_ = [answer for answer in quota if quota[answer] < counts[answer] - 1] or [answer for answer in quota if quota[answer] < counts[answer]]
+        quota[max(open_, key=lambda answer: (quota[answer] == 0, exact[answer] - quota[answer]))] += 1
+    taken: Rows = []
+    left: Rows = []
+    for row in rows:
+        quota[row["answer"]] -= 1
+        (taken if quota[row["answer"]] >= 0 else left).append(row)
+    return taken, left
+
+
+def _leaves_out(rows: Rows, drawn: dict[str, int], seed: int) -> bool:
+    """Whether splits drawn without a look at their labels would leave one out that has a row for each of them."""
+    left, parts = _shuffled(rows, f"{seed}/train"), []
+    for count in drawn.values():
+        part, left = _from_start(left, count)
+        parts.append({row["answer"] for row in part})
+    common = {answer for answer, count in Counter(row["answer"] for row in rows).items() if count > len(drawn)}
+    return any(common - part for part in [*parts, {row["answer"] for row in left}])
 
 
 def _shuffled(rows: Rows, seed: str) -> Rows:
@@ -198,6 +235,34 @@ def _check_labels(recipe: Recipe, sets: Sets, loaded: Loaded) -> None:
             )
 
 
+def stored(recipe: Recipe, rows: Rows) -> Rows:
+    """The rows as they are written: without the choices where the manifest has them."""
+    return [{key: value for key, value in row.items() if key != "choices"} for row in rows] if shared_choices(recipe) else rows
+
+
+def shared_choices(recipe: Recipe) -> list[str] | None:
+    """The choices that stand in the manifest in the place of every row; None where rows have their own, or they are few."""
+    return recipe.choice_list if recipe.choice_list and len(recipe.choice_list) > INLINE_CHOICES else None
+
+
+def warnings(recipe: Recipe, sets: Sets) -> list[str]:
+    """What a user should know of the splits before a model is trained on them."""
+    said = [f"{name} has {len(sets[name])} row{'s' * (len(sets[name]) > 1)}, which tell next to nothing; add rows"
+            for name in ("validation", "test") if len(sets[name]) < FEW_ROWS[name]]
+    if recipe.choice_list is None:
+        return said
+    for name, rows in sets.items():
+        lacking = [choice for choice in recipe.choice_list if choice not in {row["answer"] for row in rows}]
+        said += [f"{name} has no row of {named(lacking)}"] if lacking else []
+    return said
+
+
+def named(labels: list[str], most: int = 5) -> str:
+    """The labels in words; of many, the first few and how many more there are."""
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return f"{len(labels)} label{'s' * (len(labels) > 1)} ({', '.join(labels[:most])}{more})"
+
+
 def left_out(dropped: Counts) -> Counts:
     """The counts as the manifest has them: sets of which nothing was left out are not listed, nor is contradicting where nothing does."""
     counts = {reason: {name: count for name, count in by_set.items() if count} for reason, by_set in dropped.items()}
@@ -215,4 +280,4 @@ def manifest_of(recipe: Recipe, task: dict[str, Any], loaded: Loaded, sets: Sets
         "licence": recipe.licence,
         "seed": recipe.sizes.seed,
         "config": task,
-    }
+    } | ({"choices": choices} if (choices := shared_choices(recipe)) else {})

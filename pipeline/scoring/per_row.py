@@ -28,7 +28,7 @@ Measure = Callable[[str, str, dict], float]
 
 
 def measured(predictions: Sequence[dict], rows: Sequence[dict], task: Task) -> list[dict]:
-    """The predictions with `value`, the row's number under the task's metric; as they are where the metric is made of right and wrong answers or of ROUGE.
+    """The predictions with `value`, the row's number under the task's metric; as they are where the metric is made of right and wrong answers or ROUGE-L.
 
     What is said is the answer that task.answer_pattern finds, without a pattern all the text. A row without an answer has 0.
 
