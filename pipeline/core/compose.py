@@ -191,6 +191,10 @@ def explain(error: BaseException) -> str:
     return f"the config does not compose: {reason}"
 
 
+DEFAULTED = re.compile(
+    r"task\.((source|split|columns|answer)\.\w+|columns|choices|split|leakage|licence|metric|tolerance|format|messages|system|tools|separator|"
+                       r"length_normalised|max_new_tokens|answer_pattern|transfer)=")
+"""Overrides of a task's keys that its YAML may leave out: they are set as if they stood there, without a + before them."""
 MARK = "tuned"
 SUFFIX = f"+{MARK}"
 
@@ -200,8 +204,8 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     overrides: list[str] = []
     for word in words:
         check_override(word)
-        word = f"++{word}" if word.startswith("task.") else word  # most of a task's keys have a default and stand in no YAML; a misspelt one is refused later
         technique, *marks = word.split("+") if word.startswith("technique=") else [word]
+        technique = f"++{technique}" if DEFAULTED.match(technique) else technique
         overrides += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
     return overrides
 

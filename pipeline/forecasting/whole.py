@@ -32,7 +32,7 @@ OTHER_BACKWARD = 2.7
 PASSES = {"step_by_step": 2.0, "dpo": 2.7, "orpo": 2.0, "kto": 3.3, "logit_distillation": 1.4, "rationale_first": 2.0, "grpo": 12.0, "rloo": 12.0}
 """Of an objective, its forward passes to one of a row's label."""
 SOFT_PROMPTS = ("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig")
-DECODE = 6.0
+DECODE = 1.5
 """A token that is written, to one that is read, in work: few rows at a time go through all the weights."""
 CPU_CELL_S, GPU_CELL_S = 6.0, 8.0
 """Seconds of a cell besides: loading, setting up, saving."""

@@ -28,7 +28,7 @@ MOST_TEST, TEST_SHARE = 2000, 0.3
 MOST_VALIDATION, VALIDATION_SHARE = 400, 0.1
 CHARACTERS_A_TOKEN = 3
 """Few, so that answers fit."""
-LEAST_NEW, MOST_NEW = 16, 200
+LEAST_NEW, MOST_NEW, MOST_NUMBER = 16, 200, 512
 """Tokens of a generated answer."""
 MADE = "# Made by `alignscope try` from experiments/{name}.yaml; edit that.\n"
 
@@ -100,7 +100,8 @@ def task_keys(seen: Look, chat: bool) -> dict[str, Any]:
     else:
         lengths = sorted(len(str(row[seen.label])) for row in seen.rows)
         keys["metric"] = "numeric" if seen.kind == "number" else "token_f1" if lengths[len(lengths) // 2] <= SHORT_TEXT else "rouge_l"
-        keys["max_new_tokens"] = min(MOST_NEW, max(LEAST_NEW, -(-lengths[-1] // CHARACTERS_A_TOKEN)))
+        most, letters = (MOST_NUMBER, 2) if seen.kind == "number" else (MOST_NEW, CHARACTERS_A_TOKEN)  # a number that is cut is wrong; digits are tokens
+        keys["max_new_tokens"] = min(most, max(LEAST_NEW, -(-lengths[-1] // letters)))
     if seen.shape and (chat or seen.shape in shapes.TURNS):
         keys["format"] = "chat" if chat else "transcript"
     count = len(seen.rows)

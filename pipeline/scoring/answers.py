@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,27 +15,8 @@ from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.records.results import RIGHT_OR_WRONG, Score
 from pipeline.scoring import per_row
+from pipeline.scoring.reading import agrees, canonical, extract, reference
 from pipeline.stats.bootstrap import Statistic, class_value, interval, macro_f1, mean
-
-
-def extract(output: str, pattern: str | None) -> str | None:
-    """The answer in generated text: the pattern's last match (its first group that took part, if any), else the first line; None if empty."""
-    if pattern is None:
-        return output.strip().splitlines()[0].strip() if output.strip() else None
-    matches = list(re.finditer(pattern, output))
-    if not matches:
-        return None
-    last = matches[-1]
-    return next((g for g in last.groups() if g is not None), last.group(0)).strip()
-
-
-def canonical(answer: str) -> str:
-    """The form in which generated answers are compared: case, outer punctuation and the spelling of a number set aside."""
-    text = " ".join(answer.casefold().split()).lstrip(" ,;:!\"'").rstrip(" .,;:!\"'")
-    try:
-        return f"{float(text.replace(',', '')):.10g}"
-    except ValueError:
-        return text
 
 
 def chosen(rows: Sequence[dict], scores: Sequence[Sequence[float]], task: Task) -> list[dict]:
@@ -105,7 +85,7 @@ def by_row(predictions: Sequence[dict], metric: str) -> tuple[dict[str, float], 
 def _interval(predictions: Sequence[dict], metric: str) -> tuple[float | None, float | None]:
     """The bootstrap's 95% interval of a headline metric other than accuracy."""
     values, statistic = by_row(predictions, metric)
-    return (None, None) if statistic is None or not values else interval(np.array(list(values.values())), statistic)
+    return (None, None) if metric == "accuracy" or statistic is None or not values else interval(np.array(list(values.values())), statistic)
 
 
 def _labels(predictions: Sequence[dict]) -> tuple[str, ...]:
@@ -163,6 +143,9 @@ def headline(scores: Score, metric: str) -> float:
     """The task's metric. NaN-free: a metric the split cannot have falls back to accuracy."""
     value = getattr(scores, metric)
     return float(scores.accuracy if value is None else value)
+
+
+__all__ = ["Reasoning", "agrees", "by_row", "canonical", "chosen", "extract", "finite", "headline", "preload", "reference", "score"]
 
 
 @dataclass(frozen=True)
