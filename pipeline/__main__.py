@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: there is no command {words[0]!r}{closest(words[0], known)}; alignscope --help lists them", file=sys.stderr)
         return 2
     module = known[words[0]]
-    if {"-h", "--help"} & set(words[1:]) and arguments.takes_overrides(module):  # without importing the command
-        print(arguments.overrides_help(module))
+    if {"-h", "--help"} & set(words[1:]) and not arguments.takes_options(module):  # without importing the command
+        print(arguments.overrides_help(module) if arguments.takes_overrides(module) else arguments.docstring(module))
         return 0
     if argv is None:  # Hydra reads them there
         sys.argv = [f"alignscope {words[0]}", *words[1:]]

@@ -76,6 +76,11 @@ def takes_overrides(module: str) -> bool:
     return bool(HYDRA.search((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
 
 
+def takes_options(module: str) -> bool:
+    """Whether a command's help comes from its parser."""
+    return "\nmain = argument_entry(" in (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+
+
 def overrides_help(module: str) -> str:
     """The help of a command of Hydra's overrides: what its file says, and the keys of conf/config.yaml with their defaults."""
     conf = PACKAGE.parent / "conf"

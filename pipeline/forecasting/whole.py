@@ -31,7 +31,6 @@ OTHER_BACKWARD = 2.7
 """Of a training step, its work in forward passes: forward, backward through activations and (of what is trained) through weights."""
 PASSES = {"step_by_step": 2.0, "dpo": 2.7, "orpo": 2.0, "kto": 3.3, "logit_distillation": 1.4, "rationale_first": 2.0, "grpo": 12.0, "rloo": 12.0}
 """Of an objective, its forward passes to one of a row's label."""
-SOFT_PROMPTS = ("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig")
 DECODE = 1.5
 """A token that is written, to one that is read, in work: few rows at a time go through all the weights."""
 CPU_CELL_S, GPU_CELL_S = 6.0, 8.0
@@ -44,7 +43,7 @@ PROCESS_BYTES = 700 << 20
 class Work:
     """What there is to train on and to answer; tokens are means over rows.
 
-    choices: tokens of all of a row's choices together, 0 where the answer is written; new: tokens that are written.
+    choices: tokens of all of a row's choices together, those that they share counted once, 0 where the answer is written; new: tokens that are written.
     """
 
     prompt: float
@@ -136,11 +135,10 @@ def whole(needed: Need, work: Work, machine: Machine) -> Whole:
         return Whole(needed.technique, None, None, None, *known)
     body, head = (2 * n / machine.flops for n in size)
     shots = 1 + method.get("k", 0) if method["type"] in ("few_shot", "retrieval", "prompt_choice") else 1
-    kind = str((method.get("config") or {}).get("type", ""))
     prompt = work.prompt * shots + (work.answer * (shots - 1))
     if work.choices:
         prompt = work.prompt if method["type"] == "few_shot" else prompt  # all rows share their demonstrations, which are fed once
-        fed = prompt * (work.choice_count if kind in SOFT_PROMPTS else 1) + work.choices
+        fed = prompt + work.choices
         row_s = fed * body + work.choices * head
     else:
         row_s = prompt * body + work.new * (body + head) * DECODE

@@ -202,7 +202,7 @@ def _work(seen: Look, folder: Path | None) -> tuple[Work, bool, list[str]]:
     prompts = [fixed + sum(count(str(row.get(c, ""))) for c in seen.text) for row in rows]
     answers = [count(f" {row[seen.label]}") for row in rows]
     if seen.kind == "choice":
-        choices, number = float(sum(count(f" {word}") for word in seen.labels)), len(seen.labels)
+        choices, number = _tree(seen.labels, tokenizer), len(seen.labels)
     elif seen.kind == "pair":
         choices, number = sum(count(text) for row in rows for text in row["choices"]) / len(rows), 2
     else:
@@ -219,6 +219,12 @@ def _work(seen: Look, folder: Path | None) -> tuple[Work, bool, list[str]]:
     return Work(mean, sum(answers) / len(rows), choices, number, new, min(longest, 511), 0, 0, 0, 1.0), chat, notes
 
 
+def _tree(words: Iterable[str], tokenizer: FastTokenizer | None) -> float:
+    """Tokens of all choices, what several begin with counted once: as they are fed."""
+    parts = [tuple(tokenizer(f" {word}")["input_ids"]) if tokenizer else tuple(word[i : i + 4] for i in range(0, len(word), 4)) for word in words]
+    return float(len({part[:n] for part in parts for n in range(1, len(part) + 1)}))
+
+
 def work_of(cfg: DictConfig, folder: Path) -> Work:
     """What a cell of a prepared task has to do. folder: the prepared model's. Raises UserError: the rows are not prepared."""
     data, evaluate = Path(cfg.paths.data) / cfg.task.name, cfg.evaluate
@@ -233,7 +239,7 @@ def work_of(cfg: DictConfig, folder: Path) -> Work:
     prompts, answers = ([count(r["prompt"]) for r in rows], [count(r["answer"]) for r in rows])
     listed = [r["choices"] or [] for r in rows]
     if len({tuple(words) for words in listed}) == 1:
-        choices = float(sum(map(count, listed[0])))
+        choices = _tree(listed[0], tokenizer)
     else:
         choices = sum(count(word) for words in listed for word in words) / len(rows)
     generated = cfg.task.scoring == "generate"
