@@ -1,6 +1,7 @@
 # The project's commands; `make` lists them. Each makes .venv from requirements.lock where that is missing or older.
 PYTHON ?= python3
 TECHNIQUE ?= lora
+DATA ?=
 PORT ?= 5000
 EXPERIMENT := $(shell sed -n 's/^experiment: *\([^ #]*\).*/\1/p' params.yaml)
 BIN := .venv/bin
@@ -12,10 +13,14 @@ export DVC_NO_ANALYTICS := 1
 # To keep yours in git: git update-index --no-skip-worktree <them>, then git add.
 OWN_LOCKS := git ls-files -z -- '*dvc.lock' | xargs -0 -r git update-index --skip-worktree
 
-.PHONY: help repro adopt sweep ui test test-slow test-gpu lint lock
+.PHONY: help try repro adopt sweep ui test test-slow test-gpu lint lock
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+try: $(VENV) ## from a file of rows to an answer: make try DATA=reviews.csv
+	@test -n "$(DATA)" || { echo "which file? make try DATA=reviews.csv"; exit 2; }
+	@$(BIN)/python -m pipeline try "$(DATA)"
 
 repro: $(VENV) ## bring the experiment that params.yaml names up to date, print its table
 	@$(OWN_LOCKS)
@@ -65,4 +70,5 @@ $(VENV): requirements.lock
 	  $(PYTHON) -m venv --clear .venv && \
 	  { $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r $< > .venv/install.log 2>&1 || \
 	    { tail -n 20 .venv/install.log; echo "the installation failed; see .venv/install.log, then run make again"; exit 1; }; } && \
+	  $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable . >> .venv/install.log 2>&1 && \
 	  cp $< $@; fi

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from pipeline.cell import identity, locks
 from pipeline.cell.child import run_cell
+from pipeline.cell.inputs import check_ahead
 from pipeline.core.commands import entry
 from pipeline.forecasting.text import warn
 from pipeline.measure.clock import Stopwatch, process_start
@@ -26,6 +27,7 @@ from pipeline.records import tuned
 def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Run the cell in a child process and mirror its result."""
     cfg = tuned.applied(cfg, overrides)
+    check_ahead(cfg)
     watch = Stopwatch()
     warn([cfg])
     with locks.alone(cfg):

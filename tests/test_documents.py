@@ -6,13 +6,18 @@ import functools
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks import evidence
+from pipeline import __main__ as console
 from pipeline import prepare
+from pipeline.core import arguments
 from pipeline.core.compose import CONF, ROOT, compose
 from pipeline.core.files import UserError, read_jsonl
 
@@ -73,7 +78,7 @@ COMPOSED = sorted({words for module, words in EVERY if module.startswith("pipeli
 @pytest.mark.parametrize("words", [words for words in COMPOSED if not set(words) & {f"{group}=mine" for group in MINE}], ids=" ".join)
 def test_every_command_of_the_documents_composes(words):
     """Every key that a document has a reader type exists, and every group has the option."""
-    known = [w for w in words if not w.startswith("experiments=mine")]
+    known = [w for w in words if not w.startswith(("experiments=mine", "experiments=reviews"))]
     assert not composes(tuple(known)), composes(tuple(known))
 
 
@@ -112,8 +117,8 @@ def overridden(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def readme(first_key: str) -> str:
-    """README's YAML that begins with this key."""
-    return next(text for page, text in YAMLS if page.name == "README.md" and yaml.safe_load(text).keys() & {first_key})
+    """The YAML of docs/experiments.md that begins with this key."""
+    return next(text for page, text in YAMLS if page.name == "experiments.md" and yaml.safe_load(text).keys() & {first_key})
 
 
 def own_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -148,3 +153,74 @@ def test_what_messages_tell_to_set_can_be_set(word):
     for part in key.split("."):
         node = node[part]
     assert str(node) == value
+
+
+# the console script
+
+
+TYPED = re.compile(r"alignscope (?P<command>[a-z_]+)(?P<words>(?: (?:--?[\w-]+|[\w./:=\[\]{}'\"-]+))*)")
+
+
+def typed() -> list[tuple[str, str, list[str]]]:
+    """(where, command, words) of every `alignscope …` in the documents and in what the program prints."""
+    found = []
+    for page in PAGES:
+        code = "\n".join([*(text for _, text in blocks(page)), *re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))])
+        found += [(page.name, match["command"], shlex.split(match["words"])) for line in code.splitlines() for match in TYPED.finditer(line.split("#")[0])]
+    for name in ("answering", "mistakes", "project", "flow"):
+        text = (ROOT / f"pipeline/intake/{name}.py").read_text(encoding="utf-8")
+        hints = re.sub(r"\{[^{}]*?\}", "reviews", "\n".join(re.findall(r"alignscope [a-z]+ [^`\"\n(;,]*", text)))
+        found += [(name, match["command"], shlex.split(match["words"])) for match in TYPED.finditer(hints)]
+    return found
+
+
+def test_what_is_typed_after_alignscope_is_taken(capsys):
+    """Every command that documents and messages have a user type is one, and takes these words."""
+    known = arguments.commands()
+    every = typed()
+    assert len(every) > 30 and {"try", "fit", "errors", "deploy", "more", "rank", "ui"} <= {command for _, command, _ in every}
+    for where, command, words in every:
+        assert command in known, f"{where}: alignscope {command}"
+        main = importlib.import_module(f"pipeline.{known[command]}").main
+        if hasattr(main, "parser"):
+            wanted = words if words or command not in ("more", "errors", "deploy") else None
+            if wanted is not None and "--help" not in words:
+                main.parser().parse_args(words)
+        elif words and "--help" not in words and arguments.takes_overrides(known[command]):
+            assert not composes(tuple(w for w in words if not w.startswith("experiments=reviews"))), f"{where}: alignscope {command} {words}"
+
+
+@pytest.mark.parametrize("command", sorted(arguments.commands()))
+def test_every_command_has_help_in_plain_words(command, capsys):
+    """Without Hydra's dump, with an example; --cfg keeps that."""
+    assert console.main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "Powered by Hydra" not in said and "== Config" not in said
+    assert "alignscope" in said or "python -m pipeline." in said
+
+
+def test_help_loads_nothing_heavy_and_comes_at_once():
+    code = ("import sys; from pipeline.__main__ import main; main(['train', '--help']); main(['try', '--help']); main([]); "
+            "sys.exit(bool(set(sys.modules) & {'torch', 'hydra', 'pandas', 'transformers', 'rich'}))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["trian"], "there is no command 'trian', did you mean 'train'?"), (["--completion", "bsh"], "no completion for 'bsh', did you mean 'bash'"),
+    (["fit"], "the following arguments are required: --model"), (["errors", "quick"], "the following arguments are required: technique"),
+    (["deploy", "nowhere", "lora", "--to", "x"], "unknown experiments 'nowhere'"), (["more", "nowhere"], "experiments/nowhere.yaml does not exist"),
+])
+def test_a_wrong_word_is_one_sentence(words, said, capsys):
+    assert console.main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_the_shell_completes_commands_and_options(capsys):
+    assert console.main(["--completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "_alignscope_try_option_strings" in script and "--test-rows" in script and "_alignscope_train" in script
+
+
+def test_the_evidence_that_ships_is_what_the_pages_say():
+    assert evidence.main(["check=true"]) == 0

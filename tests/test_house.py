@@ -36,6 +36,7 @@ FLOORS = {
     "cell": 8,
     **dict.fromkeys(("search", "forecasting"), 9),
     "reporting": 10,
+    "intake": 11,
 }
 """Room -> its floor. A room imports itself and rooms on lower floors; commands stand above all of them."""
 CLOCKS = {"time", "timeit", "resource", "psutil", "pynvml", "zeus", "tracemalloc"}

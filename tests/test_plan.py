@@ -142,7 +142,7 @@ def options(group: str) -> list[str]:
 def test_every_task_has_its_lines():
     every = stages("experiments/shared/dvc.yaml")
     lines = every["prepare"]["foreach"]
-    assert sorted(lines) == options("task"), "a task in conf/task/ is a line of prepare in experiments/shared/dvc.yaml"
+    assert sorted(lines) == [t for t in options("task") if t != "table"], "a task in conf/task/ is a line of prepare in experiments/shared/dvc.yaml"
     for task, line in lines.items():
         source = yaml.safe_load((CONF / f"task/{task}.yaml").read_text())["source"]
         local = source.get("folder") or source.get("files") if source["type"] == "files" else f"conf/task/{task}.yaml"

@@ -10,12 +10,13 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from pipeline.cell import identity, inputs, record
 from pipeline.cell import run as cell_run
-from pipeline.core import settings
+from pipeline.core import progress, settings
 from pipeline.core.files import UserError, check_writable
 from pipeline.data import recipe
 from pipeline.measure.memory import child_rss, kernel_oom_kills
@@ -36,10 +37,35 @@ class Outcome:
     out_of_memory: str | None = None
 
 
-def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None) -> Outcome:
+class Watcher:
+    """Is told of an experiment's cells as they run; this one prints a line as each begins, and leaves their own output as it is."""
+
+    log: Path | None = None
+    """The file that takes what cells print; None: they print."""
+
+    def begins(self, cfg: DictConfig, number: int, count: int) -> None:
+        """The cell starts, which is the number-th of so many."""
+        print(f"[{number}/{count}] {cell_name(cfg)}", flush=True)
+
+    def runs(self, progress: progress.Progress | None) -> None:
+        """Several times a second: how far the cell is, if it said so."""
+
+    def ends(self, cfg: DictConfig, code: int, reason: str) -> None:
+        """The cell ended with this exit code; reason: why, where it gave up."""
+
+    def passes(self, cfg: DictConfig) -> str:
+        """Why this cell is not to be run; empty: it is."""
+        return ""
+
+
+def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None, polled: Callable[[], None] | None = None, log: Path | None = None) -> Outcome:
     """Fork, run `work` in the child and wait for it. SIGTERM and SIGINT are handed on to the child.
 
     The caller must not have started threads or used a GPU.
+
+    Args:
+        polled: is called several times a second while the child runs.
+        log: takes what the child prints; None: it prints.
     """
     kills = kernel_oom_kills()
     sys.stdout.flush()
@@ -47,31 +73,43 @@ def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None)
     parent = os.getpid()
     child = os.fork()
     if child == 0:
-        _become_child(work, parent)
-    return _wait(child, memory_limit_bytes, kills)
+        _become_child(work, parent, log)
+    return _wait(child, memory_limit_bytes, kills, polled)
 
 
-def _become_child(work: Callable[[], int], parent: int) -> None:
+def _become_child(work: Callable[[], int], parent: int, log: Path | None) -> None:
     code = 1
     try:
+        if log is not None:
+            _print_into(log)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive a killed parent
         if os.getppid() != parent:
             os._exit(1)
         code = work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        progress.failed(str(error))
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        progress.failed(f"{type(error).__name__}: {' '.join(str(error).split())}")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _wait(child: int, limit: int | None, kills: int | None) -> Outcome:
+def _print_into(log: Path) -> None:
+    """What this process prints, also from C, goes to the end of a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+
+
+def _wait(child: int, limit: int | None, kills: int | None, polled: Callable[[], None] | None = None) -> Outcome:
     over = None
     before = {s: signal.signal(s, lambda number, _: os.kill(child, number)) for s in (signal.SIGTERM, signal.SIGINT)} if _main_thread() else {}
     try:
@@ -83,6 +121,8 @@ def _wait(child: int, limit: int | None, kills: int | None) -> Outcome:
             if limit and resident and resident > limit and over is None:
                 over = f"ended at {resident} resident bytes, above memory_limit_gb"
                 os.kill(child, signal.SIGKILL)
+            if polled:
+                polled()
             threading.Event().wait(POLL_S)
     finally:
         for handled, handler in before.items():
@@ -100,10 +140,11 @@ def _main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | None) -> int:
-    """One cell in a child process; 0 once its result is on disk."""
+def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | None, watcher: Watcher | None = None) -> int:
+    """One cell in a child process; 0 once its result is on disk. watcher: is told how far it is."""
     for group in (settings, recipe, synthetic):
         group.read(cfg)  # a misspelt key is reported before anything is started
+    inputs.check_ahead(cfg)
     folder = identity.folder_of(cfg)
     check_writable(folder)
     identity.check_free(cfg)
@@ -115,10 +156,14 @@ def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | Non
         print(summary(result))
         return 0
 
-    done = run_in_child(work, limit)
-    if done.out_of_memory:
-        reason = done.out_of_memory
-        done = run_in_child(lambda: print(summary(record.write_oom(cfg, reason))) or 0)  # what it imports stays out of this process
+    watcher = watcher or Watcher()
+    with progress.watched(progress.Channel()) as channel:
+        done = run_in_child(work, limit, lambda: watcher.runs(channel.read()), watcher.log)
+        told = channel.read()
+        if done.out_of_memory:
+            reason = done.out_of_memory
+            done = run_in_child(lambda: print(summary(record.write_oom(cfg, reason))) or 0, log=watcher.log)  # what it imports stays out of this process
+    watcher.ends(cfg, done.code, told.reason if told else "")
     if done.code > 128 and done.code != 130:
         raise UserError(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it resumes from its last checkpoint")
     return done.code

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.cell.inputs import Inputs, Parts
+from pipeline.core import progress
 from pipeline.data.rows import Rows
 from pipeline.measure import clock
 from pipeline.measure.clock import Meter
@@ -70,14 +74,66 @@ def score_answers(parts: Parts, rows: Rows, meter: Meter) -> Evaluation:
     return Evaluation(scores, predictions, Memory(kind="none", peak_bytes=None))
 
 
-def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Evaluation:
-    """Score the splits; time one-row requests and full batches over the test rows; probe. `scorer.model` may be merged at the end."""
+KEPT = 64
+"""Rows that are answered on a CPU before they are kept: what an interrupt loses at most."""
+
+
+class Answers:
+    """Predictions that are kept as they come, so that a run which was interrupted does not answer its rows again.
+
+    Args:
+        path: the file; None: nothing is kept.
+    """
+
+    def __init__(self, scorer: Scorer, path: Path | None) -> None:
+        self.scorer, self.path = scorer, path
+        self.before: dict[tuple[str, str], dict] = {}
+        for row in _read_kept(path):
+            self.before[row.pop("split"), row["id"]] = row
+        self.fresh = 0
+        """Rows that were answered in this process, of the last split."""
+
+    def predict(self, split: str, rows: Sequence[dict]) -> list[dict]:
+        """One prediction a row, as Scorer.predict has them."""
+        known = {row["id"]: self.before[split, row["id"]] for row in rows if (split, row["id"]) in self.before}
+        asked = [row for row in rows if row["id"] not in known]
+        self.fresh = len(asked)
+        size = KEPT if self.path is not None and self.scorer.device.type == "cpu" else max(1, len(asked))
+        for start in range(0, len(asked), size):
+            part = self.scorer.predict(asked[start : start + size])
+            known |= {one["id"]: one for one in part}
+            if self.path is not None and len(asked) > size:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"split": split, **one}) + "\n" for one in part)
+            progress.part(len(known), len(rows))
+        return [known[row["id"]] for row in rows]
+
+
+def _read_kept(path: Path | None) -> list[dict]:
+    """The lines of the file; of one that was cut off in the middle of a line those before it."""
+    if path is None or not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter, keep: Path | None = None) -> Evaluation:
+    """Score the splits; time one-row requests and full batches over the test rows; probe. `scorer.model` may be merged at the end.
+
+    keep: the file in which answers are kept until the cell has its result; None: nowhere.
+    """
+    kept = Answers(scorer, keep)
     rows = inputs.rows
     predictions: list[dict] = []
     scores: dict[str, Score] = {}
 
     def answer(split: str, asked: list[dict]) -> None:
-        answered = measured(scorer.predict(asked), asked, parts.settings.task)
+        progress.stage(split)
+        answered = measured(kept.predict(split, asked), asked, parts.settings.task)
         predictions.extend({"split": split, **p} for p in answered)
         scores[split] = answers.score(answered, parts.settings.task)
 
@@ -94,11 +150,11 @@ def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter) -> Eval
             watch = clock.Stopwatch(parts.device)
             memory.start()
             answer("test", rows.test)
-            seconds, peak = watch.lap(), memory.stop()
+            seconds, peak, fresh = watch.lap(), memory.stop(), kept.fresh
             latency, request_bytes = _requests(parts, scorer, rows)
             for split, asked in rows.transfer.items():
                 answer(f"transfer/{split}", asked)
-            inference = Inference(latency, len(rows.test) / seconds, peak.peak_bytes, request_peak_bytes=request_bytes)
+            inference = Inference(latency, fresh / seconds if fresh else None, peak.peak_bytes, request_peak_bytes=request_bytes)
         forgetting = tried("forgetting", None, lambda: inputs.probing.forgetting(scorer.model) if inputs.probing else None)
         nats = _nats_per_token(scorer, rows.validation, predictions) if parts.method.trains else None
         if inference is not None:

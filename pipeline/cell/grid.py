@@ -12,11 +12,11 @@ import yaml
 from omegaconf import DictConfig
 
 from pipeline.cell import identity, locks, packing, preflight
-from pipeline.cell.child import run_cell, run_in_child
-from pipeline.cell.inputs import Shared, preload
+from pipeline.cell.child import Watcher, run_cell, run_in_child
+from pipeline.cell.inputs import Shared, check_ahead, preload
 from pipeline.cell.packing import INTERRUPTED
-from pipeline.core.compose import ROOT, SUFFIX, by_key, compose, without
-from pipeline.core.files import UserError
+from pipeline.core.compose import SUFFIX, by_key, compose, experiments, explain, without
+from pipeline.core.files import UserError, closest
 from pipeline.measure.clock import now
 from pipeline.measure.machine import hardware_here
 from pipeline.records import mlflow as tracking
@@ -35,16 +35,19 @@ def compose_cell(overrides: Sequence[str]) -> DictConfig:
 
 def run_missing(overrides: Sequence[str], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:
     """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result. warn: as run_cells has it."""
-    return run_cells([compose_cell(o) for o in grid_overrides(overrides)], warn)
+    every = grid_overrides(overrides)
+    check_ahead(compose_cell(every[0]))
+    return run_cells([compose_cell(o) for o in every], warn)
 
 
-def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:
+def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None, watcher: Watcher | None = None) -> int:
     """Run those of the cells that have no result, and mirror all that have one. Returns 0 if all have one then.
 
     Cells that another process computes are left to it; what it does not finish is run after all.
 
     Args:
         warn: is shown the missing ones before the first starts.
+        watcher: is told of each as it runs; None: a line is printed.
 
     Raises:
         UserError: another cell stands where one would be written, and overwrite=true was not said.
@@ -58,6 +61,8 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     mirror.put(done)
     if not missing:
         return 0
+    for cfg in missing:
+        check_ahead(cfg)
     if warn:
         warn(missing)
     shared = preload(missing)
@@ -65,10 +70,10 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
         code = run_in_child(lambda: preflight.ahead(missing, shared)).code
         if code:
             return code
-    return _run(missing, shared, mirror)
+    return _run(missing, shared, mirror, watcher or Watcher())
 
 
-def _run(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror) -> int:
+def _run(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watcher: Watcher) -> int:
     for group in packing.groups(missing):
         with locks.free(group) as members:
             packing.train([cfg for cfg in members if not is_done(cfg)], shared)
@@ -78,22 +83,22 @@ def _run(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror) -> int:
         with locks.free([] if _awaits(cfg, elsewhere) else [cfg]) as members:
             if not members:
                 elsewhere.append(cfg)
-            elif not is_done(cfg):
-                print(f"[{number}/{len(missing)}] {cell_name(cfg)}", flush=True)
-                code = max(code, _run_one(cfg, shared, mirror))
+            elif not is_done(cfg) and not watcher.passes(cfg):
+                watcher.begins(cfg, number, len(missing))
+                code = max(code, _run_one(cfg, shared, mirror, watcher))
         if code == INTERRUPTED:
             return code
     for cfg in elsewhere:
         with locks.waited(cfg):
-            code = max(code, 0 if is_done(cfg) else _run_one(cfg, shared, mirror))
+            code = max(code, 0 if is_done(cfg) else _run_one(cfg, shared, mirror, watcher))
         if code == INTERRUPTED:
             return code
     mirror.put([cfg for cfg in missing if is_done(cfg)])
     return code
 
 
-def _run_one(cfg: DictConfig, shared: Shared, mirror: Mirror) -> int:
-    code = run_cell(cfg, shared, now())
+def _run_one(cfg: DictConfig, shared: Shared, mirror: Mirror, watcher: Watcher) -> int:
+    code = run_cell(cfg, shared, now(), watcher)
     if code == 0:
         mirror.put([cfg])
     return code
@@ -141,16 +146,42 @@ class Mirror:
 
 
 def grid(experiment: str) -> dict[str, Any]:
-    """experiments/<name>/params.yaml, with `synthetic` and `after` at the end of grid.techniques. Raises UserError where it is missing or lacks a key."""
-    path = ROOT / "experiments" / experiment / "params.yaml"
-    if not path.exists():
-        raise UserError(f"{path.relative_to(ROOT)} does not exist; choose experiments=<name> of a folder under experiments/")
-    params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """experiments/<name>/params.yaml, with `synthetic` and `after` at the end of grid.techniques.
+
+    Of an experiment that is one file (`alignscope try` writes such), experiments/<name>.yaml says the same.
+
+    Raises:
+        UserError: it is missing or lacks a key.
+    """
+    params, shown = own_grid(experiment), f"experiments/{experiment}.yaml"
+    if params is None:
+        path, shown = experiments() / experiment / "params.yaml", f"experiments/{experiment}/params.yaml"
+        if not path.exists():
+            names = [p.parent.name for p in experiments().glob("*/params.yaml")]
+            raise UserError(f"{shown} does not exist{closest(experiment, names)}; choose experiments=<name> of a folder under experiments/")
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
     for key in ("techniques", "seeds", "train_rows"):
         if not (params.get("grid") or {}).get(key):
-            raise UserError(f"{path.relative_to(ROOT)} has no grid.{key}; list at least one")
+            raise UserError(f"{shown} has no grid.{key}; list at least one")
     params["grid"]["techniques"] = [*params["grid"]["techniques"], *(params["grid"].get("synthetic") or []), *(params["grid"].get("after") or [])]
     return params
+
+
+def own_grid(experiment: str) -> dict[str, Any] | None:
+    """What params.yaml would say of an experiment whose grid stands in its own experiments/<name>.yaml; None where it does not."""
+    path = experiments() / f"{experiment}.yaml"
+    if not path.exists():
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            held = yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise UserError(explain(error)) from error
+    if not isinstance(held, dict) or not isinstance(held.get("grid"), dict):
+        return None
+    chosen = {key.rpartition("/")[2]: option for entry in held.get("defaults") or [] if isinstance(entry, dict) for key, option in entry.items()}
+    names = {key: (held.get(key) or {}).get("name") or chosen.get(key) for key in ("task", "model", "teacher")}
+    return {"experiment": experiment, **names, "synthetic": None, "grid": dict(held["grid"])}
 
 
 def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:

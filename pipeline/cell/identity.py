@@ -341,9 +341,14 @@ def packed_of(cfg: DictConfig) -> Path:
     return checkpoint_of(cfg).with_suffix(".packed")
 
 
+def answers_of(cfg: DictConfig) -> Path:
+    """Where the answers of a cell are kept while it scores."""
+    return checkpoint_of(cfg).with_suffix(".answers")
+
+
 def discard_training(cfg: DictConfig) -> None:
     """Remove what a training left to be resumed from: the cell's result stands for it now."""
-    for left in (checkpoint_of(cfg), packed_of(cfg)):
+    for left in (checkpoint_of(cfg), packed_of(cfg), answers_of(cfg)):
         discard(left)
 
 

@@ -11,16 +11,17 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline.core.compose import build
+from pipeline.core.compose import build, plain
 from pipeline.core.files import Unsuited, UserError, read_json
+from pipeline.core.names import class_of
 from pipeline.core.settings import Settings
 from pipeline.core.settings import read as read_settings
-from pipeline.data.rows import Encoded, Encoder, Rows, load_rationales, load_rows
+from pipeline.data.rows import Encoded, Encoder, Rows, check_prepared, load_rationales, load_rows
 from pipeline.data.splits import named as labels_in_words
 from pipeline.measure.clock import Meter
 from pipeline.methods.base import Method
 from pipeline.models import rates
-from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, most_tokens, resolve
+from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, most_tokens, resolve
 from pipeline.objectives.base import Objective
 from pipeline.records.results import Synthetic
 from pipeline.scoring.probes import Probing
@@ -97,14 +98,28 @@ def build_parts(cfg: DictConfig, splits: tuple[str, ...] | None = None) -> Parts
     return Parts(cfg, splits, settings, build(cfg.method, "method"), build(cfg.objective, "objective"), device, precision, dtype)
 
 
+def check_ahead(cfg: DictConfig) -> None:
+    """Raise UserError for what a cell lacks, or what does not go together, as far as that can be told without torch, in a blink."""
+    settings, method = read_settings(cfg), class_of(plain(cfg)["method"], "method")
+    check_prepared(Path(cfg.paths.data) / cfg.task.name, settings.task)
+    if not method.answers_without_model:
+        manifest(Path(cfg.paths.models) / cfg.model.name)
+    _check_batch(cfg, settings, method)
+
+
+def _check_batch(cfg: DictConfig, settings: Settings, method: Any) -> None:
+    rows = cfg.train_rows
+    if method.trains and rows is not None and settings.train.batch_size > rows:
+        raise UserError(f"train.batch_size={settings.train.batch_size} is larger than train_rows={rows}; lower it or raise train_rows")
+
+
 def check(parts: Parts) -> None:
     """Raise UserError for parts that do not go together, before anything is loaded."""
     parts.method.check(parts.precision)
-    start, rows = parts.cfg.start, parts.cfg.train_rows
+    start = parts.cfg.start
     if start and parts.precision in QUANTISED:
         raise UserError(f"start={start} begins at that cell's plain weights, and {parts.precision} ones are rounded; choose precision=auto, fp32 or bf16")
-    if parts.method.trains and rows is not None and parts.settings.train.batch_size > rows:
-        raise UserError(f"train.batch_size={parts.settings.train.batch_size} is larger than train_rows={rows}; lower it or raise train_rows")
+    _check_batch(parts.cfg, parts.settings, parts.method)
 
 
 @contextlib.contextmanager

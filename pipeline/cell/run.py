@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from pipeline.cell import record
 from pipeline.cell.evaluation import evaluate, score_answers, validate
-from pipeline.cell.identity import checkpoint_of, discard_training, packed_of
+from pipeline.cell.identity import answers_of, checkpoint_of, discard_training, packed_of
 from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, encoded, load_inputs, named
 from pipeline.measure import machine
 from pipeline.measure.clock import Meter
@@ -69,7 +69,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
                 wrapped = wrap(parts, inputs, meter)
             trained = train(parts, inputs, wrapped, folder, meter)
             size = save(parts, wrapped, folder, meter)
-            scored = evaluate(parts, inputs, wrapped.scorer, meter)
+            scored = evaluate(parts, inputs, wrapped.scorer, meter, answers_of(cfg) if folder is not None else None)
         result, predictions = record.assemble(parts, inputs, trained, size, scored, meter, about, bool(shared.threads)), scored.predictions
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

@@ -8,16 +8,19 @@ Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted; other
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from pipeline.core.arguments import overrides_help
 from pipeline.core.compose import CONF, WRONG_CONFIG, check_places, compose, explain, spelled_out
 from pipeline.core.files import UserError
 from pipeline.core.settings import check_top
@@ -33,6 +36,9 @@ def entry(run: Run) -> Callable[..., int]:
 
     def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", NOISE, FutureWarning)
+        if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+            print(overrides_help(run.__module__.rpartition(".")[2] if run.__module__ != "__main__" else Path(sys.argv[0]).stem))
+            return 0
         try:
             return (_command_line(run) if argv is None else _in_process(run, argv)) or 0
         except UserError as error:
@@ -80,6 +86,11 @@ def _command_line(run: Run) -> int:
     return code
 
 
+def call(command: str, cfg: DictConfig, overrides: list[str]) -> int:
+    """Another command's `run`, as if it had been typed: for those that stand for several. Raises UserError as it does."""
+    return importlib.import_module(f"pipeline.{command}").run(cfg, overrides) or 0
+
+
 def key_values(words: Sequence[str], known: Iterable[str], command: str) -> dict[str, str]:
     """The words key=value as a dict. Raises UserError for one with another key or without a value."""
     pairs = [word.partition("=") for word in words]
@@ -93,8 +104,12 @@ def words_entry(run: Callable[[list[str]], int]) -> Callable[..., int]:
     """The `main` of a command that takes plain words: run's exit code; a UserError is one sentence on stderr and exit code 2."""
 
     def main(argv: Sequence[str] | None = None) -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        if {"-h", "--help"} & set(words):
+            print(run.__globals__["__doc__"].strip())
+            return 0
         try:
-            return run(list(sys.argv[1:] if argv is None else argv))
+            return run(words)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -24,6 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CONF = ROOT / "conf"
 
 os.environ.setdefault("ALIGNSCOPE_ROOT", str(ROOT))
+
+
+def experiments() -> Path:
+    """The folder of experiments, which is one of Hydra's groups: beside the code, or where ALIGNSCOPE_ROOT says."""
+    return Path(os.environ["ALIGNSCOPE_ROOT"]) / "experiments"
+
+
 OmegaConf.register_new_resolver("peft_file", peft_files.value)
 
 
@@ -81,7 +88,7 @@ def check_places(cfg: DictConfig, overrides: Sequence[str]) -> None:
             raise UserError(f"config key 'paths.{name}' is {value!r}; it takes the path of a folder")
     overridden = dict(word.split("=", 1) for word in overrides if "=" in word)
     own_name = overridden.get("experiment")
-    if own_name in {path.stem for path in ROOT.glob("experiments/*.yaml")} and own_name != overridden.get("experiments"):
+    if own_name in {path.stem for path in experiments().glob("*.yaml")} and own_name != overridden.get("experiments"):
         raise UserError(
             f"experiment={own_name} would write into the results of experiments/{own_name}.yaml with other settings than its own; "
             f"say experiments={own_name} to compose it, or choose another name"
@@ -162,6 +169,9 @@ def explain(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     if cause is not None:  # raised by a resolver
         return str(cause)
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
+        return (f"{mark.name} is no YAML from line {mark.line + 1} on ({error.problem or error.context}); mend it: a text that holds : # ? {{ or [ stands in "
+                "quotes")
     missing = re.search(r"Missing mandatory value: (\S+)", str(error))
     if missing:
         return f"config key {missing[1]!r} is missing; set it"

@@ -62,7 +62,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "demonstrations": {"demonstrations": "pipeline.teachers.demonstrations.Demonstrations"},
     "writer": {"local": "pipeline.teachers.local_writer.LocalWriter", "server": "pipeline.teachers.server_writer.ServerWriter"},
-    "task.source": {"files": "pipeline.data.sources.Files", "hub": "pipeline.data.sources.Hub", "registry": "pipeline.data.sources.Registry"},
+    "task.source": {"files": "pipeline.data.sources.Files", "table": "pipeline.data.tables.Table", "hub": "pipeline.data.sources.Hub",
+                    "registry": "pipeline.data.sources.Registry"},
     "model.source": {"local": "pipeline.models.sources.Local", "hub": "pipeline.models.sources.Hub", "registry": "pipeline.models.sources.Registry"},
 }
 INSIDE = {"method.config": "peft", "teacher.writer": "writer", "teacher.demonstrations": "demonstrations"}

@@ -171,8 +171,7 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
     Raises:
         UserError: not prepared, or fewer rows than asked for.
     """
-    if not (folder / "manifest.json").exists():
-        raise UserError(f"{folder} is not prepared; run: python -m pipeline.prepare task={task.name}")
+    check_prepared(folder, task)
     train = read_rows(folder / "train.jsonl")
     wanted = len(train) if train_rows is None else train_rows
     if wanted > len(train):
@@ -190,6 +189,12 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
         train[:wanted], validation, [] if test_rows == 0 else read_rows(folder / "test.jsonl")[:test_rows], transfer,
         read_object(folder / "manifest.json"), {},
     )
+
+
+def check_prepared(folder: Path, task: Task) -> None:
+    """Raise UserError where a task is not prepared."""
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"{folder} is not prepared; run: python -m pipeline.prepare task={task.name}")
 
 
 def read_rows(path: Path) -> list[dict]:

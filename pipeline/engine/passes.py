@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.core import progress
 from pipeline.data.choices import Group, Items, Reads, Row, arrange
 from pipeline.data.rows import by_length
 from pipeline.engine import answering
@@ -212,8 +213,10 @@ class ChoiceScorer:
         """By adapter and place: the sum of log p that the groups' rows have for it, nats."""
         parts: list[torch.Tensor] = []
         at: list[int] = []
+        every, answered = sum(len(group.rows) for group in groups), 0
         for group in groups:
             for rows, values in self._group(group):
+                progress.part(answered := answered + len(rows), every)
                 parts.append(values)
                 at.extend(place for row in rows for _, _, place in row.reads)
         into, values = torch.tensor(at, dtype=torch.long), torch.cat(parts, 1) if parts else torch.zeros(1, 0)

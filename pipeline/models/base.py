@@ -84,9 +84,10 @@ def refuse_pickles(folder: Path, allow_pickle: bool) -> None:
 def manifest(folder: Path) -> dict[str, Any]:
     """A prepared model's manifest. Raises UserError if the model stage has not run."""
     if not (folder / "manifest.json").exists():
-        known = (CONF / "model" / f"{folder.name}.yaml").exists()
-        words = f"model={folder.name}" if known else f"model=local model.source.path=<its files> model.name={folder.name}"
-        raise UserError(f"{folder} is not there; run: python -m pipeline.base_model {words}")
+        listed = (CONF / "model" / f"{folder.name}.yaml").exists()
+        own = f"model=local model.source.path=<its folder> model.name={folder.name} (model=hub model.source.repository=<owner/name> from the hub)"
+        raise UserError(f"{folder} is not there; run: python -m pipeline.base_model model={folder.name}" if listed else
+                        f"{folder} is not there; run: python -m pipeline.base_model {own}")
     return read_object(folder / "manifest.json")
 
 

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core import progress
 from pipeline.core.settings import Task
 from pipeline.data.choices import MANY, Contest, Items, Reads, arrange
 from pipeline.data.rows import Encoder, by_length, pad
@@ -93,12 +94,13 @@ def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batc
     """Greedy continuations as text, prompts of similar length together. notes, owners: as `continuations` has them.
 
     end: the token that closes an answer besides the tokenizer's end of text."""
-    texts, eos = [""] * len(prompts), tokenizer.eos_token_id
+    texts, eos, answered = [""] * len(prompts), tokenizer.eos_token_id, 0
     end = eos if end is None else end
     for part, tokens in continuations(model, prompts, max_new_tokens, batch_tokens, end, pad_id, device, dtype, notes, owners):
         said = tokens if end == eos else [list(itertools.takewhile(lambda i: i not in (end, eos), row)) for row in tokens.tolist()]
         for index, text in zip(part, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
             texts[index] = text
+        progress.part(answered := answered + len(part), len(prompts))
     return texts
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import progress
 from pipeline.core.files import atomic_path
 from pipeline.core.settings import Train
 from pipeline.data.rows import steps_in_epoch
@@ -27,6 +28,7 @@ from pipeline.measure.memory import Memory, PeakMemory, out_of_memory
 from pipeline.records.results import Teacher, Work, rank_key
 from pipeline.training.stepping import Run, Stepping, choose
 
+LONG_S, LARGE_BYTES = 20, 1 << 30
 LOSS_EVERY = 10  # steps between readings of the loss on a GPU, where each reading waits for the device
 
 
@@ -135,6 +137,7 @@ class Loop:
         self._resume()
         marks, state, saved = validation_steps(run.total, run.settings.validations), self.state, Stopwatch()
         times: list[float] = []
+        progress.stage("train")
         with stop_on_signals(self._request_stop), self._bar() as bar, self.meter.phase("train"):
             self.energy.start()
             lap = Stopwatch(run.device)
@@ -155,14 +158,22 @@ class Loop:
                 if self._stop:
                     raise KeyboardInterrupt
                 bar.update()
+                progress.part(state.step, run.total)
                 self.energy.tick()
                 lap.lap(wait=False)
             self._read_losses(bar)
             self.energy.stop()
+            if self._worth_keeping():  # scoring may take longer still, and be interrupted
+                self._save()
         memory = self.memory.stop()
         self.stepping.close()
         self._put(state.best_weights)  # without validation the last ones stand
         return Trained(self._work(times), memory, state.history, self.notes)
+
+    def _worth_keeping(self) -> bool:
+        """Whether the end of a training is written down, too: where it took long, and is not large."""
+        size = sum(p.numel() * p.element_size() for p in self.trainable.values())
+        return self.diverged_at is None and self.state.train_s + self.meter.seconds("train") >= LONG_S and size <= LARGE_BYTES
 
     def _factor(self, step: int) -> float:
         """What the learning rate is multiplied by at optimiser step `step` (from 0)."""

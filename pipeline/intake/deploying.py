@@ -1,0 +1,120 @@
+"""A folder that answers by itself: weights, prompt.json, a short predict.py, a model card. Library of `python -m pipeline.deploy`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.core.commands import call
+from pipeline.core.files import UserError, atomic_folder, folder_bytes, read_object, write_json, write_text
+from pipeline.records.finished import Cell, cell_config
+from pipeline.records.results import Result
+from pipeline.scoring.answers import headline
+from pipeline.serving.artefact import Artefact
+from pipeline.serving.export import refusal
+
+PREDICT = '''"""Answers one row with plain transformers: python predict.py {example}"""
+import json, re, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+here = Path(__file__).parent
+ask = json.loads((here / "prompt.json").read_text(encoding="utf-8"))
+tokenizer, model = AutoTokenizer.from_pretrained(here / "model"), AutoModelForCausalLM.from_pretrained(here / "model"){adapter}
+row = dict(word.split("=", 1) for word in sys.argv[1:])
+text = ask["before"] + re.sub(r"{{(.+?)}}", lambda column: row[column[1]], ask["prompt"])
+if ask["format"] == "chat":
+    text = tokenizer.apply_chat_template([{{"role": "user", "content": text}}], add_generation_prompt=True, tokenize=False)
+prompt = tokenizer(text, return_tensors="pt", add_special_tokens=ask["format"] != "chat")["input_ids"]
+
+@torch.no_grad()
+def score(choice):
+    answer = tokenizer(ask["separator"] + choice, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    logits = model(torch.cat([prompt, answer], 1)).logits[0, -answer.shape[1] - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, answer[0, :, None]).sum().item()
+
+if ask["choices"]:
+    print(max(ask["choices"], key=score))
+else:
+    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=ask["max_new_tokens"], do_sample=False)
+    said = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+    found = re.findall(ask["answer_pattern"], said) if ask["answer_pattern"] else said.splitlines()[:1]
+    print(found[-1] if found else "")
+'''
+ADAPTER = '\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, here / "adapter")'
+
+
+def deploy(cell: Cell, cfg: DictConfig, target: Path) -> int:
+    """Write the folder; returns its bytes. Raises UserError: a technique whose answers no such folder can give, a folder that is something else."""
+    result = cell.result
+    config = cell_config(result, cfg)
+    served = Artefact.at(result.cell, cell.folder / "artefact", config)
+    reason = refusal(served)
+    as_adapter = bool(reason and served.method.peft)
+    in_prompt = bool(reason) and not as_adapter
+    if in_prompt and result.technique not in ("few_shot",) and result.kind != "base":
+        raise UserError(f"{result.technique} cannot be deployed: {reason}; alignscope serve answers with it")
+    with atomic_folder(target, "prompt.json", "cell") as beside:
+        if reason is None:
+            weights = beside / "model"
+            call("export", OmegaConf.merge(cfg, {"cell": str(cell.folder), "to": str(weights)}), [])  # type: ignore[arg-type]
+        else:
+            beside.mkdir(exist_ok=True)
+            shutil.copytree(Path(config.paths.models) / config.model.name, beside / "model", ignore=shutil.ignore_patterns("manifest.json"))
+        if as_adapter:
+            shutil.copytree(cell.folder / "artefact", beside / "adapter", ignore=shutil.ignore_patterns("artefact.json"))
+        asked = prompt_of(result, served, in_prompt)
+        write_json(beside / "prompt.json", {**asked, "cell": f"{result.experiment}/{result.cell}"})
+        example = " ".join(f"{column}='…'" for column in asked["columns"])
+        write_text(beside / "predict.py", PREDICT.format(example=example.replace('"', "'"), adapter=ADAPTER if as_adapter else ""))
+        write_text(beside / "README.md", card(result, example))
+    return folder_bytes(target)
+
+
+def prompt_of(result: Result, served: Artefact, in_prompt: bool) -> dict[str, Any]:
+    """How the model is asked: before (demonstrations), the prompt's template, what stands before an answer, the choices."""
+    from pipeline.data.recipe import columns_of
+
+    task = result.config["task"]
+    before = ""
+    if in_prompt and served.method.own_prompt:
+        state = served.method.load(None, served.folder)[1]
+        before = served.method.prompt("", state)
+    choices = task.get("choices")
+    return {
+        "before": before, "prompt": served.objective.prompt(task["prompt"]), "columns": columns_of(task["prompt"], "task.prompt"),
+        "separator": "" if task.get("format") == "chat" else task.get("separator", " "), "format": task.get("format", "plain"),
+        "choices": list(choices) if isinstance(choices, (list, tuple)) else None, "max_new_tokens": task.get("max_new_tokens", 32),
+        "answer_pattern": task.get("answer_pattern"),
+    }
+
+
+def card(result: Result, example: str) -> str:
+    """The model card: what it is, how well it did, what it took."""
+    test, phases = result.test, result.phases
+    assert test is not None
+    value = headline(test, result.metric)
+    shown = f" (95% interval {100 * test.accuracy_low:.1f} to {100 * test.accuracy_high:.1f})" if result.metric == "accuracy" else ""
+    settings = ", ".join(f"{key} {value}" for key, value in result.hyperparameters.items()) or "none"
+    licence = (result.config.get("model") or {}).get("licence") or "that of the base model"
+    data_licence = result.config["task"].get("licence", "not stated")
+    return "\n".join([
+        f"# {result.experiment}: {result.technique} on {result.model}", "",
+        f"Made by alignscope from the cell `{result.experiment}/{result.cell}`. Licence: {licence}; the data's: {data_licence}.", "",
+        "| | |", "| --- | --- |", f"| test {result.metric} | {100 * value:.1f}%{shown} on {test.rows} rows |",
+        f"| labelled rows | {result.labelled_rows:,} |", f"| training | {phases.train_s:.0f} s |" if phases else "| training | — |",
+        f"| settings | {settings} |", f"| base | {result.model} |", "",
+        "## Use", "", "```", f"python predict.py {example}", "```", "",
+        "`prompt.json` says how the model is asked; `model/` loads with `AutoModelForCausalLM.from_pretrained`. It was measured on rows like those it was made "
+        "from, and on nothing else.", "",
+    ])
+
+
+def check_target(target: Path) -> None:
+    """Raise UserError where the folder holds something else than an earlier deployment."""
+    if target.exists() and any(target.iterdir()) and "columns" not in (read_object(target / "prompt.json") if (target / "prompt.json").exists() else {}):
+        raise UserError(f"{target} is not empty and no earlier deployment; choose another folder with --to")

@@ -1,0 +1,186 @@
+"""Look, plan, run, answer: the whole path of `alignscope try`. Library of pipeline/try_file.py."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline.core.commands import call
+from pipeline.core.compose import compose, plain
+from pipeline.core.files import UserError, read_object
+from pipeline.forecasting.whole import need, whole
+from pipeline.intake import look as looking
+from pipeline.intake import planning, project, running
+from pipeline.intake.known_models import known_config
+from pipeline.intake.look import Look
+from pipeline.intake.project import ModelChoice
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: 0 once the answer is there, 130 where it was interrupted (what is done is kept)."""
+    path = project.file_of(args.data) if "/" not in args.data and "." not in args.data else None
+    if path is not None and path.exists() and not Path(args.data).exists():
+        return go(args.data, args)
+    name = start(args)
+    return 0 if args.plan or args.card else go(name, args)
+
+
+def start(args: argparse.Namespace) -> str:
+    """Look at the file, plan, and write the experiment. Returns its name."""
+    say = _say(args)
+    text = tuple(part.strip() for part in (args.text or "").split(",") if part.strip())
+    prompt = args.prompt.replace("\\n", "\n") if args.prompt else None
+    seen = looking.look(args.data, text, args.label, prompt, args.normalise, args.missing, args.encoding, args.separator)
+    if args.name:
+        seen = dataclasses.replace(seen, name=looking.name_of(args.name))
+    say("\n".join(looking.lines(seen)))
+    looking.check(seen)
+    check_prompt(seen)
+    model = project.model_choice(args.model)
+    card = planning.card_of(args.card)
+    techniques = [t.strip() for t in args.techniques.split(",") if t.strip()] if args.techniques else None
+    plan = planning.make(seen, model, *files_of(model), card, args.hours, techniques, args.rows, args.test_rows)
+    say("")
+    show_plan(plan, model, say)
+    if not args.yes and not args.json and not args.plan and sys.stdin.isatty() and input("\nEnter to begin (n: stop here): ").strip().lower().startswith("n"):
+        raise KeyboardInterrupt
+    written = project.text_of(seen, model, [c.technique for c in plan.cells], plan.rows, plan.test_rows, plan.epochs, plan.hours,
+                              args.card and f"{card.memory_bytes / 2**30:g}", plan.chat, args.encoding, args.separator)
+    say(f"\n{shown(project.write(seen.name, written))}: the task, the model, the techniques and the budget, to edit")
+    if args.card:
+        say(f"nothing is run for a card elsewhere; there: alignscope try {seen.name}")
+    return seen.name
+
+
+def check_prompt(seen: Look) -> None:
+    """Raise UserError where a prompt that was given names a column that is not there, or none."""
+    from pipeline.data.recipe import columns_of
+
+    known = [c.name for c in seen.columns]
+    named = columns_of(seen.prompt, "--prompt")
+    if wrong := next((name for name in named if name not in known), None):
+        raise UserError(f"--prompt names the column {wrong!r}, which {seen.path} does not have; there are: {', '.join(known)}")
+    if not named:
+        raise UserError(f"--prompt {seen.prompt!r} names no column; write one in braces, as in {{{seen.text[0]}}}")
+    if seen.label in named and seen.kind != "pair":
+        raise UserError(f"--prompt names {seen.label!r}, which holds the answer; take it out, or name another column with --label")
+
+
+def files_of(model: ModelChoice) -> tuple[Path | None, Path | None]:
+    """(the folder with a model's tokenizer, its config.json): as prepared, or where the user has it; None for what is not here."""
+    for folder in (Path("models") / model.name, Path(model.source.get("path", ""))):
+        if (folder / "config.json").exists() and str(folder) != ".":
+            return folder, folder / "config.json"
+    return None, known_config(model)
+
+
+def show_plan(plan: planning.Plan, model: ModelChoice, say: Callable[[Any], None]) -> None:
+    """Print what the comparison takes."""
+    total = planning.duration(plan.total_s)
+    card = plan.machine.card
+    say(f"plan for {card.name} ({card.memory_bytes / 2**30:.0f} GiB), {model.name}: {plan.rows} rows to train on, {plan.test_rows} to test "
+        f"on, {plan.epochs:g} epoch{'s' if plan.epochs != 1 else ''}; {total} of {plan.hours * 60:.0f} min")
+    say(running.grid(["technique", "training", "scoring", "together", "memory", ""], planning.table(plan)))
+    say(f"times: {plan.machine.basis}, within a factor of two; memory: forecast")
+    for note in plan.notes:
+        say(f"note: {note}")
+
+
+def shown(path: Path) -> str:
+    """A path as one would type it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _say(args: argparse.Namespace) -> Callable[[Any], None]:
+    """Prints for people; with --json nothing."""
+    if args.json:
+        return lambda what: None
+    console = make_console()
+    return lambda what: console.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
+
+
+def make_console() -> Any:
+    """rich's, as wide as a table needs where it is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=400)
+
+
+def go(name: str, args: argparse.Namespace) -> int:
+    """Prepare what is missing, run what is not done, answer."""
+    from pipeline.cell import grid
+    from pipeline.intake import answering
+
+    known = grid.grid(name)
+    overrides = [f"experiments={name}"]
+    cfg = compose(overrides)
+    prepare(cfg, overrides, _say(args))
+    cells = [grid.compose_cell([*words, "train.progress=false"]) for words in grid.grid_overrides(overrides)]
+    source = plain(cfg)["task"]["source"]
+    project.stages(name, known, source.get("path"), (plain(cfg)["model"].get("source") or {}).get("path"))
+    code, watch = compare(cells, cfg, args)
+    return answering.answer(name, cfg, watch, code, args)
+
+
+def compare(cells: Sequence[DictConfig], cfg: DictConfig, args: argparse.Namespace) -> tuple[int, running.Watch]:
+    """Run the cells that are missing: (the exit code, what was seen of them)."""
+    from pipeline.cell import grid
+
+    console = make_console()
+    console.quiet = args.json
+    budget = plain(cfg).get("budget") or {}
+    hours = args.hours or budget.get("hours")
+    costs = costs_of(cells, cfg)
+    log = Path(cfg.paths.work) / "logs" / f"{cfg.experiment}.log"
+    watch = running.Watch(cells, costs, log, console, hours and hours * 3600)
+    code = 0
+    with watch, contextlib.redirect_stdout(io.StringIO()) if args.json else contextlib.nullcontext():
+        try:
+            code = grid.run_cells(cells, watcher=watch)
+        except KeyboardInterrupt:
+            code = 130
+    return code, watch
+
+
+def costs_of(cells: Sequence[DictConfig], cfg: DictConfig) -> dict[str, Any]:
+    """What each technique takes by the plan, from the prepared rows."""
+    folder = Path(cfg.paths.models) / cfg.model.name
+    machine = planning.machine_of(planning.card_of(None))
+    costs = {}
+    for cell in cells:
+        if cell.technique.name not in costs:
+            work = planning.work_of(cell, folder)
+            costs[cell.technique.name] = whole(need(cell, work, folder / "config.json", machine), work, machine)
+    return costs
+
+
+def prepare(cfg: DictConfig, overrides: list[str], say: Callable[[Any], None]) -> None:
+    """Make the task's rows and fetch the model, where they are not there or the file says otherwise now."""
+    values = plain(cfg)
+    folders = {"prepare": Path(cfg.paths.data) / cfg.task.name, "base_model": Path(cfg.paths.models) / cfg.model.name}
+    held = {name: read_object(folder / "manifest.json") if (folder / "manifest.json").exists() else None for name, folder in folders.items()}
+    rows, task = held["prepare"], json.loads(json.dumps(values["task"]))
+    stale = {"prepare": rows is None or rows.get("config") != task or _moved(task, rows), "base_model": held["base_model"] is None}
+    for command, needed in stale.items():
+        if needed:
+            say({"prepare": f"preparing {folders[command]}", "base_model": f"fetching {cfg.model.name} into {folders[command]}"}[command])
+            with contextlib.redirect_stdout(io.StringIO()):
+                call(command, cfg, overrides)
+
+
+def _moved(task: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """Whether the file of rows is another one than the prepared rows were made of."""
+    from pipeline.core.files import sha256
+
+    path = task["source"].get("path")
+    return bool(path) and Path(path).exists() and manifest["source"].get("sha256", {}).get(Path(path).name) != sha256(path)

@@ -1,0 +1,95 @@
+"""What a technique answers wrong: the confusion matrix, and wrong rows beside the right answer. Library of `python -m pipeline.errors`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from pipeline.core.compose import compose
+from pipeline.core.files import UserError, closest, read_jsonl
+from pipeline.data.rows import read_rows
+from pipeline.records.finished import Cell, cells_below
+
+MOST_LABELS = 12
+"""Rows and columns of a matrix that still fit a screen; of more labels the commonest confusions are listed."""
+NONE = "(no answer)"
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A row that was answered wrong."""
+
+    id: str
+    prompt: str
+    answer: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """Of a cell's test rows. confusion: rows by (right answer, what was said)."""
+
+    cell: str
+    rows: int
+    wrong: list[Wrong]
+    confusion: Counter[tuple[str, str]]
+    labels: list[str]
+
+
+def config(name: str) -> DictConfig:
+    """An experiment's config. Raises UserError where there is none of the name."""
+    return compose([f"experiments={name}"])
+
+
+def find(name: str, technique: str, seed: int = 0, rows: int | None = None) -> Cell:
+    """The finished cell of a technique; of several sizes the largest. Raises UserError where there is none, naming those there are."""
+    folder = Path(config(name).paths.results) / name
+    cells = [c for c in cells_below(folder) if c.result.status == "ok" and c.result.test is not None] if folder.is_dir() else []
+    if not cells:
+        raise UserError(f"{folder} holds no finished cell; run: alignscope try {name}")
+    labels = list(dict.fromkeys(c.label for c in cells))
+    fit = [c for c in cells if c.label == technique and c.result.seed == seed and rows in (None, c.result.train_rows)]
+    if not fit:
+        raise UserError(f"{name} has no finished cell of {technique!r} with seed {seed}{closest(technique, labels)}; there are: {', '.join(labels)}")
+    return max(fit, key=lambda c: c.result.train_rows)
+
+
+def mistakes(cell: Cell, data: Path) -> Mistakes:
+    """What a cell answers wrong. data: the prepared task's folder. Raises UserError where its rows or predictions are not there."""
+    rows = {row["id"]: row for row in read_rows(data / "test.jsonl")}
+    said = [p for p in read_jsonl(cell.folder / "predictions.jsonl", id=str, split=str) if p["split"] == "test"]
+    wrong = [Wrong(p["id"], rows[p["id"]]["prompt"] if p["id"] in rows else "", p["answer"], NONE if p["prediction"] is None else str(p["prediction"]))
+             for p in said if not p["correct"]]
+    chosen = cell.result.config["task"].get("scoring") == "choice" and isinstance(cell.result.config["task"].get("choices"), (list, tuple))
+    pairs = Counter((p["answer"], NONE if p["prediction"] is None else str(p["prediction"])) for p in said) if chosen else Counter()
+    labels = sorted({label for pair in pairs for label in pair})
+    return Mistakes(cell.result.cell, len(said), wrong, pairs, labels)
+
+
+def confusion(found: Mistakes) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of the matrix, right answers down and what was said across; of many labels, what was most often taken for what."""
+    if len(found.labels) <= MOST_LABELS:
+        body = [[label, *(str(found.confusion[label, said] or "·") for said in found.labels)] for label in found.labels]
+        return ["right \\ said", *found.labels], [[*row, ""] for row in body]
+    common = [(pair, count) for pair, count in found.confusion.most_common() if pair[0] != pair[1]][:MOST_LABELS]
+    return ["right", "rows", "said"], [[right, str(count), said] for (right, said), count in common]
+
+
+def as_json(found: Mistakes) -> str:
+    """The same for programs, all wrong rows."""
+    pairs = [{"answer": right, "said": said, "rows": count} for (right, said), count in found.confusion.most_common()]
+    return json.dumps({"cell": found.cell, "rows": found.rows, "wrong": [vars(one) for one in found.wrong], "confusion": pairs}, indent=1, ensure_ascii=False)
+
+
+def lines(wrong: Sequence[Wrong], width: int = 100) -> list[str]:
+    """Wrong rows for people."""
+    told = []
+    for one in wrong:
+        text = " ".join(one.prompt.split())
+        told += [f"{one.id}  {text if len(text) <= width else f'…{text[-width:]}'}", f"    said {one.said!r:.80}, right is {one.answer!r:.80}"]
+    return told

@@ -1,0 +1,234 @@
+"""The one file that a user of `alignscope try` edits, experiments/<name>.yaml: the task, the model, the techniques, the budget. A Hydra experiment.
+
+Library. Everything else follows from it: the prepared rows, the cells, DVC's stages (`stages`), the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.core.compose import CONF, ROOT, experiments
+from pipeline.core.files import UserError, check_name, closest, read_object, write_text
+from pipeline.data import shapes
+from pipeline.intake.look import Look
+
+ENCODERS = ("bert", "roberta", "deberta", "deberta-v2", "distilbert", "electra", "xlm-roberta", "albert", "modernbert", "mpnet", "t5", "bart", "pegasus", "mt5")
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the names of classes end that write text."""
+SHORT_TEXT = 60
+"""Characters of an answer, in the middle, up to which token F1 says more than ROUGE-L."""
+MOST_TEST, TEST_SHARE = 2000, 0.3
+MOST_VALIDATION, VALIDATION_SHARE = 400, 0.1
+CHARACTERS_A_TOKEN = 3
+"""Few, so that answers fit."""
+LEAST_NEW, MOST_NEW, MOST_NUMBER = 16, 200, 512
+"""Tokens of a generated answer."""
+MADE = "# Made by `alignscope try` from experiments/{name}.yaml; edit that.\n"
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which base model. config: a file of conf/model/; source: of one of the user's own, as model.source has it."""
+
+    name: str
+    config: str
+    source: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def model_choice(word: str) -> ModelChoice:
+    """What --model names: a file of conf/model/, a folder of a model, or a repository of the hub.
+
+    Raises:
+        UserError: none of these; a folder of an encoder, an adapter or a GGUF file alone; the message names the way out.
+    """
+    names = [p.stem for p in CONF.glob("model/*.yaml") if p.stem not in ("hub", "local")]
+    if word in names:
+        return ModelChoice(word, word)
+    path = Path(word)
+    if path.exists():
+        check_folder(path)
+        return ModelChoice(_name(path.resolve().name), "local", {"path": word})
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", word) and not word.startswith((".", "/")):
+        return ModelChoice(_name(word.partition("/")[2]), "hub", {"repository": word})
+    raise UserError(f"--model {word} is no model{closest(word, names)}: there is no such folder, and conf/model/ has {', '.join(names)}; "
+                    "name a folder with config.json and safetensors weights, or a repository of the hub, as in Qwen/Qwen3-0.6B")
+
+
+def _name(text: str) -> str:
+    return re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_").lower() or "own"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where a path is no causal language model with its weights."""
+    if folder.is_file():
+        if folder.suffix == ".gguf":
+            return
+        raise UserError(f"{folder} is a file; name the folder of a model, with config.json and safetensors weights")
+    if (folder / "adapter_config.json").exists():
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+        raise UserError(f"{folder} holds an adapter and no model; name {base}, which it was trained on, as the model")
+    if not (folder / "config.json").exists():
+        gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+        fix = f"name the file: --model {gguf}" if gguf else "name a folder with config.json, safetensors weights and a tokenizer"
+        raise UserError(f"{folder} is no model folder (no config.json); {fix}")
+    config = read_object(folder / "config.json")
+    kind, made = str(config.get("model_type")), [str(a) for a in config.get("architectures") or []]
+    writes = not made or any(a.endswith(WRITERS) for a in made)
+    if config.get("is_encoder_decoder") or kind in ENCODERS or not writes:
+        raise UserError(f"{folder} is a {made[0] if made else kind}, which does not write text from left to right; choose a causal language model, such as "
+                        "smollm2_135m or Qwen/Qwen3-0.6B")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has no safetensors weights; save the model with save_pretrained, or get the whole repository")
+
+
+def task_keys(seen: Look, chat: bool) -> dict[str, Any]:
+    """What conf/task/table.yaml leaves open. chat: whether the model has a template for what was written as a chat."""
+    keys: dict[str, Any] = {"name": seen.name, "source": _source(seen)}
+    keys |= {"messages": seen.shape, "prompt": "", "answer": None} if seen.shape in shapes.TURNS else {"prompt": seen.prompt, "answer": f"{{{seen.label}}}"}
+    keys["scoring"] = "choice" if seen.kind in ("choice", "pair") else "generate"
+    if seen.kind == "choice":
+        keys["choices"] = sorted(seen.labels)
+    elif seen.kind == "pair":
+        keys["choices"] = "choices"
+    else:
+        lengths = sorted(len(str(row[seen.label])) for row in seen.rows)
+        keys["metric"] = "numeric" if seen.kind == "number" else "token_f1" if lengths[len(lengths) // 2] <= SHORT_TEXT else "rouge_l"
+        most, letters = (MOST_NUMBER, 2) if seen.kind == "number" else (MOST_NEW, CHARACTERS_A_TOKEN)  # a number that is cut is wrong; digits are tokens
+        keys["max_new_tokens"] = min(most, max(LEAST_NEW, -(-lengths[-1] // letters)))
+    if seen.shape and (chat or seen.shape in shapes.TURNS):
+        keys["format"] = "chat" if chat else "transcript"
+    count = len(seen.rows)
+    keys["split"] = {"seed": 0, "validation": min(MOST_VALIDATION, max(4, int(VALIDATION_SHARE * count))), "test": min(MOST_TEST, int(TEST_SHARE * count))}
+    return keys
+
+
+def _source(seen: Look) -> dict[str, Any]:
+    if seen.hub:
+        return {"type": "hub", "id": seen.path, "splits": {"train": "train"}}
+    cleaning: dict[str, Any] = {"label": seen.label} if seen.normalise or seen.missing_rows else {}
+    cleaning |= {"normalise": True} if seen.normalise else {}
+    cleaning |= {"missing": "drop"} if seen.missing_rows else {}
+    return {"type": "table", "path": seen.path, **cleaning}
+
+
+ABOUT = {
+    "name": "the folder below data/", "source": "where the rows are; normalise and missing say what becomes of odd labels",
+    "prompt": "what the model reads; {column} is a column", "answer": "what it is to say",
+    "scoring": "choice: the likeliest of the choices; generate: it writes, and that is compared", "choices": "the answers to choose from",
+    "messages": "the column of a row's turns; the last assistant turn is the answer",
+    "metric": "what ranks the techniques: accuracy, macro_f1, exact_match, numeric, token_f1, rouge_l, or a function of yours (module:function)",
+    "max_new_tokens": "most tokens of an answer that it writes",
+    "format": "plain; chat: in the model's own chat template; transcript: turns as lines of text",
+    "split": "rows held back to choose by and to test on, drawn with the seed",
+}
+
+
+def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int, test_rows: int, epochs: float, hours: float, card: str | None,
+            chat: bool, encoding: str | None = None, separator: str | None = None) -> str:
+    """The file: a comment on every line that one might change. encoding, separator: as they were asked for."""
+    task = task_keys(seen, chat)
+    task["source"] |= {key: value for key, value in (("encoding", encoding), ("separator", separator)) if value}
+    lines = [
+        "# @package _global_",
+        f"# What `alignscope try {seen.path}` understood and planned: the one file to edit. After a change: alignscope try {seen.name}",
+        "defaults:",
+        "  - override /task: table # its keys stand below",
+        f"  - override /model: {model.config} # a file of conf/model/; hub or local: one of your own, below",
+        "  - override /teacher: none",
+        "",
+        f"experiment: {seen.name} # the folder below results/ and report/",
+        "task:",
+        *(f"  {_flow(key, value)} # {ABOUT[key]}" for key, value in task.items()),
+    ]
+    if model.source:
+        lines += ["model:", f"  {_flow('name', model.name)} # the folder below models/", f"  {_flow('source', model.source)}"]
+    lines += [
+        "grid:",
+        f"  {_flow('techniques', list(techniques))} # in this order; conf/technique/ has them all",
+        "  seeds: [0] # more seeds tell what the draw of rows and weights changes: [0, 1, 2]",
+        f"  train_rows: [{rows}] # labelled rows to train on; several sizes make a learning curve",
+        f"train: {{epochs: {epochs:g}, validations: 0, batch_size: 8, micro_batch_tokens: 256, too_long: truncate}} # micro_batch_tokens: more on a GPU",
+        f"evaluate: {{test_rows: {test_rows}, transfer_rows: 0, forgetting: false, latency_rows: 4, adapters: []}} # more test rows make surer",
+        "preflight: false # true: check gradients, tokens and engine of every technique first",
+        f"budget: {{hours: {hours:g}, card: {card or 'null'}}} # what the plan is held to; card: GiB of another machine's GPU, as in 24",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _flow(key: str, value: Any) -> str:
+    """key: value on one line, quoted as YAML wants it."""
+    quoted = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, default_style='"' if isinstance(value, str) else None)
+    return f"{key}: {quoted.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
+
+
+def file_of(name: str) -> Path:
+    return experiments() / f"{check_name(name, 'the name of a project')}.yaml"
+
+
+def write(name: str, text: str) -> Path:
+    """Write the file. Raises UserError where another experiment has the name."""
+    path = file_of(name)
+    if (path.parent / name / "params.yaml").exists() and not is_made(path.parent / name / "params.yaml"):
+        raise UserError(f"experiments/{name}/ is an experiment of the repository; give this one another name with --name")
+    write_text(path, text)
+    return path
+
+
+def is_made(path: Path) -> bool:
+    """Whether `alignscope try` made a file of an experiment's folder."""
+    return path.read_text(encoding="utf-8").startswith(MADE.partition("{")[0])
+
+
+def stages(name: str, known: dict[str, Any], reads: str | None, model_reads: str | None) -> None:
+    """Write what DVC runs for the project, experiments/<name>/{params,dvc}.yaml: quick's stages, and those of its own task and model.
+
+    Args:
+        known: as grid.grid has it. reads: the file of rows; None: a hub's. model_reads: the folder of a local model; None: none.
+    """
+    folder = experiments() / name
+    held = yaml.safe_load((ROOT / "experiments" / "quick" / "dvc.yaml").read_text(encoding="utf-8"))
+    shared = f"experiments/{name}.yaml"
+    grid = {**known["grid"], "techniques": list(known["grid"]["techniques"]), "first": "full", "after": [], "synthetic": []}
+    own: dict[str, Any] = {
+        "prepare": {"wdir": "../..", "cmd": f"python -m pipeline.prepare experiments={name}", "deps": [*([reads] if reads else []), "plans/code/prepare.json"],
+                    "params": [{shared: ["task"]}], "outs": [f"data/{known['task']}"]},
+        "rationales": {"wdir": "../..", "cmd": f"python -m pipeline.rationales experiments={name}", "deps": [f"data/{known['task']}"],
+                       "outs": [f"rationales/{known['task']}/none"]},
+    }
+    if model_reads is not None or not (CONF / "model" / f"{known['model']}.yaml").exists():
+        own["base_model"] = {"wdir": "../..", "cmd": f"python -m pipeline.base_model experiments={name}", "params": [{shared: ["model"]}],
+                             "deps": [*([model_reads] if model_reads else []), "plans/code/base_model.json"], "outs": [f"models/{known['model']}"]}
+    for stage in ("train_synthetic", "train_after"):
+        held["stages"].pop(stage, None)
+    write_text(folder / "dvc.yaml", MADE.format(name=name) + yaml.safe_dump({"stages": own | held["stages"]}, sort_keys=False, width=150))
+    write_text(folder / "params.yaml", MADE.format(name=name) + yaml.safe_dump({**known, "grid": grid}, sort_keys=False, width=150))
+
+
+CHANGED = {"seeds": r"^(  seeds: )\[[^\]]*\]", "train_rows": r"^(  train_rows: )\[[^\]]*\]", "test_rows": r"(\btest_rows: )\d+", "hours": r"(\bhours: )[\d.]+"}
+"""Number that `alignscope more` changes -> where it stands in the file."""
+
+
+def change(name: str, values: dict[str, Any]) -> None:
+    """Put numbers into the file, all else as its user wrote it; None changes nothing. Raises UserError: no such file, a number that is not there."""
+    path = file_of(name)
+    if not path.exists():
+        names = [p.stem for p in experiments().glob("*.yaml")]
+        raise UserError(f"experiments/{name}.yaml does not exist{closest(name, names)}; `alignscope try FILE` writes one")
+    text = path.read_text(encoding="utf-8")
+    for key, value in values.items():
+        if value is None:
+            continue
+        if value == [] or not isinstance(value, list) and value <= 0 or isinstance(value, list) and min(value) < 0:
+            raise UserError(f"{key} {value} is no number above 0")
+        text, count = re.subn(CHANGED[key], rf"\g<1>{value}", text, count=1, flags=re.MULTILINE)
+        if not count:
+            raise UserError(f"{path} has no {key} where `alignscope try` writes it; edit the file by hand")
+    write_text(path, text)

@@ -1,0 +1,45 @@
+"""The pages of an experiment: its report, and MLflow's, which compare runs.
+
+    alignscope ui reviews
+    python -m pipeline.open_ui reviews --port 5001
+
+Prints the report's path and serves MLflow on this machine until Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pipeline.core.arguments import argument_entry
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The arguments."""
+    parser.add_argument("experiment", nargs="?", help="its name, as in experiments/<name>.yaml (default: all)")
+    parser.add_argument("--port", type=int, default=5000, help="of this machine (default: 5000)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print where the pages are, and serve."""
+    import subprocess
+    from pathlib import Path
+
+    from pipeline.core.compose import compose
+    from pipeline.core.files import UserError
+
+    cfg = compose([f"experiments={args.experiment}"] if args.experiment else [])
+    page = Path(cfg.paths.report) / cfg.experiment / "index.html"
+    if args.experiment:
+        print(f"report: {page}" if page.exists() else f"no report yet; run: alignscope try {args.experiment}")
+    store = str(cfg.tracking.get("uri") or "")
+    if not store or store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
+        raise UserError(f"there is nothing in MLflow yet ({store or 'tracking=none'}); run a cell first, or: python -m pipeline.tracking backfill")
+    print(f"MLflow: http://127.0.0.1:{args.port}/#/experiments?workflowType=machine_learning (Ctrl-C ends it)", flush=True)
+    return subprocess.run([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(args.port)]).returncode
+
+
+main = argument_entry("ui", __doc__, add, run)
+
+if __name__ == "__main__":
+    sys.exit(main())
