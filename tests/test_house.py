@@ -34,8 +34,9 @@ FLOORS = {
     **dict.fromkeys(("objectives", "teachers"), 6),
     **dict.fromkeys(("training", "serving"), 7),
     "cell": 8,
-    **dict.fromkeys(("search", "forecasting"), 9),
-    "reporting": 10,
+    "fan": 9,
+    **dict.fromkeys(("search", "forecasting"), 10),
+    "reporting": 11,
 }
 """Room -> its floor. A room imports itself and rooms on lower floors; commands stand above all of them."""
 CLOCKS = {"time", "timeit", "resource", "psutil", "pynvml", "zeus", "tracemalloc"}
@@ -50,6 +51,8 @@ HEAVY = {
     "accelerate",
     "trl",
     "optuna",
+    "ray",
+    "submitit",
     "sklearn",
     "scipy",
     "pandas",

@@ -36,8 +36,8 @@ class Outcome:
     out_of_memory: str | None = None
 
 
-def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None) -> Outcome:
-    """Fork, run `work` in the child and wait for it. SIGTERM and SIGINT are handed on to the child.
+def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None, meanwhile: Callable[[], object] = lambda: None) -> Outcome:
+    """Fork, run `work` in the child and wait for it. SIGTERM and SIGINT are handed on to the child. meanwhile: called every POLL_S until it ends.
 
     The caller must not have started threads or used a GPU.
     """
@@ -48,15 +48,20 @@ def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None)
     child = os.fork()
     if child == 0:
         _become_child(work, parent)
-    return _wait(child, memory_limit_bytes, kills)
+    return _wait(child, memory_limit_bytes, kills, meanwhile)
+
+
+def dies_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent's thread ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _become_child(work: Callable[[], int], parent: int) -> None:
     code = 1
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive a killed parent
-        if os.getppid() != parent:
-            os._exit(1)
+        dies_with(parent)
         code = work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -71,7 +76,7 @@ def _become_child(work: Callable[[], int], parent: int) -> None:
         os._exit(code)
 
 
-def _wait(child: int, limit: int | None, kills: int | None) -> Outcome:
+def _wait(child: int, limit: int | None, kills: int | None, meanwhile: Callable[[], object]) -> Outcome:
     over = None
     before = {s: signal.signal(s, lambda number, _: os.kill(child, number)) for s in (signal.SIGTERM, signal.SIGINT)} if _main_thread() else {}
     try:
@@ -83,6 +88,7 @@ def _wait(child: int, limit: int | None, kills: int | None) -> Outcome:
             if limit and resident and resident > limit and over is None:
                 over = f"ended at {resident} resident bytes, above memory_limit_gb"
                 os.kill(child, signal.SIGKILL)
+            meanwhile()
             threading.Event().wait(POLL_S)
     finally:
         for handled, handler in before.items():

@@ -49,6 +49,19 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     Raises:
         UserError: another cell stands where one would be written, and overwrite=true was not said.
     """
+    missing, mirror = begin(cells, warn)
+    if not missing:
+        return 0
+    shared = preload(missing)
+    if cells[0].preflight:
+        code = run_in_child(lambda: preflight.ahead(missing, shared)).code
+        if code:
+            return code
+    return run_here(missing, shared, mirror)
+
+
+def begin(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> tuple[list[DictConfig], Mirror]:
+    """(the missing cells, the mirror, which has the finished ones). warn, raises: as run_cells has it."""
     missing = to_run(cells)
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done", flush=True)
     unfinished = {identity.folder_of(cfg) for cfg in missing}
@@ -56,19 +69,13 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     clear(done)
     mirror = Mirror()
     mirror.put(done)
-    if not missing:
-        return 0
-    if warn:
+    if missing and warn:
         warn(missing)
-    shared = preload(missing)
-    if cells[0].preflight:
-        code = run_in_child(lambda: preflight.ahead(missing, shared)).code
-        if code:
-            return code
-    return _run(missing, shared, mirror)
+    return missing, mirror
 
 
-def _run(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror) -> int:
+def run_here(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror) -> int:
+    """Run cells one after another in children of this process, packs first; those that another process computes at this moment come last."""
     for group in packing.groups(missing):
         with locks.free(group) as members:
             packing.train([cfg for cfg in members if not is_done(cfg)], shared)
@@ -118,6 +125,13 @@ class Mirror:
     def __init__(self) -> None:
         self.answers = True
         self.tried: set[Path] = set()
+
+    @classmethod
+    def silent(cls) -> Mirror:
+        """One that mirrors nothing: for a worker's process, since the command that sent the cells mirrors them."""
+        mirror = cls()
+        mirror.answers = False
+        return mirror
 
     def put(self, cells: Sequence[DictConfig]) -> None:
         """Mirror those of the cells that were not tried before. Raises KeyboardInterrupt: ended by a signal."""

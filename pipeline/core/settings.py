@@ -190,7 +190,7 @@ Axis = Annotated[tuple[int, ...], FILLED] | None
 TOP = {
     "seed": Seed, "train_rows": AtLeast1 | None, "start": Filled | None, "variant": Filled | None, "memory_limit_gb": Positive | None, "pack": bool,
     "tuned": bool, "price_per_hour": NotNegative | None, "currency": str | None, "device": Literal["auto", "cpu", "cuda"],
-    "overwrite": bool, "adopt": bool, "stale": Literal["run", "keep"], "cell": Filled | None, "split": Filled, "requests": Filled | None, "to": Filled | None,
+    "launcher": Literal["ray", "slurm", "local"], "share": bool, "overwrite": bool, "adopt": bool, "stale": Literal["run", "keep"], "cell": Filled | None, "split": Filled, "requests": Filled | None, "to": Filled | None,
     "tune.techniques": tuple[str, ...] | None, "tune.trials": AtLeast1, "tune.seed": Seed, "tune.slots": AtLeast1 | None,
     "tune.executor": Literal["auto", "packed", "sequential"],
     "forecast.gpu_memory_gb": Positive | None, "forecast.model_config": Filled | None, "forecast.length": AtLeast1 | None, "forecast.calibrate": bool,
