@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.cell import grid, identity
+from pipeline.cell.child import run_in_child
 from pipeline.core.compose import ROOT, compose
-from pipeline.fan import jobs, parcels, run
+from pipeline.fan import jobs, parcels, run, slurm
 from pipeline.fan.jobs import BAD_INPUT, BUSY, LOST, Job, Queue
 from pipeline.records.results import read
 
@@ -139,8 +140,197 @@ def test_a_result_takes_its_place_only_when_all_of_it_is_there(tmp_path):
 # Ray
 
 
-def test_ray_leaves_what_a_serial_run_leaves(words, tmp_path):
-    """The small one among the tests on Ray; the others are slow."""
-    assert fan(cells(words, 2)) == 0
-    same(tmp_path / "results/tried", serial(words, tmp_path, 2))
-    assert not grid.to_run(cells(words, 2)) and not list(tmp_path.rglob("*.partial*"))
+def test_jobs_run_on_ray_in_processes_of_their_own(tmp_path, monkeypatch, capfd):
+    """The small one among the tests on Ray, with work that loads nothing: the others are slow."""
+    monkeypatch.chdir(tmp_path)
+    ended: list[tuple[str, int]] = []
+
+    def dispatch() -> int:
+        from pipeline.fan.cluster import dispatch
+
+        every = [Job(f"job-{i}", "benchmarks.scale:nothing", [], extra={"code": code}) for i, code in enumerate((0, 0, 2))]
+        code = dispatch([lambda cpus, gpus: Queue(every, 1)], jobs.Ray(dashboard=False), tmp_path / "work", lambda job, code, value: ended.append((job.name, value)))
+        print(json.dumps(sorted(ended)))
+        return code
+
+    assert run_in_child(dispatch).code == 2
+    out, err = capfd.readouterr()
+    told = json.loads(next(line for line in out.splitlines() if line.startswith("[[")))
+    assert [name for name, _ in told] == ["job-0", "job-1", "job-2"] and "3 of 3" not in out and "2 of 3 done" in out and "job-2 failed" in err
+    assert os.getpid() not in {pid for _, pid in told}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["shared", "objects"])
+def test_ray_leaves_what_a_serial_run_leaves(words, tmp_path, store):
+    more = [f"ray.store={store}", f"ray.cache={tmp_path}/cache"]
+    assert fan(cells(words, 3, *more)) == 0
+    same(tmp_path / "results/tried", serial(words, tmp_path))
+    assert not grid.to_run(cells(words, 3)) and not list(tmp_path.rglob("*.partial*"))
+    configs = [read(folder).config for folder in (tmp_path / "results/tried").iterdir()]
+    assert {c["paths"]["results"] for c in configs} == {f"{tmp_path}/results"} and {c["ray"]["gpus"] for c in configs} == {0.0}
+    assert store == "shared" or not list((tmp_path / "cache/runs").iterdir())
+
+
+@pytest.mark.slow
+def test_a_cell_that_begins_at_another_comes_after_it_and_packed_seeds_go_to_one_worker(words, tmp_path):
+    first = compose([*words, "technique=full", "seed=0"])
+    after = compose([*words, "technique=lora", "seed=0", "start=full"])
+    pack = [compose([*words, "pack=true", f"seed={seed}", "precision=fp32"]) for seed in (1, 2)]
+    assert fan([after, first, *pack]) == 0
+    assert read(identity.folder_of(after)).start == "full"
+    assert all(read(identity.folder_of(cfg)).packed for cfg in pack)
+    logs = sorted(p.name for p in (tmp_path / "work/fanout").glob("*.log"))
+    assert logs == ["full-s0-n16.log", "lora-s0-n16.log", "lora-s1-n16-and-1-more.log"]
+
+
+@pytest.mark.slow
+def test_a_start_is_sent_too(words, tmp_path, monkeypatch):
+    more = ["ray.store=objects", f"ray.cache={tmp_path}/cache"]
+    every = [compose([*words, "technique=full", "seed=0", *more]), compose([*words, "seed=0", "start=full", *more])]
+    assert fan(every) == 0 and read(identity.folder_of(every[1])).start == "full"
+
+
+@pytest.mark.slow
+def test_a_cell_out_of_memory_is_a_row_and_one_of_bad_input_does_not_stop_the_others(words, tmp_path, capfd):
+    good, over = compose([*words, "seed=0"]), compose([*words, "seed=1", "memory_limit_gb=0.05"])
+    bad = compose([*words, "seed=2", "train_rows=4"])
+    assert fan([bad, over, good]) == BAD_INPUT
+    assert read(identity.folder_of(good)).status == "ok" and read(identity.folder_of(over)).status == "oom"
+    assert not (identity.folder_of(bad) / "result.json").exists() and "train.batch_size=8 is larger" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_checks_come_first_and_stop_all(words, capfd):
+    on = [w for w in words if w != "preflight=false"]
+    assert fan(cells(on, 2, "+task.separator=''", "task.prompt='{text}'")) in (0, BAD_INPUT)
+    assert "preflight" in capfd.readouterr().out
+
+
+DRIVER = """
+import sys
+from pipeline.core.compose import compose
+from pipeline.fan import run
+
+if __name__ == "__main__":
+    words = sys.argv[2:]
+    every = [compose([*words, f"seed={seed}"]) for seed in range(int(sys.argv[1]))]
+    sys.exit(run.run(every, lambda missing: None, lambda cfg: 1))
+"""
+SLOW = ["train.steps=60", "train.checkpoint_every_s=0.5"]
+
+
+class Fanout:
+    """pipeline.fanout over so many seeds in a process of its own."""
+
+    def __init__(self, words: list[str], tmp_path: Path, count: int = 6) -> None:
+        self.root, self.log = tmp_path / "results/tried", tmp_path / "fanout.log"
+        (tmp_path / "driver.py").write_text(DRIVER)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.out = open(self.log, "a")
+        self.process = subprocess.Popen([sys.executable, tmp_path / "driver.py", str(count), *words, *SLOW], env=environment, cwd=tmp_path,
+                                        stdout=self.out, stderr=subprocess.STDOUT)
+
+    def results(self) -> dict[str, int]:
+        return {p.parent.name: p.stat().st_mtime_ns for p in self.root.glob("*/result.json")}
+
+    def below(self, word: str) -> list[int]:
+        """Processes of this run whose command line has the word."""
+        import psutil
+
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if word in " ".join(process.cmdline()):
+                    found.append(process.pid)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def until(self, condition, limit_s: float = 300) -> None:
+        end = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < end and self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+
+    def wait(self) -> str:
+        try:
+            code = self.process.wait(timeout=500)
+        finally:
+            self.process.kill()
+        self.out.close()
+        assert code == 0, self.log.read_text()
+        return self.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("victim", ["pipeline.fan.host", "ray::"])
+def test_a_worker_that_is_killed_loses_its_own_cell_alone(words, tmp_path, victim):
+    started = Fanout(words, tmp_path)
+    started.until(lambda: started.results())
+    started.until(lambda: started.below(victim))
+    os.kill(started.below(victim)[0], signal.SIGKILL)
+    said = started.wait()
+    assert len(started.results()) == 6 and said.count("try 2 of 3") <= 1 and "failed:" not in said
+    same(started.root, serial([*words, *SLOW], tmp_path, 6))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_command_is_killed_and_started_again(words, tmp_path):
+    import psutil
+
+    first = Fanout(words, tmp_path)
+    first.until(lambda: len(first.results()) >= 2)
+    processes = psutil.Process(first.process.pid).children(recursive=True)
+    first.process.kill()
+    first.process.wait()
+    done = first.results()
+    psutil.wait_procs(processes, timeout=60)
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    again = Fanout(words, tmp_path)
+    again.wait()
+    assert len(again.results()) == 6 and done.items() <= again.results().items()
+    same(again.root, serial([*words, *SLOW], tmp_path, 6))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_head_is_killed(words, tmp_path):
+    started = Fanout(words, tmp_path)
+    started.until(lambda: started.results())
+    os.kill(started.below("gcs_server")[0], signal.SIGKILL)
+    said = started.wait()
+    assert "the Ray cluster was lost" in said and len(started.results()) == 6
+    same(started.root, serial([*words, *SLOW], tmp_path, 6))
+
+
+# Slurm
+
+
+def test_cells_are_dealt_out_evenly_and_those_that_read_others_stay_behind_them(words):
+    first, after = compose([*words, "technique=full"]), compose([*words, "start=full"])
+    others = cells(words, 6)[1:]
+    dealt = slurm.sets([first, *others, after], 3)
+    names = [[grid.cell_name(cfg) for cfg in one] for one in dealt]
+    assert sorted(map(len, names)) == [2, 2, 3]
+    [both] = [one for one in names if "full-s0-n16" in one]
+    assert both.index("full-s0-n16") < both.index("lora-s0-n16")
+
+
+@pytest.mark.slow
+def test_slurm_jobs_leave_what_a_serial_run_leaves(words, tmp_path, monkeypatch, capfd):
+    """By submitit's local executor; one job is ended from outside, and its cells are submitted again."""
+    every = cells([*words, "launcher=local"], 4)
+    waited, killed = slurm._wait, []
+
+    def dying(handed, *rest):
+        if not killed:
+            killed.append(handed[0])
+            handed[0]._process.kill()
+        return waited(handed, *rest)
+
+    monkeypatch.setattr(slurm, "_wait", dying)
+    assert fan(every) == 0 and "were left missing" in capfd.readouterr().err
+    same(tmp_path / "results/tried", serial(words, tmp_path, 4))

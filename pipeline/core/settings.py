@@ -192,7 +192,7 @@ TOP = {
     "tuned": bool, "price_per_hour": NotNegative | None, "currency": str | None, "device": Literal["auto", "cpu", "cuda"],
     "launcher": Literal["ray", "slurm", "local"], "share": bool, "overwrite": bool, "adopt": bool, "stale": Literal["run", "keep"], "cell": Filled | None, "split": Filled, "requests": Filled | None, "to": Filled | None,
     "tune.techniques": tuple[str, ...] | None, "tune.trials": AtLeast1, "tune.seed": Seed, "tune.slots": AtLeast1 | None,
-    "tune.executor": Literal["auto", "packed", "sequential"],
+    "tune.executor": Literal["auto", "packed", "sequential", "ray"], "tune.storage": Filled | None, "tune.heartbeat_s": AtLeast1,
     "forecast.gpu_memory_gb": Positive | None, "forecast.model_config": Filled | None, "forecast.length": AtLeast1 | None, "forecast.calibrate": bool,
     "report.target": Annotated[float, Within(0, 1)] | None, "report.train_rows": Axis, "report.seeds": Axis,
 }

@@ -201,6 +201,7 @@ class _Dispatcher:
         node, host = self.nodes.pop(job.name, None), self.running.pop(job.name, None)
         outcome = self.queue.ended(job, reply.code, node)
         if outcome in ("done", "failed"):
+            self.queue.through(job, reply.code, reply.value)
             self.tell(job, reply.code, reply.value)
         if job.held is not None and outcome != "again":
             job.held.close()

@@ -143,6 +143,9 @@ class Queue:
             self._unblock()
         return "failed" if code else "done"
 
+    def through(self, job: Job, code: int, value: Any) -> None:
+        """Called with every job that is done or failed, its code and the value that it left."""
+
     def _unblock(self) -> None:
         for job in list(self.blocked):
             if job.needs & self.failed.keys():

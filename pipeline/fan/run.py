@@ -101,7 +101,7 @@ def cell_jobs(missing: Sequence[DictConfig], settings: fan_jobs.Ray, cpus: float
 def _job(name: str, work: str, cells: Sequence[DictConfig], settings: fan_jobs.Ray, cpus: float, gpus: float, fits: Fits) -> Job:
     cfg = cells[0]
     gpu = gpu_share(cfg, settings, gpus, fits)
-    cpu = settings.cpus or (max(1.0, cpus // gpus) * gpu if gpu else 1.0)
+    cpu = cpu_share(settings, cpus, gpus, gpu)
     sent = [OmegaConf.merge(c, {"ray": {"gpus": gpu, "cpus": cpu}}) for c in cells]
     return Job(name, f"{HOST}:{work}", sent, gpus=gpu, cpus=cpu)  # type: ignore[arg-type]
 
@@ -113,6 +113,11 @@ def gpu_share(cfg: DictConfig, settings: fan_jobs.Ray, gpus: float, fits: Fits) 
     if settings.gpus is not None:
         return settings.gpus
     return float(int(1e4 / max(1, fits(cfg))) / 1e4) if cfg.share else 1.0
+
+
+def cpu_share(settings: fan_jobs.Ray, cpus: float, gpus: float, gpu: float) -> float:
+    """CPUs that a cell declares beside its share of a GPU: as many as there are for that, and one without a GPU."""
+    return settings.cpus or (max(1.0, cpus // gpus * gpu) if gpu else 1.0)
 
 
 class News:
