@@ -108,8 +108,13 @@ def test_a_folder_sent_in_pieces_arrives_whole_or_not_at_all(tmp_path, monkeypat
     (source / "deep").mkdir(parents=True)
     (source / "a.txt").write_bytes(b"123456789")
     (source / "deep/b.txt").write_bytes(b"")
-    kept: dict[int, bytes] = {}
-    sent = parcels.packed(source, lambda piece: kept.setdefault(len(kept), piece) and len(kept) - 1 if piece else kept.update({len(kept): piece}) or len(kept) - 1)
+    kept: list[bytes] = []
+
+    def put(piece: bytes) -> int:
+        kept.append(piece)
+        return len(kept) - 1
+
+    sent = parcels.packed(source, put)
     view = parcels.view(tmp_path / "cache", {"data/task": sent}, kept.__getitem__)
     assert (view / "data/task/a.txt").read_bytes() == b"123456789" and (view / "data/task/deep/b.txt").read_bytes() == b""
     kept[0] = b"9999"
@@ -149,7 +154,8 @@ def test_jobs_run_on_ray_in_processes_of_their_own(tmp_path, monkeypatch, capfd)
         from pipeline.fan.cluster import dispatch
 
         every = [Job(f"job-{i}", "benchmarks.scale:nothing", [], extra={"code": code}) for i, code in enumerate((0, 0, 2))]
-        code = dispatch([lambda cpus, gpus: Queue(every, 1)], jobs.Ray(dashboard=False), tmp_path / "work", lambda job, code, value: ended.append((job.name, value)))
+        code = dispatch([lambda cpus, gpus: Queue(every, 1)], jobs.Ray(dashboard=False), tmp_path / "work",
+                        lambda job, code, value: ended.append((job.name, value)))
         print(json.dumps(sorted(ended)))
         return code
 
@@ -227,9 +233,9 @@ class Fanout:
         self.root, self.log = tmp_path / "results/tried", tmp_path / "fanout.log"
         (tmp_path / "driver.py").write_text(DRIVER)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.out = open(self.log, "a")
-        self.process = subprocess.Popen([sys.executable, tmp_path / "driver.py", str(count), *words, *SLOW], env=environment, cwd=tmp_path,
-                                        stdout=self.out, stderr=subprocess.STDOUT)
+        with open(self.log, "a") as out:
+            self.process = subprocess.Popen([sys.executable, tmp_path / "driver.py", str(count), *words, *SLOW], env=environment, cwd=tmp_path,
+                                            stdout=out, stderr=subprocess.STDOUT)
 
     def results(self) -> dict[str, int]:
         return {p.parent.name: p.stat().st_mtime_ns for p in self.root.glob("*/result.json")}
@@ -258,7 +264,6 @@ class Fanout:
             code = self.process.wait(timeout=500)
         finally:
             self.process.kill()
-        self.out.close()
         assert code == 0, self.log.read_text()
         return self.log.read_text()
 

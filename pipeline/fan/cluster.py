@@ -7,6 +7,7 @@ process (pipeline/fan/host.py), and streams back where it began, how it ended an
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -70,7 +71,7 @@ def connected(settings: Ray) -> Iterator[Any]:
         environment = {"working_dir": str(ROOT), "excludes": LEFT_OUT}
     try:
         context = ray.init(address=settings.address, include_dashboard=settings.dashboard if settings.address is None else None, log_to_driver=False,
-                           logging_level="error", runtime_env=environment or None)
+                           logging_level=logging.ERROR, runtime_env=environment or None)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at ray.address={settings.address} ({str(error).splitlines()[0][:200]}); start one with `ray start --head`, "
                         "or leave ray.address out to use this machine") from error

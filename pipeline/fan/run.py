@@ -52,8 +52,8 @@ def on_ray(missing: Sequence[DictConfig], mirror: Mirror, settings: fan_jobs.Ray
         missing = [cfg for cfg in missing if not is_done(cfg)]
         if not missing:
             return 0
-        left = settings.retries - attempt
-        print(f"the Ray cluster was lost with {len(missing)} cells to do; {'starting again' if left else 'run the same command again'}", file=sys.stderr, flush=True)
+        action = "starting again" if attempt < settings.retries else "run the same command again"
+        print(f"the Ray cluster was lost with {len(missing)} cells to do; {action}", file=sys.stderr, flush=True)
     return LOST
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cell import identity
-from pipeline.core.compose import RENAMED, plain
 from pipeline.core import locks
+from pipeline.core.compose import RENAMED, plain
 from pipeline.core.files import UserError, sha256, write_json, write_text
 from pipeline.core.settings import AtLeast1, Within, build
 from pipeline.measure.machine import provenance

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline.cell import inputs, record
 from pipeline.cell import grid as cell_grid
+from pipeline.cell import inputs, record
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
 from pipeline.cell.packing import INTERRUPTED, attempt, signals
@@ -123,8 +123,8 @@ def search(study: Study, cfg: DictConfig, load: Callable[[], inputs.Shared]) -> 
     print(f"{study.answered} of {sweep.target} trials are done")
     trials, load = Trials(study, cfg, sweep.timeout_s), functools.cache(load)
     if sweep.executor == "ray":
-        return _on_ray(trials)
-    if study.answered < sweep.target:
+        _on_ray(trials)
+    elif study.answered < sweep.target:
         reason = refusal(sweep, cfg)
         if reason is None:
             reason = _packed(trials, load())
@@ -132,7 +132,8 @@ def search(study: Study, cfg: DictConfig, load: Callable[[], inputs.Shared]) -> 
                 study.revive()
         if reason:
             _not_packed(sweep, reason)
-    _one_by_one(trials, load)
+    if sweep.executor != "ray":
+        _one_by_one(trials, load)
 
 
 def refusal(sweep: Sweep, cfg: DictConfig) -> str | None:
