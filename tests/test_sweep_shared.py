@@ -23,7 +23,7 @@ from pipeline.search.study import read as read_sweep
 FORK = multiprocessing.get_context("fork")
 SHORT = ["technique=lora", "precision=fp32", "experiment=tried", "train_rows=16", "train.batch_size=8", "train.steps=6", "train.validations=1",
          "sweep.confirm=false", "sweep.heartbeat_s=1"]
-SPACE = "sweep.space={method.config.r: {choices: [1, 2, 4, 8, 16]}, train.lr: {choices: [1e-4, 2e-4, 4e-4, 8e-4, 1e-3, 2e-3, 4e-3, 8e-3]}}"
+SPACE = "+sweep.space={method.config.r: {choices: [1, 2, 4, 8, 16]}, train.lr: {choices: [1e-4, 2e-4, 4e-4, 8e-4, 1e-3, 2e-3, 4e-3, 8e-3]}}"
 TRIALS, WORKERS = 40, 4
 
 
@@ -99,7 +99,7 @@ def test_four_workers_share_a_study_and_one_is_killed(words, url, tmp_path, exec
 @pytest.mark.timeout(900)
 def test_a_search_that_learns_is_shared_too(words, url, tmp_path):
     """TPE has no list of points: no more are asked for than wanted, though four ask at once."""
-    space = "sweep.space={method.config.r: {choices: [1, 2, 4]}, train.lr: {low: 1e-4, high: 1e-2, log: true}}"
+    space = "+sweep.space={method.config.r: {choices: [1, 2, 4]}, train.lr: {low: 1e-4, high: 1e-2, log: true}}"
     more = [*words, space, "sweep.sampler=tpe", "sweep.n_trials=10", "sweep.executor=sequential", f"sweep.storage={url}", "sweep.confirm=true"]
     started = workers(more)
     for process in started:

@@ -32,7 +32,9 @@ LOOK_S = 2.0
 """How long to wait for news before looking again for what another process computed."""
 TELL_S = 30.0
 """Seconds between lines on how far it is."""
-LEFT_OUT = ["data", "models", "rationales", "synthetic", "results", "report", "sweeps", "evaluations", "mlartifacts", "plans", ".venv", ".work", ".git"]
+LEFT_OUT = [f"/{name}" for name in ("data", "models", "rationales", "synthetic", "results", "report", "sweeps", "evaluations", "mlartifacts", "plans", "tests",
+                                  "benchmarks/results", ".venv", ".work", ".git", ".dvc")]
+"""What of this folder is no code."""
 
 Tell = Callable[[Job, int, Any], None]
 """Called with every job that is through, its code and the value that it left."""

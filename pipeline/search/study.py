@@ -267,8 +267,13 @@ class Study:
                 running = sum(t.state.name == "RUNNING" for t in self.stored.trials)
             if self.answered + running >= self.sweep.target:
                 return None
-            trial = self.stored.ask(self.sweep.space.distributions)
+            trial, chosen = self.ask()
             self.storage.beat([trial._trial_id])
+        return trial, chosen
+
+    def ask(self) -> tuple[optuna.Trial, Point]:
+        """The next trial, and the settings that it is to have, whoever asks beside this."""
+        trial = self.stored.ask(self.sweep.space.distributions)
         return trial, self.sweep.space.complete(self.sweep.space.point(trial.params))
 
     def _bury(self, number: int) -> None:
