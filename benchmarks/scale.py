@@ -41,7 +41,6 @@ WORDS = ["experiments=data_size", "technique=lora", "train_rows=100", "device=cp
 SECONDS = 0.05
 """What a dummy cell waits."""
 REPEATS = 100
-SIZES = (10, 1_000, 100_000)
 
 
 def nothing(cells: list[DictConfig], request: dict[str, Any], kept: Any) -> tuple[int, int]:
@@ -320,6 +319,49 @@ def run(words: list[str]) -> int:
 def now_date() -> str:
     """Today."""
     return str(machine.provenance()["started"])[:10]
+
+
+# The tables of docs/scale.md
+
+ABOUT = {
+    "compose": "compose a cell's config", "look_missing": "look for its result, which is not there", "look_done": "look for its result, which is there",
+    "send": "hash what decides it, and turn it into JSON",
+    "ray_start": "start Ray on this machine, run a task, and end it", "ray_task": "a Ray task, two workers taking turns",
+    "host_start": "start a worker's host", "host_cell": "a dummy cell on its host, beyond its wait", "mlflow_start": "a process that writes to MLflow",
+    "mlflow_sqlite": "a run in MLflow's SQLite", "optuna_sqlite": "a trial in Optuna's SQLite", "optuna_postgresql": "a trial in PostgreSQL",
+    "dvc_start": "`dvc commit` of one stage", "dvc_stage": "each stage more",
+}
+CASES = ((10, 1), (1_000, 8), (100_000, 8), (100_000, 512))
+CELL_S = 60.0
+"""A cell of the predictions."""
+
+
+def tables(stored: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Markdown by name: steps, predicted, checked."""
+    rows = {row["id"]: row for row in stored}
+    steps = rows["steps"]
+    seconds = [["step", "seconds"], *([what, f"{steps[name]:.4f}"] for name, what in ABOUT.items())]
+    head = ["cells", "workers", "before the first cell", "while cells run", "limited by", "MLflow's runs, beside it", "`make adopt`, after it"]
+    cases = [predict(steps, cells, workers, CELL_S) for cells, workers in CASES]
+    predicted = [head, *([f"{p.cells:,}", f"{p.workers:,}", *map(words_of, (p.before_s, p.during_s)), p.limit, *map(words_of, (p.mirror_s, p.adopt_s))]
+                         for p in cases)]
+    checked = [["cells", "done", "part", "predicted s", "measured s"]]
+    for row in rows.values():
+        if row["id"].startswith("dummy-"):
+            checked += [[f"{row['cells']:,}", f"{row['done']:,}", about, f"{row[f'predicted_{part}s']:.1f}", f"{row[f'measured_{part}s']:.1f}"]
+                        for part, about in (("compose_", "compose and look"), ("run_", "run on Ray"), ("", "all"))]
+    return {"steps": markdown(seconds), "predicted": markdown(predicted), "checked": markdown(checked)}
+
+
+def words_of(seconds: float) -> str:
+    """A duration for people."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
 
 
 main = words_entry(run)

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import write_model, write_rationales, write_task
+from test_dvc import Clone
 
 from pipeline.cell import grid, identity
 from pipeline.cell.child import run_in_child
@@ -309,6 +311,43 @@ def test_the_head_is_killed(words, tmp_path):
     said = started.wait()
     assert "the Ray cluster was lost" in said and len(started.results()) == 6
     same(started.root, serial([*words, *SLOW], tmp_path, 6))
+
+
+# DVC
+
+TINY = """
+train: {steps: 2}
+evaluate: {test_rows: 8, latency_rows: 2}
+tracking: {enabled: false}
+ray: {dashboard: false}
+device: cpu
+preflight: false
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_dvc_is_left_as_by_a_serial_run(tmp_path):
+    """After what `make adopt` does, `dvc status` of the cells is clean, and `dvc repro` runs none of them."""
+    clone = Clone(tmp_path / "clone")
+    for name in ("experiments/a.yaml", "experiments/a/params.yaml"):
+        path = clone.root / name
+        path.write_text(path.read_text().replace("vader_movies_5", "vader_movies") + (TINY if name == "experiments/a.yaml" else ""))
+    write_task(clone.root / "data/vader_movies", train=320)
+    write_rationales(clone.root / "rationales/vader_movies/lexicon", clone.root / "data/vader_movies")
+    write_model(clone.root / "models/smollm2_135m")
+    environment = {**clone.environment(), "PYTHONPATH": str(clone.root)}
+    for command in ("fanout", "plan"):
+        more = [] if command == "fanout" else ["adopt=true"]
+        if command == "plan":
+            assert clone.dvc("repro", "--quiet", "experiments/a/dvc.yaml:plan")[0] == 0
+        words = [sys.executable, "-m", f"pipeline.{command}", "experiments=a", *more]
+        done = subprocess.run(words, cwd=clone.root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert clone.dvc("commit", "--force", "--quiet", "experiments/a/dvc.yaml:train")[0] == 0
+    code, out, err = clone.dvc("status", "experiments/a/dvc.yaml:train", "experiments/a/dvc.yaml:plan")
+    assert code == 0 and "up to date" in out, out + err
+    assert clone.repro("--single-item", "experiments/a/dvc.yaml:train") == []
 
 
 # Slurm

@@ -16,7 +16,7 @@ import postgres
 import pytest
 import report_cells
 
-from pipeline.core.compose import compose
+from pipeline.core.compose import CONF, compose
 from pipeline.records import mlflow as records_mlflow
 from pipeline.records.results import write
 
@@ -35,6 +35,7 @@ def server(tmp_path_factory):
     with postgres.running() as database:
         environment = {**os.environ, "PGPASSWORD": postgres.PASSWORD, "MLFLOW_BACKEND_STORE_URI": database.url("mlflow", "postgresql+psycopg"),
                        "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN["MLFLOW_TRACKING_PASSWORD"], "MLFLOW_FLASK_SERVER_SECRET_KEY": "a secret",
+                       "MLFLOW_AUTH_CONFIG_PATH": str(CONF / "tracking/basic_auth.ini"),
                        "MLFLOW_DISABLE_TELEMETRY": "true"}
         words = ["server", "--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port), "--artifacts-destination",
                  str(root / "artefacts"), "--workers", "2"]
