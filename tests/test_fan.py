@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import report_cells
 from conftest import write_model, write_rationales, write_task
 from test_dvc import Clone
 
@@ -19,6 +20,7 @@ from pipeline.cell.child import run_in_child
 from pipeline.core.compose import ROOT, compose
 from pipeline.fan import jobs, parcels, run, slurm
 from pipeline.fan.jobs import BAD_INPUT, BUSY, LOST, Job, Queue
+from pipeline.records.finished import Cell
 from pipeline.records.results import read
 
 SHORT = ["technique=lora", "precision=fp32", "experiment=tried", "train_rows=16", "train.batch_size=8", "train.steps=2", "evaluate.test_rows=8"]
@@ -99,6 +101,14 @@ def test_what_another_process_computes_comes_back_last():
 def test_less_than_a_whole_gpu_is_declared_only_where_the_config_says_so(words, settings, device, share, gpus, wanted):
     cfg = compose([*words, f"device={device}", f"share={share}"])
     assert run.gpu_share(cfg, jobs.Ray(**settings), gpus, lambda _: 4) == wanted
+
+
+def test_times_of_cells_that_shared_a_gpu_are_marked(tmp_path):
+    def timing(gpus, device):
+        result = report_cells.result("lora", config={"ray": {"gpus": gpus}}, hardware={"device": device})
+        return Cell(result, tmp_path, "lora", "200").timing
+
+    assert timing(0.25, "cuda") == "shared" and timing(1.0, "cuda") == timing(None, "cuda") == timing(0.0, "cpu") == ""
 
 
 # by content
@@ -272,12 +282,20 @@ class Fanout:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("victim", ["pipeline.fan.host", "ray::"])
+@pytest.mark.parametrize("victim", ["a cell", "pipeline.fan.host", "ray::"])
 def test_a_worker_that_is_killed_loses_its_own_cell_alone(words, tmp_path, victim):
+    """Killed is the cell's process, that which forked it, or Ray's worker."""
+    import psutil
+
     started = Fanout(words, tmp_path)
     started.until(lambda: started.results())
-    started.until(lambda: started.below(victim))
-    os.kill(started.below(victim)[0], signal.SIGKILL)
+    if victim == "a cell":
+        hosts = [pid for pid in started.below("pipeline.fan.host") if psutil.Process(pid).ppid() not in started.below("pipeline.fan.host")]
+        started.until(lambda: any(psutil.Process(pid).children() for pid in hosts))
+        os.kill(next(child.pid for pid in hosts for child in psutil.Process(pid).children()), signal.SIGKILL)
+    else:
+        started.until(lambda: started.below(victim))
+        os.kill(started.below(victim)[0], signal.SIGKILL)
     said = started.wait()
     assert len(started.results()) == 6 and said.count("try 2 of 3") <= 1 and "failed:" not in said
     same(started.root, serial([*words, *SLOW], tmp_path, 6))
@@ -300,6 +318,41 @@ def test_the_command_is_killed_and_started_again(words, tmp_path):
     again.wait()
     assert len(again.results()) == 6 and done.items() <= again.results().items()
     same(again.root, serial([*words, *SLOW], tmp_path, 6))
+
+
+@pytest.fixture
+def cluster():
+    """The address of a cluster of two nodes with a CPU each, on this machine, and the process id of the second one's raylet."""
+    script = """
+import sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+second = cluster.add_node(num_cpus=1)
+print(cluster.address, second.all_processes["raylet"][0].process.pid, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdin and process.stdout
+        address, raylet = next(line for line in process.stdout if line.startswith("127.") or line[0].isdigit()).split()
+        yield address, int(raylet)
+        process.stdin.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("store", ["shared", "objects"])
+def test_a_machine_of_a_cluster_is_lost(words, tmp_path, cluster, store):
+    """Its cell is computed on the other one."""
+    address, raylet = cluster
+    started = Fanout([*words, f"ray.address={address}", f"ray.store={store}", f"ray.cache={tmp_path}/cache"], tmp_path)
+    started.until(lambda: started.results())
+    os.kill(raylet, signal.SIGKILL)
+    said = started.wait()
+    assert len(started.results()) == 6 and "failed:" not in said
+    same(started.root, serial([*words, *SLOW], tmp_path, 6))
 
 
 @pytest.mark.slow

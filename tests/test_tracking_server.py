@@ -22,7 +22,7 @@ from pipeline.records.results import write
 
 SPAWN = multiprocessing.get_context("spawn")
 WRITERS, RUNS = 8, 50
-ADMIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "a password of twelve"}
+ADMIN = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "a password of twelve"}
 
 
 @pytest.fixture(scope="module")

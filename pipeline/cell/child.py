@@ -28,6 +28,10 @@ POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
 
 
+class Ended(UserError):
+    """A cell's process was ended by a signal, not for lack of memory: from outside."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """code: the child's exit code, 128 + signal if one ended it. out_of_memory: why, if that was the reason."""
@@ -126,7 +130,7 @@ def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | Non
         reason = done.out_of_memory
         done = run_in_child(lambda: print(summary(record.write_oom(cfg, reason))) or 0)  # what it imports stays out of this process
     if done.code > 128 and done.code != 130:
-        raise UserError(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it resumes from its last checkpoint")
+        raise Ended(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it resumes from its last checkpoint")
     return done.code
 
 

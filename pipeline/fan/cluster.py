@@ -59,6 +59,9 @@ def dispatch(phases: Sequence[Phase], settings: Ray, work: Path, tell: Tell) -> 
 @contextlib.contextmanager
 def connected(settings: Ray) -> Iterator[Any]:
     """Ray, connected to the cluster at its address or to one that is started here."""
+    if (settings.address or "").startswith("ray://"):
+        raise UserError(f"ray.address={settings.address} is Ray's client, which streams nothing; run the command on a machine of the cluster, "
+                        "with ray.address=auto")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
@@ -223,7 +226,7 @@ class _Dispatcher:
 
 
 def _why(reply: Reply) -> str:
-    return reply.said.splitlines()[0] if reply.code in (LOST, OUT_OF_MEMORY) and reply.said else f"ended with code {reply.code}"
+    return reply.said.strip().splitlines()[-1] if reply.code in (LOST, OUT_OF_MEMORY) and reply.said.strip() else f"ended with code {reply.code}"
 
 
 def _hold(job: Job, work: Path) -> contextlib.ExitStack:

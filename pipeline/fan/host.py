@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cell import grid, identity, inputs, locks, preflight
-from pipeline.cell.child import dies_with, run_cell, run_in_child
+from pipeline.cell.child import Ended, dies_with, run_cell, run_in_child
 from pipeline.cell.inputs import Shared
 from pipeline.core.compose import ROOT, literal
 from pipeline.core.files import UserError
@@ -130,7 +130,7 @@ def _answer(request: dict[str, Any], kept: Kept) -> dict[str, Any]:
             code = BAD_INPUT
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            code = BAD_INPUT
+            code = LOST if isinstance(error, Ended) else BAD_INPUT
         except KeyboardInterrupt:
             code = INTERRUPTED
         except Exception:  # noqa: BLE001 (the job's own, whose trace is in its log; the host goes on)

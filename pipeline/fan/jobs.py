@@ -25,7 +25,7 @@ class Ray:
     """The config group ray."""
 
     address: str | None = None
-    """Of a running cluster (auto, host:6379, ray://host:10001); null: one of this machine's CPUs and GPUs, which ends with the command."""
+    """Of a running cluster (auto, host:6379); null: one of this machine's CPUs and GPUs, which ends with the command."""
     dashboard: bool = True
     """Ray's pages, of a cluster that the command starts."""
     cpus: Annotated[float, Within(0, above=True)] | None = None
