@@ -17,7 +17,7 @@ import sys
 
 from omegaconf import DictConfig
 
-from pipeline.cell.grid import compose_cell, grid_overrides
+from pipeline.cell.grid import compose_cells, grid_overrides
 from pipeline.core.commands import entry
 from pipeline.fan.run import run as fan_out
 from pipeline.forecasting.sharing import at_once
@@ -26,7 +26,7 @@ from pipeline.forecasting.text import warn
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Run what is missing."""
-    return fan_out([compose_cell(words) for words in grid_overrides(overrides)], warn, at_once)
+    return fan_out(compose_cells(grid_overrides(overrides)), warn, at_once)
 
 
 main = entry(run)

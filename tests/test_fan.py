@@ -56,6 +56,11 @@ def same(here: Path, there: Path) -> None:
         assert one.scores == other.scores and [p["loss"] for p in one.history] == [p["loss"] for p in other.history]
 
 
+def test_cells_composed_once_for_all_seeds_are_those_composed_one_by_one(words):
+    every = [[*words, f"technique={t}", f"seed={seed}"] for t in ("lora", "full") for seed in (0, 1, 7)]
+    assert grid.compose_cells(every) == [grid.compose_cell(w) for w in every]
+
+
 # what is left
 
 

@@ -168,3 +168,26 @@ def test_a_database_that_does_not_answer_is_one_sentence(words, capfd):
     assert sweep.main([*words, "sweep.storage=postgresql://me@127.0.0.1:9/none"]) == 2
     error = capfd.readouterr().err
     assert "cannot write postgresql://me@127.0.0.1:9/none" in error and "start the database" in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shared", [False, True])
+def test_trials_as_ray_tasks_are_those_of_single_runs(words, url, tmp_path, shared):
+    few = "sweep.space={method.config.r: {choices: [1, 2, 4]}}"
+    more = ["ray.dashboard=false", *([f"sweep.storage={url}"] if shared else [])]
+    assert sweep.main([*words, few, "sweep.executor=ray", *more]) == 0
+    rows = list(csv.DictReader((tmp_path / "sweeps/tried/lora/trials.csv").read_text().splitlines()))
+    assert sweep.main([*words, few, "sweep.executor=sequential", f"paths.sweeps={tmp_path}/single"]) == 0
+    single = list(csv.DictReader((tmp_path / "single/tried/lora/trials.csv").read_text().splitlines()))
+    key = "method.config.r"
+    assert sorted((r[key], r["validation"]) for r in rows) == sorted((r[key], r["validation"]) for r in single) and len(rows) == 3
+    assert {r["status"] for r in rows} == {"ok"} and {r["packed"] for r in rows} == {"False"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_tuning_takes_ray_and_counts_what_fails(words, tmp_path, capfd):
+    more = [*(w for w in words if not w.startswith("experiment=")), "experiments=quick", f"paths.tuning={tmp_path}/tuning", "tune.trials=3",
+            "tune.executor=ray", "ray.dashboard=false"]
+    assert tune.main(more) == 0 and (tmp_path / "tuning/quick/lora-n16.yaml").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import signal
 from collections.abc import Callable, Iterable, Sequence
@@ -33,9 +34,26 @@ def compose_cell(overrides: Sequence[str]) -> DictConfig:
     return tuned.applied(compose(overrides), overrides)
 
 
+def compose_cells(every: Sequence[Sequence[str]]) -> list[DictConfig]:
+    """The configs of cells; those that differ in their seed alone are composed once, which is most of the time that a large grid takes to begin."""
+    first: dict[tuple[str, ...], DictConfig] = {}
+    cells = []
+    for words in every:
+        rest, seed = tuple(without(words, "seed")), by_key(words).get("seed", "")
+        if not seed.isdecimal():
+            cells.append(compose_cell(words))
+            continue
+        if rest not in first:
+            first[rest] = compose_cell(words)
+        cfg = copy.deepcopy(first[rest])
+        cfg.seed = int(seed)
+        cells.append(cfg)
+    return cells
+
+
 def run_missing(overrides: Sequence[str], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:
     """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result. warn: as run_cells has it."""
-    return run_cells([compose_cell(o) for o in grid_overrides(overrides)], warn)
+    return run_cells(compose_cells(grid_overrides(overrides)), warn)
 
 
 def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:

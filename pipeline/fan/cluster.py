@@ -76,7 +76,7 @@ def connected(settings: Ray) -> Iterator[Any]:
     if settings.store == "objects":
         environment = {"working_dir": str(ROOT), "excludes": LEFT_OUT}
     try:
-        context = ray.init(address=settings.address, include_dashboard=settings.dashboard if settings.address is None else None, log_to_driver=False,
+        context = ray.init(address=settings.address, include_dashboard=None if settings.dashboard or settings.address else False, log_to_driver=False,
                            logging_level=logging.ERROR, runtime_env=environment or None)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at ray.address={settings.address} ({str(error).splitlines()[0][:200]}); start one with `ray start --head`, "

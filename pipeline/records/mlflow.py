@@ -31,6 +31,7 @@ ENVIRONMENT = {  # what the user has set stays
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 LOUD = ("alembic", "mlflow", "urllib3")
 
@@ -215,7 +216,11 @@ class Mirror:
             part = slice(at, at + BATCH)
             self.client.log_batch(run_id, metrics=metrics[part], params=params[part], tags=tags[part])
         if run.datasets:
-            self.client.log_inputs(run_id, [_input(d) for d in run.datasets])
+            inputs = [_input(d) for d in run.datasets]
+            try:
+                self.client.log_inputs(run_id, inputs)
+            except Exception:  # noqa: BLE001  (of two writers that name a new data set at once, MLflow 3.17 refuses one; then it is there)
+                self.client.log_inputs(run_id, inputs)
         if run.config:
             self.client.log_dict(run_id, run.config, "config.yaml")
         for path in run.files:
