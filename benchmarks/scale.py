@@ -328,7 +328,8 @@ def now_date() -> str:
 # The tables of docs/scale.md
 
 ABOUT = {
-    "compose": "compose a cell's config", "compose_seed": "the same for another seed of it", "look_missing": "look for its result, which is not there", "look_done": "look for its result, which is there",
+    "compose": "compose a cell's config", "compose_seed": "the same for another seed of it",
+    "look_missing": "look for its result, which is not there", "look_done": "look for its result, which is there",
     "send": "hash what decides it, and turn it into JSON",
     "ray_start": "start Ray on this machine, run a task, and end it", "ray_task": "a Ray task, two workers taking turns",
     "host_start": "start a worker's host", "host_cell": "a dummy cell on its host, beyond its wait", "mlflow_start": "a process that writes to MLflow",
