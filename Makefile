@@ -13,7 +13,7 @@ export DVC_NO_ANALYTICS := 1
 # To keep yours in git: git update-index --no-skip-worktree <them>, then git add.
 OWN_LOCKS := git ls-files -z -- '*dvc.lock' | xargs -0 -r git update-index --skip-worktree
 
-.PHONY: help try repro adopt sweep ui test test-slow test-gpu lint lock
+.PHONY: help try repro adopt sweep ui server test test-slow test-gpu lint lock
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ sweep: $(VENV) ## search the rank of TECHNIQUE (lora) and confirm the best on te
 ui: $(VENV) ## MLflow's pages on http://127.0.0.1:PORT (5000)
 	@echo "the experiments: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning (open one, then choose Model training at the top left)"
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
+
+server: $(VENV) ## an MLflow server with users on 127.0.0.1:PORT, over the database that MLFLOW_BACKEND_STORE_URI names (docs/scale.md)
+	@MLFLOW_AUTH_CONFIG_PATH=$${MLFLOW_AUTH_CONFIG_PATH:-conf/tracking/basic_auth.ini} $(BIN)/mlflow server --app-name basic-auth --host 127.0.0.1 --port $(PORT) --artifacts-destination mlartifacts
 
 test: $(VENV) ## the fast tests, minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu"

@@ -2,7 +2,8 @@
 
 Library of `python -m benchmarks.rates fit`. A rule gives a technique's rate for a base; its accuracy is interpolated (linear in the rate's logarithm)
 between the grid's rates beside it. Regret: points of accuracy (validation and test rows together) below the best of the seven rates; the best of
-seven is high by luck, so that two equally good rates are often a point or two apart. The pairs are halved like a chessboard, so that every model and every task is in both halves.
+seven is high by luck, so that two equally good rates are often a point or two apart. The pairs are halved like a chessboard, so that every model
+and every task is in both halves.
 """
 
 from __future__ import annotations
@@ -191,7 +192,8 @@ def grid_table(data: Grids, fitted: dict[str, tuple[float, float]]) -> str:
     for technique in fitted:
         for (model, task), grid in sorted(data.by[technique].items()):
             chosen = data.nearest(technique, (model, task), rule(technique, model))
-            cells = ", ".join(f"{rate:.0e}: {'**' if outcome is chosen else ''}{outcome[0]:.1f}{'**' if outcome is chosen else ''}" for rate, outcome in sorted(grid.items()))
+            marks = {rate: "**" if outcome is chosen else "" for rate, outcome in grid.items()}
+            cells = ", ".join(f"{rate:.0e}: {marks[rate]}{outcome[0]:.1f}{marks[rate]}" for rate, outcome in sorted(grid.items()))
             half = "fitted" if (model, task) in fitted_on else "held out"
             lines.append(f"| {technique} | {model} | {task} | {half} | {data.untrained[model, task][0]:.1f} | {cells} |")
     return "\n".join(lines) + "\n"

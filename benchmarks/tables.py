@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rounding, speed_files, tiers
+from benchmarks import rounding, scale, speed_files, tiers
 from benchmarks.speed_files import FOLDER
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError, read_json, write_text
@@ -36,6 +36,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quick, cost": lambda: markdown_tables(QUICK)[1],
     **{f"tiers, {name}": functools.partial(lambda at: tiers.tables(read_json(FOLDER / "tiers.json")).split("\n\n")[2 * at + 1], at)
        for at, name in enumerate(SIMULATED)},
+    **{f"scale, {name}": functools.partial(lambda name: scale.tables(read_json(FOLDER / "scale.json"))[name], name)
+       for name in ("steps", "predicted", "checked")},
 }
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
 NUMBER = r"[-+−]?[\d,]*\.?\d+"

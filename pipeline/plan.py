@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig
 
 from pipeline.cell import identity
-from pipeline.cell.grid import check_params, compose_cell, grid_overrides
+from pipeline.cell.grid import check_params, compose_cells, grid_overrides
 from pipeline.core import names
 from pipeline.core.commands import entry
 from pipeline.core.compose import CONF, ROOT, by_key
@@ -33,7 +33,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Plan the cells of the grid, or the commands that experiments share."""
     if "experiments" not in by_key(overrides):
         return plan_commands(Path(cfg.paths.plans) / "code")
-    cells = [compose_cell(words) for words in grid_overrides(overrides)]
+    cells = compose_cells(grid_overrides(overrides))
     check_params(cfg.experiment, cells)
     if cfg.adopt:
         identity.check_adoptable(cells)

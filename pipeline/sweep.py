@@ -4,6 +4,8 @@
     python -m pipeline.sweep experiments=quick technique=lora sweep=rank_memory     accuracy against peak memory
     python -m pipeline.sweep experiments=quick technique=lora sweep=rank_alpha_lr   rank x alpha x learning rate
     python -m pipeline.sweep experiments=quick technique=lora sweep.executor=packed several trials at once (auto: on a GPU)
+    python -m pipeline.sweep experiments=quick technique=lora sweep.executor=ray    a trial a task of Ray's (config group ray)
+    python -m pipeline.sweep experiments=quick technique=lora sweep.storage=postgresql://user@host/name   start as many as you like: they share the study
     optuna-dashboard sqlite:///sweeps/quick/lora/study.db                           look at it
 
 Writes sweeps/<experiment>/<technique>/{study.db, sweep.json, trials.csv, best.json} and the confirm cell under results/.
@@ -25,8 +27,9 @@ from pipeline.core.commands import entry
 from pipeline.core.compose import by_key
 from pipeline.reporting.figures import METRICS
 from pipeline.reporting.verdict import of_search
+from pipeline.search.best import confirm
 from pipeline.search.study import Study, open_study, read, short
-from pipeline.search.trials import alone, confirm, of_grid, search, study_name
+from pipeline.search.trials import alone, of_grid, search, study_name
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
@@ -36,7 +39,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     sweep = read(cfg)
     folder = Path(cfg.paths.sweeps) / cfg.experiment / study_name(cfg)
     mirror = Mirror()
-    with alone(folder):
+    with alone(folder, sweep.storage is not None):
         study = open_study(folder, cfg, sweep)
         try:
             search(study, cfg, lambda: inputs.preload([cfg]))

@@ -34,9 +34,10 @@ FLOORS = {
     **dict.fromkeys(("objectives", "teachers"), 6),
     **dict.fromkeys(("training", "serving"), 7),
     "cell": 8,
-    **dict.fromkeys(("search", "forecasting"), 9),
-    "reporting": 10,
-    "intake": 11,
+    "fan": 9,
+    **dict.fromkeys(("search", "forecasting"), 10),
+    "reporting": 11,
+    "intake": 12,
 }
 """Room -> its floor. A room imports itself and rooms on lower floors; commands stand above all of them."""
 CLOCKS = {"time", "timeit", "resource", "psutil", "pynvml", "zeus", "tracemalloc"}
@@ -51,6 +52,8 @@ HEAVY = {
     "accelerate",
     "trl",
     "optuna",
+    "ray",
+    "submitit",
     "sklearn",
     "scipy",
     "pandas",

@@ -207,7 +207,7 @@ class Runs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, accuracy) -> None:
         self.seen: list[dict] = []
 
-        def run(cfg, shared, scratch, label, count_errors=False):
+        def run(cfg, shared, scratch, label, count_errors=False, meanwhile=None):
             assert count_errors
             self.seen.append({"lr": cfg.train.lr, "r": cfg.method.config.r, "seed": cfg.seed})
             value = accuracy(cfg.train.lr, cfg.method.config.r)

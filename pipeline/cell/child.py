@@ -29,6 +29,10 @@ POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
 
 
+class Ended(UserError):
+    """A cell's process was ended by a signal, not for lack of memory: from outside."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """code: the child's exit code, 128 + signal if one ended it. out_of_memory: why, if that was the reason."""
@@ -58,7 +62,8 @@ class Watcher:
         return ""
 
 
-def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None, polled: Callable[[], None] | None = None, log: Path | None = None) -> Outcome:
+def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None, polled: Callable[[], object] | None = None,
+                 log: Path | None = None) -> Outcome:
     """Fork, run `work` in the child and wait for it. SIGTERM and SIGINT are handed on to the child.
 
     The caller must not have started threads or used a GPU.
@@ -77,14 +82,19 @@ def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None,
     return _wait(child, memory_limit_bytes, kills, polled)
 
 
+def dies_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent's thread ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _become_child(work: Callable[[], int], parent: int, log: Path | None) -> None:
     code = 1
     try:
         if log is not None:
             _print_into(log)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive a killed parent
-        if os.getppid() != parent:
-            os._exit(1)
+        dies_with(parent)
         code = work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -109,7 +119,7 @@ def _print_into(log: Path) -> None:
             os.dup2(file.fileno(), stream)
 
 
-def _wait(child: int, limit: int | None, kills: int | None, polled: Callable[[], None] | None = None) -> Outcome:
+def _wait(child: int, limit: int | None, kills: int | None, polled: Callable[[], object] | None = None) -> Outcome:
     over = None
     before = {s: signal.signal(s, lambda number, _: os.kill(child, number)) for s in (signal.SIGTERM, signal.SIGINT)} if _main_thread() else {}
     try:
@@ -165,7 +175,7 @@ def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | Non
             done = run_in_child(lambda: print(summary(record.write_oom(cfg, reason))) or 0, log=watcher.log)  # what it imports stays out of this process
     watcher.ends(cfg, done.code, told.reason if told else "")
     if done.code > 128 and done.code != 130:
-        raise UserError(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it resumes from its last checkpoint")
+        raise Ended(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it resumes from its last checkpoint")
     return done.code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import signal
 from collections.abc import Callable, Iterable, Sequence
@@ -33,11 +34,28 @@ def compose_cell(overrides: Sequence[str]) -> DictConfig:
     return tuned.applied(compose(overrides), overrides)
 
 
+def compose_cells(every: Sequence[Sequence[str]]) -> list[DictConfig]:
+    """The configs of cells; those that differ in their seed alone are composed once, which is most of the time that a large grid takes to begin."""
+    first: dict[tuple[str, ...], DictConfig] = {}
+    cells = []
+    for words in every:
+        rest, seed = tuple(without(words, "seed")), by_key(words).get("seed", "")
+        if not seed.isdecimal():
+            cells.append(compose_cell(words))
+            continue
+        if rest not in first:
+            first[rest] = compose_cell(words)
+        cfg = copy.deepcopy(first[rest])
+        cfg.seed = int(seed)
+        cells.append(cfg)
+    return cells
+
+
 def run_missing(overrides: Sequence[str], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:
     """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result. warn: as run_cells has it."""
     every = grid_overrides(overrides)
     check_ahead(compose_cell(every[0]))
-    return run_cells([compose_cell(o) for o in every], warn)
+    return run_cells(compose_cells(every), warn)
 
 
 def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None, watcher: Watcher | None = None) -> int:
@@ -52,6 +70,19 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     Raises:
         UserError: another cell stands where one would be written, and overwrite=true was not said.
     """
+    missing, mirror = begin(cells, warn)
+    if not missing:
+        return 0
+    shared = preload(missing)
+    if cells[0].preflight:
+        code = run_in_child(lambda: preflight.ahead(missing, shared)).code
+        if code:
+            return code
+    return run_here(missing, shared, mirror, watcher)
+
+
+def begin(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> tuple[list[DictConfig], Mirror]:
+    """(the missing cells, the mirror, which has the finished ones). warn, raises: as run_cells has it."""
     missing = to_run(cells)
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done", flush=True)
     unfinished = {identity.folder_of(cfg) for cfg in missing}
@@ -59,21 +90,16 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     clear(done)
     mirror = Mirror()
     mirror.put(done)
-    if not missing:
-        return 0
     for cfg in missing:
         check_ahead(cfg)
-    if warn:
+    if missing and warn:
         warn(missing)
-    shared = preload(missing)
-    if cells[0].preflight:
-        code = run_in_child(lambda: preflight.ahead(missing, shared)).code
-        if code:
-            return code
-    return _run(missing, shared, mirror, watcher or Watcher())
+    return missing, mirror
 
 
-def _run(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watcher: Watcher) -> int:
+def run_here(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watcher: Watcher | None = None) -> int:
+    """Run cells one after another in children of this process, packs first; those that another process computes at this moment come last."""
+    watcher = watcher or Watcher()
     for group in packing.groups(missing):
         with locks.free(group) as members:
             packing.train([cfg for cfg in members if not is_done(cfg)], shared)
@@ -123,6 +149,13 @@ class Mirror:
     def __init__(self) -> None:
         self.answers = True
         self.tried: set[Path] = set()
+
+    @classmethod
+    def silent(cls) -> Mirror:
+        """One that mirrors nothing: for a worker's process, since the command that sent the cells mirrors them."""
+        mirror = cls()
+        mirror.answers = False
+        return mirror
 
     def put(self, cells: Sequence[DictConfig]) -> None:
         """Mirror those of the cells that were not tried before. Raises KeyboardInterrupt: ended by a signal."""

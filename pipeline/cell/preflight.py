@@ -70,6 +70,11 @@ def report(cells: Sequence[DictConfig]) -> Iterator[tuple[str, bool]]:
             yield f"  {'ok    ' if finding.ok else 'FAILED'} {finding.check}: {finding.said}", finding.ok
 
 
+def unchecked(cells: Sequence[DictConfig]) -> list[list[DictConfig]]:
+    """The cells that some check has not passed for yet, in groups that the same checks are for."""
+    return [group for key, group in _groups(cells).items() if not _memory(group[0], key).exists()]
+
+
 def _groups(cells: Iterable[DictConfig]) -> dict[str, list[DictConfig]]:
     """Cells that the same checks are for, by what those depend on: seeds of one technique."""
     groups: dict[str, list[DictConfig]] = {}

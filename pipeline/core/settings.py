@@ -12,6 +12,7 @@ import re
 import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -200,6 +201,9 @@ class Tracking:
     def check(self) -> None:
         if self.enabled and not self.uri:
             raise UserError("tracking.uri is empty; set it (sqlite:///mlflow.db or a server's address), or tracking=none")
+        if urlsplit(self.uri).password:
+            raise UserError("tracking.uri holds a password, which every result would keep; leave it out and set MLFLOW_TRACKING_USERNAME and "
+                            "MLFLOW_TRACKING_PASSWORD")
 
 
 @dataclass(frozen=True)
@@ -234,9 +238,10 @@ Axis = Annotated[tuple[int, ...], FILLED] | None
 TOP = {
     "seed": Seed, "train_rows": AtLeast1 | None, "start": Filled | None, "variant": Filled | None, "memory_limit_gb": Positive | None, "pack": bool,
     "tuned": bool, "price_per_hour": NotNegative | None, "currency": str | None, "device": Literal["auto", "cpu", "cuda"],
+    "launcher": Literal["ray", "slurm", "local"], "share": bool,
     "overwrite": bool, "adopt": bool, "stale": Literal["run", "keep"], "cell": Filled | None, "split": Filled, "requests": Filled | None, "to": Filled | None,
     "tune.techniques": tuple[str, ...] | None, "tune.trials": AtLeast1, "tune.seed": Seed, "tune.slots": AtLeast1 | None,
-    "tune.executor": Literal["auto", "packed", "sequential"],
+    "tune.executor": Literal["auto", "packed", "sequential", "ray"], "tune.storage": Filled | None, "tune.heartbeat_s": AtLeast1,
     "forecast.gpu_memory_gb": Positive | None, "forecast.model_config": Filled | None, "forecast.length": AtLeast1 | None, "forecast.calibrate": bool,
     "judge.cells": tuple[str, ...] | None, "judge.rows": AtLeast1 | None, "judge.reference": bool, "judge.criterion": Filled,
     "report.target": Annotated[float, Within(0, 1)] | None, "report.train_rows": Axis, "report.seeds": Axis,

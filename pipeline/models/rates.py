@@ -56,7 +56,8 @@ def learning_rate(train: settings.Train, folder: Path) -> float:
     if not train.lr_power:
         return train.reference_lr
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is not there, on whose weights the learning rate depends; run: python -m pipeline.base_model model={folder.name}, or set train.lr")
+        raise UserError(f"{folder} is not there, on whose weights the learning rate depends; "
+                        f"run: python -m pipeline.base_model model={folder.name}, or set train.lr")
     rms = weight_rms(folder)
     if not rms:
         raise UserError(f"{folder} has no matrix of numbers in its blocks, on which the learning rate depends; set train.lr")

@@ -36,6 +36,7 @@ ENVIRONMENT = {  # what the user has set stays
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 LOUD = ("alembic", "mlflow", "urllib3")
 
@@ -90,6 +91,8 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "Max retries exceeded" in text or "refused" in text:
         return "no server answers there"
+    if "status 401" in text or "not authenticated" in text or "error code 401" in text:
+        return "it wants to know who writes: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     return text[:200]
 
 
@@ -111,7 +114,7 @@ def _connected(settings: Tracking, work: Path) -> Iterator[Mirror]:
                 with atomic_path(local) as beside:
                     mlflow.MlflowClient(tracking_uri=f"{SQLITE}{beside}").search_experiments()
             client = mlflow.MlflowClient(tracking_uri=f"{SQLITE}{local}" if local else settings.uri)
-        yield Mirror(client, settings.artifacts if local else None, lock)
+        yield Mirror(client, settings.artifacts if local else None, lock, bool(local))
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
@@ -124,10 +127,11 @@ class Mirror:
 
     Args:
         lock: acquired for one run at a time, so that several processes that write many take turns, and write none twice.
+        lock_is_enough: nobody writes who does not take it; a server has writers on other machines.
     """
 
-    def __init__(self, client: Any, artifacts: str | None, lock: Path) -> None:
-        self.client, self.artifacts, self.lock = client, artifacts, lock
+    def __init__(self, client: Any, artifacts: str | None, lock: Path, lock_is_enough: bool = True) -> None:
+        self.client, self.artifacts, self.lock, self.lock_is_enough = client, artifacts, lock, lock_is_enough
         self.counts: Counter[str] = Counter()
 
     def cell(self, folder: Path) -> None:
@@ -162,8 +166,7 @@ class Mirror:
             return self._put(run, parent_id)
 
     def _put(self, run: Run, parent_id: str | None) -> str:
-        runs = self._find(run.experiment, f"tags.`{CELL}` = '{run.cell}'")
-        digest = run.digest()
+        runs, digest = self._runs_of(run), run.digest()
         if len(runs) == 1 and runs[0].data.tags.get(DIGEST) == digest:
             self.counts["up to date"] += 1
             run_id = str(runs[0].info.run_id)
@@ -171,16 +174,42 @@ class Mirror:
                 self.client.set_tag(run_id, PARENT, parent_id)
             return run_id
         for old in runs:  # a run's params cannot be changed, so a changed cell gets a new run
-            self.client.delete_run(old.info.run_id)
-            if model := old.data.tags.get(MODEL):
-                self.client.delete_logged_model(model)
+            if self.lock_is_enough or DIGEST in old.data.tags:  # on a server another machine may be writing it
+                self.client.delete_run(old.info.run_id)
+                if model := old.data.tags.get(MODEL):
+                    self.client.delete_logged_model(model)
         tags = {CELL: run.cell} | ({PARENT: parent_id} if parent_id else {})
         run_id = str(self.client.create_run(self._experiment(run.experiment), run.start_ms, tags, run.name).info.run_id)
-        self._fill(run_id, run)
-        self._present(run)
-        self.client.set_tag(run_id, DIGEST, digest)  # last: a run without it was not finished
+        try:
+            self._fill(run_id, run)
+            self._present(run)
+            self.client.set_tag(run_id, DIGEST, digest)  # last: a run without it was not finished
+        except Exception:
+            if (other := self._winner(run)) is None or other.data.tags[DIGEST] != digest:
+                raise
+            self.counts["up to date"] += 1  # by another machine, which has deleted this one
+            return str(other.info.run_id)
         self.counts["written"] += 1
-        return run_id
+        return run_id if self.lock_is_enough else self._only(run, run_id)
+
+    def _only(self, run: Run, run_id: str) -> str:
+        """The run that stays where another machine, whose processes this one's lock does not hold up, writes the same cell; deletes all others.
+
+        Who finishes last sees every run that is finished, and everyone chooses the same of them.
+        """
+        winner = self._winner(run)
+        kept = str(winner.info.run_id) if winner else run_id
+        for other in self._runs_of(run):
+            if other.info.run_id != kept:
+                self.client.delete_run(other.info.run_id)
+        return kept
+
+    def _winner(self, run: Run) -> Any:
+        finished = [other for other in self._runs_of(run) if DIGEST in other.data.tags]
+        return min(finished, key=lambda other: other.info.run_id, default=None)
+
+    def _runs_of(self, run: Run) -> list[Any]:
+        return self._find(run.experiment, f"tags.`{CELL}` = '{run.cell}'")
 
     def _find(self, experiment: str, condition: str) -> list[Any]:
         return list(self.client.search_runs([self._experiment(experiment)], condition, max_results=50_000))
@@ -189,7 +218,12 @@ class Mirror:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             place = (Path(self.artifacts) / name).absolute().as_uri() if self.artifacts else None
-            return str(self.client.create_experiment(name, place))
+            try:
+                return str(self.client.create_experiment(name, place))
+            except Exception:
+                experiment = self.client.get_experiment_by_name(name)
+                if experiment is None:  # it was not that another machine has just made it
+                    raise
         if experiment.lifecycle_stage == "deleted":
             self.client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
@@ -235,7 +269,11 @@ class Mirror:
             part = slice(at, at + BATCH)
             self.client.log_batch(run_id, metrics=metrics[part], params=params[part], tags=tags[part])
         if run.datasets:
-            self.client.log_inputs(run_id, [_input(d) for d in run.datasets])
+            inputs = [_input(d) for d in run.datasets]
+            try:
+                self.client.log_inputs(run_id, inputs)
+            except Exception:  # noqa: BLE001  (of two writers that name a new data set at once, MLflow 3.17 refuses one; then it is there)
+                self.client.log_inputs(run_id, inputs)
         if run.config:
             self.client.log_dict(run_id, run.config, "config.yaml")
         for path in run.files:

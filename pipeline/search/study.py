@@ -17,17 +17,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cell import identity
+from pipeline.core import locks
 from pipeline.core.compose import RENAMED, plain
-from pipeline.core.files import UserError, atomic_path, sha256, write_json, write_text
+from pipeline.core.files import UserError, sha256, write_json, write_text
 from pipeline.core.settings import AtLeast1, Within, build
 from pipeline.measure.machine import provenance
 from pipeline.records.results import Result, csv_text
 from pipeline.search.space import Point, Space, at, overrides, parse
+from pipeline.search.storage import Storage, own, shared
+from pipeline.search.storage import check as check_url
 
 if TYPE_CHECKING:
     import optuna
 
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {"validation": "maximize", "peak_memory": "minimize"}
+MOST_DEATHS = 3
+"""Processes that may die of a trial before it is tried no more."""
 NOT_RANKED = ("task.name", "task.metric", "model.name")
 """Config keys in which the trials of one study are all the same."""
 NUMBERS = ("train_s", "tokens_per_s", "peak_bytes", "memory_kind", "packed", "slots", "nll", "validation_rows", "diverged", "hardware", "spent_s")
@@ -55,13 +60,17 @@ class Sweep:
     """Of the sampler."""
     confirm: bool = True
     """Run the best setting (each Pareto point for two objectives) as a cell that is scored on test."""
-    executor: Literal["auto", "packed", "sequential"] = "auto"
-    """sequential (a process a trial, the reference), packed (many trials at once over one base in one process), or auto: packed on a
-    GPU where the technique allows it."""
+    executor: Literal["auto", "packed", "sequential", "ray"] = "auto"
+    """sequential (a process a trial, the reference), packed (many trials at once over one base in one process), auto (packed on a
+    GPU where the technique allows it), or ray: a trial a task, on as many workers as there are (config group ray)."""
     slots: AtLeast1 | None = None
     """Packed: trials at once; null: as many as the free memory holds."""
     count_errors: bool = False
     """A trial that ends with an error (not for bad input, nor ended from outside) counts as one without a value; else the search ends there."""
+    storage: str | None = None
+    """URL of a database that several searches share: postgresql://user@host/name (its password in PGPASSWORD); null: study.db in the sweep's folder."""
+    heartbeat_s: AtLeast1 = 30
+    """Shared: seconds between signs of life; a trial whose process missed three of them is tried again by another."""
     pruner: Literal["median", "successive_halving", "hyperband"] | None = None
     """Packed: Optuna's pruner, asked at every validation (train.validations); its trial's slot goes to the next one. null: none."""
 
@@ -77,7 +86,9 @@ class Sweep:
             raise UserError(f"sweep.objectives is {list(self.objectives)}; choose [validation] or [validation, peak_memory]")
         if self.executor == "packed" and "peak_memory" in self.objectives:
             raise UserError("sweep.executor=packed cannot measure peak_memory: trials share it; choose sweep.executor=sequential or drop the objective")
-        if self.pruner is not None and (self.executor == "sequential" or len(self.objectives) > 1):
+        if self.storage is not None:
+            check_url(self.storage, "sweep.storage")
+        if self.pruner is not None and (self.executor in ("sequential", "ray") or len(self.objectives) > 1):
             raise UserError("sweep.pruner needs packed trials and one objective; set sweep.executor=packed and objectives [validation], or sweep.pruner=null")
         if self.n_trials is None and self.sampler != "brute_force":
             raise UserError(f"sweep.n_trials is null, which only brute_force takes; set it for {self.sampler}")
@@ -127,46 +138,25 @@ def open_study(folder: Path, cfg: DictConfig, sweep: Sweep) -> Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = folder / "study.db"
     name = f"{cfg.experiment}/{folder.name}"
+    at, remedy, cure = ((path, f"delete {folder}", "free space or fix paths.sweeps") if sweep.storage is None else
+                        (sweep.storage, f"delete the study {name} there", "start the database or fix its URL"))
     try:
-        _create(path)
-        study = optuna.create_study(
-            storage=f"sqlite:///{path}",
-            study_name=name,
-            directions=sweep.directions,
-            pruner=_pruner(sweep),
-            load_if_exists=True,
-        )
+        storage = own(path) if sweep.storage is None else shared(sweep.storage, sweep.heartbeat_s)
+        with storage.turn(name):
+            study = optuna.create_study(storage=storage.rdb, study_name=name, directions=sweep.directions, pruner=_pruner(sweep), load_if_exists=True)
+            _check_same(study, cfg, sweep, f"{at} was", f"{remedy} to start anew, or set paths.sweeps to another folder")
     except (OperationalError, sqlite3.OperationalError) as error:  # of the place, not of what the file holds
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); free space or fix paths.sweeps, then run again") from error
+        raise UserError(f"cannot write {at} ({str(error).splitlines()[0]}); {cure}, then run again") from error
     except (SQLAlchemyError, sqlite3.DatabaseError, RuntimeError) as error:
-        raise UserError(
-            f"{path} cannot be opened as an Optuna study ({str(error).splitlines()[0]}); delete {folder} to start anew"
-        ) from error
+        raise UserError(f"{at} cannot be opened as an Optuna study ({str(error).splitlines()[0]}); {remedy} to start anew") from error
     # A seeded sampler starts over in every process, so a resumed search would draw the points it has already tried.
     seed = sweep.seed + len(study.trials)
     study.sampler = optuna.samplers.TPESampler(seed=seed) if sweep.sampler == "tpe" else optuna.samplers.RandomSampler(seed=seed)
-    _check_same(study, cfg, sweep, folder)
-    if not study.trials or not (folder / "sweep.json").exists():
-        write_json(folder / "sweep.json", _description(cfg, sweep))
-    return Study(study, sweep, folder)
-
-
-def _create(path: Path) -> None:
-    """Make an empty database of Optuna's, whole or not at all.
-
-    Raises:
-        UserError: a symbolic link is there. sqlite3.DatabaseError: a file that is no database of Optuna's, which is left as it is.
-    """
-    import optuna
-
-    if path.is_symlink():
-        raise UserError(f"{path} is a symbolic link, through which nothing is written; remove it, or set paths.sweeps to another folder")
-    if not path.exists():
-        with atomic_path(path) as beside:
-            optuna.storages.RDBStorage(f"sqlite:///{beside}").engine.dispose()
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
-        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'studies'").fetchall():
-            raise sqlite3.DatabaseError("it has no table of studies")
+    opened = Study(study, sweep, folder, storage)
+    with opened.files():
+        if not study.trials or not (folder / "sweep.json").exists():
+            write_json(folder / "sweep.json", _description(cfg, sweep))
+    return opened
 
 
 def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
@@ -179,8 +169,8 @@ def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
     return kinds[sweep.pruner]()
 
 
-def _check_same(study: optuna.Study, cfg: DictConfig, sweep: Sweep, folder: Path) -> None:
-    """Raise UserError if the study is another one's: of other inputs, another space, or a cell that decides otherwise."""
+def _check_same(study: optuna.Study, cfg: DictConfig, sweep: Sweep, what: str, remedy: str) -> None:
+    """Raise UserError if the study is another one's: of other inputs, another space, or a cell that decides otherwise. what, remedy: for the message."""
     wanted = _identity(cfg, sweep)
     stored = study.user_attrs.get("identity")
     if stored is None:
@@ -189,10 +179,7 @@ def _check_same(study: optuna.Study, cfg: DictConfig, sweep: Sweep, folder: Path
     stored = _unified(stored)
     for key in [*stored, *wanted]:
         if stored.get(key) != wanted.get(key) and (key in wanted or _decides(cfg, key, stored[key])):
-            raise UserError(
-                f"{folder / 'study.db'} was made with {key}={stored.get(key)}, now it is {wanted.get(key)}; "
-                f"delete {folder} to start anew, or set paths.sweeps to another folder"
-            )
+            raise UserError(f"{what} made with {key}={stored.get(key)}, now it is {wanted.get(key)}; {remedy}")
 
 
 def _identity(cfg: DictConfig, sweep: Sweep) -> dict[str, Any]:
@@ -230,39 +217,74 @@ def _description(cfg: DictConfig, sweep: Sweep) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Study:
-    """The trials of a sweep, in folder/study.db."""
+    """The trials of a sweep, in folder/study.db or a database that other processes search, too; its files are in the folder."""
 
     stored: optuna.Study
     sweep: Sweep
     folder: Path
+    storage: Storage
+
+    @property
+    def shared(self) -> bool:
+        return self.storage.shared
 
     @property
     def answered(self) -> int:
         """Trials that completed, were pruned, ran out of memory, diverged or ended with an error that counts. One that died has no answer."""
         return sum(_has_answer(trial) for trial in self.stored.trials)
 
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """What of several processes that share the study one alone does at a time."""
+        return self.storage.turn(self.stored.study_name)
+
+    def files(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the folder's files, where other processes may write them, too."""
+        return locks.in_turn(self.folder / ".files.lock") if self.shared else contextlib.nullcontext()
+
     def revive(self) -> None:
-        """Fail the trials that a dead process left running, and enqueue what has no answer yet.
+        """Fail the trials that a dead process left running, and enqueue what has no answer yet. Call it in a turn.
 
         Brute force enqueues every point here: Optuna's BruteForceSampler would never try one again that died.
         """
-        for trial in self.stored.trials:
-            if trial.state.name == "RUNNING":
-                self.fail(trial.number)
+        for number in self.storage.dead(self.stored):
+            self._bury(number)
+        trials = self.stored.trials
         points = self.sweep.points
         if points is None:
-            dead = [_point(t) for t in self.stored.trials if t.state.name == "FAIL" and not _has_answer(t)]
+            dead = [_point(t) for t in trials if t.state.name == "FAIL" and not _has_answer(t)]
             points = [point for point in dead if set(point) == set(self.sweep.space.searched)]
-        known = [_point(t) for t in self.stored.trials if t.state.name == "WAITING" or _has_answer(t)]
+        known = [_point(t) for t in trials if t.state.name in ("WAITING", "RUNNING") or _has_answer(t)]
         for point in points:
             if point not in known:
                 self.stored.enqueue_trial(point)
                 known.append(point)
 
+    def claim(self, running: int = 0) -> tuple[optuna.Trial, Point] | None:
+        """The next trial and the settings that it is to have; None where no more are wanted beside those that run: here `running`, or anywhere."""
+        with self.turn():
+            if self.shared:
+                self.revive()
+                running = sum(t.state.name == "RUNNING" for t in self.stored.trials)
+            if self.answered + running >= self.sweep.target:
+                return None
+            trial, chosen = self.ask()
+            self.storage.beat([trial._trial_id])
+        return trial, chosen
+
     def ask(self) -> tuple[optuna.Trial, Point]:
-        """The next trial, and the settings that it is to have."""
+        """The next trial, and the settings that it is to have, whoever asks beside this."""
         trial = self.stored.ask(self.sweep.space.distributions)
         return trial, self.sweep.space.complete(self.sweep.space.point(trial.params))
+
+    def _bury(self, number: int) -> None:
+        """Fail a trial whose process is dead. Shared: if others died of the same settings, those have their answer: an error."""
+        trials = self.stored.trials
+        deaths = 1 + sum(t.state.name == "FAIL" and not _has_answer(t) and _point(t) == _point(trials[number]) for t in trials)
+        if self.shared and deaths >= MOST_DEATHS:
+            trial_id = trials[number]._trial_id
+            for key, value in (("status", "error"), ("error", f"{deaths} processes died of it")):
+                self.storage.rdb.set_trial_user_attr(trial_id, key, value)
+        self.fail(number)
 
     def fail(self, number: int) -> None:
         import optuna
@@ -270,7 +292,17 @@ class Study:
         self.stored.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
     def tell(self, trial: optuna.Trial, result: Result, spent_s: float, pruned: bool = False) -> None:
-        """Keep what became of a trial. The value of one that the pruner ended is the last that it reported."""
+        """Keep what became of a trial. The value of one that the pruner ended is the last that it reported.
+
+        One that another process has taken over, since this one gave no sign of life, is that one's to answer.
+        """
+        with self.turn():
+            if self.shared and self.stored.trials[trial.number].state.name != "RUNNING":
+                print(f"trial {trial.number} was taken over by another process; this one's answer is left out", flush=True)
+            else:
+                self._tell(trial, result, spent_s, pruned)
+
+    def _tell(self, trial: optuna.Trial, result: Result, spent_s: float, pruned: bool) -> None:
         import optuna
 
         measured = numbers(result) | {"spent_s": spent_s}
@@ -308,7 +340,8 @@ class Study:
 
     def write_trials(self) -> None:
         columns = ["number", "state", "status", *self.sweep.space.keys, *self.sweep.objectives, "seconds", "started", *NUMBERS]
-        write_text(self.folder / "trials.csv", csv_text(columns, self.rows()))
+        with self.files():
+            write_text(self.folder / "trials.csv", csv_text(columns, self.rows()))
 
     def table(self) -> str:
         shown = ["number", "status", *self.sweep.space.keys, *self.sweep.objectives, "seconds"]
@@ -329,7 +362,8 @@ class Study:
         front = sorted(candidates, key=lambda t: (-t.values[0], *t.values[1:], sweep.space.order(t.params)))
         last = max(t.datetime_complete for t in trials if _has_answer(t) and t.datetime_complete)
         best = {**_choice(front[0], sweep), "variant": "best", "front": [_choice(t, sweep) for t in front] if several else None, "finished": _utc(last)}
-        write_json(self.folder / "best.json", best)
+        with self.files():
+            write_json(self.folder / "best.json", best)
         return best
 
 

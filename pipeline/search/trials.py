@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import os
 import shutil
+import socket
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from pipeline.cell import child, identity, inputs, locks, record
 from pipeline.cell import grid as cell_grid
+from pipeline.cell import inputs, record
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
-from pipeline.cell.packing import attempt, signals
+from pipeline.cell.packing import INTERRUPTED, attempt, signals
 from pipeline.core import locks as core_locks
-from pipeline.core.files import Unsuited, UserError
+from pipeline.core.files import Unsuited, UserError, read_json, write_json
+from pipeline.fan import jobs as fan_jobs
+from pipeline.fan.run import cpu_share, gpu_share
 from pipeline.measure.clock import Phases, Stopwatch, now
 from pipeline.measure.machine import hardware, provenance
 from pipeline.records import results
@@ -37,18 +44,21 @@ UNSUITED = 73  # exit code of a trial whose settings the input does not suit
 NOT_ITS_OWN = (2, 128 + 9, 128 + 15)  # exit codes of bad input, and of a process that was ended from outside
 LOCK_S = 5  # a sweep killed a moment ago may still hold its lock through a child that is ending
 NO_GPU = "there is no GPU here, where packing would pay"
+WAIT_S = 1.0
+"""Between looks at what other processes of a shared study do."""
 TPE_AT_ONCE = 10
 """Of a search that learns, no more than this: TPE draws its first ten at random anyway, and the others should know of some answers."""
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the sweep's folder. Whoever holds it knows that a trial still marked as running is dead."""
+def alone(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold the sweep's folder. Whoever holds it knows that a trial still marked as running is dead. shared: others search the same study, too."""
     if folder.is_symlink():
         raise UserError(f"{folder} is a symbolic link, through which nothing is written; remove it, or set paths.sweeps to another folder")
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(core_locks.held(folder / ".lock", LOCK_S))
+            if not shared:
+                stack.enter_context(core_locks.held(folder / ".lock", LOCK_S))
         except core_locks.Busy as error:
             raise UserError(f"another sweep is at work in {folder}, in {core_locks.holder(folder / '.lock')}; wait for it, or end it") from error
         yield
@@ -66,10 +76,33 @@ class Trials:
     lap: Stopwatch = field(default_factory=Stopwatch)
     """Since a trial ended last."""
 
-    def wanted(self, running: int = 0) -> bool:
-        """Whether one more is to be started beside those that run."""
-        in_time = self.left_s is None or self.watch.peek() < self.left_s
-        return in_time and self.study.answered + running < self.study.sweep.target
+    beats: Stopwatch = field(default_factory=Stopwatch)
+    """Since the last sign of life."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether trials are to be answered still, and there is time to."""
+        return self.in_time and self.study.answered < self.study.sweep.target
+
+    @property
+    def in_time(self) -> bool:
+        return self.left_s is None or self.watch.peek() < self.left_s
+
+    def claim(self, running: int = 0) -> tuple[optuna.Trial, Point] | None:
+        """The next trial; None if no more is to be started beside those that run. Where other processes have the last ones, and none runs here, it waits:
+        one of theirs may die."""
+        while self.in_time:
+            claimed = self.study.claim(running)
+            if claimed or running or not self.study.shared or not self.wanted:
+                return claimed
+            threading.Event().wait(WAIT_S)
+        return None
+
+    def beat(self, trial_ids: Collection[int]) -> None:
+        """Say that these trials are alive, as often as the others expect it."""
+        if self.study.shared and self.beats.peek() > self.study.storage.heartbeat_s / 2:
+            self.beats.lap()
+            self.study.storage.beat(trial_ids)
 
     def ended(self, trial: optuna.Trial, chosen: Point, result: Result, pruned: bool = False) -> None:
         self.study.tell(trial, result, self.lap.lap(), pruned)
@@ -84,18 +117,23 @@ def search(study: Study, cfg: DictConfig, load: Callable[[], inputs.Shared]) -> 
         UserError: a trial ended with an error (shown above it); started again, the search tries it once more.
     """
     sweep = study.sweep
-    study.revive()
+    with study.turn():
+        study.revive()
     study.write_trials()
     print(f"{study.answered} of {sweep.target} trials are done")
     trials, load = Trials(study, cfg, sweep.timeout_s), functools.cache(load)
-    if study.answered < sweep.target:
+    if sweep.executor == "ray":
+        _on_ray(trials)
+    elif study.answered < sweep.target:
         reason = refusal(sweep, cfg)
         if reason is None:
             reason = _packed(trials, load())
-            study.revive()
+            with study.turn():
+                study.revive()
         if reason:
             _not_packed(sweep, reason)
-    _one_by_one(trials, load)
+    if sweep.executor != "ray":
+        _one_by_one(trials, load)
 
 
 def refusal(sweep: Sweep, cfg: DictConfig) -> str | None:
@@ -136,12 +174,16 @@ def _outcome(result: Result, pruned: bool) -> str:
 
 def _one_by_one(trials: Trials, load: Callable[[], inputs.Shared]) -> None:
     study = trials.study
-    while trials.wanted():
+    scratch = study.folder / (f".trial-{socket.gethostname()}-{os.getpid()}" if study.shared else ".trial")
+    while trials.wanted:
         shared = load()
         trials.lap.lap()  # reading is no trial's time
-        trial, chosen = study.ask()
+        if (claimed := trials.claim()) is None:
+            break
+        trial, chosen = claimed
         try:
-            result = run_trial(at(trials.cfg, chosen), shared, study.folder / ".trial", short(chosen), study.sweep.count_errors)
+            result = run_trial(at(trials.cfg, chosen), shared, scratch, short(chosen), study.sweep.count_errors,
+                               functools.partial(trials.beat, [trial._trial_id]))
             trials.ended(trial, chosen, result)
         except BaseException:
             study.fail(trial.number)
@@ -149,11 +191,13 @@ def _one_by_one(trials: Trials, load: Callable[[], inputs.Shared]) -> None:
             raise
 
 
-def run_trial(cfg: DictConfig, shared: inputs.Shared, scratch: Path, label: str, count_errors: bool = False) -> Result:
+def run_trial(cfg: DictConfig, shared: inputs.Shared, scratch: Path, label: str, count_errors: bool = False,
+              meanwhile: Callable[[], object] = lambda: None) -> Result:
     """One trial in a child process: its memory is its own, and running out of it is a result. `scratch` is emptied.
 
     Args:
         count_errors: an error of its own is a result, too, and so are settings that the input does not suit.
+        meanwhile: called again and again until it ends.
 
     Raises:
         UserError: it ended otherwise: bad input and a full disk are no trial's own.
@@ -169,7 +213,7 @@ def run_trial(cfg: DictConfig, shared: inputs.Shared, scratch: Path, label: str,
         return 0
 
     try:
-        done = run_in_child(work, cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30))
+        done = run_in_child(work, cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30), meanwhile)
         if done.out_of_memory:
             return record.oom_result(cfg, done.out_of_memory, hardware("cpu"))
         if done.code == 130:
@@ -195,8 +239,9 @@ def _packed(trials: Trials, shared: inputs.Shared) -> str | None:
     """
     study, cfg, sweep = trials.study, trials.cfg, trials.study.sweep
     slots = sweep.slots
-    while trials.wanted():
-        study.revive()
+    while trials.wanted:
+        with study.turn():
+            study.revive()
         left_s = None if trials.left_s is None else trials.left_s - trials.watch.peek()
 
         def work(tell: Callable[[int], None], slots: int | None = slots, left_s: float | None = left_s) -> None:
@@ -239,7 +284,7 @@ class PackedTrials(Trials):
         pack = packing.open(self.slots, left, self._prune)
         print(f"{self.slots} trials at once", flush=True)
         try:
-            with signals(pack):
+            with signals(pack), self._heart():
                 pack.run(self._take, self._done)
         finally:
             for running in self.running:
@@ -247,10 +292,29 @@ class PackedTrials(Trials):
             self.study.write_trials()
             pack.close()
 
+    @contextlib.contextmanager
+    def _heart(self) -> Iterator[None]:
+        """A thread that says that the running trials are alive; this process does not fork."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(1):
+                self.beat([trial._trial_id for trial in list(self.running.values())])
+
+        thread = threading.Thread(target=beat, daemon=True)
+        if self.study.shared:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            if self.study.shared:
+                thread.join()
+
     def _take(self, free: int) -> list[Job]:
         jobs: list[Job] = []
-        while len(jobs) < free and self.wanted(len(self.running)):
-            trial, chosen = self.study.ask()
+        while len(jobs) < free and (claimed := self.claim(len(self.running))):
+            trial, chosen = claimed
             self.running[trial.number] = trial
             jobs.append(self.packing.job(at(self.cfg, chosen), (trial, chosen)))
         return jobs
@@ -281,6 +345,80 @@ class PackedTrials(Trials):
         )
 
 
+# on Ray
+
+
+def _on_ray(trials: Trials) -> None:
+    """Trials as Ray's tasks, as many at once as the cluster holds, from a process of its own.
+
+    Raises:
+        UserError: a trial ended with an error, or no cluster answers.
+    """
+    study, cfg, sweep = trials.study, trials.cfg, trials.study.sweep
+    settings = fan_jobs.read_ray(cfg)
+    if not trials.wanted:
+        return
+
+    def work() -> int:
+        from pipeline.fan.cluster import dispatch
+
+        own = Trials(open_study(study.folder, cfg, sweep), cfg, trials.left_s)
+        return dispatch([lambda cpus, gpus: RayTrials(own, settings, cpus, gpus)], settings, Path(cfg.paths.work), lambda job, code, value: None)
+
+    code = run_in_child(work).code
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"the trials on Ray ended with code {code} (see above); fix the cause and run again")
+
+
+class RayTrials(fan_jobs.Queue):
+    """The trials of a study as jobs, asked for as places are free: a search that learns then knows of the answers so far."""
+
+    def __init__(self, trials: Trials, settings: fan_jobs.Ray, cpus: float, gpus: float) -> None:
+        super().__init__([], settings.retries)
+        self.trials, self.total = trials, trials.study.sweep.target
+        self.gpus = gpu_share(trials.cfg, settings, gpus, lambda _: 1)
+        self.cpus = cpu_share(settings, cpus, gpus, self.gpus)
+        places = max(1, int(min(cpus / self.cpus, gpus / self.gpus if self.gpus else math.inf)))
+        self.places = min(places, TPE_AT_ONCE) if trials.study.sweep.sampler == "tpe" else places
+        self.running: dict[str, tuple[optuna.Trial, Point]] = {}
+
+    def take(self) -> fan_jobs.Job | None:
+        if job := super().take():
+            return job
+        trials = self.trials
+        trials.beat([trial._trial_id for trial, _ in self.running.values()])
+        if len(self.running) >= self.places or self.failed or not (claimed := trials.claim(len(self.running))):
+            return None
+        trial, chosen = claimed
+        name = f"trial-{trial.number}"
+        self.running[name] = claimed
+        extra = {"label": short(chosen), "count_errors": trials.study.sweep.count_errors}
+        return fan_jobs.Job(name, f"{__name__}:on_worker", [at(trials.cfg, chosen)], gpus=self.gpus, cpus=self.cpus, extra=extra)
+
+    def through(self, job: fan_jobs.Job, code: int, value: Any) -> None:
+        trial, chosen = self.running.pop(job.name)
+        if code == 0:
+            with tempfile.TemporaryDirectory() as arrived:
+                write_json(Path(arrived) / "result.json", value)
+                self.trials.ended(trial, chosen, results.read(arrived))
+        elif code == fan_jobs.OUT_OF_MEMORY:
+            self.trials.ended(trial, chosen, record.oom_result(job.cells[0], "Ray ended its worker, since the machine was out of memory", hardware("cpu")))
+        else:
+            self.trials.study.fail(trial.number)
+            self.trials.study.write_trials()
+
+
+def on_worker(cells: list[DictConfig], request: dict[str, Any], kept: Any) -> tuple[int, Any]:
+    """A trial on a worker: its result as JSON."""
+    [cfg] = cells
+    with tempfile.TemporaryDirectory() as scratch:
+        result = run_trial(cfg, kept.of(cells), Path(scratch) / "trial", request["label"], request["count_errors"])
+        results.write(Path(scratch) / "made", result)
+        return 0, read_json(Path(scratch) / "made" / "result.json")
+
+
 def study_name(cfg: DictConfig) -> str:
     return f"{cfg.technique.name}+{cfg.variant}" if cfg.variant else str(cfg.technique.name)
 
@@ -292,23 +430,3 @@ def of_grid(cfg: DictConfig, words: Collection[str]) -> DictConfig:
     grid = cell_grid.grid(cfg.experiment)["grid"]
     wanted = {"seed": grid["seeds"][0], "train_rows": grid["train_rows"][0]}
     return at(cfg, {key: value for key, value in wanted.items() if key not in words})
-
-
-def confirm(cfg: DictConfig, best: dict[str, Any], mirror: cell_grid.Mirror) -> int:
-    """Run the best setting, or each point of the front, as a cell of the experiment, and mirror it; test rows are scored here only."""
-    code, shared = 0, None
-    for choice in best["front"] or [best]:
-        variant = f"{cfg.variant}-{choice['variant']}" if cfg.variant else choice["variant"]
-        chosen = at(cfg, {**choice["settings"], "variant": variant})
-        with locks.alone(chosen):
-            if cell_grid.is_done(chosen):
-                cell_grid.clear([chosen])
-            else:
-                shared = shared or inputs.preload([chosen])
-                code = max(code, child.run_cell(chosen, shared, now()))
-        if code == 130:
-            break
-        if cell_grid.is_done(chosen):
-            print(f"confirmed in {identity.folder_of(chosen)}")
-            mirror.put([chosen])
-    return code

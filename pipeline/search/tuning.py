@@ -114,7 +114,7 @@ def _folder(cfg: DictConfig, part: str) -> Path:
 def _sweep(cfg: DictConfig, space: Space, trials: int, part: str = "declared") -> Sweep:
     """Random trials over the space; the parts are drawn with seeds of their own."""
     values = {"sampler": "random", "space": space, "n_trials": trials, "seed": cfg.tune.seed + PARTS.index(part), "confirm": False,
-              "executor": cfg.tune.executor, "slots": cfg.tune.slots, "count_errors": True}
+              "executor": cfg.tune.executor, "slots": cfg.tune.slots, "storage": cfg.tune.storage, "heartbeat_s": cfg.tune.heartbeat_s, "count_errors": True}
     sweep: Sweep = build(Sweep, values, "tune")
     return sweep
 
@@ -122,7 +122,7 @@ def _sweep(cfg: DictConfig, space: Space, trials: int, part: str = "declared") -
 def _part(part: str, cfg: DictConfig, space: Space, trials: int, shared: Shared) -> list[dict[str, Any]]:
     """Trials over one space, those that were made before included. Every one that counts, in the order of the draws: a kill changes nothing."""
     folder = _folder(cfg, part)
-    with alone(folder):
+    with alone(folder, cfg.tune.storage is not None):
         study = open_study(folder, cfg, _sweep(cfg, space, trials, part))
         search(study, cfg, lambda: shared.of(cfg))
         drawn = study.sweep.points or []
