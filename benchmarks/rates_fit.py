@@ -20,7 +20,7 @@ MODELS = ("smollm2_135m", "gemma3_270m", "qwen2_0_5b")
 TASKS = ("cqa", "trec", "vader_movies_5", "svamp")
 RMS = {"smollm2_135m": 0.188, "gemma3_270m": 0.0389, "qwen2_0_5b": 0.0158}
 """pipeline.models.rates.weight_rms of the folders that ../shared/tools/real_models.py makes."""
-WIDTH = {"smollm2_135m": 576, "gemma3_270m": 640, "qwen2_0_5b": 896}
+WIDTH = {"smollm2_135m": 576.0, "gemma3_270m": 640.0, "qwen2_0_5b": 896.0}
 KINDS = {
     "weights": ("full", "step_by_step", "top_layers", "head_only"), "low-rank products": ("lora", "qlora", "dora", "step_by_step_lora"),
     "norms": ("ln_tuning",), "biases": ("bitfit_added",), "factors": ("ia3", "vera"), "inserted modules": ("adapter_houlsby",),
@@ -106,7 +106,7 @@ def fit(data: Grids, technique: str, power: float, feature: dict[str, float], pa
 
 def rules(data: Grids, feature: dict[str, float], powers: Sequence[float], pairs: set[Pair]) -> dict[str, tuple[float, float]]:
     """By technique: (rate for SmolLM2-135M, power)."""
-    chosen = {}
+    chosen: dict[str, tuple[float, float]] = {}
     for techniques in KINDS.values():
         known = [t for t in techniques if any(pair in pairs for pair in data.by.get(t, {}))]
         if known:

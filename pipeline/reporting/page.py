@@ -94,7 +94,7 @@ def _content(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown
     first = cells[0].result
     heading = {"experiment": experiment, "task": first.task, "model": first.model, "metric": metric_name(rows)}
     words = {"verdict": answer(rows), "context": context(rows, grown), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
-    assets = {"css": _asset("report.css") + _asset("panels.css"), "js": _asset("report.js")}
+    assets = {"css": _asset("report.css"), "js": _asset("report.js")}
     shown, unmeasured = columns(rows)
     first_ones = [c for key in BRIEF for c in shown if c.key == key]
     groups = [(name, len(list(members))) for name, members in itertools.groupby(shown, key=lambda c: c.section)]  # runs of columns of one section

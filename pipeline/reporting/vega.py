@@ -1,7 +1,7 @@
 """Charts of the report as Vega-Lite, the language of `dvc plots`: one specification a chart, from which the page's drawing, the SVG and the PNG are made.
 
-Library of `python -m pipeline.report`. altair checks and writes the specifications, vl-convert renders them here, offline. Specifications hold the light
-colours of templates/report.css; in the page they become its variables, so that drawings follow light and dark mode.
+Library of `python -m pipeline.report`. vl-convert, which brings Vega with it, renders them here, offline; tests hold them against altair's schema.
+Specifications have the light colours of templates/report.css; in the page they become its variables, so that drawings follow light and dark mode.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ COLOUR = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", CSS.partition("@media")[
 """The page's variable -> its colour in light mode."""
 FONT = "Liberation Sans, Helvetica Neue, Arial, sans-serif"
 VERSION = "5.20"  # of Vega-Lite, as vl-convert bundles it
+BASE = "https://vega.github.io/vega-datasets/"
+"""Before every link, where vl-convert puts it: links lead to places of the page."""
 Spec = dict[str, Any]
 
 
@@ -102,8 +104,9 @@ class Chart:
 
     def dots(self, points: Sequence[Dot], size: float = 62, opacity: float = 1.0) -> None:
         data = [{"x": d.x, "y": d.y, "c": COLOUR[d.colour], "fill": COLOUR["page" if d.hollow else d.colour], "tip": d.tip, "href": d.href} for d in points]
+        links = {"href": {"field": "href"}} if any(d.href for d in points) else {}
         self._add({"type": "point", "size": size, "strokeWidth": 1.8, "opacity": opacity, "aria": True}, data, stroke={"field": "c", "scale": None},
-                  fill={"field": "fill", "scale": None}, description={"field": "tip"}, href={"field": "href"})
+                  fill={"field": "fill", "scale": None}, description={"field": "tip"}, **links)
 
     def seeds(self, points: Sequence[tuple[float, float]], colour: str) -> None:
         """Small dots (x, y) behind the large ones."""
@@ -142,7 +145,7 @@ def config() -> Spec:
     text = {"labelFont": FONT, "titleFont": FONT, "labelFontSize": 10.5, "titleFontSize": 11, "titleFontWeight": "normal", "labelColor": COLOUR["soft"],
             "titleColor": COLOUR["soft"]}
     return {
-        "background": None, "font": FONT, "view": {"stroke": None}, "padding": 4,
+        "background": "transparent", "font": FONT, "view": {"stroke": None}, "padding": 4,
         "axis": {**text, "gridColor": COLOUR["grid"], "domain": False, "tickColor": COLOUR["faint"], "ticks": False, "labelPadding": 6, "titlePadding": 8,
                  "labelOverlap": True},
         "axisX": {"domain": True, "domainColor": COLOUR["faint"]},
@@ -152,7 +155,7 @@ def config() -> Spec:
 
 
 def whole(spec: Spec) -> Spec:
-    """The specification as a file of its own, checked by altair against Vega-Lite's schema."""
+    """The specification as a file of its own."""
     return {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", **spec, "config": config()}
 
 
@@ -169,7 +172,7 @@ def _svg(text: str) -> str:
     import vl_convert
 
     drawn: str = vl_convert.vegalite_to_svg(text, vl_version=VERSION)
-    return drawn
+    return drawn.replace(f'href="{BASE}', 'href="')
 
 
 def _inlined(text: str) -> str:
@@ -189,12 +192,17 @@ def _inlined(text: str) -> str:
 
 def files(charts: Mapping[str, Spec]) -> dict[str, bytes]:
     """charts/<name>.vl.json and .svg of every chart, and .png of it at twice its size."""
-    import vl_convert
-
     written: dict[str, bytes] = {}
     for name, spec in charts.items():
         text = json.dumps(whole(spec), sort_keys=True)
         written[f"charts/{name}.vl.json"] = (json.dumps(whole(spec), indent=1) + "\n").encode()
         written[f"charts/{name}.svg"] = _svg(text).encode()
-        written[f"charts/{name}.png"] = vl_convert.svg_to_png(_svg(text).replace("<g ", '<rect width="100%" height="100%" fill="white"/><g ', 1), scale=2)
+        written[f"charts/{name}.png"] = _png(_svg(text))
     return written
+
+
+def _png(drawn: str) -> bytes:
+    import vl_convert
+
+    picture: bytes = vl_convert.svg_to_png(drawn.replace("<g ", '<rect width="100%" height="100%" fill="white"/><g ', 1), scale=2)
+    return picture

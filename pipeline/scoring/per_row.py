@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import CUSTOM, Task
-from pipeline.records.results import RIGHT_OR_WRONG
+from pipeline.records.score import RIGHT_OR_WRONG
 from pipeline.scoring.reading import reference
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
