@@ -1,6 +1,6 @@
 """How long rows of 5 and of 77 choices take to answer on this machine's CPU: labels and messages like BANKING77's, generated here from a seed.
 
-    python -m benchmarks.choices model=models/smollm2_135m rows=24 repeats=3
+    python -m benchmarks.choices model=models/smollm2_135m rows=8 repeats=2
 
 Three ways: the search (engine/branches.py, what a cell does), every choice of a row in one tree, and every choice a sequence of its own, each for the base
 and for a soft prompt of 20 vectors. Times are CPU seconds of one thread; the last way is timed once, of the others the fastest of the repeats counts. Writes
@@ -22,7 +22,7 @@ from pipeline.data.choices import Contest
 from pipeline.measure.clock import cpu_s
 from pipeline.measure.machine import hardware
 
-DEFAULTS = {"model": "models/smollm2_135m", "rows": "24", "repeats": "3", "out": str(FOLDER / "choices.json")}
+DEFAULTS = {"model": "models/smollm2_135m", "rows": "8", "repeats": "2", "out": str(FOLDER / "choices.json")}
 BATCH_TOKENS = 4096
 SUBJECTS = ["card", "virtual card", "transfer", "top up", "cash withdrawal", "exchange rate", "direct debit", "refund", "pin", "identity", "account"]
 TROUBLES = ["payment fee charged", "not working", "pending", "limit reached", "about to expire", "not recognised", "declined"]
