@@ -434,7 +434,7 @@ def test_a_list_and_a_comparison_of_runs_begin_with_the_headlines(root):
     records_mlflow.log_cell(folder, config(root))
     [run] = runs(root)
     assert sorted(run.data.metrics)[:3] == ["1_test_accuracy", "2_train_time_s", "3_peak_memory_gib"] and min(run.data.params) == "4_r"
-    assert [run.data.metrics[k] for k in sorted(run.data.metrics)[:3]] == pytest.approx([0.8, 30.0, 2e9 / 2**30]) and run.data.params["4_r"] == "8"
+    assert [run.data.metrics[k] for k in sorted(run.data.metrics)[:3]] == pytest.approx([0.8, 30.0, 2e9 / 2**30], abs=1e-3) and run.data.params["4_r"] == "8"
     assert all("/" in name for name in sorted(run.data.metrics)[3:]), "all else is behind a prefix"
     tags = client(root).get_experiment_by_name("quick").tags
     view = json.loads(tags["mlflow.sharedViewState.alignscope"])
@@ -448,7 +448,8 @@ def test_the_experiments_note_is_the_reports_where_there_is_an_experiment(root):
     assert not (root / "none.db").exists() and client(root).get_experiment_by_name("quick") is None
     records_mlflow.log_cell(write_cell(root), config(root))
     records_mlflow.log_note(config(root), "Take lora.")
-    assert client(root).get_experiment_by_name("quick").tags["mlflow.note.content"] == "Take lora."
+    note = client(root).get_experiment_by_name("quick").tags["mlflow.note.content"]
+    assert note.endswith("viewStateShareKey=alignscope&workflowType=machine_learning)\n\nTake lora.")
 
 
 @pytest.mark.slow

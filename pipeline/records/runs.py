@@ -149,7 +149,7 @@ def _cell_metrics(result: Result) -> dict[str, float]:
     metrics["train/time_s"] = result.phases.train_s if result.phases else None
     peak = result.memory.peak_bytes if result.memory else None
     metrics |= {f"1_test_{result.metric}": getattr(result.test, result.metric) if result.test else None, HEADLINES[0]: metrics["train/time_s"],
-                HEADLINES[1]: None if peak is None else peak / 2**30}
+                HEADLINES[1]: None if peak is None else round(peak / 2**30, 3)}
     return {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
