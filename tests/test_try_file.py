@@ -111,7 +111,7 @@ def tried(path: str, *words: str, capsys: Any) -> tuple[int, str]:
 def test_a_file_of_any_kind_leads_to_an_answer(place, imports, capsys, name):
     FILES[name](place / name)
     code, out = tried(name, "--techniques", "zero_shot", capsys=capsys)
-    assert code == 0 and "zero_shot" in out and "test rows" in out and f"alignscope errors {look.name_of(name)}" in out, out
+    assert code == 0 and "zero_shot" in out and "test rows" in out and f"errors {look.name_of(name)}" in out, out
     assert (place / "report" / look.name_of(name) / "index.html").exists()
     assert [p.parent.name for p in (place / "results").rglob("result.json")] == ["zero_shot-s0-n16"]
 
@@ -119,7 +119,7 @@ def test_a_file_of_any_kind_leads_to_an_answer(place, imports, capsys, name):
 def test_what_follows_an_answer(place, imports, capsys, monkeypatch):
     write(place / "reviews.csv", csv_text())
     code, out = tried("reviews.csv", capsys=capsys)
-    assert code == 0 and any(word in out for word in ("Take", "Do not train", "Undecided")) and "alignscope rank reviews" in out
+    assert code == 0 and any(word in out for word in ("Take", "Do not train", "Undecided")) and "rank reviews" in out
     deployed_answers_as_measured("lora", place, capsys, monkeypatch)
     assert errors.main(["reviews", "zero_shot"]) == 0
     assert "test rows answered wrong" in capsys.readouterr().out
