@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import build
+from pipeline.models import rates
 from pipeline.records import tuned
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
     if len(forms) > 1:
         raise UserError(f"{where} has {' and '.join(forms)}; keep one of them")
     if parameter.factor is not None:
-        parameter = replace(parameter, factor=None) if forms else _around(where, parameter, OmegaConf.select(cfg, key))
+        parameter = replace(parameter, factor=None) if forms else _around(where, parameter, _own(cfg, key))
     if parameter.linked:
         if set(parameter.entry) != {"times", "of"}:
             raise UserError(f"{where} is {entry!r}; write {{times: <number>, of: <a key that is searched>}}")
@@ -196,6 +197,12 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
         if type(number) is not int or number < 1:
             raise UserError(f"{where} contains {number!r}; a rank is a whole number of at least 1")
     return parameter
+
+
+def _own(cfg: DictConfig, key: str) -> Any:
+    """The cell's own value of a key; of a learning rate that follows from the model, the number."""
+    value = OmegaConf.select(cfg, key)
+    return rates.read(cfg).train.lr if key == "train.lr" and value is None else value
 
 
 def _around(where: str, parameter: Parameter, value: Any) -> Parameter:
