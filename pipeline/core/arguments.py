@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +58,11 @@ def argument_entry(name: str, about: str | None, add: Callable[[argparse.Argumen
 
     main.parser = parser  # type: ignore[attr-defined]
     return main
+
+
+def typed() -> str:
+    """What comes before a command where one types it here: alignscope, or python -m pipeline where that is not on the path."""
+    return "alignscope" if shutil.which("alignscope") else "python -m pipeline"
 
 
 def commands() -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.cell.grid import grid
+from pipeline.core.arguments import typed
 from pipeline.core.commands import call
 from pipeline.core.files import UserError
 from pipeline.intake import running
@@ -39,7 +40,7 @@ def answer(name: str, cfg: DictConfig, watch: running.Watch, code: int, args: ar
     console.print()
     console.print(running.grid(running.HEAD, [row.cells for row in watch.rows.values()]))
     if code == 130:
-        console.print(f"\ninterrupted; {done} of {len(watch.rows)} cells are done, and all that was done is kept. Go on with: alignscope try {name}",
+        console.print(f"\ninterrupted; {done} of {len(watch.rows)} cells are done, and all that was done is kept. Go on with: {typed()} try {name}",
                       highlight=False, soft_wrap=True)
         return 130
     console.print("\n" + "\n".join(sentences), highlight=False, markup=False, soft_wrap=True)
@@ -93,14 +94,15 @@ def as_json(name: str, cells: Sequence[Cell], watch: running.Watch, sentences: S
 
 def next_steps(name: str, chosen: str | None, cells: Sequence[Cell]) -> list[tuple[str, str]]:
     """(a command, what it is for) of what one does next."""
+    say = typed()
     trained = [c for c in cells if c.result.kind == "trained"]
-    steps = [(f"alignscope more {name} --seeds 3", "more seeds (--rows 500, --test-rows 500: more rows)")]
+    steps = [(f"{say} more {name} --seeds 3", "more seeds (--rows 500, --test-rows 500: more rows)")]
     if trained:
         best = chosen if chosen in {c.label for c in trained} else trained[0].label
-        steps += [(f"alignscope tune experiments={name} tune.techniques=[{best}]", "search its learning rate and size on validation rows")]
-        steps += [(f"alignscope rank {name}", "which rank of LoRA")] if any(c.label == "lora" for c in trained) else []
+        steps += [(f"{say} tune experiments={name} technique={best}", "search its learning rate and size on validation rows")]
+        steps += [(f"{say} rank {name}", "which rank of LoRA")] if any(c.label == "lora" for c in trained) else []
     if cells:
         best = chosen if chosen in {c.label for c in cells} else cells[0].label
-        steps += [(f"alignscope errors {name} {best}", "what it answers wrong")]
-        steps += [(f"alignscope deploy {name} {best} --to out/{name}", "weights, predict.py, model card")]
-    return [*steps, (f"alignscope ui {name}", "the report, and MLflow's pages")]
+        steps += [(f"{say} errors {name} {best}", "what it answers wrong")]
+        steps += [(f"{say} deploy {name} {best} --to out/{name}", "weights, predict.py, model card")]
+    return [*steps, (f"{say} ui {name}", "the report, and MLflow's pages")]
