@@ -64,6 +64,7 @@ def connected(settings: Ray) -> Iterator[Any]:
                         "with ray.address=auto")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")  # a busy machine takes its time
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: timed cells are no background work
     os.environ.setdefault("RAY_memory_usage_threshold", "0.98")  # a cell's own limit and the kernel come first
