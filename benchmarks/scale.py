@@ -40,7 +40,7 @@ HERE = "benchmarks.scale"
 WORDS = ["experiments=data_size", "technique=lora", "train_rows=100", "device=cpu", "ray.dashboard=false", "preflight=false"]
 SECONDS = 0.05
 """What a dummy cell waits."""
-REPEATS = 100
+REPEATS = 50
 SEEDS = 10
 """Seeds of a technique and size in the predictions: cells that differ in nothing else are composed once."""
 
