@@ -363,10 +363,13 @@ def _on_ray(trials: Trials) -> None:
         return
 
     def work() -> int:
-        from pipeline.fan.cluster import dispatch
+        from pipeline.fan.cluster import ClusterLost, dispatch
 
         own = Trials(open_study(study.folder, cfg, sweep), cfg, trials.left_s)
-        code = dispatch([lambda cpus, gpus: RayTrials(own, settings, cpus, gpus)], settings, Path(cfg.paths.work), lambda job, code, value: None)
+        try:
+            code = dispatch([lambda cpus, gpus: RayTrials(own, settings, cpus, gpus)], settings, Path(cfg.paths.work), lambda job, code, value: None)
+        except ClusterLost:
+            return fan_jobs.LOST
         return TRIAL_FAILED if code else 0
 
     for left in reversed(range(settings.retries + 1)):
