@@ -45,7 +45,7 @@ ui: $(VENV) ## MLflow's pages on http://127.0.0.1:PORT (5000)
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
 
 server: $(VENV) ## an MLflow server with users on 127.0.0.1:PORT, over the database that MLFLOW_BACKEND_STORE_URI names (docs/scale.md)
-	@MLFLOW_AUTH_CONFIG_PATH=$${MLFLOW_AUTH_CONFIG_PATH:-conf/tracking/basic_auth.ini} $(BIN)/mlflow server --app-name basic-auth --host 127.0.0.1 --port $(PORT) --artifacts-destination mlartifacts
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_AUTH_CONFIG_PATH=$${MLFLOW_AUTH_CONFIG_PATH:-conf/tracking/basic_auth.ini} $(BIN)/mlflow server --app-name basic-auth --host 127.0.0.1 --port $(PORT) --artifacts-destination mlartifacts
 
 test: $(VENV) ## the fast tests, minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu"

@@ -29,7 +29,7 @@ from pipeline.core.compose import ROOT
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.fan import jobs as fan_jobs
 from pipeline.fan import run as fan_run
-from pipeline.fan.host import Host, code_of, sent
+from pipeline.fan.host import Host, check_same, code_of, sent
 from pipeline.fan.jobs import BUSY, Job, Queue
 from pipeline.measure import machine
 from pipeline.measure.clock import Stopwatch
@@ -40,7 +40,7 @@ HERE = "benchmarks.scale"
 WORDS = ["experiments=data_size", "technique=lora", "train_rows=100", "device=cpu", "ray.dashboard=false", "preflight=false"]
 SECONDS = 0.05
 """What a dummy cell waits."""
-REPEATS = 100
+REPEATS = 50
 SEEDS = 10
 """Seeds of a technique and size in the predictions: cells that differ in nothing else are composed once."""
 
@@ -55,6 +55,7 @@ def nothing(cells: list[DictConfig], request: dict[str, Any], kept: Any) -> tupl
 def dummy(cells: list[DictConfig], request: dict[str, Any], kept: Any) -> int:
     """Work of a worker's: a cell without its work."""
     [cfg] = cells
+    check_same(cfg, request)
 
     def work() -> int:
         threading.Event().wait(request["seconds"])

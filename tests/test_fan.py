@@ -374,8 +374,6 @@ def test_the_head_is_killed(words, tmp_path):
 # DVC
 
 TINY = """
-train: {steps: 2}
-evaluate: {test_rows: 8, latency_rows: 2}
 tracking: {enabled: false}
 ray: {dashboard: false}
 device: cpu
@@ -390,7 +388,8 @@ def test_dvc_is_left_as_by_a_serial_run(tmp_path):
     clone = Clone(tmp_path / "clone")
     for name in ("experiments/a.yaml", "experiments/a/params.yaml"):
         path = clone.root / name
-        path.write_text(path.read_text().replace("vader_movies_5", "vader_movies") + (TINY if name == "experiments/a.yaml" else ""))
+        text = path.read_text().replace("vader_movies_5", "vader_movies").replace("epochs: 1", "steps: 2").replace("test_rows: 200", "test_rows: 8")
+        path.write_text(text + (TINY if name == "experiments/a.yaml" else ""))
     write_task(clone.root / "data/vader_movies", train=320)
     write_rationales(clone.root / "rationales/vader_movies/lexicon", clone.root / "data/vader_movies")
     write_model(clone.root / "models/smollm2_135m")

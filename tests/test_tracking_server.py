@@ -36,7 +36,7 @@ def server(tmp_path_factory):
         environment = {**os.environ, "PGPASSWORD": postgres.PASSWORD, "MLFLOW_BACKEND_STORE_URI": database.url("mlflow", "postgresql+psycopg"),
                        "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN["MLFLOW_TRACKING_PASSWORD"], "MLFLOW_FLASK_SERVER_SECRET_KEY": "a secret",
                        "MLFLOW_AUTH_CONFIG_PATH": str(CONF / "tracking/basic_auth.ini"),
-                       "MLFLOW_DISABLE_TELEMETRY": "true"}
+                       "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         words = ["server", "--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port), "--artifacts-destination",
                  str(root / "artefacts"), "--workers", "2"]
         with open(root / "log", "w") as log:

@@ -36,6 +36,11 @@ LEFT_OUT = [f"/{name}" for name in ("data", "models", "rationales", "synthetic",
                                   "benchmarks/results", ".venv", ".work", ".git", ".dvc")]
 """What of this folder is no code."""
 
+
+class ClusterLost(Exception):
+    """The cluster, or this machine's place in it, is gone: what runs and waits is not to blame."""
+
+
 Tell = Callable[[Job, int, Any], None]
 """Called with every job that is through, its code and the value that it left."""
 Phase = Callable[[float, float], Queue]
@@ -64,6 +69,8 @@ def connected(settings: Ray) -> Iterator[Any]:
                         "with ray.address=auto")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")  # a busy machine takes its time
+    os.environ.setdefault("RAY_health_check_failure_threshold", "20")
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: timed cells are no background work
     os.environ.setdefault("RAY_memory_usage_threshold", "0.98")  # a cell's own limit and the kernel come first
@@ -81,6 +88,11 @@ def connected(settings: Ray) -> Iterator[Any]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at ray.address={settings.address} ({str(error).splitlines()[0][:200]}); start one with `ray start --head`, "
                         "or leave ray.address out to use this machine") from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray's for processes of its own that did not come up in time
+            raise
+        print(f"Ray did not start: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        raise ClusterLost from error
     try:
         if context.dashboard_url:
             print(f"Ray's pages: http://{context.dashboard_url}", flush=True)
@@ -153,6 +165,8 @@ class _Dispatcher:
     def _check_possible(self, job: Job) -> None:
         """Raise UserError for a job that this cluster would never run, as it is now."""
         have = self.ray.cluster_resources() if not self.flying else None
+        if have is not None and not have.get("CPU"):
+            raise ClusterLost
         if have is not None and (job.gpus > have.get("GPU", 0) or job.cpus > have.get("CPU", 0)):
             raise UserError(f"{job.name} wants {job.cpus:g} CPUs and {job.gpus:g} GPUs, and the cluster has {have.get('CPU', 0):g} and "
                             f"{have.get('GPU', 0):g}; lower ray.cpus or ray.gpus, choose device=cpu, or connect more machines")
@@ -180,6 +194,8 @@ class _Dispatcher:
             news = self.ray.get(next(stream))
         except StopIteration:
             self._end(stream, Reply(LOST, "it ended without an answer"))
+        except self.ray.exceptions.LocalRayletDiedError as error:
+            raise ClusterLost from error
         except self.ray.exceptions.OutOfMemoryError:
             self._end(stream, Reply(OUT_OF_MEMORY, "Ray ended its worker: the machine was out of memory"))
         except self.ray.exceptions.RayTaskError as error:

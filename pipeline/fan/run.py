@@ -58,7 +58,7 @@ def on_ray(missing: Sequence[DictConfig], mirror: Mirror, settings: fan_jobs.Ray
 
 
 def _dispatch(missing: Sequence[DictConfig], settings: fan_jobs.Ray, fits: Fits, news: News) -> int:
-    from pipeline.fan.cluster import dispatch
+    from pipeline.fan.cluster import ClusterLost, dispatch
 
     unchecked = preflight.unchecked(missing) if missing[0].preflight else []
 
@@ -70,6 +70,8 @@ def _dispatch(missing: Sequence[DictConfig], settings: fan_jobs.Ray, fits: Fits,
 
     try:
         code = dispatch([*([checks] if unchecked else []), cells], settings, Path(missing[0].paths.work), news.tell)
+    except ClusterLost:
+        return LOST
     except UserError:
         news.tell(None, fan_jobs.BAD_INPUT, None)
         raise

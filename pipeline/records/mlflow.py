@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -29,6 +30,8 @@ CELL, DIGEST, PARENT, MODEL = "alignscope.cell", "alignscope.digest", "mlflow.pa
 VIEW = "alignscope"
 """Of the shared view that shows the headline columns: <experiment's address>?viewStateShareKey=alignscope."""
 KIND, NOTE, PRIMARY = "mlflow.experimentKind", "mlflow.note.content", "mlflow.experiment.primaryMetric.name"
+WRITER = "alignscope.writer"
+"""On a server: which lock its writer held, by machine and path. What such a writer left half-written is dead once another one holds that lock."""
 SQLITE = "sqlite:///"
 BATCH = 100  # params or tags that MLflow takes in one call; metrics: 1,000
 ENVIRONMENT = {  # what the user has set stays
@@ -132,6 +135,7 @@ class Mirror:
 
     def __init__(self, client: Any, artifacts: str | None, lock: Path, lock_is_enough: bool = True) -> None:
         self.client, self.artifacts, self.lock, self.lock_is_enough = client, artifacts, lock, lock_is_enough
+        self.writer = f"{socket.gethostname()}:{lock.absolute()}"
         self.counts: Counter[str] = Counter()
 
     def cell(self, folder: Path) -> None:
@@ -171,46 +175,35 @@ class Mirror:
 
     def _put(self, run: Run, parent_id: str | None) -> str:
         runs, digest = self._runs_of(run), run.digest()
-        if len(runs) == 1 and runs[0].data.tags.get(DIGEST) == digest:
+        same = [one for one in runs if one.data.tags.get(DIGEST) == digest]
+        if same and (len(runs) == 1 or not self.lock_is_enough):
             self.counts["up to date"] += 1
-            run_id = str(runs[0].info.run_id)
-            if parent_id and runs[0].data.tags.get(PARENT) != parent_id:
+            run_id = self._only(same)
+            if parent_id and same[0].data.tags.get(PARENT) != parent_id:
                 self.client.set_tag(run_id, PARENT, parent_id)
             return run_id
         for old in runs:  # a run's params cannot be changed, so a changed cell gets a new run
-            if self.lock_is_enough or DIGEST in old.data.tags:  # on a server another machine may be writing it
+            if self.lock_is_enough or DIGEST in old.data.tags or old.data.tags.get(WRITER) == self.writer:  # else another machine is writing it
                 self.client.delete_run(old.info.run_id)
                 if model := old.data.tags.get(MODEL):
                     self.client.delete_logged_model(model)
-        tags = {CELL: run.cell} | ({PARENT: parent_id} if parent_id else {})
+        tags = {CELL: run.cell} | ({PARENT: parent_id} if parent_id else {}) | ({} if self.lock_is_enough else {WRITER: self.writer})
         run_id = str(self.client.create_run(self._experiment(run.experiment), run.start_ms, tags, run.name).info.run_id)
-        try:
-            self._fill(run_id, run)
-            self._present(run)
-            self.client.set_tag(run_id, DIGEST, digest)  # last: a run without it was not finished
-        except Exception:
-            if (other := self._winner(run)) is None or other.data.tags[DIGEST] != digest:
-                raise
-            self.counts["up to date"] += 1  # by another machine, which has deleted this one
-            return str(other.info.run_id)
+        self._fill(run_id, run)
+        self._present(run)
+        self.client.set_tag(run_id, DIGEST, digest)  # last: a run without it was not finished
         self.counts["written"] += 1
-        return run_id if self.lock_is_enough else self._only(run, run_id)
+        return run_id if self.lock_is_enough else self._only([one for one in self._runs_of(run) if one.data.tags.get(DIGEST) == digest]) or run_id
 
-    def _only(self, run: Run, run_id: str) -> str:
-        """The run that stays where another machine, whose processes this one's lock does not hold up, writes the same cell; deletes all others.
+    def _only(self, finished: list[Any]) -> str:
+        """The id of the one that stays of finished runs that say the same: where machines that share no lock wrote a cell at once, there are several.
 
-        Who finishes last sees every run that is finished, and everyone chooses the same of them.
+        All choose the same one, so it is deleted by nobody; and who finishes last sees the others.
         """
-        winner = self._winner(run)
-        kept = str(winner.info.run_id) if winner else run_id
-        for other in self._runs_of(run):
-            if other.info.run_id != kept:
-                self.client.delete_run(other.info.run_id)
-        return kept
-
-    def _winner(self, run: Run) -> Any:
-        finished = [other for other in self._runs_of(run) if DIGEST in other.data.tags]
-        return min(finished, key=lambda other: other.info.run_id, default=None)
+        by_id = sorted(str(one.info.run_id) for one in finished)
+        for double in by_id[1:]:
+            self.client.delete_run(double)
+        return by_id[0] if by_id else ""
 
     def _runs_of(self, run: Run) -> list[Any]:
         return self._find(run.experiment, f"tags.`{CELL}` = '{run.cell}'")

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from pipeline.cell.packing import INTERRUPTED, attempt, signals
 from pipeline.core import locks as core_locks
 from pipeline.core.files import Unsuited, UserError, read_json, write_json
 from pipeline.fan import jobs as fan_jobs
+from pipeline.fan.jobs import BAD_INPUT
 from pipeline.fan.run import cpu_share, gpu_share
 from pipeline.measure.clock import Phases, Stopwatch, now
 from pipeline.measure.machine import hardware, provenance
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
     from pipeline.training.pack import Job, Running
 
+TRIAL_FAILED = 77  # exit code of the process that talks to Ray, when a trial ended with an error
 UNSUITED = 73  # exit code of a trial whose settings the input does not suit
 NOT_ITS_OWN = (2, 128 + 9, 128 + 15)  # exit codes of bad input, and of a process that was ended from outside
 LOCK_S = 5  # a sweep killed a moment ago may still hold its lock through a child that is ending
@@ -360,16 +363,27 @@ def _on_ray(trials: Trials) -> None:
         return
 
     def work() -> int:
-        from pipeline.fan.cluster import dispatch
+        from pipeline.fan.cluster import ClusterLost, dispatch
 
         own = Trials(open_study(study.folder, cfg, sweep), cfg, trials.left_s)
-        return dispatch([lambda cpus, gpus: RayTrials(own, settings, cpus, gpus)], settings, Path(cfg.paths.work), lambda job, code, value: None)
+        try:
+            code = dispatch([lambda cpus, gpus: RayTrials(own, settings, cpus, gpus)], settings, Path(cfg.paths.work), lambda job, code, value: None)
+        except ClusterLost:
+            return fan_jobs.LOST
+        return TRIAL_FAILED if code else 0
 
-    code = run_in_child(work).code
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
-    if code:
-        raise UserError(f"the trials on Ray ended with code {code} (see above); fix the cause and run again")
+    for left in reversed(range(settings.retries + 1)):
+        code = run_in_child(work).code
+        if code in (INTERRUPTED, 128 + signal.SIGTERM):
+            raise KeyboardInterrupt
+        if code == 0:
+            return
+        if code in (BAD_INPUT, TRIAL_FAILED):
+            break
+        with study.turn():
+            study.revive()
+        print(f"the Ray cluster was lost{'; starting again' if left else ''}", file=sys.stderr, flush=True)
+    raise UserError(f"the trials on Ray ended with code {code} (see above); fix the cause and run again")
 
 
 class RayTrials(fan_jobs.Queue):
