@@ -2,6 +2,7 @@
 
     python -m benchmarks.picture                     writes docs/try.svg; minutes on two CPU cores
     python -m benchmarks.picture rows=64 test_rows=100
+    python -m benchmarks.picture log=try.log         of what a run printed elsewhere, its first line the command
 
 The rows are those of the task vader_movies (fetched from the package registry), written to .work/picture/reviews.csv as a user would have them.
 """
@@ -27,13 +28,18 @@ FOLDER = ROOT / ".work/picture"
 
 def run(words: Sequence[str]) -> int:
     """Record the command and write the picture."""
-    asked = {"rows": "96", "test_rows": "150"} | key_values(words, ("rows", "test_rows"), "benchmarks.picture")
+    asked = {"rows": "96", "test_rows": "150", "log": ""} | key_values(words, ("rows", "test_rows", "log"), "benchmarks.picture")
     from rich.console import Console
     from rich.text import Text
 
     from pipeline import try_file
     from pipeline.intake import flow
 
+    if asked["log"]:
+        drawn: Any = Console(record=True, width=WIDTH)
+        drawn.print(Text(Path(asked["log"]).read_text(encoding="utf-8").rstrip()))
+        write_text(ROOT / "docs/try.svg", drawn.export_svg(title="alignscope"))
+        return 0
     rows = reviews()
     os.environ["ALIGNSCOPE_ROOT"] = str(FOLDER)
     (FOLDER / "experiments").mkdir(parents=True, exist_ok=True)
