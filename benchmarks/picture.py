@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def run(words: Sequence[str]) -> int:
     if asked["log"]:
         drawn: Any = Console(record=True, width=WIDTH)
         drawn.print(Text(Path(asked["log"]).read_text(encoding="utf-8").rstrip()))
-        write_text(ROOT / "docs/try.svg", drawn.export_svg(title="alignscope"))
+        save(drawn)
         return 0
     rows = reviews()
     os.environ["ALIGNSCOPE_ROOT"] = str(FOLDER)
@@ -53,8 +54,14 @@ def run(words: Sequence[str]) -> int:
     console.print(Text("$ alignscope try reviews.csv", style="bold"))
     flow.make_console = lambda: console
     code: int = try_file.main(["reviews.csv", "--yes", "--techniques", "zero_shot,few_shot,lora", "--rows", asked["rows"], "--test-rows", asked["test_rows"]])
-    write_text(ROOT / "docs/try.svg", console.export_svg(title="alignscope", clear=True))
+    save(console)
     return code
+
+
+def save(console: Any) -> None:
+    """Write what was recorded, without the fonts that rich would have a page fetch."""
+    drawn = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="alignscope"), flags=re.DOTALL)
+    write_text(ROOT / "docs/try.svg", drawn.replace("Fira Code", "DejaVu Sans Mono"))
 
 
 def reviews() -> list[list[str]]:
