@@ -79,7 +79,8 @@ def made_up() -> list[list[str]]:
     for trouble, thing in itertools.islice(itertools.product(TROUBLES, THINGS), LABELS):
         texts: set[str] = set()
         while len(texts) < ROWS_A_LABEL:
-            texts.add(draw.choice(WAYS).format(thing=thing, trouble=trouble, day=draw.choice(DAYS)) + draw.choice(("", " Thanks.", " Thank you!", " It is urgent.")))
+            said = draw.choice(WAYS).format(thing=thing, trouble=trouble, day=draw.choice(DAYS))
+            texts.add(said + draw.choice(("", " Thanks.", " Thank you!", " It is urgent.")))
         rows += [[text, f"{trouble} {thing}".replace(" ", "_")] for text in sorted(texts)]
     draw.shuffle(rows)
     return rows
