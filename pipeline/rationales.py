@@ -35,7 +35,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     teacher.check(cfg.task.name, splits["train"][0])
     begin = now()
     teacher.begin(recipe.read(cfg), splits["train"])
-    rows = [row for name in SPLITS for row in explained(teacher, name, splits[name])]
+    rows = [row for name in SPLITS for row in explained(teacher, name, splits[name], cfg.task.get("answer_pattern"))]
     seconds = round(now() - begin, 3) if teacher.works_here else None
     about = {"seconds": seconds, "data_sha256": sha256(data / "manifest.json"), **teacher.report()}
     manifest = {"teacher": teacher.name, "task": cfg.task.name, **summary(rows), **about}

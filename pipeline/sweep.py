@@ -23,7 +23,9 @@ from pipeline.cell.grid import Mirror
 from pipeline.core import settings
 from pipeline.core.commands import entry
 from pipeline.core.compose import by_key
-from pipeline.search.study import open_study, read
+from pipeline.reporting.figures import METRICS
+from pipeline.reporting.verdict import of_search
+from pipeline.search.study import Study, open_study, read, short
 from pipeline.search.trials import alone, confirm, of_grid, search, study_name
 
 
@@ -40,10 +42,19 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
             search(study, cfg, lambda: inputs.preload([cfg]))
             best = study.write_best()
             print(study.table())
-            print(f"best: {' '.join(best['overrides'])} (trial {best['trial']}), in {folder / 'best.json'}")
+            print(verdict(study, cfg.task.get("metric", "accuracy")))
+            print(f"chosen: {' '.join(best['overrides'])} (trial {best['trial']}), in {folder / 'best.json'}")
             return confirm(cfg, best, mirror) if sweep.confirm else 0
         finally:
             mirror.sweeps(cfg, folder)
+
+
+def verdict(study: Study, metric: str) -> str:
+    """What the trials tell of the settings, in sentences."""
+    rows = sorted((row for row in study.rows() if row["validation"] is not None), key=lambda row: study.sweep.space.order(study.sweep.space.point(row)))
+    trials = [(short(study.sweep.space.point(row)), row["validation"], row.get("peak_memory")) for row in rows]
+    scored = max((row["validation_rows"] or 0 for row in rows), default=None)
+    return of_search(trials, scored, METRICS.get(metric, metric)).replace("`", "")
 
 
 main = entry(run)

@@ -25,6 +25,10 @@ from pipeline.core.commands import entry
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError
 from pipeline.records import tuned
+from pipeline.records.results import rank_key
+from pipeline.reporting.figures import METRICS
+from pipeline.reporting.verdict import of_search
+from pipeline.search.study import short
 from pipeline.search.tuning import Shared, budget_of, check, each_technique, summary, tune
 
 
@@ -42,8 +46,15 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         if result := tune(one, budget, shared):
             done[tuned.path_of(one)] = result
     for path, result in done.items():
-        print(f"{path}: {summary(result)}")
+        print(f"{path}: {summary(result)}\n  {verdict(result)}".rstrip())
     return 0
+
+
+def verdict(result: tuned.Tuned) -> str:
+    """What the trials tell of the settings, in sentences."""
+    ranked = sorted((t for t in result.trials if t["validation"] is not None), key=lambda t: rank_key(t["validation"], t["nll"]), reverse=True)
+    trials = [(short(t["settings"]), t["validation"], None) for t in ranked]
+    return of_search(trials, max((t.get("validation_rows") or 0 for t in ranked), default=None), METRICS.get(result.metric, result.metric)).replace("`", "")
 
 
 main = entry(run)

@@ -14,9 +14,10 @@ from report_cells import diverged, keep, oom, result
 from benchmarks import advice as judge
 from pipeline import advise as entry
 from pipeline.core.files import UserError
-from pipeline.records.finished import Cell
+from pipeline.records.finished import Cell, cells_below
 from pipeline.reporting.advice import Advice, Need, advise, answer
 from pipeline.reporting.evidence import Expected, Seen, Spread, expected_time, gather, other_task, paired_apart
+from pipeline.reporting.rows import make_rows
 
 SIZES = (50, 100, 400, 1600)
 
@@ -91,14 +92,28 @@ def test_with_one_seed_told_apart_is_said_of_these_weights(tmp_path):
             for seed in range(seeds):
                 keep(tmp_path / str(seeds), result(name, right + seed, seed))
     single, several = (of(tmp_path / str(seeds), 200) for seeds in (1, 3))
-    assert single.reason == "the most accurate, and told apart from the others (with one seed: these weights, another may come in another order)"
-    assert "told apart from the most accurate (one seed: these weights, not the techniques)" in "\n".join(answer(single))
-    assert several.reason == "the most accurate, and told apart from the others" and "these weights" not in "\n".join(answer(several))
+    for one, seeds in ((single, 1), (several, 3)):
+        assert one.verdict and (one.verdict.kind, one.verdict.name) == ("take", "full") and one.verdict.tied == ()
+        assert ("these weights" in "\n".join(answer(one))) is (seeds == 1)
+    assert "lora: 60.0%" in "\n".join(answer(single)) and "; told apart from full (these weights)" in "\n".join(answer(single))
+
+
+def test_a_tie_with_the_untouched_base_is_do_not_train_and_agrees_with_the_report(tmp_path):
+    """It said "Take lora" where zero-shot had the same accuracy, and "told apart" where the report said that nothing was."""
+    for name, right in (("zero_shot", 175), ("lora", 175), ("qlora", 171), ("full", 180)):
+        keep(tmp_path / "quick", result(name, right))
+    actual = of(tmp_path, 200)
+    assert actual.verdict and (actual.verdict.kind, actual.chosen and actual.chosen.technique) == ("do_not_train", "zero_shot")
+    text = "\n".join(answer(actual))
+    assert "Do not train yet: zero_shot, the untouched base" in text and "more test rows" in text and "Take" not in text
+    rows = make_rows(cells_below(tmp_path))
+    reported = rows[0].verdict
+    assert reported and (reported.kind, reported.name, reported.tied) == (actual.verdict.kind, actual.verdict.name, actual.verdict.tied)
 
 
 def test_the_cheaper_of_two_that_are_alike_is_taken_and_a_worse_one_is_not(root):
     actual = of(root, 400)
-    assert actual.chosen and actual.chosen.technique == "lora" and "not told apart from full" in actual.reason
+    assert actual.chosen and actual.chosen.technique == "lora" and "full is 0.2 points higher" in "\n".join(answer(actual))
     assert actual.chosen.memory.value == 1.62e9 and [c.technique for c in actual.candidates][-1] in ("zero_shot", "prompt_tuning")
     assert not of(root, 400, gpu_memory_gb=1.0).chosen or of(root, 400, gpu_memory_gb=1.0).chosen.technique != "lora"
 

@@ -135,7 +135,8 @@ def test_outputs(finished):
     assert rows[2]["method.config.r"] == "4" and rows[2]["method.config.lora_alpha"] == "8" and rows[2]["state"] == "COMPLETE"
     assert float(rows[2]["seconds"]) > 0 and rows[2]["peak_bytes"] == "4000" and rows[2]["tokens_per_s"] == "100.0"
     out = (finished / "out.txt").read_text()
-    assert "trial 3 of 6: r=4 lora_alpha=8: validation accuracy 0.800" in out and "best: method.config.r=16" in out
+    assert "trial 3 of 6: r=4 lora_alpha=8: validation accuracy 0.800" in out and "chosen: method.config.r=16" in out
+    assert "r=16 is taken: 90.0% accuracy on 40 validation rows, the highest, but" in out and "more validation rows would be needed" in out
     assert study(finished).trials[2].user_attrs["train_s"] == 1
 
 

@@ -62,7 +62,7 @@ def score_answers(parts: Parts, rows: Rows, meter: Meter) -> Evaluation:
             if not parts.wants(split):
                 continue
             replies = parts.method.answers(asked, rows.rationales) or []
-            scored = [{"id": r["id"], "answer": r["answer"], "prediction": g, "correct": answers.canonical(g) == answers.canonical(r["answer"])}
+            scored = [{"id": r["id"], "answer": r["answer"], "prediction": g, "correct": answers.agrees(g, r["answer"], parts.settings.task.answer_pattern)}
                      for r, g in zip(asked, replies, strict=True)]
             scored = measured(scored, asked, parts.settings.task)
             predictions += [{"split": split, **p} for p in scored]

@@ -181,6 +181,9 @@ def explain(error: BaseException) -> str:
     return f"the config does not compose: {reason}"
 
 
+DEFAULTED = re.compile(r"task\.((source|split|columns|answer)\.\w+|columns|choices|split|leakage|licence|metric|tolerance|format|messages|system|tools|"
+                       r"separator|length_normalised|max_new_tokens|answer_pattern|transfer)=")
+"""Overrides of a task's keys that its YAML may leave out: they are set as if they stood there, without a + before them."""
 MARK = "tuned"
 SUFFIX = f"+{MARK}"
 
@@ -191,6 +194,7 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     for word in words:
         check_override(word)
         technique, *marks = word.split("+") if word.startswith("technique=") else [word]
+        technique = f"++{technique}" if DEFAULTED.match(technique) else technique
         overrides += [technique, *("tuned=true" if mark == MARK else f"synthetic={mark}" for mark in marks)]
     return overrides
 

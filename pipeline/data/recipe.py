@@ -23,8 +23,10 @@ answer    a template ("{label}"), or one column made into words:
                 bin, null is open, the first bin that fits counts
             {column: key, of: options}   an element of a list column, by its number from 0 or its letter from A
             {column: total, number: true}   the number as plain text (42, not 42.0)
+            {column: label}                the value as it stands
           A row whose label is null, or whose number is in no bin, is left out and counted.
-choices   a fixed list of words, or the name of a list column; left out, the words of labels or bins.
+choices   a fixed list of words, or the name of a list column; left out, the words of labels or bins, or else the answers that the training rows have
+          (up to 300, counted when prepared).
 split     {seed: 0, train: null, validation: null, test: null}: rows, or a share below 1 of what they are drawn from;
           null takes all that there is (drawn: a tenth for validation, a fifth for test). stratify: true draws every label in its share,
           false without a look at them, null the first where the second would leave a label out.
@@ -40,8 +42,9 @@ import functools
 import math
 import reprlib
 import string
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from omegaconf import DictConfig
@@ -54,6 +57,8 @@ from pipeline.core.settings import Seed, Task, build
 from pipeline.data.conversations import Turns, normalised, transcript
 
 KINDS = ("labels", "bins", "of", "number")
+MOST_LABELS = 300
+"""Different answers that are taken for labels; more look like free text."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,8 @@ class Answer:
 
     def check(self) -> None:
         chosen = [kind for kind in KINDS if getattr(self, kind)]
-        if len(chosen) != 1:
-            raise UserError(f"config key 'task.answer' takes one of {', '.join(KINDS)} beside column, not {' and '.join(chosen) or 'none'}")
+        if len(chosen) > 1:
+            raise UserError(f"config key 'task.answer' takes one of {', '.join(KINDS)} beside column, not {' and '.join(chosen)}")
         for word, ends in (self.bins or {}).items():
             numbers = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(e is None or isinstance(e, (int, float)) for e in ends)
             if not numbers or None not in ends and not ends[0] <= ends[1]:
@@ -137,11 +142,8 @@ class Recipe(Task):
                 raise UserError(f"config key 'task.{key}' is {value!r}; name at least one column in braces, as in {{text}}")
         if isinstance(self.choices, tuple):
             check_words("task.choices", self.choices)
-        if self.scoring == "choice" and self.choice_list is None and not isinstance(self.choices, str):
-            raise UserError(
-                "config key 'task.choices' is missing; "
-                "list the answers to choose from, or name the column that holds a row's own"
-            )
+        if self.scoring == "choice" and self.choices is None and self.answer is None:
+            raise UserError("config key 'task.choices' is missing; list the answers to choose from, or name the column that holds a row's own")
 
     def _check_turns(self) -> None:
         missing = next((key for key in ("prompt", "answer") if not getattr(self, key)), None)
@@ -158,6 +160,11 @@ class Recipe(Task):
     def spec(self) -> Answer | None:
         """The answer as a column and its treatment; None where it is a template."""
         return build(Answer, dict(self.answer), "task.answer") if isinstance(self.answer, dict) else None
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the choices are the answers that the training rows have (`with_labels`): nothing else says what they are."""
+        return self.scoring == "choice" and self.choices is None and self.choice_list is None and self.answer is not None
 
     @property
     def sizes(self) -> Split:
@@ -179,6 +186,40 @@ def read(cfg: DictConfig) -> Recipe:
     return recipe
 
 
+def with_labels(recipe: Recipe, rows: Iterable[dict[str, Any]], place: str) -> Recipe:
+    """The recipe with the answers of the training rows as its choices, in the order of their texts (numbers by value).
+
+    Args:
+        rows: the source's. place: where they are from, for the messages.
+
+    Raises:
+        UserError: a row without an answer, or more than MOST_LABELS different ones.
+    """
+    counts: Counter[str] = Counter()
+    for number, raw in enumerate(rows, 1):
+        where = f"row {number} of {place}"
+        answer = _answer(recipe, _renamed(recipe, raw, where), where)
+        if not answer:
+            raise UserError(f"{where} has an empty answer; fill or remove that row, or list the labels (null leaves rows out): "
+                            "task.answer={column: …, labels: {…}}")
+        counts[answer] += 1
+    if len(counts) > MOST_LABELS:
+        few = ", ".join(f"{word!r} ({count})" for word, count in counts.most_common(3))
+        raise UserError(f"{place} has {len(counts):,} different answers (most often: {few}), more than the {MOST_LABELS} that labels are taken from; "
+                        "task.scoring=generate has the model write its answer, task.choices lists what it may choose from")
+    names = sorted(counts, key=lambda word: (_order(word), word))
+    chosen: Recipe = replace(recipe, choices=tuple(names))
+    check_words("task.choices", chosen.choices or ())
+    return chosen
+
+
+def _order(word: str) -> tuple[int, float]:
+    try:
+        return 0, float(word)
+    except ValueError:
+        return 1, 0.0
+
+
 def text_of(value: Any) -> str:
     """A value as it stands in a prompt or an answer.
 
@@ -190,9 +231,15 @@ def text_of(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         if any(item is None or isinstance(item, (list, tuple)) for item in value):
             raise ValueError("a list with null or another list inside")
+        if (nested := next((item for item in value if isinstance(item, dict)), None)) is not None:
+            text_of(nested)
         return ", ".join(map(text_of, value))
-    if isinstance(value, (bytes, dict)):
-        raise ValueError("bytes and no text" if isinstance(value, bytes) else "an object and no text")
+    if isinstance(value, bytes):
+        raise ValueError("bytes and no text")
+    if isinstance(value, dict):
+        if {"role", "content"} <= set(value) or {"from", "value"} <= set(value):
+            raise ValueError("a conversation and no text: name its column in task.messages, in the place of task.prompt and task.answer (docs/data.md)")
+        raise ValueError("an object and no text: name what is inside it with a dot, as in {column.key}")
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError("no finite number")
@@ -325,6 +372,8 @@ def _answer(recipe: Recipe, fields: dict[str, Any], where: str) -> str | None:
         return None if word is None else text_of(word)
     if spec.of is not None:
         return _element(_look(fields, spec.of, "task.answer.of", where), value, spec, where)
+    if not spec.number and spec.bins is None:
+        return column_text(value, spec.column, where)
     number = _number(value, spec.column, where)
     if spec.number:
         return text_of(number)

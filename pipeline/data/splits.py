@@ -27,12 +27,15 @@ Counts = dict[str, dict[str, int]]
 
 
 def assemble(recipe: Recipe, loaded: Loaded) -> tuple[Sets, Counts]:
-    """The final rows of every split and transfer set, and how many rows were left out, by reason and set.
+    """The final rows of every split and transfer set, and how many rows were left out, by reason and set. Labels that the recipe does not list are those of
+    the training rows.
 
     Raises:
         UserError: a row that does not fit the task, leakage, too few rows, a label that training never saw.
     """
     _check_names(recipe, loaded)
+    if recipe.takes_labels:
+        recipe = tasks.with_labels(recipe, loaded.sets["train"], _place(loaded, "train"))
     dropped: Counts = {"unlabelled": {}, "duplicate": {}, "contradicting": {}, "leaked": {}, "unused": {}}
     sets = {}
     for name, raw in loaded.sets.items():

@@ -12,6 +12,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.compose import CONF
 from pipeline.core.files import UserError, read_object
 from pipeline.core.settings import Precision
 from pipeline.measure.memory import out_of_memory
@@ -83,7 +84,9 @@ def refuse_pickles(folder: Path, allow_pickle: bool) -> None:
 def manifest(folder: Path) -> dict[str, Any]:
     """A prepared model's manifest. Raises UserError if the model stage has not run."""
     if not (folder / "manifest.json").exists():
-        raise UserError(f"{folder} is not there; run: python -m pipeline.base_model model={folder.name}")
+        known = (CONF / "model" / f"{folder.name}.yaml").exists()
+        words = f"model={folder.name}" if known else f"model=local model.source.path=<its files> model.name={folder.name}"
+        raise UserError(f"{folder} is not there; run: python -m pipeline.base_model {words}")
     return read_object(folder / "manifest.json")
 
 

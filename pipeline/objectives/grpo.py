@@ -15,7 +15,7 @@ from pipeline.core.files import UserError
 from pipeline.core.settings import NotNegative, Positive, Task, Within
 from pipeline.data.rows import Encoded
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
-from pipeline.scoring.answers import canonical, extract
+from pipeline.scoring.answers import agrees, extract
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Grpo(Objective):
         """1 for a right answer, 0 for any other; a completion is a text or, in a chat, a list of one message."""
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         answers = [answer_in(text, one, task) for text, one in zip(texts, row, strict=True)]
-        return [float(a is not None and canonical(a) == canonical(one["answer"])) for a, one in zip(answers, row, strict=True)]
+        return [float(agrees(a, one["answer"], task.answer_pattern)) for a, one in zip(answers, row, strict=True)]
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"num_generations": self.num_generations, "temperature": self.temperature, "beta": self.beta}

@@ -59,7 +59,8 @@ class Tuned:
     """The best trial's metric on the validation rows."""
     edges: list[Edge]
     trials: list[dict[str, Any]]
-    """Every trial that counts: number, part (declared or widened), status (ok, oom, diverged, error), diverged, its settings, validation (None without one)."""
+    """Every trial that counts: number, part (declared or widened), status (ok, oom, diverged, error), diverged, its settings, validation (or None), and the
+    rows that it was measured on (absent in older files)."""
     device_s: float
     """Wall clock of the trials, one after another or packed."""
     packed: bool

@@ -5,10 +5,12 @@ Library of `python -m pipeline.advise`; docs/advice.md states the rules, `python
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.core.files import UserError
 from pipeline.records.results import Result
@@ -26,11 +28,10 @@ from pipeline.reporting.evidence import (
     sizes_in_words,
     takes_no_rows,
 )
+from pipeline.reporting.verdict import Saying, sentences
 from pipeline.stats import learning_curve, tiers
-
-SLACK = 0.02
-"""What is expected this much below the most accurate, and does not differ significantly from it, may be recommended for costing less.
-No significant difference alone is not enough: with few seeds that is true of techniques that are 15 points worse (benchmarks/advice.py showed it)."""
+from pipeline.stats.tiers import Comparison, Difference
+from pipeline.stats.verdict import Option, Verdict, decide
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,8 @@ class Candidate:
     """Bytes at the peak."""
     train_s: Expected | None = None
     out: str | None = None
-    told_apart: bool = True
-    """From the most accurate that is not out; False for that one itself."""
-    one_seed: bool = False
-    """That was asked of single runs: it speaks of their weights, not of the techniques."""
+    standing: str = ""
+    """To the verdict, in words; empty for what is out."""
     by_task: dict[str, float] = field(default_factory=dict)
     """Borrowed advice: what is expected on every task with evidence, fractions."""
 
@@ -79,7 +78,9 @@ class Advice:
     candidates: list[Candidate] = field(default_factory=list)
     chosen: Candidate | None = None
     reason: str = ""
-    """Why this one, or why none."""
+    """Why none; empty where there is a verdict."""
+    verdict: Verdict | None = None
+    """On those that are not out; its `name` is chosen (of an undecided one the leader)."""
     borrowed: bool = False
     """Nothing was measured on the task that was asked for; `task` names the ones with evidence, and intervals hold the spread between tasks."""
 
@@ -205,7 +206,7 @@ def _limits(candidate: Candidate, need: Need) -> None:
 
 
 def _choose(advice: Advice) -> None:
-    """The most accurate that is not out, or what needs least memory of those close to it that do not differ significantly."""
+    """The verdict (pipeline/stats/verdict.py) on those that are not out, at their expected accuracy."""
     live = sorted((c for c in advice.candidates if c.out is None), key=lambda c: -_value(c))
     gone = sorted((c for c in advice.candidates if c.out is not None), key=lambda c: -_value(c))
     trained = [c for c in advice.candidates if not takes_no_rows(c.nearest)]
@@ -217,45 +218,80 @@ def _choose(advice: Advice) -> None:
     if not live:
         advice.candidates, advice.reason = gone, "nothing that was measured meets what is asked"
         return
-    best = live[0]
+    verdict = decide(_options(live), _compared(live))
+    chosen = next(c for c in live if c.technique == verdict.name)
     for one in live:
-        one.told_apart = one is not best and _apart(one, best)
-    alike = [c for c in live if not c.told_apart and _value(c) >= _value(best) - SLACK]
-    chosen = min(alike, key=lambda c: (c.memory.value if c.memory else math.inf, c.train_s.value if c.train_s else 0.0, -_value(c)))
-    advice.candidates, advice.chosen = [chosen, *(c for c in live if c is not chosen), *gone], chosen
-    if len(alike) == 1:
-        apart = all(c.told_apart for c in live if c is not best)
-        single = " (with one seed: these weights, another may come in another order)" if any(c.one_seed for c in live) else ""
-        advice.reason = "the most accurate" + (f", and told apart from the others{single}" if apart else "")
-    elif chosen is best:
-        advice.reason = f"the most accurate; of those within {100 * SLACK:g} points that cannot be told from it none needs less memory"
-    else:
-        close = f"not told apart from {best.technique} ({100 * _value(best):.1f}%), within {100 * SLACK:g} points of it"
-        advice.reason = f"{close}, and needs the least memory of these"
+        one.standing = _standing(one, verdict)
+    advice.candidates, advice.chosen, advice.verdict = [chosen, *(c for c in live if c is not chosen), *gone], chosen, verdict
+
+
+def _options(live: Sequence[Candidate]) -> list[Option]:
+    """What can be chosen. Memory is what is expected; where that is not known of all, what one counter measured, as in the report."""
+    measured = {c.technique: [r.memory for s in c.evidence if (r := s.cell.result).memory and r.memory.peak_bytes and s.rows == c.nearest.rows] for c in live}
+    kinds = {memory.kind for some in measured.values() for memory in some if memory}
+    peaks = {name: statistics.fmean(m.peak_bytes for m in some if m and m.peak_bytes) for name, some in measured.items() if some and len(kinds) == 1}
+    known = all(c.memory for c in live if c.nearest.cell.result.kind == "trained")
+    return [
+        Option(c.technique, _value(c), (kind := c.nearest.cell.result.kind) == "base", kind == "trained",
+               (c.memory.value if c.memory else None) if known else peaks.get(c.technique), c.train_s.value if c.train_s else None)
+        for c in live
+    ]
+
+
+def _standing(one: Candidate, verdict: Verdict) -> str:
+    if one.technique in verdict.below_base:
+        return "below the untouched base: its settings do not suit, tune it first"
+    weights = "" if verdict.evidence is None or verdict.evidence.covers_seeds else " (these weights)"
+    return f"{'not told apart' if one.technique in verdict.tied else 'told apart'} from {verdict.name}{weights}"
 
 
 def _value(candidate: Candidate) -> float:
     return candidate.accuracy.value if candidate.accuracy else -1.0
 
 
-def _apart(one: Candidate, best: Candidate) -> bool:
-    """Whether the test rows of the nearest size that both have tell them apart (tiers.py); without such answers, whether their intervals part.
+def _compared(live: Sequence[Candidate]) -> Comparison:
+    """All that are not out, compared as the report compares: on the test rows that they answered at the nearest size that all were measured at.
 
-    Over several other tasks: whether the tasks do.
+    What has no such answers is told apart where the expected accuracies' intervals part; several other tasks, where the tasks do. `rows` is then 0.
     """
-    if len(one.by_task) > 1 or len(best.by_task) > 1:
-        return paired_apart(best.by_task, one.by_task)
-    here = {s.rows for s in one.evidence}
-    shared = next((s.rows for s in best.evidence if s.rows in here), None)
-    if shared is not None:
-        runs = {c.technique: {s.seed: s.cell.right() for s in c.evidence if s.rows == shared} for c in (one, best)}
-        fixed = [c.technique for c in (one, best) if c.nearest.cell.result.kind == "base"]
-        comparison = tiers.compare(runs, fixed)
-        if comparison is not None and len(comparison.means) == 2:
-            one.one_seed = not comparison.covers_seeds
-            return comparison.between(best.technique, one.technique).significant
-    assert one.accuracy and best.accuracy
-    return one.accuracy.high is not None and best.accuracy.low is not None and one.accuracy.high < best.accuracy.low
+    by_rows = _on_rows(live)
+    if by_rows is not None and len(by_rows.means) == len(live):
+        means = {c.technique: _value(c) for c in live}
+        return replace(by_rows, means=means)
+    pairs = {}
+    for one, other in itertools.combinations(live, 2):
+        gap = _value(one) - _value(other)
+        if by_rows is not None and {one.technique, other.technique} <= set(by_rows.means) and len(one.by_task) < 2:
+            pairs[one.technique, other.technique] = by_rows.between(one.technique, other.technique)
+        else:
+            p = 0.0 if _part(one, other) else 1.0
+            pairs[one.technique, other.technique] = Difference(gap, gap, gap, p, p)
+    apart = [names for names, pair in pairs.items() if pair.significant]
+    order = [c.technique for c in live]
+    return Comparison({c.technique: _value(c) for c in live}, pairs, tiers.letters(order, apart), 0, by_rows.covers_seeds if by_rows else True)
+
+
+def _on_rows(live: Sequence[Candidate]) -> Comparison | None:
+    """Those with answers at a size that they share (what takes no rows has all sizes), tested over rows and seeds; None where there are none."""
+    if any(len(c.by_task) > 1 for c in live):
+        return None
+    sizes = [{s.rows for s in c.evidence} for c in live if not takes_no_rows(c.nearest)]
+    shared = [s.rows for c in live for s in c.evidence if all(s.rows in each for each in sizes)]
+    if not shared:
+        return None
+    runs = {
+        c.technique: {s.seed: s.cell.right() for s in c.evidence if s.rows == shared[0] or takes_no_rows(s) and s.rows == c.nearest.rows} for c in live
+    }
+    return tiers.compare(runs, [c.technique for c in live if c.nearest.cell.result.kind == "base"])
+
+
+def _part(one: Candidate, other: Candidate) -> bool:
+    """Whether two candidates differ by what is expected of them."""
+    if len(one.by_task) > 1 or len(other.by_task) > 1:
+        return paired_apart(one.by_task, other.by_task)
+    high, low = sorted((one, other), key=lambda c: -_value(c))
+    assert high.accuracy and low.accuracy
+    return low.accuracy.high is not None and high.accuracy.low is not None and low.accuracy.high < high.accuracy.low
 
 
 SHOWN_CELLS = 6
@@ -274,7 +310,10 @@ def answer(advice: Advice) -> list[str]:
     if chosen is None:
         lines.append(f"No evidence fits: {advice.reason}.")
     else:
-        lines += [f"Take {chosen.technique}: {advice.reason}.", "", *_facts(chosen, need.train_rows, need.task or chosen.nearest.task)]
+        assert advice.verdict
+        rows = "test rows" if advice.verdict.evidence and advice.verdict.evidence.rows else ""
+        lines += [*(text.replace("`", "") for text in sentences(advice.verdict, Saying("expected accuracy" if not rows else "accuracy", rows))),
+                  "", *_facts(chosen, need.train_rows, need.task or chosen.nearest.task)]
     others = [c for c in advice.candidates if c is not chosen and c.out is None]
     if others:
         lines += ["", "Others:", *(f"  {_line(c)}" for c in others)]
@@ -317,9 +356,7 @@ def _facts(chosen: Candidate, rows: int, task: str) -> list[str]:
 
 def _line(one: Candidate) -> str:
     assert one.accuracy
-    apart = "told apart from the most accurate" if one.told_apart else "not told apart from the most accurate"
-    apart += " (one seed: these weights, not the techniques)" if one.one_seed else ""
-    return f"{one.technique}: {_percent(one.accuracy)}, memory {_size(one.memory)}, training {_duration(one.train_s)}; {apart}"
+    return f"{one.technique}: {_percent(one.accuracy)}, memory {_size(one.memory)}, training {_duration(one.train_s)}; {one.standing}"
 
 
 def _percent(value: Expected) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from pipeline.reporting import words as f
 from pipeline.reporting.figures import Row, metric_name
-from pipeline.stats.verdict import WORTH, Verdict
+from pipeline.stats import tiers
+from pipeline.stats.verdict import WORTH, Option, Verdict, decide
 
 MANY = 5
 """Names that are all said; of more, the first three."""
@@ -59,7 +60,7 @@ def below(verdict: Verdict, saying: Saying) -> str:
 def _lead(verdict: Verdict, saying: Saying) -> str:
     assert verdict.name and verdict.evidence
     chosen, evidence = verdict.option(verdict.name), verdict.evidence
-    level = f"{f.percent(chosen.value)}% {saying.metric} on {evidence.rows:,} {saying.rows}"
+    level = f"{f.percent(chosen.value)}% {saying.metric}" + (f" on {evidence.rows:,} {saying.rows}" if evidence.rows else "")
     costs = [f"{f.duration(chosen.seconds)} of training"] if chosen.seconds else []
     costs += [f"{f.size(chosen.memory)} of memory"] if chosen.memory and chosen.trained else []
     cost = f" for {' and '.join(costs)}" if costs else ""
@@ -80,6 +81,8 @@ def _against(verdict: Verdict) -> str:
         return ""
     one = evidence.difference
     way = "above" if one.difference >= 0 else "below"
+    if not evidence.rows:
+        return f", {f.percent(abs(one.difference))} points {way} `{evidence.against}`{', told apart from it' * one.significant}"
     other = "the untouched base " if verdict.option(evidence.against).base else ""
     how = f"95% interval {f.points(one.low)} to {f.points(one.high)}, {f.p_value(one.corrected)}"
     return f", {f.percent(abs(one.difference))} points {way} {other}`{evidence.against}` ({how})"
@@ -118,3 +121,28 @@ def further(verdict: Verdict, saying: Saying = Saying()) -> str:  # noqa: B008
         also = f", and {seeds} tell whether it is the technique's" if seeds and rows else f"; {seeds} tell whether it is the technique's" if seeds else ""
         return f"To confirm {gap}, {rows or f'{evidence.rows:,} {saying.rows} are enough'}{' would be needed' if rows else ''}{also}."
     return f"To confirm {gap}, {(' and ' if verdict.both else ' or ').join(filter(None, (rows, seeds)))} would be needed."
+
+
+def of_search(trials: Sequence[tuple[str, float, float | None]], rows: int | None, metric: str) -> str:
+    """The verdict on the settings of a search, in sentences.
+
+    Args:
+        trials: (settings, validation metric, bytes at the peak where that is an objective) of those with a value; of equals the first is taken.
+        rows: validation rows; None: not known, and nothing is tested.
+    """
+    first: dict[str, Option] = {}
+    for name, value, memory in trials:
+        first.setdefault(name, Option(name, value, memory=memory))
+    if not first or not rows:
+        return ""
+    verdict = decide(list(first.values()), tiers.by_shares({name: one.value for name, one in first.items()}, rows), slack=0.0)
+    chosen, others = verdict.option(str(verdict.name)), len(first) - 1
+    said = f"`{chosen.name}` is taken: {f.percent(chosen.value)}% {metric} on {rows:,} validation rows"
+    if not others:
+        return f"{said}, the only setting with a value."
+    if not verdict.tied:
+        return f"{said}, told apart from the other {others}."
+    equal = any(one.value == chosen.value for one in first.values() if one is not chosen)
+    why = "the first of the highest" if equal else "the highest"
+    some = "none of the others is" if len(verdict.tied) == others else f"{len(verdict.tied)} of {others} others are not"
+    return f"{said}, {why}, but {some} told apart from it. {further(verdict, Saying(metric, 'validation rows'))}".strip()

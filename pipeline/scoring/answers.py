@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +13,10 @@ import numpy as np
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
-from pipeline.records.results import RIGHT_OR_WRONG, Score
+from pipeline.records.results import Score
 from pipeline.scoring import per_row
+from pipeline.scoring.reading import agrees, canonical, extract, reference
 from pipeline.stats.bootstrap import Statistic, class_value, interval, macro_f1, mean
-
-
-def extract(output: str, pattern: str | None) -> str | None:
-    """The answer in generated text: the pattern's last match (its first group that took part, if any), else the first line; None if empty."""
-    if pattern is None:
-        return output.strip().splitlines()[0].strip() if output.strip() else None
-    matches = list(re.finditer(pattern, output))
-    if not matches:
-        return None
-    last = matches[-1]
-    return next((g for g in last.groups() if g is not None), last.group(0)).strip()
-
-
-def canonical(answer: str) -> str:
-    """The form in which generated answers are compared: case, outer punctuation and the spelling of a number set aside."""
-    text = " ".join(answer.casefold().split()).lstrip(" ,;:!\"'").rstrip(" .,;:!\"'")
-    try:
-        return f"{float(text.replace(',', '')):.10g}"
-    except ValueError:
-        return text
 
 
 def chosen(rows: Sequence[dict], scores: Sequence[Sequence[float]], task: Task) -> list[dict]:
@@ -76,13 +56,8 @@ def score(predictions: Sequence[dict], task: Task) -> Score:
         rows=rows, accuracy=float(accuracy), accuracy_low=float(interval.low), accuracy_high=float(interval.high),
         macro_f1=_macro_f1(predictions, task), rouge_l=_rouge(predictions) if task.metric == "rouge_l" else None,
         nll=_nll(predictions), unanswered=sum(p["prediction"] is None for p in predictions), metric_low=low, metric_high=high,
-        **_of_rows(predictions, task),
+        **_means(predictions, task),
     )
-
-
-def _of_rows(predictions: Sequence[dict], task: Task) -> dict[str, float]:
-    """The metric that is the mean of the rows' own values (per_row.py), under its name; nothing where it is another."""
-    return {task.metric_name: math.fsum(p["value"] for p in predictions) / len(predictions)} if all("value" in p for p in predictions) else {}
 
 
 def by_row(predictions: Sequence[dict], metric: str) -> tuple[dict[str, float], Statistic | None]:
@@ -95,17 +70,22 @@ def by_row(predictions: Sequence[dict], metric: str) -> tuple[dict[str, float], 
         code = {name: i for i, name in enumerate(names)}
         values = {p["id"]: class_value(code[p["answer"]], code.get(p["prediction"]), len(names)) for p in predictions} if names else {}
         return values, macro_f1(len(names))
+    if predictions and all("value" in p for p in predictions):
+        return {p["id"]: float(p["value"]) for p in predictions}, None if metric in per_row.DECIDE else mean
     if metric == "rouge_l":
         return {p["id"]: one for p, one in zip(predictions, _rouge_by_row(predictions), strict=True)}, mean
-    if metric in RIGHT_OR_WRONG:
-        return {p["id"]: float(p["correct"]) for p in predictions}, None
-    return {p["id"]: float(p["value"]) for p in predictions if "value" in p}, mean
+    return {p["id"]: float(p["correct"]) for p in predictions}, None
+
+
+def _means(predictions: Sequence[dict], task: Task) -> dict[str, float]:
+    """The metric that is the mean of the rows' own values, under its name; nothing where it is another."""
+    return {task.metric_name: math.fsum(p["value"] for p in predictions) / len(predictions)} if all("value" in p for p in predictions) else {}
 
 
 def _interval(predictions: Sequence[dict], metric: str) -> tuple[float | None, float | None]:
     """The bootstrap's 95% interval of a headline metric other than accuracy."""
     values, statistic = by_row(predictions, metric)
-    return (None, None) if statistic is None or not values else interval(np.array(list(values.values())), statistic)
+    return (None, None) if metric == "accuracy" or statistic is None or not values else interval(np.array(list(values.values())), statistic)
 
 
 def _labels(predictions: Sequence[dict]) -> tuple[str, ...]:
@@ -163,6 +143,9 @@ def headline(scores: Score, metric: str) -> float:
     """The task's metric. NaN-free: a metric the split cannot have falls back to accuracy."""
     value = getattr(scores, metric)
     return float(scores.accuracy if value is None else value)
+
+
+__all__ = ["Reasoning", "agrees", "by_row", "canonical", "chosen", "extract", "finite", "headline", "preload", "reference", "score"]
 
 
 @dataclass(frozen=True)

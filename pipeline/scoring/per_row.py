@@ -19,10 +19,12 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import CUSTOM, Task
-from pipeline.records.results import RIGHT_OR_WRONG
+from pipeline.scoring.reading import reference
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+DECIDE = ("exact_match", "numeric")
+"""Metrics whose value, 0 or 1, also says which answers are right."""
 Measure = Callable[[str, str, dict], float]
 """(what was said, the answer, the row) -> 0 to 1."""
 
@@ -30,7 +32,7 @@ Measure = Callable[[str, str, dict], float]
 def measured(predictions: Sequence[dict], rows: Sequence[dict], task: Task) -> list[dict]:
     """The predictions with `value`, the row's number under the task's metric; as they are where the metric is made of right and wrong answers or ROUGE-L.
 
-    What is said is the answer that task.answer_pattern finds, without a pattern all the text. A row without an answer has 0.
+    What is said, and the reference, is the answer that task.answer_pattern finds, without a pattern all the text. A row without an answer has 0.
 
     Raises:
         UserError: an own function that cannot be imported, or gives no number from 0 to 1; a reference without a number (metric numeric).
@@ -41,8 +43,8 @@ def measured(predictions: Sequence[dict], rows: Sequence[dict], task: Task) -> l
     scored = []
     for one, row in zip(predictions, rows, strict=True):
         said = one["prediction"] if task.answer_pattern is not None else one.get("output", one["prediction"])
-        value = 0.0 if one["prediction"] is None else measure(said, one["answer"], row)
-        scored.append({**one, "value": value, **({"correct": value == 1} if task.metric in RIGHT_OR_WRONG else {})})
+        value = 0.0 if one["prediction"] is None else measure(said, reference(one["answer"], task.answer_pattern), row)
+        scored.append({**one, "value": value, **({"correct": value == 1} if task.metric in DECIDE else {})})
     return scored
 
 

@@ -12,7 +12,7 @@ from pipeline.core.settings import Task
 from pipeline.data.choices import MANY, Contest, Items, Reads, arrange
 from pipeline.data.rows import Encoder, by_length, pad
 from pipeline.models.base import autocast
-from pipeline.scoring.answers import Reasoning, canonical, chosen, extract
+from pipeline.scoring.answers import Reasoning, agrees, chosen, extract
 
 if TYPE_CHECKING:
     import torch
@@ -228,6 +228,6 @@ class Scorer:
         predictions = []
         for row, output in zip(rows, self.texts(self.items(rows)), strict=True):
             prediction = extract(output, self.task.answer_pattern)
-            correct = prediction is not None and canonical(prediction) == canonical(row["answer"])
+            correct = agrees(prediction, row["answer"], self.task.answer_pattern)
             predictions.append({"id": row["id"], "answer": row["answer"], "prediction": prediction, "correct": correct, "output": output})
         return predictions

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {"validation": "maximize", "peak_memory": "minimize"}
 NOT_RANKED = ("task.name", "task.metric", "model.name")
 """Config keys in which the trials of one study are all the same."""
-NUMBERS = ("train_s", "tokens_per_s", "peak_bytes", "memory_kind", "packed", "slots", "nll", "diverged", "hardware", "spent_s")
+NUMBERS = ("train_s", "tokens_per_s", "peak_bytes", "memory_kind", "packed", "slots", "nll", "validation_rows", "diverged", "hardware", "spent_s")
 """What a trial keeps of its result besides its objectives, as Optuna user attributes and columns of trials.csv.
 
 packed: `slots` trials trained at once; train_s is then the trial's share of the time of their steps, and its memory is not measured.
@@ -352,8 +352,10 @@ def _point(trial: optuna.trial.FrozenTrial) -> Point:
 
 
 def numbers(result: Result) -> dict[str, Any]:
-    nll, memory = getattr(result.scores.get("validation"), "nll", None), result.memory
+    scored, memory = result.scores.get("validation"), result.memory
+    nll = scored.nll if scored else None
     return {
+        "validation_rows": scored.rows if scored else None,
         "train_s": result.phases.train_s if result.phases else None, "tokens_per_s": result.work.tokens_per_s if result.work else None,
         "peak_bytes": memory.peak_bytes if memory else None, "memory_kind": memory.kind if memory else None,
         "packed": result.packed, "slots": result.slots, "nll": nll if nll is not None and math.isfinite(nll) else None,

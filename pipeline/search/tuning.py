@@ -144,7 +144,7 @@ def best_of(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _tuned(cfg: DictConfig, space: Space, budget: int, trials: Sequence[dict[str, Any]], edges: list[Edge]) -> tuned.Tuned:
     best, about = best_of(trials), provenance()
-    rows = [{key: t[key] for key in ("number", "part", "status", "diverged", "validation", "nll", "settings")} for t in trials]
+    rows = [{key: t[key] for key in ("number", "part", "status", "diverged", "validation", "nll", "validation_rows", "settings")} for t in trials]
     return tuned.Tuned(
         experiment=cfg.experiment, technique=tuned.label(cfg), task=cfg.task.name, model=cfg.model.name, train_rows=cfg.train_rows, seed=cfg.seed,
         metric=cfg.task.get("metric", "accuracy"), settings=best["settings"], searched={key: space.entries[key] for key in space.searched},

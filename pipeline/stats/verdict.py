@@ -56,7 +56,7 @@ class Evidence:
     """What a verdict rests on: `name` against `against` on the rows that all answered. against: None where there is nothing to hold it against."""
 
     rows: int
-    """Test rows (or validation rows, of a search)."""
+    """Test rows (or validation rows, of a search); 0: not compared on rows, and nothing is said of how many would decide."""
     covers_seeds: bool
     """False: single runs were compared, these weights and not their techniques."""
     seeds: int = 1
@@ -144,7 +144,7 @@ def _with_evidence(verdict: Verdict, others: Sequence[Option], comparison: Compa
         against = base or unsettled or next((one.name for one in others), None)
     pair = comparison.between(name, against) if against else None
     evidence = Evidence(comparison.rows, comparison.covers_seeds, pair.seeds if pair else 1, against, pair, unsettled)
-    if unsettled is None:
+    if unsettled is None or not comparison.rows:
         return replace(verdict, evidence=evidence)
     difference = comparison.between(name, unsettled)
     gap = max(abs(difference.difference), slack if verdict.kind == "undecided" else WORTH)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from pipeline.core.settings import read
 from pipeline.data.rows import load_rows, read_rows
-from pipeline.scoring.answers import canonical
+from pipeline.scoring.answers import agrees
 from pipeline.teachers.base import Teacher
 
 SPLITS = ("train", "validation", "test")
@@ -29,14 +29,14 @@ def wanted(cfg: DictConfig, data: Path) -> dict[str, list[dict]]:
     return {name: [row for row in rows if row["id"] in ids[name]] for name, rows in every.items()}
 
 
-def explained(teacher: Teacher, split: str, rows: list[dict]) -> list[dict[str, Any]]:
+def explained(teacher: Teacher, split: str, rows: list[dict], pattern: str | None = None) -> list[dict[str, Any]]:
     """The rows of rationales.jsonl for a split's rows, without those that the teacher does not explain."""
     explanations = []
     for start in range(0, len(rows), teacher.batch_size):
         batch = rows[start : start + teacher.batch_size]
         for row, one in zip(batch, teacher.explain(batch), strict=True):
             if one is not None:
-                right = one.answer is not None and canonical(one.answer) == canonical(row["answer"])
+                right = agrees(one.answer, row["answer"], pattern)
                 explanations.append({"id": row["id"], "split": split, "rationale": one.rationale, "answer": one.answer, "correct": right})
     return explanations
 

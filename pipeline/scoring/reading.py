@@ -1,0 +1,41 @@
+"""An answer read out of a text, and compared with the reference: the pattern of a task is applied to both.
+
+Library of answers.py and per_row.py.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+def extract(output: str, pattern: str | None) -> str | None:
+    """The answer in generated text: the pattern's last match (its first group that took part, if any), else the first line; None if empty."""
+    if pattern is None:
+        return output.strip().splitlines()[0].strip() if output.strip() else None
+    matches = list(re.finditer(pattern, output))
+    if not matches:
+        return None
+    last = matches[-1]
+    return next((g for g in last.groups() if g is not None), last.group(0)).strip()
+
+
+def canonical(answer: str) -> str:
+    """The form in which generated answers are compared: case, outer punctuation and the spelling of a number set aside."""
+    text = " ".join(answer.casefold().split()).lstrip(" ,;:!\"'").rstrip(" .,;:!\"'")
+    try:
+        return f"{float(text.replace(',', '')):.10g}"
+    except ValueError:
+        return text
+
+
+def reference(answer: str, pattern: str | None) -> str:
+    """The reference as it is compared: what the pattern finds in it; as it is where the pattern finds nothing, the bare answer already.
+
+    A reference such as GSM8K's holds its reasoning, and "#### 72" at its end.
+    """
+    return answer if pattern is None else extract(answer, pattern) or answer
+
+
+def agrees(prediction: str | None, answer: str, pattern: str | None) -> bool:
+    """Whether an answer read out of a text is the reference's."""
+    return prediction is not None and canonical(prediction) == canonical(reference(answer, pattern))
