@@ -311,3 +311,53 @@ def test_a_scorers_notes_reach_its_owner(base, tokenizer, monkeypatch):
     scorer = scoring.Scorer(base, Encoder(tokenizer, task, 64, "truncate"), task, lambda p: p, 512, CPU, torch.float32, notes)
     scorer.predict([{"id": "0", "prompt": "the", "answer": "no", "choices": ["no", "yes"]}])
     assert notes == ["first", "a note"]
+
+
+# answers in the middle of a training
+
+
+@pytest.mark.parametrize("technique", ["top_layers", "frozen_embeddings", "lora"])
+def test_a_validation_changes_no_step_after_it(overrides, technique, monkeypatch):
+    from test_cell import run
+
+    monkeypatch.setattr(answering, "STATIC", ("cpu",))
+    monkeypatch.setattr(answering, "FEW", 1)
+    words = [f"technique={technique}", "train.engine=fast", "train.epochs=3", "evaluate.latency_rows=0", "evaluate.forgetting=false"]
+    words += ["method.top_layers=1"] if technique == "top_layers" else []
+    unseen, seen = ([row["loss"] for row in run(overrides, *words, f"train.validations={n}").history] for n in (1, 6))
+    assert seen == unseen and len(seen) == 12
+
+
+def test_a_pinned_models_weights_keep_their_memory_and_answer_as_copies(base):
+    model, items = copy.deepcopy(base), items_of(5)
+    places = [p.data_ptr() for p in model.parameters()]
+    bind.PINNED.add(model)
+    bound = bind.answering(model, torch.float32)
+    assert [p.data_ptr() for p in model.parameters()] == places
+    ids = torch.tensor([items[0][0]])
+    last = torch.tensor([0]), torch.tensor([ids.shape[1] - 1])
+    with torch.no_grad():
+        torch.testing.assert_close(answering.Forward(bound.llama)(ids, *last), model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+    bound.release()
+    assert [p.data_ptr() for p in model.parameters()] == places
+    bind.PINNED.discard(model)
+    bind.answering(model, torch.float32).release()
+    assert [p.data_ptr() for p in model.parameters()] != places
+
+
+def test_a_pinned_model_with_parts_in_fp32_keeps_its_memory_although_it_cannot_be_bound(base):
+    model = copy.deepcopy(base).to(torch.bfloat16)
+    model.model.layers[1].mlp.gate_proj.weight.data = model.model.layers[1].mlp.gate_proj.weight.data.float()
+    places = [p.data_ptr() for p in model.parameters()]
+    bind.PINNED.add(model)
+    with pytest.raises(Unsupported, match="float32"):
+        bind.answering(model, torch.bfloat16)
+    assert [p.data_ptr() for p in model.parameters()] == places
+
+
+def test_a_pinned_model_without_memory_for_a_copy_answers_by_itself(base, monkeypatch):
+    model = copy.deepcopy(base)
+    bind.PINNED.add(model)
+    monkeypatch.setattr(bind, "free_bytes", lambda _: 1000)
+    with pytest.raises(Unsupported, match="no memory for a copy"):
+        bind.answering(model, torch.float32)

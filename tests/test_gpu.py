@@ -250,3 +250,14 @@ def test_an_experiment_goes_on_beside_its_finished_cells(overrides, tmp_path):
         done = subprocess.run([sys.executable, "-m", "pipeline.cells", *words, *more], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert len(list((tmp_path / "results" / "standard").glob("*/result.json"))) == 3
+
+
+@pytest.mark.parametrize("technique", ["top_layers", "head_only", "frozen_embeddings", "lora_plus", "dora", "lora"])
+def test_a_validation_changes_no_captured_step_after_it(overrides, technique):
+    """Answers bind the model, and a captured step reads its weights where they were."""
+    from test_cell import run
+
+    words = [f"technique={technique}", "train.engine=fast", "train.epochs=3", "evaluate.latency_rows=0", "evaluate.forgetting=false"]
+    words += ["method.top_layers=1"] if technique == "top_layers" else []
+    unseen, seen = ([row["loss"] for row in run(overrides, *words, f"train.validations={n}").history] for n in (1, 6))
+    assert seen == pytest.approx(unseen, rel=0.01) and len(seen) == 12

@@ -77,7 +77,7 @@ def test_a_space_written_in_the_config_is_enough_and_stands_over_the_group_s():
 
 @pytest.mark.parametrize(("entry", "message"), [
     ({"train.lr": 3}, "technique lora: search 'train.lr' is 3; write"),
-    ({"train.lr": {"factor": 0.5}}, "has factor 0.5 of 0.001; write a factor above 1"),
+    ({"train.lr": {"factor": 0.5}}, "has factor 0.5; write a factor above 1"),
     ({"method.config.q": {"choices": [1, 2]}}, "technique lora: search names 'method.config.q', which a cell of technique 'lora' does not have"),
     ({"train.lr": {"low": 3, "high": 1}}, "low <= high"),
 ])

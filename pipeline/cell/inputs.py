@@ -19,6 +19,7 @@ from pipeline.data.rows import Encoded, Encoder, Rows, load_rationales, load_row
 from pipeline.data.splits import named as labels_in_words
 from pipeline.measure.clock import Meter
 from pipeline.methods.base import Method
+from pipeline.models import rates
 from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, most_tokens, resolve
 from pipeline.objectives.base import Objective
 from pipeline.records.results import Synthetic
@@ -91,7 +92,7 @@ class Parts:
 
 def build_parts(cfg: DictConfig, splits: tuple[str, ...] | None = None) -> Parts:
     """Raises UserError naming a bad key, or a device that is not there."""
-    settings, device = read_settings(cfg), device_of(cfg.device)
+    settings, device = rates.read(cfg), device_of(cfg.device)
     precision, dtype = resolve(settings.precision, device)
     return Parts(cfg, splits, settings, build(cfg.method, "method"), build(cfg.objective, "objective"), device, precision, dtype)
 

@@ -14,10 +14,11 @@ from pipeline.cell.evaluation import Evaluation
 from pipeline.cell.inputs import Inputs, Parts
 from pipeline.core.compose import build, plain
 from pipeline.core.files import atomic_folder, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
-from pipeline.core.settings import Settings, read
+from pipeline.core.settings import Settings
 from pipeline.measure import machine
 from pipeline.measure.clock import Meter
 from pipeline.methods.base import Method
+from pipeline.models import rates
 from pipeline.models.base import manifest
 from pipeline.objectives.base import Objective
 from pipeline.records import results, tuned
@@ -52,7 +53,7 @@ def diverged(work: Work, finite: bool) -> str | None:
 
 def bare_result(cfg: DictConfig, **measured: Any) -> Result:
     """A result with what names the cell, and these fields. No device is asked for, so that the process can still fork."""
-    return Result(**_named(cfg, read(cfg), build(cfg.method, "method"), build(cfg.objective, "objective")) | measured)
+    return Result(**_named(cfg, rates.read_if_there(cfg), build(cfg.method, "method"), build(cfg.objective, "objective")) | measured)
 
 
 def oom_result(cfg: DictConfig, error: str, hardware: dict[str, Any]) -> Result:

@@ -89,12 +89,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Train:
-    lr: Positive
+    lr: Positive | None
+    """The learning rate; null: reference_lr, carried over to the base by lr_power (pipeline/models/rates.py)."""
     epochs: Annotated[float, Within(0, 1e6)]
     batch_size: AtLeast1
     """Rows per optimiser step."""
     micro_batch_tokens: AtLeast1
     """Most tokens (padding included) in one forward pass; a step's rows are split to fit."""
+    reference_lr: Positive | None = None
+    """The learning rate for the reference base, SmolLM2-135M."""
+    lr_power: Annotated[float, Within(-2, 2)] = 0.0
+    """The rate is reference_lr times (size of the base's weights / of the reference's) to this power."""
     steps: Steps | None = None
     """Optimiser steps; overrides epochs. 0 trains nothing but goes through save and load."""
     min_steps: Steps | None = None
@@ -122,6 +127,16 @@ class Train:
     checkpoint_every_s: NotNegative = 120.0
     """Seconds between checkpoints in paths.work; 0: after every step."""
     progress: bool = True
+
+    def check(self) -> None:
+        if self.lr is None and self.reference_lr is None:
+            raise UserError("config key 'train.lr' is missing; set it, or train.reference_lr")
+
+    @property
+    def learning_rate(self) -> float:
+        """lr, which models/rates.py has filled in."""
+        assert self.lr is not None
+        return self.lr
 
 
 @dataclass(frozen=True)

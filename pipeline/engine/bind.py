@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -21,6 +21,10 @@ from pipeline.engine.linear import Linears, LoraPair
 from pipeline.engine.llama import Llama, Norm
 from pipeline.engine.ops import Tensor
 from pipeline.engine.parts import Parts, Unsupported, biases, stack, with_columns
+from pipeline.measure.memory import free_bytes
+
+COPY_SHARE = 0.5
+"""Of the free memory that a copy of a pinned model's weights may take while it answers."""
 
 
 @dataclass
@@ -60,6 +64,10 @@ class Answering:
 
 _BOUND: WeakKeyDictionary[Any, Bound] = WeakKeyDictionary()
 """Model -> what trains it."""
+
+
+PINNED: WeakSet[Any] = WeakSet()
+"""Models whose weights must keep their memory, because a captured step reads it."""
 
 
 def bound_to(model: Any, dtype: Any) -> Llama | None:
@@ -112,16 +120,18 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
 
 
 def answering(model: Any, dtype: Any) -> Answering:
-    """Bind `model` for answers: a plain one, or one with LoRA that is active and not merged.
+    """Bind `model` for answers: a plain one, or one with LoRA that is active and not merged. A pinned one's weights are copied, not moved.
 
     Raises:
-        Unsupported: as bind, and for soft prompts.
+        Unsupported: as bind, for soft prompts, and where there is no memory for a copy.
     """
     base, kind = _base(model)
     if kind == "prompt":
         raise Unsupported("a soft prompt stands before every row")
-    parts = Parts(base, dtype)
+    parts = Parts(base, dtype, move=model not in PINNED)
     _adapters(parts)
+    if not parts.move and _stacked_bytes(parts) > COPY_SHARE * free_bytes(next(base.parameters()).device):
+        raise Unsupported("a captured step reads its weights, and there is no memory for a copy of them")
     groups = {}
     try:
         for layer, index, modules in parts.groups():
@@ -131,6 +141,12 @@ def answering(model: Any, dtype: Any) -> Answering:
     except BaseException:
         restore_weights(parts.moved)
         raise
+
+
+def _stacked_bytes(parts: Parts) -> int:
+    """Of the copy; weights in 4 bits are not copied."""
+    plain = [m for _, _, modules in parts.groups() for _, m in modules if not hasattr(getattr(m, "base_layer", m).weight, "quant_state")]
+    return sum(m.in_features * m.out_features for m in plain) * parts.dtype.itemsize
 
 
 def _adapted(linears: Linears, modules: list[tuple[str, Any]], spans: list[tuple[int, int]], dtype: Any) -> Linears:

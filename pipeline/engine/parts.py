@@ -28,13 +28,14 @@ class Unsupported(Exception):
 class Parts:
     """The modules of a supported base, checked."""
 
-    def __init__(self, base: Any, dtype: Any) -> None:
+    def __init__(self, base: Any, dtype: Any, move: bool = True) -> None:
+        """move: whether weights may be given other memory than they have."""
         config = base.config
         if reason := families.refused(config):
             raise Unsupported(reason)
         if changed := next((name for name, module in base.named_modules() if _changed(module)), None):
             raise Unsupported(f"its module {changed or 'at the top'} does more than its class says")
-        self.base, self.config, self.dtype = base, config, dtype
+        self.base, self.config, self.dtype, self.move = base, config, dtype, move
         self.model, self.layers = base.model, list(base.model.layers)
         self.family = families.FAMILIES[config.model_type]
         self.rotations = list(families.rotations(config))
@@ -114,7 +115,8 @@ def _changed(module: Any) -> bool:
 def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0, under: int = 0) -> tuple[Callable[[], Tensor], Tensor | None, list[tuple[int, int]]]:
     """(weight [out + under, in + room], bias [out], (lo, hi) of each module's rows) of frozen linear modules, stacked.
 
-    The last rows and columns are zeros to write adapters to (Linears.room, under); weights in 4 bits have no such rows.
+    The last rows and columns are zeros to write adapters to (Linears.room, under); weights in 4 bits have no such rows. If parts.move, the
+    modules' weights become views of the stack.
     """
     linear = [getattr(m, "base_layer", m) for _, m in modules]
     ends = [0]
@@ -136,8 +138,9 @@ def stack(parts: Parts, modules: list[tuple[str, Any]], room: int = 0, under: in
     stacked = weights[0].new_zeros(ends[-1] + under, width + room)
     for module, weight, (lo, hi) in zip(linear, weights, spans, strict=True):
         stacked[lo:hi, :width] = weight
-        module.weight.data = stacked[lo:hi, :width]
-    parts.moved += linear
+        if parts.move:
+            module.weight.data = stacked[lo:hi, :width]
+    parts.moved += linear if parts.move else []
     return lambda: stacked, bias, spans
 
 

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.data.rows import Batch, Encoded
 from pipeline.engine.attention import Heads, Stream, attention
-from pipeline.engine.bind import Bound
+from pipeline.engine.bind import PINNED, Bound
 from pipeline.engine.buffer import ParameterBuffer, Region
 from pipeline.engine.graphs import Graphs, stream
 from pipeline.engine.layout import Micro, Shape, Shapes, labels, length, tokens
@@ -163,6 +163,7 @@ class ByAutograd:
             parameter.data, parameter.grad = views
             at += parameter.numel()
         self._places = [p.data_ptr() for p in self.parameters]
+        PINNED.add(model)
 
     def set_up(self, rows: int, width: int, streams: bool) -> None:
         """Nothing is reserved."""
@@ -186,6 +187,7 @@ class ByAutograd:
 
     def release(self) -> None:
         """Drop the gradients; the parameters keep their values."""
+        PINNED.discard(self.model)
         for parameter in self.parameters:
             parameter.grad = None
 

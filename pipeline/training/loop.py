@@ -179,7 +179,7 @@ class Loop:
             if not math.isfinite(value := float(loss)):
                 self._mark_diverged("the loss", step)
                 break
-            self.state.history.append({"step": step, "loss": value, "lr": self.run.settings.lr * self._factor(step - 1)})
+            self.state.history.append({"step": step, "loss": value, "lr": self.run.settings.learning_rate * self._factor(step - 1)})
         self._pending.clear()
         if self.state.history:
             seconds = self.state.train_s + self.meter.seconds("train")

@@ -173,7 +173,7 @@ class Pack:
         rates = [0.0] * self.slots
         for slot, run in self.active.items():
             parts[slot] = run.job.step(run.step)
-            rates[slot] = run.job.settings.lr * run.factor(run.step)
+            rates[slot] = run.job.settings.learning_rate * run.factor(run.step)
         loss, _, padding = self.stepper.step(parts, rates)
         self.steps += 1
         for slot, run in self.active.items():
@@ -191,7 +191,7 @@ class Pack:
                 if run.diverged:
                     continue
                 if math.isfinite(value):
-                    run.history.append({"step": step, "loss": value, "lr": run.job.settings.lr * run.factor(step - 1)})
+                    run.history.append({"step": step, "loss": value, "lr": run.job.settings.learning_rate * run.factor(step - 1)})
                 else:
                     run.diverged_at = step
                     run.notes.append(f"training diverged: the loss was not finite at step {step} of {run.job.total}")

@@ -84,7 +84,7 @@ class Eager:
         self.reason: str | None = None
         self.notes: list[str] = []
         self.trained = [p for p in run.model.parameters() if p.requires_grad]
-        self.optimizer = self._optimizer(run.method.optimizer_groups(run.model, run.settings.lr))
+        self.optimizer = self._optimizer(run.method.optimizer_groups(run.model, run.settings.learning_rate))
         if run.settings.checkpointing:
             checkpoint_activations(run.model)
 
@@ -94,7 +94,7 @@ class Eager:
         for group in groups:
             group["base_lr"] = group["lr"]
         settings = self.run.settings
-        options: dict[str, Any] = {"weight_decay": settings.weight_decay, "lr": settings.lr}
+        options: dict[str, Any] = {"weight_decay": settings.weight_decay, "lr": settings.learning_rate}
         if settings.optimizer == "paged_adamw":
             if self.run.device.type == "cuda":
                 from bitsandbytes.optim import PagedAdamW32bit
@@ -160,16 +160,16 @@ class Fast:
         self.engine = "handwritten"
         self.reason: str | None = None
         buckets, streams = _shapes(run)
-        groups = run.method.optimizer_groups(run.model, settings.lr)
+        groups = run.method.optimizer_groups(run.model, settings.learning_rate)
         try:
-            if not objective.plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.lr:
+            if not objective.plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.learning_rate:
                 raise Unsupported("its loss or optimiser is its own")
             shapes = streams or buckets
             bound = bind(run.model, run.dtype, accumulate=shapes.accumulates, seed=run.seed)
             bound.serve(run.model)
             program: Any = ByHand(bound)
         except Unsupported as reason:
-            program, shapes = ByAutograd(run.model, objective, groups, settings.lr, run.device, run.dtype), buckets
+            program, shapes = ByAutograd(run.model, objective, groups, settings.learning_rate, run.device, run.dtype), buckets
             self.engine, self.reason = "captured", str(reason)
         program.buffer.weight_decay.fill_(settings.weight_decay)
         program.buffer.max_norm.fill_(settings.max_grad_norm)
@@ -190,7 +190,7 @@ class Fast:
         self.stepper.warm(firsts)
 
     def step(self, step: int, factor: float) -> tuple[Any, int, int]:
-        loss, tokens, padding = self.stepper.step([self.run.step_examples(step)], [self.run.settings.lr * factor])
+        loss, tokens, padding = self.stepper.step([self.run.step_examples(step)], [self.run.settings.learning_rate * factor])
         return loss[0], tokens, padding
 
     def state_dict(self) -> dict[str, Any]:

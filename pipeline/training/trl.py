@@ -90,13 +90,13 @@ class TrlLoop(Loop):
         args = getattr(trl, f"{kind}Config")(
             output_dir=folder, max_steps=run.total, per_device_train_batch_size=together * ask.num_generations,
             gradient_accumulation_steps=settings.batch_size // together, num_generations=ask.num_generations, max_completion_length=room,
-            temperature=ask.temperature, beta=ask.beta, learning_rate=settings.lr, max_grad_norm=settings.max_grad_norm, seed=run.seed,
+            temperature=ask.temperature, beta=ask.beta, learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm, seed=run.seed,
             bf16=run.dtype == torch.bfloat16, use_cpu=run.device.type == "cpu", gradient_checkpointing=False, logging_steps=1, save_strategy="no",
             report_to="none", disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
             generation_kwargs={"remove_invalid_values": True},  # numbers that are none end a CUDA process in sampling; the loss then says so
         )
-        groups = run.method.optimizer_groups(run.model, settings.lr)
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        groups = run.method.optimizer_groups(run.model, settings.learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, run.total, settings.schedule, settings.warmup_share))
         data = Dataset.from_list([{"prompt": _asked(q.row["prompt"], encoder), "row": {k: q.row[k] for k in ("answer", "choices")}} for q in questions])
 

@@ -1,0 +1,197 @@
+"""Rules for learning rates, fitted on half of the pairs of model and task of experiments/rates/cells.jsonl and judged on the other half.
+
+Library of `python -m benchmarks.rates fit`. A rule gives a technique's rate for a base; its accuracy is interpolated (linear in the rate's logarithm)
+between the grid's rates beside it. Regret: points of accuracy (validation and test rows together) below the best of the seven rates; the best of
+seven is high by luck, so that two equally good rates are often a point or two apart. The pairs are halved like a chessboard, so that every model and every task is in both halves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODELS = ("smollm2_135m", "gemma3_270m", "qwen2_0_5b")
+TASKS = ("cqa", "trec", "vader_movies_5", "svamp")
+RMS = {"smollm2_135m": 0.188, "gemma3_270m": 0.0389, "qwen2_0_5b": 0.0158}
+"""pipeline.models.rates.weight_rms of the folders that ../shared/tools/real_models.py makes."""
+WIDTH = {"smollm2_135m": 576, "gemma3_270m": 640, "qwen2_0_5b": 896}
+KINDS = {
+    "weights": ("full", "step_by_step", "top_layers", "head_only"), "low-rank products": ("lora", "qlora", "dora", "step_by_step_lora"),
+    "norms": ("ln_tuning",), "biases": ("bitfit_added",), "factors": ("ia3", "vera"), "inserted modules": ("adapter_houlsby",),
+    "soft prompts": ("prompt_tuning",), "prefixes": ("prefix_tuning",),
+}
+"""What is trained; techniques of a kind have one power."""
+BEFORE = {
+    "full": 5e-5, "top_layers": 3e-4, "head_only": 1e-2, "bitfit_added": 3e-3, "ln_tuning": 3e-3, "lora": 1e-3, "qlora": 1e-3, "dora": 1e-3, "ia3": 1e-2,
+    "vera": 3e-2, "adapter_houlsby": 3e-4, "prompt_tuning": 1e-1, "prefix_tuning": 1e-2, "step_by_step": 5e-5, "step_by_step_lora": 5e-4,
+}
+"""The defaults before 2026-11-29, one rate for every base."""
+POWERS = (-0.5, 0.0, 0.5, 1.0)
+PRICE = 0.4
+"""Points of mean regret that a power has to win for each unit of it: a rate that does not depend on the base is the simpler rule."""
+BASES = [float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 2, 5)]
+MOST = 20.0
+"""Points: a pair that is lost beyond it counts no more in the fit."""
+FLAT = 0.25
+"""Points of mean regret within which rates are equally good; the middle one is taken."""
+WITHIN = 2.0
+PENDING = ("prompt_tuning", "prefix_tuning")
+"""Techniques whose grids are too incomplete for their power to have been adopted in conf/technique/."""
+
+Pair = tuple[str, str]
+Rule = Callable[[str, str], float]
+"""(technique, model) -> learning rate."""
+
+
+def halves() -> tuple[set[Pair], set[Pair]]:
+    """(model, task) to fit on, and held out."""
+    pairs = [(m, t, (i + j) % 2) for i, m in enumerate(MODELS) for j, t in enumerate(TASKS)]
+    return {(m, t) for m, t, odd in pairs if not odd}, {(m, t) for m, t, odd in pairs if odd}
+
+
+@dataclass(frozen=True)
+class Grids:
+    """by[technique][model, task][rate] = (accuracy in %, which rows were right); untrained[model, task] likewise. Complete grids alone."""
+
+    by: dict[str, dict[Pair, dict[float, tuple[float, str]]]]
+    untrained: dict[Pair, tuple[float, str]]
+
+    def nearest(self, technique: str, pair: Pair, rate: float) -> tuple[float, str]:
+        """What the grid has at the nearest rate."""
+        grid = self.by[technique][pair]
+        return grid[min(grid, key=lambda known: abs(math.log(known / rate)))]
+
+    def regret(self, technique: str, pair: Pair, rate: float) -> float:
+        """Points below the grid's best."""
+        grid = sorted((math.log(known), outcome[0]) for known, outcome in self.by[technique][pair].items())
+        wanted = min(max(math.log(rate), grid[0][0]), grid[-1][0])
+        below, above = max(g for g in grid if g[0] <= wanted), min(g for g in grid if g[0] >= wanted)
+        share = (wanted - below[0]) / (above[0] - below[0]) if above != below else 0.0
+        return max(a for _, a in grid) - (below[1] + share * (above[1] - below[1]))
+
+
+def grids(rows: Sequence[dict[str, Any]], rates: int) -> Grids:
+    """From the lines of cells.jsonl; a run that diverged answers nothing right."""
+    by: dict[str, dict[Pair, dict[float, tuple[float, str]]]] = {}
+    untrained = {}
+    for row in rows:
+        if "error" in row:
+            continue
+        counts = [row[split] for split in ("validation", "test") if split in row]
+        bits = "".join(f"{int(part['bits'], 16):b}"[1:] for part in counts)
+        outcome = (100 * bits.count("1") / len(bits), bits) if bits else (0.0, "")
+        pair = row["model"], row["task"]
+        if row["lr"] is None:
+            untrained[pair] = outcome
+        else:
+            by.setdefault(row["technique"], {}).setdefault(pair, {})[row["lr"]] = outcome
+    return Grids({t: {p: g for p, g in pairs.items() if len(g) == rates} for t, pairs in by.items()}, untrained)
+
+
+def fit(data: Grids, technique: str, power: float, feature: dict[str, float], pairs: set[Pair]) -> tuple[float, float]:
+    """(mean regret, the rate for SmolLM2-135M) of the best rule rate · (feature / SmolLM2's)^power over these pairs."""
+    reference = feature[MODELS[0]]
+    mine = [pair for pair in data.by[technique] if pair in pairs]
+    costs = {base: statistics.mean(min(MOST, data.regret(technique, p, base * (feature[p[0]] / reference) ** power)) for p in mine) for base in BASES}
+    least = min(costs.values())
+    good = [base for base, cost in costs.items() if cost <= least + FLAT]
+    return least, good[len(good) // 2]
+
+
+def rules(data: Grids, feature: dict[str, float], powers: Sequence[float], pairs: set[Pair]) -> dict[str, tuple[float, float]]:
+    """By technique: (rate for SmolLM2-135M, power)."""
+    chosen = {}
+    for techniques in KINDS.values():
+        known = [t for t in techniques if any(pair in pairs for pair in data.by.get(t, {}))]
+        if known:
+            power = min(powers, key=lambda p: statistics.mean(fit(data, t, p, feature, pairs)[0] for t in known) + PRICE * abs(p))
+            chosen |= {t: (fit(data, t, power, feature, pairs)[1], power) for t in known}
+    return chosen
+
+
+def as_rule(fitted: dict[str, tuple[float, float]], feature: dict[str, float]) -> Rule:
+    return lambda technique, model: fitted[technique][0] * (feature[model] / feature[MODELS[0]]) ** fitted[technique][1]
+
+
+def cookbook(technique: str, model: str) -> float:
+    """tinker-cookbook's hyperparam_utils.get_lr as read on 2026-11-29: 5e-5, ten times that for LoRA, times (2000 / width)^0.781 (Llama) or ^0.0775 (Qwen)."""
+    return 5e-5 * (10 if "lora" in technique else 1) * (2000 / WIDTH[model]) ** (0.0775 if "qwen" in model else 0.781)
+
+
+def judge(data: Grids, rule: Rule, pairs: set[Pair], techniques: Sequence[str]) -> dict[str, Any]:
+    """How a rule does over these pairs: cases, how many within WITHIN of the best, mean and worst regret, and how many are told apart below the
+    untouched base (McNemar's exact test, 5%, not corrected)."""
+    regrets, below = [], []
+    for technique in techniques:
+        for pair in data.by[technique]:
+            if pair in pairs:
+                rate = rule(technique, pair[0])
+                regrets.append(data.regret(technique, pair, rate))
+                if worse(data.nearest(technique, pair, rate)[1], data.untrained[pair][1]):
+                    below.append([technique, *pair])
+    return {"cases": len(regrets), "within": sum(r <= WITHIN + 1e-9 for r in regrets), "mean_regret": round(statistics.mean(regrets), 2),
+            "worst_regret": round(max(regrets), 1), "below_untrained": below}
+
+
+def worse(one: str, other: str) -> bool:
+    """Whether the first's right answers are told apart below the second's, row by row."""
+    from scipy.stats import binomtest
+
+    if not one:
+        return True
+    lost = sum(a < b for a, b in zip(one, other, strict=True))
+    won = sum(a > b for a, b in zip(one, other, strict=True))
+    return lost > won and bool(binomtest(won, won + lost).pvalue < 0.05)
+
+
+def write(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """rules.json: the rules and how each family of rules did. table.md: the same for people."""
+    from benchmarks.rates import RATES
+
+    data, (fitted_on, held_out) = grids(rows, RATES), halves()
+    ours = rules(data, RMS, POWERS, fitted_on)
+    width, constant = rules(data, WIDTH, (-4, -2, -1, 0), fitted_on), rules(data, RMS, (0,), fitted_on)
+    named: dict[str, tuple[Rule, Sequence[str]]] = {
+        "size of the weights": (as_rule(ours, RMS), list(ours)), "width": (as_rule(width, WIDTH), list(width)),
+        "one rate for all bases": (as_rule(constant, RMS), list(constant)), "defaults before": (lambda t, _: BEFORE[t], list(ours)),
+        "tinker-cookbook": (cookbook, [t for t in ("full", "lora", "qlora", "dora") if t in ours]),
+        "size of the weights, the same four": (as_rule(ours, RMS), [t for t in ("full", "lora", "qlora", "dora") if t in ours]),
+    }
+    summary = {name: {"fitted": judge(data, rule, fitted_on, names), "held_out": judge(data, rule, held_out, names)} for name, (rule, names) in named.items()}
+    each = {t: {"reference_lr": base, "lr_power": power, "fitted": judge(data, named["size of the weights"][0], fitted_on, [t]),
+                "held_out": judge(data, named["size of the weights"][0], held_out, [t])} for t, (base, power) in ours.items()}
+    (folder / "rules.json").write_text(json.dumps({"runs": len(rows), "rules": each, "summary": summary}, indent=1) + "\n")
+    (folder / "table.md").write_text(table(each, summary) + "\n" + grid_table(data, ours))
+
+
+def table(each: dict[str, Any], summary: dict[str, Any]) -> str:
+    """Two tables: every family of rules over all techniques, and every technique's rule."""
+    def cells(judged: dict[str, Any]) -> str:
+        return f"{judged['within']} of {judged['cases']} | {judged['mean_regret']} | {judged['worst_regret']} | {len(judged['below_untrained'])}"
+
+    head = "within 2 points | mean regret | worst | below the untouched base"
+    lines = [f"| rule | fitted: {head} | held out: {head} |", "| --- " * 9 + "|"]
+    lines += [f"| {name} | {cells(s['fitted'])} | {cells(s['held_out'])} |" for name, s in summary.items()]
+    lines += ["", f"| technique | reference_lr | lr_power | {' | '.join(MODELS)} | held out: {head} |", "| --- " * 10 + "|"]
+    for technique, rule in each.items():
+        rates = " | ".join(f"{rule['reference_lr'] * (RMS[m] / RMS[MODELS[0]]) ** rule['lr_power']:.1e}" for m in MODELS)
+        lines.append(f"| {technique} | {rule['reference_lr']:g} | {rule['lr_power']:g} | {rates} | {cells(rule['held_out'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def grid_table(data: Grids, fitted: dict[str, tuple[float, float]]) -> str:
+    """A row a grid: accuracies in % by rate, the rule's in bold, with the untouched base and whether the pair was held out."""
+    rule, (fitted_on, _) = as_rule(fitted, RMS), halves()
+    lines = ["| technique | model | task | half | untouched | accuracy in % at each rate, lowest first (bold: what the rule gives) |", "| --- " * 6 + "|"]
+    for technique in fitted:
+        for (model, task), grid in sorted(data.by[technique].items()):
+            chosen = data.nearest(technique, (model, task), rule(technique, model))
+            cells = ", ".join(f"{rate:.0e}: {'**' if outcome is chosen else ''}{outcome[0]:.1f}{'**' if outcome is chosen else ''}" for rate, outcome in sorted(grid.items()))
+            half = "fitted" if (model, task) in fitted_on else "held out"
+            lines.append(f"| {technique} | {model} | {task} | {half} | {data.untrained[model, task][0]:.1f} | {cells} |")
+    return "\n".join(lines) + "\n"
