@@ -41,7 +41,7 @@ sweep: $(VENV) ## search the rank of TECHNIQUE (lora) and confirm the best on te
 	@$(BIN)/python -m pipeline.sweep experiments=$(EXPERIMENT) technique=$(TECHNIQUE)
 
 ui: $(VENV) ## MLflow's pages on http://127.0.0.1:PORT (5000)
-	@echo "the experiments: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning (open one, then choose Model training at the top left)"
+	@echo "the experiments: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning (the note of one links to its runs with accuracy, time, memory and r first)"
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
 
 test: $(VENV) ## the fast tests, minutes

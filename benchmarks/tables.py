@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rounding, speed_files, tiers
+from benchmarks import choices, rounding, speed_files, tiers
 from benchmarks.speed_files import FOLDER
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError, read_json, write_text
@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: speed_files.table(FOLDER),
     "speed, short": lambda: speed_files.table(FOLDER, speed_files.README_COLUMNS, speed_files.README),
     "speed of every workload": lambda: speed_files.grid(FOLDER),
+    "choices": lambda: choices.table(FOLDER / "choices.json"),
     "rounding": lambda: rounding.table(FOLDER / "rounding.json"),
     "quick, result": lambda: markdown_tables(QUICK)[0],
     "quick, cost": lambda: markdown_tables(QUICK)[1],

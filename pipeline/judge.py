@@ -19,8 +19,8 @@ from pipeline.core.compose import build
 from pipeline.core.files import UserError, read_jsonl, write_json, write_jsonl
 from pipeline.data.rows import read_rows
 from pipeline.records.finished import finished
+from pipeline.scoring.judge import Pair, as_json, in_words, judge
 from pipeline.serving.artefact import folder_of
-from pipeline.teachers.judge import Pair, as_json, in_words, judge
 from pipeline.teachers.writers import Writer
 
 
@@ -35,7 +35,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     pairs = pairs_of(cfg, [folder_of(root, name) for name in cells])
     writer: Writer = build(cfg.writer, "writer")
     writer.check()
-    judged, lines = judge(pairs, writer, cfg.judge.criterion)
+    judged, lines = judge(pairs, writer.write, cfg.judge.criterion)
     target = Path(cfg.paths.evaluations) / cfg.experiment / "judge" / "-".join(cells)
     write_jsonl(target / "judged.jsonl", lines)
     write_json(target / "judge.json", as_json(judged, cells, cfg.judge.criterion, writer.about()))

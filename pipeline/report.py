@@ -5,7 +5,8 @@
 
 Reads results/<experiment>/**/result.json and predictions.jsonl, keeps the cells of experiments/<name>/params.yaml's grid
 (and confirm cells of its techniques), and writes report/<experiment>/{index.html, table.md, table.csv, history.csv,
-metrics/<cell>.json} atomically; `dvc metrics` reads the last, `dvc plots` the CSVs. Prints table.md and the path of the page.
+metrics/<cell>.json, charts/<name>.{vl.json,svg,png}} atomically; `dvc metrics` reads the metrics, `dvc plots` the CSVs and
+charts. Prints table.md and the path of the page.
 Cells without a result are named, those out of memory are rows.
 """
 
@@ -21,10 +22,11 @@ from pipeline.core.commands import entry
 from pipeline.core.files import atomic_folder, write_json, write_text
 from pipeline.records import tuned
 from pipeline.records.finished import select
-from pipeline.reporting import tuning
+from pipeline.records.mlflow import log_note
+from pipeline.reporting import tuning, vega
 from pipeline.reporting.figures import history_csv, metrics, table_csv
 from pipeline.reporting.growth import growth, summary
-from pipeline.reporting.page import page
+from pipeline.reporting.page import drawings, page
 from pipeline.reporting.rows import make_rows
 from pipeline.reporting.text import markdown
 
@@ -38,7 +40,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> None:
     tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)
     text = markdown(cfg.experiment, rows, missing, [*summary(grown), *tuning.summary(rows, tunings)])
     files = {
-        "index.html": page(cfg.experiment, rows, missing, grown, tunings),
+        "index.html": page(cfg.experiment, rows, missing, grown, tunings, Path(cfg.paths.data)),
         "table.md": text,
         "table.csv": table_csv(rows),
         "history.csv": history_csv({c.result.cell: c.result.history for c in cells}),
@@ -48,9 +50,13 @@ def run(cfg: DictConfig, overrides: list[str]) -> None:
         beside.mkdir()
         for name, content in files.items():
             write_text(beside / name, content)
+        for name, drawn in vega.files(drawings(rows, grown)).items():
+            (beside / name).parent.mkdir(exist_ok=True)
+            (beside / name).write_bytes(drawn)
         for cell in cells:
             if figures := metrics(cell):
                 write_json(beside / "metrics" / f"{cell.result.cell}.json", figures)
+    log_note(cfg, text)
     print(f"{text}\nreport: {folder / 'index.html'}")
 
 

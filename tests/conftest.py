@@ -14,6 +14,20 @@ import pytest
 
 from pipeline.core.files import sha256, write_json, write_jsonl
 
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts of the report's tests are not rendered, which takes a quarter of a second each, but where a test asks for `drawn`."""
+    if request.module.__name__.startswith("test_report") and "drawn" not in request.fixturenames:
+        monkeypatch.setattr("pipeline.reporting.vega._svg", lambda text: '<svg width="10" height="10"><g></g></svg>')
+        monkeypatch.setattr("pipeline.reporting.vega._png", lambda drawn: b"")
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Charts are rendered."""
+
+
 GOOD = ["fine", "lovely"]
 BAD = ["poor", "awful"]
 NEUTRAL = ["film", "plot", "cast", "story", "scene", "score", "actor", "the", "a", "of", "with", "and"]

@@ -1,11 +1,11 @@
-"""The client of a server that may be busy: its pace, its waits, its key and its address. tests/test_server_writer.py has it ask one."""
+"""The client of a server that may be busy: its pace, its key and its address. tests/test_server_writer.py has it ask one."""
 
 from __future__ import annotations
 
 import pytest
 
 from pipeline.core.files import UserError
-from pipeline.teachers.api_client import Pace, Patience, address, key_of
+from pipeline.teachers.api_client import Pace, address, key_of
 
 
 def test_the_pace_spreads_requests_and_tokens():
@@ -18,13 +18,6 @@ def test_the_pace_spreads_requests_and_tokens():
     pace.delay(30)
     assert round(pace.turn(0)) == 30
     assert Pace(None, None).turn(1000) == 0
-
-
-def test_waits_double_and_vary():
-    patience = Patience(first_wait_s=1, longest_wait_s=5)
-    for attempt, whole in ((1, 1), (2, 2), (3, 4), (4, 5), (9, 5)):
-        drawn = {patience.wait_s(attempt) for _ in range(50)}
-        assert all(whole / 2 <= wait <= whole for wait in drawn) and len(drawn) > 40
 
 
 @pytest.mark.parametrize(("value", "message"), [

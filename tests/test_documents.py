@@ -39,10 +39,14 @@ def commands(text: str) -> list[tuple[str, tuple[str, ...]]]:
     found = []
     for match in COMMAND.finditer(text.replace("\\\n", " ")):
         line = re.split(r" {2,}|, |;| →|\)| \(", match["words"].replace(" …", ""))[0].rstrip(".,: ")
-        words = [re.sub(r"^([^=]*)=(…|<[^>]*>)$", lambda m: f"{m[1]}={PLACES.get(m[1], 'mine')}", word)
-                 for word in shlex.split(re.sub(r"=<[^>]*>", "=…", line))]
-        found.append((match["module"], tuple(words)))
+        words = shlex.split(re.sub(r"=<[^>]*>", "=…", line))
+        found.append((match["module"], tuple(_filled(word) for word in words)))
     return found
+
+
+def _filled(word: str) -> str:
+    key, equals, value = word.partition("=")
+    return f"{key}={PLACES.get(key, 'mine')}" if equals and value == "…" else word
 
 
 EVERY = sorted({one for page in PAGES for one in commands(page.read_text(encoding="utf-8"))})

@@ -134,7 +134,8 @@ def test_an_empty_choice_alone_scores_0_beside_rows_of_other_adapters(base):
     assert choice_log_likelihoods(base, [([5, 6], [[]])], 100, PAD, CPU, torch.float32, owners=WHOLE) == [[0.0]]
 
 
-def test_a_soft_prompt_is_put_before_whole_rows(base):
+def test_a_soft_prompt_is_put_before_whole_rows_where_passes_are_captured(base, static):
+    """Elsewhere it is fed once (tests/test_many_choices.py)."""
     model, items = with_prompt(base), items_of(6, demonstrations=40)
     given = []
     hook = model.base_model.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs.get("past_key_values")), with_kwargs=True)
@@ -302,7 +303,7 @@ def test_a_scorers_notes_reach_its_owner(base, tokenizer, monkeypatch):
     from pipeline.data.rows import Encoder
 
     def noting(*args: Any) -> list[list[float]]:
-        args[-2].append("a note")
+        args[-3].append("a note")
         return [[-1.0, -2.0]]
 
     monkeypatch.setattr(scoring, "choice_log_likelihoods", noting)

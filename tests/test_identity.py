@@ -77,7 +77,7 @@ ABSENT = {
                  "probe_lambada": 0, "latency_rows": 16, "adapters": ()},
     "Precision": {"compute": "auto", "double_quantisation": True},
     "Technique": {"path": None},
-    "Train": {"steps": None, "min_steps": None, "engine": "auto", "padding_free": "auto", "optimizer": "adamw", "schedule": "cosine", "warmup_share": 0.1,
+    "Train": {"reference_lr": None, "lr_power": 0.0, "steps": None, "min_steps": None, "engine": "auto", "padding_free": "auto", "optimizer": "adamw", "schedule": "cosine", "warmup_share": 0.1,
               "weight_decay": 0.0, "max_grad_norm": 1.0, "validations": 1, "max_length": 512, "too_long": "error", "checkpointing": False,
               "checkpoint_every_s": 120.0, "progress": True},
 }

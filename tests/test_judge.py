@@ -9,7 +9,7 @@ from chat_server import serving
 
 from pipeline import judge as command
 from pipeline.core.files import UserError, read_json, read_jsonl, write_json, write_jsonl
-from pipeline.teachers.judge import Pair, judge, verdict
+from pipeline.scoring.judge import Pair, judge, verdict
 
 
 class Said:
@@ -33,22 +33,22 @@ def longer(a, b):
 
 def test_a_judge_that_agrees_with_itself():
     writer = Said(longer)
-    judged, lines = judge([*PAIRS, Pair("same", "why?", "so", "so ")], writer, "Which is longer?")
+    judged, lines = judge([*PAIRS, Pair("same", "why?", "so", "so ")], writer.write, "Which is longer?")
     assert (judged.rows, judged.wins, judged.losses, judged.ties, judged.same, judged.agreement, judged.first_place) == (11, 8, 2, 1, 1, 1.0, 0.5)
     assert judged.share == pytest.approx(8.5 / 11) and judged.low < judged.share < judged.high and judged.p == pytest.approx(0.109375)
     assert len(writer.asked) == 20 and writer.asked[0].startswith("Which is longer?") and lines[0] == {"id": "same", "value": 0.5, "verdicts": []}
 
 
 def test_a_judge_that_likes_the_first_place_decides_nothing():
-    judged, _ = judge(PAIRS, Said(lambda a, b: "[[A]]"), "Which?")
+    judged, _ = judge(PAIRS, Said(lambda a, b: "[[A]]").write, "Which?")
     assert (judged.wins, judged.losses, judged.ties, judged.share, judged.agreement, judged.first_place, judged.p) == (0, 0, 10, 0.5, 0.0, 1.0, 1.0)
 
 
 def test_rows_without_a_verdict_are_left_out_and_counted():
-    judged, _ = judge(PAIRS, Said(lambda a, b: "[[C]]" if "x" in (a, b) else "no idea"), "Which?")
+    judged, _ = judge(PAIRS, Said(lambda a, b: "[[C]]" if "x" in (a, b) else "no idea").write, "Which?")
     assert (judged.rows, judged.unread, judged.ties, judged.agreement) == (2, 8, 2, 1.0)
     with pytest.raises(UserError, match="said no verdict about any of 10 rows .its first words: 'hm'.; raise writer.max_new_tokens"):
-        judge(PAIRS, Said(lambda a, b: "hm"), "Which?")
+        judge(PAIRS, Said(lambda a, b: "hm").write, "Which?")
     assert verdict("[[A]] or [[B]]") == "B" and verdict("A") is None
 
 

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import pytest
 import yaml
 from report_cells import BASE_NOTE, GRID, PROVENANCE, diverged, keep, oom, result, resumed, score, write_experiment
@@ -70,7 +71,7 @@ def test_report_of_an_experiment(home: Path, capsys: pytest.CaptureFixture[str])
     assert run(home) == 0
     printed = capsys.readouterr().out
     folder = home / "report" / "quick"
-    assert sorted(p.name for p in folder.iterdir()) == ["history.csv", "index.html", "metrics", "table.csv", "table.md"]
+    assert sorted(p.name for p in folder.iterdir()) == ["charts", "history.csv", "index.html", "metrics", "table.csv", "table.md"]
     assert len(list((folder / "metrics").iterdir())) == 14 and not (folder / "metrics" / "step_by_step-s0-n200.json").exists()
     assert json.loads((folder / "metrics" / "full-s1-n200.json").read_text()) == metrics(Cell(result("full", 217, 1), folder, "full", "200"))
     assert printed == (folder / "table.md").read_text() + f"\nreport: {folder / 'index.html'}\n"
@@ -193,7 +194,7 @@ def test_columns_without_any_value_are_said_to_be_unmeasured(home: Path, capsys:
     assert "Not measured in this experiment: Transfer, %, Energy, kJ, Perplexity, Minimal pairs." in page and ">Transfer, %</button>" not in page
 
 
-def test_page_is_self_contained_and_well_formed(home: Path) -> None:
+def test_page_is_self_contained_and_well_formed(home: Path, drawn: None) -> None:
     write_experiment(home / "results")
     run(home)
     html = (home / "report" / "quick" / "index.html").read_text()
@@ -208,7 +209,14 @@ def test_page_is_self_contained_and_well_formed(home: Path) -> None:
     assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html and 'name="viewport"' in html
     sorts = [a["aria-sort"] for t, a in page.tags if t == "th" and "aria-sort" in a]
     assert sorts == ["descending"]
-    assert html.count("<svg ") == 1 + 3 + 3 + 5  # intervals, costs, what was forgotten, curves of what trained
+    assert html.count("<svg ") == 1 + 3 + 2 + 3 + 5  # intervals, costs, complexity twice, what was forgotten, curves of what trained
+    assert html.index('class="opening"') < html.index('id="comparison"') < html.index("Quality against cost"), "verdict, then the table, then the pictures"
+    folder = home / "report" / "quick" / "charts"
+    kept = {"intervals", "complexity", "against_training_time", "against_peak_memory", "against_trainable_parameters"}
+    assert {p.name for p in folder.iterdir()} == {f"{name}.{end}" for name in kept for end in ("vl.json", "svg", "png")}
+    for name in kept:
+        alt.Chart.from_dict(json.loads((folder / f"{name}.vl.json").read_text()), validate=True)
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") and "http://www.w3.org/2000/svg" in (folder / f"{name}.svg").read_text()
     assert BASE_NOTE in html and "2.13.0+cpu" in html and str(PROVENANCE["model_sha256"]) in html and str(PROVENANCE["command"]) in html
 
 

@@ -34,7 +34,7 @@ window.addEventListener("load", () => {
   found.filtered = names(); found.shown = document.getElementById("shown").textContent;
   filter.value = ""; filter.dispatchEvent(new Event("input"));
   found.whole = names().length;
-  const point = document.querySelector(".charts .point"), tip = document.getElementById("tip");
+  const point = document.querySelector(".charts svg.vega a [data-tip]"), tip = document.getElementById("tip");
   point.focus(); point.dispatchEvent(new FocusEvent("focusin", {bubbles: true}));
   found.tip = tip.hidden ? null : tip.textContent; found.label = point.getAttribute("aria-label"); found.tabbed = point.tabIndex >= 0;
   document.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"}));
@@ -54,7 +54,7 @@ EARLY = "<script>window.seen = []; window.addEventListener('error', (e) => seen.
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:  # before `undrawn`, which is a test's: charts are rendered
     home = tmp_path_factory.mktemp("home")
     (home / "experiments" / "quick").mkdir(parents=True)
     (home / "experiments" / "quick" / "params.yaml").write_text(yaml.safe_dump({"experiment": "quick", "grid": GRID}))

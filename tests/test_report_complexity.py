@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_cells import keep, result
+from report_cells import keep, result, score
 
+from pipeline.core.files import sha256, write_json, write_jsonl
 from pipeline.records.finished import select
 from pipeline.records.results import Forgetting, Result
 from pipeline.reporting import costs, forgetting
 from pipeline.reporting import rows as report_rows
 from pipeline.reporting.charts import colours
 from pipeline.reporting.figures import Row
+from pipeline.reporting.mistakes import mistakes
 from pipeline.reporting.page import page
 from pipeline.reporting.rows import make_rows
 
@@ -50,12 +52,14 @@ def test_a_chart_has_the_base_at_zero_and_says_what_was_learned_and_lost(tmp_pat
     actual = forgetting.charts(rows, colours(rows))
     assert [c.title for c in actual] == ["Against perplexity", "Against grammar", "Against LAMBADA", "What carries over"]
     assert all(not c.left_out for c in actual)
-    svg = str(actual[0].svg)
-    assert "learned +20.0 points above zero-shot\nperplexity of news +12.0%" in svg
-    assert "learned 0.0 points above zero-shot\nperplexity of news 0.0%" in svg
-    assert "perplexity of news +30.0%\nagainst the base in 16 bits +62.5%" in svg and svg.count("whisker") == 1
-    assert "minimal pairs lost +4.0 points" in str(actual[1].svg) and "lambada words lost +5.0 points" in str(actual[2].svg)
-    assert svg.count('class="point"') == 3
+    tips = [[one["tip"] for one in chart.spec["layer"][-1]["data"]["values"]] for chart in actual]
+    assert any("learned +20.0 points above zero-shot | perplexity of news +12.0%" in tip for tip in tips[0])
+    assert any("learned 0.0 points above zero-shot | perplexity of news 0.0%" in tip for tip in tips[0])
+    assert any("perplexity of news +30.0% | against the base in 16 bits +62.5%" in tip for tip in tips[0])
+    beyond = [layer["data"]["values"] for layer in actual[0].spec["layer"] if layer["mark"]["type"] == "rule" and "opacity" in layer["mark"]]
+    assert [len(lines) for lines in beyond] == [1], "one line, of the quantised base"
+    assert any("minimal pairs lost +4.0 points" in tip for tip in tips[1]) and any("lambada words lost +5.0 points" in tip for tip in tips[2])
+    assert len(tips[0]) == 3
     assert forgetting.probes(rows) == [PROBED]
 
 
@@ -105,6 +109,36 @@ def test_a_panel_shows_what_a_technique_costs(tmp_path: Path) -> None:
     assert costs.unmeasured(rows)[:2] == ["Hyperparameters tried", "Tuning"]
 
 
+def test_one_picture_has_every_measure_and_no_dash(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, served("lora"), result("full", 190), result("zero_shot", 150))
+    spec = costs.picture(costs.panels(rows), colours(rows), 4)
+    assert [part["title"]["text"] for part in spec["concat"]][:2] == ["Trainable", "Artefact"] and spec["columns"] == 4
+    texts = {one["name"]: one["text"] for one in spec["concat"][0]["data"]["values"]}
+    assert texts == {"lora": "2.44 M", "full": "135 M", "zero_shot": "0"} and "—" not in str([p["data"]["values"][0]["text"] for p in spec["concat"]])
+
+
+def test_wrong_answers_stand_beside_the_right_ones_with_their_texts(tmp_path: Path) -> None:
+    """Texts come from the prepared data where these are what the cell saw; the picture counts what was taken for what."""
+    rows = [{"id": f"t{i}", "prompt": f"text number {i}"} for i in range(6)]
+    write_jsonl(tmp_path / "data/vader_movies/test.jsonl", rows)
+    write_json(tmp_path / "data/vader_movies/manifest.json", {})
+    digest = sha256(tmp_path / "data/vader_movies/manifest.json")
+    said = ["good", "bad", "bad", "good", "bad", None]
+    for name, right in (("zero_shot", 3), ("lora", 3)):
+        one = result(name, right, scores={"test": score(right, 6)}, provenance={"data_sha256": digest})
+        predictions = [{"split": "test", "id": f"t{i}", "answer": "good", "prediction": p, "correct": p == "good",
+                        "scores": {"good": -1.0, "bad": -2.0} if p else {}} for i, p in enumerate(said)]
+        write_jsonl(keep(tmp_path, one, with_predictions=False) / "predictions.jsonl", predictions)
+    (row, *_) = make_rows(select(tmp_path / "quick", {"techniques": ["zero_shot", "lora"], "seeds": [0], "train_rows": [200]})[0])
+    one = mistakes(row, tmp_path / "data")
+    assert one and (one.count, one.rows) == (4, 6) and one.pairs == [("good", "bad", 3), ("good", "no answer", 1)]
+    assert [(w.text, w.answer, w.said) for w in one.wrong][:1] == [("text number 1", "good", "bad")] and one.wrong[-1].said == "no answer"
+    assert one.matrix and {(c["right"], c["said"]): c["n"] for c in one.matrix["data"]["values"]}["good", "bad"] == 3
+    write_json(tmp_path / "data/vader_movies/manifest.json", {"other": 1})
+    other = mistakes(row, tmp_path / "data")
+    assert other and other.wrong[0].text == "", "the data are no longer those that were seen"
+
+
 def test_a_panel_says_how_adapters_share_the_base(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, served("lora"), served("prompt_tuning", mixed=False), served("few_shot"))
     how = {p.row.technique: (p.how, list(p.many)) for p in costs.panels(rows)}
@@ -116,6 +150,6 @@ def test_a_panel_says_how_adapters_share_the_base(tmp_path: Path) -> None:
 def test_both_parts_stand_on_the_page_and_only_where_something_was_measured(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "a", probed("zero_shot", 150, 100.0), probed("lora", 200, 112.0), served("full"))
     text = page("quick", rows, [])
-    assert "Learned against forgotten" in text and PROBED in text and "Complexity" in text and 'class="panel"' in text
+    assert "Learned against forgotten" in text and PROBED in text and "Complexity" in text and 'class="growth costs"' in text
     bare = [dataclasses.replace(result(n, 190), forgetting=None, scores={"test": result(n, 190).scores["test"]}) for n in ("zero_shot", "lora")]
     assert "Learned against forgotten" not in page("quick", rows_of(tmp_path / "b", *bare), [])

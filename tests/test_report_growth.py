@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pipeline.cell import grid as cell_grid
 from pipeline.core.files import UserError
 from pipeline.records.finished import select
 from pipeline.records.results import read
-from pipeline.reporting.growth import charts, growth, remarks, rows_in_words, sentences, summary, table
+from pipeline.reporting.growth import charts, curves, growth, remarks, rows_in_words, sentences, summary, table
 from pipeline.reporting.rows import make_rows
 from pipeline.stats.learning_curve import RowsFor
 
@@ -84,13 +85,23 @@ def test_rows_in_words(found, constant, words):
 
 def test_the_chart_has_a_line_a_band_and_points_with_words(rows):
     colour = {row.family: "f1" for row in rows}
-    for (name, svg), width in zip(charts(growth(rows), colour), (760, 380), strict=True):
-        assert svg.startswith("<svg viewBox=") and f'viewBox="0 0 {width} ' in svg and name in ("wide", "narrow")
-        assert svg.count('class="spread f1"') == svg.count('class="line f1"') == 3
-        assert svg.count('class="point" href="#cells-') == 3 * len(SIZES)
-        assert re.search(r"<title>lora\n48 labelled rows: [\d.]+%\nseeds [\d.]+, [\d.]+\ncurve [\d.]+% \[[\d.]+–[\d.]+\]</title>", svg)
-        assert svg.count("stroke-dasharray") == 1, "few_shot and zero_shot share a colour"
-        assert "nan" not in svg and not re.search(r'(?:x|y|cx|cy)\d?="-', svg)
+    spec = curves(growth(rows), colour, 600, 350)
+    layers = [(layer["mark"]["type"], layer["data"]["values"]) for layer in spec["layer"]]
+    assert sum(kind == "area" for kind, _ in layers) == sum(kind == "line" for kind, _ in layers) == 3
+    dots = [one for kind, values in layers for one in values if kind == "point" and "tip" in one]
+    assert len(dots) == 3 * len(SIZES) and all(one["href"].startswith("#cells-") for one in dots)
+    said = r"lora \| 48 labelled rows: [\d.]+% \| seeds [\d.]+, [\d.]+ \| curve [\d.]+% \[[\d.]+–[\d.]+\]"
+    assert any(re.fullmatch(said, one["tip"]) for one in dots)
+    assert sum("strokeDash" in layer["mark"] and layer["mark"]["type"] == "line" for layer in spec["layer"]) == 1, "few_shot and zero_shot share a colour"
+    assert not any(isinstance(v, float) and math.isnan(v) for _, values in layers for one in values for v in one.values())
+
+
+def test_the_chart_is_drawn_wide_and_narrow(rows, drawn):
+    colour = {row.family: "f1" for row in rows}
+    for (name, svg), least in zip(charts(growth(rows), colour), (600, 250), strict=True):
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+        assert svg.startswith('<svg class="vega"') and name in ("wide", "narrow") and least < width < least + 160
+        assert "var(--f1)" in svg and 'href="#cells-' in svg and "NaN" not in svg and "https:" not in svg
 
 
 def test_few_sizes_make_no_curves(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import serving
+from openai import _base_client
 
 from pipeline import rationales, train
 from pipeline.core.compose import ROOT
@@ -23,7 +24,7 @@ from pipeline.teachers import rationales as teachers_rationales
 from pipeline.teachers.server_writer import ServerWriter
 
 KEY = "sk-verysecret0123456789"
-QUICK = {"first_wait_s": 0.01, "longest_wait_s": 0.05, "timeout_s": 0.4}
+QUICK = {"timeout_s": 0.4}
 
 
 @pytest.fixture
@@ -31,6 +32,7 @@ def server(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
     with serving() as running:
         yield running
 
@@ -59,7 +61,7 @@ def test_texts_come_in_order_are_kept_and_cost_nothing_again(server, tmp_path):
     assert mine.write(asking("a", "b", "a", "c")) == ["Said: a", "Said: b", "Said: a", "Said: c"]
     assert sorted(server.paid) == ["a", "b", "c"], "what is asked twice is paid once"
     assert server.asked[0] == {"model": "m", "max_tokens": 8, "temperature": 0.0, "messages": server.asked[0]["messages"]}
-    assert {h["Authorization"] for h in server.headers} == {f"Bearer {KEY}"} and set(server.paths) == {"/v1/chat/completions"}
+    assert {h["authorization"] for h in server.headers} == {f"Bearer {KEY}"} and set(server.paths) == {"/v1/chat/completions"}
     again = writer(server, tmp_path)
     assert again.write(asking("c", "a")) == ["Said: c", "Said: a"] and len(server.asked) == 3
     spent = again.about()
@@ -82,7 +84,7 @@ def test_another_model_setting_or_seed_is_another_text(server, tmp_path):
 def test_plain_completions(server, tmp_path):
     mine = writer(server, tmp_path, api="completions", key_variable=None)
     assert mine.write([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]]) == ["Said: q a\n\nr"]
-    assert server.paths == ["/v1/completions"] and server.asked[0]["stop"] == ["\n\n"] and "Authorization" not in server.headers[0]
+    assert server.paths == ["/v1/completions"] and server.asked[0]["stop"] == ["\n\n"] and "authorization" not in server.headers[0]
 
 
 def test_requests_under_way_are_bounded(server, tmp_path):

@@ -423,7 +423,7 @@ def test_a_full_disk_does_not_tell_to_delete_the_study(words, small_disk, capsys
         (["sweep.space={method.config.lora_alpha: {of: train.lr}}"], "which sweep.space does not search; it has method.config.r"),
         (["+sweep.space={method.config.lora_alpha: {choices: [1, 2]}}"], "has choices and times; keep one of them"),
         (["+sweep.space={train.lr: {step: 1, times: 2, of: method.config.r}}"], "write {times: <number>, of: <a key that is searched>}"),
-        (["+sweep.space={train.lr: {factor: 1}}"], "has factor 1 of 0.001; write a factor above 1"),
+        (["+sweep.space={train.lr: {factor: 1}}"], "has factor 1; write a factor above 1"),
         (["+sweep.space={train.lr: {choices: [1, 2], step: 1}}"], "keep its choices alone"),
         (["sweep.space=3"], "sweep.space is 3; write a config key with"),
         (["+task.metric=accuracy", "+sweep.space={task.metric: {choices: [accuracy, rouge_l]}}"], "sweep.space searches 'task.metric', but no ranking may mix"),

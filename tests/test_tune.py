@@ -77,7 +77,7 @@ def test_a_space_written_in_the_config_is_enough_and_stands_over_the_group_s():
 
 @pytest.mark.parametrize(("entry", "message"), [
     ({"train.lr": 3}, "technique lora: search 'train.lr' is 3; write"),
-    ({"train.lr": {"factor": 0.5}}, "has factor 0.5 of 0.001; write a factor above 1"),
+    ({"train.lr": {"factor": 0.5}}, "has factor 0.5; write a factor above 1"),
     ({"method.config.q": {"choices": [1, 2]}}, "technique lora: search names 'method.config.q', which a cell of technique 'lora' does not have"),
     ({"train.lr": {"low": 3, "high": 1}}, "low <= high"),
 ])
@@ -398,9 +398,9 @@ def test_the_report_shows_untuned_beside_tuned():
 
     rows = make_rows([Cell(result(name, right=right), Path("none"), name, "160") for name, right in (("lora", 150), ("lora+tuned", 175))])
     again = example(task="vader_movies", edges=[Edge("train.lr", 3e-3, "high", {"low": 3e-3, "high": 0.1}, True)])
-    actual = report_tuning.part(rows, {("lora", "160"): again, ("gone", "160"): example()}, {"reparametrised": "c1"})["tuning"]
+    actual = report_tuning.part(rows, {("lora", "160"): again, ("gone", "160"): example()}, {"reparametrised": "f1"})["tuning"]
     (colour, texts), = actual["lines"]
-    assert colour == "c1" and texts == [("lora", ""), ("60.0", ""), ("70.0", "+10.0 points"), ("75.0", "lr at its high edge, widened: again"),
+    assert colour == "f1" and texts == [("lora", ""), ("60.0", ""), ("70.0", "+10.0 points"), ("75.0", "lr at its high edge, widened: again"),
                                         ("1", "lr 0.003, r 16"), ("2", "1 without a value"), ("33 s", "")]
     assert any("`lora` lies at the edge" in text for text in actual["remarks"]) and not any("has run" in text for text in actual["remarks"])
     assert [drawing[0] for drawing in actual["charts"][0][1]] == ["wide", "narrow"] and "2 trials: 56.2% expected" in actual["charts"][0][1][0][1]
@@ -427,7 +427,7 @@ def test_unequal_budgets_and_missing_tuned_cells_are_said():
 
     rows = make_rows([Cell(result(name), Path("none"), name, "160") for name in ("lora", "full")])
     tunings = {("lora", "160"): example(task="vader_movies"), ("full", "160"): example(task="vader_movies", technique="full", budget=24)}
-    texts = report_tuning.part(rows, tunings, {"reparametrised": "c1", "full": "c2"})["tuning"]["remarks"]
+    texts = report_tuning.part(rows, tunings, {"reparametrised": "f1", "full": "f2"})["tuning"]["remarks"]
     assert any("Budgets differ (12, 24 trials)" in t for t in texts) and any("pipeline.cells experiments=quick tuned=true" in t for t in texts)
 
 

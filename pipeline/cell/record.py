@@ -53,7 +53,7 @@ def diverged(work: Work, finite: bool) -> str | None:
 
 def bare_result(cfg: DictConfig, **measured: Any) -> Result:
     """A result with what names the cell, and these fields. No device is asked for, so that the process can still fork."""
-    return Result(**_named(cfg, rates.read(cfg), build(cfg.method, "method"), build(cfg.objective, "objective")) | measured)
+    return Result(**_named(cfg, rates.read_if_there(cfg), build(cfg.method, "method"), build(cfg.objective, "objective")) | measured)
 
 
 def oom_result(cfg: DictConfig, error: str, hardware: dict[str, Any]) -> Result:
@@ -67,7 +67,7 @@ def _named(cfg: DictConfig, settings: Settings, method: Method, objective: Objec
     train = settings.train
     shown = {**method.hyperparameters(), **objective.hyperparameters(), **({"start": cfg.start} if cfg.start else {})}
     if method.trains:
-        shown |= {"lr": train.learning_rate, "epochs": train.epochs, "batch_size": train.batch_size, "optimizer": train.optimizer, "schedule": train.schedule}
+        shown |= {"lr": train.lr, "epochs": train.epochs, "batch_size": train.batch_size, "optimizer": train.optimizer, "schedule": train.schedule}
         shown |= {key: steps for key, steps in (("steps", train.steps), ("min_steps", train.min_steps)) if steps is not None}
     return {
         "experiment": cfg.experiment, "cell": name(cfg), "technique": cfg.technique.name, "family": settings.technique.family,

@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted; other
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -27,18 +28,20 @@ from pipeline.core.settings import check_top
 
 Run = Callable[[DictConfig, list[str]], int | None]
 """(the composed config, the overrides that composed it) -> the exit code; None: 0."""
-NOISE = "`is_gradient_checkpointing` is deprecated"
-"""The beginning of a warning that PEFT (0.21), not a user, can fix: it asks transformers 5 by an old name."""
+NOISE = ("`is_gradient_checkpointing` is deprecated", "Position ids are not supported for parameter efficient tuning")
+"""How warnings begin that PEFT (0.21), not a user, can fix: it asks transformers 5 by an old name, and says what it passes over in every pass."""
 
 
 def entry(run: Run) -> Callable[..., int]:
     """The `main(argv=None)` of a command, which returns the exit code."""
 
     def main(argv: Sequence[str] | None = None) -> int:
-        warnings.filterwarnings("ignore", NOISE, FutureWarning)
         if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
             print(overrides_help(run.__module__.rpartition(".")[2] if run.__module__ != "__main__" else Path(sys.argv[0]).stem))
             return 0
+        for beginning in NOISE:
+            warnings.filterwarnings("ignore", beginning)
+        logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says at every start which tokenizer it takes
         try:
             return (_command_line(run) if argv is None else _in_process(run, argv)) or 0
         except UserError as error:

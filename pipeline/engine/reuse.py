@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pipeline.data.choices import Group, Items, Reads, arrange
-from pipeline.engine.answering import STATIC
+from pipeline.engine import answering
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Nats a token by which two ways to score may differ through rounding."""
@@ -39,7 +39,7 @@ def soft_prompt(model: Any, device: Any) -> SoftPrompt | None:
     """PEFT's soft prompt as what all rows follow; None where the model has none, one of another kind, or passes over it are captured."""
     adapter = getattr(model, "active_peft_config", None)
     kind = getattr(getattr(adapter, "peft_type", None), "value", None)
-    if kind not in SOFT or torch.device(device).type in STATIC:
+    if kind not in SOFT or torch.device(device).type in answering.STATIC:
         return None
     inner = model.get_base_model()
 

@@ -36,6 +36,11 @@ def process_start() -> float:
         return psutil.Process().create_time()
 
 
+def cpu_s() -> float:
+    """Seconds that this process has computed so far, on all cores together: what a wall clock would say on a machine that does nothing else."""
+    return time.process_time()
+
+
 def now() -> float:
     """Unix time in seconds."""
     return time.time()

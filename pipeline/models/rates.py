@@ -39,9 +39,17 @@ def read(cfg: DictConfig) -> settings.Settings:
         UserError: a bad key; or the rate depends on the model, which is not prepared.
     """
     made = settings.read(cfg)
-    if made.train.lr is not None:
-        return made
-    return dataclasses.replace(made, train=dataclasses.replace(made.train, lr=learning_rate(made.train, Path(cfg.paths.models) / cfg.model.name)))
+    return dataclasses.replace(made, train=dataclasses.replace(made.train, lr=learning_rate(made.train, folder_of(cfg))))
+
+
+def read_if_there(cfg: DictConfig) -> settings.Settings:
+    """As `read`, but where the model is not there a rate that depends on it stays null."""
+    return read(cfg) if (folder_of(cfg) / "config.json").exists() else settings.read(cfg)
+
+
+def folder_of(cfg: DictConfig) -> Path:
+    """The base model's folder."""
+    return Path(cfg.paths.models) / cfg.model.name
 
 
 def learning_rate(train: settings.Train, folder: Path) -> float:

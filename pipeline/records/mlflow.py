@@ -9,7 +9,9 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +23,12 @@ from pipeline.core import locks
 from pipeline.core.compose import plain
 from pipeline.core.files import UserError, atomic_path
 from pipeline.core.settings import Tracking, build
-from pipeline.records.runs import Dataset, Run, cell_run, sweep_runs
+from pipeline.records.runs import HEADLINES, Dataset, Run, cell_run, sweep_runs
 
-CELL, DIGEST, PARENT = "alignscope.cell", "alignscope.digest", "mlflow.parentRunId"
+CELL, DIGEST, PARENT, MODEL = "alignscope.cell", "alignscope.digest", "mlflow.parentRunId", "alignscope.model"
+VIEW = "alignscope"
+"""Of the shared view that shows the headline columns: <experiment's address>?viewStateShareKey=alignscope."""
+KIND, NOTE, PRIMARY = "mlflow.experimentKind", "mlflow.note.content", "mlflow.experiment.primaryMetric.name"
 SQLITE = "sqlite:///"
 BATCH = 100  # params or tags that MLflow takes in one call; metrics: 1,000
 ENVIRONMENT = {  # what the user has set stays
@@ -49,6 +54,14 @@ def log_cell(folder: str | Path, cfg: DictConfig) -> bool:
 def log_sweep(folder: str | Path, cfg: DictConfig) -> bool:
     """Mirror a sweep from its folder: a parent run, and a nested run each finished trial. Never raises; returns as log_cell does."""
     return _attempt(cfg, lambda mirror: mirror.sweep(Path(folder)))
+
+
+def log_note(cfg: DictConfig, text: str) -> None:
+    """Keep a text, such as the report's verdict and table, as the note of the experiment, where that is in MLflow. Never raises."""
+    uri = str(cfg.tracking.get("uri", ""))
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        return
+    _attempt(cfg, lambda mirror: mirror.note(cfg.experiment, text))
 
 
 def _attempt(cfg: DictConfig, work: Callable[[Mirror], object]) -> bool:
@@ -133,6 +146,16 @@ class Mirror:
         for child in children:
             self.put(child, parent_id)
 
+    def note(self, experiment: str, text: str) -> None:
+        """Keep a text as the experiment's note; nothing where MLflow has no such experiment."""
+        found = self.client.get_experiment_by_name(experiment)
+        if found is None:
+            return
+        address = f"#/experiments/{found.experiment_id}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
+        text = f"[The runs by test figure, with training time, peak memory and r beside it]({address})\n\n{text}"
+        if found.tags.get(NOTE) != text:
+            self.client.set_experiment_tag(found.experiment_id, NOTE, text)
+
     def put(self, run: Run, parent_id: str | None = None) -> str:
         """Find or create the one run of `run.cell` and bring it up to date. Returns its id.
 
@@ -153,9 +176,12 @@ class Mirror:
             return run_id
         for old in runs:  # a run's params cannot be changed, so a changed cell gets a new run
             self.client.delete_run(old.info.run_id)
+            if model := old.data.tags.get(MODEL):
+                self.client.delete_logged_model(model)
         tags = {CELL: run.cell} | ({PARENT: parent_id} if parent_id else {})
         run_id = str(self.client.create_run(self._experiment(run.experiment), run.start_ms, tags, run.name).info.run_id)
         self._fill(run_id, run)
+        self._present(run)
         self.client.set_tag(run_id, DIGEST, digest)  # last: a run without it was not finished
         self.counts["written"] += 1
         return run_id
@@ -172,6 +198,37 @@ class Mirror:
             self.client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
 
+    def _present(self, run: Run) -> None:
+        """Have the experiment's page open on model training, with the headline columns in the shared view."""
+        if not run.metric:
+            return
+        first = f"1_test_{run.metric}"
+        columns = ["params.`technique`", *(f"metrics.`{name}`" for name in (first, *HEADLINES[:2])), f"params.`{HEADLINES[2]}`", "params.`train_rows`",
+                   "params.`seed`"]
+        view = {"orderByKey": f"metrics.`{first}`", "orderByAsc": False, "selectedColumns": columns}
+        wanted = {KIND: "custom_model_development", PRIMARY: first, f"mlflow.sharedViewState.{VIEW}": json.dumps(view)}
+        experiment = self.client.get_experiment(self._experiment(run.experiment))
+        for key, value in wanted.items():
+            if experiment.tags.get(key) != value:
+                self.client.set_experiment_tag(experiment.experiment_id, key, value)
+
+    def _model(self, run_id: str, run: Run) -> None:
+        """Log the cell's artefact as a model that mlflow.pyfunc.load_model serves (serving/pyfunc.py)."""
+        from mlflow import entities, pyfunc
+
+        assert run.model is not None
+        about = self.client.create_logged_model(self._experiment(run.experiment), run.name, run_id, model_type="alignscope")
+        with tempfile.TemporaryDirectory() as folder:
+            data, model = Path(folder) / "cell", Path(folder) / "model"
+            shutil.copytree(run.model / "artefact", data / "artefact")
+            shutil.copy(run.model / "result.json", data / "result.json")
+            pyfunc.save_model(model, loader_module="pipeline.serving.pyfunc", data_path=str(data), pip_requirements=["torch", "transformers", "peft"],
+                              mlflow_model=pyfunc.Model(model_uuid=about.model_id, run_id=run_id, model_id=about.model_id))
+            self.client.log_model_artifacts(about.model_id, str(model))
+        self.client.finalize_logged_model(about.model_id, "READY")
+        self.client.log_outputs(run_id, [entities.LoggedModelOutput(about.model_id, 0)])
+        self.client.set_tag(run_id, MODEL, about.model_id)
+
     def _fill(self, run_id: str, run: Run) -> None:
         from mlflow import entities
 
@@ -187,6 +244,8 @@ class Mirror:
             self.client.log_dict(run_id, run.config, "config.yaml")
         for path in run.files:
             self.client.log_artifact(run_id, str(path))
+        if run.model is not None:
+            self._model(run_id, run)
         if run.end_ms is not None:
             self.client.set_terminated(run_id, run.status, run.end_ms)
 

@@ -16,13 +16,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, check_name, read_json, read_object, sha256
+from pipeline.core.files import UserError, check_name, folder_bytes, read_json, read_object, sha256
 from pipeline.records import results
 from pipeline.records.results import Result
 
 LONGEST = 5000  # characters of a param or tag; MLflow refuses more than 6,000
 SCORES = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "rouge_l", "exact_match", "numeric", "token_f1", "custom", "nll")
 SHORT = {"lora_alpha": "alpha"}
+HEADLINES = ("2_train_time_s", "3_peak_memory_gib", "4_r")
+"""After 1_test_<metric>: what a list or a comparison of runs begins with, as names are sorted there; r is a param. All else is behind a prefix."""
+LOGGED_BYTES = 64 << 20
+"""Artefacts up to this size are logged as a model that MLflow loads; larger ones stay in results/ alone."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,15 @@ class Run:
     files: list[Path] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     """Kept as config.yaml."""
+    metric: str = ""
+    """The experiment's headline metric."""
+    model: Path | None = None
+    """A finished cell's folder whose artefact is to be logged as a model."""
 
     def digest(self) -> str:
         """Hex sha256 of everything the run is to hold: equal means up to date."""
-        content = dataclasses.asdict(self) | {"files": {p.name: sha256(p) for p in self.files}}
+        model = self.model and sha256(self.model / "artefact")
+        content = dataclasses.asdict(self) | {"files": {p.name: sha256(p) for p in self.files}, "model": model}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -86,13 +95,20 @@ def cell_run(folder: str | Path) -> Run:
     return Run(
         cell=f"{result.experiment}/{result.cell}", experiment=result.experiment, name=result.cell, start_ms=start, end_ms=end,
         status="FINISHED" if result.status == "ok" else "FAILED",
-        params=_texts({SHORT.get(k, k): v for k, v in result.hyperparameters.items()} | {k: getattr(result, k) for k in named}),
+        params=_texts({HEADLINES[2]: result.hyperparameters.get("r")} | {SHORT.get(k, k): v for k, v in result.hyperparameters.items()}
+                      | {k: getattr(result, k) for k in named}),
         tags=_cell_tags(result),
         metrics=[Metric(key, float(value), end) for key, value in _cell_metrics(result).items()] + _curves(result, start, end),
         datasets=_datasets(result),
         files=_own(folder / "result.json", folder / "predictions.jsonl"),
-        config=result.config,
+        config=result.config, metric=result.metric,
+        model=folder if result.status == "ok" and _loggable(folder / "artefact") else None,
     )
+
+
+def _loggable(artefact: Path) -> bool:
+    """Whether an artefact is there, small enough, and made of files of its own."""
+    return (artefact / "artefact.json").exists() and not any(p.is_symlink() for p in artefact.rglob("*")) and folder_bytes(artefact) <= LOGGED_BYTES
 
 
 def _own(*paths: Path) -> list[Path]:
@@ -131,6 +147,9 @@ def _cell_metrics(result: Result) -> dict[str, float]:
     for name, part in parts:
         metrics |= {f"{name}/{k}": v for k, v in (part if isinstance(part, dict) else dataclasses.asdict(part) if part else {}).items()}
     metrics["train/time_s"] = result.phases.train_s if result.phases else None
+    peak = result.memory.peak_bytes if result.memory else None
+    metrics |= {f"1_test_{result.metric}": getattr(result.test, result.metric) if result.test else None, HEADLINES[0]: metrics["train/time_s"],
+                HEADLINES[1]: None if peak is None else round(peak / 2**30, 3)}
     return {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 

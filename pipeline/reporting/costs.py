@@ -1,13 +1,17 @@
-"""What a technique costs besides its training run: one panel a technique, from trainable parameters to many adapters on one base."""
+"""What a technique costs besides its training run: one picture of all, from trainable parameters to a request's memory, and many adapters on one base."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.reporting import words as f
 from pipeline.reporting.figures import Row
+from pipeline.reporting.vega import COLOUR, FONT, Spec
+
+PART = 112
+"""Pixels of one measure's bars, figures included."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,34 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     measures = [m for m in MEASURES if m.title not in missing]
     most = {m.scale: max((n.value(r) or 0.0 for r in shown for n in measures if n.scale == m.scale), default=0.0) for m in measures}
     return [Panel(row, [_figure(row, m, most[m.scale]) for m in measures], *_many(row)) for row in shown]
+
+
+def picture(shown: Sequence[Panel], colour: Mapping[str, str], columns: int) -> Spec:
+    """Bars of every measure side by side, a line a technique; `columns` measures in a row."""
+    measures = [figure.title for figure in shown[0].figures]
+    names = [panel.row.name for panel in shown]
+    parts = []
+    for number, title in enumerate(measures):
+        data = []
+        for panel in shown:
+            one = panel.figures[number]
+            text = one.text if one.text != f.DASH else ""
+            data.append({"name": panel.row.name, "share": one.share or 0.0, "text": text, "c": COLOUR[colour[panel.row.family]],
+                         "tip": f"{panel.row.name} | {title.lower()} {one.text}{f' ({one.small})' if one.small else ''}"})
+        labels = {"title": None, "labelFontSize": 11.5, "labelColor": COLOUR["ink"], "labelLimit": 130, "domain": True, "domainColor": COLOUR["grid"]}
+        y = {"field": "name", "type": "nominal", "sort": names, "axis": labels if number % columns == 0 else {**labels, "labels": False}}
+        x = {"field": "share", "type": "quantitative", "scale": {"domain": [0, 165]}, "axis": None}
+        parts.append({
+            "title": {"text": title, "anchor": "start", "fontSize": 11.5, "font": FONT, "color": COLOUR["ink"], "fontWeight": "normal", "offset": 6},
+            "data": {"values": data}, "width": PART, "height": {"step": 19},
+            "layer": [
+                {"mark": {"type": "bar", "height": 9}, "encoding": {"x": x, "y": y, "color": {"field": "c", "type": "nominal", "scale": None},
+                                                                  "description": {"field": "tip"}}},
+                {"mark": {"type": "text", "align": "left", "dx": 4, "fontSize": 10.5, "aria": False},
+                 "encoding": {"x": x, "y": y, "text": {"field": "text"}, "color": {"value": COLOUR["soft"]}}},
+            ],
+        })
+    return {"description": f"What each of {len(names)} techniques costs to keep and to serve", "columns": columns, "spacing": 18, "concat": parts}
 
 
 def unmeasured(rows: Sequence[Row]) -> list[str]:

@@ -10,14 +10,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from pipeline.reporting import plot
 from pipeline.reporting import words as f
-from pipeline.reporting.charts import FRAME, HEIGHT, WIDTH, Chart, names, point, tip
+from pipeline.reporting.charts import FRAME, Drawn, link, placed, tip
 from pipeline.reporting.figures import QUANTISED, Row
-from pipeline.reporting.plot import Box, Scale, tag
+from pipeline.reporting.plot import Scale
 from pipeline.reporting.rows import zero_shot
+from pipeline.reporting.vega import Chart, Dot, linear
 
 FARTHEST = 8.0  # times the median of what was forgotten: what lies beyond is named, not drawn
 
@@ -53,7 +52,7 @@ AXES = (
 )
 
 
-def charts(rows: Sequence[Row], colour: dict[str, str]) -> list[Chart]:
+def charts(rows: Sequence[Row], colour: dict[str, str]) -> list[Drawn]:
     """The charts of rows of one group; those that fewer than two techniques have a figure for are left out, all without zero-shot."""
     base = zero_shot(rows)
     if base is None or base.test is None:
@@ -61,7 +60,7 @@ def charts(rows: Sequence[Row], colour: dict[str, str]) -> list[Chart]:
     return [chart for axis in AXES if (chart := _chart(rows, base, axis, colour))]
 
 
-def _chart(rows: Sequence[Row], base: Row, axis: Axis, colour: dict[str, str]) -> Chart | None:
+def _chart(rows: Sequence[Row], base: Row, axis: Axis, colour: dict[str, str]) -> Drawn | None:
     known = [(r, axis.value(r), r.test - base.test) for r in rows if not r.teacher and r.test is not None and base.test is not None]
     measured = [(r, lost, gain) for r, lost, gain in known if lost is not None]
     limit = _limit([lost for _, lost, _ in measured]) if axis.lost else float("inf")
@@ -71,11 +70,17 @@ def _chart(rows: Sequence[Row], base: Row, axis: Axis, colour: dict[str, str]) -
     left_out = [f"{r.technique} (forgot {axis.words(lost)}, learned {f.points(gain)})" for r, lost, gain in measured if lost > limit]
     left_out += [f"{r.technique} (not measured)" for r, lost, _ in known if lost is None]
     x, y = _scales(shown, axis)
-    at = [(x(lost), y(gain)) for _, lost, gain in shown]
-    parts = [*_axes(x, y, axis), *_beyond(shown, at, x, axis, colour), *_names(shown, at, x, y, axis)]
-    for (row, lost, gain), (px, py) in zip(shown, at, strict=True):
-        parts.append(point(px, py, colour[row.family], row.precision in QUANTISED, _tip(row, axis, lost, gain), row.name))
-    return Chart(axis.heading, plot.svg(WIDTH, HEIGHT, parts, f"Test result above zero-shot against: {axis.title}"), left_out)
+    about = f"Test result above zero-shot against: {axis.title}"
+    chart = Chart(FRAME.right - FRAME.left, FRAME.bottom - FRAME.top, linear(axis.title, x, _plus), linear("", y, _plus), about)
+    chart.dashed((0.0, y.low), (0.0, y.high), (1, 0))
+    chart.dashed((x.low, 0.0), (x.high, 0.0), (1, 0))
+    if not axis.lost:  # as much gained on other domains as on the task's own
+        low, high = max(x.low, y.low), min(x.high, y.high)
+        chart.dashed((low, low), (high, high))
+    chart.spans([(gain, lost, end, colour[row.family]) for row, lost, gain in shown if (end := _in_16bit(row, axis)) is not None])
+    chart.names(placed([(lost, gain, row.technique) for row, lost, gain in shown], [(lost, gain) for _, lost, gain in shown], chart))
+    chart.dots([Dot(lost, gain, colour[row.family], _tip(row, axis, lost, gain), link(row), row.precision in QUANTISED) for row, lost, gain in shown])
+    return Drawn(axis.heading, chart.spec(), left_out)
 
 
 def _limit(lost: Sequence[float]) -> float:
@@ -92,17 +97,6 @@ def _scales(shown: Sequence[tuple[Row, float, float]], axis: Axis) -> tuple[Scal
     return x, y
 
 
-def _axes(x: Scale, y: Scale, axis: Axis) -> list[Markup]:
-    parts = plot.percent_ticks(y, FRAME, show=_plus, zero="axis")
-    for at in x.ticks():
-        parts.append(tag("line", class_="grid" if at else "axis", x1=x(at), x2=x(at), y1=FRAME.top, y2=FRAME.bottom))
-        parts += plot.tick(x(at), _plus(at), FRAME, marked=False)
-    if not axis.lost:  # as much gained on other domains as on the task's own
-        low, high = max(x.low, y.low), min(x.high, y.high)
-        parts.append(tag("line", class_="target", x1=x(low), x2=x(high), y1=y(low), y2=y(high)))
-    return [*parts, plot.axis_title(axis.title, FRAME, 38)]
-
-
 def _plus(at: float) -> str:
     text = f"{100 * at:g}".replace("-", f.MINUS)
     return f"+{text}" if at > 0 else text
@@ -113,24 +107,7 @@ def _in_16bit(row: Row, axis: Axis) -> float | None:
     return axis.value_16bit(row) if row.precision in QUANTISED else None
 
 
-def _beyond(shown: Sequence[tuple[Row, float, float]], at: Sequence[tuple[float, float]], x: Scale, axis: Axis, colour: dict[str, str]) -> list[Markup]:
-    """Lines from points over a quantised base on to what is lost against the base in 16 bits."""
-    parts = []
-    for (row, _, _), (px, py) in zip(shown, at, strict=True):
-        end = _in_16bit(row, axis)
-        if end is not None:
-            parts.append(tag("line", class_=f"whisker {colour[row.family]}", x1=px, x2=x(end), y1=py, y2=py))
-    return parts
-
-
-def _names(shown: Sequence[tuple[Row, float, float]], at: Sequence[tuple[float, float]], x: Scale, y: Scale, axis: Axis) -> list[Markup]:
-    zeros = [Box(x(0) - 1, FRAME.top, x(0) + 1, FRAME.bottom), Box(FRAME.left, y(0) - 1, FRAME.right, y(0) + 1)]
-    ends = [(px, py, x(v)) for (row, _, _), (px, py) in zip(shown, at, strict=True) if (v := _in_16bit(row, axis)) is not None]
-    lines = [Box(min(px, end), py - 1, max(px, end), py + 1) for px, py, end in ends]
-    return names([(*where, row.technique) for (row, _, _), where in zip(shown, at, strict=True)], at, lines, zeros)
-
-
-def _tip(row: Row, axis: Axis, lost: float, gain: float) -> Markup:
+def _tip(row: Row, axis: Axis, lost: float, gain: float) -> str:
     in_16bit = _in_16bit(row, axis)
     against = [f"against the base in 16 bits {axis.words(in_16bit)}"] if in_16bit is not None else []
     return tip(row, f"learned {f.points(gain)} points above zero-shot", f"{axis.title.partition(',')[0].lower()} {axis.words(lost)}", *against)

@@ -16,9 +16,11 @@ from pipeline.core.files import UserError
 from pipeline.records.finished import Cell
 from pipeline.reporting import plot
 from pipeline.reporting import words as f
+from pipeline.reporting.charts import beside, percent
 from pipeline.reporting.figures import METRICS, Row, metric_name
-from pipeline.reporting.plot import Box, Scale, tag
+from pipeline.reporting.plot import Scale
 from pipeline.reporting.rows import zero_shot
+from pipeline.reporting.vega import Axis, Chart, Dot, Spec, inline, linear
 from pipeline.scoring.answers import by_row
 from pipeline.stats.learning_curve import Crossover, Curve, Estimate, Measured, RowsFor, crossover, fit
 
@@ -199,48 +201,49 @@ def summary(grown: Growth | None) -> list[str]:
     return [*sentences(grown), f"Labelled rows for {f.percent(grown.target)}%{why}: {'; '.join(needed)}."]
 
 
-WIDE, NARROW = (760, 430), (380, 360)
+WIDE, NARROW = (600, 350), (250, 290)
 STEPS = 60
 TICK = 34.0  # pixels that a number below the axis needs
 
 
 def charts(grown: Growth, colour: dict[str, str]) -> list[tuple[str, Markup]]:
     """(CSS class, drawing): one for a wide page, one for a phone."""
-    return [("wide", _chart(grown, colour, *WIDE)), ("narrow", _chart(grown, colour, *NARROW))]
+    return [("wide", inline(curves(grown, colour, *WIDE))), ("narrow", inline(curves(grown, colour, *NARROW)))]
 
 
-def _chart(grown: Growth, colour: dict[str, str], width: int, height: int) -> Markup:
-    frame, margin = plot.beside_names([one.name for one in grown.lines], width, height)
-    x = Scale(grown.smallest, grown.largest, frame.left + 10, frame.right, log=True)
-    y = _levels(grown, frame)
-    parts = [*_axes(grown, x, y, frame), *_target(grown, y, frame)]
+def curves(grown: Growth, colour: dict[str, str], width: int, height: int) -> Spec:
+    """Every technique's learning curve with its band and points."""
+    x = Scale(grown.smallest, grown.largest, 0, width, log=True)
+    y = _levels(grown, height)
+    sizes = sorted({n for one in grown.lines if one.curve.kind == "power" for n in one.curve.sizes})
+    below = Axis("Labelled rows, training and validation (log scale)", x, {float(n): f.count(n) for n in _apart(sizes, x)}, grid=False)
+    about = f"Test {grown.metric} against labelled rows, a curve for each of {len(grown.lines)} techniques"
+    chart = Chart(width, height, below, linear("", y, percent, 6), about)
+    if y.low < grown.target < y.high:
+        chart.dashed((x.low, grown.target), (x.high, grown.target))
     dashed = dict(zip((one.name for one in grown.lines), plot.dashes([one.family for one in grown.lines]), strict=True))
     upwards = grown.lines[::-1]
-    parts += [_band(one, x, y, colour[one.family]) for one in upwards]
-    parts += [tag("path", class_=f"line {colour[one.family]}", d=plot.path([(x(n), y(one.curve.value(n))) for n in _along(one, x)]),
-                  stroke_dasharray=dashed[one.name]) for one in upwards]
-    parts += [part for one in upwards for part in _points(one, x, y, colour[one.family])]
-    parts += _names(grown.lines, x, y, colour, width - margin)
-    return plot.svg(width, height, parts, f"Test {grown.metric} against labelled rows, a curve for each of {len(grown.lines)} techniques")
+    for one in upwards:
+        chart.band([(n, e.low, e.high) for n, e in ((n, one.curve.at(n)) for n in _along(one, x))], colour[one.family])
+    for one in upwards:
+        chart.line([(n, one.curve.value(n)) for n in _along(one, x)], colour[one.family], dashed[one.name])
+    for one in upwards:
+        _points(chart, one, colour[one.family])
+    beside(chart, [(_ends(one, x)[1], one.curve.value(_ends(one, x)[1]), one.name, colour[one.family]) for one in grown.lines])
+    return chart.spec()
 
 
-def _levels(grown: Growth, frame: Box) -> Scale:
+def _levels(grown: Growth, height: float) -> Scale:
     values = [v for one in grown.lines for n in _grid(one, grown) for v in (one.curve.at(n).low, one.curve.at(n).high)]
     values += [c.accuracy for one in grown.lines for cells in one.cells.values() for c in cells]
     low, high = max(0.0, min(values)), min(1.0, max(values))
     room = 0.03 * (high - low) or 0.02
-    return Scale(max(0.0, low - room), min(1.0, high + room), frame.bottom, frame.top)
+    return Scale(max(0.0, low - room), min(1.0, high + room), height, 0)
 
 
 def _grid(one: Line, grown: Growth, steps: int = 9) -> list[float]:
     sizes = (grown.smallest, grown.largest) if one.curve.kind == "constant" else (one.curve.sizes[0], one.curve.sizes[-1])
     return [sizes[0] * (sizes[1] / sizes[0]) ** (i / (steps - 1)) for i in range(steps)]
-
-
-def _axes(grown: Growth, x: Scale, y: Scale, frame: Box) -> list[Markup]:
-    sizes = sorted({n for one in grown.lines if one.curve.kind == "power" for n in one.curve.sizes})
-    below = [part for n in _apart(sizes, x) for part in plot.tick(x(n), f.count(n), frame)]
-    return [*plot.percent_ticks(y, frame, 6), plot.base_line(frame), *below, plot.axis_title("Labelled rows, training and validation (log scale)", frame)]
 
 
 def _apart(sizes: Sequence[int], x: Scale) -> list[int]:
@@ -252,58 +255,29 @@ def _apart(sizes: Sequence[int], x: Scale) -> list[int]:
     return shown
 
 
-def _target(grown: Growth, y: Scale, frame: Box) -> list[Markup]:
-    if not y.low < grown.target < y.high:
-        return []
-    level = y(grown.target)
-    return [
-        tag("line", class_="target", x1=frame.left, x2=frame.right, y1=level, y2=level),
-        tag("text", f"{f.percent(grown.target)}%", class_="tick", x=frame.left + 4, y=level - 4),
-    ]
-
-
 def _ends(one: Line, x: Scale) -> tuple[float, float]:
     return (x.low, x.high) if one.curve.kind == "constant" else (one.curve.sizes[0], one.curve.sizes[-1])
 
 
 def _along(one: Line, x: Scale) -> list[float]:
     low, high = _ends(one, x)
-    return [low * (high / low) ** (i / STEPS) for i in range(STEPS + 1)]
+    return [low * (high / low) ** (i / STEPS) for i in range(STEPS + 1)][:: 1 if one.curve.kind == "power" else STEPS]
 
 
-def _band(one: Line, x: Scale, y: Scale, colour: str) -> Markup:
-    edges = [(x(n), one.curve.at(n)) for n in _along(one, x)[:: 1 if one.curve.kind == "power" else STEPS]]
-    edge = [(px, y(e.high)) for px, e in edges] + [(px, y(e.low)) for px, e in reversed(edges)]
-    return tag("path", class_=f"spread {colour}", d=plot.path(edge) + "Z")
-
-
-def _points(one: Line, x: Scale, y: Scale, colour: str) -> list[Markup]:
-    """Seeds as small dots, their mean as one with a tooltip; what is constant has points at the sizes of the others."""
-    parts = []
-    for n, cells in one.cells.items():
-        if not x.low <= n <= x.high:
-            continue
-        mean = statistics.fmean(c.accuracy for c in cells)
-        same = len({c.accuracy for c in cells}) == 1
-        parts += [tag("circle", class_=f"seed-dot {colour}", cx=x(n), cy=y(c.accuracy), r=1.8) for c in cells if not same]
-        parts.append(plot.dot(x(n), y(mean), colour, tag("title", _tip(one, n, mean)), f"#{f.anchor(one.name)}", 3.5, 11))
-    return parts
+def _points(chart: Chart, one: Line, colour: str) -> None:
+    """Seeds as small dots, their mean as one that says its figures; what is constant has points at the sizes of the others."""
+    shown = {n: cells for n, cells in one.cells.items() if chart.x.scale.low <= n <= chart.x.scale.high}
+    seeds = [c.accuracy for cells in shown.values() if len({c.accuracy for c in cells}) > 1 for c in cells]
+    at = [n for n, cells in shown.items() if len({c.accuracy for c in cells}) > 1 for _ in cells]
+    chart.seeds(list(zip(at, seeds, strict=True)), colour)
+    means = {n: statistics.fmean(c.accuracy for c in cells) for n, cells in shown.items()}
+    chart.dots([Dot(n, mean, colour, _tip(one, n, mean), f"#{f.anchor(one.name)}") for n, mean in means.items()], size=40)
 
 
 def _tip(one: Line, n: int, mean: float) -> str:
     cells, curve = one.cells[n], one.curve.at(n)
     each = ", ".join(f.percent(c.accuracy) for c in cells)
-    return "\n".join([
+    return " | ".join([
         one.name, f"{n:,} labelled rows: {f.percent(mean)}%", *([f"seeds {each}"] if len(cells) > 1 else []),
         f"curve {f.percent(curve.value)}% [{f.percent(curve.low)}–{f.percent(curve.high)}]",
     ])
-
-
-def _names(lines: Sequence[Line], x: Scale, y: Scale, colour: dict[str, str], left: float) -> list[Markup]:
-    """Each technique's name beside the end of its line, a piece of the line before it."""
-    ends = [(x(_ends(one, x)[1]), y(one.curve.value(_ends(one, x)[1]))) for one in lines]
-    parts = []
-    for one, (px, py), level in zip(lines, ends, plot.stacked([py for _, py in ends], plot.LINE), strict=True):
-        parts.append(tag("line", class_="leader", x1=px + 5, y1=py, x2=left - 4, y2=level))
-        parts.append(tag("text", plot.shorten(one.name, 2 * left), class_=f"name {colour[one.family]}", x=left, y=level + 4))
-    return parts

@@ -25,38 +25,57 @@ from pipeline.reporting import forgetting, tuning
 from pipeline.reporting import words as f
 from pipeline.reporting.charts import by_rows, colours, costs, forest, scatter, training_curves
 from pipeline.reporting.figures import RESUMED, SHARED, Row, columns, metric_name, remarks
-from pipeline.reporting.growth import Growth, charts, sentences
+from pipeline.reporting.growth import WIDE, Growth, charts, sentences
+from pipeline.reporting.growth import curves as growth_curves
 from pipeline.reporting.growth import remarks as growth_remarks
 from pipeline.reporting.growth import table as growth_table
+from pipeline.reporting.mistakes import of_report
 from pipeline.reporting.rows import by_group, tier_notes, timing_notes
-from pipeline.reporting.text import opening, provenance, rows_in_words, warnings
+from pipeline.reporting.text import answer, context, provenance, rows_in_words, warnings
+from pipeline.reporting.vega import Spec, inline
 
 TEMPLATES = Path(__file__).with_name("templates")
 UNBROKEN = re.compile(r"\b[np] [=<] |\d [A-Za-z]{1,3}\b|\d–\d")
+BRIEF = ("name", "test", "against_zero_shot", "letters", "labelled_rows", "train_s", "peak_bytes", "trainable", "artefact_bytes", "latency_s")
+"""Columns of the first table, which is whole on a page of 1280 pixels."""
+NARROW = ("name", "test", "against_zero_shot", "train_s", "peak_bytes")
+"""Those of them that a phone shows."""
 PHASES = {
     "startup": "start-up", "load": "load", "warmup": "warm-up", "train": "train", "validate": "validate", "save": "save",
     "evaluate": "evaluate", "other": "other",
 }
 
 
-def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Growth | None = None, tunings: tuning.Tunings | None = None) -> str:
+def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Growth | None = None, tunings: tuning.Tunings | None = None,
+         data: Path | None = None) -> str:
+    """The page. data: the folder of prepared tasks, for the texts of wrong rows."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
-    environment.filters |= {"words": words, "hyperparameter": f.hyperparameter, "anchor": f.anchor}
+    environment.filters |= {"words": words, "hyperparameter": f.hyperparameter, "anchor": f.anchor, "drawing": inline}
     return environment.get_template("report.html").render(
         **_content(experiment, rows, missing, sentences(grown) if grown else ()), **_growth(rows, grown),
-        **tuning.part(rows, tunings or {}, colours(rows)),
+        **tuning.part(rows, tunings or {}, colours(rows)), mistakes=of_report(rows, data),
     )
+
+
+def drawings(rows: Sequence[Row], grown: Growth | None) -> dict[str, Spec]:
+    """The charts that are kept as files beside the page, by name: those of the largest number of training rows."""
+    colour, first = colours(rows), next(iter(by_group(rows).values()))
+    kept = {"intervals": forest(first, colour)} if any(r.test is not None for r in first) else {}
+    kept |= {c.title.lower().replace(" ", "_"): c.spec for cost in costs(first) if (c := scatter(first, cost, colour))}
+    panels = report_complexity.panels(first)
+    kept |= {"complexity": report_complexity.picture(panels, colour, len(panels[0].figures))} if panels and panels[0].figures else {}
+    return kept | ({"learning_curves": growth_curves(grown, colour, *WIDE)} if grown else {})
 
 
 def _growth(rows: Sequence[Row], grown: Growth | None) -> dict[str, Any]:
     """The part on data dependency; without learning curves the lines over the training rows stand in."""
     colour = colours(rows)
     if grown is None:
-        return {"growth": None, "by_rows": by_rows(rows, colour)}
+        return {"growth": None, "by_rows": inline(spec) if (spec := by_rows(rows, colour)) else None}
     heads, lines = growth_table(grown)
     of = [colour[one.family] for one in grown.lines]
     return {"growth": grown, "growth_charts": charts(grown, colour), "growth_heads": heads, "growth_lines": list(zip(of, lines, strict=True)),
@@ -74,11 +93,12 @@ def _content(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown
     colour, cells = colours(rows), [c for r in rows for c in r.cells]
     first = cells[0].result
     heading = {"experiment": experiment, "task": first.task, "model": first.model, "metric": metric_name(rows)}
-    words = {"opening": opening(rows, grown), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
-    assets = {"css": _asset("report.css") + _asset("panels.css"), "js": _asset("report.js")}
+    words = {"verdict": answer(rows), "context": context(rows, grown), "warnings": warnings(rows, missing), "remarks": remarks, "provenance": provenance(cells)}
+    assets = {"css": _asset("report.css"), "js": _asset("report.js")}
     shown, unmeasured = columns(rows)
+    first_ones = [c for key in BRIEF for c in shown if c.key == key]
     groups = [(name, len(list(members))) for name, members in itertools.groupby(shown, key=lambda c: c.section)]  # runs of columns of one section
-    table = {"rows": rows, "columns": shown, "groups": groups, "unmeasured": [c.title for c in unmeasured]}
+    table = {"rows": rows, "brief": first_ones, "narrow": NARROW, "columns": shown, "groups": groups, "unmeasured": [c.title for c in unmeasured]}
     return {**heading, **words, **assets, **table, **_charts(rows, colour), **_cells(rows), **_forecasts(rows)}
 
 
@@ -89,15 +109,25 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
     return {
         "colour": colour,
         "families": {r.family: colour[r.family] for r in sorted(rows, key=lambda r: colour[r.family]) if not r.teacher},
-        "forest": forest(first, colour) if any(r.test is not None for r in first) else None,
+        "forest": inline(forest(first, colour)) if any(r.test is not None for r in first) else None,
         "forest_rows": rows_in_words(largest) if len(groups) > 1 else "",
         "charts": [(name, charts) for name, charts in costly if charts],
-        "curves": training_curves(rows, colour),
+        "curves": [(name, inline(spec)) for name, spec in training_curves(rows, colour)],
         "curve_checks": any(point.get("validation_metric") is not None for r in rows for c in r.cells for point in c.result.history),
         "forgetting": [(rows_in_words(name), charts) for name, group in groups.items() if (charts := forgetting.charts(group, colour))],
         "probed": forgetting.probes(rows),
-        "complexity": report_complexity.panels(first), "complexity_missing": report_complexity.unmeasured(first),
+        **_complexity(first, colour),
     }
+
+
+def _complexity(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
+    """One picture of all techniques: on a wide page its measures side by side, on a phone two in a row."""
+    panels = report_complexity.panels(rows)
+    measured = len(panels[0].figures) if panels else 0
+    sizes = {"wide": measured if measured < 9 else 5, "narrow": 2} if measured else {}
+    numbers = sorted({n for panel in panels for n in panel.numbers}, key=int)
+    return {"complexity": panels if measured else [], "complexity_missing": report_complexity.unmeasured(rows), "complexity_numbers": numbers,
+            "complexity_pictures": [(name, inline(report_complexity.picture(panels, colour, columns))) for name, columns in sizes.items()]}
 
 
 def _cells(rows: Sequence[Row]) -> dict[str, Any]:

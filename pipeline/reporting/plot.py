@@ -1,4 +1,4 @@
-"""Drawing for the report: SVG elements, axes, and labels that keep out of each other's way.
+"""Axes for the report's charts, and labels that keep out of each other's way, which Vega-Lite has not.
 
 Library of `python -m pipeline.report`. Coordinates are pixels of the drawing, y downwards.
 """
@@ -7,40 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from markupsafe import Markup
 
 DASHES = (None, "7 4", "2 4", "9 3 2 3")
 """Lines of a family share a colour and differ in the dashes."""
 LETTER = 6.2  # pixels: a generous mean width of a letter at 11 px, so that labels have room in any system font
 LINE = 13.0  # pixels: height of a line of text at 11 px
-
-
-def tag(name: str, *inside: str | Markup, **attributes: object) -> Markup:
-    """One element; texts and attributes are escaped. An underscore in an attribute stands for a hyphen, a last one for nothing."""
-    listed = Markup("").join(
-        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), f"{value:.1f}" if isinstance(value, float) else value)
-        for key, value in attributes.items()
-        if value is not None
-    )
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), listed, Markup("").join(inside))
-
-
-def svg(width: int, height: float, parts: Sequence[Markup], about: str) -> Markup:
-    """The drawing of these parts; about: what a screen reader says of it."""
-    return tag("svg", *parts, viewBox=f"0 0 {width} {height:.0f}", role="img", aria_label=about)
-
-
-def path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-
-
-def dot(x: float, y: float, colour: str, title: Markup, href: str | None = None, radius: float = 4.5, reach: int = 13) -> Markup:
-    """A dot with its tooltip, to be touched, pointed at or reached by Tab. href: where it leads. reach: pixels around it that count as touched."""
-    inside = title, tag("circle", class_="hit", cx=x, cy=y, r=reach), tag("circle", class_=f"dot {colour}", cx=x, cy=y, r=radius)
-    return tag("a", *inside, class_="point", href=href) if href else tag("g", *inside, class_="point", tabindex=0)
 
 
 @dataclass(frozen=True)
@@ -111,35 +84,6 @@ class Box:
 
     def overlaps(self, other: Box) -> bool:
         return self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
-
-
-def percent_ticks(y: Scale, frame: Box, wanted: int = 4, show: Callable[[float], str] = lambda at: f"{100 * at:g}", zero: str = "grid") -> list[Markup]:
-    """Horizontal grid lines with their figures at the left. zero: the CSS class of the line at 0."""
-    parts = []
-    for at in y.ticks(wanted):
-        parts.append(tag("line", class_="grid" if at else zero, x1=frame.left, x2=frame.right, y1=y(at), y2=y(at)))
-        parts.append(tag("text", show(at), class_="tick", x=frame.left - 7, y=y(at) + 4, text_anchor="end"))
-    return parts
-
-
-def tick(x: float, text: str, frame: Box, marked: bool = True) -> list[Markup]:
-    """A figure below the axis, with a mark on it."""
-    mark = [tag("line", class_="axis", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 4)] if marked else []
-    return [*mark, tag("text", text, class_="tick", x=x, y=frame.bottom + 17, text_anchor="middle")]
-
-
-def base_line(frame: Box) -> Markup:
-    return tag("line", class_="axis", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom)
-
-
-def axis_title(text: str, frame: Box, below: float = 37) -> Markup:
-    return tag("text", text, class_="title", x=(frame.left + frame.right) / 2, y=frame.bottom + below, text_anchor="middle")
-
-
-def beside_names(names: Iterable[str], width: int, height: int) -> tuple[Box, float]:
-    """(the frame of a drawing with names at the ends of its lines, pixels that these have)."""
-    margin = min(0.29 * width, 14 + max(map(text_width, names)))
-    return Box(40, 14, width - margin - 8, height - 48), margin
 
 
 def dashes(families: Sequence[str]) -> list[str | None]:

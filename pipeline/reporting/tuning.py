@@ -18,11 +18,13 @@ from pipeline.records.finished import COMPARABLE
 from pipeline.records.tuned import Edge, Tuned, expected_best
 from pipeline.reporting import plot
 from pipeline.reporting import words as f
+from pipeline.reporting.charts import beside, percent
 from pipeline.reporting.figures import Row
-from pipeline.reporting.plot import Box, Scale, tag
+from pipeline.reporting.plot import Scale
 from pipeline.reporting.text import rows_in_words
+from pipeline.reporting.vega import Axis, Chart, Dot, Spec, inline, linear
 
-WIDE, NARROW = (760, 340), (380, 320)
+WIDE, NARROW = (600, 270), (250, 250)
 HEADS = ("Technique", "Untuned test, %", "Tuned test, %", "Best validation, %", "Searched", "Trials", "Time")
 Tunings = Mapping[tuple[str, str], Tuned]
 
@@ -128,33 +130,24 @@ def _charts(lines: Sequence[Line], colour: Mapping[str, str]) -> list[tuple[str,
             groups.setdefault(line.group, []).append(line)
     several = len(groups) > 1
     sizes = {"wide": WIDE, "narrow": NARROW}
-    return [(rows_in_words(group) if several else "", [(name, _chart(part, colour, *size)) for name, size in sizes.items()]) for group, part in groups.items()]
+    return [(rows_in_words(group) if several else "", [(name, inline(curves(part, colour, *size))) for name, size in sizes.items()])
+            for group, part in groups.items()]
 
 
-def _chart(lines: Sequence[Line], colour: Mapping[str, str], width: int, height: int) -> Markup:
-    curves = {line.tuned.technique: expected_best(line.tuned.values) for line in lines}
-    frame, margin = plot.beside_names(curves, width, height)
-    x = Scale(1, max(len(c) for c in curves.values()), frame.left + 10, frame.right)
-    y = plot.scale([v for c in curves.values() for v in c], frame.bottom, frame.top)
-    parts = _axes(x, y, frame, lines[0].tuned.metric)
-    levels = plot.stacked([y(c[-1]) for c in curves.values()], plot.LINE + 1)
-    for line, level, dash in zip(lines, levels, plot.dashes([line.family for line in lines]), strict=True):
-        parts += _curve(line.tuned.technique, curves[line.tuned.technique], x, y, colour[line.family], dash)
-        parts.append(tag("text", plot.shorten(line.tuned.technique, margin - 14), class_="label", x=frame.right + 12, y=level + 4))
+def curves(lines: Sequence[Line], colour: Mapping[str, str], width: int, height: int) -> Spec:
+    """The expected best after k trials, a line a technique."""
+    values = {line.tuned.technique: expected_best(line.tuned.values) for line in lines}
+    most = max(len(each) for each in values.values())
+    x = Scale(1, most, 0, width)
+    whole = {float(at): f"{at:,.0f}" for at in dict.fromkeys([1.0, *(float(round(at)) for at in x.ticks(6))]) if 1 <= at <= most}
+    y = plot.scale([v for each in values.values() for v in each], height, 0)
     about = f"Expected best validation {lines[0].tuned.metric} after k random trials, a curve for each of {len(lines)} techniques"
-    return plot.svg(width, height, parts, about)
-
-
-def _axes(x: Scale, y: Scale, frame: Box, metric: str) -> list[Markup]:
-    parts = [plot.axis_title(f"Random trials (expected best validation {metric}, %)", frame), *plot.percent_ticks(y, frame, 5), plot.base_line(frame)]
-    whole = [at for at in dict.fromkeys([1, *(round(at) for at in x.ticks(6))]) if x.low <= at <= x.high]
-    return parts + [part for at in whole for part in plot.tick(x(at), str(at), frame, marked=False)]
-
-
-def _curve(name: str, values: Sequence[float], x: Scale, y: Scale, colour: str, dash: str | None) -> list[Markup]:
-    at = [(x(k), y(v)) for k, v in enumerate(values, 1)]
-    parts = [tag("path", class_=f"line {colour}", d=plot.path(at), stroke_dasharray=dash)]
-    for k, (where, value) in enumerate(zip(at, values, strict=True), 1):
-        title = tag("title", f"{name}\n{k} trial{'s' * (k > 1)}: {f.percent(value)}% expected")
-        parts.append(plot.dot(*where, colour, title, radius=2.5, reach=9))
-    return parts
+    title = f"Random trials (expected best validation {lines[0].tuned.metric}, %)"
+    chart = Chart(width, height, Axis(title, x, whole, grid=False), linear("", y, percent, 5), about)
+    for line, dash in zip(lines, plot.dashes([line.family for line in lines]), strict=True):
+        name, each = line.tuned.technique, values[line.tuned.technique]
+        chart.line(list(enumerate(each, 1)), colour[line.family], dash)
+        tips = [f"{name} | {k} trial{'s' * (k > 1)}: {f.percent(value)}% expected" for k, value in enumerate(each, 1)]
+        chart.dots([Dot(k, value, colour[line.family], tip) for k, (value, tip) in enumerate(zip(each, tips, strict=True), 1)], 20)
+    beside(chart, [(len(each), each[-1], name, "ink") for name, each in values.items()])
+    return chart.spec()

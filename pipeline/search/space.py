@@ -187,7 +187,7 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
     if len(forms) > 1:
         raise UserError(f"{where} has {' and '.join(forms)}; keep one of them")
     if parameter.factor is not None:
-        parameter = replace(parameter, factor=None) if forms else _around(where, parameter, _own(cfg, key))
+        parameter = replace(parameter, factor=None) if forms else _around(where, parameter, cfg, key)
     if parameter.linked:
         if set(parameter.entry) != {"times", "of"}:
             raise UserError(f"{where} is {entry!r}; write {{times: <number>, of: <a key that is searched>}}")
@@ -205,10 +205,13 @@ def _own(cfg: DictConfig, key: str) -> Any:
     return rates.read(cfg).train.lr if key == "train.lr" and value is None else value
 
 
-def _around(where: str, parameter: Parameter, value: Any) -> Parameter:
+def _around(where: str, parameter: Parameter, cfg: DictConfig, key: str) -> Parameter:
     factor = parameter.factor
-    if not is_number(value) or factor is None or factor <= 1 or value <= 0:
-        raise UserError(f"{where} has factor {factor!r} of {value!r}; write a factor above 1 of a number above 0, or low and high")
+    if factor is None or factor <= 1:
+        raise UserError(f"{where} has factor {factor!r}; write a factor above 1, or low and high")
+    value = _own(cfg, key)
+    if not is_number(value) or value <= 0:
+        raise UserError(f"{where} has factor {factor!r} of {value!r}; write a factor of a number above 0, or low and high")
     return replace(parameter, factor=None, low=float(f"{value / factor:.6g}"), high=float(f"{value * factor:.6g}"), log=True)
 
 

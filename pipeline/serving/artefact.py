@@ -296,7 +296,7 @@ def read_requests(source: str) -> list[dict[str, Any]]:
             raise UserError(f"standard input has a line that is no JSON ({error}); send one JSON object a line") from error
     else:
         requests = read_jsonl(source)
-    requests = [_spoken(number, row) for number, row in enumerate(requests, 1)]
+    requests = [spoken(number, row) for number, row in enumerate(requests, 1)]
     for number, row in enumerate(requests, 1):
         for key in ("adapter", "prompt"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]:
@@ -306,7 +306,7 @@ def read_requests(source: str) -> list[dict[str, Any]]:
     return requests
 
 
-def _spoken(number: int, request: Any) -> Any:
+def spoken(number: int, request: Any) -> Any:
     """The request, with a conversation in `messages` as its prompt. Raises UserError where it is none, or the user says nothing in it."""
     if not isinstance(request, dict) or "messages" not in request or "prompt" in request:
         return request

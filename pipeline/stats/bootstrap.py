@@ -18,7 +18,7 @@ Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def mean(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """The metric that is a mean over rows: accuracy, ROUGE, token F1."""
+    """The metric that is a mean over rows: accuracy, ROUGE-L, token F1."""
     counted: np.ndarray = drawn @ values / drawn.sum(1)
     return counted
 

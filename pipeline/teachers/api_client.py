@@ -1,20 +1,20 @@
-"""JSON posted to a server that may be busy, slow or broken: paced, retried where that can help, and without showing its key.
+"""JSON posted to a server that may be busy, slow or broken, by the openai library: paced, and without showing its key.
 
-Library. Waits end at once when `stop` is set.
+Library. The library asks again; what it does not have is ours: a pace, a limit on a whole answer, broken answers, and an end when `stop` is set.
 """
 
 from __future__ import annotations
 
 import email.utils
+import functools
 import json
 import logging
 import os
-import random
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import AtLeast1, Positive, check_fields
@@ -37,22 +37,16 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """attempts: of one request. timeout_s: for a whole answer. Waits between attempts double from first_wait_s to longest_wait_s, each drawn between
-    half of it and all; a server's Retry-After is waited for where it is longer, up to patience_s.
+    """attempts: of one request. timeout_s: for a whole answer. Waits between attempts are the openai library's; a server's Retry-After is waited for
+    where it is longer, up to patience_s.
     """
 
     attempts: AtLeast1 = 6
     timeout_s: Positive = 60.0
-    first_wait_s: float = 1.0
-    longest_wait_s: Positive = 60.0
     patience_s: float = 600.0
 
     def __post_init__(self) -> None:
         check_fields(self, "writer.patience")
-
-    def wait_s(self, attempt: int) -> float:
-        """Seconds before attempt `attempt` + 1, counted from 1."""
-        return min(self.longest_wait_s, self.first_wait_s * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
 class Pace:
@@ -116,67 +110,81 @@ def address(base_url: str) -> str:
     return str(url).rstrip("/")
 
 
-class Client:
-    """Posts to one server. Safe to use from several threads."""
+class Client(Generic[T]):
+    """Posts to one server through the openai library, which tries again what may pass (429, 5xx, time-outs, lost connections). Safe to use from several
+    threads.
 
-    def __init__(self, base_url: str, variable: str | None, patience: Patience, pace: Pace) -> None:
+    Args:
+        parse: makes what is wanted of the JSON of an answer; raises Malformed for one to ask for again.
+    """
+
+    def __init__(self, base_url: str, variable: str | None, patience: Patience, pace: Pace, parse: Callable[[Any], T]) -> None:
         import httpx2
+        import openai
 
-        self.base_url, self.variable, self.patience, self.pace = address(base_url), variable, patience, pace
+        self.base_url, self.variable, self.patience, self.pace, self.parse = address(base_url), variable, patience, pace, parse
         self.stop = threading.Event()
-        self._key = key_of(variable)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._key, self._booked = key_of(variable), threading.local()
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request
-        self._http = httpx2.Client(headers=headers, timeout=patience.timeout_s, limits=limits)
+        for name in ("httpx2", "openai"):  # a line a request
+            logging.getLogger(name).setLevel(logging.WARNING)
+        hooks: Any = {"request": [self._before], "response": [self._after]}
+        http = httpx2.Client(timeout=patience.timeout_s, limits=limits, event_hooks=hooks, transport=_transport(patience.timeout_s, limits))
+        self._options: Any = {"headers": {"Authorization": f"Bearer {self._key}" if self._key else openai.Omit()}}
+        self._api = openai.OpenAI(base_url=self.base_url, api_key=self._key or "none", max_retries=patience.attempts - 1, timeout=patience.timeout_s,
+                                  http_client=http)
 
     def close(self) -> None:
-        self._http.close()
+        self._api.close()
 
-    def post(self, path: str, body: dict[str, Any], tokens: int, parse: Callable[[Any], T]) -> T:
+    def post(self, path: str, body: dict[str, Any], tokens: int) -> T:
         """What `parse` makes of the JSON that the server answers.
 
         Args:
-            tokens: about how many the request will take. parse: raises Malformed for an answer to ask for again.
+            tokens: about how many the request will take.
 
         Raises:
             UserError: the server refuses, or all attempts failed. Stopped: `stop` was set while waiting.
         """
         import httpx2
+        import openai
 
-        failure = ""
-        for attempt in range(1, self.patience.attempts + 1):
-            self._sleep(self.pace.turn(tokens))
-            asked = 0.0
-            try:
-                status, headers, data = self._send(path, body)
-                if status == 200:
-                    return parse(_json(data, headers.get("content-type", "")))
-                failure = self._refusal(status, data)
-                asked = self._retry_after(headers)
-            except httpx2.RequestError as error:
-                failure = f"{type(error).__name__}: {self._hidden(str(error))}".rstrip(": ")
-            except Malformed as error:
-                failure = self._hidden(str(error))
-            if attempt < self.patience.attempts:
-                if asked:
-                    self.pace.delay(asked)
-                self._sleep(max(asked, self.patience.wait_s(attempt)))
+        self._booked.tokens = tokens
+        try:
+            response = self._api.post(f"/{path}", cast_to=httpx2.Response, body=body, options=self._options)
+            return self.parse(_json(response))
+        except openai.APIStatusError as error:
+            failure = self._refusal(error.status_code, error.response.content)
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            failure = self._hidden(str(cause) if isinstance(cause, _broken()) else f"{type(cause).__name__}: {cause}").rstrip(": ")
         raise UserError(
             f"{self.base_url} gave no answer in {self.patience.attempts} attempts (the last: {failure}); "
             "what was answered is kept, run the same command again to resume"
         )
 
-    def _send(self, path: str, body: dict[str, Any]) -> tuple[int, Any, bytes]:
-        import httpx2
+    def _before(self, request: Any) -> None:
+        """Wait for an attempt's turn. Raises Stopped."""
+        if self.stop.wait(max(0.0, self.pace.turn(self._booked.tokens))) or self.stop.is_set():
+            raise Stopped
 
-        watch, data = Stopwatch(), bytearray()
-        with self._http.stream("POST", f"{self.base_url}/{path}", json=body) as response:
-            for block in response.iter_bytes():
-                data += block
-                if watch.peek() > self.patience.timeout_s:  # the client's own limit is one of silence
-                    raise httpx2.ReadTimeout(f"no whole answer in {self.patience.timeout_s:g} s")
-            return response.status_code, response.headers, bytes(data)
+    def _after(self, response: Any) -> None:
+        """Read an answer and say whether it may be asked for again; a server's Retry-After is waited for by all, before their next turn."""
+        response.read()
+        if response.status_code == 200:
+            try:
+                self.parse(_json(response))
+            except Malformed as error:
+                raise _broken()(str(error)) from error
+            return
+        if response.status_code == 429 and _error(response.content)[1] in NO_CREDIT:
+            response.headers["x-should-retry"] = "false"
+            return
+        if response.status_code in AGAIN:
+            response.headers["x-should-retry"] = "true"
+        if response.status_code in AGAIN or response.status_code >= 500:
+            self.pace.delay(self._retry_after(response.headers))
+            response.headers.pop("retry-after", None)  # the library would wait without an ear for `stop`
 
     def _refusal(self, status: int, data: bytes) -> str:
         """What to say of an answer that is no success. Raises UserError where asking again cannot help."""
@@ -207,20 +215,51 @@ class Client:
             raise UserError(f"{self.base_url} asks to wait for {seconds:.0f} s, longer than writer.patience.patience_s; run the same command again after that")
         return max(0.0, seconds)
 
-    def _sleep(self, seconds: float) -> None:
-        if self.stop.wait(max(0.0, seconds)) or self.stop.is_set():
-            raise Stopped
-
     def _hidden(self, text: str) -> str:
         text = " ".join(text.split())
         return (text.replace(self._key, "…") if self._key else text)[:200]
 
 
-def _json(data: bytes, content_type: str) -> Any:
+def _transport(timeout_s: float, limits: Any) -> Any:
+    """HTTP, each answer of which has to be whole in so many seconds: the client's own limit is one of silence."""
+    import httpx2
+
+    class Whole(httpx2.SyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self.stream, self.watch = stream, Stopwatch()
+
+        def __iter__(self) -> Any:
+            for block in self.stream:
+                if self.watch.peek() > timeout_s:
+                    raise httpx2.ReadTimeout(f"no whole answer in {timeout_s:g} s")
+                yield block
+
+        def close(self) -> None:
+            self.stream.close()
+
+    class Transport(httpx2.HTTPTransport):
+        def handle_request(self, request: Any) -> Any:
+            response = super().handle_request(request)
+            response.stream = Whole(response.stream)
+            return response
+
+    return Transport(limits=limits)
+
+
+@functools.cache
+def _broken() -> type[Exception]:
+    """An answer that is not of the promised form, as an error that the library asks again after."""
+    import httpx2
+
+    return type("Broken", (httpx2.TransportError,), {})
+
+
+def _json(response: Any) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(response.content)
     except ValueError as error:
-        raise Malformed(f"{len(data)} bytes of {content_type or 'no stated type'} that are not JSON") from error
+        kind = response.headers.get("content-type") or "no stated type"
+        raise Malformed(f"{len(response.content)} bytes of {kind} that are not JSON") from error
 
 
 def _error(data: bytes) -> tuple[str, str]:

@@ -80,7 +80,7 @@ class ServerWriter(Writer):
         return {**about, "price": price, "currency": self.currency}
 
     def _ask(self, prompts: dict[str, Messages], seed: int, keep: Callable[[str, Completion], None]) -> None:
-        client = Client(self.base_url, self.key_variable, Patience(**self.patience), Pace(self.requests_per_minute, self.tokens_per_minute))
+        client = Client(self.base_url, self.key_variable, Patience(**self.patience), Pace(self.requests_per_minute, self.tokens_per_minute), self._parse)
         watch, lock = Stopwatch(), threading.Lock()
 
         def ask(key: str) -> None:
@@ -116,7 +116,7 @@ class ServerWriter(Writer):
 
     def _answer(self, client: Client, body: dict[str, Any]) -> tuple[str, int | None, int | None, bool]:
         booked = len(json.dumps(body)) // CHARACTERS_PER_TOKEN + self.max_new_tokens
-        text, read, wrote, cut = client.post(PATHS[self.api], body, booked, self._parse)
+        text, read, wrote, cut = client.post(PATHS[self.api], body, booked)
         if read is not None and wrote is not None:
             client.pace.settle(read + wrote - booked)
         return text, read, wrote, cut

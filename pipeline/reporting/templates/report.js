@@ -1,10 +1,9 @@
-// Sorting and filtering the table, tooltips of the charts' points, and the way from a point to its cells.
+// Sorting and filtering the tables, tooltips of the charts' points, and the way from a point to its cells.
 (function () {
-  const table = document.getElementById("comparison");
-  const body = table.tBodies[0];
-  const heads = [...table.tHead.rows[1].cells];
+  const tables = [...document.querySelectorAll("table.sortable")];
 
-  function sort(index) {
+  function sort(table, heads, index) {
+    const body = table.tBodies[0];
     const head = heads[index];
     const cells = [...body.rows].map((row) => row.cells[index].dataset.value);
     const numeric = cells.every((v) => v === "" || !isNaN(v));
@@ -22,21 +21,25 @@
     head.setAttribute("aria-sort", order);
     body.append(...rows);
   }
-  heads.forEach((head, index) => {
-    const button = head.querySelector("button");
-    if (button) button.addEventListener("click", () => sort(index));
+  tables.forEach((table) => {
+    const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+    heads.forEach((head, index) => {
+      const button = head.querySelector("button");
+      if (button) button.addEventListener("click", () => sort(table, heads, index));
+    });
   });
 
   const filter = document.getElementById("filter");
   filter.addEventListener("input", () => {
     const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const rows = document.getElementById("comparison").tBodies[0].rows;
     let shown = 0;
-    for (const row of body.rows) {
+    for (const row of tables.flatMap((table) => [...table.tBodies[0].rows])) {
       const text = row.textContent.toLowerCase();
       row.hidden = !words.every((word) => text.includes(word));
-      shown += row.hidden ? 0 : 1;
     }
-    document.getElementById("shown").textContent = words.length ? shown + " of " + body.rows.length : "";
+    for (const row of rows) shown += row.hidden ? 0 : 1;
+    document.getElementById("shown").textContent = words.length ? shown + " of " + rows.length : "";
   });
 
   function unfold() { // a point or a name leads to its cells, folded out
@@ -48,18 +51,18 @@
   unfold();
 
   const tip = document.getElementById("tip");
-  document.querySelectorAll(".point").forEach((point) => {
-    const title = point.querySelector("title");
-    point.dataset.tip = title.textContent;
-    point.setAttribute("aria-label", title.textContent.replaceAll("\n", ", "));
-    title.remove(); // else the browser shows it as well
+  const points = "svg.vega [role=graphics-symbol][aria-label]:not([aria-roledescription=axis])";
+  document.querySelectorAll(points).forEach((point) => {
+    point.dataset.tip = point.getAttribute("aria-label").replaceAll(" | ", "\n");
+    point.setAttribute("aria-label", point.getAttribute("aria-label").replaceAll(" | ", ", "));
+    point.setAttribute("tabindex", "0");
   });
   function show(event) {
-    const point = event.target.closest && event.target.closest(".point");
+    const point = event.target.closest && event.target.closest(points);
     tip.hidden = !point;
     if (!point) return;
     tip.textContent = point.dataset.tip;
-    const box = point.querySelector(".dot").getBoundingClientRect();
+    const box = point.getBoundingClientRect();
     const left = box.left + box.width / 2 - tip.offsetWidth / 2;
     const above = box.top - tip.offsetHeight - 8;
     tip.style.left = scrollX + Math.max(8, Math.min(left, document.documentElement.clientWidth - tip.offsetWidth - 8)) + "px";
@@ -67,9 +70,9 @@
   }
   let touched = null;
   document.addEventListener("click", (event) => { // a finger's first touch shows the numbers, its second one opens the cells
-    const point = event.target.closest && event.target.closest(".point");
+    const point = event.target.closest && event.target.closest(points);
     if (point && event.pointerType === "touch" && point !== touched) event.preventDefault();
-    else if (point && point.getAttribute("href") === location.hash) unfold();
+    else if (point && point.closest("a") && point.closest("a").getAttribute("href") === location.hash) unfold();
     touched = point;
     show(event);
   });

@@ -7,7 +7,7 @@ is reported beside the result.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from pipeline.core.files import UserError
 from pipeline.stats.bootstrap import interval, mean
-from pipeline.teachers.writers import Messages, Writer
 
+Messages = list[dict[str, str]]
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 SAYS = {"A": 1.0, "B": 0.0, "C": 0.5}
 """The verdict -> what the answer in the first place wins."""
@@ -62,14 +62,17 @@ class Judged:
     """Rows left out, as the judge said no verdict about them in one of the orders."""
 
 
-def judge(pairs: Sequence[Pair], writer: Writer, criterion: str) -> tuple[Judged, list[dict[str, Any]]]:
+def judge(pairs: Sequence[Pair], write: Callable[[list[Messages]], list[str]], criterion: str) -> tuple[Judged, list[dict[str, Any]]]:
     """Ask about every pair in both orders. Returns what came out, and a line a row: id, value (what the first cell wins, 0 to 1), verdicts.
+
+    Args:
+        write: the judge: a text for every prompt, in order.
 
     Raises:
         UserError: the judge cannot be asked, or said no verdict about any row.
     """
     asked = [pair for pair in pairs if pair.one.strip() != pair.other.strip()]
-    said = writer.write([message for pair in asked for message in (_message(pair, criterion), _message(pair, criterion, swapped=True))])
+    said = write([message for pair in asked for message in (_message(pair, criterion), _message(pair, criterion, swapped=True))])
     lines: list[dict[str, Any]] = [{"id": pair.identity, "value": 0.5, "verdicts": []} for pair in pairs if pair.one.strip() == pair.other.strip()]
     same, unread = len(lines), 0
     for pair, first, second in zip(asked, said[::2], said[1::2], strict=True):
