@@ -30,7 +30,7 @@ def test_every_key_of_the_config_is_said_to_decide_or_not():
     top = yaml.safe_load((CONF / "config.yaml").read_text())
     groups = {name.removeprefix("override ") for entry in top["defaults"] if isinstance(entry, dict) for name in entry}
     aside = {
-        "experiment", "cell", "split", "requests", "to", "variant", "overwrite", "stale", "adopt", "budget", "grid", "pack", "preflight",
+        "experiment", "cell", "split", "requests", "to", "variant", "overwrite", "stale", "adopt", "budget", "grid", "judge", "pack", "preflight",
         "memory_limit_gb", "price_per_hour",
         "currency",
         "tuned", "tune", "forecast", "report", "paths", "writer", "sweep", "search", "tracking", "experiments", "hydra", "defaults", "hydra/job_logging",
