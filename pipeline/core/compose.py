@@ -170,8 +170,8 @@ def explain(error: BaseException) -> str:
     if cause is not None:  # raised by a resolver
         return str(cause)
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
-        return (f"{mark.name} is no YAML from line {mark.line + 1} on ({error.problem or error.context}); mend it: a text that holds : # ? {{ or [ stands in "
-                "quotes")
+        return (f"the config does not compose: {mark.name} is no YAML from line {mark.line + 1} on ({error.problem or error.context}); mend it: "
+                "a text that holds : # ? { or [ stands in quotes")
     missing = re.search(r"Missing mandatory value: (\S+)", str(error))
     if missing:
         return f"config key {missing[1]!r} is missing; set it"
@@ -191,8 +191,14 @@ def explain(error: BaseException) -> str:
     return f"the config does not compose: {reason}"
 
 
+<<<<<<< HEAD
 DEFAULTED = re.compile(r"task\.((source|split|columns|answer)\.\w+|columns|choices|split|leakage|licence|metric|tolerance|format|messages|system|tools|"
                        r"separator|length_normalised|max_new_tokens|answer_pattern|transfer)=")
+=======
+DEFAULTED = re.compile(
+    r"task\.((split|columns|answer)\.\w+|source\.(encoding|header|folder|splits|revision|label|normalise|missing|separator|path)|columns|choices|split|leakage|"
+    r"licence|metric|tolerance|format|messages|system|tools|separator|length_normalised|max_new_tokens|answer_pattern|transfer)=")
+>>>>>>> tryfile
 """Overrides of a task's keys that its YAML may leave out: they are set as if they stood there, without a + before them."""
 MARK = "tuned"
 SUFFIX = f"+{MARK}"

@@ -49,7 +49,6 @@ class Work:
     prompt: float
     answer: float
     choices: float
-    choice_count: int
     new: int
     longest: int
     train_rows: int

@@ -98,7 +98,8 @@ def card(result: Result, example: str) -> str:
     test, phases = result.test, result.phases
     assert test is not None
     value = headline(test, result.metric)
-    shown = f" (95% interval {100 * test.accuracy_low:.1f} to {100 * test.accuracy_high:.1f})" if result.metric == "accuracy" else ""
+    bounds = test.interval(result.metric)
+    shown = f" (95% interval {100 * bounds[0]:.1f} to {100 * bounds[1]:.1f})" if bounds else ""
     settings = ", ".join(f"{key} {value}" for key, value in result.hyperparameters.items()) or "none"
     licence = (result.config.get("model") or {}).get("licence") or "that of the base model"
     data_licence = result.config["task"].get("licence", "not stated")

@@ -121,7 +121,7 @@ def fit(model: str, card: str | None, rows: int, hours: float | None, length: in
     """
     config, shape_from = config_of(model)
     machine = machine_of(planning.card_of(card))
-    work = Work(length, 2, 5, 2, 0, length, rows, max(1, rows // 5), 200, 3.0)
+    work = Work(length, 2, 5, 0, length, rows, max(1, rows // 5), 200, 3.0)
     names = planning.check_techniques(techniques) if techniques else list(SHOWN)
     batch = ["train.batch_size=8", f"train.micro_batch_tokens={max(1024, length)}", f"train.max_length={max(512, length + 8)}"]
     costs = [whole(need(compose([f"technique={name}", *batch]), work, config, machine), work, machine) for name in names]

@@ -202,11 +202,11 @@ def _work(seen: Look, folder: Path | None) -> tuple[Work, bool, list[str]]:
     prompts = [fixed + sum(count(str(row.get(c, ""))) for c in seen.text) for row in rows]
     answers = [count(f" {row[seen.label]}") for row in rows]
     if seen.kind == "choice":
-        choices, number = _tree(seen.labels, tokenizer), len(seen.labels)
+        choices = _tree(seen.labels, tokenizer)
     elif seen.kind == "pair":
-        choices, number = sum(count(text) for row in rows for text in row["choices"]) / len(rows), 2
+        choices = sum(count(text) for row in rows for text in row["choices"]) / len(rows)
     else:
-        choices, number = 0.0, 0
+        choices = 0.0
     chat = bool(seen.shape and tokenizer and tokenizer.chat_template)
     mean = sum(prompts) / len(rows)
     longest = max(p + a for p, a in zip(prompts, answers, strict=True))
@@ -216,7 +216,7 @@ def _work(seen: Look, folder: Path | None) -> tuple[Work, bool, list[str]]:
         if long:
             notes.append(f"{long / len(rows):.0%} of the texts{technique} are longer than {CONTEXT // 4} tokens (train.max_length) and lose their start")
     new = task_keys(seen, False).get("max_new_tokens", 0)
-    return Work(mean, sum(answers) / len(rows), choices, number, new, min(longest, 511), 0, 0, 0, 1.0), chat, notes
+    return Work(mean, sum(answers) / len(rows), choices, new, min(longest, 511), 0, 0, 0, 1.0), chat, notes
 
 
 def _tree(words: Iterable[str], tokenizer: FastTokenizer | None) -> float:
@@ -246,7 +246,7 @@ def work_of(cfg: DictConfig, folder: Path) -> Work:
     longest = min(max(p + a for p, a in zip(prompts, answers, strict=True)), cfg.train.max_length - 1)
     new = OmegaConf.select(cfg, "task.max_new_tokens") or Task.max_new_tokens
     validation = max(1, int(len(train) * evaluate.validation_share))
-    return Work(sum(prompts) / len(rows), sum(answers) / len(rows), 0.0 if generated else choices, max(map(len, listed)), new if generated else 0, longest,
+    return Work(sum(prompts) / len(rows), sum(answers) / len(rows), 0.0 if generated else choices, new if generated else 0, longest,
                 len(train), validation, len(test), cfg.train.epochs)
 
 

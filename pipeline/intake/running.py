@@ -47,7 +47,8 @@ class Row:
             return [self.technique, "", "", "", "", "", f"{self.state}{f': {reason}' if reason else ''}"]
         test, phases, memory = self.result.test, self.result.phases, self.result.memory
         value = headline(test, self.result.metric)
-        shown = f"{100 * test.accuracy_low:.0f} to {100 * test.accuracy_high:.0f}" if self.result.metric == "accuracy" else ""
+        bounds = test.interval(self.result.metric)
+        shown = f"{100 * bounds[0]:.0f} to {100 * bounds[1]:.0f}" if bounds else ""
         size = f"{memory.peak_bytes / 2**30:.1f} GiB" if memory and memory.peak_bytes else ""
         return [self.technique, f"{100 * value:.1f}", shown, duration(phases.train_s), duration(phases.evaluate_s + phases.validate_s), size, ""]
 

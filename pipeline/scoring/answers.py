@@ -13,7 +13,11 @@ import numpy as np
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
+<<<<<<< HEAD
 from pipeline.records.score import RIGHT_OR_WRONG, Score
+=======
+from pipeline.records.results import Score
+>>>>>>> tryfile
 from pipeline.scoring import per_row
 from pipeline.scoring.reading import agrees, canonical, extract, reference
 from pipeline.stats.bootstrap import Statistic, class_value, interval, macro_f1, mean
@@ -56,13 +60,8 @@ def score(predictions: Sequence[dict], task: Task) -> Score:
         rows=rows, accuracy=float(accuracy), accuracy_low=float(interval.low), accuracy_high=float(interval.high),
         macro_f1=_macro_f1(predictions, task), rouge_l=_rouge(predictions) if task.metric == "rouge_l" else None,
         nll=_nll(predictions), unanswered=sum(p["prediction"] is None for p in predictions), metric_low=low, metric_high=high,
-        **_of_rows(predictions, task),
+        **_means(predictions, task),
     )
-
-
-def _of_rows(predictions: Sequence[dict], task: Task) -> dict[str, float]:
-    """The metric that is the mean of the rows' own values (per_row.py), under its name; nothing where it is another."""
-    return {task.metric_name: math.fsum(p["value"] for p in predictions) / len(predictions)} if all("value" in p for p in predictions) else {}
 
 
 def by_row(predictions: Sequence[dict], metric: str) -> tuple[dict[str, float], Statistic | None]:
@@ -75,11 +74,16 @@ def by_row(predictions: Sequence[dict], metric: str) -> tuple[dict[str, float], 
         code = {name: i for i, name in enumerate(names)}
         values = {p["id"]: class_value(code[p["answer"]], code.get(p["prediction"]), len(names)) for p in predictions} if names else {}
         return values, macro_f1(len(names))
+    if predictions and all("value" in p for p in predictions):
+        return {p["id"]: float(p["value"]) for p in predictions}, None if metric in per_row.DECIDE else mean
     if metric == "rouge_l":
         return {p["id"]: one for p, one in zip(predictions, _rouge_by_row(predictions), strict=True)}, mean
-    if metric in RIGHT_OR_WRONG:
-        return {p["id"]: float(p["correct"]) for p in predictions}, None
-    return {p["id"]: float(p["value"]) for p in predictions if "value" in p}, mean
+    return {p["id"]: float(p["correct"]) for p in predictions}, None
+
+
+def _means(predictions: Sequence[dict], task: Task) -> dict[str, float]:
+    """The metric that is the mean of the rows' own values, under its name; nothing where it is another."""
+    return {task.metric_name: math.fsum(p["value"] for p in predictions) / len(predictions)} if all("value" in p for p in predictions) else {}
 
 
 def _interval(predictions: Sequence[dict], metric: str) -> tuple[float | None, float | None]:

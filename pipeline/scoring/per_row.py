@@ -19,11 +19,16 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import CUSTOM, Task
+<<<<<<< HEAD
 from pipeline.records.score import RIGHT_OR_WRONG
+=======
+>>>>>>> tryfile
 from pipeline.scoring.reading import reference
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+DECIDE = ("exact_match", "numeric")
+"""Metrics whose value, 0 or 1, also says which answers are right."""
 Measure = Callable[[str, str, dict], float]
 """(what was said, the answer, the row) -> 0 to 1."""
 
@@ -43,7 +48,7 @@ def measured(predictions: Sequence[dict], rows: Sequence[dict], task: Task) -> l
     for one, row in zip(predictions, rows, strict=True):
         said = one["prediction"] if task.answer_pattern is not None else one.get("output", one["prediction"])
         value = 0.0 if one["prediction"] is None else measure(said, reference(one["answer"], task.answer_pattern), row)
-        scored.append({**one, "value": value, **({"correct": value == 1} if task.metric in RIGHT_OR_WRONG else {})})
+        scored.append({**one, "value": value, **({"correct": value == 1} if task.metric in DECIDE else {})})
     return scored
 
 
