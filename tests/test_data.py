@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from typing import Any
 
@@ -265,3 +266,17 @@ def test_padding_takes_no_part_in_the_loss(model):
     for pad_id in (1, 7):
         actual.append(step(model, list(step_batches(examples(), settings(10_000), pad_id)))[0])
     assert actual[0] == pytest.approx(actual[1], abs=1e-6)
+
+
+def test_a_draw_says_which_labels_it_lacks_and_that_one_validation_row_tells_nothing(tiny):
+    from pipeline.cell.inputs import draw_notes
+
+    whole = rows(tiny, 16)
+    assert draw_notes(whole, True) == []
+    one = next(draw for draw in (rows(tiny, 2, n) for n in range(100)) if len({r["answer"] for r in draw.train}) == 1)
+    missing = "negative" if one.train[0]["answer"] == "positive" else "positive"
+    assert draw_notes(one, True) == [
+        f"no training row has 1 label ({missing}): draw more rows (train_rows)", "validated on 1 row, which tells nothing: choose more training rows"]
+    assert draw_notes(one, False) == [], "what takes no rows lacks none"
+    own = [{**row, "choices": [row["answer"], f"not {i}"]} for i, row in enumerate(whole.train)]
+    assert draw_notes(dataclasses.replace(whole, train=own), True) == [], "choices of a row's own"

@@ -103,3 +103,15 @@ def test_every_metric_is_a_field_of_a_score():
     from pipeline.reporting import figures
 
     assert {*METRICS, CUSTOM} == set(figures.METRICS) and {*METRICS, CUSTOM} <= {f.name for f in dataclasses.fields(Score)}
+
+
+def test_the_file_of_an_own_metric_is_part_of_what_a_cell_is(tmp_path):
+    from pipeline.cell import identity
+    from pipeline.core.compose import compose
+
+    file = tmp_path / "mine.py"
+    found = []
+    for text in ("def f(*_):\n    return 1\n", "def f(*_):\n    return 0\n"):
+        file.write_text(text)
+        found.append(identity.fingerprint(compose(["technique=lora", f"+task.metric={file}:f"])))
+    assert found[0] != found[1] and "mine.py" in " ".join(identity.inputs(compose(["technique=lora", f"+task.metric={file}:f"])))
