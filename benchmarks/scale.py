@@ -1,6 +1,7 @@
 """What it costs to hand out cells, step by step, and what that makes of 10, 1,000 and 100,000 of them: docs/scale.md.
 
     python -m benchmarks.scale measure                  time each step by itself on this machine -> benchmarks/results/scale.json
+    python -m benchmarks.scale measure only=ray         Ray's steps alone
     python -m benchmarks.scale check cells=2000         run so many dummy cells on Ray here, prediction beside measurement -> the same file
 
 A dummy cell is all of a cell's way but its work: its config is composed, compared and sent; a worker's host takes its lock, forks, waits `seconds` (0.05)
@@ -41,6 +42,8 @@ WORDS = ["experiments=data_size", "technique=lora", "train_rows=100", "device=cp
 SECONDS = 0.05
 """What a dummy cell waits."""
 REPEATS = 50
+WARM = 10
+"""Tasks after which both workers run."""
 SEEDS = 10
 """Seeds of a technique and size in the predictions: cells that differ in nothing else are composed once."""
 
@@ -54,6 +57,8 @@ def nothing(cells: list[DictConfig], request: dict[str, Any], kept: Any) -> tupl
 
 def dummy(cells: list[DictConfig], request: dict[str, Any], kept: Any) -> int:
     """Work of a worker's: a cell without its work."""
+    import peft  # noqa: F401  (as `preload` has it: what cells import is imported before they fork)
+
     [cfg] = cells
     check_same(cfg, request)
 
@@ -78,6 +83,12 @@ def write_result(cfg: DictConfig) -> None:
 # Each step by itself
 
 
+def measure_ray() -> dict[str, float]:
+    """Ray's steps alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _on_ray(Path(folder))
+
+
 def measure() -> dict[str, float]:
     """Seconds of each step, by name, on this machine."""
     steps: dict[str, float] = {}
@@ -98,7 +109,7 @@ def measure() -> dict[str, float]:
         watch.lap()
         grid.to_run(cells)
         steps["look_done"] = watch.lap() / REPEATS
-        steps |= _on_ray(cells, root)
+        steps |= _on_ray(root)
         steps |= _mirrored(cells[:40], root)
         steps |= _optuna(root)
         steps |= _dvc(root)
@@ -133,21 +144,25 @@ def _ask(host: Host, cfg: DictConfig, root: Path) -> int:
     return host.ask(request).code
 
 
-def _on_ray(cells: Sequence[DictConfig], root: Path) -> dict[str, float]:
-    """Ray's start and end, and a task that does nothing, with two workers."""
-    def work(count: int) -> int:
+def _on_ray(root: Path) -> dict[str, float]:
+    """Ray's start and end with a task, and every task more, with two workers: by the times at which the command hears of them."""
+    count, heard = 4 * REPEATS, root / "heard"
+
+    def work() -> int:
         from pipeline.fan.cluster import dispatch
 
         every = [Job(f"nothing-{i}", f"{HERE}:nothing", [], extra={"code": 0}) for i in range(count)]
-        return dispatch([lambda cpus, gpus: Queue(every, 0)], fan_jobs.Ray(dashboard=False), root / "work", lambda job, code, value: None)
+        watch, times = Stopwatch(), []
+        code = dispatch([lambda cpus, gpus: Queue(every, 0)], fan_jobs.Ray(dashboard=False), root / "work", lambda job, code, value: times.append(watch.peek()))
+        write_json(heard, times)
+        return code
 
     watch = Stopwatch()
     with quiet():
-        run_in_child(lambda: work(2))
-        first = watch.lap()
-        run_in_child(lambda: work(2 + 2 * REPEATS))
-        second = watch.lap()
-    return {"ray_start": first, "ray_task": (second - first) / (2 * REPEATS)}
+        run_in_child(work)
+    whole, times = watch.lap(), read_json(heard)
+    each = (times[-1] - times[WARM]) / (count - 1 - WARM)
+    return {"ray_start": whole - each * count, "ray_task": each}
 
 
 def _mirrored(cells: Sequence[DictConfig], root: Path) -> dict[str, float]:
@@ -310,7 +325,10 @@ def run(words: list[str]) -> int:
     stored = read_json(FILE) if FILE.exists() else []
     rows = {row["id"]: row for row in stored}
     if what == "measure":
-        rows["steps"] = {"id": "steps", **about, **measure()}
+        only = key_values(rest, ("only",), HERE).get("only")
+        if only not in (None, "ray"):
+            raise UserError(f"benchmarks.scale measure knows only=ray, not only={only}")
+        rows["steps"] = {**rows.get("steps", {}), "id": "steps", **about, **(measure_ray() if only else measure())}
     else:
         count = int({"cells": "2000", **key_values(rest, ("cells",), HERE)}["cells"])
         if "steps" not in rows:
