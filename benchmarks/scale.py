@@ -1,7 +1,7 @@
 """What it costs to hand out cells, step by step, and what that makes of 10, 1,000 and 100,000 of them: docs/scale.md.
 
     python -m benchmarks.scale measure                  time each step by itself on this machine -> benchmarks/results/scale.json
-    python -m benchmarks.scale measure only=ray         Ray's steps alone
+    python -m benchmarks.scale measure only=ray         Ray's steps alone (only=command: what the command does with a cell)
     python -m benchmarks.scale check cells=2000         run so many dummy cells on Ray here, prediction beside measurement -> the same file
 
 A dummy cell is all of a cell's way but its work: its config is composed, compared and sent; a worker's host takes its lock, forks, waits `seconds` (0.05)
@@ -83,10 +83,10 @@ def write_result(cfg: DictConfig) -> None:
 # Each step by itself
 
 
-def measure_ray() -> dict[str, float]:
-    """Ray's steps alone."""
+def measure_some(only: str) -> dict[str, float]:
+    """Ray's steps alone, or those of the command."""
     with tempfile.TemporaryDirectory() as folder:
-        return _on_ray(Path(folder))
+        return _on_ray(Path(folder)) if only == "ray" else _by_command(composed(Path(folder), REPEATS))
 
 
 def measure() -> dict[str, float]:
@@ -100,11 +100,7 @@ def measure() -> dict[str, float]:
         cells = composed(root, REPEATS)
         steps["compose_seed"] = (watch.lap() - steps["compose"]) / (REPEATS - 1)
         steps["config_bytes"] = float(len(json.dumps(sent(cells[0]))))
-        missing = grid.to_run(cells)
-        steps["look_missing"] = watch.lap() / REPEATS
-        for cfg in missing:
-            json.dumps({"cells": [sent(cfg)], "data or model": identity.fingerprint(cfg), "code": code_of(cfg)})
-        steps["send"] = watch.lap() / REPEATS
+        steps |= _by_command(cells)
         steps |= _on_host(cells, root)
         watch.lap()
         grid.to_run(cells)
@@ -114,6 +110,18 @@ def measure() -> dict[str, float]:
         steps |= _optuna(root)
         steps |= _dvc(root)
     return steps
+
+
+def _by_command(cells: list[DictConfig]) -> dict[str, float]:
+    """What the command does with every cell that is missing."""
+    watch = Stopwatch()
+    missing = grid.to_run(cells)
+    looked = watch.lap() / len(cells)
+    code_of(missing[0])  # the code's files are read once
+    watch.lap()
+    for cfg in missing:
+        json.dumps({"cells": [sent(cfg)], "data or model": identity.fingerprint(cfg), "code": code_of(cfg)})
+    return {"look_missing": looked, "send": watch.lap() / len(missing)}
 
 
 def composed(root: Path, count: int) -> list[DictConfig]:
@@ -286,8 +294,8 @@ def predict(steps: dict[str, float], cells: int, workers: int, cell_s: float, be
                       steps["dvc_start"] + cells * steps["dvc_stage"], "command" if command > work else "workers")
 
 
-def check(count: int, steps: dict[str, float]) -> dict[str, Any]:
-    """Run dummy cells on Ray on this machine; seconds beside the prediction."""
+def check(count: int) -> dict[str, Any]:
+    """Run dummy cells on Ray on this machine; seconds of both parts."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         watch = Stopwatch()
@@ -299,11 +307,8 @@ def check(count: int, steps: dict[str, float]) -> dict[str, Any]:
             code = run_in_child(lambda: _run(missing, root)).code
         ran_s = watch.lap()
         done = sum(grid.is_done(cfg) for cfg in cells)
-    guess = predict(steps, count, machine.cpu_count() or 1, SECONDS, beside=True, seeds=count)
-    return {"id": f"dummy-{count}", "cells": count, "done": done, "code": code, "workers": guess.workers, "cell_s": SECONDS,
-            "measured_compose_s": composed_s, "predicted_compose_s": guess.before_s - steps["ray_start"] - steps["host_start"],
-            "measured_run_s": ran_s, "predicted_run_s": steps["ray_start"] + steps["host_start"] + guess.during_s,
-            "measured_s": composed_s + ran_s, "predicted_s": guess.wall_s}
+    return {"id": f"dummy-{count}", "cells": count, "done": done, "code": code, "workers": machine.cpu_count() or 1, "cell_s": SECONDS,
+            "compose_s": composed_s, "run_s": ran_s, "wall_s": composed_s + ran_s}
 
 
 def _run(missing: Sequence[DictConfig], root: Path) -> int:
@@ -326,14 +331,12 @@ def run(words: list[str]) -> int:
     rows = {row["id"]: row for row in stored}
     if what == "measure":
         only = key_values(rest, ("only",), HERE).get("only")
-        if only not in (None, "ray"):
-            raise UserError(f"benchmarks.scale measure knows only=ray, not only={only}")
-        rows["steps"] = {**rows.get("steps", {}), "id": "steps", **about, **(measure_ray() if only else measure())}
+        if only not in (None, "ray", "command"):
+            raise UserError(f"benchmarks.scale measure knows only=ray and only=command, not only={only}")
+        rows["steps"] = {**rows.get("steps", {}), "id": "steps", **about, **(measure_some(only) if only else measure())}
     else:
         count = int({"cells": "2000", **key_values(rest, ("cells",), HERE)}["cells"])
-        if "steps" not in rows:
-            raise UserError(f"{FILE} has no measured steps; run `python -m benchmarks.scale measure` first")
-        rows[f"dummy-{count}"] = {**check(count, rows["steps"]), **about}
+        rows[f"dummy-{count}"] = {**check(count), **about}
     write_json(FILE, list(rows.values()))
     print(json.dumps(rows["steps" if what == "measure" else f"dummy-{count}"], indent=1))
     return 0
@@ -370,10 +373,12 @@ def tables(stored: Sequence[dict[str, Any]]) -> dict[str, str]:
     predicted = [head, *([f"{p.cells:,}", f"{p.workers:,}", *map(words_of, (p.before_s, p.during_s)), p.limit, *map(words_of, (p.mirror_s, p.adopt_s))]
                          for p in cases)]
     checked = [["cells", "done", "part", "predicted s", "measured s"]]
-    for row in rows.values():
-        if row["id"].startswith("dummy-"):
-            checked += [[f"{row['cells']:,}", f"{row['done']:,}", about, f"{row[f'predicted_{part}s']:.1f}", f"{row[f'measured_{part}s']:.1f}"]
-                        for part, about in (("compose_", "compose and look"), ("run_", "run on Ray"), ("", "all"))]
+    for row in (row for row in stored if row["id"].startswith("dummy-")):
+        guess = predict(steps, row["cells"], row["workers"], row["cell_s"], beside=True, seeds=row["cells"])
+        started = steps["ray_start"] + steps["host_start"]
+        parts = (("compose and look", guess.before_s - started, row["compose_s"]), ("run on Ray", guess.during_s + started, row["run_s"]),
+                 ("all", guess.wall_s, row["wall_s"]))
+        checked += [[f"{row['cells']:,}", f"{row['done']:,}", about, f"{predicted_s:.0f}", f"{measured_s:.0f}"] for about, predicted_s, measured_s in parts]
     return {"steps": markdown(seconds), "predicted": markdown(predicted), "checked": markdown(checked)}
 
 
