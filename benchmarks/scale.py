@@ -1,6 +1,7 @@
 """What it costs to hand out cells, step by step, and what that makes of 10, 1,000 and 100,000 of them: docs/scale.md.
 
     python -m benchmarks.scale measure                  time each step by itself on this machine -> benchmarks/results/scale.json
+    python -m benchmarks.scale measure only=ray         Ray's steps alone (only=command: what the command does with a cell)
     python -m benchmarks.scale check cells=2000         run so many dummy cells on Ray here, prediction beside measurement -> the same file
 
 A dummy cell is all of a cell's way but its work: its config is composed, compared and sent; a worker's host takes its lock, forks, waits `seconds` (0.05)
@@ -41,6 +42,8 @@ WORDS = ["experiments=data_size", "technique=lora", "train_rows=100", "device=cp
 SECONDS = 0.05
 """What a dummy cell waits."""
 REPEATS = 50
+WARM = 10
+"""Tasks after which both workers run."""
 SEEDS = 10
 """Seeds of a technique and size in the predictions: cells that differ in nothing else are composed once."""
 
@@ -54,6 +57,8 @@ def nothing(cells: list[DictConfig], request: dict[str, Any], kept: Any) -> tupl
 
 def dummy(cells: list[DictConfig], request: dict[str, Any], kept: Any) -> int:
     """Work of a worker's: a cell without its work."""
+    import peft  # noqa: F401  (as `preload` has it: what cells import is imported before they fork)
+
     [cfg] = cells
     check_same(cfg, request)
 
@@ -78,6 +83,12 @@ def write_result(cfg: DictConfig) -> None:
 # Each step by itself
 
 
+def measure_some(only: str) -> dict[str, float]:
+    """Ray's steps alone, or those of the command."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _on_ray(Path(folder)) if only == "ray" else _by_command(composed(Path(folder), REPEATS))
+
+
 def measure() -> dict[str, float]:
     """Seconds of each step, by name, on this machine."""
     steps: dict[str, float] = {}
@@ -89,20 +100,28 @@ def measure() -> dict[str, float]:
         cells = composed(root, REPEATS)
         steps["compose_seed"] = (watch.lap() - steps["compose"]) / (REPEATS - 1)
         steps["config_bytes"] = float(len(json.dumps(sent(cells[0]))))
-        missing = grid.to_run(cells)
-        steps["look_missing"] = watch.lap() / REPEATS
-        for cfg in missing:
-            json.dumps({"cells": [sent(cfg)], "data or model": identity.fingerprint(cfg), "code": code_of(cfg)})
-        steps["send"] = watch.lap() / REPEATS
+        steps |= _by_command(cells)
         steps |= _on_host(cells, root)
         watch.lap()
         grid.to_run(cells)
         steps["look_done"] = watch.lap() / REPEATS
-        steps |= _on_ray(cells, root)
+        steps |= _on_ray(root)
         steps |= _mirrored(cells[:40], root)
         steps |= _optuna(root)
         steps |= _dvc(root)
     return steps
+
+
+def _by_command(cells: list[DictConfig]) -> dict[str, float]:
+    """What the command does with every cell that is missing."""
+    watch = Stopwatch()
+    missing = grid.to_run(cells)
+    looked = watch.lap() / len(cells)
+    code_of(missing[0])  # the code's files are read once
+    watch.lap()
+    for cfg in missing:
+        json.dumps({"cells": [sent(cfg)], "data or model": identity.fingerprint(cfg), "code": code_of(cfg)})
+    return {"look_missing": looked, "send": watch.lap() / len(missing)}
 
 
 def composed(root: Path, count: int) -> list[DictConfig]:
@@ -133,21 +152,25 @@ def _ask(host: Host, cfg: DictConfig, root: Path) -> int:
     return host.ask(request).code
 
 
-def _on_ray(cells: Sequence[DictConfig], root: Path) -> dict[str, float]:
-    """Ray's start and end, and a task that does nothing, with two workers."""
-    def work(count: int) -> int:
+def _on_ray(root: Path) -> dict[str, float]:
+    """Ray's start and end with a task, and every task more, with two workers: by the times at which the command hears of them."""
+    count, heard = 4 * REPEATS, root / "heard"
+
+    def work() -> int:
         from pipeline.fan.cluster import dispatch
 
         every = [Job(f"nothing-{i}", f"{HERE}:nothing", [], extra={"code": 0}) for i in range(count)]
-        return dispatch([lambda cpus, gpus: Queue(every, 0)], fan_jobs.Ray(dashboard=False), root / "work", lambda job, code, value: None)
+        watch, times = Stopwatch(), []
+        code = dispatch([lambda cpus, gpus: Queue(every, 0)], fan_jobs.Ray(dashboard=False), root / "work", lambda job, code, value: times.append(watch.peek()))
+        write_json(heard, times)
+        return code
 
     watch = Stopwatch()
     with quiet():
-        run_in_child(lambda: work(2))
-        first = watch.lap()
-        run_in_child(lambda: work(2 + 2 * REPEATS))
-        second = watch.lap()
-    return {"ray_start": first, "ray_task": (second - first) / (2 * REPEATS)}
+        run_in_child(work)
+    whole, times = watch.lap(), read_json(heard)
+    each = (times[-1] - times[WARM]) / (count - 1 - WARM)
+    return {"ray_start": whole - each * count, "ray_task": each}
 
 
 def _mirrored(cells: Sequence[DictConfig], root: Path) -> dict[str, float]:
@@ -271,8 +294,8 @@ def predict(steps: dict[str, float], cells: int, workers: int, cell_s: float, be
                       steps["dvc_start"] + cells * steps["dvc_stage"], "command" if command > work else "workers")
 
 
-def check(count: int, steps: dict[str, float]) -> dict[str, Any]:
-    """Run dummy cells on Ray on this machine; seconds beside the prediction."""
+def check(count: int) -> dict[str, Any]:
+    """Run dummy cells on Ray on this machine; seconds of both parts."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         watch = Stopwatch()
@@ -284,11 +307,8 @@ def check(count: int, steps: dict[str, float]) -> dict[str, Any]:
             code = run_in_child(lambda: _run(missing, root)).code
         ran_s = watch.lap()
         done = sum(grid.is_done(cfg) for cfg in cells)
-    guess = predict(steps, count, machine.cpu_count() or 1, SECONDS, beside=True, seeds=count)
-    return {"id": f"dummy-{count}", "cells": count, "done": done, "code": code, "workers": guess.workers, "cell_s": SECONDS,
-            "measured_compose_s": composed_s, "predicted_compose_s": guess.before_s - steps["ray_start"] - steps["host_start"],
-            "measured_run_s": ran_s, "predicted_run_s": steps["ray_start"] + steps["host_start"] + guess.during_s,
-            "measured_s": composed_s + ran_s, "predicted_s": guess.wall_s}
+    return {"id": f"dummy-{count}", "cells": count, "done": done, "code": code, "workers": machine.cpu_count() or 1, "cell_s": SECONDS,
+            "compose_s": composed_s, "run_s": ran_s, "wall_s": composed_s + ran_s}
 
 
 def _run(missing: Sequence[DictConfig], root: Path) -> int:
@@ -310,12 +330,13 @@ def run(words: list[str]) -> int:
     stored = read_json(FILE) if FILE.exists() else []
     rows = {row["id"]: row for row in stored}
     if what == "measure":
-        rows["steps"] = {"id": "steps", **about, **measure()}
+        only = key_values(rest, ("only",), HERE).get("only")
+        if only not in (None, "ray", "command"):
+            raise UserError(f"benchmarks.scale measure knows only=ray and only=command, not only={only}")
+        rows["steps"] = {**rows.get("steps", {}), "id": "steps", **about, **(measure_some(only) if only else measure())}
     else:
         count = int({"cells": "2000", **key_values(rest, ("cells",), HERE)}["cells"])
-        if "steps" not in rows:
-            raise UserError(f"{FILE} has no measured steps; run `python -m benchmarks.scale measure` first")
-        rows[f"dummy-{count}"] = {**check(count, rows["steps"]), **about}
+        rows[f"dummy-{count}"] = {**check(count), **about}
     write_json(FILE, list(rows.values()))
     print(json.dumps(rows["steps" if what == "measure" else f"dummy-{count}"], indent=1))
     return 0
@@ -352,10 +373,12 @@ def tables(stored: Sequence[dict[str, Any]]) -> dict[str, str]:
     predicted = [head, *([f"{p.cells:,}", f"{p.workers:,}", *map(words_of, (p.before_s, p.during_s)), p.limit, *map(words_of, (p.mirror_s, p.adopt_s))]
                          for p in cases)]
     checked = [["cells", "done", "part", "predicted s", "measured s"]]
-    for row in rows.values():
-        if row["id"].startswith("dummy-"):
-            checked += [[f"{row['cells']:,}", f"{row['done']:,}", about, f"{row[f'predicted_{part}s']:.1f}", f"{row[f'measured_{part}s']:.1f}"]
-                        for part, about in (("compose_", "compose and look"), ("run_", "run on Ray"), ("", "all"))]
+    for row in (row for row in stored if row["id"].startswith("dummy-")):
+        guess = predict(steps, row["cells"], row["workers"], row["cell_s"], beside=True, seeds=row["cells"])
+        started = steps["ray_start"] + steps["host_start"]
+        parts = (("compose and look", guess.before_s - started, row["compose_s"]), ("run on Ray", guess.during_s + started, row["run_s"]),
+                 ("all", guess.wall_s, row["wall_s"]))
+        checked += [[f"{row['cells']:,}", f"{row['done']:,}", about, f"{predicted_s:.0f}", f"{measured_s:.0f}"] for about, predicted_s, measured_s in parts]
     return {"steps": markdown(seconds), "predicted": markdown(predicted), "checked": markdown(checked)}
 
 
