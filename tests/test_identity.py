@@ -30,14 +30,8 @@ def test_every_key_of_the_config_is_said_to_decide_or_not():
     top = yaml.safe_load((CONF / "config.yaml").read_text())
     groups = {name.removeprefix("override ") for entry in top["defaults"] if isinstance(entry, dict) for name in entry}
     aside = {
-<<<<<<< HEAD
-        "experiment", "cell", "split", "requests", "to", "variant", "overwrite", "stale", "adopt", "pack", "preflight", "memory_limit_gb", "price_per_hour",
-        "currency", "launcher", "share", "ray", "slurm",
-=======
         "experiment", "cell", "split", "requests", "to", "variant", "overwrite", "stale", "adopt", "budget", "grid", "judge", "pack", "preflight",
-        "memory_limit_gb", "price_per_hour",
-        "currency",
->>>>>>> tryfile
+        "memory_limit_gb", "price_per_hour", "currency", "launcher", "share", "ray", "slurm",
         "tuned", "tune", "forecast", "report", "paths", "writer", "sweep", "search", "tracking", "experiments", "hydra", "defaults", "hydra/job_logging",
     }
     assert set(top) | groups == set(settings.DECIDING) | aside, "a new key at the top decides a cell's outcome (settings.DECIDING), or it does not (here)"

@@ -36,21 +36,12 @@ def entry(run: Run) -> Callable[..., int]:
     """The `main(argv=None)` of a command, which returns the exit code."""
 
     def main(argv: Sequence[str] | None = None) -> int:
-<<<<<<< HEAD
-        for beginning in NOISE:
-            warnings.filterwarnings("ignore", beginning)
-        logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says at every start which tokenizer it takes
-        if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
-            print(overrides_help(run.__module__.rpartition(".")[2] if run.__module__ != "__main__" else Path(sys.argv[0]).stem))
-            return 0
-=======
         if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
             print(overrides_help(run.__module__.rpartition(".")[2] if run.__module__ != "__main__" else Path(sys.argv[0]).stem))
             return 0
         for beginning in NOISE:
             warnings.filterwarnings("ignore", beginning)
         logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says at every start which tokenizer it takes
->>>>>>> tryfile
         try:
             return (_command_line(run) if argv is None else _in_process(run, argv)) or 0
         except UserError as error:

@@ -191,14 +191,9 @@ def explain(error: BaseException) -> str:
     return f"the config does not compose: {reason}"
 
 
-<<<<<<< HEAD
-DEFAULTED = re.compile(r"task\.((source|split|columns|answer)\.\w+|columns|choices|split|leakage|licence|metric|tolerance|format|messages|system|tools|"
-                       r"separator|length_normalised|max_new_tokens|answer_pattern|transfer)=")
-=======
 DEFAULTED = re.compile(
     r"task\.((split|columns|answer)\.\w+|source\.(encoding|header|folder|splits|revision|label|normalise|missing|separator|path)|columns|choices|split|leakage|"
     r"licence|metric|tolerance|format|messages|system|tools|separator|length_normalised|max_new_tokens|answer_pattern|transfer)=")
->>>>>>> tryfile
 """Overrides of a task's keys that its YAML may leave out: they are set as if they stood there, without a + before them."""
 MARK = "tuned"
 SUFFIX = f"+{MARK}"

@@ -13,11 +13,7 @@ import numpy as np
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
-<<<<<<< HEAD
-from pipeline.records.score import RIGHT_OR_WRONG, Score
-=======
-from pipeline.records.results import Score
->>>>>>> tryfile
+from pipeline.records.score import Score
 from pipeline.scoring import per_row
 from pipeline.scoring.reading import agrees, canonical, extract, reference
 from pipeline.stats.bootstrap import Statistic, class_value, interval, macro_f1, mean

@@ -19,10 +19,6 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import CUSTOM, Task
-<<<<<<< HEAD
-from pipeline.records.score import RIGHT_OR_WRONG
-=======
->>>>>>> tryfile
 from pipeline.scoring.reading import reference
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
