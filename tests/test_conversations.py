@@ -124,6 +124,8 @@ def test_without_a_template_the_transcript_is_the_prompt(tokenizer):
     plain = Encoder(tokenizer, Task("t", "generate", **task), 128, "error")
     prompt = Conversation(normalised(OPENAI, "row 1", "m")[:2])
     assert plain.prompt(prompt) == tokenizer("System: the film\nUser: a plot\nAssistant:")["input_ids"]
+    assert plain.said(" fine\nlines\nUser: and the cast?\nAssistant: poor") == " fine\nlines"
+    assert encoder(tokenizer).said("so\nUser: x") == Encoder(tokenizer, Task("t", "generate"), 128, "error").said("so\nUser: x") == "so\nUser: x"
     with pytest.raises(UserError, match="choose task.format=transcript"):
         Encoder(tokenizer, Task("t", "generate", messages="messages"), 128, "error")
 

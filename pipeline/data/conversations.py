@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ AROUND = {"call": ("assistant", "tool_call"), "result": ("user", "tool_response"
 """Who says it, and the tag around it (Hermes' and Qwen's)."""
 ANSWER = "AnAnswer0123456789"
 """Stands for an assistant's words while a template is looked at."""
+NEXT_TURN = re.compile(r"\n(?:System|User|Assistant):")
+"""Where another turn of a transcript begins."""
 Turns = list[dict[str, Any]]
 """{role, content}, and weight: 0 of an assistant's turn that is not to be learnt."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.core.files import Unsuited, UserError, read_jsonl, read_object
 from pipeline.core.settings import Task, Train
-from pipeline.data.conversations import Conversation, Template, turns_of
+from pipeline.data.conversations import NEXT_TURN, Conversation, Template, turns_of
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +106,10 @@ class Encoder:
         if not ids:
             raise Unsuited(f"the answer {text!r} encodes to no token of this model's; choose another model, or write the task's answers in its words")
         return ids + [self.end_id] if ends else ids
+
+    def said(self, text: str) -> str:
+        """An answer out of generated text: of a transcript, up to the turn of another that a model without a chat template goes on with."""
+        return NEXT_TURN.split(text)[0] if self.task.messages is not None and self.template is None else text
 
     def example(self, example: Example) -> Encoded:
         answer = self.answer(example.answer, example.ends)

@@ -219,7 +219,7 @@ class Scorer:
         new, encoder = self.task.max_new_tokens if room is None else room, self.encoder
         prompts = [prompt for prompt, _ in items]
         asked = self.model, prompts, new, self.batch_tokens, encoder.tokenizer, encoder.pad_id
-        return generate(*asked, self.device, self.dtype, self.notes, owners, encoder.end_id)
+        return [encoder.said(text) for text in generate(*asked, self.device, self.dtype, self.notes, owners, encoder.end_id)]
 
     def _choose(self, rows: Sequence[dict]) -> list[dict]:
         lengths = [[len(c) if self.task.length_normalised else 1 for c in row["choices"]] for row in rows]
