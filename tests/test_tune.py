@@ -50,7 +50,12 @@ def config(technique: str, **changes: Any) -> DictConfig:
 
 
 def space(technique: str, **changes: Any) -> Space:
-    return declared(config(technique, **changes))
+    return declared(on_reference(config(technique, **changes)))
+
+
+def on_reference(cfg: DictConfig) -> DictConfig:
+    """With the rate for the reference base, whatever lies under models/ here."""
+    return at(cfg, {"train.lr": cfg.train.lr or cfg.train.reference_lr})
 
 
 def test_a_technique_that_names_nothing_searches_its_learning_rate_around_its_own():
@@ -173,7 +178,7 @@ def test_draws_are_a_function_of_the_seed_and_more_of_them_go_on_with_the_same()
     ("step_by_step", [(6.260326907499729e-05, 0.7436704297351775), (8.025955666793807e-05, 0.5903948646972071)]),
 ])
 def test_the_draws_of_a_seed_stay_those_of_studies_made_before(technique, points):
-    cfg = config(technique)
+    cfg = on_reference(config(technique))
     actual = search_tuning._sweep(cfg, declared(cfg), 4)
     assert actual.points is not None and [tuple(actual.space.complete(p).values()) for p in actual.points][: len(points)] == points
 
