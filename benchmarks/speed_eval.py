@@ -249,7 +249,7 @@ def _best(scores: Sequence[float]) -> int:
 
 def _text(words: str, tokenizer: Any) -> str | None:
     """The answer as the scorer takes it from a generated text; the ids themselves without a tokenizer."""
-    from pipeline.scoring.answers import canonical, extract
+    from pipeline.scoring.reading import canonical, extract
 
     if tokenizer is None:
         return words

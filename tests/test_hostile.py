@@ -166,7 +166,7 @@ def test_what_reads_results_for_people_runs_nothing_and_tells_no_secret(hostile,
     shown = capfd.readouterr()
     assert not (tmp_path / "mark").exists() and "hunter2" not in shown.out + shown.err
     made = set(tmp_path.rglob("*")) - before
-    assert all(p.is_relative_to(tmp_path / "report") for p in made) and not any("hunter2" in p.read_text() for p in made if p.is_file())
+    assert all(p.is_relative_to(tmp_path / "report") for p in made) and not any(b"hunter2" in p.read_bytes() for p in made if p.is_file())
 
 
 # Every other command that reads a folder

@@ -69,7 +69,7 @@ def test_turns_without_a_template_are_joined_and_a_text_ends_where_the_next_woul
 def test_a_prompt_that_is_too_long_and_a_model_that_is_not_there(tiny, tmp_path):
     with pytest.raises(UserError, match="the longest prompt takes 251 tokens and writer.max_new_tokens=6 more, but smollm2_135m reads 256; lower"):
         local(tiny, tmp_path).write([[{"role": "user", "content": "film " * 251}]])
-    with pytest.raises(UserError, match="run: python -m pipeline.base_model model=other"):
+    with pytest.raises(UserError, match="run: python -m pipeline.base_model model=local model.source.path=<its folder> model.name=other"):
         local(tiny, tmp_path, model="other").check()
     with pytest.raises(UserError, match="precision.name"):
         local(tiny, tmp_path, precision="fp8").check()

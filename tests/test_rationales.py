@@ -102,7 +102,8 @@ def test_the_scale_with_the_tasks_labels_is_used(labels, text, label, tmp_path):
 def test_a_stored_rationale_that_is_no_text_is_named(tmp_path, capsys):
     words = prepared(tmp_path, rationale=["because", {"a": 1}, "", ""], given_answer=["positive", "negative", "", ""])
     assert rationales.main([*words, "teacher=stored", "teacher.rationale_column=rationale", "teacher.answer_column=given_answer"]) == 2
-    assert "row train-1 has rationale={'a': 1}, which is an object and no text; fix or remove that row" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "row train-1 has rationale={'a': 1}, which is an object and no text: name what is inside it" in said and "fix or remove that row" in said
 
 
 def test_stored_columns(tmp_path):

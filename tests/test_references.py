@@ -12,8 +12,8 @@ from pipeline.data import recipe as tasks
 from pipeline.data import splits
 from pipeline.data.sources import Loaded
 from pipeline.scoring import references
-from pipeline.scoring.answers import agrees, reference
 from pipeline.scoring.per_row import measured
+from pipeline.scoring.reading import agrees, reference
 
 GSM8K = r"####\s*(-?[\d,\.]+)"
 

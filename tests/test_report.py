@@ -29,7 +29,7 @@ from pipeline.reporting.page import words
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the experiment `quick` and its grid."""
-    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    monkeypatch.setattr(cells, "experiments", lambda: tmp_path / "experiments")
     write_grid(tmp_path, GRID)
     return tmp_path
 
@@ -254,7 +254,7 @@ def test_nothing_is_half_written(home: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "No space left on device" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in folder.rglob("*.*")} == before and [p.name for p in folder.parent.iterdir()] == ["quick"]
     monkeypatch.undo()
-    monkeypatch.setattr(cells, "ROOT", home)
+    monkeypatch.setattr(cells, "experiments", lambda: home / "experiments")
     assert run(home) == 0 and "not run" not in (folder / "table.md").read_text()
 
 

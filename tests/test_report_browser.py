@@ -60,7 +60,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:  # before `undrawn`, 
     (home / "experiments" / "quick" / "params.yaml").write_text(yaml.safe_dump({"experiment": "quick", "grid": GRID}))
     write_experiment(home / "results")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "ROOT", home)
+        patch.setattr(grid, "experiments", lambda: home / "experiments")
         assert report.main(["experiments=quick", f"paths.results={home}/results", f"paths.report={home}/report"]) == 0
     return (home / "report" / "quick" / "index.html").read_text()
 

@@ -122,7 +122,7 @@ def test_one_seed_and_a_technique_with_few_sizes_are_said(tmp_path):
 
 
 def test_the_page_has_the_part_where_there_are_three_sizes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cell_grid, "ROOT", tmp_path)
+    monkeypatch.setattr(cell_grid, "experiments", lambda: tmp_path / "experiments")
     (tmp_path / "experiments" / "quick").mkdir(parents=True)
     write_sizes(tmp_path / "results", seeds=2, test_rows=120, sizes=SIZES[:3], curves=THREE)
     pages = []
@@ -141,7 +141,7 @@ def test_the_page_has_the_part_where_there_are_three_sizes(tmp_path, monkeypatch
 @pytest.mark.slow
 def test_from_cells_to_curves(overrides, imports, tmp_path, monkeypatch, capsys):
     """The tiny model on the separable task: LoRA learns it with the rows, floor of steps and all, and overtakes the untouched base."""
-    monkeypatch.setattr(cell_grid, "ROOT", tmp_path)
+    monkeypatch.setattr(cell_grid, "experiments", lambda: tmp_path / "experiments")
     (tmp_path / "experiments" / "data_size_quick").mkdir(parents=True)
     grid = {"techniques": ["zero_shot", "lora"], "seeds": [0, 1], "train_rows": [16, 32, 64]}
     Path(tmp_path / "experiments" / "data_size_quick" / "params.yaml").write_text(yaml.safe_dump({"experiment": "data_size_quick", "grid": grid}))

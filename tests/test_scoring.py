@@ -13,7 +13,8 @@ from pipeline.core.settings import Precision, Task
 from pipeline.data.rows import Encoder
 from pipeline.models.base import load_model
 from pipeline.scoring import scorer as scoring
-from pipeline.scoring.answers import canonical, extract, headline, score
+from pipeline.scoring.answers import headline, score
+from pipeline.scoring.reading import canonical, extract
 from pipeline.scoring.scorer import Scorer, choice_log_likelihoods, generate, logits_at
 
 CPU = torch.device("cpu")

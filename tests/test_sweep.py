@@ -71,6 +71,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
     monkeypatch.setattr(cell_run, "run", fake_cell)
     monkeypatch.setattr(inputs, "preload", lambda missing: inputs.Shared())
     monkeypatch.setattr(grid, "preload", lambda missing: inputs.Shared())
+    monkeypatch.setattr(inputs, "check_ahead", lambda cfg: None)
     monkeypatch.setattr(child, "POLL_S", 0.01)
     folders = [f"paths.{name}={root}/{name}" for name in ("data", "models", "results", "sweeps", "work")]
     return [*folders, "technique=lora", "tracking=none", "experiment=tried", "train_rows=64"]

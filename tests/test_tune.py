@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import DictConfig
+from report_cells import result
 
 from pipeline import tune
 from pipeline.cell import grid, identity, inputs, record
@@ -23,10 +24,12 @@ from pipeline.core import compose as core_compose
 from pipeline.core.compose import compose, spelled_out
 from pipeline.core.files import UserError
 from pipeline.records import tuned
+from pipeline.records.finished import Cell
 from pipeline.records.finished import name as cell_name
 from pipeline.records.results import Score, Work
 from pipeline.records.tuned import Edge, Tuned, applied, effort, expected_best
 from pipeline.reporting import tuning as report_tuning
+from pipeline.reporting.rows import make_rows
 from pipeline.search import trials as search_trials
 from pipeline.search import tuning as search_tuning
 from pipeline.search.space import Parameter, Space, at, declared
@@ -44,8 +47,7 @@ def composed(*words: str) -> DictConfig:
     return compose([*QUICK, *words])
 
 
-def config(technique: str, **changes: Any) -> DictConfig:
-    """A technique's config with these keys (a double underscore is a dot)."""
+def config(technique: str, **changes: Any) -> DictConfig:  # a double underscore is a dot
     return at(composed(f"technique={technique}"), {key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -53,8 +55,7 @@ def space(technique: str, **changes: Any) -> Space:
     return declared(on_reference(config(technique, **changes)))
 
 
-def on_reference(cfg: DictConfig) -> DictConfig:
-    """With the rate for the reference base, whatever lies under models/ here."""
+def on_reference(cfg: DictConfig) -> DictConfig:  # whatever lies under models/ here
     return at(cfg, {"train.lr": cfg.train.lr or cfg.train.reference_lr})
 
 
@@ -225,8 +226,8 @@ class Runs:
             return record.bare_result(cfg, status="diverged" if value == 0.0 else "ok", precision="fp32", scores=scores, work=work)
 
         monkeypatch.setattr(search_trials, "run_trial", run)
-        monkeypatch.setattr(inputs, "preload", lambda chosen: None)
-        monkeypatch.setattr(grid, "preload", lambda chosen: None)
+        for where in (inputs, grid):
+            monkeypatch.setattr(where, "preload", lambda chosen: None)
 
 
 def words_in(tmp_path: Path, overrides: list[str]) -> list[str]:
@@ -396,11 +397,6 @@ def test_a_variant_is_tuned_by_itself(tuning):
 
 
 def test_the_report_shows_untuned_beside_tuned():
-    from report_cells import result
-
-    from pipeline.records.finished import Cell
-    from pipeline.reporting.rows import make_rows
-
     rows = make_rows([Cell(result(name, right=right), Path("none"), name, "160") for name, right in (("lora", 150), ("lora+tuned", 175))])
     again = example(task="vader_movies", edges=[Edge("train.lr", 3e-3, "high", {"low": 3e-3, "high": 0.1}, True)])
     actual = report_tuning.part(rows, {("lora", "160"): again, ("gone", "160"): example()}, {"reparametrised": "f1"})["tuning"]
@@ -414,22 +410,12 @@ def test_the_report_shows_untuned_beside_tuned():
 
 
 def test_tuned_on_another_task_is_not_ranked_beside():
-    from report_cells import result
-
-    from pipeline.records.finished import Cell
-    from pipeline.reporting.rows import make_rows
-
     rows = make_rows([Cell(result("lora"), Path("none"), "lora", "160")])
     with pytest.raises(UserError, match="quick/lora-n160.yaml has task=vader_movies_5, the cells task=vader_movies, which no ranking may mix"):
         report_tuning.part(rows, {("lora", "160"): example()}, {})
 
 
 def test_unequal_budgets_and_missing_tuned_cells_are_said():
-    from report_cells import result
-
-    from pipeline.records.finished import Cell
-    from pipeline.reporting.rows import make_rows
-
     rows = make_rows([Cell(result(name), Path("none"), name, "160") for name in ("lora", "full")])
     tunings = {("lora", "160"): example(task="vader_movies"), ("full", "160"): example(task="vader_movies", technique="full", budget=24)}
     texts = report_tuning.part(rows, tunings, {"reparametrised": "f1", "full": "f2"})["tuning"]["remarks"]

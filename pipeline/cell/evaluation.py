@@ -19,7 +19,7 @@ from pipeline.measure import clock
 from pipeline.measure.clock import Meter
 from pipeline.measure.memory import Memory, PeakMemory
 from pipeline.records.results import Forgetting, Inference, Score
-from pipeline.scoring import answers
+from pipeline.scoring import answers, reading
 from pipeline.scoring.per_row import measured
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.sharing import shared_latency
@@ -66,7 +66,7 @@ def score_answers(parts: Parts, rows: Rows, meter: Meter) -> Evaluation:
             if not parts.wants(split):
                 continue
             replies = parts.method.answers(asked, rows.rationales) or []
-            scored = [{"id": r["id"], "answer": r["answer"], "prediction": g, "correct": answers.agrees(g, r["answer"], parts.settings.task.answer_pattern)}
+            scored = [{"id": r["id"], "answer": r["answer"], "prediction": g, "correct": reading.agrees(g, r["answer"], parts.settings.task.answer_pattern)}
                      for r, g in zip(asked, replies, strict=True)]
             scored = measured(scored, asked, parts.settings.task)
             predictions += [{"split": split, **p} for p in scored]

@@ -107,7 +107,7 @@ def reads(cfg: DictConfig) -> list[Path]:
     start = [cell_at(cfg.start, cfg) / "result.json"] if cfg.start else []
     if "writer" in cfg.teacher.keys():  # noqa: SIM118 (`in` leaves an exception of OmegaConf's that keeps this frame and its callers alive)
         start.append(Path(cfg.paths.rationales) / cfg.task.name / cfg.teacher.name / "rationales.jsonl")
-    own = source_of(cfg.task.get("metric") or "")
+    own = source_of(cfg.task.metric if "metric" in cfg.task.keys() else "")  # noqa: SIM118 (as above; `get` does so, too)
     return start + ([own] if own else []) + synthetic.reads(cfg) + build(cfg.objective, "objective").reads(cfg)
 
 

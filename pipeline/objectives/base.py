@@ -18,7 +18,7 @@ from pipeline.core.settings import Settings, Task, Train, check_fields
 from pipeline.data.conversations import answered
 from pipeline.data.rows import Batch, Encoded, Encoder, Example, step_batches
 from pipeline.records.results import Teacher
-from pipeline.scoring.answers import Reasoning
+from pipeline.scoring.reading import Reasoning
 from pipeline.scoring.scorer import Scorer, logits_at
 
 if TYPE_CHECKING:

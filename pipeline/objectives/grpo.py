@@ -15,7 +15,7 @@ from pipeline.core.files import UserError
 from pipeline.core.settings import NotNegative, Positive, Task, Within
 from pipeline.data.rows import Encoded
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
-from pipeline.scoring.answers import agrees, extract
+from pipeline.scoring.reading import agrees, extract
 
 
 @dataclass(frozen=True)

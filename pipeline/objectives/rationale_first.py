@@ -13,7 +13,7 @@ from pipeline.core.files import UserError
 from pipeline.core.settings import AtLeast1, Task, Within
 from pipeline.data.rows import Encoded, Example
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext, rationale_text
-from pipeline.scoring.answers import Reasoning
+from pipeline.scoring.reading import Reasoning
 
 
 @dataclass(frozen=True)

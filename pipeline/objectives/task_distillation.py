@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.core.files import UserError
 from pipeline.data.rows import Encoded
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
-from pipeline.scoring.answers import canonical
+from pipeline.scoring.reading import canonical
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.core.compose import literal
+from pipeline.core.compose import GROUPS, MAPPINGS, literal
 from pipeline.core.files import Damaged, UserError, read_jsonl
 from pipeline.core.settings import CUSTOM
 from pipeline.records.results import ENGINES, Result
@@ -174,4 +174,5 @@ def cell_config(result: Result, cfg: DictConfig) -> DictConfig:
     settings["model"] = {**settings["model"], "trust_remote_code": cfg.model.trust_remote_code}  # who wrote the result does not decide that
     if ":" in str(settings["task"].get("metric")) and settings["task"]["metric"] != cfg.task.get("metric"):  # nor names code that this run imports
         settings["task"] = {**settings["task"], "metric": CUSTOM}
-    return OmegaConf.create({**newer, **settings, "paths": cfg.paths, "device": cfg.device, "evaluate": cfg.evaluate})
+    commands = {key: cfg[key] for key in MAPPINGS - GROUPS if key in newer}  # what no cell has a part in: paths, tune, forecast, …
+    return OmegaConf.create({**newer, **settings, **commands, "device": cfg.device, "evaluate": cfg.evaluate})

@@ -5,17 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.records.score import Score
 from pipeline.scoring import per_row
-from pipeline.scoring.reading import agrees, canonical, extract, reference
 from pipeline.stats.bootstrap import Statistic, class_value, interval, macro_f1, mean
 
 
@@ -84,6 +79,8 @@ def _means(predictions: Sequence[dict], task: Task) -> dict[str, float]:
 
 def _interval(predictions: Sequence[dict], metric: str) -> tuple[float | None, float | None]:
     """The bootstrap's 95% interval of a headline metric other than accuracy."""
+    import numpy as np
+
     values, statistic = by_row(predictions, metric)
     return (None, None) if metric == "accuracy" or statistic is None or not values else interval(np.array(list(values.values())), statistic)
 
@@ -143,22 +140,3 @@ def headline(scores: Score, metric: str) -> float:
     """The task's metric. NaN-free: a metric the split cannot have falls back to accuracy."""
     value = getattr(scores, metric)
     return float(scores.accuracy if value is None else value)
-
-
-__all__ = ["Reasoning", "agrees", "by_row", "canonical", "chosen", "extract", "finite", "headline", "preload", "reference", "score"]
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """max_new_tokens: the longest reasoning; cue: the words between it and the answer."""
-
-    max_new_tokens: int
-    cue: str
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"objective.max_new_tokens is {self.max_new_tokens}; the reasoning needs at least 1 token")
-
-    def prefill(self, text: str) -> str:
-        """What stands between prompt and answer once the reasoning is known."""
-        return f"{text.strip()}{self.cue}".strip()

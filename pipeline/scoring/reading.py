@@ -1,11 +1,14 @@
 """An answer read out of a text, and compared with the reference: the pattern of a task is applied to both.
 
-Library of answers.py and per_row.py.
+Library of answers.py and per_row.py. Needs no numpy.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+from pipeline.core.files import UserError
 
 
 def extract(output: str, pattern: str | None) -> str | None:
@@ -39,3 +42,19 @@ def reference(answer: str, pattern: str | None) -> str:
 def agrees(prediction: str | None, answer: str, pattern: str | None) -> bool:
     """Whether an answer read out of a text is the reference's."""
     return prediction is not None and canonical(prediction) == canonical(reference(answer, pattern))
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """max_new_tokens: the longest reasoning; cue: the words between it and the answer."""
+
+    max_new_tokens: int
+    cue: str
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"objective.max_new_tokens is {self.max_new_tokens}; the reasoning needs at least 1 token")
+
+    def prefill(self, text: str) -> str:
+        """What stands between prompt and answer once the reasoning is known."""
+        return f"{text.strip()}{self.cue}".strip()

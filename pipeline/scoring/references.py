@@ -12,8 +12,9 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
-from pipeline.scoring.answers import agrees, by_row, extract
+from pipeline.scoring.answers import by_row
 from pipeline.scoring.per_row import measured
+from pipeline.scoring.reading import agrees, extract
 
 SHOWN = 3
 Cut = Callable[[str], str | None]

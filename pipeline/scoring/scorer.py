@@ -13,7 +13,8 @@ from pipeline.core.settings import Task
 from pipeline.data.choices import MANY, Contest, Items, Reads, arrange
 from pipeline.data.rows import Encoder, by_length, pad
 from pipeline.models.base import autocast
-from pipeline.scoring.answers import Reasoning, agrees, chosen, extract
+from pipeline.scoring.answers import chosen
+from pipeline.scoring.reading import Reasoning, agrees, extract
 
 if TYPE_CHECKING:
     import torch

@@ -28,7 +28,7 @@ from pipeline.models.base import cast, device_of, load_model, load_tokenizer, mo
 from pipeline.objectives.base import Objective
 from pipeline.records.finished import cell_config, finished, needed
 from pipeline.records.results import Forgetting, Result, Score
-from pipeline.scoring import answers
+from pipeline.scoring import answers, reading
 from pipeline.scoring.per_row import measured
 from pipeline.scoring.probes import Probing
 from pipeline.scoring.scorer import WHOLE, Scorer
@@ -225,7 +225,7 @@ class Multiplexer:
         if scorer.task.scoring == "choice":
             sums = scorer.log_likelihoods(asked, owners)
             return [p for row, values in zip(batch, sums, strict=True) for p in answers.chosen([row], [values], scorers[row["adapter"]].task)]
-        return [{"id": row["id"], "prediction": answers.extract(text, scorers[row["adapter"]].task.answer_pattern), "output": text}
+        return [{"id": row["id"], "prediction": reading.extract(text, scorers[row["adapter"]].task.answer_pattern), "output": text}
                 for row, text in zip(batch, scorer.texts(asked, owners), strict=True)]
 
     def _attached(self, labels: dict[str, str]) -> Any:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 RESAMPLES = 2000
 AT_ONCE = 250
 """Draws that are held in memory at once."""
-Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Statistic = Callable[[Any, Any], Any]
 """(values [n] of one run, how often each row was drawn [R, n]) -> the metric [R]."""
 
 
@@ -25,6 +27,8 @@ def mean(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
 
 def macro_f1(labels: int) -> Statistic:
     """The mean of so many classes' F1; one that is neither an answer nor a prediction counts as 0. Values are those of `class_value`."""
+    import numpy as np
+
     def of(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         truth, predicted = (part[:, None] == np.arange(labels) for part in np.divmod(values.astype(int), labels + 1))
         either = drawn @ (truth.astype(float) + predicted)
@@ -41,6 +45,8 @@ def class_value(truth: int, predicted: int | None, labels: int) -> float:
 
 def resampled(values: np.ndarray, statistic: Statistic) -> np.ndarray:
     """[S, 1 + RESAMPLES]: the metric of every run of values [S, n], on the rows as they are and on every draw, the same draws for all calls."""
+    import numpy as np
+
     drawn = _draws(values.shape[1])
     parts = [np.stack([statistic(run, drawn[at : at + AT_ONCE].astype(float)) for run in values]) for at in range(0, len(drawn), AT_ONCE)]
     return np.concatenate(parts, axis=1)
@@ -48,6 +54,8 @@ def resampled(values: np.ndarray, statistic: Statistic) -> np.ndarray:
 
 def interval(values: np.ndarray, statistic: Statistic) -> tuple[float, float]:
     """The 95% percentile interval of one run's metric, from values [n]."""
+    import numpy as np
+
     low, high = np.percentile(resampled(values[None], statistic)[0, 1:], [2.5, 97.5])
     return float(low), float(high)
 
@@ -55,6 +63,8 @@ def interval(values: np.ndarray, statistic: Statistic) -> tuple[float, float]:
 @functools.lru_cache(maxsize=2)
 def _draws(rows: int) -> np.ndarray:
     """[1 + RESAMPLES, n] how often each row was drawn; first, every row once."""
+    import numpy as np
+
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
     return np.vstack([np.ones(rows, dtype=int), drawn]).astype(np.uint8 if drawn.max() < 256 else np.int32)

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import AtLeast0, check_fields
 from pipeline.data.recipe import column_text
-from pipeline.scoring.answers import canonical
+from pipeline.scoring.reading import canonical
 
 
 @dataclass(frozen=True)

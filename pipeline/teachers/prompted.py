@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import AtLeast1, Task
-from pipeline.scoring.answers import canonical, extract
+from pipeline.scoring.reading import canonical, extract
 from pipeline.teachers.base import Explanation, Teacher
 from pipeline.teachers.demonstrations import Demonstrations, Shot
 from pipeline.teachers.writers import Messages, Writer

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from pipeline.core.settings import read
 from pipeline.data.rows import load_rows, read_rows
-from pipeline.scoring.answers import agrees
+from pipeline.scoring.reading import agrees
 from pipeline.teachers.base import Teacher
 
 SPLITS = ("train", "validation", "test")

@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.data.near import Near, own_nearness
-from pipeline.scoring.answers import canonical, extract
+from pipeline.scoring.reading import canonical, extract
 from pipeline.teachers.synthetic.rows import Synthesis
 from pipeline.teachers.synthetic.taxonomy import Leaf, SeedExample
 from pipeline.teachers.writers import Messages, Writer
