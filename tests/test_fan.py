@@ -162,6 +162,7 @@ def test_a_result_takes_its_place_only_when_all_of_it_is_there(tmp_path):
 # Ray
 
 
+@pytest.mark.slow
 def test_jobs_run_on_ray_in_processes_of_their_own(tmp_path, monkeypatch, capfd):
     """The small one among the tests on Ray, with work that loads nothing: the others are slow."""
     monkeypatch.chdir(tmp_path)

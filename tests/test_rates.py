@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 from test_cell import run
 
 from benchmarks import rates_fit
@@ -78,10 +79,10 @@ def test_every_technique_has_a_rate_and_the_fitted_powers():
     for path in sorted(Path("conf/technique").glob("*.yaml")):
         if path.stem == "peft_config":  # its rate is the file's
             continue
-        train = compose([f"technique={path.stem}"]).train
-        assert train.lr or train.reference_lr, path
+        train = yaml.safe_load(path.read_text())["train"]
+        assert train.get("lr") or train["reference_lr"], path
         if path.stem in fitted and path.stem not in rates_fit.PENDING:
-            assert train.lr_power == fitted[path.stem]["lr_power"], path
+            assert train.get("lr_power", 0.0) == fitted[path.stem]["lr_power"], path
 
 
 # the fit

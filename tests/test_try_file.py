@@ -116,6 +116,7 @@ def test_a_file_of_any_kind_leads_to_an_answer(place, imports, capsys, name):
     assert [p.parent.name for p in (place / "results").rglob("result.json")] == ["zero_shot-s0-n16"]
 
 
+@pytest.mark.slow
 def test_what_follows_an_answer(place, imports, capsys, monkeypatch):
     write(place / "reviews.csv", csv_text())
     code, out = tried("reviews.csv", capsys=capsys)
