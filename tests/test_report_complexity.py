@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from report_cells import keep, result, score
 
-from pipeline.core.files import sha256, write_json, write_jsonl
+from pipeline.core.files import UserError, sha256, write_json, write_jsonl
+from pipeline.intake import mistakes as listed
 from pipeline.records.finished import select
 from pipeline.records.results import Forgetting, Result
 from pipeline.reporting import costs, forgetting
@@ -133,10 +134,14 @@ def test_wrong_answers_stand_beside_the_right_ones_with_their_texts(tmp_path: Pa
     one = mistakes(row, tmp_path / "data")
     assert one and (one.count, one.rows) == (4, 6) and one.pairs == [("good", "bad", 3), ("good", "no answer", 1)]
     assert [(w.text, w.answer, w.said) for w in one.wrong][:1] == [("text number 1", "good", "bad")] and one.wrong[-1].said == "no answer"
+    theirs = listed.mistakes(row.cells[0], tmp_path / "data/vader_movies")
+    assert [w.prompt for w in theirs.wrong] == [f"text number {i}" for i in (1, 2, 4, 5)] and theirs.confusion["good", "bad"] == 3
     assert one.matrix and {(c["right"], c["said"]): c["n"] for c in one.matrix["data"]["values"]}["good", "bad"] == 3
     write_json(tmp_path / "data/vader_movies/manifest.json", {"other": 1})
     other = mistakes(row, tmp_path / "data")
     assert other and other.wrong[0].text == "", "the data are no longer those that were seen"
+    with pytest.raises(UserError, match="does not hold the rows that .* answered; run: python -m pipeline.prepare task=vader_movies"):
+        listed.mistakes(row.cells[0], tmp_path / "data/vader_movies")
 
 
 def test_a_panel_says_how_adapters_share_the_base(tmp_path: Path) -> None:

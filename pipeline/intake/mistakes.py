@@ -11,13 +11,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from pipeline.core.compose import compose
-from pipeline.core.files import UserError, closest, read_jsonl
-from pipeline.data.rows import read_rows
+from pipeline.core.files import UserError, closest
 from pipeline.records.finished import Cell, cells_below
+from pipeline.reporting.mistakes import NOTHING, texts_of
+from pipeline.reporting.mistakes import confusion as by_answer
 
 MOST_LABELS = 12
 """Rows and columns of a matrix that still fit a screen; of more labels the commonest confusions are listed."""
-NONE = "(no answer)"
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,16 @@ def find(name: str, technique: str, seed: int = 0, rows: int | None = None) -> C
 
 
 def mistakes(cell: Cell, data: Path) -> Mistakes:
-    """What a cell answers wrong. data: the prepared task's folder. Raises UserError where its rows or predictions are not there."""
-    rows = {row["id"]: row for row in read_rows(data / "test.jsonl")}
-    said = [p for p in read_jsonl(cell.folder / "predictions.jsonl", id=str, split=str) if p["split"] == "test"]
-    wrong = [Wrong(p["id"], rows[p["id"]]["prompt"] if p["id"] in rows else "", p["answer"], NONE if p["prediction"] is None else str(p["prediction"]))
+    """What a cell answers wrong. data: the prepared task's folder. Raises UserError where the rows that it answered are not there any more."""
+    texts = texts_of(cell, data.parent)
+    if not texts:
+        raise UserError(f"{data} does not hold the rows that {cell.folder} answered; "
+                        f"run: python -m pipeline.prepare task={cell.result.task}, then the cell again")
+    said = cell.predictions()
+    wrong = [Wrong(p["id"], texts.get(p["id"], ""), p["answer"], p["prediction"] or p.get("output") or NOTHING)
              for p in said if not p["correct"]]
-    chosen = cell.result.config["task"].get("scoring") == "choice" and isinstance(cell.result.config["task"].get("choices"), (list, tuple))
-    pairs = Counter((p["answer"], NONE if p["prediction"] is None else str(p["prediction"])) for p in said) if chosen else Counter()
-    labels = sorted({label for pair in pairs for label in pair})
-    return Mistakes(cell.result.cell, len(said), wrong, pairs, labels)
+    _, pairs = by_answer(said)
+    return Mistakes(cell.result.cell, len(said), wrong, pairs, sorted({label for pair in pairs for label in pair}))
 
 
 def confusion(found: Mistakes) -> tuple[list[str], list[list[str]]]:

@@ -66,17 +66,22 @@ def mistakes(row: Row, data: Path | None) -> Mistakes | None:
     lost = [p for p in predictions if not p["correct"]]
     if cell is None or not lost:
         return None
-    texts = _texts(cell, data)
+    texts = texts_of(cell, data)
     wrong = [Wrong(_short(texts.get(p["id"], "")), _short(p["answer"]), _short(p["prediction"] or p.get("output") or NOTHING)) for p in lost[:SHOWN]]
-    labels = list(dict.fromkeys(choice for p in predictions for choice in sorted(p.get("scores") or ())))
-    same = bool(labels) and all(set(p["scores"]) == set(labels) for p in predictions if p.get("scores"))
-    counts = Counter((p["answer"], p["prediction"] or NOTHING) for p in predictions) if same else Counter()
+    labels, counts = confusion(predictions)
     pairs = [(right, said, count) for (right, said), count in counts.most_common() if right != said][:LISTED]
-    matrix = _matrix(row.technique, labels, counts) if same and len(labels) <= MOST_LABELS else None
+    matrix = _matrix(row.technique, labels, counts) if counts and len(labels) <= MOST_LABELS else None
     return Mistakes(row.name, cell.result.cell, len(predictions), len(lost), wrong, pairs, matrix)
 
 
-def _texts(cell: Cell, data: Path | None) -> dict[str, str]:
+def confusion(predictions: Sequence[dict]) -> tuple[list[str], Counter[tuple[str, str]]]:
+    """(choices, rows by (right answer, what was said)); no rows where the choices are not the same for all, or answers are free texts."""
+    labels = list(dict.fromkeys(choice for p in predictions for choice in sorted(p.get("scores") or ())))
+    same = bool(labels) and all(set(p["scores"]) == set(labels) for p in predictions if p.get("scores"))
+    return labels, Counter((p["answer"], p["prediction"] or NOTHING) for p in predictions) if same else Counter()
+
+
+def texts_of(cell: Cell, data: Path | None) -> dict[str, str]:
     """{row id: what was asked} of the test rows; empty where the data that the cell saw are not there."""
     folder = data / cell.result.task if data else None
     if folder is None or not (folder / "test.jsonl").exists() or not (folder / "manifest.json").exists():
