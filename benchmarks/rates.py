@@ -1,7 +1,7 @@
 """Which learning rate suits which technique, model and task: the grid behind the default rates (experiments/rates/README.md).
 
     python -m benchmarks.rates run out=experiments/rates/cells.jsonl tasks=cqa,trec techniques=main -- model=smollm2_135m
-    (several such processes share the grids of a model between them)
+    (several such processes share the grids of a model between them, chunk=2: two rates at a time, for grids whose answers are slow)
     python -m benchmarks.rates fit                         fits the rules on half of the pairs, judges them on the other half, writes rules.json and table.md
 
 A grid is one technique on one task and model at seven rates, half a decade apart. Its runs begin at the same weights, see the same rows in the
@@ -11,7 +11,7 @@ last step, and which test rows were right, as bits. Lines that stand in the file
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -54,6 +54,7 @@ class Grid:
     def __init__(self, words: Sequence[str], shared: Any) -> None:
         self.words, self.shared = words, shared
         self.stepping: Any = None
+        self.made: Any = None
 
     def run(self, lr: float) -> dict[str, Any]:
         """Train at a rate; the line's scores. Raises UserError where the technique does not go with the model."""
@@ -84,35 +85,15 @@ class Grid:
     def _build(self, lr: float | None) -> None:
         import torch
 
-        from pipeline.cell.inputs import build_parts, check, encoded, load_inputs
-        from pipeline.cell.run import wrap
-        from pipeline.core.compose import compose
-        from pipeline.measure.clock import Meter
-        from pipeline.objectives.base import TrainingContext
-        from pipeline.serving.artefact import scorer_of
-        from pipeline.training.loop import total_steps
-        from pipeline.training.stepping import Run, choose
+        from benchmarks.set_up import set_up
+        from pipeline.training.stepping import choose
 
         self.close()
-        cfg = compose([*self.words, *([f"train.lr={lr}"] if lr else [])])
-        parts, meter = build_parts(cfg, ("validation", "test")), Meter(None)
-        check(parts)
-        meter.device = parts.device
-        mine = dataclasses.replace(self.shared, stored={folder: copy.deepcopy(model) for folder, model in self.shared.stored.items()})
-        with meter.phase("load"):
-            self.inputs = load_inputs(parts, mine, meter)
-            self.wrapped = wrap(parts, self.inputs, meter)
+        self.made = set_up([*self.words, *([f"train.lr={lr}"] if lr else [])], self.shared, trains=lr is not None)
         if lr is None:
             return
-        model, train = self.wrapped.scorer.model, parts.settings.train
-        examples = encoded(parts, self.inputs.encoder, self.inputs.rows.train, self.inputs.rows.rationales)
-        total = total_steps(train, len(examples))
-        parts.method.before_training(model, total)
-        context = TrainingContext(cfg, parts.settings, model, self.inputs.encoder, self.inputs.rows.train, parts.device, parts.dtype, scorer_of)
-        prepared = parts.objective.prepared(examples, context)
-        torch.manual_seed(cfg.seed)
-        self.stepping = choose(Run(model, parts.method, parts.objective, prepared.examples, train, cfg.seed, total, parts.device, parts.dtype,
-                                   self.inputs.encoder.pad_id))
+        torch.manual_seed(self.made.run.seed)
+        self.stepping = choose(self.made.run)
         if self.stepping.engine != "eager":
             self.first = self.stepping.program.buffer.master.clone()
 
@@ -125,16 +106,10 @@ class Grid:
         self.stepping.run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, lr=lr))
 
     def _scores(self) -> dict[str, Any]:
-        from pipeline.scoring import answers
+        from benchmarks.set_up import right_rows
 
-        scorer, rows, scored = self.wrapped.scorer, self.inputs.rows, {}
-        for split, asked in (("validation", rows.validation), ("test", rows.test)):
-            predictions = scorer.predict(asked)
-            score = answers.score(predictions, scorer.task)
-            right = "".join("1" if p["correct"] else "0" for p in predictions)
-            nll = None if score.nll is None else round(score.nll, 4)
-            scored[split] = {"rows": len(asked), "right": right.count("1"), "nll": nll, "bits": f"{int('1' + right, 2):x}"}
-        return scored
+        rows = self.made.inputs.rows
+        return {split: right_rows(self.made.scorer, asked) for split, asked in (("validation", rows.validation), ("test", rows.test))}
 
     def close(self) -> None:
         """Free the device's memory."""
@@ -143,7 +118,7 @@ class Grid:
         if self.stepping is not None:
             self.stepping.close()
         self.stepping = self.first = None
-        self.__dict__.pop("wrapped", None), self.__dict__.pop("inputs", None)
+        self.made = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -173,16 +148,18 @@ def measure(options: dict[str, str], overrides: list[str]) -> None:
         cfg = compose([*words, "train.lr=1.0e-4"])
         model = cfg.model.name
         done = {r["lr"] for r in lines(out) if (r["model"], r["task"], r["technique"]) == (model, task, technique)}
-        asked = [lr for lr in ([None] if technique == UNTRAINED else rates_of(technique)) if lr not in done]
-        if not asked or not _claimed(out, f"{model}-{task}-{technique}"):
+        rates = [None] if technique == UNTRAINED else rates_of(technique)
+        asked = [lr for lr in rates if lr not in done]
+        if not asked:
             continue
-        if about is None:
-            shared.preload(Path(cfg.paths.models) / model, False)
-            about = hardware(device_of(cfg.device))
-        grid, watch = Grid(words, shared), Stopwatch()
-        for lr in asked:
+        watch, runs, grid = Stopwatch(), 0, None
+        for lr in filter(asked.__contains__, _claimed(out, f"{model}-{task}-{technique}", rates, int(options.get("chunk", RATES)))):
             if whole.peek() > float(options.get("limit_s", "inf")):
                 return
+            if about is None:
+                shared.preload(Path(cfg.paths.models) / model, False)
+                about = hardware(device_of(cfg.device))
+            grid = grid or Grid(words, shared)
             line = {"model": model, "task": task, "technique": technique, "lr": lr, "seed": cfg.seed, "train_rows": cfg.train_rows}
             try:
                 line |= grid.untrained() if lr is None else grid.run(lr)
@@ -193,19 +170,21 @@ def measure(options: dict[str, str], overrides: list[str]) -> None:
             if "error" in line:
                 print(model, task, technique, line["error"], flush=True)
                 break
-        grid.close()
-        print(f"{whole.peek():.0f} s: {model} {task} {technique}: {len(asked)} runs", flush=True)
+            runs += 1
+        if grid is not None:
+            grid.close()
+            print(f"{whole.peek():.0f} s: {model} {task} {technique}: {runs} runs", flush=True)
 
 
-def _claimed(out: Path, name: str) -> bool:
-    """Whether this process is the first to take a grid; the folder of claims is removed by hand before processes are started again."""
-    claim = out.with_suffix(".claims") / name
-    claim.parent.mkdir(exist_ok=True)
-    try:
-        claim.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+def _claimed(out: Path, name: str, rates: Sequence[float | None], size: int) -> Iterator[float | None]:
+    """The rates of a grid that this process is the first to take, `size` of them or fewer at a time, until `rates` is gone through: a claim is a file
+    that is there. The folder of claims is removed by hand before processes are started again."""
+    folder = out.with_suffix(".claims")
+    folder.mkdir(exist_ok=True)
+    for first in range(0, len(rates), size):
+        with contextlib.suppress(FileExistsError):
+            (folder / f"{name}-{rates[first]}").touch(exist_ok=False)
+            yield from rates[first : first + size]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
