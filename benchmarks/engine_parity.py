@@ -112,8 +112,8 @@ def table(path: Path) -> str:
 
 
 def answers_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: of each model and technique whose step is captured through autograd the accuracy after the last step by both engines in the mean of seeds, their difference, and how far two
-    seeds of one engine lie apart (root mean square of both engines' differences)."""
+    """Markdown: of each model and technique whose step is captured through autograd the accuracy after the last step by both engines in the mean of seeds,
+    their difference, and how far two seeds of one engine lie apart (root mean square of both engines' differences)."""
     lines = ["| model | technique | seeds | eager, % | fast, % | fast - eager, points | one seed against another, points |", "| --- " * 7 + "|"]
     differences, squares = [], []
     for (model, technique), runs in itertools.groupby(sorted(rows, key=lambda r: (r["model"], r["technique"])), lambda r: (r["model"], r["technique"])):
