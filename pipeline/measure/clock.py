@@ -98,8 +98,12 @@ class Meter:
         return Phases(wall_s=round(self._mark - self._begin, 4), **values)
 
 
-def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any) -> float | None:
-    """Median seconds of `call(item)`, one item at a time, after one call to warm up. None without items."""
+def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any, agree: float | None = None) -> float | None:
+    """Median seconds of `call(item)`, one item at a time, after one call to warm up. None without items.
+
+    Args:
+        agree: no more items are timed once two in a row differ by at most this share; None: all are.
+    """
     if not items:
         return None
     call(items[0])
@@ -110,6 +114,8 @@ def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any) -> floa
         call(item)
         synchronise(device)
         times.append(time.perf_counter() - at)
+        if agree is not None and len(times) > 1 and abs(times[-1] - times[-2]) <= agree * times[-2]:
+            break
     return statistics.median(times)
 
 

@@ -5,9 +5,10 @@ Library; a cell measures with it. PEFT's mixed-batch inference gives every row t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from pipeline.methods.base import Method
 from pipeline.scoring import scorer as scoring
 
 REPEATS = 3
+"""Of a batch, at most: two of them that agree are enough."""
+AGREE = 0.05
+"""Share by which they may differ."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,13 @@ def shared_latency(scorer: scoring.Scorer, method: Method, rows: Sequence[dict],
     experts = any(getattr(config, "target_parameters", None) for config in getattr(model, "peft_config", {}).values())
     together = method.sharing == "together" and not experts  # PEFT's layers for experts take no mixed batch
     many = {n: [dict(rows[i % len(rows)]) for i in range(n)] for n in counts}
-    copies = _copies(model, max(counts)) if wrapped and together else []
-    adapters: dict[str, float] = {}
-    one_adapter: dict[str, float] = {}
-    try:
-        for count, batch in many.items():
-            one_adapter[str(count)] = _seconds(functools.partial(_answer, scorer, batch, scoring.WHOLE), scorer.device)
-            if wrapped and not together:
-                adapters[str(count)] = _one_by_one(scorer, batch)
-            elif wrapped:
-                adapters[str(count)] = _seconds(functools.partial(_answer, scorer, batch, copies[: len(batch)]), scorer.device)
-            else:
-                adapters[str(count)] = one_adapter[str(count)]
-    finally:
-        for name in copies[1:]:
-            model.delete_adapter(name)
+    one_adapter = {str(n): _seconds(functools.partial(_answer, scorer, batch, scoring.WHOLE), scorer.device) for n, batch in many.items()}
+    if not wrapped:
+        return Shared(dict(one_adapter), one_adapter, together)
+    if not together:
+        return Shared(_one_by_one(scorer, many[max(counts)], counts), one_adapter, together)
+    with copied(model, max(counts)) as names:
+        adapters = {str(n): _seconds(functools.partial(_answer, scorer, batch, names[:n]), scorer.device) for n, batch in many.items()}
     return Shared(adapters, one_adapter, together)
 
 
@@ -65,32 +61,66 @@ def _answer(scorer: scoring.Scorer, rows: Sequence[dict], owners: Sequence[str])
 
 
 def _seconds(call: Callable[[], None], device: Any) -> float:
-    seconds = clock.latency_s(lambda _: call(), [None] * REPEATS, device)
+    """Of a batch: the median of `REPEATS`, or of as many as it takes until two agree."""
+    seconds = clock.latency_s(lambda _: call(), [None] * REPEATS, device, AGREE)
     assert seconds is not None
     return seconds
 
 
-def _one_by_one(scorer: scoring.Scorer, rows: Sequence[dict]) -> float:
-    """Requests one after another, the adapter chosen anew before each."""
+def _one_by_one(scorer: scoring.Scorer, rows: Sequence[dict], counts: Sequence[int]) -> dict[str, float]:
+    """Requests one after another, the adapter chosen anew before each: seconds until so many were answered."""
+    seconds, spent = {}, 0.0
     watch = clock.Stopwatch(scorer.device)
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         scorer.model.set_adapter(scorer.model.active_adapter)
         _answer(scorer, [row], scoring.WHOLE)
-    return watch.lap()
+        if number in counts:
+            spent += watch.lap()
+            seconds[str(number)] = spent
+    return seconds
 
 
-def _copies(model: Any, count: int) -> list[str]:
-    """Names of the model's adapter and of copies of it, `count` in all."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+@contextlib.contextmanager
+def copied(model: Any, count: int) -> Iterator[list[str]]:
+    """Names of a PEFT model's adapter and of copies of it with weights of their own, `count` in all; the copies are gone afterwards.
 
+    Written into the places that PEFT's layers list (and that their delete_adapter empties): its add_adapter looks through the whole model for each copy, and
+    loading weights through all adapters that are there: most of the time that 64 of them took.
+    """
     name = model.active_adapter
-    weights = get_peft_model_state_dict(model, adapter_name=name)
-    names = [name]
-    for number in range(1, count):
-        config = copy.deepcopy(model.peft_config[name])
-        config.init_lora_weights, config.inference_mode = False, True
-        model.add_adapter(f"copy{number}", config)
-        set_peft_model_state_dict(model, weights, adapter_name=f"copy{number}")
-        names.append(f"copy{number}")
-    model.set_adapter(name)
-    return names
+    names = [name, *(f"copy{number}" for number in range(1, count))]
+    held = [place for layer in model.modules() if hasattr(layer, "adapter_layer_names") for place in _places(layer) if name in place]
+    try:
+        for copy_name in names[1:]:
+            for place in held:
+                place[copy_name] = _copy(place[name])
+            model.peft_config[copy_name] = copy.deepcopy(model.peft_config[name])
+        yield names
+    finally:
+        for copy_name in names[1:]:
+            for place in (*held, model.peft_config):
+                if copy_name in place:
+                    del place[copy_name]
+
+
+def _places(layer: Any) -> Iterator[Any]:
+    """What a layer of PEFT's holds by adapter: modules, parameters, numbers."""
+    for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+        if hasattr(place := getattr(layer, attribute, None), "__delitem__") and hasattr(place, "keys"):
+            yield place
+
+
+def _copy(part: Any) -> Any:
+    """A module or parameter with numbers of its own; what holds none is shared."""
+    from torch import Tensor
+    from torch.nn import Module, Parameter
+
+    if isinstance(part, Tensor):
+        return Parameter(part.detach().clone(), requires_grad=False)
+    if not isinstance(part, Module) or not any(True for _ in part.parameters()):
+        return part
+    if any(True for _ in part.children()) or any(True for _ in part.buffers()):
+        return copy.deepcopy(part)
+    twin = copy.copy(part)  # deepcopy takes ten times as long
+    twin._parameters = {name: None if p is None else _copy(p) for name, p in part._parameters.items()}
+    return twin
