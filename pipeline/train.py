@@ -19,7 +19,7 @@ from pipeline.cell.child import run_cell
 from pipeline.cell.inputs import check_ahead
 from pipeline.core.commands import entry
 from pipeline.forecasting.text import warn
-from pipeline.measure.clock import Stopwatch, process_start
+from pipeline.measure.clock import process_start
 from pipeline.records import mlflow as tracking
 from pipeline.records import tuned
 
@@ -28,10 +28,8 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Run the cell in a child process and mirror its result."""
     cfg = tuned.applied(cfg, overrides)
     check_ahead(cfg)
-    watch = Stopwatch()
-    warn([cfg])
     with locks.alone(cfg):
-        code = run_cell(cfg, None, process_start() + watch.lap())  # the forecast is none of the cell's time
+        code = run_cell(cfg, None, process_start(), meanwhile=lambda: warn([cfg]))  # the forecast is none of the cell's time
         if code == 0:
             tracking.log_cell(identity.folder_of(cfg), cfg)
     return code

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,24 +63,97 @@ class Watcher:
         return ""
 
 
+class Child:
+    """A forked process that runs `work`. The caller must not have started threads or used a GPU.
+
+    Args:
+        log: takes what the child prints; None: it prints.
+    """
+
+    def __init__(self, work: Callable[[], int], memory_limit_bytes: int | None = None, log: Path | None = None) -> None:
+        self.limit, self._kills = memory_limit_bytes, kernel_oom_kills()
+        self._over: str | None = None
+        self.outcome: Outcome | None = None
+        """None as long as it runs."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become_child(work, parent, log)
+
+    def poll(self) -> Outcome | None:
+        """How it ended; None: it runs. One that has grown beyond its limit is ended."""
+        if self.outcome is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.outcome = self._ended(status)
+                return self.outcome
+            resident = child_rss(self.pid)
+            if self.limit and resident and resident > self.limit and self._over is None:
+                self._over = f"ended at {resident} resident bytes, above memory_limit_gb"
+                self.send(signal.SIGKILL)
+        return self.outcome
+
+    def send(self, number: int) -> None:
+        """A signal, where it still runs."""
+        if self.outcome is None:
+            os.kill(self.pid, number)
+
+    def _ended(self, status: int) -> Outcome:
+        if os.WIFEXITED(status):
+            return Outcome(os.WEXITSTATUS(status))
+        number = os.WTERMSIG(status)
+        after = kernel_oom_kills()
+        if number == signal.SIGKILL and self._over is None and self._kills is not None and after is not None and after > self._kills:
+            self._over = "ended by the kernel for lack of memory (signal 9)"
+        return Outcome(128 + number, self._over)
+
+
 def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None, polled: Callable[[], object] | None = None,
                  log: Path | None = None) -> Outcome:
-    """Fork, run `work` in the child and wait for it. SIGTERM and SIGINT are handed on to the child.
-
-    The caller must not have started threads or used a GPU.
+    """Run `work` in a child and wait for it. SIGTERM and SIGINT are handed on to it.
 
     Args:
         polled: is called several times a second while the child runs.
-        log: takes what the child prints; None: it prints.
     """
-    kills = kernel_oom_kills()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        _become_child(work, parent, log)
-    return _wait(child, memory_limit_bytes, kills, polled)
+    child = Child(work, memory_limit_bytes, log)
+    with handed_on(lambda: [child]):
+        while (outcome := child.poll()) is None:
+            if polled:
+                polled()
+            pause()
+    return outcome
+
+
+def run_in_children(works: Sequence[Callable[[], int]]) -> int:
+    """Run all of it at once, each in a child of its own; the highest exit code."""
+    children = [Child(work) for work in works]
+    with handed_on(lambda: children):
+        while not all(child.poll() for child in children):
+            pause()
+    return max((child.outcome.code for child in children if child.outcome), default=0)
+
+
+def pause() -> None:
+    """Until it is time to look again."""
+    threading.Event().wait(POLL_S)
+
+
+@contextlib.contextmanager
+def handed_on(children: Callable[[], Sequence[Child]]) -> Iterator[None]:
+    """SIGTERM and SIGINT go to these processes inside."""
+
+    def hand_on(number: int, _: object) -> None:
+        for child in children():
+            child.send(number)
+
+    before = {s: signal.signal(s, hand_on) for s in (signal.SIGTERM, signal.SIGINT)} if _main_thread() else {}
+    try:
+        yield
+    finally:
+        for handled, handler in before.items():
+            signal.signal(handled, handler)
 
 
 def dies_with(parent: int) -> None:
@@ -119,64 +193,70 @@ def _print_into(log: Path) -> None:
             os.dup2(file.fileno(), stream)
 
 
-def _wait(child: int, limit: int | None, kills: int | None, polled: Callable[[], object] | None = None) -> Outcome:
-    over = None
-    before = {s: signal.signal(s, lambda number, _: os.kill(child, number)) for s in (signal.SIGTERM, signal.SIGINT)} if _main_thread() else {}
-    try:
-        while True:
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                break
-            resident = child_rss(child)
-            if limit and resident and resident > limit and over is None:
-                over = f"ended at {resident} resident bytes, above memory_limit_gb"
-                os.kill(child, signal.SIGKILL)
-            if polled:
-                polled()
-            threading.Event().wait(POLL_S)
-    finally:
-        for handled, handler in before.items():
-            signal.signal(handled, handler)
-    if os.WIFEXITED(status):
-        return Outcome(os.WEXITSTATUS(status))
-    number = os.WTERMSIG(status)
-    after = kernel_oom_kills()
-    if number == signal.SIGKILL and over is None and kills is not None and after is not None and after > kills:
-        over = "ended by the kernel for lack of memory (signal 9)"
-    return Outcome(128 + number, over)
-
-
 def _main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | None, watcher: Watcher | None = None) -> int:
-    """One cell in a child process; 0 once its result is on disk. watcher: is told how far it is."""
-    for group in (settings, recipe, synthetic):
-        group.read(cfg)  # a misspelt key is reported before anything is started
-    inputs.check_ahead(cfg)
-    folder = identity.folder_of(cfg)
-    check_writable(folder)
-    identity.check_free(cfg)
-    identity.code(cfg)  # read once, before the fork: of the code as it runs
-    limit = cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30)
+class CellRun:
+    """A cell in a child process of its own, begun here. Raises UserError for bad input.
 
-    def work() -> int:
-        result = cell_run.run(cfg, shared=shared, folder=folder, started=started)
-        print(summary(result))
-        return 0
+    Args:
+        started: Unix time from which its start-up is counted.
+        watcher: takes its output, and is told how it ended.
+    """
 
-    watcher = watcher or Watcher()
-    with progress.watched(progress.Channel()) as channel:
-        done = run_in_child(work, limit, lambda: watcher.runs(channel.read()), watcher.log)
-        told = channel.read()
-        if done.out_of_memory:
-            reason = done.out_of_memory
-            done = run_in_child(lambda: print(summary(record.write_oom(cfg, reason))) or 0, log=watcher.log)  # what it imports stays out of this process
-    watcher.ends(cfg, done.code, told.reason if told else "")
-    if done.code > 128 and done.code != 130:
-        raise Ended(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it resumes from its last checkpoint")
-    return done.code
+    def __init__(self, cfg: DictConfig, shared: inputs.Shared | None, started: float | None, watcher: Watcher) -> None:
+        for group in (settings, recipe, synthetic):
+            group.read(cfg)  # a misspelt key is reported before anything is started
+        inputs.check_ahead(cfg)
+        folder = identity.folder_of(cfg)
+        check_writable(folder)
+        identity.check_free(cfg)
+        identity.code(cfg)  # read once, before the fork: of the code as it runs
+        self.cfg, self.watcher, self.channel = cfg, watcher, progress.Channel()
+
+        def work() -> int:
+            result = cell_run.run(cfg, shared=shared, folder=folder, started=started)
+            print(summary(result))
+            return 0
+
+        with progress.watched(self.channel):
+            self.child = Child(work, cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30), watcher.log)
+
+    def poll(self) -> int | None:
+        """The exit code, 0 once the result is on disk; None: it runs.
+
+        Raises:
+            Ended: by a signal, not for lack of memory.
+        """
+        done = self.child.poll()
+        if done is None:
+            self.watcher.runs(self.channel.read())
+            return None
+        told, cfg = self.channel.read(), self.cfg
+        if reason := done.out_of_memory:
+            done = run_in_child(lambda: print(summary(record.write_oom(cfg, reason))) or 0, log=self.watcher.log)  # its imports stay out of this process
+        self.watcher.ends(cfg, done.code, told.reason if told else "")
+        if done.code > 128 and done.code != 130:
+            raise Ended(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it resumes from its last checkpoint")
+        return done.code
+
+
+def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | None, watcher: Watcher | None = None,
+             meanwhile: Callable[[], object] | None = None) -> int:
+    """One cell in a child process; 0 once its result is on disk.
+
+    Args:
+        watcher: is told how far it is.
+        meanwhile: is done here once the child has begun.
+    """
+    cell = CellRun(cfg, shared, started, watcher or Watcher())
+    with handed_on(lambda: [cell.child]):
+        if meanwhile:
+            meanwhile()
+        while (code := cell.poll()) is None:
+            pause()
+    return code
 
 
 def summary(result: Result) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -12,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.cell import requests
 from pipeline.cell.inputs import Inputs, Parts
 from pipeline.core import progress
 from pipeline.data.rows import Rows
-from pipeline.measure import clock
+from pipeline.measure import clock, turns
 from pipeline.measure.clock import Meter
 from pipeline.measure.memory import Memory, PeakMemory
 from pipeline.records.results import Forgetting, Inference, Score
 from pipeline.scoring import answers, reading
 from pipeline.scoring.per_row import measured
 from pipeline.scoring.scorer import Scorer
-from pipeline.scoring.sharing import shared_latency
 
 GENERATED_ROWS = 8
 """Rows whose right answers' likelihood is asked for where answers are generated."""
@@ -147,20 +146,18 @@ def evaluate(parts: Parts, inputs: Inputs, scorer: Scorer, meter: Meter, keep: P
     peak = memory.stop()
     with meter.phase("evaluate"):
         if parts.wants("test"):
-            watch = clock.Stopwatch(parts.device)
-            memory.start()
-            answer("test", rows.test)
-            seconds, peak, fresh = watch.lap(), memory.stop(), kept.fresh
-            latency, request_bytes = _requests(parts, scorer, rows)
+            with turns.alone():
+                watch = clock.Stopwatch(parts.device)
+                memory.start()
+                answer("test", rows.test)
+                seconds, peak, fresh = watch.lap(), memory.stop(), kept.fresh
             for split, asked in rows.transfer.items():
                 answer(f"transfer/{split}", asked)
-            inference = Inference(latency, fresh / seconds if fresh else None, peak.peak_bytes, request_peak_bytes=request_bytes)
+            inference = Inference(rows_per_s=fresh / seconds if fresh else None, peak_bytes=peak.peak_bytes)
         forgetting = tried("forgetting", None, lambda: inputs.probing.forgetting(scorer.model) if inputs.probing else None)
         nats = _nats_per_token(scorer, rows.validation, predictions) if parts.method.trains else None
         if inference is not None:
-            alone = inference
-            shared = tried("adapters", alone, lambda: _many_adapters(parts, scorer, rows, alone))
-            inference = tried("merged_latency_s", shared, lambda: _merged(parts, scorer, rows, shared))
+            inference = requests.measure(parts, scorer, rows.test, inference, tried, failed)
     finite = answers.finite(predictions) and (nats is None or math.isfinite(nats))
     if finite and nats is not None and (note := _no_better_than_uniform(nats, scorer.model.config.get_text_config().vocab_size)):
         scorer.notes.append(note)
@@ -200,30 +197,3 @@ def _no_better_than_uniform(nats: float, vocabulary: int) -> str | None:
         return None
     return (f"the trained model is no better than a uniform guess over its vocabulary ({nats:.3g} nats a token of the right answers, "
             f"ln {vocabulary} is {math.log(vocabulary):.3g}): training has ruined it; lower train.lr")
-
-
-def _requests(parts: Parts, scorer: Scorer, rows: Rows) -> tuple[float | None, int | None]:
-    """Median seconds of a one-row request to the model as it stands, and the peak memory of answering some."""
-    memory = PeakMemory(parts.device)
-    memory.start()
-    asked = rows.test[: parts.settings.evaluate.latency_rows]
-    latency = clock.latency_s(lambda row: scorer.predict([row]), asked, parts.device)
-    return latency, memory.stop().peak_bytes if asked else None
-
-
-def _many_adapters(parts: Parts, scorer: Scorer, rows: Rows, inference: Inference) -> Inference:
-    """How long requests take that each have an adapter of their own over one base, where adapters can share one."""
-    evaluate = parts.settings.evaluate
-    shared = shared_latency(scorer, parts.method, rows.test[: evaluate.latency_rows], evaluate.adapters)
-    return dataclasses.replace(inference, adapters=shared.adapters, one_adapter=shared.one_adapter, adapters_mixed=shared.mixed) if shared else inference
-
-
-def _merged(parts: Parts, scorer: Scorer, rows: Rows, inference: Inference) -> Inference:
-    """Latency and memory once more with the adapter folded in, where that is possible; the last thing done to the model."""
-    if inference.latency_s is None or not parts.method.merges:
-        return inference
-    if not hasattr(scorer.model, "peft_config"):
-        return dataclasses.replace(inference, merged_latency_s=inference.latency_s, merged_request_peak_bytes=inference.request_peak_bytes)
-    scorer.model = parts.method.merged(scorer.model)
-    latency, request_bytes = _requests(parts, scorer, rows)
-    return dataclasses.replace(inference, merged_latency_s=latency, merged_request_peak_bytes=request_bytes)

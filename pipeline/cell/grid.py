@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
+import functools
 import itertools
+import json
 import signal
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +18,9 @@ import yaml
 from omegaconf import DictConfig
 
 from pipeline.cell import identity, locks, packing, preflight
-from pipeline.cell.child import Watcher, run_cell, run_in_child
+from pipeline.cell.child import Child, Outcome, Watcher, handed_on, pause, run_cell, run_in_child, run_in_children
 from pipeline.cell.inputs import Shared, check_ahead, preload
-from pipeline.cell.packing import INTERRUPTED
+from pipeline.cell.pool import INTERRUPTED, AtOnce, Pool
 from pipeline.core.compose import SUFFIX, by_key, compose, experiments, explain, without
 from pipeline.core.files import UserError, closest
 from pipeline.measure.clock import now
@@ -51,14 +56,19 @@ def compose_cells(every: Sequence[Sequence[str]]) -> list[DictConfig]:
     return cells
 
 
-def run_missing(overrides: Sequence[str], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> int:
-    """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result. warn: as run_cells has it."""
+Limit = Callable[[Sequence[DictConfig]], AtOnce]
+"""Of missing cells, how many may be under way at once; prints what will not fit."""
+
+
+def run_missing(overrides: Sequence[str], limit: Limit | None = None) -> int:
+    """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result. limit: as run_cells has it."""
     every = grid_overrides(overrides)
     check_ahead(compose_cell(every[0]))
-    return run_cells(compose_cells(every), warn)
+    return run_cells(compose_cells(every), limit=limit)
 
 
-def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None, watcher: Watcher | None = None) -> int:
+def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None, watcher: Watcher | None = None,
+              limit: Limit | None = None) -> int:
     """Run those of the cells that have no result, and mirror all that have one. Returns 0 if all have one then.
 
     Cells that another process computes are left to it; what it does not finish is run after all.
@@ -66,6 +76,7 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     Args:
         warn: is shown the missing ones before the first starts.
         watcher: is told of each as it runs; None: a line is printed.
+        limit: asked of the missing ones, in a process of its own while this one reads the base; None: one cell at a time.
 
     Raises:
         UserError: another cell stands where one would be written, and overwrite=true was not said.
@@ -73,12 +84,44 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     missing, mirror = begin(cells, warn)
     if not missing:
         return 0
-    shared = preload(missing)
+    for cfg in missing:
+        if cfg.pack is None:
+            cfg.pack = cfg.share
+    with _asked(limit, missing) as answer:
+        shared = preload(missing)
+        at_once = answer()
     if cells[0].preflight:
-        code = run_in_child(lambda: preflight.ahead(missing, shared)).code
+        groups = preflight.unchecked(missing)
+        parts = [[cfg for group in groups[start :: at_once.cells] for cfg in group] for start in range(min(at_once.cells, len(groups)))]
+        code = run_in_children([functools.partial(preflight.ahead, part, shared) for part in parts])
         if code:
             return code
-    return run_here(missing, shared, mirror, watcher)
+    return run_here(missing, shared, mirror, watcher, at_once)
+
+
+@contextlib.contextmanager
+def _asked(limit: Limit | None, missing: Sequence[DictConfig]) -> Iterator[Callable[[], AtOnce]]:
+    """What waits for the limit's answer, which a child works out meanwhile; one at a time where it has none."""
+    if limit is None:
+        yield AtOnce
+        return
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as note:
+
+        def work() -> int:
+            json.dump(dataclasses.asdict(limit(missing)), note)
+            note.flush()
+            return 0
+
+        child = Child(work)
+
+        def answer() -> AtOnce:
+            with handed_on(lambda: [child]):
+                while (done := child.poll()) is None:
+                    pause()
+            note.seek(0)
+            return AtOnce(**json.load(note)) if done.code == 0 else AtOnce()
+
+        yield answer
 
 
 def begin(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None] | None = None) -> tuple[list[DictConfig], Mirror]:
@@ -97,29 +140,31 @@ def begin(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], No
     return missing, mirror
 
 
-def run_here(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watcher: Watcher | None = None) -> int:
-    """Run cells one after another in children of this process, packs first; those that another process computes at this moment come last."""
-    watcher = watcher or Watcher()
+def run_here(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watcher: Watcher | None = None, at_once: AtOnce | None = None) -> int:
+    """Run cells in children of this process, packs first; those that another process computes at this moment come last.
+
+    at_once: how many cells may be under way; None: one.
+    """
+    watcher, at_once = watcher or Watcher(), at_once or AtOnce()
     for group in packing.groups(missing):
         with locks.free(group) as members:
             packing.train([cfg for cfg in members if not is_done(cfg)], shared)
-    code = 0
-    elsewhere: list[DictConfig] = []
-    for number, cfg in enumerate(missing, 1):
-        with locks.free([] if _awaits(cfg, elsewhere) else [cfg]) as members:
-            if not members:
-                elsewhere.append(cfg)
-            elif not is_done(cfg) and not watcher.passes(cfg):
-                watcher.begins(cfg, number, len(missing))
-                code = max(code, _run_one(cfg, shared, mirror, watcher))
+    with contextlib.ExitStack() as stack:
+        if at_once.cells > 1:
+            turns = None if missing[0].share else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="turns-")))
+            shared = dataclasses.replace(shared, at_once=at_once.cells, turns=turns)
+            for cfg in missing:
+                cfg.train.progress = False  # several bars would write over each other
+        pool = Pool(missing, shared, watcher, at_once, is_done, lambda cfg: mirror.put([cfg]) if at_once.cells == 1 else mirror.begin([cfg]))
+        code = pool.run()
+    mirror.finish()
+    for cfg in pool.elsewhere:
         if code == INTERRUPTED:
             return code
-    for cfg in elsewhere:
         with locks.waited(cfg):
-            code = max(code, 0 if is_done(cfg) else _run_one(cfg, shared, mirror, watcher))
-        if code == INTERRUPTED:
-            return code
-    mirror.put([cfg for cfg in missing if is_done(cfg)])
+            code = max(code, 0 if is_done(cfg) else _run_one(cfg, dataclasses.replace(shared, at_once=1, turns=None), mirror, watcher))
+    if code != INTERRUPTED:
+        mirror.put([cfg for cfg in missing if is_done(cfg)])
     return code
 
 
@@ -128,11 +173,6 @@ def _run_one(cfg: DictConfig, shared: Shared, mirror: Mirror, watcher: Watcher) 
     if code == 0:
         mirror.put([cfg])
     return code
-
-
-def _awaits(cfg: DictConfig, elsewhere: Sequence[DictConfig]) -> bool:
-    """Whether a cell reads another one, such as the one it begins at, that is not finished yet."""
-    return bool(elsewhere) and not {path.parent for path in identity.reads(cfg)}.isdisjoint(identity.folder_of(other) for other in elsewhere)
 
 
 def clear(done: Sequence[DictConfig]) -> None:
@@ -149,6 +189,8 @@ class Mirror:
     def __init__(self) -> None:
         self.answers = True
         self.tried: set[Path] = set()
+        self._queue: list[DictConfig] = []
+        self._child: Child | None = None
 
     @classmethod
     def silent(cls) -> Mirror:
@@ -165,6 +207,31 @@ class Mirror:
         self.tried |= new.keys()
         self._in_child(lambda: all(tracking.log_cell(*each) for each in new.items()))
 
+    def begin(self, cells: Sequence[DictConfig]) -> None:
+        """The same without waiting for it: the next call that finds the child before it through begins another one with what has come since."""
+        self._queue += cells
+        if self._child is not None and self._child.poll() is None:
+            return
+        self._take_in()
+        new = {identity.folder_of(cfg): cfg for cfg in self._queue if cfg.tracking.enabled and identity.folder_of(cfg) not in self.tried}
+        self._queue.clear()
+        if new and self.answers:
+            self.tried |= new.keys()
+            self._child = Child(lambda: 0 if all(tracking.log_cell(*each) for each in new.items()) else NO_ANSWER)
+
+    def finish(self) -> None:
+        """Wait for what was begun. Raises KeyboardInterrupt: ended by a signal."""
+        if self._child is not None:
+            with handed_on(lambda: [self._child] if self._child else []):
+                while self._child.poll() is None:
+                    pause()
+        self._take_in()
+
+    def _take_in(self) -> None:
+        child, self._child = self._child, None
+        if child is not None and child.outcome is not None:
+            self._ended(child.outcome)
+
     def sweeps(self, cfg: DictConfig, *folders: Path) -> None:
         """Mirror those of the sweeps that have begun, as far as they have come. Raises KeyboardInterrupt: ended by a signal."""
         begun = [folder for folder in folders if (folder / "sweep.json").exists()]
@@ -172,7 +239,9 @@ class Mirror:
             self._in_child(lambda: all(tracking.log_sweep(folder, cfg) for folder in begun))
 
     def _in_child(self, work: Callable[[], bool]) -> None:
-        done = run_in_child(lambda: 0 if work() else NO_ANSWER)
+        self._ended(run_in_child(lambda: 0 if work() else NO_ANSWER))
+
+    def _ended(self, done: Outcome) -> None:
         if done.code in (INTERRUPTED, 128 + signal.SIGTERM):
             raise KeyboardInterrupt
         self.answers = done.code != NO_ANSWER

@@ -18,6 +18,7 @@ from pipeline.core.settings import Settings
 from pipeline.core.settings import read as read_settings
 from pipeline.data.rows import Encoded, Encoder, Rows, check_prepared, load_rationales, load_rows
 from pipeline.data.splits import named as labels_in_words
+from pipeline.measure import turns
 from pipeline.measure.clock import Meter
 from pipeline.methods.base import Method
 from pipeline.models import rates
@@ -39,6 +40,10 @@ class Shared:
     tokenizers: dict[Path, Any] = field(default_factory=dict)
     threads: int | None = None
     """Threads for the cell to compute with, where the process before the fork used one."""
+    at_once: int = 1
+    """How many cells may be under way on the device, this one among them."""
+    turns: Path | None = None
+    """The folder by which they take turns (measure/turns.py); None: they do not."""
 
     def preload(self, folder: Path, trust_remote_code: bool) -> None:
         """Read a base model and its tokenizer on the CPU, and import what every cell imports."""
@@ -48,6 +53,7 @@ class Shared:
 
 def preload(missing: Sequence[DictConfig]) -> Shared:
     """Import and read what the cells share, on one thread and without touching a GPU: forked children start clean."""
+    import sklearn.metrics  # noqa: F401
     import torch
 
     shared = Shared(threads=torch.get_num_threads())
@@ -162,6 +168,7 @@ def load_inputs(parts: Parts, shared: Shared, meter: Meter) -> Inputs:
     import torch
 
     rows, labelled, mixed = training_rows(parts, rows)
+    turns.beside()
     base = load_base(parts, shared)
     encoder = load_encoder(parts, shared, base)
     notes, probing = [cfg.model.get("note"), *draw_notes(rows, parts.method.takes_rows)], None

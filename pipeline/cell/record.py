@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from pipeline.cell import identity
 from pipeline.cell.evaluation import Evaluation
-from pipeline.cell.inputs import Inputs, Parts
+from pipeline.cell.inputs import Inputs, Parts, Shared
 from pipeline.core.compose import build, plain
 from pipeline.core.files import atomic_folder, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
 from pipeline.core.settings import Settings
@@ -23,13 +23,13 @@ from pipeline.models.base import manifest
 from pipeline.objectives.base import Objective
 from pipeline.records import results, tuned
 from pipeline.records.finished import name
-from pipeline.records.results import HISTORY, Result, Size, Teacher, Work, csv_text, price
+from pipeline.records.results import HISTORY, Neighbours, Result, Size, Teacher, Work, csv_text, price
 from pipeline.training.loop import Trained
 
 
 def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored: Evaluation, meter: Meter, about: dict[str, Any],
-             shared_process: bool) -> Result:
-    """The result of a cell that went through. about: the process's provenance."""
+             shared: Shared) -> Result:
+    """The result of a cell that went through. about: the process's provenance; shared: what its process had from the one that forked it."""
     cfg, phases, tuning, error = parts.cfg, meter.phases(), tuned.effort(parts.cfg), diverged(trained.work, scored.finite)
     return Result(
         **{**_named(cfg, parts.settings, parts.method, parts.objective), "train_rows": inputs.labelled}, precision=parts.precision,
@@ -39,9 +39,18 @@ def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored:
         inference=scored.inference, forgetting=scored.forgetting, teacher=_teacher(parts, inputs, trained), synthetic=inputs.synthetic,
         history=trained.history, unmeasured=scored.unmeasured, notes=scored.notes, hardware=machine.hardware(parts.device) | machine.arithmetic(),
         provenance={**about, **_origin(parts)}, phases=phases,
-        packed=trained.slots is not None, slots=trained.slots, tuning=tuning, cost=price(cfg, phases.wall_s), shared_process=shared_process,
+        packed=trained.slots is not None, slots=trained.slots, tuning=tuning, cost=price(cfg, phases.wall_s), shared_process=bool(shared.threads),
+        neighbours=neighbours(shared, meter),
         labelled_rows=labels_used(parts, inputs, bool(tuning)),
     )
+
+
+def neighbours(shared: Shared, meter: Meter) -> Neighbours | None:
+    """Of a cell that may have had some; those that share the device without turns are timed with all that the others do."""
+    if shared.at_once == 1:
+        return None
+    taken = shared.turns is not None
+    return Neighbours(shared.at_once, taken, round(meter.waited_s, 4) if taken else None)
 
 
 def diverged(work: Work, finite: bool) -> str | None:

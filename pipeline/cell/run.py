@@ -5,9 +5,11 @@ Library; the entries are `python -m pipeline.train` (one cell) and `python -m pi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from pipeline.cell import record
 from pipeline.cell.evaluation import evaluate, score_answers, validate
 from pipeline.cell.identity import answers_of, checkpoint_of, discard_training, packed_of
 from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, encoded, load_inputs, named
-from pipeline.measure import machine
+from pipeline.measure import machine, turns
 from pipeline.measure.clock import Meter
 from pipeline.measure.memory import Memory, out_of_memory
 from pipeline.models.base import attention_of, memory_bytes, parameters
@@ -54,11 +56,14 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
         UserError: bad input. KeyboardInterrupt: ended by a signal, a checkpoint was written.
     """
     meter, shared = Meter(started), shared or Shared()
+    meter.waited = turns.waited_s
     try:
-        with meter.phase("startup"):
+        with meter.phase("startup"), _woken(cfg.device):
             parts = build_parts(cfg, splits)
             check(parts)
             about = set_up(parts, shared, meter)
+            if shared.turns is not None:
+                turns.join(shared.turns, parts.device)
         with meter.phase("load"):
             inputs = load_inputs(parts, shared, meter)
         if parts.method.answers_without_model:
@@ -67,18 +72,42 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
         else:
             with meter.phase("load"):
                 wrapped = wrap(parts, inputs, meter)
+            turns.point()
             trained = train(parts, inputs, wrapped, folder, meter)
             size = save(parts, wrapped, folder, meter)
             scored = evaluate(parts, inputs, wrapped.scorer, meter, answers_of(cfg) if folder is not None else None)
-        result, predictions = record.assemble(parts, inputs, trained, size, scored, meter, about, bool(shared.threads)), scored.predictions
+        result, predictions = record.assemble(parts, inputs, trained, size, scored, meter, about, shared), scored.predictions
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         result, predictions = record.oom_result(cfg, str(error).splitlines()[0], machine.hardware(meter.device)), []
+    finally:
+        turns.leave()
     if folder is not None:
         record.write(folder, cfg, result, predictions)
         discard_training(cfg)
     return result
+
+
+@contextlib.contextmanager
+def _woken(device: str) -> Iterator[None]:
+    """Start the GPU, which takes a second or more, beside the imports that are made inside."""
+    import torch
+
+    if torch.version.cuda is None or device == "cpu":
+        yield
+        return
+
+    def wake() -> None:
+        with contextlib.suppress(Exception):  # whatever is wrong with it, whoever needs it will say
+            torch.zeros(1, device="cuda")
+
+    thread = threading.Thread(target=wake)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def set_up(parts: Parts, shared: Shared, meter: Meter) -> dict[str, Any]:
@@ -130,7 +159,8 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     with meter.phase("validate"):
         state = method.choose(state, validated)
     scorer.prompt = _prompt(parts, state)
-    scorer.notes += scorer.check({split: asked for split, asked in rows.scored.items() if parts.wants(split.partition("/")[0])})
+    with turns.away():
+        scorer.notes += scorer.check({split: asked for split, asked in rows.scored.items() if parts.wants(split.partition("/")[0])})
     return Wrapped(scorer, state, dtype, size)
 
 
@@ -152,7 +182,8 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
     if not method.trains:
         return Trained(Work(), None, [], [])
     with meter.phase("load"):
-        examples = encoded(parts, inputs.encoder, rows.train, rows.rationales)
+        with turns.away():
+            examples = encoded(parts, inputs.encoder, rows.train, rows.rationales)
         scorer.notes += filter(None, [inputs.encoder.check("the training rows")])
         total = total_steps(parts.settings.train, len(examples))
         method.before_training(scorer.model, total)

@@ -236,7 +236,8 @@ class Settings:
 
 Axis = Annotated[tuple[int, ...], FILLED] | None
 TOP = {
-    "seed": Seed, "train_rows": AtLeast1 | None, "start": Filled | None, "variant": Filled | None, "memory_limit_gb": Positive | None, "pack": bool,
+    "seed": Seed, "train_rows": AtLeast1 | None, "start": Filled | None, "variant": Filled | None, "memory_limit_gb": Positive | None, "pack": bool | None,
+    "at_once": AtLeast1 | None, "latency": Literal["reuse", "measure"],
     "tuned": bool, "price_per_hour": NotNegative | None, "currency": str | None, "device": Literal["auto", "cpu", "cuda"],
     "launcher": Literal["ray", "slurm", "local"], "share": bool,
     "overwrite": bool, "adopt": bool, "stale": Literal["run", "keep"], "cell": Filled | None, "split": Filled, "requests": Filled | None, "to": Filled | None,

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pipeline.measure import turns
+
 
 class Graphs:
     """Captures work and replays it.
@@ -31,6 +33,7 @@ class Graphs:
         Raises:
             RuntimeError: the work cannot be captured (it waits for the device, for instance), or is out of memory.
         """
+        turns.point()
         if not self.captures:
             return lambda: _call(work)
         graph = torch.cuda.CUDAGraph()

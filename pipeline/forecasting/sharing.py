@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from omegaconf import DictConfig
 
-from pipeline.forecasting.cell import card_at_hand, forecast
+from pipeline.cell.pool import AtOnce
+from pipeline.core.compose import plain
+from pipeline.core.names import class_of
+from pipeline.forecasting.cell import Card, card_at_hand, forecast
+from pipeline.forecasting.text import told
+from pipeline.records.finished import name as cell_name
 
 RESERVE = 0.9
 """The share of a card's memory that cells may plan to take together."""
 MOST = 8
 """More at once than these gain nothing: each waits for the others' kernels."""
+WAITING = 4
+"""Cells under way that take turns: one is timed while the others load and capture."""
 
 
 def at_once(cfg: DictConfig) -> int:
@@ -22,3 +32,38 @@ def at_once(cfg: DictConfig) -> int:
     if estimate is None or estimate.memory is None:
         return 1
     return max(1, min(MOST, int(card.memory_bytes * RESERVE / estimate.memory.total)))
+
+
+WEIGHTS_TIMES = 4
+"""Bytes that a cell without a forecast (it trains nothing) is taken to need, by those of its base's files."""
+BESIDES = 2 * 2**30
+"""And these: the process itself, and what is made while rows are answered."""
+
+
+def limit(missing: Sequence[DictConfig]) -> AtOnce:
+    """How many of these cells `pipeline.cells` may have under way, with what each needs; warnings of what will not fit are printed.
+
+    One on a CPU, where there is nothing to overlap. At most MOST with share=true, else WAITING: more only wait for their turn.
+    """
+    cfg = missing[0]
+    card = card_at_hand(cfg)
+    cells = cfg.at_once or (1 if not card.gpu else MOST if cfg.share else WAITING)
+    needs: dict[str, int] = {}
+    first: dict[tuple[str, int | None], int | None] = {}
+    for cell in missing:
+        key = (cell.technique.name, cell.train_rows)  # another seed takes as much
+        if key not in first:
+            first[key] = _need(cell, card)
+        if (need := first[key]) is not None:
+            needs[cell_name(cell)] = need
+    return AtOnce(cells, needs, int(card.memory_bytes * RESERVE) if card.gpu else None)
+
+
+def _need(cfg: DictConfig, card: Card) -> int | None:
+    """Bytes of a cell; None: it will not fit, or nothing is known."""
+    estimate = told(cfg, card)
+    if estimate is not None and estimate.memory is not None:
+        return int(estimate.memory.total)
+    if class_of(plain(cfg)["method"], "method").trains:
+        return None
+    return BESIDES + WEIGHTS_TIMES * sum(path.stat().st_size for path in (Path(cfg.paths.models) / cfg.model.name).glob("*.safetensors"))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from omegaconf import DictConfig
 
 from pipeline.core.files import UserError
-from pipeline.forecasting.cell import Forecast, forecast
+from pipeline.forecasting.cell import Card, Forecast, forecast
 
 ENGINES = {"hand": "fast (hand-written step)", "captured": "fast (autograd, captured)", "eager": "eager"}
 WHAT = {
@@ -64,12 +64,20 @@ def seconds(value: float) -> str:
 def warn(cells: Iterable[DictConfig]) -> None:
     """Print the warnings to stderr, one a technique and number of rows (another seed takes as much)."""
     first = {(cfg.technique.name, cfg.train_rows): cfg for cfg in reversed(list(cells))}
-    for (technique, rows), cfg in reversed(first.items()):
-        try:
-            line = warning(forecast(cfg, batches=False, time=False))
-        except UserError:  # what is wrong with the cell, it will say itself
-            continue
-        except Exception as error:  # a forecast that fails must not keep a cell from running
-            line = f"forecast: none for {technique} ({type(error).__name__}: {error})"
-        if line:
-            print(f"{line} [{technique}, {'all' if rows is None else rows} rows]", file=sys.stderr)
+    for cfg in reversed(first.values()):
+        told(cfg)
+
+
+def told(cfg: DictConfig, card: Card | None = None) -> Forecast | None:
+    """The forecast of a cell's memory, after its warning, if there is one, was printed; None where there is no forecast."""
+    estimate = None
+    try:
+        estimate = forecast(cfg, card, batches=False, time=False)
+        line = warning(estimate)
+    except UserError:  # what is wrong with the cell, it will say itself
+        return None
+    except Exception as error:  # a forecast that fails must not keep a cell from running
+        line = f"forecast: none for {cfg.technique.name} ({type(error).__name__}: {error})"
+    if line:
+        print(f"{line} [{cfg.technique.name}, {'all' if cfg.train_rows is None else cfg.train_rows} rows]", file=sys.stderr)
+    return estimate

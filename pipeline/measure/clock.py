@@ -56,6 +56,9 @@ class Meter:
 
     def __init__(self, started: float | None = None) -> None:
         self.device: Any = "cpu"
+        self.waited: Callable[[], float] = lambda: 0.0
+        """Seconds that this process has waited for others to let it work (measure/turns.py): of no phase, and not of the wall clock."""
+        self.waited_s = 0.0
         self._seconds = dict.fromkeys((*PHASES, "other"), 0.0)
         self._stack: list[str] = []
         offset = time.time() - started if started is not None else 0.0
@@ -77,9 +80,10 @@ class Meter:
 
     def _book(self) -> None:
         synchronise(self.device)
-        at = time.perf_counter()
-        self._seconds[self._stack[-1] if self._stack else "other"] += at - self._mark
-        self._mark = at
+        at, waited = time.perf_counter(), self.waited()
+        idle, self.waited_s = waited - self.waited_s, waited
+        self._seconds[self._stack[-1] if self._stack else "other"] += at - self._mark - idle
+        self._mark, self._begin = at, self._begin + idle
 
     def seconds(self, name: str) -> float:
         """Seconds booked to a phase until now."""

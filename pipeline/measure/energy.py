@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.measure import turns
 from pipeline.measure.clock import synchronise
 from pipeline.measure.machine import nvml
 
@@ -84,7 +85,7 @@ class Energy:
         gpu = getattr(device, "type", device) == "cuda"
         self.on = device
         self.device = Joules(lambda: _gpu_counters(device)) if gpu else Joules(_cpu_counters)
-        self.host = Joules(_cpu_counters) if gpu else None
+        self.host = Joules(_not_alone if turns.shared() else _cpu_counters) if gpu else None
         self._parts = [self.device, *([self.host] if self.host else [])]
         self._read_at: float | None = None
 
@@ -130,6 +131,10 @@ class Energy:
     def note(self) -> str | None:
         where = {"GPU": self.device, "CPU": self.host} if self.host else {"CPU": self.device}
         return "; ".join(f"{name} energy was not measured: {part.note}" for name, part in where.items() if part.note) or None
+
+
+def _not_alone() -> list[Counter]:
+    raise LookupError("other cells were prepared on the machine's processors meanwhile")
 
 
 def _gpu_counters(device: Any) -> list[Counter]:

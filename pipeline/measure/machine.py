@@ -35,14 +35,28 @@ def nvml(device: Any) -> Any:
 
 def card() -> tuple[str, int] | None:
     """(name, bytes) of the first GPU that this process may use, asked of the driver without torch; None where there is none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
-        import pynvml
+        library, handle = _first_gpu()
+        name = library.nvmlDeviceGetName(handle)
+        return name.decode() if isinstance(name, bytes) else name, int(library.nvmlDeviceGetMemoryInfo(handle).total)
+    except Exception:  # no driver or no library
+        return None
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if visible.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(visible)
-        name = pynvml.nvmlDeviceGetName(handle)
-        return name.decode() if isinstance(name, bytes) else name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+
+def _first_gpu() -> Any:
+    """(pynvml, handle) of the first GPU that this process may use. Raises whatever says that there is none."""
+    import pynvml
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    pynvml.nvmlInit()
+    return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if visible.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(visible)
+
+
+def busy_share() -> float | None:
+    """The share of the last moments in which the first GPU that this process may use ran a kernel, as NVML samples it; None where there is none."""
+    try:
+        library, handle = _first_gpu()
+        return float(library.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
     except Exception:  # no driver or no library
         return None
 

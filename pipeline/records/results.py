@@ -115,6 +115,24 @@ class Inference:
     """Seconds for the same requests as one batch, all by one adapter."""
     adapters_mixed: bool | None = None
     """Whether `adapters` is one mixed batch; False: the adapters take turns, one request after another."""
+    requests_key: str | None = None
+    """Hash of what seconds and memory of requests depend on (pipeline/cell/requests.py): cells of one key have the same figures. Null: they are the
+    cell's own alone."""
+    requests_from: str | None = None
+    """The cell of this experiment, of the same key, that latency, request memory and adapters were measured in; null: this one."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Cells that were under way beside this one on its device."""
+
+    cells: int
+    """How many there may have been at once, this one among them."""
+    turns: bool
+    """Whether what is timed had the device to itself (training steps, the test rows' answers, requests): other seconds may be longer than alone.
+    False (share=true): none of the cell's times is its own."""
+    waited_s: float | None = None
+    """Seconds of waiting for the device, no part of the wall clock."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +272,8 @@ class Result:
     """Trained at once with others in one process: its times are a share of theirs, its memory is not its own."""
     slots: int | None = None
     """How many ran at once, if packed."""
+    neighbours: Neighbours | None = None
+    """None: the cell had its machine to itself."""
     shared_process: bool = False
     """Whether imports and base were read before the cell was forked: its start-up, load and wall clock leave them out."""
     schema: int = SCHEMA

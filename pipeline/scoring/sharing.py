@@ -46,7 +46,7 @@ def shared_latency(scorer: scoring.Scorer, method: Method, rows: Sequence[dict],
     if not wrapped:
         return Shared(dict(one_adapter), one_adapter, together)
     if not together:
-        return Shared(_one_by_one(scorer, many[max(counts)], counts), one_adapter, together)
+        return Shared(_one_by_one(scorer, rows, counts), one_adapter, together)
     with copied(model, max(counts)) as names:
         adapters = {str(n): _seconds(functools.partial(_answer, scorer, batch, names[:n]), scorer.device) for n, batch in many.items()}
     return Shared(adapters, one_adapter, together)
@@ -68,16 +68,15 @@ def _seconds(call: Callable[[], None], device: Any) -> float:
 
 
 def _one_by_one(scorer: scoring.Scorer, rows: Sequence[dict], counts: Sequence[int]) -> dict[str, float]:
-    """Requests one after another, the adapter chosen anew before each: seconds until so many were answered."""
-    seconds, spent = {}, 0.0
+    """Requests one after another, the adapter chosen anew before each: seconds until so many were answered. More than there are rows are those again,
+    and take as long again."""
+    spent = [0.0]
     watch = clock.Stopwatch(scorer.device)
-    for number, row in enumerate(rows, 1):
+    for row in rows[: max(counts)]:
         scorer.model.set_adapter(scorer.model.active_adapter)
         _answer(scorer, [row], scoring.WHOLE)
-        if number in counts:
-            spent += watch.lap()
-            seconds[str(number)] = spent
-    return seconds
+        spent.append(spent[-1] + watch.lap())
+    return {str(n): n // len(rows) * spent[-1] + spent[n % len(rows)] for n in counts}
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from pipeline.core import progress
 from pipeline.core.files import atomic_path
 from pipeline.core.settings import Train
 from pipeline.data.rows import steps_in_epoch
+from pipeline.measure import turns
 from pipeline.measure.clock import Meter, Stopwatch
 from pipeline.measure.energy import Energy
 from pipeline.measure.memory import Memory, PeakMemory, out_of_memory
@@ -138,7 +139,7 @@ class Loop:
         marks, state, saved = validation_steps(run.total, run.settings.validations), self.state, Stopwatch()
         times: list[float] = []
         progress.stage("train")
-        with stop_on_signals(self._request_stop), self._bar() as bar, self.meter.phase("train"):
+        with turns.alone(), stop_on_signals(self._request_stop), self._bar() as bar, self.meter.phase("train"):
             self.energy.start()
             lap = Stopwatch(run.device)
             for step in range(state.step, run.total):

@@ -15,6 +15,7 @@ from pipeline.core.files import UserError
 from pipeline.core.settings import Task
 from pipeline.data.conversations import turns_of
 from pipeline.data.rows import Encoder
+from pipeline.measure import turns
 from pipeline.training.loop import Loop, Trained, lr_factor, stop_on_signals, validation_steps
 
 
@@ -43,7 +44,7 @@ class TrlLoop(Loop):
         with tempfile.TemporaryDirectory() as folder:
             with self.meter.phase("warmup"):
                 trainer = self._trainer(folder)
-            with stop_on_signals(self._request_stop), self._bar() as bar, self.meter.phase("train"):
+            with turns.alone(), stop_on_signals(self._request_stop), self._bar() as bar, self.meter.phase("train"):
                 self.energy.start()
                 trainer.add_callback(self._callback(bar))
                 if self.run.total:

@@ -1,0 +1,216 @@
+"""How many cells an hour one GPU gets through, and for how much of that time it computes.
+
+    python -m benchmarks.throughput ours set=eleven                            this checkout, pipeline.cells' default: timed work has the device alone
+    python -m benchmarks.throughput ours set=data_size cells=12 -- share=true  12 of the 108 cells, cells that share the device; words after -- are Hydra's
+    python -m benchmarks.throughput before set=eleven code=<commit or folder>  the same cells by an older checkout
+    python -m benchmarks.throughput plain set=data_size cells=12               transformers' Trainer with PEFT, a process a cell, one after another
+    python -m benchmarks.throughput table                                      what was measured, as a table
+
+    further words: out=<JSON lines> limit_s=600 work=.work/throughput data=data models=models
+    rationales=rationales lambada=<file> name=<of this measurement>
+
+Sets: eleven (techniques x seed 0 of experiments/qwen2_0_5b) and data_size (108 cells). A measurement that was cut off by limit_s goes on where it ended
+when the same command is given again: its cells stand under work/<name>/. Seconds hold everything from the command's start, imports included. The
+plain stack trains the same rows for as many steps, answers validation and test rows and times 16 requests; it probes and measures nothing else. The
+device's share is NVML's: of each sample's period, the part in which a kernel ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rates import lines
+from pipeline.core.compose import ROOT
+from pipeline.core.files import UserError
+from pipeline.measure import machine
+from pipeline.measure.clock import Stopwatch
+
+OUT = Path("benchmarks/results/throughput.jsonl")
+STACKS = ("ours", "before", "plain")
+OPTIONS = {"set": "eleven", "cells": "", "code": "", "out": str(OUT), "limit_s": "600", "work": ".work/throughput", "data": "data", "models": "models",
+           "rationales": "rationales", "lambada": "../shared/data/probes/lambada.jsonl", "name": ""}
+SAMPLE_S = 0.2
+RUNNER = """
+import json, sys
+from pipeline.cell import grid
+cells = grid.compose_cells(json.loads(sys.argv[1]))
+try:
+    from pipeline.forecasting.sharing import limit
+except ImportError:
+    from pipeline.forecasting.text import warn
+    sys.exit(grid.run_cells(cells, warn))
+sys.exit(grid.run_cells(cells, limit=limit))
+"""
+"""What `pipeline.cells` does, for cells that are no whole grid; runs in this checkout and in older ones."""
+
+
+def cells_of(name: str, count: int | None) -> list[dict[str, Any]]:
+    """The set's cells in the order of pipeline.cells, or `count` of them, spread over techniques, sizes and seeds alike. Raises UserError."""
+    from pipeline.cell.grid import grid
+
+    if name not in ("eleven", "data_size"):
+        raise UserError(f"set={name} is none; choose eleven or data_size")
+    experiment = "qwen2_0_5b" if name == "eleven" else name
+    axes = grid(experiment)["grid"]
+    techniques, sizes, seeds = axes["techniques"], axes["train_rows"], axes["seeds"][:1] if name == "eleven" else axes["seeds"]
+    every = [(t, n, s) for n, t, s in itertools.product(sizes, techniques, seeds)]
+    if count is not None and count < len(every):
+        chosen = {_spread(i, techniques, sizes, seeds) for i in range(count)}
+        every = [cell for cell in every if cell in chosen]
+    return [{"experiments": experiment, "technique": t, "train_rows": n, "seed": s} for t, n, s in every]
+
+
+def _spread(i: int, techniques: Sequence[str], sizes: Sequence[int], seeds: Sequence[int]) -> tuple[str, int, int]:
+    """The i-th of cells of which every run of as many as there are techniques has each once, at sizes half of the ladder away from those before."""
+    lap = i // len(techniques)
+    return techniques[i % len(techniques)], sizes[(i + lap * (len(sizes) // 2) + lap // 2) % len(sizes)], seeds[lap % len(seeds)]
+
+
+def measure(stack: str, options: dict[str, str], more: Sequence[str]) -> dict[str, Any]:
+    """Run a stack over the set's cells, those that it has not done yet, and write a line."""
+    count, limit_s = int(options["cells"]) if options["cells"] else None, float(options["limit_s"])
+    cells, every = cells_of(options["set"], count), len(cells_of(options["set"], None))
+    name = options["name"] or "-".join(filter(None, [stack, options["set"], options["cells"], *(word.replace("=", "_") for word in more)]))
+    folder = (Path(options["work"]) / name).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    code = _checkout(options["code"], folder.parent) if stack == "before" else ROOT
+    words = [*(f"paths.{key}={Path(options[key]).resolve()}" for key in ("data", "models", "rationales", "lambada")), f"paths.results={folder}/results",
+             f"paths.work={folder}/work", "tracking=none", "train.progress=false", *more]
+    before = _finished(folder)
+    watch, samples = Stopwatch(), []
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "PYTHONPATH": str(code)}
+    ended = "done"
+    with open(folder / "log.txt", "ab") as log:
+        for command in _commands(stack, cells, words, folder):
+            process = subprocess.Popen(command, cwd=code, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            while process.poll() is None and watch.peek() < limit_s:
+                busy = machine.busy_share()
+                samples += [busy] if busy is not None else []
+                _wait(process)
+            if process.poll() is None:
+                ended = "limit"
+                process.terminate()
+                process.wait(60)
+                break
+            if process.returncode:
+                ended = f"exit code {process.returncode}, see {folder.name}/log.txt"
+                break
+    done = _finished(folder) - before
+    seconds = watch.lap()
+    card = machine.card()
+    line = {
+        "stack": stack, "name": name, "set": options["set"], "cells": len(done), "asked": len(cells), "of": every, "wall_s": round(seconds, 2),
+        "cells_per_hour": round(3600 * len(done) / seconds, 2), "busy_share": round(sum(samples) / len(samples), 4) if samples else None,
+        "extrapolated": len(cells) < every, "ended": ended, "resumed": bool(before), "commit": _commit(code), "options": list(more),
+        "device": card[0] if card else machine.cpu_name(), "cpus": machine.cpu_count(), "date": datetime.now(UTC).date().isoformat(),
+        "phases_s": _phases(folder, done),
+    }
+    out = Path(options["out"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(SAMPLE_S)
+
+
+def _commands(stack: str, cells: Sequence[dict[str, Any]], words: Sequence[str], folder: Path) -> list[list[str]]:
+    every = [[*(f"{key}={value}" for key, value in cell.items()), *words] for cell in cells]
+    if stack != "plain":
+        return [[sys.executable, "-c", RUNNER, json.dumps(every)]]
+    missing = [(cell, words) for cell, words in zip(cells, every, strict=True) if not (folder / "plain" / _file(cell)).exists()]
+    return [[sys.executable, "-m", "benchmarks.throughput_plain", str(folder / "plain" / _file(cell)), *words] for cell, words in missing]
+
+
+def _file(cell: dict[str, Any]) -> str:
+    return f"{cell['technique']}-s{cell['seed']}-n{cell['train_rows']}.json"
+
+
+def _finished(folder: Path) -> set[Path]:
+    return {*folder.glob("results/*/*/result.json"), *folder.glob("plain/*.json")}
+
+
+def _phases(folder: Path, done: set[Path]) -> dict[str, float]:
+    """Seconds by phase, all cells together: where the time went."""
+    sums: dict[str, float] = {}
+    for path in done:
+        result = json.loads(path.read_text())
+        waited = (result.get("neighbours") or {}).get("waited_s")
+        for key, value in {**(result.get("phases") or {}), "waited_s": waited}.items():
+            sums[key] = round(sums.get(key, 0.0) + (value or 0.0), 2)
+    return sums
+
+
+def _checkout(code: str, work: Path) -> Path:
+    """The folder of an older version: as given, or a worktree of that commit. Raises UserError."""
+    if not code:
+        raise UserError("before needs code=<commit, or a folder that holds an older checkout>")
+    if Path(code, "pipeline").is_dir():
+        return Path(code).resolve()
+    folder = work / f"code-{code}"
+    if not folder.exists():
+        done = subprocess.run(["git", "worktree", "add", "--detach", str(folder), code], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"code={code} is neither a folder with pipeline/ nor a commit of this repository ({done.stderr.strip()}); fix it")
+    return folder
+
+
+def _commit(code: Path) -> str | None:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=code, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown: measurements of one name together, and how many times the plain stack's and the older checkout's cells an hour they are."""
+    whole: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        one = whole.setdefault((row["set"], row["name"]), {**row, "cells": 0, "wall_s": 0.0, "busy": 0.0})
+        one["cells"] += row["cells"]
+        one["wall_s"] += row["wall_s"]
+        one["busy"] += (row["busy_share"] or 0.0) * row["wall_s"]
+    rates = {key: 3600 * one["cells"] / one["wall_s"] for key, one in whole.items() if one["cells"]}
+    best = {(one["set"], one["stack"]): rates[key] for key, one in whole.items() if key in rates and one["stack"] != "ours"}
+    made = ["| set | stack | cells | seconds | cells an hour | device computes | against the version before | against the plain stack |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for key, one in whole.items():
+        rate = rates.get(key)
+        times = [f"{rate / best[one['set'], other]:.1f}x" if rate and one["stack"] == "ours" and (one["set"], other) in best else ""
+                 for other in ("before", "plain")]
+        busy = f"{one['busy'] / one['wall_s']:.0%}" if one["busy_share"] is not None else ""
+        some = f"{one['cells']} of {one['of']}" if one["cells"] < one["of"] else str(one["cells"])
+        columns = [one["set"], " ".join([one["stack"], *one["options"]]), some, f"{one['wall_s']:.0f}", f"{rate or 0:.0f}", busy, *times]
+        made.append(f"| {' | '.join(columns)} |")
+    return made
+
+
+def main(words: list[str]) -> int:
+    split = words.index("--") if "--" in words else len(words)
+    command, pairs = (words[0] if words else ""), dict(word.partition("=")[::2] for word in words[1:split])
+    try:
+        if command not in (*STACKS, "table") or pairs.keys() - OPTIONS.keys():
+            raise UserError(f"choose one of {', '.join((*STACKS, 'table'))} with {', '.join(f'{key}=' for key in OPTIONS)}")
+        options = OPTIONS | pairs
+        if command == "table":
+            print("\n".join(table(lines(Path(options["out"])))))
+        else:
+            print(json.dumps(measure(command, options, words[split + 1 :])), flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

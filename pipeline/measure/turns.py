@@ -1,0 +1,159 @@
+"""A device that several processes share: work that is timed has it alone, other work runs beside other such work.
+
+Library of `pipeline.cells`, which has several cells under way at once. Two files are locked with flock, which the kernel ends with the process that
+holds it: `device` (shared by who works beside others, exclusive to who is timed) and `next` (held by who waits to be alone, so that nobody comes in
+before it). Where nobody shares the device (`join` was not called) all of it costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.measure.clock import synchronise
+
+FILES = ("device", "next")
+
+
+class Turns:
+    """This process's part in sharing a device. The device is waited for (its queue is empty) before another process is let in.
+
+    Args:
+        folder: where the two files are, the same for all that share the device.
+    """
+
+    def __init__(self, folder: Path, device: Any) -> None:
+        self.device = device
+        self.waited_s = 0.0
+        """Seconds spent waiting for others, since `join`."""
+        self._device, self._next = (os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC) for name in FILES)
+        self._here = self._is_alone = False
+
+    def beside(self) -> None:
+        """Begin to use the device, beside others that are not timed."""
+        if not self._here:
+            with self._waiting(), self._in_line():
+                fcntl.flock(self._device, fcntl.LOCK_SH)
+            self._here = True
+
+    def leave(self) -> None:
+        """Let others have the device alone."""
+        if self._here:
+            synchronise(self.device)
+            fcntl.flock(self._device, fcntl.LOCK_UN)
+            self._here = False
+
+    def point(self) -> None:
+        """Let who waits to be alone go first: to be called often where nothing is timed."""
+        if self._here and not self._is_alone and self._wanted():
+            self.leave()
+            self.beside()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have the device alone inside."""
+        if self._is_alone:
+            yield
+            return
+        before = self._here
+        self.leave()
+        with self._waiting(), self._in_line():
+            fcntl.flock(self._device, fcntl.LOCK_EX)
+        self._here = self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
+            self.leave()
+            if before:
+                self.beside()
+
+    @contextlib.contextmanager
+    def away(self, waiting: bool = False) -> Iterator[None]:
+        """Be without the device inside: for work of the processor alone, or, `waiting`, as one must be who waits for another process."""
+        if self._is_alone or not self._here:
+            yield
+            return
+        self.leave()
+        with self._waiting() if waiting else contextlib.nullcontext():
+            yield
+        self.beside()
+
+    def _wanted(self) -> bool:
+        """Whether somebody is in line."""
+        try:
+            fcntl.flock(self._next, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(self._next, fcntl.LOCK_UN)
+        return False
+
+    @contextlib.contextmanager
+    def _in_line(self) -> Iterator[None]:
+        fcntl.flock(self._next, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._next, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - at
+
+
+_turns: Turns | None = None
+
+
+def join(folder: Path, device: Any) -> None:
+    """This process shares the device from now on, until it ends."""
+    global _turns
+    _turns = Turns(folder, device)
+
+
+def leave() -> None:
+    """Share nothing any more."""
+    global _turns
+    if _turns is not None:
+        _turns.leave()
+        _turns = None
+
+
+def shared() -> bool:
+    """Whether other processes work beside this one."""
+    return _turns is not None
+
+
+def waited_s() -> float:
+    """Seconds that this process has waited for others."""
+    return _turns.waited_s if _turns is not None else 0.0
+
+
+def beside() -> None:
+    """Begin to use the device."""
+    if _turns is not None:
+        _turns.beside()
+
+
+def point() -> None:
+    """Let who waits to be timed go first."""
+    if _turns is not None:
+        _turns.point()
+
+
+def alone() -> contextlib.AbstractContextManager[None]:
+    """Have the device alone inside: for what is timed."""
+    return _turns.alone() if _turns is not None else contextlib.nullcontext()
+
+
+def away(waiting: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Be without the device inside."""
+    return _turns.away(waiting) if _turns is not None else contextlib.nullcontext()

@@ -1,0 +1,101 @@
+"""Work that is timed has the device alone, other work does not wait for other work, and who waits to be alone goes first."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.measure import turns
+from pipeline.measure.clock import Meter
+from pipeline.measure.turns import Turns
+
+FORK = multiprocessing.get_context("fork")
+
+
+def other(folder: Path, work: str) -> FORK.Process:
+    """Another process that works `beside` or `alone` until the file `stop` is there, and then lets go; it marks that it has begun."""
+    process = FORK.Process(target=_work, args=(folder, work))
+    process.start()
+    return process
+
+
+def _work(folder: Path, work: str) -> None:
+    mine = Turns(folder, "cpu")
+    if work == "beside":
+        mine.beside()
+        (folder / "begun").touch()
+        while not (folder / "stop").exists():
+            mine.point()
+            time.sleep(0.002)
+        os._exit(0)
+    with mine.alone():
+        (folder / "begun").touch()
+        while not (folder / "stop").exists():
+            time.sleep(0.002)
+    os._exit(0)
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} in vain"
+        time.sleep(0.002)
+
+
+def test_who_works_beside_lets_who_is_timed_in_at_its_next_point_and_waits_meanwhile(tmp_path):
+    process = other(tmp_path, "beside")
+    wait_for(tmp_path / "begun")
+    mine = Turns(tmp_path, "cpu")
+    mine.beside()  # at once: nobody is timed
+    assert mine.waited_s < 0.2
+    with mine.alone(), mine.alone():
+        (tmp_path / "stop").touch()
+        process.join(0.2)
+        assert process.exitcode is None, "the other one stands still while this one is alone"
+    process.join(10)
+    assert process.exitcode == 0
+
+
+def test_nobody_comes_in_while_one_is_alone_and_a_killed_one_lets_go(tmp_path):
+    process = other(tmp_path, "alone")
+    wait_for(tmp_path / "begun")
+    late = FORK.Process(target=lambda: Turns(tmp_path, "cpu").beside())
+    late.start()
+    late.join(0.2)
+    assert late.exitcode is None
+    process.kill()
+    late.join(10)
+    assert late.exitcode == 0
+
+
+def test_waiting_is_no_phase_and_not_of_the_wall_clock(tmp_path):
+    process = other(tmp_path, "alone")
+    wait_for(tmp_path / "begun")
+    meter = Meter()
+    meter.waited = turns.waited_s
+    turns.join(tmp_path, "cpu")
+    try:
+        later = FORK.Process(target=lambda: (time.sleep(0.3), (tmp_path / "stop").touch()))
+        later.start()
+        with meter.phase("load"):
+            turns.beside()
+        with meter.phase("train"), turns.alone():
+            time.sleep(0.05)
+        phases = meter.phases()
+    finally:
+        turns.leave()
+    process.join(10)
+    later.join(10)
+    assert meter.waited_s >= 0.25
+    assert phases.load_s < 0.2 and phases.wall_s == pytest.approx(phases.load_s + phases.train_s + phases.other_s, abs=1e-3)
+    assert phases.wall_s < 0.25
+
+
+def test_alone_on_a_machine_that_nobody_shares_costs_nothing():
+    with turns.alone(), turns.away():
+        turns.point()
+    assert turns.waited_s() == 0.0 and not turns.shared()
