@@ -124,6 +124,8 @@ def _cell_tags(result: Result) -> dict[str, str]:
         **{k: result.provenance.get(k) for k in ("git_commit", "git_dirty")},
         "hardware": hardware_name(result.hardware), "memory_kind": result.memory.kind if result.memory else None,
         **{k: getattr(result.work, k, None) for k in ("resumed", "engine", "engine_reason")},
+        "requests_from": getattr(result.inference, "requests_from", None),
+        "neighbours": result.neighbours and f"{result.neighbours.cells}, {'in turns' if result.neighbours.turns else 'no time is its own'}",
         "mlflow.source.git.commit": result.provenance.get("git_commit"), "mlflow.note.content": "\n\n".join(result.notes) or None,
     })
 

@@ -203,8 +203,20 @@ def _resources(result: Result) -> dict[str, str | None]:
         "Attention": size.attention if size else None,
         "Rounded": _of_blocks(size.quantised_share if size else None),
         "Pruned, taken apart or adapted": _of_blocks(size.reached_share if size else None),
+        "Latency and adapters": f"measured in {inference.requests_from}" if inference and inference.requests_from else None,
+        "Beside other cells": _beside(result),
         "Test rows a second": f"{inference.rows_per_s:,.1f}" if inference and inference.rows_per_s is not None else None,
     }
+
+
+def _beside(result: Result) -> str | None:
+    there = result.neighbours
+    if there is None:
+        return None
+    if not there.turns:
+        return f"up to {there.cells} on the device at once: no time is the cell's own"
+    waited = f", {f.duration(there.waited_s)} of waiting left out" if there.waited_s else ""
+    return f"up to {there.cells} under way; alone on the device while it was timed (training, test rows, requests){waited}"
 
 
 def _of_blocks(share: float | None) -> str | None:

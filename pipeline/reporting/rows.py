@@ -112,9 +112,14 @@ def options(rows: Sequence[Row]) -> list[Option]:
 
 def timing_notes(rows: Sequence[Row]) -> list[str]:
     """What the marks at times stand for, those that occur."""
-    resumed = [f"{RESUMED} resumed, or packed with other cells: no single run's time"]
+    resumed = [f"{RESUMED} resumed, packed with other cells, or with others on the device: no single run's time"]
     shared = [f"{SHARED} imports and base were read once for several cells: their start-up and load are missing from the total"]
-    return resumed * any(r.timing for r in rows) + shared * any(r.shared_process for r in rows)
+    cells = [c.result for r in rows for c in r.cells]
+    beside = ["several cells were under way at once: training, test rows and requests were timed alone on the device, start-up, load, capture and probes "
+              "beside other cells, and waiting is left out of the total"] * any(c.neighbours and c.neighbours.turns for c in cells)
+    taken = ["latency and adapters of a cell may be those of another of its technique, of the same shapes, code and machine "
+             "(inference.requests_from in its result)"] * any(c.inference and c.inference.requests_from for c in cells)
+    return resumed * any(r.timing for r in rows) + shared * any(r.shared_process for r in rows) + beside + taken
 
 
 def tier_notes(rows: Sequence[Row]) -> list[str]:

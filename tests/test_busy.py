@@ -1,0 +1,255 @@
+"""One GPU, busy: figures of requests are taken over where nothing that they depend on differs, cells are under way at once, and share a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from benchmarks import throughput
+from pipeline.cell import grid, identity, requests
+from pipeline.cell import run as cell_run
+from pipeline.cell.child import Ended
+from pipeline.cell.pool import AtOnce
+from pipeline.core.compose import compose
+from pipeline.records.results import Neighbours, Result, read
+
+SHORT = ["technique=lora", "precision=fp32", "experiment=busy", "train_rows=16", "train.batch_size=8", "train.steps=2", "evaluate.test_rows=8",
+         "evaluate.adapters=[1,2]", "train.validations=0"]
+
+
+@pytest.fixture
+def words(overrides: list[str], imports: None) -> list[str]:
+    return [*(w for w in overrides if not w.startswith("evaluate.adapters")), *SHORT]
+
+
+def seeds(words: list[str], count: int = 2, *more: str) -> list[Any]:
+    return [compose([*words, *more, f"seed={seed}"]) for seed in range(count)]
+
+
+def result_of(cfg: Any) -> Result:
+    return read(identity.folder_of(cfg))
+
+
+def two(_: Any) -> AtOnce:
+    return AtOnce(2)
+
+
+# figures of requests
+
+
+def figures(cfg: Any) -> dict[str, Any]:
+    inference = result_of(cfg).inference
+    assert inference is not None and inference.latency_s and inference.merged_latency_s and inference.adapters
+    return {name: getattr(inference, name) for name in requests.FIELDS}
+
+
+def taken_from(cfg: Any) -> str | None:
+    inference = result_of(cfg).inference
+    assert inference is not None and inference.requests_key
+    return inference.requests_from
+
+
+def test_another_seed_takes_the_figures_over_and_says_from_whom(words):
+    cells = [*seeds(words), *seeds(words, 1, "latency=measure", "variant=anew"), *seeds(words, 1, "method.config.r=2", "variant=narrow")]
+    assert grid.run_cells(cells) == 0
+    first, second, anew, narrow = cells
+    assert taken_from(first) is None and taken_from(second) == "lora-s0-n16" and figures(first) == figures(second)
+    assert taken_from(anew) is taken_from(narrow) is None
+    keys = [result_of(cfg).inference.requests_key for cfg in cells]
+    assert keys[0] == keys[1] == keys[2] != keys[3], "a lower rank has requests of its own"
+    assert figures(anew)["latency_s"] != figures(first)["latency_s"]
+    shutil.rmtree(identity.folder_of(first))
+    shutil.rmtree(identity.folder_of(second))
+    assert grid.run_cells([second]) == 0 and taken_from(second) is None, "figures of a cell that is no more are nobody's"
+
+
+def test_the_key_holds_all_that_the_figures_depend_on(words, monkeypatch):
+    asked: list[tuple[str | None, str]] = []
+
+    def keyed(what: str, cfg: Any) -> str | None:
+        found: list[str | None] = []
+        measure = requests.measure
+
+        def seen(parts: Any, scorer: Any, rows: Any, inference: Any, *more: Any) -> Any:
+            found.append(requests.key(parts, scorer, rows[:2]))
+            return inference
+
+        monkeypatch.setattr(requests, "measure", seen)
+        cell_run.run(cfg)
+        monkeypatch.setattr(requests, "measure", measure)
+        asked.append((found[0], what))
+        return found[0]
+
+    plain = keyed("plain", *seeds(words, 1))
+    assert keyed("another seed and rate", *seeds(words, 1, "train.lr=0.01", "seed=0")) == plain is not None
+    others = {
+        "prompt lengths": ["task.separator=' : '"], "precision": ["precision=bf16"], "modules": ["method.config.target_modules=[q_proj]"],
+        "what is measured": ["evaluate.adapters=[1]"], "batches": ["evaluate.batch_tokens=99"],
+    }
+    for what, more in others.items():
+        keyed(what, *seeds(words, 1, *more))
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "code", lambda _: {"engine/ops.py": "another"})
+        keyed("code", *seeds(words, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(requests, "manifest", lambda _: {"sha256": "another"})
+        keyed("model", *seeds(words, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(requests.machine, "hardware", lambda _: {"gpu": "another"})
+        keyed("device", *seeds(words, 1))
+    values = [value for value, what in asked if what != "another seed and rate"]
+    assert len(set(values)) == len(values), asked
+
+
+def test_an_answer_that_is_generated_ends_where_the_model_says(words):
+    cfg = compose([*words, "task.scoring=generate", "task.max_new_tokens=2", "evaluate.test_rows=2", "seed=0"])
+    result = cell_run.run(cfg, folder=identity.folder_of(cfg))
+    assert result.inference is not None and result.inference.latency_s and result.inference.requests_key is None
+
+
+# under way at once
+
+
+def test_cells_under_way_at_once_have_the_results_of_cells_one_after_another(words):
+    alone, beside = seeds(words, 3), seeds(words, 3, "experiment=beside")
+    assert grid.run_cells(alone) == 0 and grid.run_cells(beside, limit=two) == 0
+    for one, other in zip(map(result_of, alone), map(result_of, beside), strict=True):
+        assert one.scores == other.scores and one.history == other.history and one.neighbours is None
+        assert other.neighbours == Neighbours(2, True, other.neighbours.waited_s) and other.neighbours.waited_s >= 0
+        assert other.phases.wall_s == pytest.approx(sum(v for k, v in vars(other.phases).items() if k != "wall_s"), abs=0.01)
+
+
+def test_the_timed_parts_of_two_cells_do_not_overlap(words, tmp_path, monkeypatch):
+    from pipeline.measure import turns
+
+    alone, spans = turns.Turns.alone, tmp_path / "spans"
+
+    def noted(self: Any) -> Any:
+        import contextlib
+        import time
+
+        @contextlib.contextmanager
+        def inside() -> Any:
+            with alone(self):
+                begun = time.monotonic()
+                yield
+                with open(spans, "a") as file:
+                    print(begun, time.monotonic(), os.getpid(), file=file)
+
+        return inside()
+
+    monkeypatch.setattr(turns.Turns, "alone", noted)
+    assert grid.run_cells(seeds(words, 2), limit=two) == 0
+    times = sorted(tuple(map(float, line.split())) for line in spans.read_text().splitlines())
+    assert len({pid for _, _, pid in times}) == 2 and len(times) >= 5
+    assert all(one[1] <= other[0] or one[2] == other[2] for one, other in zip(times, times[1:], strict=False))
+
+
+def test_a_cell_that_runs_out_of_memory_beside_others_is_run_again_by_itself(words, monkeypatch, capfd):
+    def crowded(parts: Any, *rest: Any, **more: Any) -> Any:
+        from pipeline.measure import turns
+
+        if turns.shared() and parts.cfg.seed == 0:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return train(parts, *rest, **more)
+
+    train = cell_run.train
+    monkeypatch.setattr(cell_run, "train", crowded)
+    cells = seeds(words, 2)
+    assert grid.run_cells(cells, limit=two) == 0
+    assert "lora-s0-n16 ran out of memory beside other cells, and is run again by itself" in capfd.readouterr().out
+    assert [result_of(cfg).status for cfg in cells] == ["ok", "ok"]
+    assert result_of(cells[0]).neighbours is None and result_of(cells[1]).neighbours is not None
+
+
+def test_a_cell_without_memory_loses_itself_alone(words):
+    cells = [*seeds(words, 1, "memory_limit_gb=0.01"), *seeds(words, 1, "variant=other")]
+    assert grid.run_cells(cells, limit=two) == 0
+    assert [result_of(cfg).status for cfg in cells] == ["oom", "ok"]
+
+
+def test_a_killed_cell_ends_the_others_which_begin_anew(words, monkeypatch):
+    real = cell_run.train
+
+    def killed(parts: Any, *rest: Any, **more: Any) -> Any:
+        if parts.cfg.seed == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(parts, *rest, **more)
+
+    cells = seeds(words, 2)
+    with monkeypatch.context() as patch, pytest.raises(Ended, match="cell lora-s1-n16 was ended by signal 9"):
+        patch.setattr(cell_run, "train", killed)
+        grid.run_cells(cells, limit=two)
+    assert grid.run_cells(cells, limit=two) == 0 and result_of(cells[1]).status == "ok"
+
+
+def test_a_cell_that_begins_at_another_waits_for_it(words):
+    second = compose([*words, "seed=0", "variant=on", "start=lora"])
+    assert grid.run_cells([*seeds(words, 1), second], limit=two) == 0 and result_of(second).start == "lora"
+
+
+def test_cells_that_need_more_than_there_is_room_for_run_one_after_another(words):
+    cells = seeds(words, 2)
+    needs = {"lora-s0-n16": 60, "lora-s1-n16": 60}
+    assert grid.run_cells(cells, limit=lambda _: AtOnce(2, needs, 100)) == 0
+    began = datetime.fromisoformat(result_of(cells[1]).provenance["started"]).timestamp()
+    assert began > (identity.folder_of(cells[0]) / "result.json").stat().st_mtime - 0.01
+
+
+# cells that share a device
+
+
+def test_shared_cells_say_so_and_seeds_of_one_adapter_are_packed(words, capfd):
+    cells = [*seeds(words, 2, "share=true"), *seeds(words, 1, "technique=ia3", "share=true")]
+    assert grid.run_cells(cells, limit=two) == 0
+    results = [result_of(cfg) for cfg in cells]
+    assert [r.neighbours for r in results] == [Neighbours(2, False, None)] * 3
+    assert [(r.packed, r.slots) for r in results] == [(True, 2), (True, 2), (False, None)]
+    assert all(r.inference.requests_from is None and r.inference.requests_key is None for r in results), "their seconds are nobody else's"
+    assert "2 at once" in capfd.readouterr().out
+
+
+def test_packs_and_turns_are_not_the_default_of_a_cell_by_itself(words):
+    cfg = compose(words)
+    assert cfg.pack is None and cfg.at_once is None and cfg.share is False
+    assert dataclasses.asdict(AtOnce()) == {"cells": 1, "needs": {}, "room": None}
+
+
+# the benchmark
+
+
+def test_some_of_a_sets_cells_are_spread_over_its_techniques_and_sizes():
+    every, some = throughput.cells_of("data_size", None), throughput.cells_of("data_size", 12)
+    assert len(every) == 108 and len(throughput.cells_of("eleven", None)) == 11 and all(cell in every for cell in some)
+    counts = [Counter(cell[key] for cell in some).values() for key in ("technique", "train_rows")]
+    assert [set(each) for each in counts] == [{2}, {2}]
+
+
+def test_a_table_sums_what_was_cut_off_and_says_how_many_times_the_others_it_is():
+    common = {"set": "data_size", "of": 108, "busy_share": 0.5, "options": []}
+    rows = [{**common, "stack": "ours", "name": "ours", "cells": 54, "wall_s": 100.0}, {**common, "stack": "ours", "name": "ours", "cells": 54, "wall_s": 116.0},
+            {**common, "stack": "plain", "name": "plain", "cells": 6, "wall_s": 120.0}]
+    assert throughput.table(rows)[2:] == ["| data_size | ours | 108 | 216 | 1800 | 50% |  | 10.0x |", "| data_size | plain | 6 of 108 | 120 | 180 | 50% |  |  |"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["ours", "plain"])
+def test_a_stack_runs_its_cells_and_does_not_run_them_again(stack, tiny, tmp_path, monkeypatch):
+    cells = [{"technique": technique, "train_rows": 16, "seed": 0} for technique in ("zero_shot", "lora", "step_by_step")]
+    monkeypatch.setattr(throughput, "cells_of", lambda *_: cells)
+    words = ["task=vader_movies", "teacher=lexicon", "model=smollm2_135m", "device=cpu", "evaluate.test_rows=8", "train.batch_size=8", "evaluate.forgetting=false",
+             "evaluate.adapters=[]", "evaluate.transfer_rows=0", "preflight=false"]
+    places = [f"{key}={tiny}/{key}" for key in ("data", "models", "rationales")]
+    command = [stack, *places, f"work={tmp_path}/work", f"out={tmp_path}/out.jsonl", "--", *words]
+    assert throughput.main(command) == 0 and throughput.main(command) == 0
+    first, again = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (first["ended"], first["cells"], first["resumed"]) == ("done", 3, False), (tmp_path / "work").rglob("log.txt")
+    assert (again["ended"], again["cells"], again["resumed"]) == ("done", 0, True) and first["phases_s"]["train_s"] > 0
