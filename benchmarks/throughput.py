@@ -21,6 +21,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ STACKS = ("ours", "before", "plain")
 OPTIONS = {"set": "eleven", "cells": "", "code": "", "out": str(OUT), "limit_s": "600", "work": ".work/throughput", "data": "data", "models": "models",
            "rationales": "rationales", "lambada": "../shared/data/probes/lambada.jsonl", "name": ""}
 SAMPLE_S = 0.2
+LONGEST_NAME = 120
 RUNNER = """
 import json, sys
 from pipeline.cell import grid
@@ -79,7 +81,7 @@ def measure(stack: str, options: dict[str, str], more: Sequence[str]) -> dict[st
     """Run a stack over the set's cells, those that it has not done yet, and write a line."""
     count, limit_s = int(options["cells"]) if options["cells"] else None, float(options["limit_s"])
     cells, every = cells_of(options["set"], count), len(cells_of(options["set"], None))
-    name = options["name"] or "-".join(filter(None, [stack, options["set"], options["cells"], *(word.replace("=", "_") for word in more)]))
+    name = options["name"] or re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [stack, options["set"], options["cells"], *more])))[:LONGEST_NAME]
     folder = (Path(options["work"]) / name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     code = _checkout(options["code"], folder.parent) if stack == "before" else ROOT

@@ -216,6 +216,8 @@ class CellRun:
         self.cfg, self.watcher, self.channel = cfg, watcher, progress.Channel()
 
         def work() -> int:
+            if _rounds_nothing(cfg):
+                inputs.import_peft()
             result = cell_run.run(cfg, shared=shared, folder=folder, started=started)
             print(summary(result))
             return 0
@@ -240,6 +242,12 @@ class CellRun:
         if done.code > 128 and done.code != 130:
             raise Ended(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it resumes from its last checkpoint")
         return done.code
+
+
+def _rounds_nothing(cfg: DictConfig) -> bool:
+    """Whether no model that the cell may load is rounded, its start and teachers among them, and a method of PEFT's is trained."""
+    rounded = cfg.precision.name in inputs.QUANTISED or cfg.train.optimizer != "adamw"
+    return "config" in cfg.method and not rounded and not cfg.start and not identity.reads(cfg)
 
 
 def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | None, watcher: Watcher | None = None,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from omegaconf import DictConfig
 from pipeline.core.compose import build, plain
 from pipeline.core.files import Unsuited, UserError, read_json
 from pipeline.core.names import class_of
-from pipeline.core.settings import Settings
+from pipeline.core.settings import Settings, Task
 from pipeline.core.settings import read as read_settings
 from pipeline.data.rows import Encoded, Encoder, Rows, check_prepared, load_rationales, load_rows
 from pipeline.data.splits import named as labels_in_words
@@ -25,11 +29,15 @@ from pipeline.models import rates
 from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, most_tokens, resolve
 from pipeline.objectives.base import Objective
 from pipeline.records.results import Synthetic
+from pipeline.scoring import answers
 from pipeline.scoring.probes import Probing
 from pipeline.serving.artefact import started
 from pipeline.teachers.synthetic import rows as synthetic
 
 QUANTISED = ("nf4", "int8")
+KNOWN_BNB = (("peft.import_utils", "is_bnb_available"), ("peft.import_utils", "is_bnb_4bit_available"),
+             ("transformers.utils.import_utils", "is_bitsandbytes_available"), ("accelerate.utils.imports", "is_bnb_available"))
+"""Functions that remember whether bitsandbytes can be imported."""
 
 
 @dataclass
@@ -58,11 +66,67 @@ def preload(missing: Sequence[DictConfig]) -> Shared:
 
     shared = Shared(threads=torch.get_num_threads())
     torch.set_num_threads(1)
+    task = read_settings(missing[0]).task
+    trial = _tried(task) if torch.version.cuda else None
     for folder, trusted in {Path(c.paths.models) / c.model.name: read_settings(c).model.trust_remote_code for c in missing}.items():
         shared.preload(folder, trusted)
-    if torch.version.cuda is None:
-        import peft  # noqa: F401  (with a GPU build this would start CUDA, which no child could then use)
+    if trial is None:
+        import peft  # noqa: F401
+    elif _passed(trial):
+        _import_all(task)
     return shared
+
+
+def _import_all(task: Task) -> None:
+    import_peft()
+    answers.preload(task)
+
+
+def import_peft() -> None:
+    """Import PEFT without bitsandbytes, which takes a second and, with a GPU build, starts CUDA: no process that is forked later could use it then.
+
+    PEFT and transformers import bitsandbytes when a model is rounded, and so they still do.
+    """
+    import transformers.modeling_utils  # noqa: F401  (what it makes of bitsandbytes at its own import, it shall)
+
+    if {"peft", "bitsandbytes"} & sys.modules.keys():
+        return
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  (an import of it fails)
+    try:
+        import peft  # noqa: F401
+    finally:
+        del sys.modules["bitsandbytes"]
+    for module, function in KNOWN_BNB:
+        clear = getattr(getattr(sys.modules.get(module), function, None), "cache_clear", None)
+        if clear:
+            clear()
+
+
+def _tried(task: Task) -> BaseProcess:
+    """A process that imports what cells import and then has a process of its own ask for the GPU: whether this one may do the same."""
+    process = get_context("fork").Process(target=_try, args=(task,))
+    process.start()
+    return process
+
+
+def _try(task: Task) -> None:
+    _import_all(task)
+    child = get_context("fork").Process(target=_start_gpu)
+    child.start()
+    child.join()
+    os._exit(child.exitcode or 0)
+
+
+def _start_gpu() -> None:
+    import torch
+
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (what fails here is no news)
+    torch.cuda.init()
+
+
+def _passed(trial: BaseProcess) -> bool:
+    trial.join()
+    return trial.exitcode == 0
 
 
 @dataclass(frozen=True)

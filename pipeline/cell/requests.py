@@ -75,7 +75,7 @@ def key(parts: Parts, scorer: Scorer, asked: Sequence[dict]) -> str | None:
         "method": decisive["method"], "precision": [parts.precision, vars(parts.settings.precision)], "dtype": str(parts.dtype),
         "rows": None if parts.method.trains else [cfg.train_rows, decisive.get("seed")], "shape": [*parameters(scorer.model), memory_bytes(scorer.model)],
         "model": manifest(parts.model)["sha256"], "code": identity.code(cfg), "hardware": machine.hardware(parts.device) | machine.arithmetic(),
-        "packages": machine.provenance()["packages"], "evaluate": [evaluate.latency_rows, evaluate.adapters, evaluate.batch_tokens],
+        "packages": machine.versions(machine.PACKAGES), "evaluate": [evaluate.latency_rows, evaluate.adapters, evaluate.batch_tokens],
         "lengths": [(len(prompt), [len(choice) for choice in choices]) for prompt, choices in scorer.items(asked)],
     }
     return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()[:16]
