@@ -4,6 +4,7 @@
     python -m benchmarks.throughput ours set=data_size cells=12 -- share=true  12 of the 108 cells, cells that share the device; words after -- are Hydra's
     python -m benchmarks.throughput before set=eleven code=<commit or folder>  the same cells by an older checkout
     python -m benchmarks.throughput plain set=data_size cells=12               transformers' Trainer with PEFT, a process a cell, one after another
+    python -m benchmarks.throughput start                                      a second process of pipeline.train: seconds until it trains
     python -m benchmarks.throughput table                                      what was measured, as a table
 
     further words: out=<JSON lines> limit_s=600 work=.work/throughput data=data models=models
@@ -85,8 +86,7 @@ def measure(stack: str, options: dict[str, str], more: Sequence[str]) -> dict[st
     folder = (Path(options["work"]) / name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     code = _checkout(options["code"], folder.parent) if stack == "before" else ROOT
-    words = [*(f"paths.{key}={Path(options[key]).resolve()}" for key in ("data", "models", "rationales", "lambada")), f"paths.results={folder}/results",
-             f"paths.work={folder}/work", "tracking=none", "train.progress=false", *more]
+    words = [*_places(options), f"paths.results={folder}/results", f"paths.work={folder}/work", "tracking=none", "train.progress=false", *more]
     before = _finished(folder)
     watch, samples = Stopwatch(), []
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "PYTHONPATH": str(code)}
@@ -108,19 +108,37 @@ def measure(stack: str, options: dict[str, str], more: Sequence[str]) -> dict[st
                 break
     done = _finished(folder) - before
     seconds = watch.lap()
-    card = machine.card()
-    line = {
+    return {
         "stack": stack, "name": name, "set": options["set"], "cells": len(done), "asked": len(cells), "of": every, "wall_s": round(seconds, 2),
         "cells_per_hour": round(3600 * len(done) / seconds, 2), "busy_share": round(sum(samples) / len(samples), 4) if samples else None,
         "extrapolated": len(cells) < every, "ended": ended, "resumed": bool(before), "commit": _commit(code), "options": list(more),
-        "device": card[0] if card else machine.cpu_name(), "cpus": machine.cpu_count(), "date": datetime.now(UTC).date().isoformat(),
-        "phases_s": _phases(folder, done),
+        **_machine(), "phases_s": _phases(folder, done),
     }
-    out = Path(options["out"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    return line
+
+
+def start(options: dict[str, str], more: Sequence[str]) -> dict[str, Any]:
+    """Run one LoRA cell of the set's experiment by `pipeline.train` twice; of the second, which finds all caches warm, seconds until training begins."""
+    folder = (Path(options["work"]) / "start").resolve()
+    cell = next(c for c in cells_of(options["set"], None) if c["technique"] == "lora")
+    words = [*(f"{key}={value}" for key, value in cell.items()), *_places(options), f"paths.work={folder}/work", "tracking=none", "train.progress=false",
+             "train.steps=4", "train.validations=0", "evaluate.test_rows=8", "evaluate.forgetting=false", "evaluate.latency_rows=0", *more]
+    phases: dict[str, float] = {}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton")}
+    for number in ("first", "second"):
+        results = folder / f"{number}-{datetime.now(UTC):%H%M%S}"
+        subprocess.run([sys.executable, "-m", "pipeline.train", *words, f"paths.results={results}"], cwd=ROOT, env=environment, check=True)
+        phases = json.loads(next(results.glob("*/*/result.json")).read_text())["phases"]
+    before = {key: phases[key] for key in ("startup_s", "load_s", "warmup_s")}
+    return {"stack": "start", "set": options["set"], "trains_after_s": round(sum(before.values()), 2), **before, "commit": _commit(ROOT), **_machine()}
+
+
+def _places(options: dict[str, str]) -> list[str]:
+    return [f"paths.{key}={Path(options[key]).resolve()}" for key in ("data", "models", "rationales", "lambada")]
+
+
+def _machine() -> dict[str, Any]:
+    card = machine.card()
+    return {"device": card[0] if card else machine.cpu_name(), "cpus": machine.cpu_count(), "date": datetime.now(UTC).date().isoformat()}
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:
@@ -177,7 +195,7 @@ def _commit(code: Path) -> str | None:
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Markdown: measurements of one name together, and how many times the plain stack's and the older checkout's cells an hour they are."""
     whole: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
+    for row in (r for r in rows if r["stack"] in STACKS):
         one = whole.setdefault((row["set"], row["name"]), {**row, "cells": 0, "wall_s": 0.0, "busy": 0.0})
         one["cells"] += row["cells"]
         one["wall_s"] += row["wall_s"]
@@ -201,13 +219,19 @@ def main(words: list[str]) -> int:
     split = words.index("--") if "--" in words else len(words)
     command, pairs = (words[0] if words else ""), dict(word.partition("=")[::2] for word in words[1:split])
     try:
-        if command not in (*STACKS, "table") or pairs.keys() - OPTIONS.keys():
-            raise UserError(f"choose one of {', '.join((*STACKS, 'table'))} with {', '.join(f'{key}=' for key in OPTIONS)}")
+        if command not in (*STACKS, "start", "table") or pairs.keys() - OPTIONS.keys():
+            raise UserError(f"choose one of {', '.join((*STACKS, 'start', 'table'))} with {', '.join(f'{key}=' for key in OPTIONS)}")
         options = OPTIONS | pairs
         if command == "table":
             print("\n".join(table(lines(Path(options["out"])))))
         else:
-            print(json.dumps(measure(command, options, words[split + 1 :])), flush=True)
+            more = words[split + 1 :]
+            line = start(options, more) if command == "start" else measure(command, options, more)
+            out = Path(options["out"])
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_architectures import write_architecture
 
 from pipeline import base_model, train
-from pipeline.cell import evaluation, identity
+from pipeline.cell import identity, requests
 from pipeline.cell import run as cell_run
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError, read_jsonl
@@ -162,7 +162,7 @@ def test_a_cell_keeps_its_result_whatever_a_later_measurement_does(overrides, mo
         raise NotImplementedError("merging is not there")
 
     monkeypatch.setattr(PeftAdapter, "merged", failing)
-    monkeypatch.setattr(evaluation, "shared_latency", failing)
+    monkeypatch.setattr(requests, "shared_latency", failing)
     found = cell(overrides, "technique=lora", "evaluate.adapters=[1]")
     assert found.status == "ok" and found.test is not None
     assert found.inference.latency_s > 0 and found.inference.merged_latency_s is None and found.inference.adapters is None

@@ -152,7 +152,8 @@ def run_here(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watc
     with contextlib.ExitStack() as stack:
         if at_once.cells > 1:
             turns = None if missing[0].share else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="turns-")))
-            shared = dataclasses.replace(shared, at_once=at_once.cells, turns=turns)
+            threads = shared.threads and max(1, shared.threads // at_once.cells)
+            shared = dataclasses.replace(shared, at_once=at_once.cells, turns=turns, threads=threads)
             for cfg in missing:
                 cfg.train.progress = False  # several bars would write over each other
         pool = Pool(missing, shared, watcher, at_once, is_done, lambda cfg: mirror.put([cfg]) if at_once.cells == 1 else mirror.begin([cfg]))

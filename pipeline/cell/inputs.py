@@ -303,5 +303,7 @@ def load_encoder(parts: Parts, shared: Shared, base: Any) -> Encoder:
 
 def encoded(parts: Parts, encoder: Encoder, rows: Sequence[dict], rationales: dict[str, dict]) -> list[list[Encoded]]:
     """The training examples of every row. `encoder.check` then reports texts that were too long."""
-    task = parts.settings.task
-    return [[encoder.example(e) for e in parts.objective.examples(row, task, rationales.get(row["id"]))] for row in rows]
+    every = [parts.objective.examples(row, parts.settings.task, rationales.get(row["id"])) for row in rows]
+    flat = [e for examples in every for e in examples]
+    with encoder.reading([e.prompt for e in flat], [text for e in flat for text in (e.answer, *([e.prefill] if e.prefill else []))]):
+        return [[encoder.example(e) for e in examples] for examples in every]

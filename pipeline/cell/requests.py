@@ -51,7 +51,7 @@ def measure(parts: Parts, scorer: Scorer, rows: Sequence[dict], inference: Infer
         before = _before(parts, mark)
         if before is not None:
             return dataclasses.replace(inference, **before, requests_key=mark)
-        if parts.cfg.share:  # whoever else is on the device is in them
+        if _crowded(parts):
             return _measured(parts, scorer, asked, inference, tried)
         made = dataclasses.replace(_measured(parts, scorer, asked, inference, tried), requests_key=mark)
         if made.latency_s is not None and not failed:
@@ -79,6 +79,12 @@ def key(parts: Parts, scorer: Scorer, asked: Sequence[dict]) -> str | None:
         "lengths": [(len(prompt), [len(choice) for choice in choices]) for prompt, choices in scorer.items(asked)],
     }
     return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _crowded(parts: Parts) -> bool:
+    """Whether others are on the device at any time, so that the figures are nobody's."""
+    gpus = parts.cfg.ray.gpus
+    return parts.cfg.share or (parts.device.type == "cuda" and gpus is not None and 0 < gpus < 1)
 
 
 def _memory(parts: Parts, mark: str) -> Path:

@@ -6,9 +6,10 @@ them, `step_batches` puts them into padded batches in an order that is a functio
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -84,22 +85,50 @@ class Encoder:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._cut: set[tuple[int, ...]] = set()
         self._reported = 0
+        self._read: dict[tuple[str, bool], list[int]] = {}
 
     @property
     def end_id(self) -> Any:
         """The token that closes an answer: the chat template's own, or the end of text."""
         return self.tokenizer.eos_token_id if self.template is None else self.template.end_id
 
+    @contextlib.contextmanager
+    def reading(self, prompts: Iterable[str], answers: Iterable[str]) -> Iterator[None]:
+        """Inside, these texts are tokens already: a tokenizer in Rust reads many at once in a tenth of the time that they take one after another."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            yield
+            return
+        starts = self.template is None
+        wanted = {True: {self._asked(p) for p in prompts}, False: {self._glue + a for a in answers}}
+        if not starts:
+            wanted = {True: set(), False: wanted[True] | wanted[False]}
+        for special, texts in wanted.items():
+            ids = self.tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
+            self._read |= {(text, special): each for text, each in zip(texts, ids, strict=True)}
+        try:
+            yield
+        finally:
+            self._read.clear()
+
+    @property
+    def _glue(self) -> str:
+        return self.task.separator if self.template is None else ""
+
+    def _asked(self, text: str) -> str:
+        return text if self.template is None else self.template.prompt(turns_of(text))
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        known = self._read.get((text, special))
+        return list(known) if known is not None else self.tokenizer(text, add_special_tokens=special)["input_ids"]
+
     def prompt(self, text: str) -> list[int]:
         """text: a conversation keeps its turns."""
-        if self.template is not None:
-            return self.tokenizer(self.template.prompt(turns_of(text)), add_special_tokens=False)["input_ids"]
-        return beginning(self.tokenizer, text) or [self.pad_id]
+        asked = self._asked(text)
+        return self._ids(asked, False) if self.template is not None else _open(self.tokenizer, self._ids(asked, True)) or [self.pad_id]
 
     def continuation(self, text: str) -> list[int]:
         """A text as it follows a prompt; of a text that a model wrote there may be no token."""
-        glue = self.task.separator if self.template is None else ""
-        return self.tokenizer(glue + text, add_special_tokens=False)["input_ids"]
+        return self._ids(self._glue + text, False)
 
     def answer(self, text: str, ends: bool = False) -> list[int]:
         ids = self.continuation(text)
@@ -142,7 +171,11 @@ class Encoder:
 
 def beginning(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text that is to be continued: without the end-of-text token that some tokenizers add to every text."""
-    ids = tokenizer(text)["input_ids"]
+    return _open(tokenizer, tokenizer(text)["input_ids"])
+
+
+def _open(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Tokens without the end of the text."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 

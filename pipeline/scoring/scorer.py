@@ -179,12 +179,15 @@ class Scorer:
     def items(self, rows: Sequence[dict]) -> list[tuple[list[int], list[list[int]]]]:
         """(prompt ids, [choice ids, …]) a row, the prompt cut so that its answer, and reasoning still to come, fit; no choices where it is generated."""
         items = []
+        choices_of = [row["choices"] if self.task.scoring == "choice" else [] for row in rows]
+        prompts = [self.prompt(row["prompt"]) for row in rows]
         later = self.reasoning.max_new_tokens + len(self.encoder.answer(self.reasoning.cue)) if self.reasoning else 0
-        for row in rows:
-            choices = [self.encoder.answer(c) for c in row["choices"]] if self.task.scoring == "choice" else []
-            room = max(map(len, choices)) if choices else self.task.max_new_tokens
-            reasoned = self.encoder.continuation(row["reasoned"]) if self.reasoning and "reasoned" in row else []
-            items.append((self.encoder.fit(self.encoder.prompt(self.prompt(row["prompt"])) + reasoned, room + (0 if reasoned else later)), choices))
+        with self.encoder.reading(prompts, itertools.chain.from_iterable(choices_of)):
+            for row, prompt, said in zip(rows, prompts, choices_of, strict=True):
+                choices = [self.encoder.answer(c) for c in said]
+                room = max(map(len, choices)) if choices else self.task.max_new_tokens
+                reasoned = self.encoder.continuation(row["reasoned"]) if self.reasoning and "reasoned" in row else []
+                items.append((self.encoder.fit(self.encoder.prompt(prompt) + reasoned, room + (0 if reasoned else later)), choices))
         return items
 
     def check(self, splits: dict[str, list[dict]]) -> list[str]:
