@@ -34,7 +34,7 @@ from benchmarks.rates import lines
 from pipeline.core.compose import ROOT
 from pipeline.core.files import UserError
 from pipeline.measure import machine
-from pipeline.measure.clock import Stopwatch
+from pipeline.measure.clock import Stopwatch, now
 
 OUT = Path("benchmarks/results/throughput.jsonl")
 STACKS = ("ours", "before", "plain")
@@ -87,7 +87,7 @@ def measure(stack: str, options: dict[str, str], more: Sequence[str]) -> dict[st
     folder.mkdir(parents=True, exist_ok=True)
     code = _checkout(options["code"], folder.parent) if stack == "before" else ROOT
     words = [*_places(options), f"paths.results={folder}/results", f"paths.work={folder}/work", "tracking=none", "train.progress=false", *more]
-    before = _finished(folder)
+    before, began = _finished(folder), now()
     watch, samples = Stopwatch(), []
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "PYTHONPATH": str(code)}
     ended = "done"
@@ -101,7 +101,9 @@ def measure(stack: str, options: dict[str, str], more: Sequence[str]) -> dict[st
             if process.poll() is None:
                 ended = "limit"
                 process.terminate()
-                process.wait(60)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(60)
+                process.kill()
                 break
             if process.returncode:
                 ended = f"exit code {process.returncode}, see {folder.name}/log.txt"
@@ -110,8 +112,8 @@ def measure(stack: str, options: dict[str, str], more: Sequence[str]) -> dict[st
     seconds = watch.lap()
     return {
         "stack": stack, "name": name, "set": options["set"], "cells": len(done), "asked": len(cells), "of": every, "wall_s": round(seconds, 2),
-        "cells_per_hour": round(3600 * len(done) / seconds, 2), "busy_share": round(sum(samples) / len(samples), 4) if samples else None,
-        "extrapolated": len(cells) < every, "ended": ended, "resumed": bool(before), "commit": _commit(code), "options": list(more),
+        "start_s": _start_s(done, began), "busy_share": round(sum(samples) / len(samples), 4) if samples else None,
+        "ended": ended, "resumed": bool(before), "commit": _commit(code), "options": list(more),
         **_machine(), "phases_s": _phases(folder, done),
     }
 
@@ -162,6 +164,12 @@ def _finished(folder: Path) -> set[Path]:
     return {*folder.glob("results/*/*/result.json"), *folder.glob("plain/*.json")}
 
 
+def _start_s(done: set[Path], began: float) -> float:
+    """Seconds until the first cell began, which a larger set has once, too; none of the plain stack, whose cells are processes of their own."""
+    starts = [json.loads(path.read_text()).get("provenance", {}).get("started") for path in done]
+    return round(min((datetime.fromisoformat(start).timestamp() - began for start in starts if start), default=0.0), 2)
+
+
 def _phases(folder: Path, done: set[Path]) -> dict[str, float]:
     """Seconds by phase, all cells together: where the time went."""
     sums: dict[str, float] = {}
@@ -193,14 +201,18 @@ def _commit(code: Path) -> str | None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown: measurements of one name together, and how many times the plain stack's and the older checkout's cells an hour they are."""
+    """Markdown: measurements of one name together, and how many times the plain stack's and the older checkout's cells an hour they are.
+
+    Of some of a set's cells, cells an hour are those of the whole set, all cells taking what these took and the start once.
+    """
     whole: dict[tuple[str, str], dict[str, Any]] = {}
     for row in (r for r in rows if r["stack"] in STACKS):
-        one = whole.setdefault((row["set"], row["name"]), {**row, "cells": 0, "wall_s": 0.0, "busy": 0.0})
+        one = whole.setdefault((row["set"], row["name"]), {**row, "cells": 0, "wall_s": 0.0, "busy": 0.0, "work_s": 0.0})
         one["cells"] += row["cells"]
         one["wall_s"] += row["wall_s"]
+        one["work_s"] += row["wall_s"] - row["start_s"]
         one["busy"] += (row["busy_share"] or 0.0) * row["wall_s"]
-    rates = {key: 3600 * one["cells"] / one["wall_s"] for key, one in whole.items() if one["cells"]}
+    rates = {key: 3600 * one["of"] / (one["start_s"] + one["work_s"] * one["of"] / one["cells"]) for key, one in whole.items() if one["cells"]}
     best = {(one["set"], one["stack"]): rates[key] for key, one in whole.items() if key in rates and one["stack"] != "ours"}
     made = ["| set | stack | cells | seconds | cells an hour | device computes | against the version before | against the plain stack |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
@@ -209,7 +221,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         times = [f"{rate / best[one['set'], other]:.1f}x" if rate and one["stack"] == "ours" and (one["set"], other) in best else ""
                  for other in ("before", "plain")]
         busy = f"{one['busy'] / one['wall_s']:.0%}" if one["busy_share"] is not None else ""
-        some = f"{one['cells']} of {one['of']}" if one["cells"] < one["of"] else str(one["cells"])
+        some = f"{one['cells']} of {one['of']}, extrapolated" if one["cells"] < one["of"] else str(one["cells"])
         columns = [one["set"], " ".join([one["stack"], *one["options"]]), some, f"{one['wall_s']:.0f}", f"{rate or 0:.0f}", busy, *times]
         made.append(f"| {' | '.join(columns)} |")
     return made

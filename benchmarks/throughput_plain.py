@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.speed_eval import plain_choose
@@ -54,9 +55,13 @@ def run(words: Sequence[str]) -> dict[str, Any]:
         seconds["train_s"] = watch.lap()
     model.eval()
 
+    def answering(**inputs: Any) -> Any:
+        """Logits of the texts' own positions: a soft prompt's stand before them."""
+        return SimpleNamespace(logits=model(**inputs).logits[:, -inputs["input_ids"].shape[1] :])
+
     def score(asked: Sequence[dict]) -> list[list[float]]:
         with torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.dtype == torch.bfloat16):
-            return plain_choose(model, scorer.items(asked), parts.settings.evaluate.batch_tokens, encoder.pad_id, parts.device)
+            return plain_choose(answering, scorer.items(asked), parts.settings.evaluate.batch_tokens, encoder.pad_id, parts.device)
 
     if rows.validation:
         score(rows.validation)
@@ -95,6 +100,9 @@ def _train(parts: Any, model: Any, examples: Sequence[Sequence[Any]], steps: int
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             return sum(float(weight) * model(**one).loss for weight, one in inputs)
 
+    def collate(rows: Any) -> Any:
+        return _batch(rows, pad_id)
+
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
@@ -103,7 +111,7 @@ def _train(parts: Any, model: Any, examples: Sequence[Sequence[Any]], steps: int
             dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False, logging_strategy="no", save_strategy="no", report_to="none",
             disable_tqdm=True, seed=parts.cfg.seed,
         )
-        trainer = Rows(model=model, args=arguments, train_dataset=[list(row) for row in examples], data_collator=lambda batch: _batch(batch, pad_id))
+        trainer = Rows(model=model, args=arguments, train_dataset=[list(row) for row in examples], data_collator=collate)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 

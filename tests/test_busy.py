@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from datetime import datetime
 from typing import Any
@@ -18,7 +20,7 @@ from pipeline.cell import grid, identity, requests
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import Ended
 from pipeline.cell.pool import AtOnce
-from pipeline.core.compose import compose
+from pipeline.core.compose import ROOT, compose
 from pipeline.records.results import Neighbours, Result, read
 
 SHORT = ["technique=lora", "precision=fp32", "experiment=busy", "train_rows=16", "train.batch_size=8", "train.steps=2", "evaluate.test_rows=8",
@@ -235,11 +237,11 @@ def test_some_of_a_sets_cells_are_spread_over_its_techniques_and_sizes():
 
 def test_a_table_sums_what_was_cut_off_and_says_how_many_times_the_others_it_is():
     common = {"set": "data_size", "of": 108, "busy_share": 0.5, "options": []}
-    ours = {**common, "stack": "ours", "name": "ours", "cells": 54}
-    rows = [{**ours, "wall_s": 100.0}, {**ours, "wall_s": 116.0},
-            {**common, "stack": "plain", "name": "plain", "cells": 6, "wall_s": 120.0}]
-    assert throughput.table(rows)[2:] == ["| data_size | ours | 108 | 216 | 1800 | 50% |  | 10.0x |",
-                                          "| data_size | plain | 6 of 108 | 120 | 180 | 50% |  |  |"]
+    ours = {**common, "stack": "ours", "name": "ours", "cells": 54, "start_s": 10.0}
+    rows = [{**ours, "wall_s": 100.0}, {**ours, "wall_s": 126.0},
+            {**common, "stack": "plain", "name": "plain", "cells": 6, "wall_s": 120.0, "start_s": 0.0}]
+    assert throughput.table(rows)[2:] == ["| data_size | ours | 108 | 226 | 1800 | 50% |  | 10.0x |",
+                                          "| data_size | plain | 6 of 108, extrapolated | 120 | 180 | 50% |  |  |"]
 
 
 @pytest.mark.slow
@@ -255,3 +257,29 @@ def test_a_stack_runs_its_cells_and_does_not_run_them_again(stack, tiny, tmp_pat
     first, again = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert (first["ended"], first["cells"], first["resumed"]) == ("done", 3, False), (tmp_path / "work").rglob("log.txt")
     assert (again["ended"], again["cells"], again["resumed"]) == ("done", 0, True) and first["phases_s"]["train_s"] > 0
+
+
+# imports
+
+
+@pytest.mark.slow
+def test_peft_without_bitsandbytes_still_rounds_and_asks_for_no_gpu(overrides, tmp_path):
+    """A process of its own: this one has imported both."""
+    code = f"""
+import sys, torch
+asked = []
+for name in ("is_available", "device_count", "get_device_capability", "get_device_properties", "_lazy_init"):
+    setattr(torch.cuda, name, lambda *_, name=name, real=getattr(torch.cuda, name): (asked.append(name), real(*_))[1])
+from pipeline.cell import inputs
+from pipeline.cell.run import run
+from pipeline.core.compose import ROOT, compose
+from pipeline.core.settings import Task
+inputs._import_all(Task("any", "choice"))
+assert "peft" in sys.modules and "bitsandbytes" not in sys.modules and not asked, asked
+words = {overrides!r} + ["train_rows=16", "train.batch_size=8", "train.steps=1", "evaluate.test_rows=4", "seed=0"]
+for technique in ("lora", "qlora"):
+    result = run(compose([*words, "technique=" + technique]))
+    assert result.status == "ok" and (result.size.quantised_share == 1.0) == (technique == "qlora"), result
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -280,3 +280,30 @@ def test_a_draw_says_which_labels_it_lacks_and_that_one_validation_row_tells_not
     assert draw_notes(one, False) == [], "what takes no rows lacks none"
     own = [{**row, "choices": [row["answer"], f"not {i}"]} for i, row in enumerate(whole.train)]
     assert draw_notes(dataclasses.replace(whole, train=own), True) == [], "choices of a row's own"
+
+
+def test_texts_that_are_read_together_have_the_tokens_that_they_have_one_by_one(tokenizer):
+    task = Task("t", "choice", separator=" ")
+    encoder = Encoder(tokenizer, task, 64, "error")
+    prompts, answers = ["Review: the lovely film\nSentiment:", "Review: poor\nSentiment:", ""], ["positive", "negative", "positive"]
+    alone = [encoder.example(Example(p, a, ends=True)) for p, a in zip(prompts, answers, strict=True)]
+    calls = []
+    encoder.tokenizer = Counted(tokenizer, calls)
+    with encoder.reading(prompts, answers):
+        assert [encoder.example(Example(p, a, ends=True)) for p, a in zip(prompts, answers, strict=True)] == alone
+    assert len(calls) == 2, "one for prompts, one for what follows them"
+    assert encoder.example(Example(prompts[0], "positive", ends=True)) == alone[0] and len(calls) == 4, "afterwards they are read again"
+
+
+class Counted:
+    """A tokenizer that notes its calls."""
+
+    def __init__(self, tokenizer, calls):
+        self.tokenizer, self.calls = tokenizer, calls
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args, **keywords):
+        self.calls.append(args)
+        return self.tokenizer(*args, **keywords)

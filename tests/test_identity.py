@@ -31,7 +31,7 @@ def test_every_key_of_the_config_is_said_to_decide_or_not():
     groups = {name.removeprefix("override ") for entry in top["defaults"] if isinstance(entry, dict) for name in entry}
     aside = {
         "experiment", "cell", "split", "requests", "to", "variant", "overwrite", "stale", "adopt", "budget", "grid", "judge", "pack", "preflight",
-        "memory_limit_gb", "price_per_hour", "currency", "launcher", "share", "ray", "slurm",
+        "memory_limit_gb", "price_per_hour", "currency", "launcher", "share", "at_once", "latency", "ray", "slurm",
         "tuned", "tune", "forecast", "report", "paths", "writer", "sweep", "search", "tracking", "experiments", "hydra", "defaults", "hydra/job_logging",
     }
     assert set(top) | groups == set(settings.DECIDING) | aside, "a new key at the top decides a cell's outcome (settings.DECIDING), or it does not (here)"
@@ -39,6 +39,7 @@ def test_every_key_of_the_config_is_said_to_decide_or_not():
 
 @pytest.mark.parametrize("change", [
     "report.target=0.6", "paths.models=elsewhere", "tracking=none", "sweep=rank_memory", "train.progress=false", "train.checkpoint_every_s=1", "pack=true",
+    "share=true", "at_once=2", "latency=measure",
     "memory_limit_gb=64", "tune.trials=3", "forecast.length=7", "experiment=another", "+report.new=1", "stale=keep", "overwrite=true",
     "evaluate.probe_pairs=7", "+synthetic.rows=9",
 ])

@@ -146,7 +146,8 @@ def run_here(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watc
     at_once: how many cells may be under way; None: one.
     """
     watcher, at_once = watcher or Watcher(), at_once or AtOnce()
-    for group in packing.groups(missing):
+    at_once = dataclasses.replace(at_once, cells=min(at_once.cells, len(missing)))
+    for group in packing.groups(missing, ("seed", "train_rows")):
         with locks.free(group) as members:
             packing.train([cfg for cfg in members if not is_done(cfg)], shared)
     with contextlib.ExitStack() as stack:

@@ -91,7 +91,8 @@ def import_peft() -> None:
 
     if {"peft", "bitsandbytes"} & sys.modules.keys():
         return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  (an import of it fails)
+    modules: dict[str, Any] = sys.modules
+    modules["bitsandbytes"] = None  # an import of it fails
     try:
         import peft  # noqa: F401
     finally:

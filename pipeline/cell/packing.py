@@ -249,12 +249,12 @@ def _refusal(method: Method, objective: Objective, checkpointing: bool = False) 
 SHARED_ENERGY = "energy was not measured: it was trained at once with others, whose energy is one figure"
 
 
-def groups(missing: Sequence[DictConfig]) -> list[list[DictConfig]]:
-    """The cells with pack=true that may train at once: those that differ in their seed alone."""
+def groups(missing: Sequence[DictConfig], across: Sequence[str] = ("seed",)) -> list[list[DictConfig]]:
+    """The cells with pack=true that may train at once: those that differ in these keys alone."""
     by_config: dict[str, list[DictConfig]] = {}
     for cfg in missing:
         if cfg.pack:
-            same = {k: v for k, v in identity.decides(cfg).items() if k != "seed"}
+            same = {k: v for k, v in identity.decides(cfg).items() if k not in across}
             by_config.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(cfg)
     return [group for group in by_config.values() if len(group) > 1]
 

@@ -62,7 +62,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
             parts = build_parts(cfg, splits)
             check(parts)
             about = set_up(parts, shared, meter)
-            if shared.turns is not None:
+            if shared.at_once > 1:
                 turns.join(shared.turns, parts.device)
         with meter.phase("load"):
             inputs = load_inputs(parts, shared, meter)

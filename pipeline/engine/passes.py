@@ -23,6 +23,7 @@ from pipeline.engine import answering
 from pipeline.engine.graphs import Graphs
 from pipeline.engine.layout import GRAIN, choose_widths
 from pipeline.engine.reuse import SoftPrompt, prefix_cache
+from pipeline.measure import turns
 from pipeline.models.base import parameters
 
 MOST_WIDTHS, GRAINS = 8, 16  # shapes to choose, out of so many candidates
@@ -217,6 +218,7 @@ class ChoiceScorer:
         for group in groups:
             for rows, values in self._group(group):
                 progress.part(answered := answered + len(rows), every)
+                turns.point()
                 parts.append(values)
                 at.extend(place for row in rows for _, _, place in row.reads)
         into, values = torch.tensor(at, dtype=torch.long), torch.cat(parts, 1) if parts else torch.zeros(1, 0)

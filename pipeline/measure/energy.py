@@ -84,7 +84,7 @@ class Energy:
     def __init__(self, device: Any) -> None:
         gpu = getattr(device, "type", device) == "cuda"
         self.on = device
-        self.device = Joules(lambda: _gpu_counters(device)) if gpu else Joules(_cpu_counters)
+        self.device = Joules(_not_alone if turns.crowded() else (lambda: _gpu_counters(device)) if gpu else _cpu_counters)
         self.host = Joules(_not_alone if turns.shared() else _cpu_counters) if gpu else None
         self._parts = [self.device, *([self.host] if self.host else [])]
         self._read_at: float | None = None
@@ -134,7 +134,7 @@ class Energy:
 
 
 def _not_alone() -> list[Counter]:
-    raise LookupError("other cells were prepared on the machine's processors meanwhile")
+    raise LookupError("other cells ran beside this one")
 
 
 def _gpu_counters(device: Any) -> list[Counter]:

@@ -111,25 +111,31 @@ class Turns:
 
 
 _turns: Turns | None = None
+_beside = False
 
 
-def join(folder: Path, device: Any) -> None:
-    """This process shares the device from now on, until it ends."""
-    global _turns
-    _turns = Turns(folder, device)
+def join(folder: Path | None, device: Any) -> None:
+    """This process shares the device from now on. folder: None where they take no turns."""
+    global _turns, _beside
+    _turns, _beside = None if folder is None else Turns(folder, device), True
 
 
 def leave() -> None:
     """Share nothing any more."""
-    global _turns
+    global _turns, _beside
     if _turns is not None:
         _turns.leave()
-        _turns = None
+    _turns, _beside = None, False
 
 
 def shared() -> bool:
     """Whether other processes work beside this one."""
-    return _turns is not None
+    return _beside
+
+
+def crowded() -> bool:
+    """Whether they do so on the device even while something is timed."""
+    return _beside and _turns is None
 
 
 def waited_s() -> float:

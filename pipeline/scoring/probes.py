@@ -8,6 +8,7 @@ third, LAMBADA (Paperno et al., 2016), the last word of a passage that only the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -20,9 +21,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline.core import locks
 from pipeline.core.files import UserError, read_json, read_jsonl, write_json
 from pipeline.core.settings import Evaluate, Precision, Settings
 from pipeline.data.rows import beginning, by_length, pad
+from pipeline.measure import turns
 from pipeline.measure.machine import hardware
 from pipeline.models.base import autocast, load_model, manifest, most_tokens, resolve
 from pipeline.records.results import Forgetting
@@ -131,6 +134,7 @@ def last_words(model: Any, tokenizer: Any, passages: Sequence[tuple[str, str]], 
     nats, hits = 0.0, 0
     with torch.inference_mode(), autocast(device, dtype):
         for part in by_length([len(h) + len(w) for h, w in zip(heads, words, strict=True)], PASSAGE_TOKENS):
+            turns.point()
             ids = pad([heads[i] + words[i][:-1] for i in part], tokenizer.eos_token_id or 0).to(device)
             at = [(row, len(heads[i]) - 1 + k, token) for row, i in enumerate(part) for k, token in enumerate(words[i])]
             rows, cols, targets = torch.tensor(at, device=device).T
@@ -160,8 +164,9 @@ class Probing:
         folder, work = Path(cfg.paths.models) / cfg.model.name, Path(cfg.paths.work) / "probes"
         key = {"model": manifest(folder)["sha256"], "texts": self.settings.probe_texts, "pairs": self.settings.probe_pairs, "passages": self.passages,
                "hardware": hardware(self.device), "precision": vars(settings.precision) | {"name": precision}}
-        self.base = cached(work, key, lambda: self._probe(base, self.dtype))
-        self.half = cached(work, {**key, "precision": "bf16"}, lambda: self._probe_16bit(folder))
+        half = {**key, "precision": "bf16"}
+        self.base = cached(work, half if precision == "bf16" else key, lambda: self._probe(base, self.dtype))
+        self.half = cached(work, half, lambda: self._probe_16bit(folder))
 
     def _probe(self, model: Any, dtype: Any) -> Probe:
         return probe(model, self.tokenizer, self.settings.probe_texts, self.settings.probe_pairs, self.device, dtype, self.passages)
@@ -188,6 +193,11 @@ def cached(folder: Path, key: dict[str, Any], compute: Callable[[], Probe]) -> P
     path = folder / f"{digest}.json"
     if path.exists():
         return Probe(**read_json(path))
-    result = compute()
-    write_json(path, vars(result))
+    with contextlib.ExitStack() as stack:
+        with turns.away(waiting=True):  # of several cells one computes it
+            stack.enter_context(locks.held(path.with_suffix(".lock"), locks.FOREVER))
+        if path.exists():
+            return Probe(**read_json(path))
+        result = compute()
+        write_json(path, vars(result))
     return result
