@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -22,6 +23,7 @@ from pipeline.cell.child import Ended
 from pipeline.cell.pool import AtOnce
 from pipeline.core.compose import ROOT, compose
 from pipeline.records.results import Neighbours, Result, read
+from pipeline.scoring.sharing import copied
 
 SHORT = ["technique=lora", "precision=fp32", "experiment=busy", "train_rows=16", "train.batch_size=8", "train.steps=2", "evaluate.test_rows=8",
          "evaluate.adapters=[1,2]", "train.validations=0"]
@@ -115,6 +117,31 @@ def test_an_answer_that_is_generated_ends_where_the_model_says(words):
     cfg = compose([*words, "task.scoring=generate", "task.max_new_tokens=2", "evaluate.test_rows=2", "seed=0"])
     result = cell_run.run(cfg, folder=identity.folder_of(cfg))
     assert result.inference is not None and result.inference.latency_s and result.inference.requests_key is None
+
+
+@pytest.mark.parametrize("option", [{}, {"modules_to_save": ["lm_head"]}])
+def test_copies_of_an_adapter_answer_as_it_does_with_weights_of_their_own_and_leave_nothing(base, option):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **option)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    keys, ids = list(model.state_dict()), torch.randint(0, 20, (3, 6))
+    with torch.no_grad(), copied(model, 3) as names:
+        assert names == ["default", "copy1", "copy2"]
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        assert len({layer.lora_A[name].weight.data_ptr() for name in names}) == 3
+        layer.lora_B["copy2"].weight.zero_()
+        own, mixed = model(input_ids=ids).logits, None
+        if not option:
+            mixed = model(input_ids=ids, adapter_names=names).logits
+            assert torch.allclose(own[:2], mixed[:2], atol=1e-5) and not torch.allclose(own[2], mixed[2], atol=1e-3)
+        model.set_adapter("copy1")
+        assert torch.allclose(model(input_ids=ids).logits, own, atol=1e-5)
+        model.set_adapter("default")
+    assert list(model.state_dict()) == keys and list(model.peft_config) == ["default"]
 
 
 # under way at once
