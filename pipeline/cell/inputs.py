@@ -234,6 +234,7 @@ def load_inputs(parts: Parts, shared: Shared, meter: Meter) -> Inputs:
 
     rows, labelled, mixed = training_rows(parts, rows)
     turns.beside()
+    meter.device = parts.device  # which a meter waits for, and so starts
     base = load_base(parts, shared)
     encoder = load_encoder(parts, shared, base)
     notes, probing = [cfg.model.get("note"), *draw_notes(rows, parts.method.takes_rows)], None

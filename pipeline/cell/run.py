@@ -58,10 +58,10 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
     meter, shared = Meter(started), shared or Shared()
     meter.waited = turns.waited_s
     try:
-        with meter.phase("startup"), _woken(cfg.device):
+        with meter.phase("startup"), _woken(cfg.device if shared.turns is None else "cpu"):  # who takes turns, starts it in one
             parts = build_parts(cfg, splits)
             check(parts)
-            about = set_up(parts, shared, meter)
+            about = set_up(parts, shared)
             if shared.at_once > 1:
                 turns.join(shared.turns, parts.device)
         with meter.phase("load"):
@@ -110,7 +110,7 @@ def _woken(device: str) -> Iterator[None]:
         thread.join()
 
 
-def set_up(parts: Parts, shared: Shared, meter: Meter) -> dict[str, Any]:
+def set_up(parts: Parts, shared: Shared) -> dict[str, Any]:
     """Import and set up what the cell needs anyway, so that it is booked to start-up. Returns the process's provenance."""
     about = machine.provenance()
     import transformers  # noqa: F401
@@ -120,7 +120,6 @@ def set_up(parts: Parts, shared: Shared, meter: Meter) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(shared.threads)
-    meter.device = parts.device
     return about
 
 
