@@ -281,7 +281,7 @@ class Row:
     train_s: float | None = _figure(
         "phases.train_s", "Train, s", "Training", f.seconds, over=timed, mark=_resumed, single=True, for_dvc=True,
         about="Seconds in training steps alone: no start-up, validation or evaluation. "
-        f"{RESUMED}: the run was resumed or packed with others; that is no single run's time, and no chart has it.")
+        f"{RESUMED}: the run was resumed, packed with others, or timed with others on the device; that is no single run's time, and no chart has it.")
     wall_s: float | None = _figure(
         "phases.wall_s", "Total, s", "Training", f.seconds, over=timed, mark=lambda r: _resumed(r) + (SHARED if r.shared_process else ""), single=True,
         for_dvc=True,

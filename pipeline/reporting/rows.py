@@ -112,7 +112,7 @@ def options(rows: Sequence[Row]) -> list[Option]:
 
 def timing_notes(rows: Sequence[Row]) -> list[str]:
     """What the marks at times stand for, those that occur."""
-    resumed = [f"{RESUMED} resumed, packed with other cells, or with others on the device: no single run's time"]
+    resumed = [f"{RESUMED} resumed, or packed with other cells, or timed with others on the device: no single run's time"]
     shared = [f"{SHARED} imports and base were read once for several cells: their start-up and load are missing from the total"]
     cells = [c.result for r in rows for c in r.cells]
     beside = ["several cells were under way at once: training, test rows and requests were timed alone on the device, start-up, load, capture and probes "
