@@ -18,7 +18,7 @@ PEER_FLOPS_PER_S = {"cuda": 3e14, "cpu": 1e11}
 LAUNCH_S = {"cuda": {"full": 0.004, "lora": 0.0075, "qlora": 0.0085, "prompt_tuning": 0.003, "step_by_step": 0.0065}, "cpu": dict.fromkeys(
     ("full", "lora", "qlora", "prompt_tuning", "step_by_step"), 0.001)}
 """Of one decoder layer's step."""
-SETUP_S = {"135m": 2.5, "1b": 5.0, "8b": 15.0, "tiny": 1.0, **dict.fromkeys(OTHERS, 8.0)}
+SETUP_S = {"135m": 2.5, "1b": 5.0, "8b": 15.0, "8b-half": 8.0, "tiny": 1.0, **dict.fromkeys(OTHERS, 8.0)}
 SPEEDUP, CAPTURE_S, PROCESS_S = {"cuda": 4.0, "cpu": 1.0}, 5.0, 25.0
 COMPILE_S = 150.0
 

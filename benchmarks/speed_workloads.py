@@ -29,6 +29,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
         "tie_word_embeddings": False, "max_position_embeddings": 131072, "rope_parameters": {**LLAMA3_ROPE, "factor": 8.0},
     },
+    "8b-half": {  # its first 16 layers: what one GPU trains whole, fp32 masters and all
+        "hidden_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+        "tie_word_embeddings": False, "max_position_embeddings": 131072, "rope_parameters": {**LLAMA3_ROPE, "factor": 8.0},
+    },
     "qwen3-0.6b": {
         "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
         "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960,
@@ -53,7 +57,7 @@ OTHERS = ("qwen3-0.6b", "gemma3-1b", "phi3-mini")
 RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3, "prompt_tuning": 3e-2, "step_by_step": 1e-4}
 """Learning rate of every technique."""
 RANK, ALPHA, VIRTUAL, RATIONALE_WEIGHT, BASE_SEED = 16, 32, 20, 0.5, 0
-STEPS = {"135m": (5, 20), "1b": (3, 10), "8b": (2, 5), "tiny": (1, 3), **dict.fromkeys(OTHERS, (3, 10))}
+STEPS = {"135m": (5, 20), "1b": (3, 10), "8b": (2, 5), "8b-half": (2, 5), "tiny": (1, 3), **dict.fromkeys(OTHERS, (3, 10))}
 """(warm-up, timed) optimiser steps of a shape."""
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import choices, rounding, scale, speed_files, tiers
+from benchmarks import choices, parallel, rounding, scale, speed_files, tiers
 from benchmarks.speed_files import FOLDER
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError, read_json, write_text
@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
        for at, name in enumerate(SIMULATED)},
     **{f"scale, {name}": functools.partial(lambda name: scale.tables(read_json(FOLDER / "scale.json"))[name], name)
        for name in ("steps", "predicted", "checked")},
+    "parallel": lambda: parallel.table(FOLDER / "parallel.jsonl"),
 }
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
 NUMBER = r"[-+−]?[\d,]*\.?\d+"

@@ -41,7 +41,7 @@ def test_every_key_of_the_config_is_said_to_decide_or_not():
     "report.target=0.6", "paths.models=elsewhere", "tracking=none", "sweep=rank_memory", "train.progress=false", "train.checkpoint_every_s=1", "pack=true",
     "share=true", "at_once=2", "latency=measure",
     "memory_limit_gb=64", "tune.trials=3", "forecast.length=7", "experiment=another", "+report.new=1", "stale=keep", "overwrite=true",
-    "evaluate.probe_pairs=7", "+synthetic.rows=9",
+    "evaluate.probe_pairs=7", "+synthetic.rows=9", "train.parallel=ddp", "train.gpus=2",
 ])
 def test_what_decides_no_outcome_is_no_part(change):
     assert identity.decides(compose([*LORA, change])) == identity.decides(compose(LORA))
@@ -77,7 +77,8 @@ ABSENT = {
                  "probe_lambada": 0, "latency_rows": 16, "adapters": ()},
     "Precision": {"compute": "auto", "double_quantisation": True},
     "Technique": {"path": None},
-    "Train": {"reference_lr": None, "lr_power": 0.0, "steps": None, "min_steps": None, "engine": "auto", "padding_free": "auto", "optimizer": "adamw",
+    "Train": {"reference_lr": None, "lr_power": 0.0, "steps": None, "min_steps": None, "engine": "auto", "padding_free": "auto",
+              "parallel": "none", "gpus": None, "optimizer": "adamw",
               "schedule": "cosine", "warmup_share": 0.1,
               "weight_decay": 0.0, "max_grad_norm": 1.0, "validations": 1, "max_length": 512, "too_long": "error", "checkpointing": False,
               "checkpoint_every_s": 120.0, "progress": True},

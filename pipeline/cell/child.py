@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import os
 import signal
 import sys
@@ -12,22 +12,23 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline.cell import identity, inputs, record
+from pipeline.cell import identity, inputs, launch, record
 from pipeline.cell import run as cell_run
 from pipeline.core import progress, settings
 from pipeline.core.files import UserError, check_writable
 from pipeline.data import recipe
-from pipeline.measure.memory import child_rss, kernel_oom_kills
+from pipeline.measure.memory import child_rss, kernel_oom_kills, out_of_memory
 from pipeline.records.finished import name as cell_name
 from pipeline.records.results import Result
 from pipeline.scoring.answers import headline
 from pipeline.teachers.synthetic import rows as synthetic
+from pipeline.training.ranks import Place, Ranks
 
 POLL_S = 0.1
-PR_SET_PDEATHSIG = 1
 
 
 class Ended(UserError):
@@ -156,19 +157,12 @@ def handed_on(children: Callable[[], Sequence[Child]]) -> Iterator[None]:
             signal.signal(handled, handler)
 
 
-def dies_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent's thread ends, however that ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def _become_child(work: Callable[[], int], parent: int, log: Path | None) -> None:
     code = 1
     try:
         if log is not None:
             _print_into(log)
-        dies_with(parent)
+        launch.dies_with(parent)
         code = work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -203,9 +197,10 @@ class CellRun:
     Args:
         started: Unix time from which its start-up is counted.
         watcher: takes its output, and is told how it ended.
+        place: this process's among ranks that were started elsewhere (torchrun), which all begin this cell.
     """
 
-    def __init__(self, cfg: DictConfig, shared: inputs.Shared | None, started: float | None, watcher: Watcher) -> None:
+    def __init__(self, cfg: DictConfig, shared: inputs.Shared | None, started: float | None, watcher: Watcher, place: Place | None = None) -> None:
         for group in (settings, recipe, synthetic):
             group.read(cfg)  # a misspelt key is reported before anything is started
         inputs.check_ahead(cfg)
@@ -213,14 +208,19 @@ class CellRun:
         check_writable(folder)
         identity.check_free(cfg)
         identity.code(cfg)  # read once, before the fork: of the code as it runs
-        self.cfg, self.watcher, self.channel = cfg, watcher, progress.Channel()
+        self.cfg, self.watcher, self.channel, self.place = cfg, watcher, progress.Channel(), place
 
-        def work() -> int:
+        def run(**more: Any) -> int:
             if _rounds_nothing(cfg):
                 inputs.import_peft()
-            result = cell_run.run(cfg, shared=shared, folder=folder, started=started)
-            print(summary(result))
+            print(summary(cell_run.run(cfg, shared=shared, folder=folder, started=started, **more)))
             return 0
+
+        def work() -> int:
+            if place is not None:
+                return _of_torchrun(cfg, run, place)
+            count = launch.ranks_of(cfg)
+            return launch.run_ranks(functools.partial(_as_rank, cfg, run), count) if count else run()
 
         with progress.watched(self.channel):
             self.child = Child(work, cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30), watcher.log)
@@ -236,12 +236,32 @@ class CellRun:
             self.watcher.runs(self.channel.read())
             return None
         told, cfg = self.channel.read(), self.cfg
-        if reason := done.out_of_memory:
-            done = run_in_child(lambda: print(summary(record.write_oom(cfg, reason))) or 0, log=self.watcher.log)  # its imports stay out of this process
+        if reason := done.out_of_memory or (told.reason if told and done.code == launch.OUT_OF_MEMORY and self.place is None else ""):
+            write = record.write_oom if done.out_of_memory else functools.partial(record.write_oom, device=launch.device_of(cfg))
+            done = run_in_child(lambda: print(summary(write(cfg, reason))) or 0, log=self.watcher.log)  # its imports stay out of this process
         self.watcher.ends(cfg, done.code, told.reason if told else "")
         if done.code > 128 and done.code != 130:
-            raise Ended(f"cell {cell_name(cfg)} was ended by signal {done.code - 128}; run the same command again, it resumes from its last checkpoint")
+            what = f"gave up: {told.reason}" if told and told.reason else f"was ended by signal {done.code - 128}"
+            raise Ended(f"cell {cell_name(cfg)} {what}; run the same command again, it resumes from its last checkpoint")
         return done.code
+
+
+def _as_rank(cfg: DictConfig, run: Callable[..., int], place: Place) -> int:
+    """A rank's part of a cell."""
+    with contextlib.suppress(cell_run.Through):
+        return run(ranks=Ranks.join(place, launch.device_of(cfg)))
+    return 0
+
+
+def _of_torchrun(cfg: DictConfig, run: Callable[..., int], place: Place) -> int:
+    """The same; one that is out of memory writes the cell's row itself, and torchrun ends the others."""
+    try:
+        return _as_rank(cfg, run, place)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(summary(record.write_oom(cfg, f"rank {place.rank} of {place.count}: {str(error).splitlines()[0]}", launch.device_of(cfg))))
+        return launch.OUT_OF_MEMORY
 
 
 def _rounds_nothing(cfg: DictConfig) -> bool:
@@ -251,14 +271,15 @@ def _rounds_nothing(cfg: DictConfig) -> bool:
 
 
 def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | None, watcher: Watcher | None = None,
-             meanwhile: Callable[[], object] | None = None) -> int:
-    """One cell in a child process; 0 once its result is on disk.
+             meanwhile: Callable[[], object] | None = None, place: Place | None = None) -> int:
+    """One cell in a child process, or in several (train.parallel); 0 once its result is on disk.
 
     Args:
         watcher: is told how far it is.
         meanwhile: is done here once the child has begun.
+        place: as CellRun has it.
     """
-    cell = CellRun(cfg, shared, started, watcher or Watcher())
+    cell = CellRun(cfg, shared, started, watcher or Watcher(), place)
     with handed_on(lambda: [cell.child]):
         if meanwhile:
             meanwhile()

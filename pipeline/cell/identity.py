@@ -21,13 +21,14 @@ from omegaconf import DictConfig
 
 from pipeline.core import names, settings
 from pipeline.core.compose import ROOT, build, plain
-from pipeline.core.files import UserError, discard, sha256
+from pipeline.core.files import UserError, discard, discard_folder, sha256
 from pipeline.data.recipe import Recipe
 from pipeline.records.finished import cell_at, name, read_or_name
 from pipeline.records.results import Result
 from pipeline.records.results import read as read_result
 from pipeline.scoring.per_row import source_of
 from pipeline.teachers.synthetic import rows as synthetic
+from pipeline.training.checkpoint import shards_of
 
 CELL = "pipeline.cell.run"
 """The module whose imports are the code that every cell runs."""
@@ -348,6 +349,7 @@ def answers_of(cfg: DictConfig) -> Path:
 
 def discard_training(cfg: DictConfig) -> None:
     """Remove what a training left to be resumed from: the cell's result stands for it now."""
+    discard_folder(shards_of(checkpoint_of(cfg)))
     for left in (checkpoint_of(cfg), packed_of(cfg), answers_of(cfg)):
         discard(left)
 

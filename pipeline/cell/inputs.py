@@ -176,6 +176,27 @@ def check_ahead(cfg: DictConfig) -> None:
     if not method.answers_without_model:
         manifest(Path(cfg.paths.models) / cfg.model.name)
     _check_batch(cfg, settings, method)
+    check_parallel(cfg, settings, method, class_of(plain(cfg)["objective"], "objective"))
+
+
+def check_parallel(cfg: DictConfig, settings: Settings, method: Any, objective: Any) -> None:
+    """Raise UserError for what several GPUs cannot train together, naming it. method, objective: their classes."""
+    train, name = settings.train, cfg.technique.name
+    if train.parallel == "none" or not method.trains:
+        return
+    asked = f"train.parallel={train.parallel}"
+    if train.parallel == "fsdp" and not method.shards:
+        raise UserError(f"{asked} shards full fine-tuning, and {name} trains less than all weights; choose train.parallel=ddp")
+    if objective.own_batches or objective.trainer != "loop":
+        raise UserError(f"{asked} deals out the rows of a step, and the objective of {name} makes batches of its own; choose train.parallel=none")
+    if method.plans_training is True:
+        raise UserError(f"{asked} sums the ranks' losses, and {name} adds a penalty to each; choose train.parallel=none")
+    if cfg.pack:
+        raise UserError(f"{asked} gives one training several GPUs, pack=true one GPU several trainings; choose one of them")
+    if cfg.memory_limit_gb is not None:
+        raise UserError(f"memory_limit_gb watches one process, and {asked} has several; leave it out")
+    if train.gpus is not None and train.gpus > train.batch_size:
+        raise UserError(f"train.gpus={train.gpus} is more than train.batch_size={train.batch_size}, the rows of a step; lower it or raise the batch")
 
 
 def _check_batch(cfg: DictConfig, settings: Settings, method: Any) -> None:
@@ -191,6 +212,7 @@ def check(parts: Parts) -> None:
     if start and parts.precision in QUANTISED:
         raise UserError(f"start={start} begins at that cell's plain weights, and {parts.precision} ones are rounded; choose precision=auto, fp32 or bf16")
     _check_batch(parts.cfg, parts.settings, parts.method)
+    check_parallel(parts.cfg, parts.settings, parts.method, parts.objective)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pipeline.measure import machine
 from pipeline.measure.clock import Meter
 from pipeline.methods.base import Method
 from pipeline.models import rates
-from pipeline.models.base import manifest
+from pipeline.models.base import device_of, manifest
 from pipeline.objectives.base import Objective
 from pipeline.records import results, tuned
 from pipeline.records.finished import name
@@ -143,8 +143,8 @@ def write_artefact(folder: Path, cfg: DictConfig, save: Callable[[Path], None] |
     return size
 
 
-def write_oom(cfg: DictConfig, error: str) -> Result:
-    """Write the files of a cell whose process was ended for lack of memory."""
-    result = oom_result(cfg, error, machine.hardware("cpu"))
+def write_oom(cfg: DictConfig, error: str, device: str = "cpu") -> Result:
+    """Write the files of a cell whose process was ended for lack of memory. device: whose."""
+    result = oom_result(cfg, error, machine.hardware(device_of(device)))
     write(identity.folder_of(cfg), cfg, result, [])
     return result

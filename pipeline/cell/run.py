@@ -30,7 +30,9 @@ from pipeline.records.results import Result, Size, Work
 from pipeline.scoring import answers
 from pipeline.scoring.scorer import Scorer
 from pipeline.serving.artefact import scorer_of
-from pipeline.training.loop import Loop, Trained, load_state, total_steps
+from pipeline.training.checkpoint import load_state
+from pipeline.training.loop import Loop, Trained, total_steps
+from pipeline.training.ranks import ALONE, Ranks
 from pipeline.training.stepping import Run
 from pipeline.training.trl import TrlLoop
 
@@ -40,20 +42,26 @@ LOOPS: dict[str, type[Loop]] = {"loop": Loop, "trl": TrlLoop}
 """By what an objective declares as its `trainer`."""
 
 
+class Through(Exception):
+    """A rank other than the first has done its part: the first one evaluates and writes."""
+
+
 def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...] | None = None, folder: Path | None = None,
-        started: float | None = None) -> Result:
+        started: float | None = None, ranks: Ranks = ALONE) -> Result:
     """Train and evaluate one cell.
 
     Args:
         splits: the splits to score; None: validation, test and what the evaluate settings ask for.
         folder: where result.json, predictions.jsonl, history.csv and artefact/ go; None: nothing is written.
         started: Unix time from which start-up is counted (the process's start).
+        ranks: the processes that train this cell together, each in a call of its own.
 
     Returns:
         The result; out of memory is one, with status oom, and a training that diverged, with status diverged.
 
     Raises:
-        UserError: bad input. KeyboardInterrupt: ended by a signal, a checkpoint was written.
+        UserError: bad input. KeyboardInterrupt: ended by a signal, a checkpoint was written. Through: of a rank that is not the first. Of several ranks
+            one that is out of memory raises that: none writes a result then.
     """
     meter, shared = Meter(started), shared or Shared()
     meter.waited = turns.waited_s
@@ -61,6 +69,8 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
         with meter.phase("startup"), _woken(cfg.device if shared.turns is None else "cpu"):  # who takes turns, starts it in one
             parts = build_parts(cfg, splits)
             check(parts)
+            if not (ranks.leads or parts.method.trains):
+                raise Through
             about = set_up(parts, shared)
             if shared.at_once > 1:
                 turns.join(shared.turns, parts.device)
@@ -73,12 +83,12 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
             with meter.phase("load"):
                 wrapped = wrap(parts, inputs, meter)
             turns.point()
-            trained = train(parts, inputs, wrapped, folder, meter)
+            trained = train(parts, inputs, wrapped, folder, meter, ranks)
             size = save(parts, wrapped, folder, meter)
             scored = evaluate(parts, inputs, wrapped.scorer, meter, answers_of(cfg) if folder is not None else None)
         result, predictions = record.assemble(parts, inputs, trained, size, scored, meter, about, shared), scored.predictions
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if ranks.joined or not out_of_memory(error):
             raise
         result, predictions = record.oom_result(cfg, str(error).splitlines()[0], machine.hardware(meter.device)), []
     finally:
@@ -175,7 +185,7 @@ def _prompt(parts: Parts, state: Any) -> Callable[[str], str]:
     return lambda prompt: parts.method.prompt(parts.objective.prompt(prompt), state)
 
 
-def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, meter: Meter) -> Trained:
+def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, meter: Meter, ranks: Ranks = ALONE) -> Trained:
     """Train what there is to train. When this returns, nothing holds the optimiser's state or what the objective prepared."""
     method, objective, scorer, rows = parts.method, parts.objective, wrapped.scorer, inputs.rows
     if not method.trains:
@@ -195,9 +205,12 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
         with meter.phase("load"):
             loop = LOOPS[objective.trainer](
                 Run(scorer.model, method, objective, prepared.examples, parts.settings.train, parts.cfg.seed, total, parts.device, parts.dtype,
-                    inputs.encoder.pad_id),
+                    inputs.encoder.pad_id, ranks),
                 functools.partial(validate, scorer, rows.validation), checkpoint_of(parts.cfg) if folder is not None else None, meter)
         trained = loop.train()
+    ranks.leave()
+    if not ranks.leads:
+        raise Through
     scorer.notes += trained.notes
     work = trained.work
     if work.diverged_at is None and not _finite(scorer.model):  # the last step's loss is of the weights before it

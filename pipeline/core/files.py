@@ -135,6 +135,13 @@ def discard(path: Path) -> None:
         _remove_leavings(path)
 
 
+def discard_folder(path: Path) -> None:
+    """The same of a folder."""
+    _remove(path)
+    if path.parent.is_dir():
+        _remove_leavings(path)
+
+
 def _remove(path: Path) -> None:
     """Remove a file or folder as far as that is possible; it need not be there."""
     if path.is_dir():

@@ -110,6 +110,11 @@ class Train:
     padding_free: Literal["auto", "always", "never"] = "auto"
     """The fast engine's rows, one after another without padding and with attention within a row: auto (on a GPU in 16 bits, where that is less work
     than rows of equal width), always (where the step is hand-written) or never."""
+    parallel: Literal["none", "ddp", "fsdp"] = "none"
+    """One training over several GPUs (docs/scale.md): none, ddp (every GPU holds the model, gradients are summed) or fsdp (full fine-tuning whose weights,
+    gradients and moments lie in parts on the GPUs). The optimiser step is the same for any number: its rows are dealt out, its loss is over all tokens."""
+    gpus: AtLeast1 | None = None
+    """With `parallel`: how many GPUs (on the CPU: processes); null: all that are visible."""
     optimizer: Literal["adamw", "paged_adamw"] = "adamw"
     """adamw, or paged_adamw: bitsandbytes' paged AdamW on a GPU, plain AdamW on the CPU (noted in the result)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -132,6 +137,9 @@ class Train:
     def check(self) -> None:
         if self.lr is None and self.reference_lr is None:
             raise UserError("config key 'train.lr' is missing; set it, or train.reference_lr")
+        if self.gpus is not None and self.parallel == "none":
+            raise UserError(f"train.gpus={self.gpus} says on how many GPUs one training runs, and train.parallel is none; set train.parallel=ddp or fsdp, "
+                            "or leave train.gpus out")
 
     @property
     def learning_rate(self) -> float:
@@ -220,7 +228,7 @@ DECIDING: dict[str, Any] = {
     "device": "auto",
 }
 """Keys of a config that decide a cell's outcome (pipeline/cell/identity.py), those at the top with their default; everything else says how and where."""
-NOT_DECIDING = {"train": ("progress", "checkpoint_every_s")}
+NOT_DECIDING = {"train": ("progress", "checkpoint_every_s", "parallel", "gpus")}
 """Keys within these groups that do not."""
 
 

@@ -287,11 +287,17 @@ def step_batches(examples: Sequence[Encoded], settings: Train, pad_id: int) -> I
     Token weights are set over the whole step (example weight over the step's labelled tokens of that group), so the
     summed loss does not depend on how the step is split.
     """
+    counts = labelled_tokens(examples)
+    for part in by_length([len(e.ids) for e in examples], settings.micro_batch_tokens):
+        yield collate([examples[i] for i in part], counts, pad_id)
+
+
+def labelled_tokens(examples: Iterable[Encoded]) -> dict[str, int]:
+    """Labelled tokens by group."""
     counts: dict[str, int] = {}
     for example in examples:
         counts[example.group] = counts.get(example.group, 0) + len(example.ids) - example.start
-    for part in by_length([len(e.ids) for e in examples], settings.micro_batch_tokens):
-        yield collate([examples[i] for i in part], counts, pad_id)
+    return counts
 
 
 def by_length(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:

@@ -52,8 +52,17 @@ class ParameterBuffer:
         self.dropout = torch.zeros(slots, device=device)
         self.seed = torch.zeros(slots, dtype=torch.long, device=device)
         """Of each slot's dropout."""
+        self.squares = torch.zeros(slots, device=device)
+        """Of each slot's gradient norm, as the last `norms` found them."""
+        self.own: tuple[int, int] | None = None
+        """The numbers that this rank updates (`split`); None: all."""
         self.scatter = ops.Scatter([])
         """Copies of parts of `compute` to where products read them; repeated whenever it changes."""
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The step's gradients [K, P]."""
+        return self.raw if self.sum is None else self.sum
 
     def sync(self) -> None:
         """Make the compute copy of the masters as they are (after loading weights)."""
@@ -68,17 +77,35 @@ class ParameterBuffer:
         if self.sum is not None:
             self.sum.add_(self.raw)
 
+    def split(self, rank: int, count: int) -> bool:
+        """Let this one of `count` ranks update its part of the numbers alone (ZeRO, Rajbhandari et al., 2020, stage 1: the time of it, the moments of the
+        others' parts stand still here); False: of these regions, or so many numbers, all are updated by all."""
+        if len(self.regions) != 1 or self.regions[0].scaled or self.compute is self.master or self.slots != 1 or self.size % count:
+            return False
+        part = self.size // count
+        self.own = rank * part, (rank + 1) * part
+        return True
+
     def update(self) -> None:
         """Clip by each slot's norm, then AdamW (Loshchilov & Hutter, 2019), as torch.nn.utils.clip_grad_norm_ and torch.optim.AdamW do."""
-        gradient = self.raw if self.sum is None else self.sum
+        self.norms()
+        self.apply()
+
+    def norms(self) -> None:
+        """The first half of `update`: squares of norms, of this rank's own numbers."""
         squares = torch.zeros_like(self.lr)
-        for region, (lo, hi) in self._spans():
-            part = torch.linalg.vector_norm(gradient[:, lo:hi], dim=1, dtype=torch.float32).square()
+        for region, (lo, hi) in self._own_spans():
+            part = torch.linalg.vector_norm(self.gradient[:, lo:hi], dim=1, dtype=torch.float32).square()
             squares += part * self.scale.square() if region.scaled else part
-        clip = (self.max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        self.squares.copy_(squares)
+
+    def apply(self) -> None:
+        """The other half, given the squares of all."""
+        gradient = self.gradient
+        clip = (self.max_norm / (self.squares.sqrt() + 1e-6)).clamp(max=1.0)
         self.count += 1
         first, root = ((1 - b**self.count).float() for b in BETAS)
-        for region, (lo, hi) in self._spans():
+        for region, (lo, hi) in self._own_spans():
             copy = None if self.compute is self.master else self.compute[:, lo:hi]
             lr = self.lr * region.lr_times
             ops.adamw_(
@@ -111,3 +138,6 @@ class ParameterBuffer:
     def _spans(self) -> list[tuple[Region, tuple[int, int]]]:
         ends = list(itertools.accumulate((region.size for region in self.regions), initial=0))
         return list(zip(self.regions, itertools.pairwise(ends), strict=True))
+
+    def _own_spans(self) -> list[tuple[Region, tuple[int, int]]]:
+        return self._spans() if self.own is None else [(self.regions[0], self.own)]

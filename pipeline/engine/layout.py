@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.data.rows import Encoded
+from pipeline.data.rows import Encoded, labelled_tokens
 
 GRAIN = 8  # widths are multiples of this
 TILE, LONG = 64, 2048  # of a product's inner length: a kernel's tile, and the length from which a part of a tile costs more than padding to all of it
@@ -21,6 +21,7 @@ MOST_WIDTHS = 6
 LOGITS_AT_ONCE = 2**28  # numbers of the [chunk, V] logits that exist at a time, roughly
 ROWS_AT_ONCE = 16  # rows of logits that plain torch works on at a time, so that a CPU still has them in its cache
 NORM_PROGRAMS = 264  # programs of the norm's backward kernel where its weight is trained
+SUMMED_FP32 = 2**28  # trained numbers up to which several GPUs sum gradients in fp32; above, a step of one pass sums them as they are, half the bytes
 SAMPLED = 256  # steps that are drawn to choose widths where the steps are not known
 
 
@@ -149,14 +150,9 @@ class Shapes:
     def shape(self, width: int) -> Shape:
         return Shape(self.rows(width), width, self.capacity[width], self.dense[width])
 
-    def micro_batches(self, step: Sequence[Sequence[Encoded]]) -> Iterator[Micro]:
-        """The micro-batches of one step; their weighted losses sum to the step's loss."""
-        counts = []
-        for part in step:
-            by_group: dict[str, int] = {}
-            for example in part:
-                by_group[example.group] = by_group.get(example.group, 0) + labels(example)
-            counts.append(by_group)
+    def micro_batches(self, step: Sequence[Sequence[Encoded]], whole: Sequence[Sequence[Encoded]] | None = None) -> Iterator[Micro]:
+        """The micro-batches of one step; their weighted losses sum to the step's loss. whole: by slot the examples of which `step` is this rank's part."""
+        counts = [labelled_tokens(part) for part in whole or step]
         first = 0
         for width, parts in self._cut(step):
             yield Micro(self.shape(width), list(zip(parts, counts, strict=True)), first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -234,6 +234,22 @@ def _forward_backward_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, back
     torch.autograd.grad(output, (q, k, v), output.detach())
 
 
+class Together(Protocol):
+    """What a step asks of the ranks of a training on several GPUs (training/ranks.py)."""
+
+    rank: int
+    count: int
+
+    def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors by their sums over the ranks."""
+
+    def sum_part_(self, flat: torch.Tensor) -> None:
+        """The same of this rank's part of a flat tensor; the rest of it is lost."""
+
+    def gather_(self, flat: torch.Tensor) -> None:
+        """Replace every part of a flat tensor by that of the rank whose it is."""
+
+
 class Stepper:
     """Runs optimiser steps of K slots.
 
@@ -241,16 +257,20 @@ class Stepper:
         program: ByHand or ByAutograd.
         shapes: of all steps to come.
         pad_id: token that fills rows.
+        ranks: of a training on several GPUs, which sum gradients between the captured passes and the captured update; None: one GPU.
     """
 
-    def __init__(self, program: ByHand | ByAutograd, shapes: Shapes, pad_id: int, device: Any) -> None:
-        self.program, self.shapes, self.buffer = program, shapes, program.buffer
+    def __init__(self, program: ByHand | ByAutograd, shapes: Shapes, pad_id: int, device: Any, ranks: Together | None = None) -> None:
+        self.program, self.shapes, self.buffer, self.ranks = program, shapes, program.buffer, ranks
+        self.split = ranks is not None and self.buffer.split(ranks.rank, ranks.count)
+        """Whether each rank updates a part of the numbers."""
         self.slots = self.buffer.slots
         self.loss_sum, self.loss = torch.zeros(self.slots, device=device), torch.zeros(self.slots, device=device)
         self.graphs = Graphs(device)
         self.inputs = {s.width: Static(s, self.slots, program.virtual, pad_id, device) for s in shapes.all()}
         self._replay: dict[int, Callable[[], None]] = {}
         self._update: Callable[[], None] | None = None
+        self._norms: Callable[[], None] = self.buffer.norms
 
     def warm(self, firsts: Mapping[int, Micro] | None = None) -> None:
         """Capture all shapes' forward and backward, and the update. Parameters are unchanged; moments and step counts are zero.
@@ -275,6 +295,8 @@ class Stepper:
         self.program.check()
         self.buffer.lr.zero_()
         self._clear_gradients()
+        if self.split:
+            self._norms = self.graphs.capture(self.buffer.norms)
         self._update = self.graphs.capture(self._finish)
         for tensor in (*self.buffer.moments, self.buffer.count, self.loss_sum, self.loss):
             tensor.zero_()
@@ -296,11 +318,17 @@ class Stepper:
         """(loss, norm of the gradient) since both were cleared, all slots together."""
         return float(self.loss_sum.sum()), float(torch.linalg.vector_norm(self.buffer.raw, dtype=torch.float32))
 
-    def step(self, examples: Sequence[Sequence[Encoded]], lr: Sequence[float]) -> tuple[torch.Tensor, int, int]:
-        """One optimiser step: (loss [K] fp32 on the device, real tokens, padding), of each slot's examples at each slot's learning rate."""
+    def step(self, examples: Sequence[Sequence[Encoded]], lr: Sequence[float], whole: Sequence[Sequence[Encoded]] | None = None
+             ) -> tuple[torch.Tensor, int, int]:
+        """One optimiser step: (loss [K] fp32 on the device, real tokens, padding), of each slot's examples at each slot's learning rate.
+
+        whole: the examples of all ranks, of which these are this one's; the loss is theirs, the tokens are this one's.
+        """
         assert self._update is not None, "warm first"
         real = padding = 0
-        for micro in self.shapes.micro_batches(examples):
+        if not any(examples):  # a rank without rows
+            self._clear_gradients()
+        for micro in self.shapes.micro_batches(examples, whole):
             self.inputs[micro.shape.width].fill(micro)
             self.program.begin(micro)
             self._replay[micro.shape.width]()
@@ -308,8 +336,28 @@ class Stepper:
             real, padding = real + counted[0], padding + counted[1]
         rates = torch.tensor(lr, dtype=torch.float32)
         self.buffer.lr.copy_(rates.pin_memory() if self.buffer.lr.is_cuda else rates, non_blocking=True)
+        if self.ranks is not None:
+            self._sum(self.ranks)
         self._update()
+        if self.ranks is not None and self.split:
+            self.ranks.gather_(self.buffer.compute[0])
         return self.loss.clone(), real, padding
+
+    def _sum(self, ranks: Together) -> None:
+        """Gradients and loss over the ranks; where they are split, of the former each rank its part, and their norm."""
+        if self.split:
+            ranks.sum_part_(self.buffer.gradient[0])
+            self._norms()
+            ranks.sum_([self.buffer.squares])
+        else:
+            ranks.sum_([self.buffer.gradient])
+        ranks.sum_([self.loss_sum])
+
+    def gather(self) -> None:
+        """Bring all ranks' masters and moments here, where each has updated a part. For all ranks to call."""
+        if self.ranks is not None and self.split:
+            for tensor in (self.buffer.master, *self.buffer.moments):
+                self.ranks.gather_(tensor[0])
 
     def close(self) -> None:
         """Free the graphs; parameters keep their values."""
@@ -322,7 +370,9 @@ class Stepper:
         self.loss_sum.add_(loss.view(self.slots, -1).sum(1))
 
     def _finish(self) -> None:
-        self.buffer.update()
+        if not self.split:
+            self.buffer.norms()
+        self.buffer.apply()
         self.loss.copy_(self.loss_sum)
         self.loss_sum.zero_()
 

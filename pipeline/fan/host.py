@@ -20,8 +20,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cell import grid, identity, inputs, locks, preflight
-from pipeline.cell.child import Ended, dies_with, run_cell, run_in_child
+from pipeline.cell.child import Ended, run_cell, run_in_child
 from pipeline.cell.inputs import Shared
+from pipeline.cell.launch import dies_with
 from pipeline.core.compose import ROOT, literal
 from pipeline.core.files import UserError
 from pipeline.fan.jobs import BAD_INPUT, BUSY, INTERRUPTED, LOST

@@ -31,7 +31,7 @@ class Ray:
     cpus: Annotated[float, Within(0, above=True)] | None = None
     """CPUs of a cell; null: of a cell on a GPU as many as there are for each, else one."""
     gpus: Annotated[float, Within(0, 1)] | None = None
-    """GPUs of a cell; null: one where there are some. Less than 1 gives a GPU to several cells, whose times then say so."""
+    """GPUs of a cell; null: one where there are some (with train.parallel: train.gpus). Less than 1 gives a GPU to several cells, whose times then say so."""
     retries: AtLeast0 = 2
     """How often a cell is tried again on another worker after its own died or it ended with an error."""
     store: Literal["shared", "objects"] = "shared"

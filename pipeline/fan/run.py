@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.cell import identity, packing, preflight, record
+from pipeline.cell import identity, launch, packing, preflight, record
 from pipeline.cell.child import run_in_child
 from pipeline.cell.grid import Mirror, begin, clear, is_done
 from pipeline.core.files import UserError
@@ -30,6 +30,8 @@ def run(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None
     missing, mirror = begin(cells, warn)
     if not missing:
         return 0
+    for cfg in missing:
+        launch.declared(cfg)
     if cells[0].launcher != "ray":
         from pipeline.fan.slurm import submit
 
@@ -103,15 +105,19 @@ def cell_jobs(missing: Sequence[DictConfig], settings: fan_jobs.Ray, cpus: float
 def _job(name: str, work: str, cells: Sequence[DictConfig], settings: fan_jobs.Ray, cpus: float, gpus: float, fits: Fits) -> Job:
     cfg = cells[0]
     gpu = gpu_share(cfg, settings, gpus, fits)
-    cpu = cpu_share(settings, cpus, gpus, gpu)
+    cpu = cpu_share(settings, cpus, gpus, gpu) if gpu else settings.cpus or max(1.0, launch.declared(cfg))
     sent = [OmegaConf.merge(c, {"ray": {"gpus": gpu, "cpus": cpu}}) for c in cells]
     return Job(name, f"{HOST}:{work}", sent, gpus=gpu, cpus=cpu)  # type: ignore[arg-type]
 
 
 def gpu_share(cfg: DictConfig, settings: fan_jobs.Ray, gpus: float, fits: Fits) -> float:
-    """GPUs that a cell declares, in a cluster with so many. Less than a whole one only where the config says so: with share=true or ray.gpus."""
+    """GPUs that a cell declares, in a cluster with so many: one, or those that train it together (train.gpus). Less than a whole one only where the config
+    says so: with share=true or ray.gpus."""
+    several = launch.declared(cfg)
     if cfg.device == "cpu" or (cfg.device == "auto" and not gpus):
         return 0.0
+    if several:
+        return float(several)
     if settings.gpus is not None:
         return settings.gpus
     return float(int(1e4 / max(1, fits(cfg))) / 1e4) if cfg.share else 1.0

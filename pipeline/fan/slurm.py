@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline.cell import grid, identity, packing, preflight
+from pipeline.cell import grid, identity, launch, packing, preflight
 from pipeline.cell.child import run_in_child
 from pipeline.cell.inputs import preload
 from pipeline.core.files import UserError
@@ -98,12 +98,13 @@ def _submitted(missing: Sequence[DictConfig], settings: Slurm, launcher: str) ->
     logs = Path(missing[0].paths.work) / "fanout" / launcher
     executor = submitit.AutoExecutor(logs, cluster=launcher)
     gpu = missing[0].device != "cpu" and settings.gpus > 0
+    gpus = max(settings.gpus, *(launch.declared(cfg) for cfg in missing))
     at_once = settings.jobs if launcher == "slurm" else 1 if gpu else min(settings.jobs, cpu_count() or 1)  # on a GPU of this machine one after another
     dealt = sets(missing, at_once)
     optional = {"mem_gb": settings.memory_gb, "slurm_partition": settings.partition, **(settings.options or {})}
     try:
         executor.update_parameters(name=f"alignscope-{missing[0].experiment}", timeout_min=settings.timeout_min, cpus_per_task=settings.cpus,
-                                   gpus_per_node=settings.gpus if gpu else 0, **{key: value for key, value in optional.items() if value is not None})
+                                   gpus_per_node=gpus if gpu else 0, **{key: value for key, value in optional.items() if value is not None})
         jobs = executor.map_array(Cells(), [[sent(cfg) for cfg in one] for one in dealt], [str(Path.cwd())] * len(dealt))
     except (NameError, ValueError, AssertionError, RuntimeError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"{launcher} took no jobs ({str(error).splitlines()[0][:200]}); fix the keys of slurm.*, or choose launcher=ray") from error

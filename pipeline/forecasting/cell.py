@@ -66,6 +66,8 @@ class Forecast:
     longest: int = 0
     """Fed tokens of the longest row."""
     engine: str = ""
+    gpus: int = 1
+    """That train together; memory, largest_batch and card are of each."""
     precision: str = ""
     trainable: int = 0
     parameters: int = 0
@@ -127,9 +129,15 @@ def prepare(cfg: DictConfig, gpu: bool) -> Prepared:
         raise NoForecast(f"{what.name} finds nothing to train in this model")
     rows = training_rows(cfg, settings)
     steps = total_steps(settings.train, rows.count)
-    plan = training_plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu)
+    plan = training_plan(shape, what, settings.train, settings.precision, rows.examples, cfg.seed, steps, gpu, ranks(settings, gpu))
     memory.check(plan)
     return Prepared(plan, rows, steps, settings)
+
+
+def ranks(settings: Settings, gpu: bool) -> int:
+    """GPUs (on a CPU: processes) that train together: train.gpus, or all that are visible."""
+    train = settings.train
+    return 1 if train.parallel == "none" else train.gpus or (machine.visible_gpus() if gpu else 0) or 1
 
 
 def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, time: bool = True) -> Forecast:
@@ -157,7 +165,7 @@ def forecast(cfg: DictConfig, card: Card | None = None, batches: bool = True, ti
     fields: dict[str, Any] = {
         "memory": peak, "fits": memory.fits(plan, constants(), card.memory_bytes, peak), "longest": longest, "engine": plan.engine,
         "precision": plan.precision, "trainable": plan.trained.count, "parameters": plan.shape.parameters, "steps": prepared.steps,
-        "step_tokens": step_tokens(prepared), "rows_from": prepared.rows.source,
+        "step_tokens": step_tokens(prepared), "rows_from": prepared.rows.source, "gpus": plan.ranks,
     }
     if batches:
         fields["largest_batch"] = largest_batch(prepared, card)
@@ -203,8 +211,9 @@ def largest_batch(prepared: Prepared, card: Card) -> int:
 
     @functools.cache
     def peak(rows: int) -> tuple[Plan, Memory]:
-        settings = dataclasses.replace(prepared.settings.train, batch_size=rows, micro_batch_tokens=(fed + 8) * rows, padding_free="never")
-        trial = training_plan(plan.shape, plan.trained, settings, prepared.settings.precision, equal_rows(rows, fed, labels), 0, 2, plan.gpu)
+        every = rows * plan.ranks
+        settings = dataclasses.replace(prepared.settings.train, batch_size=every, micro_batch_tokens=(fed + 8) * rows, padding_free="never")
+        trial = training_plan(plan.shape, plan.trained, settings, prepared.settings.precision, equal_rows(every, fed, labels), 0, 2, plan.gpu, plan.ranks)
         trial = dataclasses.replace(trial, steps=trial.steps[:1], warm=True)
         return trial, memory.forecast(trial, constants())
 
@@ -214,7 +223,7 @@ def largest_batch(prepared: Prepared, card: Card) -> int:
 
     some = 32
     each = max(1.0, (peak(some)[1].total - peak(1)[1].total) / (some - 1))
-    guess = int((card.memory_bytes - (constants().context if plan.gpu else 0) - peak(1)[1].total) / each) + 1
+    guess = int((card.memory_bytes - constants().outside(plan) - peak(1)[1].total) / each) + 1
     return _largest(fits, min(max(1, guess), MOST_BATCH))
 
 
@@ -235,6 +244,8 @@ def _largest(fits: Callable[[int], bool], guess: int) -> int:
 
 def _time(cfg: DictConfig, prepared: Prepared, card: Card) -> dict[str, Any]:
     """The fields of a Forecast on time."""
+    if prepared.plan.ranks > 1 or prepared.plan.engine == "sharded":
+        return {"time_from": "time: not forecast for several GPUs"}
     if not card.at_hand:
         return {"time_from": "time: only the machine at hand can be timed; leave forecast.gpu_memory_gb out"}
     path = speed.file_of(cfg.paths.work)
@@ -257,5 +268,5 @@ def calibrate(cfg: DictConfig, card: Card | None = None) -> None:
     except NoForecast:
         return
     path = speed.file_of(cfg.paths.work)
-    if card.at_hand and not speed.known(path, card.device, prepared.plan):
+    if card.at_hand and prepared.plan.ranks == 1 and prepared.plan.engine != "sharded" and not speed.known(path, card.device, prepared.plan):
         speed.keep(path, card.device, prepared.plan, speed.calibrate(cfg, prepared.plan), machine.provenance()["started"][:10])

@@ -17,6 +17,7 @@ from pipeline.forecasting.allocator import Tensor
 from pipeline.forecasting.modules import TIED, Back, Operations
 from pipeline.forecasting.plan import MicroBatch
 from pipeline.forecasting.trained import parameter_sizes
+from pipeline.training.ranks import BUCKET
 
 PAGED_FROM = 100_000
 """Numbers of a tensor from which bitsandbytes pages its optimiser state."""
@@ -55,7 +56,7 @@ class Eager(Operations):
     def layer(self, x: Tensor, layer: int, needs: bool) -> tuple[Tensor, Back]:
         """A decoder layer: (its output [N, d], backward)."""
         norms = self.plan.trained.kind == "ln" or self.trains(layer)
-        xz = 4 if norms else max(self.hz, self.plan.base)
+        xz = self.tz if norms else max(self.hz, self.plan.base)
         size = self.n * self.s.width
         n1, norm1_back = self.norm(x, needs, f"{layer}.norm1", norms)
         mixed, attention_back = self.attention(n1, xz, layer, needs or norms)
@@ -154,7 +155,7 @@ class Eager(Operations):
         m, v, d, z = self.labels, self.s.vocabulary, self.s.width, self.z
         trained = self.plan.trained
         norms = trained.kind == "ln" or (trained.kind == "full" and "norm" in trained.parts)
-        xz = 4 if norms else max(self.hz, self.plan.base)
+        xz = self.tz if norms else max(self.hz, self.plan.base)
         normed, norm_back = self.norm(x, needs, "norm", norms)
         del x
         inside = needs or norms
@@ -216,12 +217,18 @@ class Eager(Operations):
         sizes = [numbers for numbers in parameter_sizes(self.plan.trained, self.s) if not self.plan.paged or numbers < PAGED_FROM]
         return [self.new(size, 4, "optimiser") for numbers in sizes for size in (1, numbers, numbers)]
 
+    def sum_gradients(self) -> None:
+        """Over the ranks: in copies of as many as are sent at once."""
+        with self.new(min(BUCKET, self.plan.trained.count) if self.plan.ranks > 1 else 0, 4, "gradients"):
+            pass
+
     def run(self) -> None:
         """All steps: micro-batches, then clipping and AdamW, then the gradients are gone."""
         states = self.states() if self.plan.warm else []
         for step in self.plan.steps:
             for micro in step:
                 self.micro_batch(micro)
+            self.sum_gradients()
             norms = [self.new(1, 4, "gradients") for _ in self.grads]
             del norms
             states = states or self.states()

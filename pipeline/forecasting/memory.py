@@ -9,6 +9,7 @@ from pipeline.forecasting.eager import Eager
 from pipeline.forecasting.fast import ByHand
 from pipeline.forecasting.plan import Constants, Plan
 from pipeline.forecasting.shape import LLAMAS, NoForecast, tensors
+from pipeline.forecasting.sharded import Sharded
 from pipeline.forecasting.trained import parameter_sizes
 
 KINDS = ("weights", "adapter", "gradients", "optimiser", "activations", "logits", "workspace", "inputs")
@@ -39,6 +40,10 @@ def walk(plan: Plan, constants: Constants, capacity: int | None = None) -> tuple
         hand.run()
     elif plan.engine == "captured":
         _captured(plan, memory, constants, parameters)
+    elif plan.engine == "sharded":
+        parted = Sharded(plan, memory, constants)
+        parted.shard(parameters)
+        parted.run()
     else:
         Eager(plan, memory, constants).run()
     return memory, loaded
@@ -127,13 +132,15 @@ def fits(plan: Plan, constants: Constants, capacity: int, peak: Memory | None = 
 
     capacity: of the whole card. peak: the run's forecast, if it is known.
     """
-    if peak is not None and peak.total + (constants.context if plan.gpu else 0) <= capacity:
+    if plan.engine == "sharded" and Sharded(plan, Heap(), constants).answering + constants.outside(plan) > capacity:
+        return False
+    if peak is not None and peak.total + constants.outside(plan) <= capacity:
         return True
     if not plan.gpu:
         return (peak or forecast(plan, constants)).total <= capacity
     scale, fixed = constants.of(plan)
     try:
-        walk(plan, constants, int((capacity - constants.context - fixed) / scale))
+        walk(plan, constants, int((capacity - constants.outside(plan) - fixed) / scale))
     except OutOfMemory:
         return False
     return True

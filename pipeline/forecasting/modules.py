@@ -29,6 +29,8 @@ class Operations:
         self.keep_casts, self.own_gradients = keep_casts, own_gradients
         self.z = plan.compute
         parts = plan.trained.parts
+        self.tz = 4
+        """Bytes of a number of a trained weight, as the modules see it."""
         self.hz = 4 if "embedding" in parts else plan.base
         self.soft = plan.trained.kind == "soft"
         self.grads: dict[str, Tensor] = {}
@@ -80,7 +82,7 @@ class Operations:
     def norm(self, x: Tensor, needs: bool, name: str, trained: bool) -> tuple[Tensor, Back]:
         """RMSNorm as LlamaRMSNorm computes it, in fp32."""
         size, hz = self.n * self.s.width, self.hz
-        oz = 4 if trained else max(hz, self.plan.base)
+        oz = self.tz if trained else max(hz, self.plan.base)
         wide = x if hz == 4 else self.new(size, 4)
         with self.new(size, 4):
             root = self.new(self.n, 4)

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pipeline.core.settings import Precision, Train
 from pipeline.data.rows import Encoded, by_length, step_rows
 from pipeline.engine import families
+from pipeline.engine.layout import SUMMED_FP32
 from pipeline.forecasting.shape import NoForecast, Shape
 from pipeline.forecasting.trained import Trained
+from pipeline.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Plan:
     steps: Sequence[Sequence[MicroBatch]]
     """Of one optimiser step or more, in turn."""
     engine: str
-    """eager, hand (the fast engine's hand-written step) or captured (the fast engine with autograd)."""
+    """eager, hand (the fast engine's hand-written step), captured (the fast engine with autograd) or sharded (FSDP2)."""
     gpu: bool = True
     double_quantisation: bool = True
     checkpointing: bool = False
@@ -53,6 +55,8 @@ class Plan:
     """(cells of a micro-batch: tokens, padding counted; how many such there are) in the steps that were looked at."""
     looked: int = 0
     """How many steps those were."""
+    ranks: int = 1
+    """GPUs that share every step (train.parallel); the plan is that of the one with the longest rows."""
 
     @property
     def base(self) -> int:
@@ -72,8 +76,14 @@ class Constants:
     """By engine: bytes beside what is simulated."""
     context: int = 600 * 2**20
     """Bytes of a card that CUDA, its libraries and kernels take outside the allocator."""
+    communication: int = 2**30
+    """The same of NCCL, where several train together; a guess until it is measured."""
     cpu_process: int = 582 * 10**6
     """Resident bytes of a process beside its tensors: 525 MiB before the first step and 30 of libraries and small objects that steps touch."""
+
+    def outside(self, plan: Plan) -> int:
+        """Bytes of a card that are not the allocator's."""
+        return self.context + (self.communication if plan.ranks > 1 else 0) if plan.gpu else 0
 
     def of(self, plan: Plan) -> tuple[float, int]:
         """(scale, fixed) of the plan's engine; on a CPU, fixed is the process."""
@@ -94,7 +104,9 @@ def precision_of(precision: Precision, gpu: bool) -> tuple[str, int]:
 
 
 def engine_of(train: Train, trained: Trained, model: Shape, precision: str, gpu: bool) -> str:
-    """eager, hand or captured: which way pipeline.training.stepping takes."""
+    """eager, hand, captured or sharded: which way pipeline.training takes."""
+    if train.parallel == "fsdp":
+        return "sharded"
     if train.engine == "eager" or not gpu or train.checkpointing or precision == "int8":  # 8-bit products wait for the device: no capture
         return "eager"
     whole = trained.parts == {"embedding", "layers", "norm", "head"} and trained.first == 0 and not trained.own_head
@@ -105,14 +117,17 @@ def engine_of(train: Train, trained: Trained, model: Shape, precision: str, gpu:
 
 
 def training_plan(model: Shape, trained: Trained, train: Train, precision: Precision, examples: Sequence[Sequence[Encoded]], seed: int, total: int,
-                  gpu: bool) -> Plan:
-    """The plan of a run of `total` steps over these rows. Raises NoForecast: no rows."""
+                  gpu: bool, ranks: int = 1) -> Plan:
+    """The plan of a run of `total` steps over these rows, of the first of so many ranks. Raises NoForecast: no rows."""
     if not examples or not total:
         raise NoForecast("there is nothing to train on")
     base, compute = precision_of(precision, gpu)
     engine = engine_of(train, trained, model, base, gpu)
     orders = [step_rows(len(examples), train.batch_size, seed, step) for step in range(min(total, MOST_STEPS))]
-    if engine == "eager":
+    if ranks > 1:
+        examples = [Ranks(0, ranks).share([e for r in rows for e in examples[r]]) for rows in orders]
+        orders = [[step] for step in range(len(orders))]
+    if engine in ("eager", "sharded"):
         steps, fed = _eager_steps(examples, orders, train.micro_batch_tokens)
         accumulates = False
     else:
@@ -122,11 +137,11 @@ def training_plan(model: Shape, trained: Trained, train: Train, precision: Preci
         buckets, streams = shapes_of_run(examples, train, orders, total, streamable, model.layers, model.parameters)
         chosen = streams or buckets
         parts = [MicroBatch(1 if s.longest else s.rows, s.width, s.labels, s.longest, s.dense) for s in chosen.all()]
-        steps, accumulates = [parts], chosen.accumulates
+        steps, accumulates = [parts], chosen.accumulates or (ranks > 1 and trained.count <= SUMMED_FP32)
         fed = [(chosen.shape(width).tokens, count) for width, count in chosen.fed.items()]
     paged = train.optimizer == "paged_adamw" and gpu and engine == "eager"
     return Plan(model, trained, base, compute, steps, engine, gpu, precision.double_quantisation, train.checkpointing, paged, accumulates,
-                fed=fed, looked=len(orders))
+                fed=fed, looked=len(orders), ranks=ranks)
 
 
 def _eager_steps(examples: Sequence[Sequence[Encoded]], orders: Sequence[Sequence[int]], most_tokens: int

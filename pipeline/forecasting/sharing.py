@@ -47,7 +47,8 @@ def limit(missing: Sequence[DictConfig]) -> AtOnce:
     """
     cfg = missing[0]
     card = card_at_hand(cfg)
-    cells = cfg.at_once or (1 if not card.gpu else MOST if cfg.share else WAITING)
+    together = any(cell.train.parallel != "none" for cell in missing)  # a cell that several GPUs train has all of them to itself
+    cells = 1 if together else cfg.at_once or (1 if not card.gpu else MOST if cfg.share else WAITING)
     needs: dict[str, int] = {}
     first: dict[tuple[str, int | None], int | None] = {}
     for cell in missing:

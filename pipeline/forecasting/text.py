@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pipeline.core.files import UserError
 from pipeline.forecasting.cell import Card, Forecast, forecast
 
-ENGINES = {"hand": "fast (hand-written step)", "captured": "fast (autograd, captured)", "eager": "eager"}
+ENGINES = {"hand": "fast (hand-written step)", "captured": "fast (autograd, captured)", "eager": "eager", "sharded": "eager, in parts (FSDP2)"}
 WHAT = {
     "weights": "weights, with copies for the arithmetic", "adapter": "adapter, fp32", "gradients": "gradients", "optimiser": "optimiser states",
     "activations": "activations", "logits": "logits", "workspace": "workspace of products", "inputs": "inputs", "allocator": "allocator: rounding and holes",
@@ -19,7 +19,7 @@ WHAT = {
 
 
 def table(estimate: Forecast) -> list[str]:
-    head = f"{estimate.technique} on {estimate.card.name} ({gib(estimate.card.memory_bytes)})"
+    head = f"{estimate.technique} on {_cards(estimate)} ({gib(estimate.card.memory_bytes)})"
     if estimate.memory is None:
         return [f"{head}: {estimate.reason}"]
     lines = [
@@ -36,6 +36,10 @@ def table(estimate: Forecast) -> list[str]:
     return [*lines, *estimate.notes]
 
 
+def _cards(estimate: Forecast) -> str:
+    return estimate.card.name if estimate.gpus == 1 else f"each of {estimate.gpus} times {estimate.card.name}"
+
+
 def verdict(estimate: Forecast) -> str:
     """Whether it fits, and the largest batch that does."""
     words = "fits" if estimate.fits else "does not fit"
@@ -47,7 +51,7 @@ def warning(estimate: Forecast) -> str | None:
     """One line where a cell will not fit; None where it does or nothing is known."""
     if estimate.memory is None or estimate.fits:
         return None
-    return (f"forecast: {estimate.technique} needs {gib(estimate.memory.total)}, {estimate.card.name} has {gib(estimate.card.memory_bytes)}; it will "
+    return (f"forecast: {estimate.technique} needs {gib(estimate.memory.total)}, {_cards(estimate)} has {gib(estimate.card.memory_bytes)}; it will "
             "probably run out of memory (lower train.micro_batch_tokens, or set train.checkpointing=true)")
 
 

@@ -61,6 +61,19 @@ def busy_share() -> float | None:
         return None
 
 
+def visible_gpus() -> int:
+    """GPUs that this process may use, asked of the driver without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        count = int(pynvml.nvmlDeviceGetCount())
+    except Exception:  # no driver or no library
+        return 0
+    return count if visible is None else min(count, len([word for word in visible.split(",") if word.strip() and word.strip() != "-1"]))
+
+
 def control_group(name: str) -> str:
     """A file of this process's control group. Raises OSError where there is none."""
     return (Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/") / name).read_text()

@@ -32,6 +32,8 @@ class Method:
     """`answers` is asked in the model's place."""
     chooses: ClassVar[bool] = False
     """`choose` picks among states."""
+    shards: ClassVar[bool] = False
+    """Whether it trains all weights of a plain model, which may then lie in parts on several GPUs (train.parallel=fsdp)."""
     own_prompt: ClassVar[bool] = False
     """`prompt` changes what the model sees."""
     own_optimizer_groups: ClassVar[bool] = False

@@ -20,6 +20,7 @@ class Full(Method):
 
     trains = True
     changes_when_served = True
+    shards = True
 
     from_scratch: bool = False
     """Start from fresh weights, drawn with the cell's seed as the architecture draws them: what the pretraining is worth."""

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from pipeline.records.finished import Cell
 from pipeline.reporting import plot
 from pipeline.reporting import words as f
-from pipeline.reporting.figures import Row, interval, memory_kind, remarks
+from pipeline.reporting.figures import OTHER_MEMORY, Row, interval, memory_kind, remarks
 from pipeline.reporting.plot import Box, Scale
 from pipeline.reporting.vega import COLOUR, Axis, Chart, Dot, Spec, inline, linear
 
@@ -56,7 +56,7 @@ def costs(rows: Sequence[Row]) -> list[Cost]:
     return [
         Cost("Training time, s", lambda r: r.train_s, f.seconds, lambda r: not r.timing, whole=True),
         Cost(f"Peak memory, {name}", lambda r: None if r.peak_bytes is None else r.peak_bytes / unit, lambda v: f"{v:.3g}",
-             lambda r: r.timing != "packed", by_kind=True),
+             lambda r: r.timing not in OTHER_MEMORY, by_kind=True),
         Cost("Trainable parameters", lambda r: r.trainable, f.count, whole=True),
     ]
 

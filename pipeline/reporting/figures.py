@@ -35,6 +35,8 @@ STANDINGS = {
 }
 """How a row stands to the verdict -> what the last column says of it."""
 RESUMED, SHARED = "†", "‡"
+OTHER_MEMORY = ("packed", "parallel")
+"""What a cell's `timing` says where its peak memory is not that of one GPU with one training."""
 SECTIONS = ("", "Quality", "Data", "Training", "Model", "Forgetting")
 """Of the columns, in their order on the page."""
 
@@ -281,7 +283,8 @@ class Row:
     train_s: float | None = _figure(
         "phases.train_s", "Train, s", "Training", f.seconds, over=timed, mark=_resumed, single=True, for_dvc=True,
         about="Seconds in training steps alone: no start-up, validation or evaluation. "
-        f"{RESUMED}: the run was resumed, packed with others, or timed with others on the device; that is no single run's time, and no chart has it.")
+        f"{RESUMED}: the run was resumed, packed with others, timed with others on the device, or shared by several GPUs; that is no single run's time, "
+        "and no chart has it.")
     wall_s: float | None = _figure(
         "phases.wall_s", "Total, s", "Training", f.seconds, over=timed, mark=lambda r: _resumed(r) + (SHARED if r.shared_process else ""), single=True,
         for_dvc=True,

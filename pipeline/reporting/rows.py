@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.records.finished import Cell, check_comparable
-from pipeline.reporting.figures import FIGURES, QUANTISED, RESUMED, SHARED, Row, finished, notes_of
+from pipeline.reporting.figures import FIGURES, OTHER_MEMORY, QUANTISED, RESUMED, SHARED, Row, finished, notes_of
 from pipeline.scoring.answers import by_row
 from pipeline.stats import tiers
 from pipeline.stats.tiers import FEW
@@ -104,7 +104,7 @@ def options(rows: Sequence[Row]) -> list[Option]:
     """The rows as what can be chosen, the base in the experiment's own precision first. Memory counts where one counter measured it."""
     kinds = {r.memory_kind for r in rows if r.peak_bytes is not None}
     return [
-        Option(r.technique, r.test or 0.0, r.kind == "base", r.kind == "trained", r.peak_bytes if len(kinds) == 1 and r.timing != "packed" else None,
+        Option(r.technique, r.test or 0.0, r.kind == "base", r.kind == "trained", r.peak_bytes if len(kinds) == 1 and r.timing not in OTHER_MEMORY else None,
                r.train_s or None)
         for r in sorted(rows, key=lambda r: (r.precision in QUANTISED, r.name))
     ]
@@ -112,7 +112,7 @@ def options(rows: Sequence[Row]) -> list[Option]:
 
 def timing_notes(rows: Sequence[Row]) -> list[str]:
     """What the marks at times stand for, those that occur."""
-    resumed = [f"{RESUMED} resumed, or packed with other cells, or timed with others on the device: no single run's time"]
+    resumed = [f"{RESUMED} resumed, or packed with other cells, or timed with others on the device, or trained by several GPUs: no single run's time"]
     shared = [f"{SHARED} imports and base were read once for several cells: their start-up and load are missing from the total"]
     cells = [c.result for r in rows for c in r.cells]
     beside = ["several cells were under way at once: training, test rows and requests were timed alone on the device, start-up, load, capture and probes "

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.records.finished import Cell
 from pipeline.records.runs import hardware_name
 from pipeline.reporting import words as f
-from pipeline.reporting.figures import METRICS, Row, columns, interval, remarks
+from pipeline.reporting.figures import METRICS, OTHER_MEMORY, Row, columns, interval, remarks
 from pipeline.reporting.rows import by_group, common_notes, tier_notes, timing_notes
 from pipeline.reporting.verdict import saying_of, sentences
 from pipeline.stats.verdict import SLACK
@@ -96,7 +96,7 @@ def _costs(ranked: list[Row]) -> str:
 
 def _one_kind(rows: list[Row]) -> list[Row]:
     kinds = {r.memory_kind for r in rows if r.peak_bytes is not None}
-    return [r for r in rows if r.timing != "packed"] if len(kinds) == 1 else []
+    return [r for r in rows if r.timing not in OTHER_MEMORY] if len(kinds) == 1 else []
 
 
 def _cheapest(rows: list[Row], cost: Callable[[Row], float | None], show: Callable[[float], str], claim: str) -> tuple[str, str] | None:

@@ -119,6 +119,8 @@ def search(study: Study, cfg: DictConfig, load: Callable[[], inputs.Shared]) -> 
     Raises:
         UserError: a trial ended with an error (shown above it); started again, the search tries it once more.
     """
+    if cfg.train.parallel != "none":
+        raise UserError(f"train.parallel={cfg.train.parallel} is of cells, and a trial has one GPU; leave it out here (several trials at once: executor=ray)")
     sweep = study.sweep
     with study.turn():
         study.revive()

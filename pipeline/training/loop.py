@@ -2,19 +2,19 @@
 
 Library. Data order, dropout and schedule are functions of the seed and the step, and a checkpoint holds parameters,
 optimiser state, random generators and the best weights so far, so a run that was killed and started again ends with
-the weights of one that was not (bitwise on the CPU).
+the weights of one that was not (bitwise on the CPU). Several ranks (training/ranks.py) go through it in step: each does its part of every optimiser
+step, all know the same losses, and the first validates and writes checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import pickle
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ from pipeline.data.rows import steps_in_epoch
 from pipeline.measure import turns
 from pipeline.measure.clock import Meter, Stopwatch
 from pipeline.measure.energy import Energy
-from pipeline.measure.memory import Memory, PeakMemory, out_of_memory
+from pipeline.measure.memory import Memory, PeakMemory
 from pipeline.records.results import Teacher, Work, rank_key
+from pipeline.training import sharded
+from pipeline.training.checkpoint import check_kind, load_state
+from pipeline.training.sharded import Sharded
 from pipeline.training.stepping import Run, Stepping, choose
 
 LONG_S, LARGE_BYTES = 20, 1 << 30
@@ -88,24 +91,6 @@ def validation_steps(total: int, validations: int) -> set[int]:
     return {math.ceil(total * (i + 1) / validations) for i in range(validations)} if total else set()
 
 
-def load_state(path: Path) -> dict[str, Any] | None:
-    """What torch.save wrote at `path`; None where nothing is there, or what is there is damaged: that is set aside, with a warning."""
-    import torch
-
-    if not path.exists():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        if out_of_memory(error) or isinstance(error, PermissionError):
-            raise
-        aside = path.with_name(f"{path.name}.damaged")
-        path.replace(aside)
-        print(f"warning: {path} is damaged ({type(error).__name__}) and was set aside as {aside.name}; the training begins anew", file=sys.stderr)
-        return None
-    return state
-
-
 class Loop:
     """Trains a run's model on its examples.
 
@@ -130,11 +115,12 @@ class Loop:
         import torch
 
         run, on_gpu = self.run, self.run.device.type == "cuda"
-        torch.manual_seed(run.seed)
+        torch.manual_seed(run.ranks.seed(run.seed))
         self.memory.start()
         with self.meter.phase("warmup"):
-            self.stepping = choose(run)
+            self.stepping = Sharded(run) if run.settings.parallel == "fsdp" and run.ranks.joined else choose(run)
         self.notes += self.stepping.notes
+        self.trainable = self.stepping.shards or self.trainable
         self._resume()
         marks, state, saved = validation_steps(run.total, run.settings.validations), self.state, Stopwatch()
         times: list[float] = []
@@ -144,6 +130,7 @@ class Loop:
             lap = Stopwatch(run.device)
             for step in range(state.step, run.total):
                 loss, tokens, padding = self.stepping.step(step, self._factor(step))
+                stops, saves, tokens, padding = self._agreed(saved.peek() >= run.settings.checkpoint_every_s, tokens, padding)
                 state.step, state.tokens, state.padding = step + 1, state.tokens + tokens, state.padding + padding
                 self._pending.append((state.step, loss))
                 times.append(lap.lap(wait=not on_gpu))
@@ -153,10 +140,10 @@ class Loop:
                         break
                 if state.step in marks:
                     self._validate()
-                if self._stop or saved.peek() >= run.settings.checkpoint_every_s:
+                if stops or saves:
                     self._save()
                     saved.lap()
-                if self._stop:
+                if stops:
                     raise KeyboardInterrupt
                 bar.update()
                 progress.part(state.step, run.total)
@@ -164,17 +151,28 @@ class Loop:
                 lap.lap(wait=False)
             self._read_losses(bar)
             self.energy.stop()
-            if self._worth_keeping():  # scoring may take longer still, and be interrupted
+            if run.ranks.from_first(self._worth_keeping()):  # scoring may take longer still, and be interrupted
                 self._save()
         memory = self.memory.stop()
-        self.stepping.close()
+        self.stepping.gather()
         self._put(state.best_weights)  # without validation the last ones stand
-        return Trained(self._work(times), memory, state.history, self.notes)
+        self.stepping.close()
+        work = self._work(times)
+        peaks = run.ranks.gathered(memory.peak_bytes)
+        if run.ranks.joined:
+            work = self._shared_work(work, peaks)
+        return Trained(work, replace(memory, peak_bytes=max(peaks) if None not in peaks else None), state.history, self.notes)
 
     def _worth_keeping(self) -> bool:
         """Whether the end of a training is written down, too: where it took long, and is not large."""
         size = sum(p.numel() * p.element_size() for p in self.trainable.values())
         return self.diverged_at is None and self.state.train_s + self.meter.seconds("train") >= LONG_S and size <= LARGE_BYTES
+
+    def _agreed(self, saves: bool, tokens: int, padding: int) -> tuple[bool, bool, int, int]:
+        """(whether a rank was told to stop, whether the first one wants a checkpoint, the step's tokens and padding on all ranks)."""
+        ranks = self.run.ranks
+        told, wants, tokens_sum, padding_sum = ranks.totals([self._stop, saves and ranks.leads, tokens, padding])
+        return bool(told), bool(wants), int(tokens_sum), int(padding_sum)
 
     def _factor(self, step: int) -> float:
         """What the learning rate is multiplied by at optimiser step `step` (from 0)."""
@@ -202,11 +200,14 @@ class Loop:
         self.memory.pause()
         self.energy.pause()
         with self.meter.phase("validate"):
-            metric, nll = self.validate()
+            with self.stepping.whole():
+                scored = self.validate() if self.run.ranks.leads else None
+            metric, nll = self.run.ranks.from_first(scored)
             self.state.history[-1].update({"validation_metric": metric, "validation_nll": nll})
             if self.state.best is None or rank_key(metric, nll) > self.state.best:
                 self.state.best = rank_key(metric, nll)
-                self.state.best_weights = self._weights() if self.state.step < self.run.total else {}
+                own = self.run.ranks.leads or self.stepping.shards is not None
+                self.state.best_weights = self._weights() if own and self.state.step < self.run.total else {}
         self.memory.resume()
         self.energy.resume()
 
@@ -231,44 +232,91 @@ class Loop:
             resumed=self.state.resumed, energy_note=self.energy.note, diverged_at=self.diverged_at, **{**self._engine(), **self.energy.joules()},
         )
 
+    def _shared_work(self, work: Work, peaks: list[int | None]) -> Work:
+        """The work with what was measured on every rank. Energy: of all GPUs; the CPUs' counters are the machine's, and the first rank's count."""
+        ranks = self.run.ranks
+        joules = ranks.gathered(work.energy_j)
+        if self.run.device.type == "cuda":
+            work = replace(work, energy_j=None if None in joules else sum(joules))
+        a_gpu = work.tokens_per_s / ranks.count if work.tokens_per_s else None
+        return replace(work, parallel=self.run.settings.parallel, gpus=ranks.count, gpu_peak_bytes=peaks, gpu_tokens_per_s=a_gpu)
+
     def _engine(self) -> dict[str, Any]:
         """The fields of Work that say how steps were made."""
         return {"engine": self.stepping.engine, "engine_reason": self.stepping.reason, "widths": self.stepping.widths, "streams": self.stepping.streams}
 
     def _save(self) -> None:
-        """Write a checkpoint atomically; booked as `save`, out of the training memory."""
-        import torch
-
+        """Write a checkpoint atomically; booked as `save`, out of the training memory. With shards all ranks write their own, else the first rank all."""
         if not self.checkpoint:
             return
         self.memory.pause()
         self.energy.pause()
-        device = self.run.device
         with self.meter.phase("save"):
-            state = {**vars(self.state), **self.energy.joules(), "train_s": self.meter.seconds("train"), "best_weights": self.state.best_weights}
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-            with atomic_path(self.checkpoint) as beside:
-                torch.save({"state": state, "weights": self._weights(), "optimizer": self.stepping.state_dict(), "rng": rng}, beside)
+            if isinstance(self.stepping, Sharded):
+                sharded.save(self.checkpoint, self.stepping, {"state": self._stated({}), "rng": self._rng()}, self.state.best_weights)
+            else:
+                self.stepping.gather()
+                if self.run.ranks.leads:
+                    self._save_whole(self.checkpoint)
+                self.run.ranks.from_first(None)  # none ends, and is waited for, while it is written
         self.memory.resume()
         self.energy.resume()
 
-    def _resume(self) -> None:
+    def _save_whole(self, path: Path) -> None:
         import torch
 
+        state = self._stated(self.state.best_weights)
+        with atomic_path(path) as beside:
+            torch.save({"state": state, "weights": self._weights(), "optimizer": self.stepping.state_dict(), "rng": self._rng()}, beside)
+
+    def _stated(self, best_weights: dict[str, Any]) -> dict[str, Any]:
+        """The State's fields as a checkpoint has them."""
+        return {**vars(self.state), **self.energy.joules(), "train_s": self.meter.seconds("train"), "best_weights": best_weights}
+
+    def _rng(self) -> dict[str, Any]:
+        import torch
+
+        device = self.run.device
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+    def _resume(self) -> None:
         with self.meter.phase("load"):
-            checkpoint = load_state(self.checkpoint) if self.checkpoint else None
+            if not self.checkpoint:
+                return
+            check_kind(self.checkpoint, isinstance(self.stepping, Sharded))
+            checkpoint = sharded.load(self.checkpoint, self.stepping) if isinstance(self.stepping, Sharded) else self._load_whole(self.checkpoint)
             if checkpoint is None:
                 return
-            self._put(checkpoint["weights"])
-            self.stepping.load_state_dict(checkpoint["optimizer"])
-            torch.set_rng_state(checkpoint["rng"]["cpu"])
-            if checkpoint["rng"]["cuda"] is not None:
-                torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.run.device)
             self.state = State(**{**checkpoint["state"], "resumed": True})
+            self._set_rng(checkpoint["rng"])
         self.meter.add("train", self.state.train_s)
-        self.energy.add(self.state.energy_j, self.state.host_energy_j)
+        if self.run.ranks.leads:
+            self.energy.add(self.state.energy_j, self.state.host_energy_j)
+            print(f"resuming at step {self.state.step} of {self.run.total}", file=sys.stderr)
         self.notes.append(f"resumed at step {self.state.step} of {self.run.total}")
-        print(f"resuming at step {self.state.step} of {self.run.total}", file=sys.stderr)
+
+    def _load_whole(self, path: Path) -> dict[str, Any] | None:
+        """The checkpoint, its weights and its optimiser's state taken over. The first rank sets aside a damaged one before the others look."""
+        ranks = self.run.ranks
+        checkpoint = load_state(path) if ranks.leads else None
+        if not ranks.from_first(checkpoint is not None):
+            return None
+        checkpoint = checkpoint or load_state(path)
+        assert checkpoint is not None
+        self._put(checkpoint["weights"])
+        self.stepping.load_state_dict(checkpoint["optimizer"])
+        return checkpoint
+
+    def _set_rng(self, states: dict[str, Any]) -> None:
+        """The generators as the first rank left them; the others' begin anew, which a run on another number of GPUs has to anyway."""
+        import torch
+
+        if not self.run.ranks.leads:
+            torch.manual_seed(self.run.ranks.seed(self.run.seed, self.state.step))
+            return
+        torch.set_rng_state(states["cpu"])
+        if states["cuda"] is not None:
+            torch.cuda.set_rng_state(states["cuda"], self.run.device)
 
     def _request_stop(self) -> None:
         self._stop = True
@@ -277,7 +325,7 @@ class Loop:
         from tqdm import tqdm
 
         return tqdm(
-            total=self.run.total, initial=self.state.step, unit="step", disable=not self.run.settings.progress, leave=False,
+            total=self.run.total, initial=self.state.step, unit="step", disable=not (self.run.settings.progress and self.run.ranks.leads), leave=False,
             mininterval=0.5 if sys.stderr.isatty() else 20, desc="train",
         )
 

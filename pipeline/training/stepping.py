@@ -5,16 +5,19 @@ Library. `choose` takes the fast way where `train.engine` and the device allow i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.core.files import UserError
 from pipeline.core.settings import Train
-from pipeline.data.rows import Encoded, step_rows
+from pipeline.data.rows import Batch, Encoded, step_rows
 from pipeline.methods.base import Method
-from pipeline.models.base import autocast
+from pipeline.models.base import autocast, parameters
 from pipeline.objectives.base import Objective
+from pipeline.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from pipeline.engine.layout import Micro, Shapes
@@ -26,6 +29,7 @@ class Run:
     """What is trained, on what, and how.
 
     examples: one list of encoded examples a row; total: optimiser steps; dtype: of the arithmetic; pad_id: the token that fills rows up.
+    ranks: the processes that train together, each a part of every step.
     """
 
     model: Any
@@ -38,10 +42,22 @@ class Run:
     device: Any
     dtype: Any
     pad_id: int
+    ranks: Ranks = ALONE
 
     def step_examples(self, step: int) -> list[Encoded]:
         """The examples of optimiser step `step` (from 0)."""
         return [e for r in step_rows(len(self.examples), self.settings.batch_size, self.seed, step) for e in self.examples[r]]
+
+    def share(self, step: int) -> list[Encoded]:
+        """This rank's part of them."""
+        return self.ranks.share(self.step_examples(step))
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """The micro-batches of its part; the losses of all ranks' sum to the step's loss."""
+        examples = self.step_examples(step)
+        if self.ranks.count > 1:
+            return self.ranks.batches(examples, self.settings, self.pad_id)
+        return self.objective.batches(examples, self.settings, self.pad_id)
 
 
 class Stepping(Protocol):
@@ -55,12 +71,20 @@ class Stepping(Protocol):
     """Tokens of a row, or of a stream of rows, that steps were made for; None: of any."""
     streams: bool
     notes: list[str]
+    shards: dict[str, Any] | None
+    """This rank's parts of the trained weights, by name, where no rank has the whole ones (training/sharded.py)."""
 
     def warm(self) -> None:
         """What is done once before the first step (capture). Raises RuntimeError where it cannot be done."""
 
     def step(self, step: int, factor: float) -> tuple[Any, int, int]:
         """(loss on the device, real tokens, padding) of optimiser step `step` at `factor` times the learning rate."""
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the first rank's run.model answers with the weights as they are; for all ranks to enter."""
+
+    def gather(self) -> None:
+        """Bring here what other ranks hold of the weights and the optimiser's state, where `shards` is None; for all ranks to call."""
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state."""
@@ -78,30 +102,39 @@ class Eager:
     engine = "eager"
     widths: list[int] | None = None
     streams = False
+    shards: dict[str, Any] | None = None
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.reason: str | None = None
         self.notes: list[str] = []
-        self.trained = [p for p in run.model.parameters() if p.requires_grad]
-        self.optimizer = self._optimizer(run.method.optimizer_groups(run.model, run.settings.learning_rate))
-        if run.settings.checkpointing:
-            checkpoint_activations(run.model)
+        self.model = self._model()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = self._optimizer(run.method.optimizer_groups(self.model, run.settings.learning_rate))
+
+    def _model(self) -> Any:
+        """The model that steps go through."""
+        if self.run.settings.checkpointing:
+            checkpoint_activations(self.run.model)
+        return self.run.model
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Any:
+        if self.run.settings.optimizer == "paged_adamw":
+            if self.run.device.type == "cuda":
+                from bitsandbytes.optim import PagedAdamW32bit
+
+                return self._adamw(groups, PagedAdamW32bit)
+            self.notes.append("paged_adamw needs a GPU; plain AdamW ran on the CPU")
+        return self._adamw(groups)
+
+    def _adamw(self, groups: list[dict[str, Any]], made: Any = None) -> Any:
+        """torch's fused AdamW, or another class's, over these groups."""
         import torch
 
         for group in groups:
             group["base_lr"] = group["lr"]
-        settings = self.run.settings
-        options: dict[str, Any] = {"weight_decay": settings.weight_decay, "lr": settings.learning_rate}
-        if settings.optimizer == "paged_adamw":
-            if self.run.device.type == "cuda":
-                from bitsandbytes.optim import PagedAdamW32bit
-
-                return PagedAdamW32bit(groups, **options)
-            self.notes.append("paged_adamw needs a GPU; plain AdamW ran on the CPU")
-        return torch.optim.AdamW(groups, fused=True, **options)
+        make = made or functools.partial(torch.optim.AdamW, fused=True)
+        return make(groups, weight_decay=self.run.settings.weight_decay, lr=self.run.settings.learning_rate)
 
     def warm(self) -> None:
         """Nothing to prepare."""
@@ -110,21 +143,46 @@ class Eager:
         import torch
 
         run = self.run
-        run.model.train()
+        self.model.train()
         losses, tokens, padding = [], 0, 0
-        for batch in run.objective.batches(run.step_examples(step), run.settings, run.pad_id):
+        for batch in run.batches(step):
             tokens, padding = tokens + batch.tokens, padding + batch.input_ids.numel() - batch.tokens
-            with autocast(run.device, run.dtype):
-                loss = run.objective.loss(run.model, batch.to(run.device))
+            loss = self._loss(batch.to(run.device))
             loss.backward()
             losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
+        self._sum_gradients()
+        run.ranks.sum_([loss])
         torch.nn.utils.clip_grad_norm_(self.trained, run.settings.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
-        run.method.after_step(run.model, step)
+        run.method.after_step(self.model, step)
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack(losses).sum(), tokens, padding
+        return loss, tokens, padding
+
+    def _loss(self, batch: Batch) -> Any:
+        """Of a micro-batch."""
+        with autocast(self.run.device, self.run.dtype):
+            return self.run.objective.loss(self.model, batch)
+
+    def _sum_gradients(self) -> None:
+        """Over the ranks; where a parameter has none on one of them (an expert that no token went to), it counts as 0."""
+        import torch
+
+        if self.run.ranks.count == 1:
+            return
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.run.ranks.sum_([p.grad for p in self.trained])
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """It is whole."""
+        return contextlib.nullcontext()
+
+    def gather(self) -> None:
+        """All of it is here, or lies in parts for good."""
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -141,8 +199,11 @@ class Eager:
 class Fast:
     """One run through pipeline/engine. Raises engine.parts.Unsupported where neither program takes the model."""
 
+    shards: dict[str, Any] | None = None
+
     def __init__(self, run: Run) -> None:
         from pipeline.engine.bind import bind
+        from pipeline.engine.layout import SUMMED_FP32
         from pipeline.engine.parts import Unsupported
         from pipeline.engine.steps import ByAutograd, ByHand, Stepper
 
@@ -165,7 +226,8 @@ class Fast:
             if not objective.plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.learning_rate:
                 raise Unsupported("its loss or optimiser is its own")
             shapes = streams or buckets
-            bound = bind(run.model, run.dtype, accumulate=shapes.accumulates, seed=run.seed)
+            wide = run.ranks.count > 1 and parameters(run.model)[0] <= SUMMED_FP32
+            bound = bind(run.model, run.dtype, accumulate=shapes.accumulates or wide, seed=run.ranks.seed(run.seed))
             bound.serve(run.model)
             program: Any = ByHand(bound)
         except Unsupported as reason:
@@ -173,7 +235,7 @@ class Fast:
             self.engine, self.reason = "captured", str(reason)
         program.buffer.weight_decay.fill_(settings.weight_decay)
         program.buffer.max_norm.fill_(settings.max_grad_norm)
-        self.stepper = Stepper(program, shapes, run.pad_id, run.device)
+        self.stepper = Stepper(program, shapes, run.pad_id, run.device, run.ranks if run.ranks.count > 1 else None)
         self.program = program
         self.widths: list[int] | None = sorted(self.stepper.inputs)
         self.streams = shapes is streams
@@ -183,15 +245,23 @@ class Fast:
     def warm(self) -> None:
         firsts: dict[int, Micro] = {}
         for step in range(self.run.total):
-            for micro in self.stepper.shapes.micro_batches([self.run.step_examples(step)]):
+            for micro in self.stepper.shapes.micro_batches([self.run.share(step)], [self.run.step_examples(step)]):
                 firsts.setdefault(micro.shape.width, micro)
             if len(firsts) == len(self.stepper.inputs):
                 break
         self.stepper.warm(firsts)
 
     def step(self, step: int, factor: float) -> tuple[Any, int, int]:
-        loss, tokens, padding = self.stepper.step([self.run.step_examples(step)], [self.run.settings.learning_rate * factor])
+        examples, rate = self.run.step_examples(step), self.run.settings.learning_rate * factor
+        loss, tokens, padding = self.stepper.step([self.run.ranks.share(examples)], [rate], [examples])
         return loss[0], tokens, padding
+
+    def gather(self) -> None:
+        self.stepper.gather()
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        self.gather()
+        return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         return self.stepper.buffer.state_dict()
@@ -209,15 +279,14 @@ def _shapes(run: Run) -> tuple[Shapes, Streams | None]:
     import torch
 
     from pipeline.engine.streams import shapes_of_run
-    from pipeline.models.base import parameters
 
     settings, model = run.settings, run.model
     soft = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     has_kernel = run.device.type == "cuda" and run.dtype == torch.bfloat16
     streamable = not soft and (has_kernel or (settings.padding_free == "always" and run.device.type != "cuda"))
-    orders = [step_rows(len(run.examples), settings.batch_size, run.seed, step) for step in range(run.total)]
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-    return shapes_of_run(run.examples, settings, orders, run.total, streamable, layers, parameters(model)[1])
+    shares = [run.share(step) for step in range(run.total)]
+    return shapes_of_run(shares, settings, [[step] for step in range(run.total)], run.total, streamable, layers, parameters(model)[1])
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -229,27 +298,39 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def choose(run: Run) -> Stepping:
-    """The way to step, ready for the first step; its `reason` says why it is not the fast one where that was wanted.
+    """The way to step, ready for the first step, the same on every rank; its `reason` says why it is not the fast one where that was wanted.
 
     train.engine: auto (fast on CUDA), fast or eager.
     """
     engine = run.settings.engine
+    run.ranks.from_first_(p.data for p in run.model.parameters() if p.requires_grad)
     if engine == "eager" or (engine == "auto" and run.device.type != "cuda"):
         return Eager(run)
+    stepping, reason = _fast(run)
+    reasons = [r for r in run.ranks.gathered(reason) if r is not None]
+    if stepping is not None and not reasons:
+        return stepping
+    if stepping is not None:
+        stepping.close()
+    return _instead(Eager(run), reasons[0])
+
+
+def _fast(run: Run) -> tuple[Fast | None, str | None]:
+    """The fast way, captured; or why there is none."""
     from pipeline.engine.parts import Unsupported
 
     try:
         stepping = Fast(run)
     except Unsupported as reason:
-        return _instead(Eager(run), str(reason))
+        return None, str(reason)
     try:
         stepping.warm()
     except RuntimeError as error:
         if "out of memory" in str(error):
             raise
         stepping.close()
-        return _instead(Eager(run), f"the capture failed ({str(error).splitlines()[0]})")
-    return stepping
+        return None, f"the capture failed ({str(error).splitlines()[0]})"
+    return stepping, None
 
 
 def _instead(stepping: Eager, reason: str) -> Eager:
