@@ -66,7 +66,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
     meter, shared = Meter(started), shared or Shared()
     meter.waited = turns.waited_s
     try:
-        with meter.phase("startup"), _woken(cfg.device if shared.turns is None else "cpu"):  # who takes turns, starts it in one
+        with meter.phase("startup"), _woken("cpu" if shared.turns or ranks.joined else cfg.device):  # turns start it in one, a rank has its own
             parts = build_parts(cfg, splits)
             check(parts)
             if not (ranks.leads or parts.method.trains):
