@@ -70,11 +70,11 @@ def same(one, other, rtol=1e-3):
 def test_two_ranks_train_what_one_process_does(overrides, technique, way):
     one, two = trained(overrides, "one", *technique), trained(overrides, "two", *technique, *way)
     same(one, two)
-    work = two[0].work
-    assert [f"train.parallel={work.parallel}", f"train.gpus={work.gpus}"] == way and len(work.gpu_peak_bytes) == 2
-    assert work.gpu_tokens_per_s == pytest.approx(work.tokens_per_s / 2)
+    work, shared = two[0].work, two[0].work.parallel
+    assert [f"train.parallel={shared.way}", f"train.gpus={shared.gpus}"] == way and len(shared.peak_bytes) == 2
+    assert shared.tokens_per_s == pytest.approx(work.tokens_per_s / 2)
     assert (one[0].work.engine, one[0].work.engine_reason) == (work.engine, work.engine_reason)
-    assert one[0].work.parallel is None and two[0].memory.peak_bytes == max(work.gpu_peak_bytes)
+    assert one[0].work.parallel is None and two[0].memory.peak_bytes == max(shared.peak_bytes)
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_torchrun_starts_the_ranks_as_well(overrides, tmp_path):
     subprocess.run(run, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     folder = identity.folder_of(compose(words))
     same(one, (read(folder), load_file(folder / "artefact" / "adapter_model.safetensors")))
-    assert read(folder).work.gpus == 2
+    assert read(folder).work.parallel.gpus == 2
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
@@ -266,4 +266,4 @@ def test_two_gpus_train_what_one_does(overrides, technique, way):
         results.append(read(identity.folder_of(compose(words))))
     one, two = results
     assert [h["loss"] for h in two.history] == pytest.approx([h["loss"] for h in one.history], rel=5e-2)
-    assert two.work.gpus == 2 and all(two.work.gpu_peak_bytes) and two.work.tokens == one.work.tokens
+    assert two.work.parallel.gpus == 2 and all(two.work.parallel.peak_bytes) and two.work.tokens == one.work.tokens

@@ -49,7 +49,7 @@ class Cell:
         declared = (self.result.config.get("ray") or {}).get("gpus")
         if self.result.hardware.get("device") == "cuda" and declared is not None and declared < 1:
             return "shared"
-        if self.result.work and (self.result.work.gpus or 1) > 1:
+        if self.result.work and self.result.work.parallel:
             return "parallel"
         return "resumed" if self.result.work and self.result.work.resumed else ""
 

@@ -25,6 +25,7 @@ from pipeline.core.compose import with_todays_keys
 from pipeline.core.files import UserError, check_name, read_json, write_json
 from pipeline.measure.clock import Phases
 from pipeline.measure.memory import Memory
+from pipeline.records.parallel import Parallel
 from pipeline.records.score import NOT_METRICS, Score
 
 SCHEMA = 2
@@ -75,14 +76,7 @@ class Work:
     """Tokens of the rows, or of the streams, that the fast engine's steps were made for."""
     streams: bool = False
     """Whether its rows lay one after another in streams of tokens, without padding between them."""
-    parallel: str | None = None
-    """How several GPUs shared the training (train.parallel): ddp or fsdp; null: it ran on one. Times and tokens_per_s are then of all GPUs together."""
-    gpus: int | None = None
-    """How many there were (on the CPU: processes)."""
-    gpu_peak_bytes: list[int | None] | None = None
-    """Each one's peak memory while training; `Memory.peak_bytes` is the largest."""
-    gpu_tokens_per_s: float | None = None
-    """tokens_per_s for each of them."""
+    parallel: Parallel | None = None
     diverged_at: int | None = None
     """The optimiser step (from 1) whose loss, or the weights after it, were not finite, which ended training; null: it went through."""
 

@@ -26,6 +26,7 @@ from pipeline.measure import turns
 from pipeline.measure.clock import Meter, Stopwatch
 from pipeline.measure.energy import Energy
 from pipeline.measure.memory import Memory, PeakMemory
+from pipeline.records.parallel import Parallel
 from pipeline.records.results import Teacher, Work, rank_key
 from pipeline.training import sharded
 from pipeline.training.checkpoint import check_kind, load_state
@@ -239,7 +240,7 @@ class Loop:
         if self.run.device.type == "cuda":
             work = replace(work, energy_j=None if None in joules else sum(joules))
         a_gpu = work.tokens_per_s / ranks.count if work.tokens_per_s else None
-        return replace(work, parallel=self.run.settings.parallel, gpus=ranks.count, gpu_peak_bytes=peaks, gpu_tokens_per_s=a_gpu)
+        return replace(work, parallel=Parallel(self.run.settings.parallel, ranks.count, peaks, a_gpu))
 
     def _engine(self) -> dict[str, Any]:
         """The fields of Work that say how steps were made."""
