@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ import pytest
 from benchmarks import throughput
 from pipeline.cell import grid, identity, requests
 from pipeline.cell import run as cell_run
-from pipeline.cell.child import Ended
-from pipeline.cell.pool import AtOnce
+from pipeline.cell.child import Ended, Watcher
+from pipeline.cell.inputs import Shared
+from pipeline.cell.pool import AtOnce, Pool
 from pipeline.core.compose import ROOT, compose
 from pipeline.records.results import Neighbours, Result, read
 from pipeline.scoring.sharing import copied
@@ -231,6 +233,17 @@ def test_cells_that_need_more_than_there_is_room_for_run_one_after_another(words
     assert grid.run_cells(cells, limit=lambda _: AtOnce(2, needs, 100)) == 0
     began = datetime.fromisoformat(result_of(cells[1]).provenance["started"]).timestamp()
     assert began > (identity.folder_of(cells[0]) / "result.json").stat().st_mtime - 0.01
+
+
+def test_a_training_over_several_gpus_has_nobody_beside_it(words):
+    """Its ranks would wait for each other's turns."""
+    plain, several = seeds(words, 1)[0], compose([*words, "seed=1", "train.parallel=ddp", "train.gpus=2"])
+    pool = Pool([plain, several], Shared(), Watcher(), AtOnce(4), grid.is_done, lambda _: None)
+    assert pool._fits(several)
+    pool.running = [SimpleNamespace(cfg=plain)]
+    assert not pool._fits(several) and pool._fits(plain)
+    pool.running = [SimpleNamespace(cfg=several)]
+    assert not pool._fits(plain)
 
 
 # cells that share a device

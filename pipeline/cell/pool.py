@@ -61,8 +61,8 @@ class Pool:
         self.running: list[UnderWay] = []
         self.elsewhere: list[DictConfig] = []
         """Cells that another process computes, and those that read them."""
-        self.alone: set[str] = set()
-        """Names of cells that ran out of memory beside others, and are run again by themselves."""
+        self.alone = {cell_name(cfg) for cfg in missing if cfg.train.parallel != "none"}
+        """Names of cells with nobody beside them: those of several GPUs, and those that ran out of memory beside others and are run again."""
         self.code = 0
         self._reads: dict[str, set[Path]] = {}
 
