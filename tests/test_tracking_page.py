@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_tracking import client, config, empty_database, root, runs, write_cell  # noqa: F401
+from test_tracking import client, config, root, runs, write_cell  # noqa: F401
 
 from pipeline.records import mlflow as records_mlflow
 
