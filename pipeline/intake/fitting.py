@@ -75,9 +75,9 @@ def config_of(word: str, work: Path = Path(".work")) -> tuple[Path, str]:
     if Path(word).is_dir():
         project.check_folder(Path(word))
     model = project.model_choice(word)
-    known = known_models.known_config(model, work)
-    if known is not None:
-        return known, "the shapes that ship with alignscope"
+    known, path = known_models.known_model(model), known_models.known_config(model, work)
+    if known is not None and path is not None:
+        return path, known.words
     return _from_hub(word), "the hub"
 
 
