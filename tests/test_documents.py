@@ -162,23 +162,19 @@ TYPED = re.compile(r"alignscope (?P<command>[a-z_]+)(?P<words>(?: (?:--?[\w-]+|[
 
 
 def typed() -> list[tuple[str, str, list[str]]]:
-    """(where, command, words) of every `alignscope …` in the documents and in what the program prints."""
+    """(where, command, words) of every `alignscope …` in the documents; tests/test_hints.py has what the program prints."""
     found = []
     for page in PAGES:
         code = "\n".join([*(text for _, text in blocks(page)), *re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))])
         found += [(page.name, match["command"], shlex.split(match["words"])) for line in code.splitlines() for match in TYPED.finditer(line.split("#")[0])]
-    for name in ("answering", "mistakes", "project", "flow"):
-        text = (ROOT / f"pipeline/intake/{name}.py").read_text(encoding="utf-8")
-        hints = re.sub(r"\{[^{}]*?\}", "reviews", "\n".join(re.findall(r"alignscope [a-z]+ [^`\"\n(;,]*", text.replace("{say} ", "alignscope "))))
-        found += [(name, match["command"], shlex.split(match["words"])) for match in TYPED.finditer(hints)]
     return found
 
 
 def test_what_is_typed_after_alignscope_is_taken(capsys):
-    """Every command that documents and messages have a user type is one, and takes these words."""
+    """Every command that documents have a user type is one, and takes these words."""
     known = arguments.commands()
     every = typed()
-    assert len(every) > 30 and {"try", "fit", "errors", "deploy", "more", "rank", "ui"} <= {command for _, command, _ in every}
+    assert len(every) > 20 and {"try", "fit", "errors", "deploy", "more", "rank", "ui"} <= {command for _, command, _ in every}
     for where, command, words in every:
         assert command in known, f"{where}: alignscope {command}"
         main = importlib.import_module(f"pipeline.{known[command]}").main

@@ -187,7 +187,7 @@ def basis(answer: Answer) -> list[str]:
         f"memory    forecast, from {answer.shape_from}{error}",
         f"time      {answer.machine.basis}, 3 epochs and 200 test rows, scoring included",
         f"accuracy  measured, of SmolLM2-135M on vader_movies_5 (one {seen.device}, {seen.date}: {seen.source}), and of no other model or data" if seen else "",
-        "          so it says what to try first, not what it will reach; alignscope try YOUR_FILE measures that",
+        "          so it says what to try first, not what it will reach; `alignscope try YOUR_FILE` measures that",
     ]
 
 
