@@ -17,6 +17,7 @@ from pipeline.core.compose import ROOT, compose
 from pipeline.core.files import UserError, read_json
 from pipeline.forecasting.whole import Machine, Whole, Work, machine_of, need, whole
 from pipeline.intake import known_models, planning, project
+from pipeline.models.sources import hub_errors
 
 EVIDENCE = Path(__file__).parent / "known" / "evidence.json"
 FORECAST = ROOT / "experiments" / "forecast" / "summary.json"
@@ -83,17 +84,11 @@ def config_of(word: str, work: Path = Path(".work")) -> tuple[Path, str]:
 
 def _from_hub(word: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    try:
+    near = known_models.near(word)
+    with hub_errors(word, f"the hub is out of reach, and the shape of {word} is not among those that ship with alignscope{near}",
+                    f"give a config.json or a model's folder, or one of {', '.join(list(known_models.models())[4:8])}, …", near):
         return Path(hf_hub_download(word, "config.json"))
-    except GatedRepoError as error:
-        raise UserError(f"{word} asks for its licence to be accepted: do so on its page at the hub, then `hf auth login`, and run this again") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no model {word}{known_models.near(word)} (or it is private: `hf auth login`); check the name") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(f"the hub is out of reach, and the shape of {word} is not among those that ship with alignscope{known_models.near(word)}; give a "
-                        f"config.json or a model's folder, or one of {', '.join(list(known_models.models())[4:8])}, …") from error
 
 
 def evidence() -> list[dict[str, Any]]:
