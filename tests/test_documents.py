@@ -215,7 +215,9 @@ def test_a_wrong_word_is_one_sentence(words, said, capsys):
 def test_the_shell_completes_commands_and_options(capsys):
     assert console.main(["--completion", "bash"]) == 0
     script = capsys.readouterr().out
-    assert "_alignscope_try_option_strings" in script and "--test-rows" in script and "_alignscope_train" in script
+    typed = 'COMP_WORDS=(alignscope try --te); COMP_CWORD=2; _shtab_alignscope alignscope --te try; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", f"{script}\n{typed}"], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"--text", "--techniques", "--test-rows"}, done.stderr
 
 
 def test_the_evidence_that_ships_is_what_the_pages_say():
