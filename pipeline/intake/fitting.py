@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.compose import ROOT, compose
-from pipeline.core.files import UserError, read_json
+from pipeline.core.files import read_json
 from pipeline.forecasting.whole import Machine, Whole, Work, machine_of, need, whole
 from pipeline.intake import known_models, planning, project
 from pipeline.models.sources import hub_errors
@@ -76,9 +76,9 @@ def config_of(word: str, work: Path = Path(".work")) -> tuple[Path, str]:
     if Path(word).is_dir():
         project.check_folder(Path(word))
     model = project.model_choice(word)
-    known, path = known_models.known_model(model), known_models.known_config(model, work)
-    if known is not None and path is not None:
-        return path, known.words
+    known, made = known_models.known_model(model), known_models.known_config(model, work)
+    if known is not None and made is not None:
+        return made, known.words
     return _from_hub(word), "the hub"
 
 

@@ -66,7 +66,8 @@ class Hub:
         from huggingface_hub import snapshot_download
 
         ignore = None if allow_pickle else [f"*{suffix}" for suffix in PICKLES]
-        with hub_errors(self.repository, f"the model {self.repository}@{self.revision} cannot be fetched", "check its name and the network, or use model=local"):
+        what = f"the model {self.repository}@{self.revision} cannot be fetched"
+        with hub_errors(self.repository, what, "check its name and the network, or use model=local"):
             folder = Path(snapshot_download(self.repository, revision=self.revision, ignore_patterns=ignore))
         refuse_pickles(folder, allow_pickle)
         return _pretrained(str(folder), f"{self.repository}@{self.revision}", trust_remote_code, allow_pickle)

@@ -61,7 +61,8 @@ def picture(shown: Sequence[Line], width: int) -> Spec:
         ends.append({"name": line.name, "x": start, "text": f"{f.seconds(line.phases.wall_s)} s{line.mark and ' '}{line.mark}"})
     y = {"field": "name", "type": "nominal", "sort": [line.name for line in shown],
          "axis": {"title": None, "labelFontSize": 12, "labelColor": COLOUR["ink"], "labelLimit": 190 if width == WIDE else 110, "grid": False}}
-    x = {"field": "x", "type": "quantitative", "axis": None, "scale": {"domain": [0, max(end["x"] for end in ends)], "nice": False}}
+    longest = max(sum(seconds for _, seconds in parts(line.phases)) for line in shown)
+    x = {"field": "x", "type": "quantitative", "axis": None, "scale": {"domain": [0, longest], "nice": False}}
     return {
         "description": f"Where the time of {len(shown)} techniques went", "width": width, "height": {"step": 22},
         "layer": [
