@@ -48,7 +48,7 @@ server: $(VENV) ## an MLflow server with users on 127.0.0.1:PORT, over the datab
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_AUTH_CONFIG_PATH=$${MLFLOW_AUTH_CONFIG_PATH:-conf/tracking/basic_auth.ini} $(BIN)/mlflow server --app-name basic-auth --host 127.0.0.1 --port $(PORT) --artifacts-destination mlartifacts
 
 test: $(VENV) ## the fast tests, minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(VENV) ## the slow tests, some of which fetch from the package registry
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "slow and not gpu"

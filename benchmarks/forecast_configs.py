@@ -67,7 +67,7 @@ class Config:
         return [
             f"technique={self.technique}", f"train.batch_size={self.batch}", f"train.micro_batch_tokens={tokens}", f"train.engine={self.engine}",
             f"train.steps={self.steps}", "train.validations=1", "train.progress=false", f"train.max_length={max(self.length + 1, 512)}",
-            "train.checkpoint_every_s=1e9", "tracking=none", *self.more,
+            "train.checkpoint_every_s=1e9", "tracking=none", "train.lr=1e-4", *self.more,  # a rate by the base's weights would need a base on disk
         ]
 
     def lengths(self) -> list[tuple[int, int]]:

@@ -90,7 +90,7 @@ def fit(every: Sequence[Point], start: Constants) -> Constants:
         simulated = [forecast(p.plan, start) for p in of_engine]
         measured = numpy.array([p.row["peak_bytes"] for p in of_engine], dtype=float)
         loaded = numpy.array([m.loaded for m in simulated], dtype=float)
-        beyond = numpy.array([m.total for m in simulated]) - loaded
+        beyond = numpy.array([comparable(m, p.row) for m, p in zip(simulated, of_engine, strict=True)]) - loaded
         left = numpy.stack([beyond / measured, 1.0 / measured], axis=1)
         factor = float(numpy.clip(numpy.linalg.lstsq(left, (measured - loaded) / measured, rcond=None)[0][0], *SCALES))
         scale[engine] = round(factor, 4)
@@ -114,7 +114,12 @@ def judge(every: Sequence[Point], constants: Constants) -> list[tuple[Point, Mem
     from pipeline.forecasting.memory import forecast
 
     pairs = [(p, forecast(p.plan, constants)) for p in every]
-    return [(p, m, m.total / p.row["peak_bytes"] - 1) for p, m in pairs]
+    return [(p, m, comparable(m, p.row) / p.row["peak_bytes"] - 1) for p, m in pairs]
+
+
+def comparable(memory: Memory, row: dict[str, Any]) -> int:
+    """Of a forecast, the bytes that the row measured: where the living tensors were summed, there is no allocator that holds more than they are."""
+    return memory.total - (memory.parts["allocator"] if row["kind"] == "live_bytes" else 0)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -180,7 +185,7 @@ def rows(judged: Sequence[tuple[Point, Memory, float]], names: set[str]) -> list
         c = p.config
         lines.append({
             "configuration": c.name, "technique": c.technique, "shape": c.shape, "rows": c.batch, "length": c.length, "precision": p.row["precision"],
-            "engine": p.stepped, "checkpointing": p.plan.checkpointing, "measured_bytes": p.row["peak_bytes"], "forecast_bytes": m.total,
+            "engine": p.stepped, "checkpointing": p.plan.checkpointing, "measured_bytes": p.row["peak_bytes"], "forecast_bytes": comparable(m, p.row),
             "error": round(error, 4), "used": "fit" if c.name in names else "judged", **{f"{k}_bytes": v for k, v in m.parts.items()},
         })
     return lines

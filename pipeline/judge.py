@@ -1,7 +1,7 @@
 """Two finished cells' answers to the test rows, judged by another model: wins, with the answers' places swapped, and what the judge cost.
 
     python -m pipeline.judge experiments=mine judge.cells=[lora-s0-n160,zero_shot-s0-n160] writer=server writer.model=gpt-4o-mini
-    python -m pipeline.judge experiments=mine judge.cells=[lora-s0-n160,zero_shot-s0-n160] writer=local writer.model=smollm2_1b judge.rows=50
+    python -m pipeline.judge experiments=mine judge.cells=[lora-s0-n160,zero_shot-s0-n160] writer=local writer.model=qwen2_0_5b judge.rows=50
 
 The first cell is held against the second. Every row is asked about twice; answers are kept, so the same command resumes and asks nothing twice.
 Writes evaluations/<experiment>/judge/<first>-<second>/: judge.json and judged.jsonl (a value from 0 to 1 a row).

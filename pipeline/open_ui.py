@@ -3,7 +3,8 @@
     alignscope ui reviews
     python -m pipeline.open_ui reviews --port 5001
 
-Prints the report's path and serves MLflow on this machine until Ctrl-C.
+Prints the report's path and where MLflow shows the runs, and serves MLflow on this machine until Ctrl-C. Follow that address: without what follows the
+port, MLflow's pages open on traces of applications, which only the browser remembers to have been left (the switch "Model training", at the top left).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     from pipeline.core.compose import compose
     from pipeline.core.files import UserError
+    from pipeline.records.mlflow import page_of
 
     cfg = compose([f"experiments={args.experiment}"] if args.experiment else [])
     page = Path(cfg.paths.report) / cfg.experiment / "index.html"
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     store = str(cfg.tracking.get("uri") or "")
     if not store or store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
         raise UserError(f"there is nothing in MLflow yet ({store or 'tracking=none'}); run a cell first, or: python -m pipeline.tracking backfill")
-    print(f"MLflow: http://127.0.0.1:{args.port}/#/experiments?workflowType=machine_learning (Ctrl-C ends it)", flush=True)
+    print(f"MLflow: http://127.0.0.1:{args.port}/{page_of(cfg, args.experiment)} (Ctrl-C ends it)", flush=True)
     return subprocess.run([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(args.port)]).returncode
 
 

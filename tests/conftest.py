@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rationales(root / "rationales" / "vader_movies" / "lexicon", root / "data" / "vader_movies")
     write_model(root / "models" / "smollm2_135m")
     return root
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs, to copy: making one takes a second, and mlflow's import here spares forked children two more."""
+    from pipeline.records import mlflow as records_mlflow
+
+    path = tmp_path_factory.mktemp("database") / "empty.db"
+    with records_mlflow._connected(records_mlflow.Tracking(True, f"sqlite:///{path}"), path.parent):
+        return path
+
+
+@pytest.fixture
+def mirroring(tmp_path: Path, empty_database: Path) -> Callable[[list[str]], list[str]]:
+    """Overrides without tracking -> with an MLflow database below tmp_path, which has no runs yet."""
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    own = [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path}/mlartifacts"]
+    return lambda words: [*(word for word in words if word != "tracking=none"), *own]
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,9 @@ def words(overrides: list[str], imports: None) -> list[str]:
 
 
 @pytest.fixture
-def mirrored(words: list[str], tmp_path: Path) -> list[str]:
+def mirrored(words: list[str], mirroring: Callable[[list[str]], list[str]]) -> list[str]:
     """The same with a database of MLflow's."""
-    return [*(w for w in words if w != "tracking=none"), f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path}/artifacts"]
+    return mirroring(words)
 
 
 def seeds(words: list[str], count: int = 3) -> list[Any]:
@@ -49,8 +49,6 @@ def runs(root: Path) -> list[str]:
 
 
 def _runs(root: Path) -> list[str]:
-    if not (root / "mlflow.db").exists():
-        return []
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.core import compose as compose_module
 from pipeline.core import settings
 from pipeline.core.compose import CONF, ROOT, build, compose, plain
 from pipeline.core.files import UserError
@@ -86,6 +88,43 @@ def test_experiments_lie_outside_conf_and_are_found_from_any_folder(tmp_path, mo
     assert compose(["experiments=quick"]).experiment == "quick"
     with pytest.raises(UserError, match="unknown experiments 'quik', did you mean 'quick'"):
         compose(["experiments=quik"])
+
+
+AS_HYDRA = [
+    [], ["technique=dora", "experiments=quick", "seed=3", "train.lr=1e-3"], ["teacher=lexicon", "~search", "+train.label_smoothing=0.1", "++train.lr=2"],
+    ["method={type: none}"], ["task=trec", "task.leakage=drop", "paths.data=a/b", "technique=lora+tuned"], ["writer=local", "train_rows=[1,2]"],
+    ["~writer"], ["technique=lorra"], ["train.epoch=2"], ["seed=1,2"], ["technique=lora,full"],
+    ["+technique=lora"], ["~train.lr=7"], ["~nothing"], ["task@here=trec"], ["train.lr={a: 1}"],
+    ["train.lr=${seed}"], ["a b=1"],
+]
+"""Overrides of every kind; the second half does not compose."""
+
+
+@pytest.mark.parametrize("words", AS_HYDRA, ids=" ".join)
+def test_composed_by_parts_is_what_hydra_composes(words):
+    """From a cold cache and a warm one: the same config, flags included, or the same sentence."""
+    def said(composing: Callable[[list[str]], DictConfig]) -> object:
+        try:
+            cfg = composing(compose_module.spelled_out(words))
+        except (*compose_module.WRONG_CONFIG, UserError, ValueError) as error:
+            return type(error), compose_module.explain(error)
+        return OmegaConf.to_container(cfg), OmegaConf.is_struct(cfg), OmegaConf.is_readonly(cfg)
+
+    whole = said(compose_module._by_hydra)
+    for _ in range(2):
+        assert said(compose_module._by_parts) == whole
+
+
+def test_a_yaml_that_changes_is_composed_anew_and_a_config_that_is_changed_spoils_no_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGNSCOPE_ROOT", str(tmp_path))
+    own = tmp_path / "experiments/own.yaml"
+    own.parent.mkdir()
+    for seed in (3, 14):
+        own.write_text(f"# @package _global_\nexperiment: own\nseed: {seed}\n")
+        for _ in range(2):
+            cfg = compose(["experiments=own"])
+            assert cfg.seed == seed
+            cfg.seed, cfg.train.lr = 99, 99
 
 
 def test_the_documents_name_every_technique_and_no_other():

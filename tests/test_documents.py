@@ -162,23 +162,19 @@ TYPED = re.compile(r"alignscope (?P<command>[a-z_]+)(?P<words>(?: (?:--?[\w-]+|[
 
 
 def typed() -> list[tuple[str, str, list[str]]]:
-    """(where, command, words) of every `alignscope …` in the documents and in what the program prints."""
+    """(where, command, words) of every `alignscope …` in the documents; tests/test_hints.py has what the program prints."""
     found = []
     for page in PAGES:
         code = "\n".join([*(text for _, text in blocks(page)), *re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))])
         found += [(page.name, match["command"], shlex.split(match["words"])) for line in code.splitlines() for match in TYPED.finditer(line.split("#")[0])]
-    for name in ("answering", "mistakes", "project", "flow"):
-        text = (ROOT / f"pipeline/intake/{name}.py").read_text(encoding="utf-8")
-        hints = re.sub(r"\{[^{}]*?\}", "reviews", "\n".join(re.findall(r"alignscope [a-z]+ [^`\"\n(;,]*", text.replace("{say} ", "alignscope "))))
-        found += [(name, match["command"], shlex.split(match["words"])) for match in TYPED.finditer(hints)]
     return found
 
 
 def test_what_is_typed_after_alignscope_is_taken(capsys):
-    """Every command that documents and messages have a user type is one, and takes these words."""
+    """Every command that documents have a user type is one, and takes these words."""
     known = arguments.commands()
     every = typed()
-    assert len(every) > 30 and {"try", "fit", "errors", "deploy", "more", "rank", "ui"} <= {command for _, command, _ in every}
+    assert len(every) > 20 and {"try", "fit", "errors", "deploy", "more", "rank", "ui"} <= {command for _, command, _ in every}
     for where, command, words in every:
         assert command in known, f"{where}: alignscope {command}"
         main = importlib.import_module(f"pipeline.{known[command]}").main
@@ -219,7 +215,9 @@ def test_a_wrong_word_is_one_sentence(words, said, capsys):
 def test_the_shell_completes_commands_and_options(capsys):
     assert console.main(["--completion", "bash"]) == 0
     script = capsys.readouterr().out
-    assert "_alignscope_try_option_strings" in script and "--test-rows" in script and "_alignscope_train" in script
+    typed = 'COMP_WORDS=(alignscope try --te); COMP_CWORD=2; _shtab_alignscope alignscope --te try; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", f"{script}\n{typed}"], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"--text", "--techniques", "--test-rows"}, done.stderr
 
 
 def test_the_evidence_that_ships_is_what_the_pages_say():

@@ -43,6 +43,9 @@ time.sleep(float(os.environ.get("STAND_IN_SECONDS", 0)))
 (folder / "result.json").write_text("{{}}")
 if stage == "report":
     (folder / "metrics").mkdir()
+    (folder / "charts").mkdir()
+    for chart in ("intervals", "complexity", "against_training_time", "against_peak_memory", "against_trainable_parameters", "times"):
+        (folder / "charts" / (chart + ".png")).write_bytes(b"")
     (folder / "metrics/lora-s0-n200.json").write_text('{{"test": %s}}' % os.environ.get("STAND_IN_TEST", 0.5))
 (folder / "history.csv").write_text("cell,step,loss\\nlora,1,2.0\\nlora,2,1.0\\n")
 (folder / "table.csv").write_text("name,test\\nlora,0.5\\n")

@@ -25,6 +25,7 @@ def finished(tiny, tmp_path_factory) -> tuple[list[str], Path]:
     given = [
         f"paths.data={tiny}/data", f"paths.models={tiny}/models", f"paths.rationales={tiny}/rationales", f"paths.results={root}/results",
         f"paths.work={root}/work", "task=vader_movies", "device=cpu", "tracking=none", "train.progress=false", "evaluate.forgetting=false",
+        "evaluate.adapters=[]",
     ]
     cfg = compose(
         [

@@ -30,7 +30,7 @@ def by_generate(model: Any, prompts: list[list[int]], new: int, tokenizer: Any) 
 
 
 @pytest.mark.parametrize("shapes", ["exact", "static", "written"])
-@pytest.mark.parametrize("new", [1, 2, 20])
+@pytest.mark.parametrize("new", [1, pytest.param(2, marks=pytest.mark.slow), 20])
 def test_texts_are_those_of_generate(monkeypatch, model, tokenizer, shapes, new):
     if shapes != "exact":
         monkeypatch.setattr(answering, "STATIC", ("cpu",))

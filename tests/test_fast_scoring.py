@@ -240,7 +240,7 @@ def test_static_shapes_change_no_score(base, static, demonstrations):
 
 
 @pytest.mark.parametrize("demonstrations", [0, 40])
-@pytest.mark.parametrize("batch_tokens", [1, 150, 4096])
+@pytest.mark.parametrize("batch_tokens", [150, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4096))])
 def test_the_hand_written_forward_gives_the_same_scores_and_leaves_the_model_as_it_was(model, static, monkeypatch, demonstrations, batch_tokens):
     monkeypatch.setattr(answering, "FEW", 0)
     items = items_of(30, demonstrations)

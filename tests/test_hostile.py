@@ -239,15 +239,14 @@ RESULTS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("which", few(RESULTS, 1))
-def test_results_of_somebody_else_stop_what_would_take_them_over(grid_cell, which, tmp_path, guard):
+def test_results_of_somebody_else_stop_what_would_take_them_over(grid_cell, which, tmp_path, guard, mirroring):
     words, folder = theirs(grid_cell, tmp_path)
     change, says = RESULTS[which]
     alter(folder, json.loads(json.dumps(change).replace("MARK", str(guard.mark))))
     guard.refuses(cells.main, words, says)
     guard.refuses(plan.main, [*words, "adopt=true"], says)
-    mirrored = [w for w in words if w != "tracking=none"] + [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path}/mlartifacts"]
     if which not in ("_target_", "type", "secret"):  # the mirror shows a config and makes nothing of it
-        guard.refuses(backfill, mirrored, says)
+        guard.refuses(backfill, mirroring(words), says)
 
 
 @pytest.mark.parametrize("text", few([DEEP, "1" * 5000, "", "\0" * 300, '{"schema": NaN', "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")], 2))
@@ -269,13 +268,12 @@ def test_a_folder_of_results_that_is_a_link_is_not_written_through(grid_cell, tm
     guard.refuses(train.main, words, f"{folder} is a symbolic link")
 
 
-def test_a_link_out_of_a_cell_is_not_sent_to_mlflow(grid_cell, tmp_path, guard):
+def test_a_link_out_of_a_cell_is_not_sent_to_mlflow(grid_cell, tmp_path, guard, mirroring):
     words, folder = theirs(grid_cell, tmp_path)
     (tmp_path / "private").write_text("hunter2")
     (folder / "predictions.jsonl").unlink()
     (folder / "predictions.jsonl").symlink_to(tmp_path / "private")
-    mirrored = [w for w in words if w != "tracking=none"] + [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path}/mlartifacts"]
-    guard.refuses(backfill, mirrored, "predictions.jsonl is a symbolic link")
+    guard.refuses(backfill, mirroring(words), "predictions.jsonl is a symbolic link")
     assert not any("hunter2" in p.read_text(errors="replace") for p in tmp_path.rglob("mlartifacts/**/*") if p.is_file())
 
 
@@ -284,14 +282,13 @@ def test_a_link_out_of_a_cell_is_not_sent_to_mlflow(grid_cell, tmp_path, guard):
     (DEEP, "is not JSON"), ("[]", "sweep.json"), ("{}", "sweep.json"), ('{"experiment": "../../x", "provenance": {"started": "2026-11-29"}}', "sweep.json"),
     ('{"experiment": "quick", "provenance": {"started": "${oc.env:SECRET}"}}', "sweep.json"),
 ])
-def test_a_sweep_of_somebody_else_is_named_by_the_backfill(grid_cell, text, says, tmp_path, guard):
+def test_a_sweep_of_somebody_else_is_named_by_the_backfill(grid_cell, text, says, tmp_path, guard, mirroring):
     words, _ = theirs(grid_cell, tmp_path)
     folder = tmp_path / "sweeps/quick/lora"
     folder.mkdir(parents=True)
     (folder / "sweep.json").write_text(text)
     (folder / "trials.csv").write_text("number,status\n=HYPERLINK(1),ok\n")
-    mirrored = [w for w in words if w != "tracking=none"] + [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path}/mlartifacts"]
-    guard.refuses(backfill, mirrored, says)
+    guard.refuses(backfill, mirroring(words), says)
 
 
 def other_database(path: Path) -> None:

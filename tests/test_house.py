@@ -81,9 +81,14 @@ CHOOSING = "pipeline.methods.peft_from_file"
 
 
 @functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path, at_top: bool = False) -> frozenset[str]:
     """Modules that a file imports anywhere (or outside functions and TYPE_CHECKING), a name of the project's as a module if it is one."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     found: set[str] = set()
     for node in _outside_functions(tree) if at_top else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -233,7 +238,7 @@ def test_no_entry_loads_a_heavy_library_to_start():
 @pytest.mark.parametrize("path", sorted({*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")}), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_a_file_opens_with_what_it_is_and_is_short(path):
     text = path.read_text()
-    about = ast.get_docstring(ast.parse(text))
+    about = ast.get_docstring(parsed(path))
     assert about, "a file opens by saying what it is"
     if module(path) in ENTRIES:
         assert f"python -m {module(path)}" in about, "an entry's docstring has the command that runs it"

@@ -209,10 +209,10 @@ def test_page_is_self_contained_and_well_formed(home: Path, drawn: None) -> None
     assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html and 'name="viewport"' in html
     sorts = [a["aria-sort"] for t, a in page.tags if t == "th" and "aria-sort" in a]
     assert sorts == ["descending"]
-    assert html.count("<svg ") == 1 + 3 + 2 + 3 + 5  # intervals, costs, complexity twice, what was forgotten, curves of what trained
+    assert html.count("<svg ") == 1 + 3 + 2 + 2 + 3 + 5  # intervals, costs, complexity and times twice each, what was forgotten, curves of what trained
     assert html.index('class="opening"') < html.index('id="comparison"') < html.index("Quality against cost"), "verdict, then the table, then the pictures"
     folder = home / "report" / "quick" / "charts"
-    kept = {"intervals", "complexity", "against_training_time", "against_peak_memory", "against_trainable_parameters"}
+    kept = {"intervals", "complexity", "times", "against_training_time", "against_peak_memory", "against_trainable_parameters"}
     assert {p.name for p in folder.iterdir()} == {f"{name}.{end}" for name in kept for end in ("vl.json", "svg", "png")}
     for name in kept:
         alt.Chart.from_dict(json.loads((folder / f"{name}.vl.json").read_text()), validate=True)

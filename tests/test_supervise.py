@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from omegaconf import DictConfig
 from pipeline import train
 from pipeline.cell import child, grid, identity, record
 from pipeline.cell.child import Outcome, run_in_child
+from pipeline.core import progress
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError
 from pipeline.measure import machine
@@ -195,3 +197,24 @@ def test_a_finished_cell_does_not_depend_on_hardware_or_limit(overrides, imports
     bigger(folder / "result.json")
     assert grid.is_done(compose(argv)) and grid.is_done(compose([*argv, "memory_limit_gb=64"]))
     assert not grid.is_done(compose([*argv, "seed=1"])) and not grid.is_done(compose([*argv, "evaluate.test_rows=4"]))
+
+
+def test_scoring_is_shown_with_the_time_that_is_left(overrides, tmp_path, monkeypatch, capfd):
+    """By pipeline.cells, pipeline.train and dvc repro alike: each runs its cell here."""
+    def scores(*_: object, **__: object) -> Result:
+        for split, share in (("train", 0.5), ("validation", 0.5), ("test", 0.75)):
+            progress.stage(split)
+            progress.part(share, 1)
+            time.sleep(0.3)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(child.cell_run, "run", scores)
+    monkeypatch.setattr(progress, "IN_A_LOG_S", 0)
+    words = [word for word in overrides if word != "train.progress=false"]
+    before = threading.active_count()
+    assert child.run_cell(compose([*words, "technique=zero_shot"]), None, None) == 2
+    said = capfd.readouterr().err
+    assert "score validation:  50%" in said and re.search(r"score test:  75%.*<00:\d\d", said) and "score train" not in said
+    assert threading.active_count() == before, "the process goes on to fork"
+    assert child.run_cell(compose([*overrides, "technique=zero_shot"]), None, None) == 2
+    assert "score" not in capfd.readouterr().err

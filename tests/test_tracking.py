@@ -103,13 +103,6 @@ def paths(root: Path, database: str = "mlflow.db") -> list[str]:
     return [*folders, f"tracking.uri=sqlite:///{root}/{database}", f"tracking.artifacts={root}/artifacts-{database}"]
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("database") / "empty.db"
-    with records_mlflow._connected(records_mlflow.Tracking(True, f"sqlite:///{path}"), path.parent):
-        return path
-
-
 @pytest.fixture
 def root(tmp_path: Path, empty_database: Path) -> Path:
     """A place whose MLflow database exists already (making one takes seconds)."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from test_tracking import client, config, empty_database, root, runs, write_cell  # noqa: F401
+from test_tracking import client, config, root, runs, write_cell  # noqa: F401
 
 from pipeline.records import mlflow as records_mlflow
 
@@ -32,6 +33,23 @@ def test_the_experiments_note_is_the_reports_where_there_is_an_experiment(root):
     records_mlflow.log_note(config(root), "Take lora.")
     note = client(root).get_experiment_by_name("quick").tags["mlflow.note.content"]
     assert note.endswith("viewStateShareKey=alignscope&workflowType=machine_learning)\n\nTake lora.")
+
+
+def test_the_address_of_an_experiment_opens_its_runs_and_a_comparison_begins_with_the_headline(root, monkeypatch, capsys):  # noqa: F811
+    """On model training: without what follows the port, MLflow's pages open on traces."""
+    from pipeline import open_ui
+    from pipeline.core import compose as compose_room
+
+    folder = write_cell(root)
+    records_mlflow.log_cell(folder, config(root))
+    [run] = runs(root)
+    assert next(iter(run.data.metrics)) == "1_test_accuracy", "the metric that MLflow's comparison of runs is drawn over"
+    monkeypatch.setattr(compose_room, "compose", lambda words: config(root))
+    monkeypatch.setattr("subprocess.run", lambda command: SimpleNamespace(returncode=0))
+    assert open_ui.main(["quick", "--port", "5001"]) == 0
+    place = f"#/experiments/{run.info.experiment_id}/runs?viewStateShareKey=alignscope&workflowType=machine_learning"
+    assert f"http://127.0.0.1:5001/{place}" in capsys.readouterr().out
+    assert records_mlflow.page_of(config(root), "nowhere") == records_mlflow.page_of(config(root), None) == "#/experiments?workflowType=machine_learning"
 
 
 @pytest.mark.slow

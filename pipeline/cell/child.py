@@ -280,11 +280,14 @@ def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | Non
         place: as CellRun has it.
     """
     cell = CellRun(cfg, shared, started, watcher or Watcher(), place)
+    bar = progress.ScoringBar(cfg.train.progress and cell.watcher.log is None and (place is None or place.rank == 0))
     with handed_on(lambda: [cell.child]):
         if meanwhile:
             meanwhile()
         while (code := cell.poll()) is None:
+            bar.show(cell.channel.read())
             pause()
+    bar.close()
     return code
 
 

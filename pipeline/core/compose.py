@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import os
 import re
@@ -11,8 +13,10 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -42,12 +46,40 @@ def compose(overrides: Sequence[str] = (), hydra_config: bool = False) -> DictCo
     """
     try:
         words = spelled_out(overrides)
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("config", overrides=words, return_hydra_config=hydra_config)
-            check_places(cfg, overrides)
-            return cfg
+        about_hydra = hydra_config or any(word.lstrip("+~").startswith(("hydra.", "hydra/")) for word in words)
+        cfg = _by_hydra(words, hydra_config) if about_hydra else _by_parts(words)
+        check_places(cfg, overrides)
+        return cfg
     except WRONG_CONFIG as error:
         raise UserError(explain(error)) from error
+
+
+def _by_hydra(words: Sequence[str], hydra_config: bool = False) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", overrides=list(words), return_hydra_config=hydra_config)
+
+
+def _by_parts(words: Sequence[str]) -> DictConfig:
+    """What `_by_hydra` gives, in a sixth of the time where the same options were composed before: the YAMLs that the options name are composed once a
+    process, until one of them changes, and the values that other words set are set on a copy, as Hydra does it after it has composed the options."""
+    parsed = OverridesParser.create().parse_overrides(list(words))
+    ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=False)
+    options = [one for one in parsed if one.key_or_group in GROUPS and not isinstance(one.value(), dict)]
+    cfg = copy.deepcopy(_options(tuple(str(one.input_line) for one in options), _stamps()))
+    ConfigLoaderImpl._apply_overrides_to_config([one for one in parsed if one not in options], cfg)
+    return cfg
+
+
+@functools.lru_cache(maxsize=256)
+def _options(words: tuple[str, ...], stamps: object) -> DictConfig:
+    return _by_hydra(words)
+
+
+def _stamps() -> tuple[str, tuple[tuple[str, int, int], ...]]:
+    """What the cached configs depend on: where experiments lie, and every YAML's size and time of change."""
+    folders = [experiments(), CONF, *(CONF / group for group in sorted(GROUPS - {"experiments", "hydra"}))]
+    files = (entry for folder in folders if folder.is_dir() for entry in os.scandir(folder) if entry.name.endswith(".yaml"))
+    return str(experiments()), tuple((entry.path, stat.st_size, stat.st_mtime_ns) for entry in files for stat in [entry.stat()])
 
 
 WRONG_CONFIG = (HydraException, OmegaConfBaseException, yaml.YAMLError)

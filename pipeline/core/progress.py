@@ -9,10 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 SIZE = 4096
+IN_A_LOG_S = 20.0
+"""Between two lines of a bar that no terminal shows."""
 _channel: Channel | None = None
 
 
@@ -74,6 +78,47 @@ def mute() -> None:
     """What this process does from now on is told nowhere: another one's progress stands for it."""
     global _channel
     _channel = None
+
+
+class ScoringBar:
+    """Draws what a watched process scores, with the time that is left, on standard error; its training has a bar of its own, which it draws itself.
+
+    Args:
+        shown: false: nothing is drawn.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+        self._stage = ""
+        self._bar: Any = None
+
+    def show(self, progress: Progress | None) -> None:
+        """Draw this state: a bar a stage, from its first answers on."""
+        if not self._shown or progress is None:
+            return
+        if progress.stage != self._stage or progress.reason:
+            self.close()
+            self._stage = progress.stage
+        if self._bar is None and progress.stage not in ("", "train") and 0 < progress.done < 1:
+            self._bar = _threadless()(
+                total=100, desc=f"score {progress.stage}", leave=False, mininterval=0.5 if sys.stderr.isatty() else IN_A_LOG_S,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+            )
+        if self._bar is not None:
+            self._bar.update(100 * progress.done - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _threadless() -> Any:
+    """tqdm's bar without the thread that looks after it: the process that draws goes on to fork."""
+    from tqdm import tqdm
+
+    return type("Bar", (tqdm,), {"monitor_interval": 0})
 
 
 def stage(name: str) -> None:

@@ -8,6 +8,7 @@ A field's type says which values it takes: `checked` holds every value against i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import typing
 from dataclasses import dataclass
@@ -280,12 +281,19 @@ def read(cfg: DictConfig) -> Settings:
 
 def _known_keys(raw: dict[str, Any]) -> None:
     """An experiment file adds keys unchecked; those at the top and below paths and report must be conf/config.yaml's."""
-    file = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
-    groups = [name for entry in file["defaults"] if isinstance(entry, dict) for name in entry]
-    for values, known, prefix in ((raw, [*file, *groups], ""), *((raw[k], list(file[k]), f"{k}.") for k in ("paths", "report", "forecast", "judge"))):
+    for group, known in _keys_of_config().items():
+        values, prefix = (raw[group], f"{group}.") if group else (raw, "")
         for key in values:
             if key not in known:
                 raise UserError(f"unknown config key '{prefix}{key}'{closest(key, known)}; conf/config.yaml lists those there are")
+
+
+@functools.cache
+def _keys_of_config() -> dict[str, list[str]]:
+    """The keys of conf/config.yaml: those at the top and the groups under "", those below a key under its name. Read once a process."""
+    file = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    groups = [name for entry in file["defaults"] if isinstance(entry, dict) for name in entry]
+    return {"": [*file, *groups], **{key: list(file[key]) for key in ("paths", "report", "forecast", "judge")}}
 
 
 def build(cls: Any, values: dict[str, Any], prefix: str) -> Any:

@@ -1,7 +1,7 @@
 """What a whole cell takes, scoring included: seconds from the tokens that go through the model and how fast the machine multiplies; memory from forecast.
 
-Library of the plan of `alignscope try` and of `alignscope fit`. A forecast of seconds is rough: within a factor of two on the CPU that its constants
-were fitted on (benchmarks/results/whole.json), a guess on a card that nobody timed.
+Library of the plan of `alignscope try` and of `alignscope fit`. A forecast of seconds is rough: within a factor of two on the CPUs that its constants
+were tried on (docs/try.md), a guess on a card that nobody timed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ PASSES = {"step_by_step": 2.0, "dpo": 2.7, "orpo": 2.0, "kto": 3.3, "logit_disti
 """Of an objective, its forward passes to one of a row's label."""
 DECODE = 1.5
 """A token that is written, to one that is read, in work: few rows at a time go through all the weights."""
+AT_ONCE = 16
+"""Rows that are written at once below which a step takes as long as for so many: it reads all the weights. Long prompts leave room for few in a batch."""
 CPU_CELL_S, GPU_CELL_S = 6.0, 8.0
 """Seconds of a cell besides: loading, setting up, saving."""
 PROCESS_BYTES = 700 << 20
@@ -140,7 +142,8 @@ def whole(needed: Need, work: Work, machine: Machine) -> Whole:
         fed = prompt + work.choices
         row_s = fed * body + work.choices * head
     else:
-        row_s = prompt * body + work.new * (body + head) * DECODE
+        together = max(1.0, min(values["evaluate"]["batch_tokens"] / (prompt + work.new), work.test_rows))
+        row_s = prompt * body + work.new * (body + head) * DECODE * max(1.0, AT_ONCE / together)
     score_s = row_s * (work.test_rows + work.validation_rows)
     passes = PASSES.get(str(values["objective"]["type"]), 1.0) * BACKWARD.get(method["type"], OTHER_BACKWARD)
     train_s = work.train_rows * work.epochs * ((work.prompt + work.answer) * body + work.answer * head) * passes if trains else 0.0

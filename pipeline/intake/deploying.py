@@ -57,7 +57,7 @@ def deploy(cell: Cell, cfg: DictConfig, target: Path) -> int:
     as_adapter = bool(reason and served.method.peft)
     in_prompt = bool(reason) and not as_adapter
     if in_prompt and result.technique not in ("few_shot",) and result.kind != "base":
-        raise UserError(f"{result.technique} cannot be deployed: {reason}; alignscope serve answers with it")
+        raise UserError(f"{result.technique} cannot be deployed: {reason}; `alignscope serve` answers with it")
     with atomic_folder(target, "prompt.json", "cell") as beside:
         if reason is None:
             weights = beside / "model"

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.compose import ROOT, compose
-from pipeline.core.files import UserError, read_json
+from pipeline.core.files import read_json
 from pipeline.forecasting.whole import Machine, Whole, Work, machine_of, need, whole
 from pipeline.intake import known_models, planning, project
+from pipeline.models.sources import hub_errors
 
 EVIDENCE = Path(__file__).parent / "known" / "evidence.json"
 FORECAST = ROOT / "experiments" / "forecast" / "summary.json"
@@ -75,25 +76,19 @@ def config_of(word: str, work: Path = Path(".work")) -> tuple[Path, str]:
     if Path(word).is_dir():
         project.check_folder(Path(word))
     model = project.model_choice(word)
-    known = known_models.known_config(model, work)
-    if known is not None:
-        return known, "the shapes that ship with alignscope"
+    known, made = known_models.known_model(model), known_models.known_config(model, work)
+    if known is not None and made is not None:
+        return made, known.words
     return _from_hub(word), "the hub"
 
 
 def _from_hub(word: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    try:
+    near = known_models.near(word)
+    with hub_errors(word, f"the hub is out of reach, and the shape of {word} is not among those that ship with alignscope{near}",
+                    f"give a config.json or a model's folder, or one of {', '.join(list(known_models.models())[4:8])}, …", near):
         return Path(hf_hub_download(word, "config.json"))
-    except GatedRepoError as error:
-        raise UserError(f"{word} asks for its licence to be accepted: do so on its page at the hub, then `hf auth login`, and run this again") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no model {word}{known_models.near(word)} (or it is private: `hf auth login`); check the name") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(f"the hub is out of reach, and the shape of {word} is not among those that ship with alignscope{known_models.near(word)}; give a "
-                        f"config.json or a model's folder, or one of {', '.join(list(known_models.models())[4:8])}, …") from error
 
 
 def evidence() -> list[dict[str, Any]]:
@@ -187,7 +182,7 @@ def basis(answer: Answer) -> list[str]:
         f"memory    forecast, from {answer.shape_from}{error}",
         f"time      {answer.machine.basis}, 3 epochs and 200 test rows, scoring included",
         f"accuracy  measured, of SmolLM2-135M on vader_movies_5 (one {seen.device}, {seen.date}: {seen.source}), and of no other model or data" if seen else "",
-        "          so it says what to try first, not what it will reach; alignscope try YOUR_FILE measures that",
+        "          so it says what to try first, not what it will reach; `alignscope try YOUR_FILE` measures that",
     ]
 
 

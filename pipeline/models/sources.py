@@ -5,7 +5,9 @@ Library, used by pipeline/base_model.py. `source.type` in conf/model/<name>.yaml
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,17 +64,37 @@ class Hub:
     def load(self, work: Path, trust_remote_code: bool, allow_pickle: bool) -> tuple[Any, Any]:
         """(model in its stored dtype, tokenizer). Raises UserError: the hub cannot be reached, pickle weights."""
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
         ignore = None if allow_pickle else [f"*{suffix}" for suffix in PICKLES]
-        try:
+        what = f"the model {self.repository}@{self.revision} cannot be fetched"
+        with hub_errors(self.repository, what, "check its name and the network, or use model=local"):
             folder = Path(snapshot_download(self.repository, revision=self.revision, ignore_patterns=ignore))
-        except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            what = f"the model {self.repository}@{self.revision} cannot be fetched ({reason})"
-            raise UserError(f"{what}; check its name and the network, or use model=local") from error
         refuse_pickles(folder, allow_pickle)
         return _pretrained(str(folder), f"{self.repository}@{self.revision}", trust_remote_code, allow_pickle)
+
+
+@contextlib.contextmanager
+def hub_errors(repository: str, otherwise: str, fix: str, near: str = "") -> Iterator[None]:
+    """Around what asks the hub for a model: its errors as one sentence each.
+
+    Args:
+        otherwise, fix: the sentence for a hub that is out of reach. near: words that name a repository that exists and is written like this one.
+
+    Raises:
+        UserError: a licence to accept first, no such repository, no network.
+    """
+    import httpx2
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UserError(f"{repository} asks for its licence to be accepted: do so on its page at the hub, then `hf auth login`, and run this again") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"the hub has no model {repository}{near} (or it is private: `hf auth login`); check the name") from error
+    except (OSError, httpx2.HTTPError) as error:  # the hub's own errors are OSErrors
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"{otherwise} ({reason.rstrip('.')}); {fix}") from error
 
 
 def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: bool) -> tuple[Any, Any]:

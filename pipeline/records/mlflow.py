@@ -68,6 +68,18 @@ def log_note(cfg: DictConfig, text: str) -> None:
     _attempt(cfg, lambda mirror: mirror.note(cfg.experiment, text))
 
 
+def page_of(cfg: DictConfig, experiment: str | None) -> str:
+    """Where MLflow's pages show an experiment's runs, the headline columns first: what follows its address. Without an experiment, or where MLflow has none
+    of that name: the list of experiments. Either opens on model training, which the bare address does not: there MLflow's pages begin with traces."""
+    with _connected(_settings(cfg), Path(cfg.paths.work)) as mirror:
+        found = mirror.client.get_experiment_by_name(experiment) if experiment else None
+    return _of_runs(found.experiment_id) if found else "#/experiments?workflowType=machine_learning"
+
+
+def _of_runs(experiment_id: str) -> str:
+    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
+
+
 def _attempt(cfg: DictConfig, work: Callable[[Mirror], object]) -> bool:
     uri = "MLflow"
     try:
@@ -159,8 +171,7 @@ class Mirror:
         found = self.client.get_experiment_by_name(experiment)
         if found is None:
             return
-        address = f"#/experiments/{found.experiment_id}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
-        text = f"[The runs by test figure, with training time, peak memory and r beside it]({address})\n\n{text}"
+        text = f"[The runs by test figure, with training time, peak memory and r beside it]({_of_runs(found.experiment_id)})\n\n{text}"
         if found.tags.get(NOTE) != text:
             self.client.set_experiment_tag(found.experiment_id, NOTE, text)
 

@@ -138,7 +138,11 @@ def hardware_name(hardware: dict[str, Any]) -> str | None:
 
 
 def _cell_metrics(result: Result) -> dict[str, float]:
-    metrics: dict[str, Any] = {}
+    peak = result.memory.peak_bytes if result.memory else None
+    metrics: dict[str, Any] = {  # first: where runs are compared, MLflow begins with the metric that was logged first
+        f"1_test_{result.metric}": getattr(result.test, result.metric) if result.test else None,
+        HEADLINES[0]: result.phases.train_s if result.phases else None, HEADLINES[1]: None if peak is None else round(peak / 2**30, 3),
+    }
     for split, score in result.scores.items():
         metrics |= {f"{split}/{name}": getattr(score, name) for name in SCORES}
     parts: list[tuple[str, Any]] = [
@@ -148,10 +152,7 @@ def _cell_metrics(result: Result) -> dict[str, float]:
     ]
     for name, part in parts:
         metrics |= {f"{name}/{k}": v for k, v in (part if isinstance(part, dict) else dataclasses.asdict(part) if part else {}).items()}
-    metrics["train/time_s"] = result.phases.train_s if result.phases else None
-    peak = result.memory.peak_bytes if result.memory else None
-    metrics |= {f"1_test_{result.metric}": getattr(result.test, result.metric) if result.test else None, HEADLINES[0]: metrics["train/time_s"],
-                HEADLINES[1]: None if peak is None else round(peak / 2**30, 3)}
+    metrics["train/time_s"] = metrics[HEADLINES[0]]
     return {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 

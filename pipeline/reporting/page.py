@@ -21,10 +21,10 @@ from pipeline.measure.clock import Phases
 from pipeline.records.finished import Cell
 from pipeline.records.results import Result, Work
 from pipeline.reporting import costs as report_complexity
-from pipeline.reporting import forgetting, tuning
+from pipeline.reporting import forgetting, times, tuning
 from pipeline.reporting import words as f
 from pipeline.reporting.charts import by_rows, colours, costs, forest, scatter, training_curves
-from pipeline.reporting.figures import RESUMED, SHARED, Row, columns, metric_name, remarks
+from pipeline.reporting.figures import Row, columns, metric_name, remarks
 from pipeline.reporting.growth import WIDE, Growth, charts, sentences
 from pipeline.reporting.growth import curves as growth_curves
 from pipeline.reporting.growth import remarks as growth_remarks
@@ -40,10 +40,6 @@ BRIEF = ("name", "test", "against_zero_shot", "letters", "labelled_rows", "train
 """Columns of the first table, which is whole on a page of 1280 pixels."""
 NARROW = ("name", "test", "against_zero_shot", "train_s", "peak_bytes")
 """Those of them that a phone shows."""
-PHASES = {
-    "startup": "start-up", "load": "load", "warmup": "warm-up", "train": "train", "validate": "validate", "save": "save",
-    "evaluate": "evaluate", "other": "other",
-}
 
 
 def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Growth | None = None, tunings: tuning.Tunings | None = None,
@@ -67,6 +63,7 @@ def drawings(rows: Sequence[Row], grown: Growth | None) -> dict[str, Spec]:
     kept = {"intervals": forest(first, colour)} if any(r.test is not None for r in first) else {}
     kept |= {c.title.lower().replace(" ", "_"): c.spec for cost in costs(first) if (c := scatter(first, cost, colour))}
     panels = report_complexity.panels(first)
+    kept |= {"times": times.picture(spent, times.WIDE)} if (spent := times.lines(rows)) else {}
     kept |= {"complexity": report_complexity.picture(panels, colour, len(panels[0].figures))} if panels and panels[0].figures else {}
     return kept | ({"learning_curves": growth_curves(grown, colour, *WIDE)} if grown else {})
 
@@ -137,33 +134,18 @@ def _cells(rows: Sequence[Row]) -> dict[str, Any]:
         details.append((row, [_detail(c, row.own_notes) for c in row.cells], "" if alias in names else alias))
         names.add(alias)
     notes = {"tier_notes": tier_notes(rows), "timing_notes": timing_notes(rows)}
-    return {"phase_names": PHASES, "timelines": _timelines(rows), **notes, "details": details}
+    spent = times.lines(rows)
+    pictures = [(name, inline(times.picture(spent, width))) for name, width in (("wide", times.WIDE), ("narrow", times.NARROW))] if spent else []
+    return {"phase_names": times.PHASES, "time_pictures": pictures, **notes, "details": details}
 
 
 def _asset(name: str) -> Markup:
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def _timelines(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every row's phases (means over its seeds) as parts of a bar; the longest is the full width."""
-    known = [(row, _mean_phases(timed)) for row in rows if (timed := [c for c in row.cells if c.result.phases and c.timing == row.timing])]
-    longest = max((phases.wall_s for _, phases in known), default=0.0)
-    return [
-        {"name": row.name, "bar": bar(phases, longest), "wall": f"{f.seconds(phases.wall_s)} s",
-         "mark": (RESUMED if row.timing else "") + (SHARED if row.shared_process else "")}
-        for row, phases in known if longest
-    ]
-
-
-def _mean_phases(cells: Sequence[Cell]) -> Phases:
-    each = [dataclasses.asdict(c.result.phases) for c in cells if c.result.phases]
-    return Phases(**{key: sum(e[key] for e in each) / len(each) for key in each[0]})
-
-
-def bar(phases: Phases, longest: float) -> list[tuple[str, float, str]]:
-    """(phase, width in percent of the longest cell, seconds in words) of the phases that took any time."""
-    parts = [(name, getattr(phases, f"{name}_s")) for name in PHASES]
-    return [(name, round(100 * seconds / longest, 3), f.duration(seconds)) for name, seconds in parts if seconds > 0]
+def _bar(phases: Phases) -> list[tuple[str, float, str]]:
+    """(phase, its share in percent, seconds in words) of the phases of one cell that took any time."""
+    return [(name, round(100 * seconds / phases.wall_s, 3), f.duration(seconds)) for name, seconds in times.parts(phases)]
 
 
 def _detail(cell: Cell, own_notes: Sequence[str]) -> dict[str, Any]:
@@ -174,7 +156,7 @@ def _detail(cell: Cell, own_notes: Sequence[str]) -> dict[str, Any]:
     return {
         "result": result, "facts": {k: v for k, v in facts.items() if v}, "phases": _phases(result.phases),
         "config": yaml.safe_dump(result.config, sort_keys=True, allow_unicode=True) if result.config else "",
-        "bar": bar(result.phases, result.phases.wall_s) if result.phases and result.phases.wall_s else [],
+        "bar": _bar(result.phases) if result.phases and result.phases.wall_s else [],
     }
 
 
@@ -258,7 +240,7 @@ def _teacher(result: Result) -> str:
 
 def _phases(phases: Phases | None) -> list[tuple[str, str]]:
     values = dataclasses.asdict(phases) if phases else {}
-    return [(PHASES[name], f.duration(values[f"{name}_s"])) for name in PHASES if values.get(f"{name}_s")]
+    return [(title, f.duration(values[f"{name}_s"])) for name, title in times.PHASES.items() if values.get(f"{name}_s")]
 
 
 FORECAST_HEADS = ("technique", "peak memory", "forecast", "error", "training", "forecast")
