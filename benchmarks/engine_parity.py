@@ -44,7 +44,7 @@ def trained(overrides: list[str], engine: str, plain_attention: bool = False, st
         for step in range(min(steps or run.total, run.total)):
             losses.append(round(float(stepping.step(step, lr_factor(step, run.total, run.settings.schedule, run.settings.warmup_share))[0]), 4))
             seconds.append(lap.lap())
-    of = {"engine": stepping.engine, "reason": stepping.reason, "widths": stepping.widths, "streams": stepping.streams, "losses": losses,
+    of: dict[str, Any] = {"engine": stepping.engine, "reason": stepping.reason, "widths": stepping.widths, "streams": stepping.streams, "losses": losses,
           "step_s": round(statistics.median(seconds), 4)}
     if steps is None:
         of |= {"test": right_rows(made.scorer, made.inputs.rows.test)}
@@ -77,7 +77,7 @@ def measure(key: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
              f"train.padding_free={key['padding_free']}"]
     steps = None if key["ended"] else STEPS
     try:
-        line = {"eager": trained(words, "eager", steps=steps), "fast": trained(words, "fast", steps=steps)}
+        line: dict[str, Any] = {"eager": trained(words, "eager", steps=steps), "fast": trained(words, "fast", steps=steps)}
         if not key["ended"]:
             line["again"] = trained(words, "eager", plain_attention=True)
     except (UserError, RuntimeError, ValueError) as error:
