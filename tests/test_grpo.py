@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.cell import identity
 from pipeline.cell import run as cell_run
@@ -69,7 +70,7 @@ def test_the_fast_engine_and_packs_leave_such_objectives_alone(monkeypatch, name
     eager: Any = SimpleNamespace()
     method = build(compose(["technique=lora"]).method, "method")
     monkeypatch.setattr(stepping, "Eager", lambda run: eager)
-    run = stepping.Run(None, method, objective, [[]], Train(0.1, 1, 1, 1, engine="fast"), 0, 5, None, None, 0)
+    run = stepping.Run(torch.nn.Linear(1, 1), method, objective, [[]], Train(0.1, 1, 1, 1, engine="fast"), 0, 5, None, None, 0)
     assert stepping.choose(run) is eager and eager.reason == "the objective makes batches of its own"
 
 
