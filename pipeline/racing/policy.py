@@ -105,17 +105,20 @@ class Race:
     """(c, b): b was shown not to be more than `within` better than c."""
     refused: set[int] = field(default_factory=set)
     """Arms that gave no result, and run no more."""
+    course: list[tuple[float, int]] = field(default_factory=list)
+    """(device seconds of the race, arm) of every seed that was answered."""
 
     def __post_init__(self) -> None:
         self.answers = Answers(len(self.arms), self.rows, self.rules.looks, self.rules.these)
         self.seconds: list[list[float]] = [[] for _ in self.arms]
-        self.weights = weights([arm.rank for arm in self.arms])
+        self.weights = weights(max(arm.rank for arm in self.arms))[[arm.rank - 1 for arm in self.arms]]
 
     # what was seen
 
     def add(self, arm: int, right: np.ndarray, seconds: float, fixed: bool = False) -> None:
         """A seed of an arm: its answers [n] to the test rows, and the device seconds that it took. fixed: nothing is random in this arm."""
         self.spend(arm, seconds)
+        self.course.append((self.spent_s, arm))
         self.answers.add(arm, right, fixed)
         if fixed or len(self.answers.runs[arm]) in self.rules.looks:
             self._judge()
@@ -179,28 +182,34 @@ class Race:
     # what comes next
 
     def next(self, left_s: float) -> Action | None:
-        """What to run with so many seconds left; None: it is decided, or nothing that can be afforded decides anything.
+        """What to run with so many seconds left; None: it is decided, or nothing that can be afforded decides anything."""
+        return next(iter(self.batch(left_s)), None)
+
+    def batch(self, left_s: float, count: int = 1) -> list[Action]:
+        """Up to so many actions of different arms, which run at once, the most valuable first.
 
         Every arm runs once, the first of screening several times before the others; then the pair with the largest chance of a decision for its price.
         """
         if self.named is not None:
-            return None
+            return []
         order = sorted(self.alive, key=lambda k: self.arms[k].rank)
-        begin = [(k, FIRST_SEEDS) for k in order[:FIRST]] + [(k, 1) for k in order]
-        for arm, wanted in begin:
-            missing = wanted - self.answers.seeds(arm)
-            if missing > 0 and self._affords(arm, 1, left_s):
-                return self._action(arm, missing, left_s)
-        worth = [(value, arm, missing) for value, arm, missing in self._worth() if self._affords(arm, 1, left_s)]
-        return self._action(*max(worth, key=lambda one: (one[0], -one[1]))[1:], left_s) if worth else None
+        first = [(k, FIRST_SEEDS - self.answers.seeds(k)) for k in order[:FIRST]]
+        begin = [(k, missing) for k, missing in [*first, *((k, 1 - self.answers.seeds(k)) for k in order[FIRST:])] if missing > 0]
+        able = [one for one in begin if self._affords(one[0], left_s)]
+        chosen: dict[int, Action] = {}
+        for arm, missing in able or [(arm, missing) for _, arm, missing in sorted(self._worth(), key=lambda one: (-one[0], one[1]))]:
+            spare = left_s - sum(OVER * action.seeds * self.price(action.arm) for action in chosen.values())
+            if len(chosen) < count and arm not in chosen and self._affords(arm, spare):
+                chosen[arm] = self._action(arm, missing, spare)
+        return list(chosen.values())
 
     def _action(self, arm: int, seeds: int, left_s: float) -> Action:
         if not self.arms[arm].packs:
             return Action(arm)
         return Action(arm, max(1, int(min(seeds, left_s / OVER / max(self.price(arm), 1e-9)))))
 
-    def _affords(self, arm: int, seeds: int, left_s: float) -> bool:
-        return OVER * seeds * self.price(arm) <= left_s
+    def _affords(self, arm: int, left_s: float) -> bool:
+        return OVER * self.price(arm) <= left_s
 
     def _worth(self) -> list[tuple[float, int, int]]:
         """(chance of a decision a second, the arm to run, seeds that it lacks) of every open pair of the leader."""
@@ -275,10 +284,10 @@ class Race:
         return untried + sum(one.hours or 0.0 for one in waiting) + self._lacks(leader, most) * self.price(leader) / 3600
 
 
-def weights(ranks: Sequence[int]) -> np.ndarray:
-    """[K] each arm's share of the error, from its rank in screening (1 is the first); they add up to 1."""
-    by_rank = 1 / np.array(ranks, dtype=float) ** 2
-    shares: np.ndarray = EVEN / len(by_rank) + (1 - EVEN) * by_rank / by_rank.sum()
+def weights(count: int) -> np.ndarray:
+    """[count] each arm's share of the error by its rank in screening, the first of it first; they add up to 1."""
+    by_rank = 1 / np.arange(1, count + 1, dtype=float) ** 2
+    shares: np.ndarray = EVEN / count + (1 - EVEN) * by_rank / by_rank.sum()
     return shares
 
 
