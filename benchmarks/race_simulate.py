@@ -7,9 +7,9 @@ expected accuracy is p exactly, whatever the correlations.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -66,15 +66,15 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """Every shape of truth and seeds at some sizes."""
-    sizes = [(2, 100, 8.0), (2, 2000, 2.0), (6, 400, 5.0), (20, 100, 8.0), (20, 1000, 3.0), (20, 2000, 1.0), (20, 2000, 2.0), (69, 2000, 2.0), (69, 400, 5.0)]
+    """Every shape of truth and of seeds, at some sizes."""
+    sizes = [(2, 100, 8.0), (2, 2000, 2.0), (6, 400, 5.0), (20, 100, 8.0), (20, 1000, 3.0), (20, 2000, 1.0), (20, 2000, 2.0)]
     every = [Setting(*size, truth) for size in sizes for truth in ("edge", "one rival", "equal", "spread")]
-    shapes = [Setting(arms, 2000, 2.0, truth, effect, sd) for arms in (2, 6, 20) for truth in ("edge", "one rival") for effect, sd in
-              (("normal", 0.2), ("normal", 2.0), ("mixed", 1.0), ("skewed", 1.5), ("two modes", 1.5), ("heavy", 1.0), ("collapsing", 1.0))]
-    rows = [Setting(arms, 1000, 2.0, "edge", alike=alike, own=own) for arms in (6, 20) for alike, own in ((0.0, 0.0), (0.8, 0.15), (0.2, 0.7))]
-    these = [Setting(arms, 400, 2.0, truth, effect, sd, these=True) for arms in (2, 6, 20) for truth in ("edge", "spread") for effect, sd in
-             (("normal", 1.0), ("mixed", 1.0), ("skewed", 1.5), ("two modes", 1.5))]
-    return [*every, *shapes, *rows, *these]
+    every += [Setting(69, rows, within, truth) for rows, within in ((400, 5.0), (2000, 2.0)) for truth in ("edge", "spread")]
+    shapes = [("normal", 0.2), ("normal", 2.0), ("mixed", 1.0), ("skewed", 1.5), ("two modes", 1.5), ("heavy", 1.0), ("collapsing", 1.0)]
+    every += [Setting(arms, 2000, 2.0, truth, effect, sd) for arms, truth in ((2, "edge"), (6, "edge"), (20, "one rival")) for effect, sd in shapes]
+    every += [Setting(6, 1000, 2.0, "edge", alike=alike, own=own) for alike, own in ((0.0, 0.0), (0.8, 0.15), (0.2, 0.7))]
+    return every + [Setting(arms, 400, 2.0, truth, effect, sd, these=True) for arms, truth in ((2, "edge"), (6, "edge"), (20, "spread")) for effect, sd in
+                    (("normal", 1.0), ("mixed", 1.0), ("skewed", 1.5), ("two modes", 1.5))]
 
 
 class World:
@@ -144,7 +144,7 @@ def race(setting: Setting, rng: np.random.Generator, error: float) -> dict[str, 
             "regret": 100 * (best - float(means[chosen])), "seeds": runs, "spent": held.spent_s / (sum(a.price_s for a in arms) * SEEDS[-1])}
 
 
-def simulate(setting: Setting, races: int, seed: int, error: float = 0.05) -> dict[str, Any]:
+def simulate(setting: Setting, seed: int, races: int, error: float = 0.05) -> dict[str, Any]:
     """The shares over so many races: wrong with its 95% interval (Clopper and Pearson 1934), undecided, regret, seeds, part of the full grid's seconds."""
     ends = [race(setting, np.random.default_rng([seed, number]), error) for number in range(races)]
     count = sum(end["wrong"] for end in ends)
@@ -159,6 +159,34 @@ def interval(count: int, of: int) -> list[float]:
     return [float(beta.ppf(0.025, count, of - count + 1)) if count else 0.0, float(beta.ppf(0.975, count + 1, of - count)) if count < of else 1.0]
 
 
-def batches(every: list[Setting], part: int, parts: int) -> Iterator[tuple[int, Setting]]:
-    """(number, setting) of this process's share."""
-    yield from itertools.islice(enumerate(every), part, None, parts)
+def run(races: int, processes: int, known: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A line a setting, the smallest first; settings that are known with as many races are taken over."""
+    done = {_key(line): line for line in known if line["races"] >= races}
+    every = list(enumerate(settings()))
+    missing = sorted((one for one in every if _key(asdict(one[1])) not in done), key=lambda one: one[1].arms)
+    yield from (done[_key(asdict(one))] for _, one in every if _key(asdict(one)) in done)
+    if processes == 1:
+        yield from (simulate(one, number, races) for number, one in missing)
+        return
+    with multiprocessing.Pool(processes) as pool:
+        yield from pool.imap_unordered(_one, [(one, number, races) for number, one in missing])
+
+
+def _one(work: tuple[Setting, int, int]) -> dict[str, Any]:
+    return simulate(*work)
+
+
+def _key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[field.name] for field in fields(Setting))
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line a setting."""
+    head = ("techniques", "test rows", "within", "truth", "seeds' effect", "sd", "statement on", "races", "wrong, %", "95%", "undecided, %", "regret", "of the full grid, %")
+    rows = [f"| {' | '.join(head)} |", "| --: | --: | --: | --- | --- | --: | --- | --: | --: | --: | --: | --: | --: |"]
+    order = [_key(asdict(one)) for one in settings()]
+    for s in sorted((s for s in lines if _key(s) in order), key=lambda s: order.index(_key(s))):
+        alike = "" if (s["alike"], s["own"]) == (0.5, 0.3) else f", rows' part {s['alike']:g} and {s['own']:g}"
+        rows.append(f"| {s['arms']} | {s['rows']:,} | {s['within']:g} | {s['truth']} | {s['effect']}{alike} | {s['sd']:g} | {'these' if s['these'] else 'all'} | {s['races']} | "
+                    f"{100 * s['wrong']:.1f} | {100 * s['interval'][0]:.1f} to {100 * s['interval'][1]:.1f} | {100 * s['undecided']:.0f} | {s['regret']:.2f} | {100 * s['spent']:.0f} |")
+    return "\n".join(rows)

@@ -11,6 +11,7 @@ The weights come from screening, which saw neither test rows nor these seeds: wh
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,8 +23,9 @@ LEADERS = 3
 """Arms with the highest metric that others are held against."""
 FIRST, FIRST_SEEDS = 4, 2
 """The first arms of screening that run with several seeds before the others begin: they tell how wide seeds spread."""
-HOPELESS = 0.02
-"""A pair that no number of seeds decides with a larger chance is left as it is."""
+HOPELESS, LIKELY = 0.05, 0.5
+"""A pair that no number of seeds decides with a larger chance is left as it is. Where there is one, no arm can be named, and others are only pursued where it is likely
+that one leaves."""
 OVER = 1.15
 """A seed is begun if so many times its price is left."""
 EVEN = 0.5
@@ -111,6 +113,7 @@ class Race:
     def __post_init__(self) -> None:
         self.answers = Answers(len(self.arms), self.rows, self.rules.looks, self.rules.these)
         self.seconds: list[list[float]] = [[] for _ in self.arms]
+        self._ratio = 1.0
         self.weights = weights(max(arm.rank for arm in self.arms))[[arm.rank - 1 for arm in self.arms]]
 
     # what was seen
@@ -127,6 +130,8 @@ class Race:
         """Seconds that gave no answers: a collapsed seed, a run that was stopped."""
         self.seconds[arm].append(seconds)
         self.spent_s += seconds
+        ratios = [sum(s) / len(s) / self.arms[k].price_s for k, s in enumerate(self.seconds) if s and self.arms[k].price_s > 0]
+        self._ratio = statistics.median(ratios) if ratios else 1.0
 
     def drop(self, arm: int) -> None:
         """The arm cannot be run (out of memory, no usable seed): nothing is known of it, so that no claim covers it."""
@@ -141,9 +146,8 @@ class Race:
     def price(self, arm: int) -> float:
         """Seconds of a seed: measured, else forecast and corrected by what was measured of others."""
         if self.seconds[arm]:
-            return float(np.mean(self.seconds[arm]))
-        ratios = [float(np.mean(s)) / self.arms[k].price_s for k, s in enumerate(self.seconds) if s and self.arms[k].price_s > 0]
-        return self.arms[arm].price_s * (float(np.median(ratios)) if ratios else 1.0)
+            return sum(self.seconds[arm]) / len(self.seconds[arm])
+        return self.arms[arm].price_s * self._ratio
 
     def look(self, arm: int, other: int) -> int:
         """The last look that both have the seeds for; 0: none."""
@@ -216,16 +220,15 @@ class Race:
         leader = next((k for k in self.alive if self.answers.runs[k]), None)
         if leader is None:
             return []
-        waiting = self._open_pairs(leader)
+        waiting = [(k, gap, self._outlook(leader, gap, at)) for k, gap, at in self._open_pairs(leader)]
+        stuck = any(max((chance for _, chance in outlook), default=0.0) < HOPELESS for _, _, outlook in waiting)
         found = []
-        for k, gap, at in waiting:
-            best = max(((chance / max(self._seconds(leader, k, s, len(waiting)), 1e-9), s) for s, chance in self._outlook(leader, gap, at) if chance >= HOPELESS),
-                       default=None)
-            if best is not None:
+        for k, gap, outlook in waiting:
+            values = [chance / max(self._seconds(leader, k, seeds, len(waiting)), 1e-9) for seeds, chance in outlook if chance >= (LIKELY if stuck else HOPELESS)]
+            if values:
                 target = next(s for s in self.rules.looks if s > gap.seeds)
-                lacks = [(target - self.answers.seeds(arm), arm) for arm in (k, leader)]
-                missing, arm = max(lacks)
-                found.append((best[0], arm, missing))
+                missing, arm = max((target - self.answers.seeds(one), one) for one in (k, leader))
+                found.append((max(values), arm, missing))
         return found
 
     def _open_pairs(self, leader: int) -> list[tuple[int, Gap, int]]:
