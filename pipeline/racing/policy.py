@@ -24,8 +24,8 @@ LEADERS = 3
 FIRST, FIRST_SEEDS = 4, 2
 """The first arms of screening that run with several seeds before the others begin: they tell how wide seeds spread."""
 HOPELESS, LIKELY = 0.05, 0.5
-"""A pair that no number of seeds decides with a larger chance is left as it is. Where there is one, no arm can be named, and others are only pursued where it is likely
-that one leaves."""
+"""A pair that no number of seeds decides with a larger chance is left as it is. Where there is one, no arm can be named, and others are only pursued that are
+seen more than `within` below, where it is likely that they leave."""
 OVER = 1.15
 """A seed is begun if so many times its price is left."""
 EVEN = 0.5
@@ -124,7 +124,7 @@ class Race:
         self.course.append((self.spent_s, arm))
         self.answers.add(arm, right, fixed)
         if fixed or len(self.answers.runs[arm]) in self.rules.looks:
-            self._judge()
+            self._judge(arm)
 
     def spend(self, arm: int, seconds: float) -> None:
         """Seconds that gave no answers: a collapsed seed, a run that was stopped."""
@@ -162,13 +162,14 @@ class Race:
                 by_look.setdefault(seeds, []).append(k)
         return [(group, self.answers.gap(arm, group, seeds)) for seeds, group in by_look.items()]
 
-    def _judge(self) -> None:
-        """Who is shown to be below a leader leaves; whom a leader is shown to be within reach of is cleared."""
+    def _judge(self, new: int) -> None:
+        """Who is shown to be below a leader leaves; whom a leader is shown to be within reach of is cleared. new: the arm that answered, whose pairs are looked at."""
         for leader in [k for k in self.alive if self.answers.runs[k]][:LEADERS]:
             if leader in self.left:
                 continue
-            allowed = self.rules.error * self.weights[leader]
-            for group, gap in self.gaps(leader, [k for k in self.alive if (leader, k) not in self.cleared or self.answers.level(k) < self.answers.level(leader)]):
+            allowed, level = self.rules.error * self.weights[leader], self.answers.level(leader)
+            others = [k for k in (self.alive if leader == new else [new]) if k != leader and k not in self.left and self.answers.runs[k]]
+            for group, gap in self.gaps(leader, [k for k in others if (leader, k) not in self.cleared or self.answers.level(k) < level]):
                 below, within = gap.chance_below(0.0), gap.chance_below(self.rules.within)
                 for k, p, q, difference in zip(group, below, within, gap.point, strict=True):
                     if q <= allowed:
@@ -225,7 +226,7 @@ class Race:
         found = []
         for k, gap, outlook in waiting:
             values = [chance / max(self._seconds(leader, k, seeds, len(waiting)), 1e-9) for seeds, chance in outlook if chance >= (LIKELY if stuck else HOPELESS)]
-            if values:
+            if values and (not stuck or self.answers.level(leader) - self.answers.level(k) > self.rules.within):
                 target = next(s for s in self.rules.looks if s > gap.seeds)
                 missing, arm = max((target - self.answers.seeds(one), one) for one in (k, leader))
                 found.append((max(values), arm, missing))
