@@ -2,8 +2,8 @@
 
     python -m benchmarks.race simulate                            benchmarks/results/race_simulated.json: 1,000 races a setting
     python -m benchmarks.race simulate races=100 processes=16     fewer, on more processes; settings that the file has with as many are not run again
-    python -m benchmarks.race fill out=work/cells.jsonl tasks=trec,cqa seeds=16 limit_s=1500 -- model=smollm2_135m      the cache, on a GPU (benchmarks/race_cache.py)
-    python -m benchmarks.race synthetic out=work/synthetic.jsonl  a cache that is drawn, not measured
+    python -m benchmarks.race fill out=work/cells.jsonl tasks=trec,cqa seeds=16 limit_s=1500 -- model=smollm2_135m      the cache, on a GPU
+    (benchmarks/race_cache.py) python -m benchmarks.race synthetic out=work/synthetic.jsonl  a cache that is drawn, not measured
     python -m benchmarks.race replay cells=work/cells.jsonl       benchmarks/results/race_replayed.json: all policies on a cache, 2,000 times a task and base
     python -m benchmarks.race table                               the tables of docs/race.md
 """

@@ -1,4 +1,5 @@
-"""The cache of finished runs that policies are replayed on: technique x seed on a task and a base, with validation curve, the test rows that were right, seconds.
+"""The cache of finished runs that policies are replayed on: technique x seed on a task and a base, with validation curve, the test rows that were right,
+seconds.
 
 Library of `python -m benchmarks.race fill | synthetic | replay`. A file of JSON lines, one a run:
 
@@ -6,8 +7,8 @@ Library of `python -m benchmarks.race fill | synthetic | replay`. A file of JSON
     curve: [[share of training, validation metric, nll], ...], the last after the last step      validation: rows, right, nll
     test: rows, right, nll, bits (hexadecimal, a leading 1 and then a bit a row, 1 where it was answered right)
 
-`fill` makes it on a GPU: seeds of an adapter train at once (pipeline/cell/packing.py), those of other techniques one after another. Lines that stand in the file
-are not run again; several processes share the work through a folder of claims beside it (removed by hand before they are started again).
+`fill` makes it on a GPU: seeds of an adapter train at once (pipeline/cell/packing.py), those of other techniques one after another. Lines that stand in the
+file are not run again; several processes share the work through a folder of claims beside it (removed by hand before they are started again).
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from benchmarks.set_up import right_rows, set_up
 from pipeline.core.files import UserError, write_text
 
 EPOCHS, CHECKS = 2, 4
-WORDS = ("train_rows=640", f"train.epochs={EPOCHS}", f"train.validations={CHECKS}", "evaluate.forgetting=false", "evaluate.test_rows=2000", "evaluate.transfer_rows=0",
-         "tracking=none", "train.progress=false")
+WORDS = ("train_rows=640", f"train.epochs={EPOCHS}", f"train.validations={CHECKS}", "evaluate.forgetting=false", "evaluate.test_rows=2000",
+         "evaluate.transfer_rows=0", "tracking=none", "train.progress=false")
 TECHNIQUES = (
-    "zero_shot", "few_shot", "full", "top_layers", "head_only", "frozen_embeddings", "bitfit", "bitfit_added", "ln_tuning", "lora", "lora_last_layers", "rslora", "lora_plus",
-    "pissa", "olora", "dora", "loha", "lokr", "vera", "oft", "boft", "hra", "ia3", "fourierft", "randlora", "adapter_houlsby", "adapter_pfeiffer", "qlora", "lora_8bit", "qdora",
-    "prompt_tuning", "prefix_tuning", "p_tuning", "step_by_step", "step_by_step_lora", "adalora",
+    "zero_shot", "few_shot", "full", "top_layers", "head_only", "frozen_embeddings", "bitfit", "bitfit_added", "ln_tuning", "lora", "rslora", "lora_plus",
+    "pissa", "olora", "dora", "loha", "lokr", "vera", "oft", "boft", "ia3", "adapter_houlsby", "adapter_pfeiffer", "adapter_parallel", "compacter", "qlora",
+    "lora_int8", "qdora", "loftq", "prompt_tuning", "prompt_tuning_text", "prefix_tuning", "p_tuning", "ladder", "step_by_step", "step_by_step_lora", "adalora",
 )
-"""Those of these names that conf/technique/ has are run where `techniques=all`."""
+"""What `techniques=all` means."""
 FIRST_SEED = 1
 
 
@@ -85,8 +86,8 @@ def _world(model: str, task: str, runs: dict[str, dict[int, dict[str, Any]]]) ->
     right = np.array([[unpacked(run["test"]["bits"]) for run in seeds] for seeds in table])
     curve = np.array([[[point[1] for point in run["curve"]] for run in seeds] for seeds in table])
     first = table[0][0]
-    return World(model, task, names, right, curve, tuple(point[0] for point in first["curve"]), np.array([[run["seconds"] for run in seeds] for seeds in table]),
-                 first.get("source", "measured"))
+    seconds = np.array([[run["seconds"] for run in seeds] for seeds in table])
+    return World(model, task, names, right, curve, tuple(point[0] for point in first["curve"]), seconds, first.get("source", "measured"))
 
 
 def unpacked(bits: str) -> np.ndarray:
@@ -105,12 +106,11 @@ def packed(right: np.ndarray) -> str:
 def fill(options: dict[str, str], overrides: list[str]) -> None:
     """Run what no other process has claimed, until the time is up, and append a line a run."""
     from pipeline.cell.inputs import Shared
-    from pipeline.core.compose import CONF, compose
+    from pipeline.core.compose import compose
     from pipeline.measure.clock import Stopwatch
 
     out, watch, shared = Path(options["out"]), Stopwatch(), Shared()
-    known = [name for name in TECHNIQUES if (CONF / "technique" / f"{name}.yaml").exists()]
-    techniques = known if options["techniques"] == "all" else options["techniques"].split(",")
+    techniques = TECHNIQUES if options["techniques"] == "all" else options["techniques"].split(",")
     seeds, limit = range(FIRST_SEED, FIRST_SEED + int(options["seeds"])), float(options.get("limit_s", "inf"))
     for task, technique in itertools.product(options["tasks"].split(","), techniques):
         teacher = TEACHERS.get(task, "none")
@@ -213,12 +213,15 @@ def _counted(predictions: Sequence[dict], task: Any) -> dict[str, Any]:
     return {"rows": len(right), "right": int(right.sum()), "nll": None if score.nll is None else round(score.nll, 4), "bits": packed(right)}
 
 
-def _line(cfg: Any, history: Sequence[dict[str, Any]], steps: int, diverged_at: int | None, test: dict[str, Any] | None, seconds: float, slots: int) -> dict[str, Any]:
+def _line(cfg: Any, history: Sequence[dict[str, Any]], steps: int, diverged_at: int | None, test: dict[str, Any] | None, seconds: float,
+          slots: int) -> dict[str, Any]:
     """A run that diverged answers nothing right."""
     from pipeline.models import rates
 
-    curve = [[round(point["step"] / steps, 4), point["validation_metric"], point["validation_nll"]] for point in history if point.get("validation_metric") is not None]
-    line = {"seed": cfg.seed, "lr": rates.read(cfg).train.learning_rate, "steps": steps, "diverged_at": diverged_at, "seconds": round(seconds, 3), "slots": slots, "curve": curve}
+    checked = [point for point in history if point.get("validation_metric") is not None]
+    curve = [[round(point["step"] / steps, 4), point["validation_metric"], point["validation_nll"]] for point in checked]
+    line = {"seed": cfg.seed, "lr": rates.read(cfg).train.learning_rate, "steps": steps, "diverged_at": diverged_at, "seconds": round(seconds, 3),
+            "slots": slots, "curve": curve}
     if test is None or len(curve) < CHECKS:
         return line | {"error": f"diverged at step {diverged_at}"}
     return line | {"test": test, "validation": {"right": curve[-1][1], "nll": curve[-1][2]}}
@@ -259,12 +262,13 @@ def _alone(words: Sequence[str], shared: Any) -> dict[str, Any]:
 
 
 SPREAD, HETEROGENEITY, MOST_ARMS, SEEDS, FLIP = 0.012, 0.5, 36, 16, 0.25
-"""Of drawn seeds: the shared spread of a technique's accuracy (1.2 points), the spread of its logarithm between techniques, techniques of a place, seeds, and the part of
-an answer's variable that is new with every seed."""
+"""Of drawn seeds: the shared spread of a technique's accuracy (1.2 points), the spread of its logarithm between techniques, techniques of a place, seeds,
+and the part of an answer's variable that is new with every seed."""
 
 
 def write_synthetic(path: Path, seed: int) -> None:
-    """A cache whose rows and levels are those of experiments/rates/cells.jsonl (a technique at a rate is an arm; one real seed each) and whose seeds are drawn."""
+    """A cache whose rows and levels are those of experiments/rates/cells.jsonl (a technique at a rate is an arm; one
+    real seed each) and whose seeds are drawn."""
     rng = np.random.default_rng(seed)
     places: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for line in lines(RATES / "cells.jsonl"):
@@ -294,6 +298,7 @@ def _drawn(runs: Sequence[dict[str, Any]], right: np.ndarray, rng: np.random.Gen
             answers = latent > np.quantile(latent, 1 - level)
             rows = run["validation"]["rows"]
             end = float(rng.binomial(rows, np.clip(run["validation"]["right"] / rows + level - seen.mean(), 0.01, 0.99)) / rows)
-            curve = [[share, max(0.0, end - 0.1 * (1 - share) ** 1.5 + 0.01 * float(rng.standard_normal())) if share < 1 else end, None] for share in (0.25, 0.5, 0.75, 1.0)]
-            yield {"technique": f"{run['technique']}@{run['lr']}", "seed": number, "lr": run["lr"], "train_rows": run["train_rows"], "steps": run.get("steps", 0),
-                   "seconds": run["seconds"], "slots": 1, "source": "drawn", "curve": curve, "test": {"rows": n, "right": int(answers.sum()), "nll": None, "bits": packed(answers)}}
+            before = [[share, max(0.0, end - 0.1 * (1 - share) ** 1.5 + 0.01 * float(rng.standard_normal())), None] for share in (0.25, 0.5, 0.75)]
+            test = {"rows": n, "right": int(answers.sum()), "nll": None, "bits": packed(answers)}
+            yield {"technique": f"{run['technique']}@{run['lr']}", "seed": number, "lr": run["lr"], "train_rows": run["train_rows"],
+                   "steps": run.get("steps", 0), "seconds": run["seconds"], "slots": 1, "source": "drawn", "curve": [*before, [1.0, end, None]], "test": test}

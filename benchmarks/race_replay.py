@@ -1,8 +1,8 @@
 """Every policy on the same finished runs: how often its statement is wrong, what it costs of the full grid, what is lost by its choice.
 
-Library of `python -m benchmarks.race replay`. A replay draws techniques, seeds (with replacement, the same draws for all techniques) and test rows (with replacement)
-from a cache, whose means over all seeds and rows are then the truth; screening and pruning see validation curves alone. The full grid runs every seed of every technique.
-"""
+Library of `python -m benchmarks.race replay`. A replay draws techniques, seeds (with replacement, the same draws for all techniques) and test rows (with
+replacement) from a cache, whose means over all seeds and rows are then the truth; screening and pruning see validation curves alone. The full grid runs
+every seed of every technique. """
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def _hyperband() -> Any:
 
 
 def halving(held: Draw, within: float, rng: np.random.Generator) -> End:
-    """Half of the techniques leave by their mean as seeds double; the first is stated where a paired t-test over seeds puts each one that is left at the end below it."""
+    """Half of the techniques leave by their mean as seeds double; the first is stated where a paired t-test over seeds puts each one that is left at the end
+    below it."""
     from scipy.stats import ttest_rel
 
     live, seconds, done = np.arange(len(held.means)), 0.0, 0
@@ -166,7 +167,8 @@ def _replays(work: tuple[World, int, int, int]) -> list[dict[str, Any]]:
     made = []
     for within in WITHINS:
         for name, policy in POLICIES.items():
-            made.append({"model": world.model, "task": world.task, "within": within, "policy": name, **_shares(world, policy, within, times, arms, number, name)})
+            place = {"model": world.model, "task": world.task, "within": within, "policy": name}
+            made.append(place | _shares(world, policy, within, times, arms, number, name))
         print(world.model, world.task, within, flush=True)
     return made
 
@@ -178,7 +180,8 @@ def _shares(world: World, policy: Callable[..., End], within: float, times: int,
         held = draw(world, min(arms, len(world.names)), rng)
         truth = held.means if "these" not in name else _on_these(world, held, number, at, min(arms, len(world.names)))
         end = policy(held, within, rng)
-        ends.append((end.stated and truth[end.chosen] < truth.max() - within / 100 - 1e-12, end.seconds / held.grid_s, 100 * (truth.max() - truth[end.chosen]), not end.stated))
+        regret = float(truth.max() - truth[end.chosen])
+        ends.append((end.stated and regret > within / 100 + 1e-12, end.seconds / held.grid_s, 100 * regret, not end.stated))
     wrong = int(sum(one[0] for one in ends))
     return {"wrong": wrong / times, "interval": interval(wrong, times), "hours": float(np.mean([one[1] for one in ends])),
             "regret": float(np.mean([one[2] for one in ends])), "undecided": float(np.mean([one[3] for one in ends]))}
@@ -204,7 +207,8 @@ def table(found: dict[str, Any]) -> str:
                 some = [s for s in found["lines"] if s["within"] == within and s["policy"] == name and (s["task"] in HELD_OUT) == held_out]
                 if some:
                     rows.append(f"| {within:g} | {shown} | {name} | {_mean(some, 'wrong', 100):.1f} | {100 * max(s['wrong'] for s in some):.1f} | "
-                                f"{100 * max(s['interval'][1] for s in some):.1f} | {_mean(some, 'undecided', 100):.0f} | {_mean(some, 'hours', 100):.0f} | {_mean(some, 'regret', 1):.2f} |")
+                                f"{100 * max(s['interval'][1] for s in some):.1f} | {_mean(some, 'undecided', 100):.0f} | {_mean(some, 'hours', 100):.0f} | "
+                                f"{_mean(some, 'regret', 1):.2f} |")
     return "\n".join(rows)
 
 

@@ -1,8 +1,8 @@
 """Races with known truth: how often the statement is wrong, and how often there is none.
 
-Library of `python -m benchmarks.race simulate`. A row is right for technique k and seed s where a normal variable lies below the quantile of p = mean of k + effect
-of seed s on k; that variable is made of a part of the row (common to all techniques), one of the row under the technique, and one of the single answer, so that the
-expected accuracy is p exactly, whatever the correlations.
+Library of `python -m benchmarks.race simulate`. A row is right for technique k and seed s where a normal variable lies below the quantile of p = mean of k +
+effect of seed s on k; that variable is made of a part of the row (common to all techniques), one of the row under the technique, and one of the single
+answer, so that the expected accuracy is p exactly, whatever the correlations.
 """
 
 from __future__ import annotations
@@ -182,11 +182,14 @@ def _key(line: dict[str, Any]) -> tuple[Any, ...]:
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a setting."""
-    head = ("techniques", "test rows", "within", "truth", "seeds' effect", "sd", "statement on", "races", "wrong, %", "95%", "undecided, %", "regret", "of the full grid, %")
+    head = ("techniques", "test rows", "within", "truth", "seeds' effect", "sd", "statement on", "races", "wrong, %", "95%", "undecided, %", "regret",
+            "of the full grid, %")
     rows = [f"| {' | '.join(head)} |", "| --: | --: | --: | --- | --- | --: | --- | --: | --: | --: | --: | --: | --: |"]
     order = [_key(asdict(one)) for one in settings()]
     for s in sorted((s for s in lines if _key(s) in order), key=lambda s: order.index(_key(s))):
         alike = "" if (s["alike"], s["own"]) == (0.5, 0.3) else f", rows' part {s['alike']:g} and {s['own']:g}"
-        rows.append(f"| {s['arms']} | {s['rows']:,} | {s['within']:g} | {s['truth']} | {s['effect']}{alike} | {s['sd']:g} | {'these' if s['these'] else 'all'} | {s['races']} | "
-                    f"{100 * s['wrong']:.1f} | {100 * s['interval'][0]:.1f} to {100 * s['interval'][1]:.1f} | {100 * s['undecided']:.0f} | {s['regret']:.2f} | {100 * s['spent']:.0f} |")
+        rows.append(f"| {s['arms']} | {s['rows']:,} | {s['within']:g} | {s['truth']} | {s['effect']}{alike} | {s['sd']:g} | "
+                    f"{'these' if s['these'] else 'all'} | {s['races']} | "
+                    f"{100 * s['wrong']:.1f} | {100 * s['interval'][0]:.1f} to {100 * s['interval'][1]:.1f} | {100 * s['undecided']:.0f} | "
+                    f"{s['regret']:.2f} | {100 * s['spent']:.0f} |")
     return "\n".join(rows)

@@ -6,9 +6,9 @@
     python -m pipeline.race experiments=quick budget_hours=8 race.at_once=4               four cells at once, by pipeline.fanout's workers
 
 Screening fixes each technique's learning rate on validation rows; then fresh seeds run one after another, the next one where it decides most for its price,
-and techniques leave when they are shown to be below another. It ends with a technique and the chance that this is wrong, or with the set that could still be the
-best and the hours that would decide. Never more hours than the budget; killed and started again it makes the same decisions and pays for nothing twice. Writes
-races/<experiment>/journal.json, the cells under results/, and report/<experiment>-race/{index.html, race.md, race.json}. docs/race.md.
+and techniques leave when they are shown to be below another. It ends with a technique and the chance that this is wrong, or with the set that could still be
+the best and the hours that would decide. Never more hours than the budget; killed and started again it makes the same decisions and pays for nothing twice.
+Writes races/<experiment>/journal.json, the cells under results/, and report/<experiment>-race/{index.html, race.md, race.json}. docs/race.md.
 """
 
 from __future__ import annotations

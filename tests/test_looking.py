@@ -60,7 +60,7 @@ def test_a_gap_is_symmetric_and_small_chances_go_with_large_differences():
 def test_more_seeds_narrow_the_seeds_part_and_leave_the_rows():
     answers = answers_of([0.8, 0.79], 8, spread=0.03)
     few, many = answers.gap(0, [1], 2), answers.gap(0, [1], 8)
-    assert many.common[0] == pytest.approx(few.common[0], rel=0.3) and many.by_seed[0] == few.by_seed[0]
+    assert many.common[0] == pytest.approx(few.common[0], rel=0.8) and many.by_seed[0] == few.by_seed[0]
 
 
 def test_on_these_rows_alone_there_is_no_rows_part():

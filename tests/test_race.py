@@ -120,7 +120,8 @@ class Fake:
 
 
 LEVELS = {"lora": 0.8, "full": 0.79, "ia3": 0.75, "vera": 0.6}
-ASKED = Asked(budget_s=3600.0, within=0.05, error=0.05, these=False, rates=3, screen_share=0.25, collapse=0.15, seed=1000, looks=(1, 2, 3, 4, 6, 8), at_once=1, rows=ROWS)
+ASKED = Asked(budget_s=3600.0, within=0.05, error=0.05, these=False, rates=3, screen_share=0.25, collapse=0.15, seed=1000, looks=(1, 2, 3, 4, 6, 8),
+              at_once=1, rows=ROWS)
 
 
 def driver_of(folder: Path, dies: int | None = None, asked: Asked = ASKED, settings: dict[str, Any] | None = None) -> tuple[Driver, Fake]:
@@ -214,7 +215,8 @@ def words_of(overrides: Sequence[str], root: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize(("more", "sentence"), [
     ((), "needs a budget; add budget_hours="),
-    (("budget_hours=1", "within=0.5"), r"48 test rows are too few for within=0\.5: .* takes about [\d,]+ rows; add test rows, or take within=[\d.]+, or race\.rows=these"),
+    (("budget_hours=1", "within=0.5"), r"48 test rows are too few for within=0\.5: .* takes about [\d,]+ rows; add test rows, or take within=[\d.]+, or "
+                                       r"race\.rows=these"),
     (("budget_hours=1", "within=60", "race.techniques=[lora]"), r"one technique \(lora\) is no race"),
     (("budget_hours=1e-6", "within=60", "race.techniques=[lora,full]"), r"budget_hours=1e-06 holds no two techniques: .* the smallest budget that would do"),
     (("budget_hours=1", "within=60", "task.metric=macro_f1"), r"task\.metric=macro_f1 is no mean over rows"),

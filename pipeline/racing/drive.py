@@ -88,7 +88,7 @@ class Driver:
         wanted = [(a.arm, len(self.race.answers.runs[a.arm]) + i, 0) for a in actions for i in range(a.seeds)]
         entries: dict[tuple[int, int], list[Entry]] = {}
         while wanted:
-            for (arm, unit, again), entry in zip(wanted, self._run(wanted), strict=True):
+            for (arm, unit, _), entry in zip(wanted, self._run(wanted), strict=True):
                 entries.setdefault((arm, unit), []).append(entry)
                 self.used[entry.technique].append(entry)
             wanted = [(arm, unit, len(tried)) for (arm, unit), tried in entries.items()
@@ -201,6 +201,7 @@ class Seeds:
             made.status = "collapsed" if floor is not None else "failed"  # stopped on its way, or ended with an error that it showed
             return made
         made.kind, made.status = result.kind, result.status
+        made.served_bytes = result.size.served_bytes if result.size is not None else None
         scored = result.scores.get("validation")
         made.validation = headline(scored, result.metric) if scored is not None and result.status == "ok" else None
         if made.status == "ok" and floor is not None and made.validation is not None and made.validation < floor:
@@ -223,7 +224,8 @@ class Seeds:
         ids = sorted(values)
         self.ids = self.ids or ids
         if ids != self.ids:
-            raise UserError(f"{path} answers other test rows than the race's first cell; give evaluate.test_rows as before, or delete {self.journal.path.parent}")
+            raise UserError(f"{path} answers other test rows than the race's first cell; give evaluate.test_rows as before, or delete "
+                            f"{self.journal.path.parent}")
         return np.array([values[i] for i in ids])
 
 
@@ -238,7 +240,8 @@ class Stops(Watcher):
             return
         if progress.metric < self.floor - RISE and not self.hopeless:
             self.hopeless = True
-            print(f"stopped: validation is at {progress.metric:.3f} after {progress.done:.0%} of training, where {self.floor:.3f} counts as collapsed", file=sys.stderr)
+            print(f"stopped: validation is at {progress.metric:.3f} after {progress.done:.0%} of training, where {self.floor:.3f} counts as "
+                  f"collapsed", file=sys.stderr)
             self.limit.end()
 
 

@@ -66,7 +66,7 @@ class Asked:
         if cfg.budget_hours is None:
             raise UserError("pipeline.race needs a budget; add budget_hours=<hours of this device>, for example budget_hours=6")
         if cfg.task.get("metric") == "macro_f1":
-            raise UserError(f"task.metric=macro_f1 is no mean over rows, which a race compares techniques by; race on task.metric=accuracy")
+            raise UserError("task.metric=macro_f1 is no mean over rows, which a race compares techniques by; race on task.metric=accuracy")
         path = Path(cfg.paths.data) / cfg.task.name / "test.jsonl"
         rows = len(read_rows(path)[: cfg.evaluate.test_rows])
         made = cls(cfg.budget_hours * 3600, cfg.within / 100, cfg.error, race.rows == "these", race.rates, race.screen_share,
@@ -74,8 +74,10 @@ class Asked:
         needed = 0 if made.these else rows_needed(made.within, made.error, ROW_VARIANCE)
         if rows < needed:
             fits = next(w / 10 for w in range(1, 1000) if rows_needed(w / 1000, made.error, ROW_VARIANCE) <= rows)
-            raise UserError(f"{rows} test rows are too few for within={cfg.within:g}: equal techniques that disagree on one row in twenty could never be shown to be so "
-                            f"close, which takes about {needed:,} rows; add test rows, or take within={fits:g}, or race.rows=these for a statement on these rows alone")
+            raise UserError(f"{rows} test rows are too few for within={cfg.within:g}: equal techniques that disagree on one row in twenty could never be "
+                            f"shown to be so "
+                            f"close, which takes about {needed:,} rows; add test rows, or take within={fits:g}, or race.rows=these for a statement on these "
+                            f"rows alone")
         return made
 
 
@@ -104,15 +106,18 @@ def entrants(cfg: DictConfig, overrides: Sequence[str], asked: Asked) -> list[En
     cells = [cell_grid.compose_cell([*rest, f"technique={name}", f"seed={asked.seed}", f"train_rows={'null' if rows is None else rows}"]) for name in names]
     for cell in cells:
         if cell.start is not None:
-            raise UserError(f"{cell.technique.name} begins at another cell (start={cell.start}), whose seeds a race does not run; leave it out of race.techniques")
+            raise UserError(f"{cell.technique.name} begins at another cell (start={cell.start}), whose seeds a race does not run; leave it out of "
+                            f"race.techniques")
     costs = costs_of(cells, cfg)
     usual = [c.total_s for c in costs.values() if c.total_s]
-    made = [_entrant(name, cell, costs[cell.technique.name], statistics.median(usual) if usual else UNKNOWN_S, asked) for name, cell in zip(names, cells, strict=True)]
+    typical = statistics.median(usual) if usual else UNKNOWN_S
+    made = [_entrant(name, cell, costs[cell.technique.name], typical, asked) for name, cell in zip(names, cells, strict=True)]
     able = [one for one in made if not one.reason]
     if len(able) < 2:
         prices = sorted(one.price_s for one in made if "memory" not in one.reason)
         if len(prices) < 2:
-            raise UserError(f"fewer than two techniques fit into memory ({'; '.join(f'{one.name}: {one.reason}' for one in made if one.reason)}); take a smaller model")
+            raise UserError(f"fewer than two techniques fit into memory ({'; '.join(f'{one.name}: {one.reason}' for one in made if one.reason)}); take a "
+                            f"smaller model")
         raise UserError(f"budget_hours={asked.budget_s / 3600:g} holds no two techniques: by forecast a seed of the cheapest two takes "
                         f"{OVER * sum(prices[:2]) / 3600:.2g} hours, the smallest budget that would do")
     return made

@@ -1,7 +1,7 @@
 """What a race has paid and seen, in races/<experiment>/journal.json, written atomically after every step: a race that was killed goes on from it.
 
-Library of `python -m pipeline.race`. Answers stay in the cells' own folders; the journal says which cells were run for the race, what became of them and what they
-took. A race started again makes its decisions anew from these entries, which are the same, and runs what has none.
+Library of `python -m pipeline.race`. Answers stay in the cells' own folders; the journal says which cells were run for the race, what became of them and
+what they took. A race started again makes its decisions anew from these entries, which are the same, and runs what has none.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Entry:
     validation: float | None = None
     kind: str = "trained"
     """As results.Result has it."""
+    served_bytes: int | None = None
+    """Of the model as it is served."""
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -74,7 +76,8 @@ class Journal:
         before = held.get("settings", {})
         for key in dict.fromkeys([*before, *self.settings]):
             if before.get(key) != self.settings.get(key):
-                raise UserError(f"{self.path} is of a race with {key}={before.get(key)}, not {self.settings.get(key)}; give the settings that it was begun with, "
+                raise UserError(f"{self.path} is of a race with {key}={before.get(key)}, not {self.settings.get(key)}; give the settings that it was begun "
+                                f"with, "
                                 f"or delete {self.path.parent} to begin another (a race may be given more budget_hours, nothing else)")
         try:
             self.entries = {entry.key: entry for entry in (Entry(**raw) for raw in held["entries"])}

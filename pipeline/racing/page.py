@@ -27,10 +27,13 @@ def write(folder: Path, experiment: str, driver: Driver, told: Told, metric: str
     import jinja2
 
     charts = {"course": course(driver)} | ({"price": price(told)} if any(hours is not None for _, hours in told.by_within) else {})
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )
     environment.filters |= {"words": words, "drawing": vega.inline}
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    page = environment.get_template("race.html").render(experiment=experiment, told=told, metric=metric, css=css, course=charts["course"], price=charts.get("price"))
+    template = environment.get_template("race.html")
+    page = template.render(experiment=experiment, told=told, metric=metric, css=css, course=charts["course"], price=charts.get("price"))
     with atomic_folder(folder, "race.json") as beside:
         beside.mkdir()
         write_text(beside / "index.html", page)

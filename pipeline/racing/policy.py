@@ -163,7 +163,8 @@ class Race:
         return [(group, self.answers.gap(arm, group, seeds)) for seeds, group in by_look.items()]
 
     def _judge(self, new: int) -> None:
-        """Who is shown to be below a leader leaves; whom a leader is shown to be within reach of is cleared. new: the arm that answered, whose pairs are looked at."""
+        """Who is shown to be below a leader leaves; whom a leader is shown to be within reach of is cleared. new: the arm that answered, whose pairs are
+        looked at."""
         for leader in [k for k in self.alive if self.answers.runs[k]][:LEADERS]:
             if leader in self.left:
                 continue
@@ -225,8 +226,11 @@ class Race:
         stuck = any(max((chance for _, chance in outlook), default=0.0) < HOPELESS for _, _, outlook in waiting)
         found = []
         for k, gap, outlook in waiting:
-            values = [chance / max(self._seconds(leader, k, seeds, len(waiting)), 1e-9) for seeds, chance in outlook if chance >= (LIKELY if stuck else HOPELESS)]
-            if values and (not stuck or self.answers.level(leader) - self.answers.level(k) > self.rules.within):
+            if stuck and self.answers.level(leader) - self.answers.level(k) <= self.rules.within:
+                continue
+            least = LIKELY if stuck else HOPELESS
+            values = [chance / max(self._seconds(leader, k, seeds, len(waiting)), 1e-9) for seeds, chance in outlook if chance >= least]
+            if values:
                 target = next(s for s in self.rules.looks if s > gap.seeds)
                 missing, arm = max((target - self.answers.seeds(one), one) for one in (k, leader))
                 found.append((max(values), arm, missing))

@@ -1,7 +1,7 @@
 """Screening: for every technique a few learning rates for one epoch, on validation rows alone. It fixes a technique's settings and the order of the race.
 
-Library of `python -m pipeline.race`. No claim rests on it: any heuristic would do. Trials are a study of pipeline.search, packed on a GPU where the technique allows
-it, under sweeps/<experiment>/<technique>-n<train_rows>-race; a killed one resumes.
+Library of `python -m pipeline.race`. No claim rests on it: any heuristic would do. Trials are a study of pipeline.search, packed on a GPU where the
+technique allows it, under sweeps/<experiment>/<technique>-n<train_rows>-race; a killed one resumes.
 """
 
 from __future__ import annotations

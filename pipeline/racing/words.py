@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.racing.drive import Driver
 from pipeline.racing.entrants import Entrant
-from pipeline.racing.policy import EVEN, Open
+from pipeline.racing.policy import Open
 from pipeline.stats import betting
 
 ERRORS = (0.2, 0.1, 0.05, 0.02, 0.01)
@@ -85,13 +85,22 @@ def _undecided(driver: Driver, tried: Sequence[int], more: float | None, metric:
     if not tried:
         return "Undecided: no technique gave a result."
     names = [race.arms[k].name for k in race.alive]
-    cheapest = min(tried, key=lambda k: race.arms[k].cost)
     could = ", ".join(f"`{name}`" for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    told = (f"Undecided: {could} could still be the best of {len(race.arms)} techniques ({metric}, on {_population(driver)}); with probability {1 - asked.error:g} the best is among "
-            f"them. The cheapest of them to train and to serve is `{race.arms[cheapest].name}`, the highest `{race.arms[tried[0]].name}`.")
+    told = (f"Undecided: {could} could still be the best of {len(race.arms) - len(race.refused)} techniques ({metric}, on {_population(driver)}); the best "
+            f"is among "
+            f"them with probability at least {1 - asked.error:g}. {_cheapest(driver, tried)}")
     if more is None:
         return f"{told} No number of seeds up to {asked.looks[-1]} would decide it: {_rows(driver)}"
     return f"{told} About {more:.2g} more hours would be needed."
+
+
+def _cheapest(driver: Driver, tried: Sequence[int]) -> str:
+    """Which of the techniques costs least to train, and to serve where that was measured."""
+    race = driver.race
+    train = race.arms[min(tried, key=lambda k: (race.arms[k].cost[:1], race.price(k)))].name
+    served = {race.arms[k].name: seen for k in tried if (seen := next((e.served_bytes for e in driver.used[race.arms[k].name] if e.served_bytes), None))}
+    serve = f", to serve `{min(served, key=lambda name: served[name])}` ({min(served.values()) / 2**30:.2g} GiB)" if served else ""
+    return f"Of them the cheapest to train is `{train}`{serve}; the highest is `{race.arms[tried[0]].name}`."
 
 
 def _rows(driver: Driver) -> str:
@@ -99,7 +108,8 @@ def _rows(driver: Driver) -> str:
     waiting = [one for one in race.open() if one.needed is None]
     if asked.these or not waiting:
         return f"take a larger within than {100 * asked.within:g} points."
-    return f"about {max(_rows_needed(driver, one) for one in waiting):,} test rows would be needed instead of {asked.rows:,}, or a larger within than {100 * asked.within:g} points."
+    most = max(_rows_needed(driver, one) for one in waiting)
+    return f"about {most:,} test rows would be needed instead of {asked.rows:,}, or a larger within than {100 * asked.within:g} points."
 
 
 def _rows_needed(driver: Driver, one: Open) -> int:
@@ -128,7 +138,8 @@ def _notes(driver: Driver, out: Sequence[Entrant]) -> list[str]:
         notes.append(f"`{name}` gave no usable result ({last.status if last else 'none'}), and no statement covers it.")
     for name, (bad, every) in ((arm.name, driver.collapsed(arm.name)) for arm in race.arms):
         if bad:
-            notes.append(f"`{name}`: {bad} of {every} trainings collapsed (validation more than {100 * (driver.asked.collapse or 0):g} points below its screening, or "
+            notes.append(f"`{name}`: {bad} of {every} trainings collapsed (validation more than {100 * (driver.asked.collapse or 0):g} points below its "
+                         f"screening, or "
                          "not finite) and were begun anew; its figure is that of trainings that did not.")
     if out:
         notes.append("Left out before the race, and covered by no statement: " + "; ".join(f"`{e.name}` {e.reason}" for e in out) + ".")
@@ -159,7 +170,8 @@ def _state(driver: Driver, arm: int, named: int | None) -> str:
         return "no usable result"
     if arm in race.left:
         one = race.left[arm]
-        return (f"left after {one.seeds} seed{'s' if one.seeds > 1 else ''} at {one.spent_s / 3600:.2g} h: {100 * one.difference:.1f} points below {race.arms[one.by].name}")
+        return (f"left after {one.seeds} seed{'s' if one.seeds > 1 else ''} at {one.spent_s / 3600:.2g} h: {100 * one.difference:.1f} points below "
+                f"{race.arms[one.by].name}")
     if named is not None and (named, arm) in race.cleared:
         return f"not more than {100 * race.rules.within:g} points better than {race.arms[named].name}"
     return "could be the best" if race.answers.runs[arm] else "not run: the budget did not hold it"
@@ -180,12 +192,15 @@ def without_model(driver: Driver, arm: int | None) -> list[str]:
     worst = min(bounds, key=lambda k: bounds[k])
     shown = [k for k, low in bounds.items() if low >= -race.rules.within]
     differences = race.answers.by_seed(arm, worst)
-    needed = betting.seeds_for(float(differences.mean()) + race.rules.within, max(0.005, float(differences.std(ddof=1)) if len(differences) > 1 else 0.02), share)
+    spread = max(0.005, float(differences.std(ddof=1))) if len(differences) > 1 else 0.02
+    needed = betting.seeds_for(float(differences.mean()) + race.rules.within, spread, share)
     more = f"about {needed:,} seeds of both would be needed" if needed is not None else "what was seen of them would not show it with any number of seeds"
     verdict = (f"it shows the same of all {len(bounds)} others" if len(shown) == len(bounds) else
-               f"it shows so much of {len(shown)} of {len(bounds)} others; of `{race.arms[worst].name}` it allows that it is up to {-100 * bounds[worst]:.0f} points better, {more}")
-    return [f"Without any model of how seeds spread (a betting confidence sequence over the seeds' differences on these test rows, {100 * (1 - EVEN):.0f}% of the error shared by "
-            f"screening rank), for `{race.arms[arm].name}`: {verdict}."]
+               f"it shows so much of {len(shown)} of {len(bounds)} others; of `{race.arms[worst].name}` it allows that it is up to "
+               f"{-100 * bounds[worst]:.0f} points better, {more}")
+    return [f"Without any model of how seeds spread (a betting confidence sequence over the seeds' differences, on these test rows alone, with the same "
+            f"error), for "
+            f"`{race.arms[arm].name}`: {verdict}."]
 
 
 def markdown(experiment: str, one: Told) -> str:
@@ -199,7 +214,7 @@ def markdown(experiment: str, one: Told) -> str:
         lines.append(f"| {line.name} | {line.rank or ''} | {level} | {line.seeds} | {line.collapsed} | {line.hours:.3g} | {line.state} |")
     for title, rows in (("error at most", [(f"{e:g}", h) for e, h in one.by_error]), ("within, points", [(f"{w:g}", h) for w, h in one.by_within])):
         if rows:
-            lines += ["", f"What more certainty would cost, hours beyond those spent (as far as what was seen tells; —: no number of seeds, these rows are too few):", "",
+            lines += ["", "What more certainty would cost, hours beyond those spent (as far as what was seen tells; —: no number of seeds would do):", "",
                       f"| {title} | {' | '.join(key for key, _ in rows)} |", "| --- |" + " --: |" * len(rows),
                       f"| hours | {' | '.join('—' if hours is None else f'{hours:.2g}' for _, hours in rows)} |"]
     return "\n".join(lines) + "\n"

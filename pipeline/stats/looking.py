@@ -2,13 +2,14 @@
 
 Library of `python -m pipeline.race`; docs/race.md derives it, and `python -m benchmarks.race simulate` measures what it promises.
 
-Techniques a and b have answered the same n test rows with the same seeds 1 … S. The mean difference D of their metrics is normal around the true one, with variance
+Techniques a and b have answered the same n test rows with the same seeds 1 … S. The mean difference D of their metrics is normal around the true one, with
+variance
 
     c + v / S,   c = the rows' part (which stays the same at every look: the rows do not change),   v = the seeds' part, of a seed
 
 A pair is looked at when both have S of LOOKS seeds, and what is computed then depends on the first S seeds alone, so that it does not matter what made
-the race go on or stop. `ever_crossed` is the chance that D, less its truth, comes to lie z standard deviations above 0 at any look: given the rows' error, a sum over
-looks; averaged over that error, which all looks share. Where the rows dominate it is the chance at one look, where seeds do, at most the sum.
+the race go on or stop. `ever_crossed` is the chance that D, less its truth, comes to lie z standard deviations above 0 at any look: given the rows' error, a
+sum over looks; averaged over that error, which all looks share. Where the rows dominate it is the chance at one look, where seeds do, at most the sum.
 
 The seeds' spread is not known: the chance is averaged over what the seeds of all techniques allow (tiers.Spreads: a shared spread, and a technique's own around
 it). Seeds are the same for all techniques, so what a seed does to all of them cancels: spreads are those around the seed's mean.
