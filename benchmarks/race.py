@@ -38,11 +38,12 @@ def run(words: Sequence[str]) -> int:
 def simulate(words: Sequence[str]) -> None:
     from benchmarks import race_simulate
 
-    given = {"races": "1000", "processes": "1", "to": str(SIMULATED)} | key_values(words, ("races", "processes", "to"), "benchmarks.race simulate")
+    given = {"races": "1000", "processes": "1", "most_arms": "69", "to": str(SIMULATED)} | key_values(
+        words, ("races", "processes", "most_arms", "to"), "benchmarks.race simulate")
     path = Path(given["to"])
     before = read_json(path)["settings"] if path.exists() else []
     lines: list[dict[str, Any]] = []
-    for line in race_simulate.run(int(given["races"]), int(given["processes"]), before):
+    for line in race_simulate.run(int(given["races"]), int(given["processes"]), before, int(given["most_arms"])):
         lines.append(line)
         print(line["arms"], line["rows"], line["truth"], line["effect"], f"wrong {line['wrong']:.3f}", f"undecided {line['undecided']:.2f}", flush=True)
         kept = [old for old in before if race_simulate._key(old) not in map(race_simulate._key, lines)]

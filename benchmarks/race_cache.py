@@ -182,7 +182,8 @@ def _at_once(cells: Sequence[Any], shared: Any) -> list[dict[str, Any]]:
         return own(pack, running)
 
     packing.score = score  # type: ignore[method-assign]
-    watch, made = Stopwatch(packing.parts.device), []
+    made: list[Any] = []
+    watch = Stopwatch(packing.parts.device)
     slots = packing.slots(len(cells))
     pack = packing.open(slots, len(cells))
     jobs = [packing.job(cfg) for cfg in cells]
@@ -239,7 +240,8 @@ def _alone(words: Sequence[str], shared: Any) -> dict[str, Any]:
     watch, cfg = Stopwatch(), compose(words)
     trains = cfg.method.type not in ("untouched", "few_shot")
     made = set_up(words, shared, trains)
-    run, history, total = made.run, [], 0
+    history: list[dict[str, Any]] = []
+    run, total = made.run, 0
     if run is not None:
         torch.manual_seed(run.seed)
         stepping, total = choose(run), run.total

@@ -6,6 +6,7 @@ every seed of every technique. """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -198,17 +199,17 @@ def _on_these(world: World, held: Draw, number: int, at: int, arms: int) -> np.n
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: a line a policy and `within`, tasks that were held out apart."""
-    head = ["within", "tasks", "policy", "wrong, %", "highest of a task", "upper end of its 95%", "undecided, %", "of the full grid, %", "regret, points"]
-    rows = [f"| {' | '.join(head)} |", "| --: | --- | --- | --: | --: | --: | --: | --: | --: |"]
-    for within in WITHINS:
-        for shown, held_out in (("seen", False), ("held out", True)):
-            for name in POLICIES:
-                some = [s for s in found["lines"] if s["within"] == within and s["policy"] == name and (s["task"] in HELD_OUT) == held_out]
-                if some:
-                    rows.append(f"| {within:g} | {shown} | {name} | {_mean(some, 'wrong', 100):.1f} | {100 * max(s['wrong'] for s in some):.1f} | "
-                                f"{100 * max(s['interval'][1] for s in some):.1f} | {_mean(some, 'undecided', 100):.0f} | {_mean(some, 'hours', 100):.0f} | "
-                                f"{_mean(some, 'regret', 1):.2f} |")
+    """Markdown: a line a policy and `within`, tasks that were held out apart; the interval is that of all their replays together."""
+    head = ["within", "tasks", "policy", "replays", "wrong, %", "95%", "highest of a task", "undecided, %", "of the full grid, %", "regret, points"]
+    rows = [f"| {' | '.join(head)} |", "| --: | --- | --- | --: | --: | --: | --: | --: | --: | --: |"]
+    for within, (shown, held_out), name in itertools.product(WITHINS, (("seen", False), ("held out", True)), POLICIES):
+        some = [s for s in found["lines"] if s["within"] == within and s["policy"] == name and (s["task"] in HELD_OUT) == held_out]
+        if some:
+            count = len(some) * found["times"]
+            low, high = interval(round(sum(s["wrong"] * found["times"] for s in some)), count)
+            figures = [f"{_mean(some, 'wrong', 100):.1f}", f"{100 * low:.1f} to {100 * high:.1f}", f"{100 * max(s['wrong'] for s in some):.1f}",
+                       f"{_mean(some, 'undecided', 100):.0f}", f"{_mean(some, 'hours', 100):.0f}", f"{_mean(some, 'regret', 1):.2f}"]
+            rows.append(f"| {within:g} | {shown} | {name} | {count:,} | {' | '.join(figures)} |")
     return "\n".join(rows)
 
 

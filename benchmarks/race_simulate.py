@@ -159,11 +159,11 @@ def interval(count: int, of: int) -> list[float]:
     return [float(beta.ppf(0.025, count, of - count + 1)) if count else 0.0, float(beta.ppf(0.975, count + 1, of - count)) if count < of else 1.0]
 
 
-def run(races: int, processes: int, known: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A line a setting, the smallest first; settings that are known with as many races are taken over."""
+def run(races: int, processes: int, known: Sequence[dict[str, Any]], most_arms: int) -> Iterator[dict[str, Any]]:
+    """A line a setting, the smallest first; settings that are known with as many races are taken over, those with more arms left out."""
     done = {_key(line): line for line in known if line["races"] >= races}
     every = list(enumerate(settings()))
-    missing = sorted((one for one in every if _key(asdict(one[1])) not in done), key=lambda one: one[1].arms)
+    missing = sorted((one for one in every if _key(asdict(one[1])) not in done and one[1].arms <= most_arms), key=lambda one: one[1].arms)
     yield from (done[_key(asdict(one))] for _, one in every if _key(asdict(one)) in done)
     if processes == 1:
         yield from (simulate(one, number, races) for number, one in missing)

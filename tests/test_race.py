@@ -14,10 +14,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import race as command
-from pipeline.cell import child
+from pipeline.cell import child, identity, inputs
+from pipeline.core.compose import compose
 from pipeline.core.files import UserError, read_json
+from pipeline.measure.clock import Stopwatch
 from pipeline.racing import words
-from pipeline.racing.drive import BudgetUsed, Driver
+from pipeline.racing.drive import BudgetUsed, Driver, Seeds
 from pipeline.racing.entrants import Asked, Entrant
 from pipeline.racing.journal import Entry, Journal, Screened
 from pipeline.racing.page import write
@@ -227,6 +229,18 @@ def test_bad_input_is_one_sentence(overrides, tmp_path, capsys, more, sentence):
     assert command.main(words_of(overrides, tmp_path, *more)) == 2
     said = capsys.readouterr().err
     assert re.search(sentence, said) and said.count("\n") == 1
+
+
+def test_a_cell_that_takes_longer_than_what_is_left_is_ended_in_time_and_keeps_its_checkpoint(overrides, tmp_path, monkeypatch, imports):
+    monkeypatch.setattr(child, "GRACE_S", 0.5)
+    cfg = compose([*overrides, "technique=lora", "train.steps=100000", "train.lr=0.001", "train_rows=48", "train.batch_size=8", "experiment=raced"])
+    journal = Journal(tmp_path / "journal.json", {})
+    runner = Seeds([Entrant("lora", cfg, 1.0, True)], ASKED, {"lora": Screened("lora", {}, None, None, 0.0)}, journal, lambda: inputs.preload([cfg]))
+    watch = Stopwatch()
+    with pytest.raises(BudgetUsed):
+        runner.run([(0, 0, 0)], [None], 6.0)
+    assert watch.peek() < 8 and 4 < journal.spent_s < 8 and "budget" in journal.lost[0]["what"] and not journal.entries
+    assert identity.checkpoint_of(runner.cell(0, 0, 0)).exists()
 
 
 def test_a_real_race_ends_with_a_statement_within_its_budget_and_resumes_to_the_same(overrides, tmp_path, capsys, imports):

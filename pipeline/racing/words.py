@@ -189,18 +189,19 @@ def without_model(driver: Driver, arm: int | None) -> list[str]:
             bounds[k] = betting.lower(race.answers.by_seed(arm, k), share)
     if not bounds:
         return []
-    worst = min(bounds, key=lambda k: bounds[k])
     shown = [k for k, low in bounds.items() if low >= -race.rules.within]
-    differences = race.answers.by_seed(arm, worst)
-    spread = max(0.005, float(differences.std(ddof=1))) if len(differences) > 1 else 0.02
-    needed = betting.seeds_for(float(differences.mean()) + race.rules.within, spread, share)
-    more = f"about {needed:,} seeds of both would be needed" if needed is not None else "what was seen of them would not show it with any number of seeds"
-    verdict = (f"it shows the same of all {len(bounds)} others" if len(shown) == len(bounds) else
-               f"it shows so much of {len(shown)} of {len(bounds)} others; of `{race.arms[worst].name}` it allows that it is up to "
-               f"{-100 * bounds[worst]:.0f} points better, {more}")
-    return [f"Without any model of how seeds spread (a betting confidence sequence over the seeds' differences, on these test rows alone, with the same "
-            f"error), for "
-            f"`{race.arms[arm].name}`: {verdict}."]
+    nearest = max((k for k in bounds if k not in shown), key=race.answers.level, default=None)
+    verdict = f"it shows the same of all {len(bounds)} others"
+    if nearest is not None:
+        differences = race.answers.by_seed(arm, nearest)
+        spread = max(0.005, float(differences.std(ddof=1))) if len(differences) > 1 else 0.02
+        needed = betting.seeds_for(float(differences.mean()) + race.rules.within, spread, share)
+        more = f"about {needed:,} seeds of both would be needed" if needed is not None else "what was seen would not show it with any number of seeds"
+        verdict = (f"it shows so much of {len(shown)} of {len(bounds)} others; after {len(differences)} seeds it allows that `{race.arms[nearest].name}` is "
+                   f"up to "
+                   f"{-100 * bounds[nearest]:.0f} points better, {more}")
+    return ["Without any model of how seeds spread (a betting confidence sequence over the seeds' differences, on these test rows alone, with the same error), "
+            f"for `{race.arms[arm].name}`: {verdict}."]
 
 
 def markdown(experiment: str, one: Told) -> str:
