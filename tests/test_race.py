@@ -231,6 +231,7 @@ def test_bad_input_is_one_sentence(overrides, tmp_path, capsys, more, sentence):
     assert re.search(sentence, said) and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_cell_that_takes_longer_than_what_is_left_is_ended_in_time_and_keeps_its_checkpoint(overrides, tmp_path, monkeypatch, imports):
     monkeypatch.setattr(child, "GRACE_S", 0.5)
     cfg = compose([*overrides, "technique=lora", "train.steps=100000", "train.lr=0.001", "train_rows=48", "train.batch_size=8", "experiment=raced"])
