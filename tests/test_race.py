@@ -17,9 +17,10 @@ from pipeline import race as command
 from pipeline.cell import child, identity, inputs
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError, read_json
+from pipeline.core.progress import Progress
 from pipeline.measure.clock import Stopwatch
 from pipeline.racing import words
-from pipeline.racing.drive import BudgetUsed, Driver, Seeds
+from pipeline.racing.drive import BudgetUsed, Driver, Seeds, Stops
 from pipeline.racing.entrants import Asked, Entrant
 from pipeline.racing.journal import Entry, Journal, Screened
 from pipeline.racing.page import write
@@ -189,6 +190,24 @@ def test_what_is_open_says_which_and_what_it_would_take(tmp_path):
     end = words.told(driver, [], "accuracy")
     assert end.kind == "open" and end.statement.startswith("Undecided: ") and end.spent_h <= end.budget_h
     assert re.search(r"more hours would be needed|test rows would be needed", end.statement)
+
+
+def test_a_run_that_can_only_collapse_is_stopped_midway():
+    with child.limited(100.0) as limit:
+        stops = Stops(limit, 0.6)
+        for told in (Progress("train", 0.4, metric=0.2), Progress("train", 0.6, metric=0.55), Progress("test", 0.9, metric=0.2), None):
+            stops.runs(told)
+        assert not stops.hopeless and limit.seconds > 0
+        stops.runs(Progress("train", 0.6, metric=0.2))
+        assert stops.hopeless and limit.seconds == 0.0
+
+
+def test_a_cell_that_ends_with_an_error_leaves_the_race_and_is_not_begun_anew(overrides, tmp_path, imports, monkeypatch):
+    cfg = compose([*overrides, "technique=lora", "train.lr=0.001", "train_rows=48", "train.batch_size=49", "experiment=raced"])
+    journal = Journal(tmp_path / "journal.json", {})
+    monkeypatch.setattr(inputs, "check_ahead", lambda cfg: None)
+    runner = Seeds([Entrant("lora", cfg, 1.0, True)], ASKED, {"lora": Screened("lora", {}, 0.9, None, 0.0)}, journal, lambda: inputs.preload([cfg]))
+    assert runner.run([(0, 0, 0)], [0.75], 60.0)[0].status == "failed"
 
 
 def test_a_ladder_of_rates_begins_at_the_rule_s():

@@ -136,6 +136,8 @@ class Seeds:
         self.entrants, self.asked, self.screened, self.journal, self.load = entrants, asked, screened, journal, load
         self.mirror = cell_grid.Mirror()
         self.ids: list[str] | None = None
+        self.hopeless = False
+        """Whether the last run was stopped because it could only end as collapsed."""
         self.held: dict[str, np.ndarray | None] = {}
 
     def cell(self, arm: int, unit: int, again: int) -> DictConfig:
@@ -154,6 +156,7 @@ class Seeds:
 
     def _run(self, missing: list[DictConfig], floor: float | None, left_s: float) -> float:
         """Run cells within so many seconds; those that it took. Raises BudgetUsed."""
+        self.hopeless = False
         if not missing:
             return 0.0
         for cfg in missing:
@@ -168,6 +171,7 @@ class Seeds:
                 packed = [at(cfg, {"pack": True}) for cfg in missing] if len(missing) > 1 else missing
                 watcher = Stops(limit, floor)
                 code = cell_grid.run_here(packed, self.load(), self.mirror, watcher)
+                self.hopeless = watcher.hopeless
                 if watcher.hopeless:
                     return self.journal.ended()
         if limit.reached:
@@ -198,7 +202,7 @@ class Seeds:
         took = seconds if seconds is not None else result.phases.wall_s if result is not None and result.phases is not None else 0.0
         made = Entry(self.entrants[arm].name, unit, again, "failed", round(took, 3), str(folder))
         if result is None:
-            made.status = "collapsed" if floor is not None else "failed"  # stopped on its way, or ended with an error that it showed
+            made.status = "collapsed" if self.hopeless else "failed"  # stopped on its way, or ended with an error that it showed
             return made
         made.kind, made.status = result.kind, result.status
         made.served_bytes = result.size.served_bytes if result.size is not None else None
