@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import choices, parallel, rounding, scale, speed_files, tiers
+from benchmarks import choices, parallel, race_replay, race_simulate, rounding, scale, speed_files, tiers
 from benchmarks.speed_files import FOLDER
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError, read_json, write_text
@@ -32,6 +32,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed, short": lambda: speed_files.table(FOLDER, speed_files.README_COLUMNS, speed_files.README),
     "speed of every workload": lambda: speed_files.grid(FOLDER),
     "choices": lambda: choices.table(FOLDER / "choices.json"),
+    "race, simulated": lambda: race_simulate.table(read_json(FOLDER / "race_simulated.json")["settings"]),
+    "race, replayed": lambda: race_replay.table(read_json(FOLDER / "race_replayed.json")),
     "rounding": lambda: rounding.table(FOLDER / "rounding.json"),
     "quick, result": lambda: markdown_tables(QUICK)[0],
     "quick, cost": lambda: markdown_tables(QUICK)[1],

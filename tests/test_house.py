@@ -38,6 +38,7 @@ FLOORS = {
     **dict.fromkeys(("search", "forecasting"), 10),
     "reporting": 11,
     "intake": 12,
+    "racing": 13,
 }
 """Room -> its floor. A room imports itself and rooms on lower floors; commands stand above all of them."""
 CLOCKS = {"time", "timeit", "resource", "psutil", "pynvml", "zeus", "tracemalloc"}

@@ -21,6 +21,7 @@ from pipeline.cell import run as cell_run
 from pipeline.core import progress, settings
 from pipeline.core.files import UserError, check_writable
 from pipeline.data import recipe
+from pipeline.measure.clock import Stopwatch
 from pipeline.measure.memory import child_rss, kernel_oom_kills, out_of_memory
 from pipeline.records.finished import name as cell_name
 from pipeline.records.results import Result
@@ -41,6 +42,52 @@ class Outcome:
 
     code: int
     out_of_memory: str | None = None
+
+
+class Limit:
+    """Ends the children of this process when so many seconds have passed, or when told to: by SIGTERM first, which a training answers with a checkpoint
+    after the step at hand, and by SIGKILL when GRACE_S more have passed.
+
+    Args:
+        beat: called as often as a child is looked at.
+    """
+
+    def __init__(self, seconds: float, beat: Callable[[], object] | None = None) -> None:
+        self.seconds, self.beat, self.reached = seconds, beat, False
+        self.watch = Stopwatch()
+        self._asked: dict[int, Stopwatch] = {}
+
+    def end(self) -> None:
+        """End the children that run, at their next look."""
+        self.seconds = 0.0
+
+    def enforce(self, child: Child) -> None:
+        """Called several times a second while a child runs."""
+        if self.beat:
+            self.beat()
+        if self.watch.peek() < self.seconds:
+            return
+        self.reached = True
+        if child.pid not in self._asked:
+            self._asked[child.pid] = Stopwatch()
+            child.send(signal.SIGTERM)
+        elif self._asked[child.pid].peek() > GRACE_S:
+            child.send(signal.SIGKILL)
+
+
+GRACE_S = 5.0
+_limit: Limit | None = None
+
+
+@contextlib.contextmanager
+def limited(seconds: float, beat: Callable[[], object] | None = None) -> Iterator[Limit]:
+    """Children that run inside end in time: GRACE_S before so many seconds they are asked to."""
+    global _limit
+    before, _limit = _limit, Limit(max(0.0, seconds - GRACE_S), beat)
+    try:
+        yield _limit
+    finally:
+        _limit = before
 
 
 class Watcher:
@@ -94,6 +141,8 @@ class Child:
             if self.limit and resident and resident > self.limit and self._over is None:
                 self._over = f"ended at {resident} resident bytes, above memory_limit_gb"
                 self.send(signal.SIGKILL)
+            if _limit is not None:
+                _limit.enforce(self)
         return self.outcome
 
     def send(self, number: int) -> None:

@@ -113,7 +113,8 @@ def _example(module: str) -> str:
 
 GROUPS = {
     "from a file to an answer": ("try", "more", "errors", "rank", "deploy", "ui", "fit"),
-    "an experiment": ("prepare", "base_model", "rationales", "synthesize", "train", "cells", "report", "evaluate", "tune", "sweep", "advise", "compare"),
+    "an experiment": ("prepare", "base_model", "rationales", "synthesize", "train", "cells", "report", "evaluate", "tune", "sweep", "race", "advise",
+                      "compare"),
     "a model that answers": ("export", "serve"),
 }
 """Heading -> commands, in the order of their use; all others come last."""

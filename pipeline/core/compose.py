@@ -100,7 +100,7 @@ def check_override(word: str) -> None:
             raise UserError(f"the override {word!r} is refused: {key.lstrip('+')} is a config group, which takes the name of one of its YAMLs")
 
 
-MAPPINGS = (GROUPS - {"writer"}) | {"paths", "forecast", "report", "tune", "judge", "ray", "slurm"}
+MAPPINGS = (GROUPS - {"writer"}) | {"paths", "forecast", "report", "tune", "judge", "race", "ray", "slurm"}
 """Keys of a config whose values have keys of their own."""
 NAMES = ("task.name", "model.name", "teacher.name", "synthetic.name", "technique.name", "experiment", "variant")
 """Config keys whose values become parts of paths."""

@@ -7,6 +7,7 @@ it forks, and reads it. One channel a process.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import mmap
 import sys
@@ -22,12 +23,14 @@ _channel: Channel | None = None
 
 @dataclass(frozen=True)
 class Progress:
-    """stage: train, validation, test, transfer/<set>, ... done: its share, from 0 to 1. past: the stages that ended. reason: why the process gave up."""
+    """stage: train, validation, test, transfer/<set>, ... done: its share, from 0 to 1. past: the stages that ended. reason: why the process gave up.
+    metric: of the last validation inside training."""
 
     stage: str = ""
     done: float = 0.0
     past: tuple[str, ...] = ()
     reason: str = ""
+    metric: float | None = None
 
 
 class Channel:
@@ -60,7 +63,7 @@ class Channel:
             held = json.loads(bytes(self._memory[4 : 4 + length]))
         except ValueError:  # caught in the middle of a write
             return None
-        return Progress(held["stage"], held["done"], tuple(held["past"]), held["reason"])
+        return Progress(held["stage"], held["done"], tuple(held["past"]), held["reason"], held["metric"])
 
 
 @contextlib.contextmanager
@@ -125,14 +128,20 @@ def stage(name: str) -> None:
     """Another stage begins."""
     if _channel is not None:
         last = _channel.last
-        _channel.write(Progress(name, 0.0, (*last.past, last.stage) if last.stage else last.past))
+        _channel.write(Progress(name, 0.0, (*last.past, last.stage) if last.stage else last.past, metric=last.metric))
 
 
 def part(done: float, total: float) -> None:
     """So much of the stage at hand is done."""
     if _channel is not None and total:
         last = _channel.last
-        _channel.write(Progress(last.stage, min(1.0, done / total), last.past))
+        _channel.write(Progress(last.stage, min(1.0, done / total), last.past, metric=last.metric))
+
+
+def validated(metric: float) -> None:
+    """Training was validated on its way."""
+    if _channel is not None:
+        _channel.write(dataclasses.replace(_channel.last, metric=metric))
 
 
 def failed(reason: str) -> None:

@@ -254,6 +254,10 @@ TOP = {
     "tune.executor": Literal["auto", "packed", "sequential", "ray"], "tune.storage": Filled | None, "tune.heartbeat_s": AtLeast1,
     "forecast.gpu_memory_gb": Positive | None, "forecast.model_config": Filled | None, "forecast.length": AtLeast1 | None, "forecast.calibrate": bool,
     "judge.cells": tuple[str, ...] | None, "judge.rows": AtLeast1 | None, "judge.reference": bool, "judge.criterion": Filled,
+    "budget_hours": Positive | None, "within": Annotated[float, Within(0, 100, above=True, why="points of the metric")],
+    "error": Annotated[float, Within(1e-4, 0.5, why="a chance")], "race.techniques": tuple[str, ...] | None, "race.rows": Literal["sample", "these"],
+    "race.rates": AtLeast1, "race.screen_share": Annotated[float, Within(0, 1, why="a share")], "race.collapse": Positive | None, "race.seed": Seed,
+    "race.seeds": AtLeast1, "race.at_once": AtLeast1,
     "report.target": Annotated[float, Within(0, 1)] | None, "report.train_rows": Axis, "report.seeds": Axis,
 }
 """Config key outside the groups -> its type."""
@@ -293,7 +297,7 @@ def _keys_of_config() -> dict[str, list[str]]:
     """The keys of conf/config.yaml: those at the top and the groups under "", those below a key under its name. Read once a process."""
     file = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     groups = [name for entry in file["defaults"] if isinstance(entry, dict) for name in entry]
-    return {"": [*file, *groups], **{key: list(file[key]) for key in ("paths", "report", "forecast", "judge")}}
+    return {"": [*file, *groups], **{key: list(file[key]) for key in ("paths", "report", "forecast", "judge", "race")}}
 
 
 def build(cls: Any, values: dict[str, Any], prefix: str) -> Any:

@@ -209,7 +209,7 @@ class Spreads:
         return cls.from_variances([t.variance for t in ranked], [max(0, t.seeds - 1) for t in ranked], [t.flips for t in ranked])
 
     @classmethod
-    def from_variances(cls, sample: Sequence[float], freedom: Sequence[int], flips: Sequence[float]) -> Spreads:
+    def from_variances(cls, sample: Sequence[float], freedom: Sequence[float], flips: Sequence[float]) -> Spreads:
         """From the sample variances of the seeds' means, their degrees of freedom (0: one seed) and the part that single rows' flips have in them."""
         nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
         tried = np.minimum(np.geomspace(*SPREADS)[:, None, None] * np.exp(np.array(HETEROGENEITIES)[None, :, None] * nodes), MOST)

@@ -204,6 +204,7 @@ class Loop:
             with self.stepping.whole():
                 scored = self.validate() if self.run.ranks.leads else None
             metric, nll = self.run.ranks.from_first(scored)
+            progress.validated(metric)
             self.state.history[-1].update({"validation_metric": metric, "validation_nll": nll})
             if self.state.best is None or rank_key(metric, nll) > self.state.best:
                 self.state.best = rank_key(metric, nll)

@@ -1,0 +1,83 @@
+"""The race's page: the statement, its course as a drawing, the table, and the price of more certainty as a curve.
+
+Library of `python -m pipeline.race`; drawings are Vega-Lite's, made here, offline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from markupsafe import Markup
+
+from pipeline.core.files import atomic_folder, write_json, write_text
+from pipeline.racing.drive import Driver
+from pipeline.racing.words import Told, markdown
+from pipeline.reporting import vega
+from pipeline.reporting.page import TEMPLATES, words
+from pipeline.reporting.plot import scale
+from pipeline.reporting.vega import Axis, Chart, Dot, Spec, linear
+
+WIDTH, LINE = 560, 20
+
+
+def write(folder: Path, experiment: str, driver: Driver, told: Told, metric: str) -> Path:
+    """Write folder/{index.html, race.md, race.json, charts/}; returns the page's path."""
+    import dataclasses
+
+    import jinja2
+
+    charts = {"course": course(driver)} | ({"price": price(told)} if any(hours is not None for _, hours in told.by_within) else {})
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )
+    environment.filters |= {"words": words, "drawing": vega.inline}
+    css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    template = environment.get_template("race.html")
+    page = template.render(experiment=experiment, told=told, metric=metric, css=css, course=charts["course"], price=charts.get("price"))
+    with atomic_folder(folder, "race.json") as beside:
+        beside.mkdir()
+        write_text(beside / "index.html", page)
+        write_text(beside / "race.md", markdown(experiment, told))
+        write_json(beside / "race.json", dataclasses.asdict(told))
+        for name, drawn in vega.files(charts).items():
+            (beside / name).parent.mkdir(exist_ok=True)
+            (beside / name).write_bytes(drawn)
+    return folder / "index.html"
+
+
+def course(driver: Driver) -> Spec:
+    """A line a technique over the hours of the race: a dot a seed, a ring where it left; the names at the left."""
+    race = driver.race
+    order = [*race.alive, *sorted(race.left, key=lambda k: -race.left[k].spent_s)]
+    last = max([race.spent_s, 1e-9]) / 3600
+    rows = {k: len(order) - place for place, k in enumerate(order)}
+    height = max(60.0, LINE * len(order))
+    x = scale([0.0, last], 0, WIDTH, floor=0.0)
+    y = Axis("", scale([0.5, len(order) + 0.5], height, 0, room=0.0), {float(row): race.arms[k].name for k, row in rows.items()}, grid=False)
+    chart = Chart(WIDTH, height, linear("hours", x, lambda value: f"{value:.3g}"), y, f"the course of the race: {len(order)} techniques over {last:.3g} hours")
+    ends = [race.left[k].spent_s / 3600 if k in race.left else last for k in order]
+    chart.spans([(rows[k], 0.0, end, "faint" if k in race.left else "f1") for k, end in zip(order, ends, strict=True)])
+    seeds = [(at / 3600, k) for at, k in race.course if k in rows]
+    chart.seeds([(at, rows[k]) for at, k in seeds], "f1")
+    dots = [Dot(end, rows[k], "faint" if k in race.left else "f1", f"{race.arms[k].name} | {_tip(driver, k)}", hollow=k in race.left)
+            for k, end in zip(order, ends, strict=True)]
+    chart.dots(dots)
+    return chart.spec()
+
+
+def _tip(driver: Driver, arm: int) -> str:
+    race = driver.race
+    runs = len(race.answers.runs[arm])
+    level = f"{100 * race.answers.level(arm):.1f}% over {runs} seeds" if runs else "not run"
+    return f"{level} | {100 * race.left[arm].difference:.1f} points below {race.arms[race.left[arm].by].name}" if arm in race.left else level
+
+
+def price(told: Told) -> Spec:
+    """Hours beyond those spent against the points within which the chosen one is to be."""
+    points = [(within, hours) for within, hours in told.by_within if hours is not None]
+    x, y = scale([within for within, _ in told.by_within], 0, WIDTH), scale([*(hours for _, hours in points), 0.0], 200, 0, floor=0.0)
+    chart = Chart(WIDTH, 200, linear("within, points", x, lambda value: f"{value:g}"), linear("more hours", y, lambda value: f"{value:.2g}"),
+                  "hours that a decision would take against the points that it is to be within")
+    chart.line(points, "f1")
+    chart.dots([Dot(within, hours, "f1", f"within {within:g} points | {hours:.2g} more hours") for within, hours in points])
+    return chart.spec()
