@@ -52,8 +52,9 @@ def run(words: Sequence[str]) -> int:
         return 0
     os.environ["ALIGNSCOPE_ROOT"] = str(FOLDER)
     (FOLDER / "experiments").mkdir(parents=True, exist_ok=True)
+    (ROOT / "models").mkdir(exist_ok=True)  # in a fresh clone there are none yet
     models = FOLDER / "models"
-    if not models.exists():
+    if not models.is_symlink():
         models.symlink_to(ROOT / "models")
     os.chdir(FOLDER)
     with open("banking.csv", "w", newline="", encoding="utf-8") as file:
