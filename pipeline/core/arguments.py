@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import logging
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +38,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists what it takes")
 
 
+NOISE = ("`is_gradient_checkpointing` is deprecated", "Position ids are not supported for parameter efficient tuning")
+"""How warnings begin that PEFT (0.21), not a user, can fix: it asks transformers 5 by an old name, and says what it passes over in every pass."""
+LOUD = {"absl": logging.WARNING, "bitsandbytes.backends.cpu.ops": logging.ERROR}
+"""Loggers, and the least they may say: rouge_score tells at every start which tokenizer it takes, bitsandbytes on some CPUs that kernels which this project
+does not use are not installed."""
+
+
+def quiet() -> None:
+    """Keep from the terminal what libraries say at every start and no user can change."""
+    for beginning in NOISE:
+        warnings.filterwarnings("ignore", beginning)
+    for name, level in LOUD.items():
+        logging.getLogger(name).setLevel(level)
+
+
 def argument_entry(name: str, about: str | None, add: Callable[[argparse.ArgumentParser], None], run: Callable[[argparse.Namespace], int]) -> Any:
     """The `main(argv=None)` of a command, which returns the exit code; `main.parser()` is its parser."""
 
@@ -45,6 +62,7 @@ def argument_entry(name: str, about: str | None, add: Callable[[argparse.Argumen
         return made
 
     def main(argv: Sequence[str] | None = None) -> int:
+        quiet()
         try:
             return run(parser().parse_args(list(sys.argv[1:] if argv is None else argv)))
         except UserError as error:

@@ -9,10 +9,8 @@ Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted; other
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -21,15 +19,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pipeline.core.arguments import overrides_help
+from pipeline.core.arguments import overrides_help, quiet
 from pipeline.core.compose import CONF, WRONG_CONFIG, check_places, compose, explain, spelled_out
 from pipeline.core.files import UserError
 from pipeline.core.settings import check_top
 
 Run = Callable[[DictConfig, list[str]], int | None]
 """(the composed config, the overrides that composed it) -> the exit code; None: 0."""
-NOISE = ("`is_gradient_checkpointing` is deprecated", "Position ids are not supported for parameter efficient tuning")
-"""How warnings begin that PEFT (0.21), not a user, can fix: it asks transformers 5 by an old name, and says what it passes over in every pass."""
 
 
 def entry(run: Run) -> Callable[..., int]:
@@ -39,9 +35,7 @@ def entry(run: Run) -> Callable[..., int]:
         if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
             print(overrides_help(run.__module__.rpartition(".")[2] if run.__module__ != "__main__" else Path(sys.argv[0]).stem))
             return 0
-        for beginning in NOISE:
-            warnings.filterwarnings("ignore", beginning)
-        logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says at every start which tokenizer it takes
+        quiet()
         try:
             return (_command_line(run) if argv is None else _in_process(run, argv)) or 0
         except UserError as error:
