@@ -24,6 +24,9 @@ from pipeline.cell.child import Ended, Watcher
 from pipeline.cell.inputs import Shared
 from pipeline.cell.pool import AtOnce, Pool
 from pipeline.core.compose import ROOT, compose
+from pipeline.forecasting import sharing
+from pipeline.forecasting.cell import Card
+from pipeline.records import finished
 from pipeline.records.results import Neighbours, Result, read
 from pipeline.scoring.sharing import copied
 
@@ -233,6 +236,17 @@ def test_cells_that_need_more_than_there_is_room_for_run_one_after_another(words
     assert grid.run_cells(cells, limit=lambda _: AtOnce(2, needs, 100)) == 0
     began = datetime.fromisoformat(result_of(cells[1]).provenance["started"]).timestamp()
     assert began > (identity.folder_of(cells[0]) / "result.json").stat().st_mtime - 0.01
+
+
+def test_a_training_without_a_forecast_is_taken_for_half_as_much_again_as_the_largest_known(words, monkeypatch):
+    cells = [*seeds(words, 2), *seeds(words, 1, "technique=ia3"), *seeds(words, 1, "technique=full")]
+    known = {"lora": 10, "full": 40}
+    monkeypatch.setattr(sharing, "card_at_hand", lambda cfg: Card(True, "a card", 1000))
+    monkeypatch.setattr(sharing, "_need", lambda cfg, card: known.get(cfg.technique.name))
+    needs = sharing.limit(cells).needs
+    assert [needs[finished.name(cfg)] for cfg in cells] == [10, 10, 60, 40]
+    known.clear()
+    assert sharing.limit(cells).needs == {}, "each has the device alone"
 
 
 def test_a_training_over_several_gpus_has_nobody_beside_it(words):

@@ -38,6 +38,9 @@ WEIGHTS_TIMES = 4
 """Bytes that a cell without a forecast (it trains nothing) is taken to need, by those of its base's files."""
 BESIDES = 2 * 2**30
 """And these: the process itself, and what is made while rows are answered."""
+UNKNOWN_TIMES = 1.5
+"""Bytes that a cell which trains without a forecast is taken to need, by the most that another cell of the experiment needs. Who runs out of memory beside
+others is run again by itself."""
 
 
 def limit(missing: Sequence[DictConfig]) -> AtOnce:
@@ -55,13 +58,15 @@ def limit(missing: Sequence[DictConfig]) -> AtOnce:
         key = (cell.technique.name, cell.train_rows)  # another seed takes as much
         if key not in first:
             first[key] = _need(cell, card)
-        if (need := first[key]) is not None:
-            needs[cell_name(cell)] = need
+    known = [need for need in first.values() if need is not None]
+    for cell in missing if known else ():
+        need = first[cell.technique.name, cell.train_rows]
+        needs[cell_name(cell)] = int(UNKNOWN_TIMES * max(known)) if need is None else need
     return AtOnce(cells, needs, int(card.memory_bytes * RESERVE) if card.gpu else None)
 
 
 def _need(cfg: DictConfig, card: Card) -> int | None:
-    """Bytes of a cell; None: it will not fit, or nothing is known."""
+    """Bytes of a cell; None: nothing is known."""
     estimate = told(cfg, card)
     if estimate is not None and estimate.memory is not None:
         return int(estimate.memory.total)
