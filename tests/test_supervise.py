@@ -7,6 +7,8 @@ import mmap
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -188,6 +190,26 @@ def test_a_gpu_is_asked_for_its_name_in_a_child(monkeypatch):
     assert found["device"] == "cuda" and found["pid"] != os.getpid()
     monkeypatch.setattr(machine, "hardware", lambda device: 1 / 0)
     assert machine.hardware_here("cuda") == {}
+
+
+AFTER_PARALLEL_WORK = """
+import signal, torch
+from pipeline.cell.child import run_in_child
+torch.set_num_threads(2)
+x = torch.ones(512, 512)
+def work():
+    signal.alarm(20)
+    return 0 if float((x @ x + x * 2).sum()) else 1
+assert work() == 0
+signal.alarm(0)
+assert run_in_child(work).code == 0 and work() == 0
+"""
+
+
+def test_a_process_that_computed_with_several_threads_may_still_fork_cells():
+    """As `alignscope try` does, which dequantises a model and then runs cells: the first parallel work of the child hung."""
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    assert subprocess.run([sys.executable, "-c", AFTER_PARALLEL_WORK], env=env, timeout=120, check=False).returncode == 0
 
 
 def test_a_finished_cell_does_not_depend_on_hardware_or_limit(overrides, imports):

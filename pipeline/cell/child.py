@@ -126,7 +126,7 @@ class Child:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        self.pid = os.fork()
+        self.pid = launch.fork()
         if self.pid == 0:
             _become_child(work, parent, log)
 

@@ -123,7 +123,7 @@ def _fork(work: Callable[[Place], int], place: Place, writes: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         _become_rank(work, place, parent, writes)
     return pid
@@ -150,6 +150,12 @@ def _become_rank(work: Callable[[Place], int], place: Place, parent: int, writes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def fork() -> int:
+    """os.fork after OpenMP's worker threads were ended: a fork does not copy them, and the child's first parallel work would wait for them for ever."""
+    machine.end_openmp_threads()
+    return os.fork()
 
 
 def dies_with(parent: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,9 @@ from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "evaluate", "numpy")
 CPU_MODEL = ("cpu family", "model", "stepping")
+OPENMP = re.compile(r"/lib[gi]omp[^/]*$")
+PAUSE_HARD = 2
+"""omp_pause_hard of OpenMP 5.0 (3.6.1): the runtime keeps nothing."""
 BLAS_VARIABLES = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
 
@@ -169,6 +173,15 @@ def _git(*args: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def end_openmp_threads() -> None:
+    """End the worker threads that OpenMP has in this process, of whichever libraries; they come again when they are needed."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        libraries = {line.split(maxsplit=5)[-1].strip() for line in maps if OPENMP.search(line)}
+    for library in libraries:
+        with contextlib.suppress(OSError, AttributeError):  # a file replaced since, or an OpenMP older than 5.0
+            ctypes.CDLL(library).omp_pause_resource_all(PAUSE_HARD)
 
 
 def hardware_here(device: str) -> dict[str, Any]:
