@@ -1,15 +1,15 @@
 """README's picture: what a terminal shows of `alignscope try` on a file of 77 labels, as an SVG.
 
-    python -m benchmarks.picture                     writes docs/try.svg; a quarter of an hour on two CPU cores
+    python -m benchmarks.picture                     writes docs/try.svg; some four minutes on two CPU cores
     python -m benchmarks.picture log=try.log         of what a run printed elsewhere, its first line the command
 
-The rows are made up here, written to .work/picture/banking.csv as a user would have them. docs/try.svg was drawn from the log of such a run (2026-11-29),
-without the lines of libraries that warn, and with the tune line as it reads now.
+The rows are made up here, written to .work/picture/banking.csv as a user would have them.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import os
 import random
@@ -23,7 +23,7 @@ from benchmarks.tables import ROOT
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import write_text
 
-WIDTH = 118
+WIDTH = 126
 LABELS, ROWS_A_LABEL = 77, 14
 TROUBLES = ("lost", "blocked", "pending", "declined", "change", "where is", "how to")
 THINGS = ("card", "transfer", "account", "refund", "payment", "top up", "exchange", "pin", "statement", "cash", "fee")
@@ -40,17 +40,15 @@ def run(words: Sequence[str]) -> int:
     """Record the command and write the picture."""
     asked = {"log": ""} | key_values(words, ("log",), "benchmarks.picture")
     from rich.console import Console
-    from rich.text import Text
 
     from pipeline import try_file
     from pipeline.intake import flow
 
     if asked["log"]:
-        drawn: Any = Console(record=True, width=WIDTH)
-        drawn.print(Text(Path(asked["log"]).read_text(encoding="utf-8").rstrip()))
-        save(drawn)
+        save(Path(asked["log"]).read_text(encoding="utf-8"))
         return 0
     os.environ["ALIGNSCOPE_ROOT"] = str(FOLDER)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the hints find alignscope
     (FOLDER / "experiments").mkdir(parents=True, exist_ok=True)
     (ROOT / "models").mkdir(exist_ok=True)  # in a fresh clone there are none yet
     models = FOLDER / "models"
@@ -63,12 +61,17 @@ def run(words: Sequence[str]) -> int:
     console.print(Text("$ alignscope try banking.csv --yes", style="bold"))
     flow.make_console = lambda: console
     code: int = try_file.main(["banking.csv", "--yes"])
-    save(console)
+    save(console.export_text(styles=True))
     return code
 
 
-def save(console: Any) -> None:
-    """Write what was recorded, without the fonts that rich would have a page fetch."""
+def save(said: str) -> None:
+    """Draw what a terminal took, wrapped at WIDTH as a terminal wraps it, without the fonts that rich would have a page fetch."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
+    console.print(Text.from_ansi(said.rstrip()))
     drawn = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="alignscope"), flags=re.DOTALL)
     write_text(ROOT / "docs/try.svg", drawn.replace("Fira Code", "DejaVu Sans Mono"))
 
