@@ -58,7 +58,7 @@ def run(words: Sequence[str]) -> int:
     with open("banking.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["text", "category"], *made_up()])
     console: Any = Console(record=True, width=WIDTH)
-    console.print(Text("$ alignscope try banking.csv --yes", style="bold"))
+    console.print("$ alignscope try banking.csv --yes", style="bold")
     flow.make_console = lambda: console
     code: int = try_file.main(["banking.csv", "--yes"])
     save(console.export_text(styles=True))
