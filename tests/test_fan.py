@@ -19,6 +19,7 @@ from pipeline.cell import grid, identity
 from pipeline.cell.child import run_in_child
 from pipeline.core.compose import ROOT, compose
 from pipeline.fan import jobs, parcels, run, slurm
+from pipeline.fan.cluster import LARGEST_FILE, left_out
 from pipeline.fan.jobs import BAD_INPUT, BUSY, LOST, Job, Queue
 from pipeline.records.finished import Cell
 from pipeline.records.results import read
@@ -218,10 +219,18 @@ def test_a_start_is_sent_too(words, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_cell_out_of_memory_is_a_row_and_one_of_bad_input_does_not_stop_the_others(words, tmp_path, capfd):
     good, over = compose([*words, "seed=0"]), compose([*words, "seed=1", "memory_limit_gb=0.05"])
-    bad = compose([*words, "seed=2", "train_rows=4"])
+    bad = compose([*words, "seed=2", "train.max_length=8"])  # which only the cell itself can see
     assert fan([bad, over, good]) == BAD_INPUT
     assert read(identity.folder_of(good)).status == "ok" and read(identity.folder_of(over)).status == "oom"
-    assert not (identity.folder_of(bad) / "result.json").exists() and "train.batch_size=8 is larger" in capfd.readouterr().err
+    assert not (identity.folder_of(bad) / "result.json").exists() and "longer than 8 tokens" in capfd.readouterr().err
+
+
+def test_code_that_is_sent_is_the_folders_of_code_and_small_files_whatever_else_lies_there(tmp_path):
+    for folder in ("pipeline", "conf", "big model"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "metric.py").write_text("def mine(): ...")
+    (tmp_path / "weights.bin").write_bytes(bytes(LARGEST_FILE + 1))
+    assert left_out(tmp_path) == ["/big model", "/weights.bin"]
 
 
 @pytest.mark.slow

@@ -32,9 +32,15 @@ LOOK_S = 2.0
 """How long to wait for news before looking again for what another process computed."""
 TELL_S = 30.0
 """Seconds between lines on how far it is."""
-LEFT_OUT = [f"/{name}" for name in ("data", "models", "rationales", "synthetic", "results", "report", "sweeps", "evaluations", "mlartifacts", "plans", "tests",
-                                  "benchmarks/results", ".venv", ".work", ".git", ".dvc")]
-"""What of this folder is no code."""
+CODE = ("pipeline", "conf", "experiments", "tuning")
+"""The folders of this one that a worker needs."""
+LARGEST_FILE = 2**20
+"""Bytes of a file beside them (a metric of one's own, say) that is sent too."""
+
+
+def left_out(root: Path) -> list[str]:
+    """Of the working folder, what is not sent to workers as code: everything but CODE and small files, whatever else a user keeps there."""
+    return sorted(f"/{path.name}" for path in root.iterdir() if path.name not in CODE and (path.is_dir() or path.stat().st_size > LARGEST_FILE))
 
 
 class ClusterLost(Exception):
@@ -81,7 +87,7 @@ def connected(settings: Ray) -> Iterator[Any]:
         raise UserError("Ray is not installed; pip install 'alignscope[ray]', or choose launcher=slurm or launcher=local") from error
     environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": str(ROOT)}} if settings.address else {}
     if settings.store == "objects":
-        environment = {"working_dir": str(ROOT), "excludes": LEFT_OUT}
+        environment = {"working_dir": str(ROOT), "excludes": left_out(ROOT)}
     try:
         context = ray.init(address=settings.address, include_dashboard=None if settings.dashboard or settings.address else False, log_to_driver=False,
                            logging_level=logging.ERROR, runtime_env=environment or None)
