@@ -268,13 +268,13 @@ class Fanout:
         return {p.parent.name: p.stat().st_mtime_ns for p in self.root.glob("*/result.json")}
 
     def below(self, word: str) -> list[int]:
-        """Processes of this run whose command line has the word."""
+        """Processes of this run whose command line has the word, but for Ray's agents, by whose death a whole node goes."""
         import psutil
 
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                if word in " ".join(process.cmdline()):
+                if word in (line := " ".join(process.cmdline())) and "Agent" not in line:
                     found.append(process.pid)
             except psutil.NoSuchProcess:
                 continue
@@ -309,11 +309,8 @@ def test_a_worker_that_is_killed_loses_its_own_cell_alone(words, tmp_path, victi
         started.until(lambda: any(psutil.Process(pid).children() for pid in hosts))
         os.kill(next(child.pid for pid in hosts for child in psutil.Process(pid).children()), signal.SIGKILL)
     else:
-        def found() -> list[int]:  # Ray's agents, by whose death the whole node goes, are no workers
-            return [pid for pid in started.below(victim) if "Agent" not in " ".join(psutil.Process(pid).cmdline())]
-
-        started.until(found)
-        os.kill(found()[0], signal.SIGKILL)
+        started.until(lambda: started.below(victim))
+        os.kill(started.below(victim)[0], signal.SIGKILL)
     said = started.wait()
     assert len(started.results()) == 4 and said.count("try 2 of 3") <= 1 and "failed:" not in said
     same(started.root, serial([*words, *SLOW], tmp_path, 4))
