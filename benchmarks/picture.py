@@ -1,6 +1,6 @@
 """README's picture: what a terminal shows of `alignscope try` on a file of 77 labels, as an SVG.
 
-    python -m benchmarks.picture                     writes docs/try.svg; some four minutes on two CPU cores
+    python -m benchmarks.picture                     writes docs/try.svg; some five minutes on two CPU cores
     python -m benchmarks.picture log=try.log         of what a run printed elsewhere, its first line the command
 
 The rows are made up here, written to .work/picture/banking.csv as a user would have them.
