@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from benchmarks.speed_files import FOLDER
 from pipeline.cell import grid, identity, locks, record
 from pipeline.cell.child import run_in_child
+from pipeline.cell.pool import AtOnce
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.compose import ROOT
 from pipeline.core.files import UserError, read_json, write_json
@@ -315,7 +316,7 @@ def _run(missing: Sequence[DictConfig], root: Path) -> int:
     from pipeline.fan.cluster import dispatch
 
     settings = fan_jobs.read_ray(missing[0])
-    every = fan_run.cell_jobs(missing, settings, machine.cpu_count() or 1, 0, lambda _: 1)
+    every = fan_run.cell_jobs(missing, settings, machine.cpu_count() or 1, 0, AtOnce())
     for job in every:
         job.work, job.extra = f"{HERE}:dummy", {"seconds": SECONDS}
     return dispatch([lambda cpus, gpus: Queue(every, 2)], settings, root / "work", lambda job, code, value: None)

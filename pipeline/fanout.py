@@ -1,6 +1,7 @@
 """Run the missing cells of an experiment on many workers at once: Ray's, on this machine or a cluster, or Slurm's.
 
-    python -m pipeline.fanout experiments=quick                                  a cell on every GPU of this machine (without one: on every CPU)
+    python -m pipeline.fanout experiments=quick                                  on every GPU of this machine, up to four cells in turns (without one: on every CPU)
+    python -m pipeline.fanout experiments=quick at_once=1                        one cell on a GPU
     python -m pipeline.fanout experiments=quick ray.address=auto                 on the Ray cluster that this machine is part of (or host:6379)
     python -m pipeline.fanout experiments=quick ray.address=10.0.0.1:6379 ray.store=objects    its machines do not see this folder
     python -m pipeline.fanout experiments=quick share=true                       several cells on one GPU where the forecast says that they fit
@@ -20,13 +21,12 @@ from omegaconf import DictConfig
 from pipeline.cell.grid import compose_cells, grid_overrides
 from pipeline.core.commands import entry
 from pipeline.fan.run import run as fan_out
-from pipeline.forecasting.sharing import at_once
-from pipeline.forecasting.text import warn
+from pipeline.forecasting.sharing import limit
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Run what is missing."""
-    return fan_out(compose_cells(grid_overrides(overrides)), warn, at_once)
+    return fan_out(compose_cells(grid_overrides(overrides)), limit)
 
 
 main = entry(run)

@@ -11,17 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-import report_cells
 from conftest import write_model, write_rationales, write_task
 from test_dvc import Clone
 
 from pipeline.cell import grid, identity
 from pipeline.cell.child import run_in_child
+from pipeline.cell.pool import AtOnce
 from pipeline.core.compose import ROOT, compose
 from pipeline.fan import jobs, parcels, run, slurm
 from pipeline.fan.cluster import LARGEST_FILE, left_out
-from pipeline.fan.jobs import BAD_INPUT, BUSY, LOST, Job, Queue
-from pipeline.records.finished import Cell
+from pipeline.fan.jobs import BAD_INPUT, Job, Queue
 from pipeline.records.results import read
 
 SHORT = ["technique=lora", "precision=fp32", "experiment=tried", "train_rows=16", "train.batch_size=8", "train.steps=2", "evaluate.test_rows=8"]
@@ -38,7 +37,7 @@ def cells(words: list[str], count: int = 3, *more: str) -> list:
 
 
 def fan(every: list) -> int:
-    return run.run(every, lambda missing: None, lambda cfg: 1)
+    return run.run(every, lambda missing: AtOnce())
 
 
 def serial(words: list[str], tmp_path: Path, count: int = 3) -> Path:
@@ -60,61 +59,6 @@ def same(here: Path, there: Path) -> None:
 def test_cells_composed_once_for_all_seeds_are_those_composed_one_by_one(words):
     every = [[*words, f"technique={t}", f"seed={seed}"] for t in ("lora", "full") for seed in (0, 1, 7)]
     assert grid.compose_cells(every) == [grid.compose_cell(w) for w in every]
-
-
-# what is left
-
-
-def queue(count: int = 3, retries: int = 1, **needs: str) -> Queue:
-    return Queue([Job(f"c{i}", "m:f", [], frozenset(filter(None, [needs.get(f"c{i}")]))) for i in range(count)], retries)
-
-
-def test_a_job_that_lost_its_worker_is_tried_again_a_bounded_number_of_times_and_not_on_that_node():
-    left = queue(1)
-    job = left.take()
-    assert left.ended(job, LOST, "node-a") == "again" and left.take() is job and job.avoid == {"node-a"}
-    assert left.ended(job, LOST, "node-b") == "failed" and left.take() is None and left.failed == {"c0": LOST} and left.left == 0
-
-
-def test_bad_input_is_not_tried_again():
-    left = queue(1)
-    assert left.ended(left.take(), BAD_INPUT) == "failed" and not left.left
-
-
-def test_a_job_waits_for_the_one_that_it_needs_and_is_not_started_after_its_failure():
-    left = queue(3, c0="c1", c1="c2")
-    last = left.take()
-    assert last.name == "c2" and left.take() is None and left.left == 2
-    assert left.ended(last, 0) == "done"
-    middle = left.take()
-    assert middle.name == "c1" and left.take() is None
-    assert left.ended(middle, BAD_INPUT) == "failed"
-    assert left.failed == {"c1": BAD_INPUT, "c0": BAD_INPUT} and left.left == 0
-
-
-def test_what_another_process_computes_comes_back_last():
-    left = queue(2)
-    assert left.ended(left.take(), BUSY) == "elsewhere" and left.left == 2
-    assert left.take().name == "c1" and left.take() is None
-    left.look_again()
-    assert left.take().name == "c0"
-
-
-@pytest.mark.parametrize(("settings", "device", "share", "gpus", "wanted"), [
-    ({}, "auto", False, 0, 0), ({}, "cpu", False, 2, 0), ({}, "auto", False, 2, 1), ({}, "cuda", False, 0, 1), ({}, "auto", True, 2, 0.25),
-    ({"gpus": 0.5}, "auto", False, 2, 0.5),
-])
-def test_less_than_a_whole_gpu_is_declared_only_where_the_config_says_so(words, settings, device, share, gpus, wanted):
-    cfg = compose([*words, f"device={device}", f"share={share}"])
-    assert run.gpu_share(cfg, jobs.Ray(**settings), gpus, lambda _: 4) == wanted
-
-
-def test_times_of_cells_that_shared_a_gpu_are_marked(tmp_path):
-    def timing(gpus, device):
-        result = report_cells.result("lora", config={"ray": {"gpus": gpus}}, hardware={"device": device})
-        return Cell(result, tmp_path, "lora", "200").timing
-
-    assert timing(0.25, "cuda") == "shared" and timing(1.0, "cuda") == timing(None, "cuda") == timing(0.0, "cpu") == ""
 
 
 # by content
@@ -248,7 +192,7 @@ from pipeline.fan import run
 if __name__ == "__main__":
     words = sys.argv[2:]
     every = [compose([*words, f"seed={seed}"]) for seed in range(int(sys.argv[1]))]
-    sys.exit(run.run(every, lambda missing: None, lambda cfg: 1))
+    sys.exit(run.run(every, lambda missing: AtOnce()))
 """
 SLOW = ["train.steps=40", "train.checkpoint_every_s=0.5"]
 

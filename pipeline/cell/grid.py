@@ -87,7 +87,7 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     for cfg in missing:
         if cfg.pack is None:
             cfg.pack = cfg.share
-    with _asked(limit, missing) as answer:
+    with asked(limit, missing) as answer:
         shared = preload(missing)
         at_once = answer()
     if cells[0].preflight:
@@ -100,7 +100,7 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
 
 
 @contextlib.contextmanager
-def _asked(limit: Limit | None, missing: Sequence[DictConfig]) -> Iterator[Callable[[], AtOnce]]:
+def asked(limit: Limit | None, missing: Sequence[DictConfig]) -> Iterator[Callable[[], AtOnce]]:
     """What waits for the limit's answer, which a child works out meanwhile; one at a time where it has none."""
     if limit is None:
         yield AtOnce

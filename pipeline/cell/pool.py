@@ -36,6 +36,16 @@ class AtOnce:
     """Bytes that they may take together; None: as many cells as `cells` says."""
 
 
+def take_back(cfg: DictConfig) -> bool:
+    """Whether a cell that others ran beside has a result that says it ran out of memory, which is removed then: it says so of a crowded device."""
+    path = identity.folder_of(cfg) / "result.json"
+    result: Any = read_or_name(path)
+    if result is None or result.status != "oom":
+        return False
+    discard(path)
+    return True
+
+
 @dataclass
 class UnderWay:
     """A cell that runs. crowded: whether another one ran beside it at any time."""
@@ -160,7 +170,7 @@ class Pool:
             raise
         if code is None:
             return None
-        if code == 0 and one.crowded and not one.cfg.share and self._ran_out(one.cfg):
+        if code == 0 and one.crowded and not one.cfg.share and take_back(one.cfg):
             self.alone.add(cell_name(one.cfg))
             self.waiting.append((self.count, one.cfg))
             print(f"{cell_name(one.cfg)} ran out of memory beside other cells, and is run again by itself", flush=True)
@@ -172,12 +182,3 @@ class Pool:
     def _release(self, one: UnderWay) -> None:
         self.running.remove(one)
         one.held.close()
-
-    def _ran_out(self, cfg: DictConfig) -> bool:
-        """Whether the result says so, which is then removed: it would say so of a crowded device."""
-        path = identity.folder_of(cfg) / "result.json"
-        result: Any = read_or_name(path)
-        if result is None or result.status != "oom":
-            return False
-        discard(path)
-        return True

@@ -83,8 +83,7 @@ def key(parts: Parts, scorer: Scorer, asked: Sequence[dict]) -> str | None:
 
 def _crowded(parts: Parts) -> bool:
     """Whether others are on the device at any time, so that the figures are nobody's."""
-    gpus = parts.cfg.ray.gpus
-    return parts.cfg.share or (parts.device.type == "cuda" and gpus is not None and 0 < gpus < 1)
+    return parts.cfg.share or turns.crowded()
 
 
 def _memory(parts: Parts, mark: str) -> Path:

@@ -282,11 +282,11 @@ def _task(request: dict[str, Any], carried: list[dict[str, parcels.Parcel]] | No
 
 def _ask(request: dict[str, Any], cpus: float) -> Reply:
     global _host
-    if _host is None or not _host.alive or _host.cpus != cpus:
+    if _host is None or not _host.alive:
         if _host is not None:
             _host.close()
         _host = Host(cpus)
-    return _host.ask(request)
+    return _host.ask({**request, "threads": max(1, int(cpus))})
 
 
 def _apart(request: dict[str, Any], carried: list[dict[str, parcels.Parcel]], cache: Path, brings: str | None, cpus: float,

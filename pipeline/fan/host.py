@@ -6,12 +6,15 @@ cell of `pipeline.cells` is. It ends with the worker that started it, its childr
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +26,10 @@ from pipeline.cell import grid, identity, inputs, locks, preflight
 from pipeline.cell.child import Ended, run_cell, run_in_child
 from pipeline.cell.inputs import Shared
 from pipeline.cell.launch import dies_with
+from pipeline.cell.pool import take_back
 from pipeline.core.compose import ROOT, literal
 from pipeline.core.files import UserError
-from pipeline.fan.jobs import BAD_INPUT, BUSY, INTERRUPTED, LOST
+from pipeline.fan.jobs import BAD_INPUT, BUSY, CROWDED, INTERRUPTED, LOST
 from pipeline.measure.clock import now
 
 SAID = 2000
@@ -52,7 +56,6 @@ class Host:
         code = f"from pipeline.fan.host import serve; serve({writes}, {os.getpid()})"
         threads = str(max(1, int(cpus)))
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-        self.cpus = cpus
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True, env=environment, pass_fds=[writes],
                                         start_new_session=True)
         os.close(writes)
@@ -103,12 +106,22 @@ class Kept:
         self.key: Any = None
         self.loaded: Shared | None = None
 
-    def of(self, cells: list[DictConfig]) -> Shared:
-        """What these cells share, read by the first that asks."""
+    def of(self, cells: list[DictConfig], request: dict[str, Any]) -> Shared:
+        """What these cells share, read by the first that asks, with the place that the request gives them: `threads`, and `at_once` on a GPU."""
         key = sorted({(cfg.paths.models, cfg.model.name, cfg.model.get("trust_remote_code")) for cfg in cells}, key=str)
         if self.loaded is None or self.key != key:
             self.key, self.loaded = key, inputs.preload(cells)
-        return self.loaded
+        at_once = request.get("at_once", 1)
+        turns = turns_here() if at_once > 1 and not cells[0].share else None
+        return dataclasses.replace(self.loaded, threads=request.get("threads", self.loaded.threads), at_once=at_once, turns=turns)
+
+
+def turns_here() -> Path:
+    """The folder by which processes of this user take turns on the GPU that this one sees."""
+    gpu = re.sub(r"\W", "_", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+    folder = Path(tempfile.gettempdir()) / f"alignscope-turns-{os.getuid()}" / gpu
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _answer(request: dict[str, Any], kept: Kept) -> dict[str, Any]:
@@ -165,18 +178,22 @@ def run_one(cells: list[DictConfig], request: dict[str, Any], kept: Kept) -> int
     with locks.free([cfg]) as members:
         if not members:
             return BUSY
-        return 0 if grid.is_done(cfg) else run_cell(cfg, kept.of(cells), now())
+        if grid.is_done(cfg):
+            return 0
+        shared = kept.of(cells, request)
+        code = run_cell(cfg, shared, now())
+        return CROWDED if code == 0 and shared.turns and take_back(cfg) else code
 
 
 def run_several(cells: list[DictConfig], request: dict[str, Any], kept: Kept) -> int:
     """Run cells one after another, or those of a pack at once."""
     missing = [cfg for cfg in cells if not grid.is_done(cfg)]
-    return grid.run_here(missing, kept.of(missing), grid.Mirror.silent()) if missing else 0
+    return grid.run_here(missing, kept.of(missing, request), grid.Mirror.silent()) if missing else 0
 
 
 def check_ahead(cells: list[DictConfig], request: dict[str, Any], kept: Kept) -> int:
     """The checks before a technique's first cell."""
-    shared = kept.of(cells)
+    shared = kept.of(cells, request)
     return run_in_child(lambda: preflight.ahead(cells, shared)).code
 
 

@@ -16,8 +16,9 @@ from pipeline.core.schema import AtLeast0, AtLeast1, Positive, Within
 from pipeline.core.settings import build
 from pipeline.records.finished import name as cell_name
 
-BAD_INPUT, BUSY, LOST, OUT_OF_MEMORY, INTERRUPTED = 2, 70, 71, 72, 130
-"""What a job ends with besides 0: refused; another process computes it; its worker died; Ray ended its worker for memory; ended by a signal."""
+BAD_INPUT, BUSY, LOST, OUT_OF_MEMORY, CROWDED, INTERRUPTED = 2, 70, 71, 72, 73, 130
+"""What a job ends with besides 0: refused; another process computes it; its worker died; Ray ended its worker for memory; it ran out of a GPU's memory
+beside other cells; ended by a signal."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Ray:
     cpus: Annotated[float, Within(0, above=True)] | None = None
     """CPUs of a cell; null: of a cell on a GPU as many as there are for each, else one."""
     gpus: Annotated[float, Within(0, 1)] | None = None
-    """GPUs of a cell; null: one where there are some (with train.parallel: train.gpus). Less than 1 gives a GPU to several cells, whose times then say so."""
+    """GPUs of a cell; null: the share of one that its forecast asks for, a quarter at least (with train.parallel: train.gpus). Cells on one GPU take turns."""
     retries: AtLeast0 = 2
     """How often a cell is tried again on another worker after its own died or it ended with an error."""
     store: Literal["shared", "objects"] = "shared"
@@ -129,6 +130,10 @@ class Queue:
         if code == BUSY:
             self.busy.append(job)
             return "elsewhere"
+        if code == CROWDED:
+            job.gpus, job.extra["at_once"] = 1.0, 1
+            self.ready.append(job)
+            return "again"
         if code not in (0, BAD_INPUT, INTERRUPTED) and job.tries < self.retries:
             job.tries += 1
             job.avoid |= {node} if node else set()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +14,44 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cell import identity, launch, packing, preflight, record
 from pipeline.cell.child import run_in_child
-from pipeline.cell.grid import Mirror, begin, clear, is_done
+from pipeline.cell.grid import Limit, Mirror, asked, begin, clear, is_done
+from pipeline.cell.pool import AtOnce
 from pipeline.core.files import UserError
 from pipeline.fan import jobs as fan_jobs
 from pipeline.fan.jobs import INTERRUPTED, LOST, OUT_OF_MEMORY, Job, Queue
 from pipeline.records.finished import name as cell_name
 
 HOST = "pipeline.fan.host"
-Fits = Callable[[DictConfig], int]
-"""How many cells of a config one GPU holds at once, by the forecast."""
 
 
-def run(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], None], fits: Fits) -> int:
-    """Run those of the cells that have no result on the workers that `launcher` names. Returns 0 if all have one then."""
+def run(cells: Sequence[DictConfig], limit: Limit) -> int:
+    """Run those of the cells that have no result on the workers that `launcher` names. Returns 0 if all have one then.
+
+    Args:
+        limit: says how many cells one GPU holds, and what each needs.
+    """
     settings = fan_jobs.read_ray(cells[0])
-    missing, mirror = begin(cells, warn)
+    missing, mirror = begin(cells)
     if not missing:
         return 0
     for cfg in missing:
         launch.declared(cfg)
+    with asked(limit, missing) as answer:
+        at_once = answer()
     if cells[0].launcher != "ray":
         from pipeline.fan.slurm import submit
 
         return submit(missing, mirror)
-    code = on_ray(missing, mirror, settings, fits)
+    code = on_ray(missing, mirror, settings, at_once)
     mirror.put([cfg for cfg in missing if is_done(cfg)])
     return code
 
 
-def on_ray(missing: Sequence[DictConfig], mirror: Mirror, settings: fan_jobs.Ray, fits: Fits) -> int:
+def on_ray(missing: Sequence[DictConfig], mirror: Mirror, settings: fan_jobs.Ray, at_once: AtOnce) -> int:
     """Run the cells on Ray, whose part of this is a process of its own: if the cluster is lost, what is missing then is tried with another."""
     for attempt in range(settings.retries + 1):
         news = News(missing, mirror)
-        done = run_in_child(lambda: _dispatch(missing, settings, fits, news), polled=news.read)  # noqa: B023
+        done = run_in_child(lambda: _dispatch(missing, settings, at_once, news), polled=news.read)  # noqa: B023
         news.read()
         if news.ended or done.code == INTERRUPTED:
             return done.code
@@ -59,16 +65,16 @@ def on_ray(missing: Sequence[DictConfig], mirror: Mirror, settings: fan_jobs.Ray
     return LOST
 
 
-def _dispatch(missing: Sequence[DictConfig], settings: fan_jobs.Ray, fits: Fits, news: News) -> int:
+def _dispatch(missing: Sequence[DictConfig], settings: fan_jobs.Ray, at_once: AtOnce, news: News) -> int:
     from pipeline.fan.cluster import ClusterLost, dispatch
 
     unchecked = preflight.unchecked(missing) if missing[0].preflight else []
 
     def checks(cpus: float, gpus: float) -> Queue:
-        return Queue([_job(f"preflight-{i}-{g[0].technique.name}", "check_ahead", g, settings, cpus, gpus, fits) for i, g in enumerate(unchecked)], 0)
+        return Queue([_job(f"preflight-{i}-{g[0].technique.name}", "check_ahead", g, settings, cpus, gpus, at_once) for i, g in enumerate(unchecked)], 0)
 
     def cells(cpus: float, gpus: float) -> Queue:
-        return Queue(cell_jobs(missing, settings, cpus, gpus, fits), settings.retries)
+        return Queue(cell_jobs(missing, settings, cpus, gpus, at_once), settings.retries)
 
     try:
         code = dispatch([*([checks] if unchecked else []), cells], settings, Path(missing[0].paths.work), news.tell)
@@ -81,17 +87,17 @@ def _dispatch(missing: Sequence[DictConfig], settings: fan_jobs.Ray, fits: Fits,
     return code
 
 
-def cell_jobs(missing: Sequence[DictConfig], settings: fan_jobs.Ray, cpus: float, gpus: float, fits: Fits) -> list[Job]:
+def cell_jobs(missing: Sequence[DictConfig], settings: fan_jobs.Ray, cpus: float, gpus: float, at_once: AtOnce) -> list[Job]:
     """A job for every cell; with pack=true and a shared folder one for those that train at once."""
     needs, made = fan_jobs.needs(missing), []
     packed = {cell_name(cfg): group for group in packing.groups(missing) for cfg in group} if settings.store == "shared" else {}
     for cfg in missing:
         group = packed.get(cell_name(cfg))
         if group is None:
-            job = _job(cell_name(cfg), "run_one", [cfg], settings, cpus, gpus, fits)
+            job = _job(cell_name(cfg), "run_one", [cfg], settings, cpus, gpus, at_once)
             job.brings = identity.folder_of(cfg)
         elif group[0] is cfg:
-            job = _job(f"{cell_name(cfg)}-and-{len(group) - 1}-more", "run_several", group, settings, cpus, gpus, fits)
+            job = _job(f"{cell_name(cfg)}-and-{len(group) - 1}-more", "run_several", group, settings, cpus, gpus, at_once if cfg.share else AtOnce())
         else:
             continue
         job.needs = frozenset().union(*(needs[cell_name(c)] for c in job.cells))
@@ -102,17 +108,19 @@ def cell_jobs(missing: Sequence[DictConfig], settings: fan_jobs.Ray, cpus: float
     return made
 
 
-def _job(name: str, work: str, cells: Sequence[DictConfig], settings: fan_jobs.Ray, cpus: float, gpus: float, fits: Fits) -> Job:
+def _job(name: str, work: str, cells: Sequence[DictConfig], settings: fan_jobs.Ray, cpus: float, gpus: float,
+         at_once: AtOnce) -> Job:
     cfg = cells[0]
-    gpu = gpu_share(cfg, settings, gpus, fits)
+    gpu = gpu_share(cfg, settings, gpus, at_once)
     cpu = cpu_share(settings, cpus, gpus, gpu) if gpu else settings.cpus or max(1.0, launch.declared(cfg))
     sent = [OmegaConf.merge(c, {"ray": {"gpus": gpu, "cpus": cpu}}) for c in cells]
-    return Job(name, f"{HOST}:{work}", sent, gpus=gpu, cpus=cpu)  # type: ignore[arg-type]
+    return Job(name, f"{HOST}:{work}", sent, gpus=gpu, cpus=cpu,  # type: ignore[arg-type]
+               extra={"at_once": max(1, int(1 / gpu))} if 0 < gpu < 1 else {})
 
 
-def gpu_share(cfg: DictConfig, settings: fan_jobs.Ray, gpus: float, fits: Fits) -> float:
-    """GPUs that a cell declares, in a cluster with so many: one, or those that train it together (train.gpus). Less than a whole one only where the config
-    says so: with share=true or ray.gpus."""
+def gpu_share(cfg: DictConfig, settings: fan_jobs.Ray, gpus: float, at_once: AtOnce) -> float:
+    """GPUs that a cell declares, in a cluster with so many: those that train it together (train.gpus), or the share of one that its memory asks for, so
+    that no more cells are on it than may be at once. One whose need nobody knows has a whole one."""
     several = launch.declared(cfg)
     if cfg.device == "cpu" or (cfg.device == "auto" and not gpus):
         return 0.0
@@ -120,7 +128,10 @@ def gpu_share(cfg: DictConfig, settings: fan_jobs.Ray, gpus: float, fits: Fits) 
         return float(several)
     if settings.gpus is not None:
         return settings.gpus
-    return float(int(1e4 / max(1, fits(cfg))) / 1e4) if cfg.share else 1.0
+    need = at_once.needs.get(cell_name(cfg))
+    if at_once.cells == 1 or need is None or not at_once.room:
+        return 1.0
+    return min(1.0, math.ceil(1e4 * max(1 / at_once.cells, need / at_once.room)) / 1e4)
 
 
 def cpu_share(settings: fan_jobs.Ray, cpus: float, gpus: float, gpu: float) -> float:

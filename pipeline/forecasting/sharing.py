@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pipeline.cell.pool import AtOnce
 from pipeline.core.compose import plain
 from pipeline.core.names import class_of
-from pipeline.forecasting.cell import Card, card_at_hand, forecast
+from pipeline.forecasting.cell import Card, card_at_hand
 from pipeline.forecasting.text import told
 from pipeline.records.finished import name as cell_name
 
@@ -20,18 +20,6 @@ MOST = 8
 """More at once than these gain nothing: each waits for the others' kernels."""
 WAITING = 4
 """Cells under way that take turns: one is timed while the others load and capture."""
-
-
-def at_once(cfg: DictConfig) -> int:
-    """How many cells of this config fit on one GPU, at least 1; 1 where there is no forecast.
-
-    The GPU is the one that forecast.gpu_memory_gb describes, or this machine's.
-    """
-    card = card_at_hand(cfg)
-    estimate = forecast(cfg, card, batches=False, time=False) if card.gpu else None
-    if estimate is None or estimate.memory is None:
-        return 1
-    return max(1, min(MOST, int(card.memory_bytes * RESERVE / estimate.memory.total)))
 
 
 WEIGHTS_TIMES = 4
@@ -44,7 +32,7 @@ others is run again by itself."""
 
 
 def limit(missing: Sequence[DictConfig]) -> AtOnce:
-    """How many of these cells `pipeline.cells` may have under way, with what each needs; warnings of what will not fit are printed.
+    """How many of these cells `pipeline.cells` may have under way (`pipeline.fanout`: on each GPU), with what each needs; what will not fit is warned of.
 
     One on a CPU, where there is nothing to overlap. At most MOST with share=true, else WAITING: more only wait for their turn.
     """

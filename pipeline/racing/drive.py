@@ -21,8 +21,7 @@ from pipeline.cell.child import Ended, Limit, Watcher, limited
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.progress import Progress
 from pipeline.fan.run import run as fan_out
-from pipeline.forecasting.sharing import at_once
-from pipeline.forecasting.text import warn
+from pipeline.forecasting import sharing
 from pipeline.methods.base import Method
 from pipeline.racing.entrants import Asked, Entrant
 from pipeline.racing.journal import Entry, Journal, Screened
@@ -166,7 +165,7 @@ class Seeds:
         self.journal.begin(what)
         with limited(left_s / max(1, self.asked.at_once), self.journal.beat) as limit, self._told(what, limit):
             if self.asked.at_once > 1:
-                code = fan_out(missing, warn, at_once)
+                code = fan_out(missing, sharing.limit)
             else:
                 packed = [at(cfg, {"pack": True}) for cfg in missing] if len(missing) > 1 else missing
                 watcher = Stops(limit, floor)

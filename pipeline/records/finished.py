@@ -44,10 +44,9 @@ class Cell:
         """Why its training times are not those of a run by itself; empty if they are."""
         if self.result.packed:
             return "packed"
-        if self.result.neighbours and not self.result.neighbours.turns:
-            return "shared"
         declared = (self.result.config.get("ray") or {}).get("gpus")
-        if self.result.hardware.get("device") == "cuda" and declared is not None and declared < 1:
+        part = self.result.hardware.get("device") == "cuda" and declared is not None and declared < 1
+        if not self.result.neighbours.turns if self.result.neighbours else part:
             return "shared"
         if self.result.work and self.result.work.parallel:
             return "parallel"

@@ -24,6 +24,7 @@ from pipeline.cell import inputs, record
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
 from pipeline.cell.packing import INTERRUPTED, attempt, signals
+from pipeline.cell.pool import AtOnce
 from pipeline.core import locks as core_locks
 from pipeline.core.files import Unsuited, UserError, read_json, write_json
 from pipeline.fan import jobs as fan_jobs
@@ -394,7 +395,7 @@ class RayTrials(fan_jobs.Queue):
     def __init__(self, trials: Trials, settings: fan_jobs.Ray, cpus: float, gpus: float) -> None:
         super().__init__([], settings.retries)
         self.trials, self.total = trials, trials.study.sweep.target
-        self.gpus = gpu_share(trials.cfg, settings, gpus, lambda _: 1)
+        self.gpus = gpu_share(trials.cfg, settings, gpus, AtOnce())
         self.cpus = cpu_share(settings, cpus, gpus, self.gpus)
         places = max(1, int(min(cpus / self.cpus, gpus / self.gpus if self.gpus else math.inf)))
         self.places = min(places, TPE_AT_ONCE) if trials.study.sweep.sampler == "tpe" else places
@@ -430,7 +431,7 @@ def on_worker(cells: list[DictConfig], request: dict[str, Any], kept: Any) -> tu
     """A trial on a worker: its result as JSON."""
     [cfg] = cells
     with tempfile.TemporaryDirectory() as scratch:
-        result = run_trial(cfg, kept.of(cells), Path(scratch) / "trial", request["label"], request["count_errors"])
+        result = run_trial(cfg, kept.of(cells, request), Path(scratch) / "trial", request["label"], request["count_errors"])
         results.write(Path(scratch) / "made", result)
         return 0, read_json(Path(scratch) / "made" / "result.json")
 
