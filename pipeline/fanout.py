@@ -1,6 +1,6 @@
 """Run the missing cells of an experiment on many workers at once: Ray's, on this machine or a cluster, or Slurm's.
 
-    python -m pipeline.fanout experiments=quick                                  on every GPU of this machine, up to four cells in turns (without one: on every CPU)
+    python -m pipeline.fanout experiments=quick                                  up to four cells in turns on each GPU of this machine, or one a CPU
     python -m pipeline.fanout experiments=quick at_once=1                        one cell on a GPU
     python -m pipeline.fanout experiments=quick ray.address=auto                 on the Ray cluster that this machine is part of (or host:6379)
     python -m pipeline.fanout experiments=quick ray.address=10.0.0.1:6379 ray.store=objects    its machines do not see this folder
