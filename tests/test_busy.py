@@ -99,14 +99,15 @@ def test_the_key_holds_all_that_the_figures_depend_on(words, monkeypatch):
 
     plain = keyed("plain", *seeds(words, 1))
     assert keyed("another seed and rate", *seeds(words, 1, "train.lr=0.01", "seed=0")) == plain is not None
+    assert keyed("another objective", *seeds(words, 1, "technique=step_by_step_lora")) == plain
     others = {
-        "prompt lengths": ["task.separator=' : '"], "precision": ["precision=bf16"], "modules": ["method.config.target_modules=[q_proj]"],
+        "precision": ["precision=bf16"], "modules": ["method.config.target_modules=[q_proj]"],
         "what is measured": ["evaluate.adapters=[1]"], "batches": ["evaluate.batch_tokens=99"],
     }
     for what, more in others.items():
         keyed(what, *seeds(words, 1, *more))
     with monkeypatch.context() as patch:
-        patch.setattr(identity, "code", lambda _: {"engine/ops.py": "another"})
+        patch.setattr(identity, "request_code", lambda _: {"engine/ops.py": "another"})
         keyed("code", *seeds(words, 1))
     with monkeypatch.context() as patch:
         patch.setattr(requests, "manifest", lambda _: {"sha256": "another"})
@@ -114,7 +115,7 @@ def test_the_key_holds_all_that_the_figures_depend_on(words, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(requests.machine, "hardware", lambda _: {"gpu": "another"})
         keyed("device", *seeds(words, 1))
-    values = [value for value, what in asked if what != "another seed and rate"]
+    values = [value for value, what in asked if not what.startswith("another ")]
     assert len(set(values)) == len(values), asked
 
 

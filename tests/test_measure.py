@@ -122,6 +122,21 @@ def test_latency_is_the_median_of_single_calls_after_a_warm_up(clock):
     assert seen == ["a", "a", "b", "c", "d"]
 
 
+def test_a_gpu_has_had_each_request_before_it_is_timed_and_what_takes_long_is_not_repeated(clock, monkeypatch):
+    seen = []
+    monkeypatch.setattr(measure_clock, "synchronise", lambda device: None)
+
+    def call(item: str) -> None:
+        seen.append(item)
+        clock.pass_(1.0 if seen.count(item) > 1 else 9.0)
+
+    assert measure_clock.latency_s(call, ["a", "b", "a"], "cuda") == 1.0
+    assert seen == ["a", "b", "a", "b", "a"]
+    del seen[:]
+    assert measure_clock.latency_s(call, ["a"] * 4, "cuda", enough_s=1.5) == 1.0
+    assert len(seen) == 3
+
+
 def test_latency_without_items_is_null():
     assert measure_clock.latency_s(lambda _: None, [], "cpu") is None
 

@@ -147,9 +147,14 @@ def common_code() -> dict[str, str]:
     return digests([*closure(CELL), *read])
 
 
-def own_code(config: dict[str, Any]) -> dict[str, str]:
+def request_code(cfg: DictConfig) -> dict[str, str]:
+    """The same of what answers its requests: without its objective, which no request runs."""
+    return common_code() | own_code(deciding(plain(cfg)), ("method",))
+
+
+def own_code(config: dict[str, Any], groups: Sequence[str] = ("method", "objective")) -> dict[str, str]:
     """Digests of the files of a cell's own method and objective, and of what they import beyond `common_code`."""
-    modules = [names.TABLE[group][config[group]["type"]].rpartition(".")[0] for group in ("method", "objective")]
+    modules = [names.TABLE[group][config[group]["type"]].rpartition(".")[0] for group in groups]
     common = set(closure(CELL))
     return digests(path for module in modules for path in closure(module) if path not in common)
 

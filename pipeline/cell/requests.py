@@ -1,7 +1,8 @@
 """What requests cost a model that is served: seconds and memory of one, of one with the adapter merged, of many adapters over one base.
 
 Library of pipeline/cell/evaluation.py. These figures depend on shapes, the code and the machine, not on what was learnt. So they are measured once
-for each `key`, and later cells of the experiment take them over and say from whom (`Inference.requests_from`); requests=measure measures all anew.
+for each `key`, and later cells of the experiment whose requests are about as long take them over and say from whom (`Inference.requests_from`);
+latency=measure measures all anew.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from pipeline.scoring.sharing import shared_latency
 
 FIELDS = ("latency_s", "merged_latency_s", "request_peak_bytes", "merged_request_peak_bytes", "adapters", "one_adapter", "adapters_mixed")
 """Of Inference."""
+ALIKE = 0.1
+"""Share by which the tokens of requests may differ whose figures are the same: that of a prefix such as predict:, not of demonstrations."""
 Tried = Callable[[str, Any, Callable[[], Any]], Any]
 """(name, value where it fails, what measures) -> its value."""
 
@@ -47,8 +50,9 @@ def measure(parts: Parts, scorer: Scorer, rows: Sequence[dict], inference: Infer
     mark = key(parts, scorer, asked)
     if mark is None or parts.cfg.latency == "measure":
         return dataclasses.replace(_measured(parts, scorer, asked, inference, tried), requests_key=mark)
+    tokens = sum(len(prompt) + sum(map(len, choices)) for prompt, choices in scorer.items(asked))
     with _one_at_a_time(_memory(parts, mark)):
-        before = _before(parts, mark)
+        before = _before(parts, mark, tokens)
         if before is not None:
             return dataclasses.replace(inference, **before, requests_key=mark)
         if _crowded(parts):
@@ -56,14 +60,14 @@ def measure(parts: Parts, scorer: Scorer, rows: Sequence[dict], inference: Infer
         made = dataclasses.replace(_measured(parts, scorer, asked, inference, tried), requests_key=mark)
         if made.latency_s is not None and not failed:
             figures = {name: getattr(made, name) for name in FIELDS}
-            write_json(_memory(parts, mark), {"cell": cell_name(parts.cfg), "key": mark, "figures": figures})
+            write_json(_memory(parts, mark), {"cell": cell_name(parts.cfg), "key": mark, "tokens": tokens, "figures": figures})
     return made
 
 
 def key(parts: Parts, scorer: Scorer, asked: Sequence[dict]) -> str | None:
     """Hash of all that the figures depend on; None where they depend on what was learnt.
 
-    Method with its settings, precision and shape of the model; base, code, machine and packages; lengths of the requests; what is asked for. An answer
+    Method with its settings, precision and shape of the model; base, code, machine and packages; what is asked for. An answer
     that is generated ends where the model says so, and reasoning likewise: such figures are a cell's own. So are those of a cell that begins at another.
     """
     cfg = parts.cfg
@@ -74,9 +78,9 @@ def key(parts: Parts, scorer: Scorer, asked: Sequence[dict]) -> str | None:
     held = {
         "method": decisive["method"], "precision": [parts.precision, vars(parts.settings.precision)], "dtype": str(parts.dtype),
         "rows": None if parts.method.trains else [cfg.train_rows, decisive.get("seed")], "shape": [*parameters(scorer.model), memory_bytes(scorer.model)],
-        "model": manifest(parts.model)["sha256"], "code": identity.code(cfg), "hardware": machine.hardware(parts.device) | machine.arithmetic(),
+        "model": manifest(parts.model)["sha256"], "code": identity.request_code(cfg), "hardware": machine.hardware(parts.device) | machine.arithmetic(),
         "packages": machine.versions(machine.PACKAGES), "evaluate": [evaluate.latency_rows, evaluate.adapters, evaluate.batch_tokens],
-        "lengths": [(len(prompt), [len(choice) for choice in choices]) for prompt, choices in scorer.items(asked)],
+        "requests": [len(row["choices"]) for row in asked],
     }
     return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -99,13 +103,17 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def _before(parts: Parts, mark: str) -> dict[str, Any] | None:
-    """The figures of another cell of this experiment with this key, which has its result or is about to; None where there is none."""
+def _before(parts: Parts, mark: str, tokens: int) -> dict[str, Any] | None:
+    """The figures of another cell of this experiment with this key, which has its result or is about to; None where there is none.
+
+    tokens: of all requests of this one."""
     path = _memory(parts, mark)
     if not path.exists():
         return None
     try:
         known = read_object(path)
+        if abs(known["tokens"] - tokens) > ALIKE * tokens:
+            return None
         cell, figures = known["cell"], {name: known["figures"][name] for name in FIELDS}
     except (UserError, KeyError, TypeError):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import time
@@ -102,23 +103,26 @@ class Meter:
         return Phases(wall_s=round(self._mark - self._begin, 4), **values)
 
 
-def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any, agree: float | None = None) -> float | None:
-    """Median seconds of `call(item)`, one item at a time, after one call to warm up. None without items.
+def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any, enough_s: float = math.inf) -> float | None:
+    """Median seconds of `call(item)`, one item at a time, once warm: a GPU has had each item before (the first request of a length takes three times as
+    long, while kernels are loaded and chosen for it), a CPU the first. None without items.
 
     Args:
-        agree: no more items are timed once two in a row differ by at most this share; None: all are.
+        enough_s: no more items are timed once those that were took so long.
     """
     if not items:
         return None
-    call(items[0])
-    times = []
+    distinct = {id(item): item for item in items}.values() if str(device).startswith("cuda") else items[:1]
+    for item in distinct:
+        call(item)
+    times: list[float] = []
     for item in items:
         synchronise(device)
         at = time.perf_counter()
         call(item)
         synchronise(device)
         times.append(time.perf_counter() - at)
-        if agree is not None and len(times) > 1 and abs(times[-1] - times[-2]) <= agree * times[-2]:
+        if sum(times) >= enough_s:
             break
     return statistics.median(times)
 
