@@ -89,7 +89,8 @@ def measure(stack: str, options: dict[str, str], more: Sequence[str]) -> dict[st
     words = [*_places(options), f"paths.results={folder}/results", f"paths.work={folder}/work", "tracking=none", "train.progress=false", *more]
     before, began = _finished(folder), now()
     watch, samples = Stopwatch(), []
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "PYTHONPATH": str(code)}
+    there = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "PYTHONPATH": there}
     ended = "done"
     with open(folder / "log.txt", "ab") as log:
         for command in _commands(stack, cells, words, folder):
