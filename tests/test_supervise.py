@@ -118,6 +118,27 @@ def test_a_kernel_that_does_not_tell_is_no_evidence(monkeypatch):
     assert run_in_child(kill_self(signal.SIGKILL)) == Outcome(137)
 
 
+def test_a_signal_to_one_child_is_not_handed_to_those_that_run_beside_it():
+    def sleep() -> int:
+        threading.Event().wait(30)
+        return 0
+
+    children: list[child.Child] = []
+    with child.handed_on(lambda: children):
+        children += [child.Child(sleep)]
+        children += [child.Child(sleep)]
+        threading.Event().wait(0.3)  # until the second has its handlers
+        children[1].send(signal.SIGTERM)
+        while children[1].poll() is None:
+            child.pause()
+        threading.Event().wait(0.2)
+        first = children[0].poll()
+        children[0].send(signal.SIGKILL)
+        while children[0].poll() is None:
+            child.pause()
+    assert children[1].outcome == Outcome(128 + signal.SIGTERM) and first is None
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_parent_is_handed_to_the_child_and_the_parents_handler_comes_back(number, tmp_path):
     def work() -> int:

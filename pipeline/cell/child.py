@@ -30,6 +30,8 @@ from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.training.ranks import Place, Ranks
 
 POLL_S = 0.1
+_handlers: list[dict[signal.Signals, Any]] = []
+"""What `handed_on` has replaced, the outermost first."""
 
 
 class Ended(UserError):
@@ -192,23 +194,31 @@ def pause() -> None:
 
 @contextlib.contextmanager
 def handed_on(children: Callable[[], Sequence[Child]]) -> Iterator[None]:
-    """SIGTERM and SIGINT go to these processes inside."""
+    """SIGTERM and SIGINT go to these processes inside. A child that is forked inside has the handlers of before: what is sent to it is its own."""
 
     def hand_on(number: int, _: object) -> None:
         for child in children():
             child.send(number)
 
     before = {s: signal.signal(s, hand_on) for s in (signal.SIGTERM, signal.SIGINT)} if _main_thread() else {}
+    _handlers.append(before)
     try:
         yield
     finally:
-        for handled, handler in before.items():
-            signal.signal(handled, handler)
+        _handlers.pop()
+        _restore(before)
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for handled, handler in handlers.items():
+        signal.signal(handled, handler)
 
 
 def _become_child(work: Callable[[], int], parent: int, log: Path | None) -> None:
     code = 1
     try:
+        while _handlers:
+            _restore(_handlers.pop())
         if log is not None:
             _print_into(log)
         launch.dies_with(parent)
