@@ -70,6 +70,67 @@ def test_ended_rows_get_padding_and_the_batch_stops_soon_after(base):
     assert len(forwards) == decode.ASK_EVERY and tuple(forwards[0]) == (2, 4) and set(map(tuple, forwards[1:])) == {(2, 1)}
 
 
+def scripted(ends: dict[int, int], seen: list[tuple[int, ...]]):
+    """A forward pass over rows of one-token prompts 10, 11, …: a row says its own prompt, and 9 (the end) once it has said ends[row] tokens."""
+    said = {}
+
+    def forward(ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        seen.append(tuple(ids.shape))
+        names = ids[:, -1].tolist()
+        logits = torch.zeros(len(ids), 31)
+        for place, name in enumerate(names):
+            said[name] = said.get(name, 0) + 1
+            logits[place, 9 if said[name] > ends.get(name - 10, 99) else name] = 1.0
+        return logits
+
+    return forward
+
+
+def cached(base, forward, rows: int, new: int) -> decode.Cached:
+    decoder = decode.Cached(forward, base.config, rows, 1, new, 9, PAD, CPU)
+    for layer in decoder.cache.layers:
+        layer.lazy_initialization(torch.zeros(rows, 1, 1, 2), torch.zeros(rows, 1, 1, 2))
+    decoder.fill([[10 + row] for row in range(rows)])
+    return decoder
+
+
+def test_rows_that_have_ended_leave_the_batch_and_every_text_stays_in_its_row(base):
+    ends, outs, shapes = {0: 30, 1: 3, 2: 20, 3: 4}, [], []
+    for shrinks in (False, True):
+        shapes.append([])
+        decoder = cached(base, scripted(ends, shapes[-1]), 4, 40)
+        outs.append(decoder.run(decoder.prefill, decoder.step, shrinks=shrinks).tolist())
+    assert outs[0] == outs[1] == [[10 + row] * ends[row] + [9] + [PAD] * (39 - ends[row]) for row in range(4)]
+    assert {rows for rows, _ in shapes[0]} == {4} and {rows for rows, _ in shapes[1]} == {4, 2, 1}
+
+
+def test_a_row_that_has_ended_in_words_is_not_written_on(base):
+    shapes: list[tuple[int, ...]] = []
+    decoder = cached(base, scripted({}, shapes), 2, 40)
+    out = decoder.run(decoder.prefill, decoder.step, lambda tokens: (tokens == 10).sum(1) >= 5, shrinks=True)
+    assert out[0].tolist() == [10] * decode.ASK_EVERY + [PAD] * (40 - decode.ASK_EVERY) and out[1].tolist() == [11] * 40
+    assert [rows for rows, _ in shapes] == [2] * decode.ASK_EVERY + [1] * (40 - decode.ASK_EVERY)
+
+
+def test_what_all_prompts_begin_with_is_fed_once(base, tokenizer, monkeypatch):
+    lead = list(range(5, 25))
+    prompts = [lead + prompt for prompt, _ in items_of(9)]
+    widths: list[int] = []
+    monkeypatch.setattr(decode, "fed_once", lambda *args, inner=decode.fed_once: widths.append(len(args[1])) or inner(*args))
+    expected = by_generate(base, prompts, 20, tokenizer)
+    assert generate(base, prompts, 20, 200, tokenizer, PAD, CPU, torch.float32) == expected and widths[0] >= len(lead)
+    assert decode.lead_of([*prompts, [1, 2, 3]], CPU) == [] and decode.lead_of(prompts[:1], CPU) == []
+
+
+def test_words_that_stop_an_answer_leave_what_stands_before_them(base, tokenizer):
+    prompts = [prompt for prompt, _ in items_of(6)]
+    whole = generate(base, prompts, 60, 4096, tokenizer, PAD, CPU, torch.float32)
+    stop = next(text for text in whole if len(text) > 12)[6:9]
+    stopped = generate(base, prompts, 60, 4096, tokenizer, PAD, CPU, torch.float32, stop=stop)
+    assert [text.partition(stop)[0] for text in stopped] == [text.partition(stop)[0] for text in whole]
+    assert len(stopped[0]) <= len(whole[0]) and sum(map(len, stopped)) < sum(map(len, whole))
+
+
 def test_a_generation_config_that_matters_and_a_soft_prompt_keep_generate(base, tokenizer):
     model = copy.deepcopy(base)
     assert decode.unsuited(model) is None

@@ -58,6 +58,8 @@ class Task:
     max_new_tokens: AtLeast1 = 32
     answer_pattern: str | None = None
     """Regular expression whose last match (first group, if any) in generated text is the answer."""
+    stop: str | None = None
+    """Words that end a generated answer, such as those with which the next question would begin; what follows them is no part of it. Plain format alone."""
     transfer: tuple[str, ...] = ()
     """Names of extra test sets in data/<task>/transfer/<name>.jsonl."""
 

@@ -28,6 +28,7 @@ AROUND = {"call": ("assistant", "tool_call"), "result": ("user", "tool_response"
 """Who says it, and the tag around it (Hermes' and Qwen's)."""
 ANSWER = "AnAnswer0123456789"
 """Stands for an assistant's words while a template is looked at."""
+USER_TURN = "\nUser:"
 NEXT_TURN = re.compile(r"\n(?:System|User|Assistant):")
 """Where another turn of a transcript begins."""
 Turns = list[dict[str, Any]]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.core.files import Unsuited, UserError, read_jsonl, read_object
 from pipeline.core.settings import Task, Train
-from pipeline.data.conversations import NEXT_TURN, Conversation, Template, turns_of
+from pipeline.data.conversations import NEXT_TURN, USER_TURN, Conversation, Template, turns_of
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +92,11 @@ class Encoder:
         """The token that closes an answer: the chat template's own, or the end of text."""
         return self.tokenizer.eos_token_id if self.template is None else self.template.end_id
 
+    @property
+    def stop(self) -> str | None:
+        """Words that end a generated answer; None: there are none, as where the model's template closes it with a token."""
+        return None if self.template is not None else self.task.stop or (USER_TURN if self.task.messages is not None else None)
+
     @contextlib.contextmanager
     def reading(self, prompts: Iterable[str], answers: Iterable[str]) -> Iterator[None]:
         """Inside, these texts are tokens already: a tokenizer in Rust reads many at once in a tenth of the time that they take one after another."""
@@ -137,7 +142,9 @@ class Encoder:
         return ids + [self.end_id] if ends else ids
 
     def said(self, text: str) -> str:
-        """An answer out of generated text: of a transcript, up to the turn of another that a model without a chat template goes on with."""
+        """An answer out of generated text: up to task.stop; of a transcript, up to the turn of another that a model without a chat template goes on with."""
+        if self.stop:
+            text = text.partition(self.stop)[0]
         return NEXT_TURN.split(text)[0] if self.task.messages is not None and self.template is None else text
 
     def example(self, example: Example) -> Encoded:

@@ -1,19 +1,22 @@
 """Greedy decoding over static tensors: every step works on the same ones, so that on a GPU one captured step is replayed for all steps of a batch.
 
-Library. A row that has ended gets padding; whether all have ended is asked every few steps.
+Library. A row that has ended gets padding; whether all have ended is asked every few steps. Where no step is captured, rows that have ended are taken
+out of the batch, and what all prompts begin with is fed once.
 """
 
 from __future__ import annotations
 
 import math
+import os.path
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
+from pipeline.data.choices import LEAD
 from pipeline.data.rows import pad
 from pipeline.engine import answering
 from pipeline.engine.answering import Forward
@@ -26,6 +29,9 @@ from pipeline.engine.reuse import refusal
 
 ASK_EVERY = 8  # steps between asking the device whether all rows have ended
 PAYS = 6  # times that work is done from which capturing it pays
+WORTH = 0.75  # of a batch's rows, as many as go on at most for the others to be taken out
+Ended = Callable[[torch.Tensor], torch.Tensor]
+"""Of tokens [R, n], which rows [R] have ended in words."""
 ALIGNED = 8  # 16-bit numbers in 16 bytes: attention's kernels take a bias whose rows begin at multiples of that
 HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
@@ -51,15 +57,16 @@ class Decoder:
     Args:
         rows, width: of the prompts; new: most tokens of a continuation.
         end: the token that ends a text, or None.
+        lead: tokens that stand before all prompts and are no part of them, their keys and values known.
     """
 
-    def __init__(self, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any) -> None:
-        self.width, self.new, self.pad_id, self.device = width, new, pad_id, device
+    def __init__(self, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any, lead: int = 0) -> None:
+        self.width, self.new, self.pad_id, self.device, self.lead = width, new, pad_id, device, lead
         whole: dict[str, Any] = {"dtype": torch.long, "device": device}
         self.end, self.padding = torch.tensor(-1 if end is None else end, **whole), torch.tensor(pad_id, **whole)
         self.ids, self.positions = torch.zeros(rows, width, **whole), torch.zeros(rows, width, **whole)
-        self.mask = torch.zeros(rows, 1, width, width + new, dtype=torch.bool, device=device)
-        self.visible = torch.zeros(rows, 1, 1, width + new, dtype=torch.bool, device=device)
+        self.mask = torch.ones(rows, 1, width, lead + width + new, dtype=torch.bool, device=device)
+        self.visible = torch.ones(rows, 1, 1, lead + width + new, dtype=torch.bool, device=device)
         self.at, self.slot = torch.zeros(rows, **whole), torch.zeros(1, **whole)
         self.token, self.done = torch.zeros(rows, 1, **whole), torch.zeros(rows, 1, dtype=torch.bool, device=device)
         self.out = torch.zeros(rows, new, **whole)
@@ -69,12 +76,14 @@ class Decoder:
         ids = pad(prompts, self.pad_id, left=True)
         self.ids.copy_(torch.nn.functional.pad(ids, (self.width - ids.shape[1], 0), value=self.pad_id))
         self.at.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+        lead = self.lead
         starts, columns = self.width - self.at[:, None], torch.arange(self.width + self.new, device=self.device)
         real, among = (columns >= starts) & (columns < self.width), columns[: self.width, None]
         # a padding token attends to itself alone, because attention over nothing is not a number
-        self.mask.copy_(((real[:, None] & (columns <= among)) | (columns == among))[:, None])
-        self.visible.copy_(real[:, None, None])
-        self.positions.copy_((columns[: self.width] - starts).clamp(min=0))
+        self.mask[..., lead:].copy_(((real[:, None] & (columns <= among)) | (columns == among))[:, None])
+        self.visible[..., lead:].copy_(real[:, None, None])
+        self.positions.copy_((columns[: self.width] - starts).clamp(min=0) + lead)
+        self.at.add_(lead)
         self.slot.zero_()
         self.done.fill_(False)
         self.out.fill_(self.pad_id)
@@ -93,7 +102,7 @@ class Decoder:
     @property
     def column(self) -> torch.Tensor:
         """Where the last token stands in all rows [1]."""
-        return self.width - 1 + self.slot
+        return self.lead + self.width - 1 + self.slot
 
     def first(self) -> torch.Tensor:
         """Logits [R, V] after the prompts."""
@@ -110,14 +119,38 @@ class Decoder:
         self.out.index_copy_(1, self.slot, self.token)
         self.slot.add_(1)
 
-    def run(self, prefill: Callable[[], None], step: Callable[[], None]) -> torch.Tensor:
-        """Continuations [R, new] of the prompts that `fill` put in, padded from where they ended. prefill, step: this decoder's, or their replays."""
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows [K] alone."""
+        for name in ("visible", "at", "token", "done", "out"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def run(self, prefill: Callable[[], None], step: Callable[[], None], ended: Ended | None = None, shrinks: bool = False) -> torch.Tensor:
+        """Continuations [R, new] of the prompts that `fill` put in, padded from where they ended.
+
+        Args:
+            prefill, step: this decoder's, or their replays.
+            ended: asked every few steps besides the end token; a row that has ended in words keeps those that came with them.
+            shrinks: rows that have ended are taken out, after which the decoder is of no more use.
+        """
         prefill()
+        whole, among = self.out, torch.arange(len(self.out), device=self.device)
         for count in range(1, self.new):
-            if count % ASK_EVERY == 0 and bool(self.done.all()):
-                break
+            if count % ASK_EVERY == 0:
+                if ended is not None:
+                    self.done.logical_or_(ended(self.out[:, :count])[:, None])
+                going = (~self.done[:, 0]).nonzero()[:, 0]
+                if not len(going):
+                    break
+                if shrinks and len(going) <= WORTH * len(self.done):
+                    if self.out is not whole:
+                        whole[among] = self.out
+                    self.keep(going)
+                    among = among[going]
             step()
-        return self.out.clone()
+        if self.out is whole:
+            return whole.clone()
+        whole[among] = self.out
+        return whole
 
 
 class Cached(Decoder):
@@ -125,17 +158,27 @@ class Cached(Decoder):
 
     Args:
         forward: (ids [R, T], rows [R], cols [R], extra inputs of the model) -> logits [R, V] fp32.
+        before: keys and values [1, heads, P, e] by layer of P tokens that stand before all prompts.
     """
 
-    def __init__(self, forward: Callable[..., torch.Tensor], config: Any, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any) -> None:
-        super().__init__(rows, width, new, end, pad_id, device)
-        self.forward, self.cache = forward, StaticCache(config=config, max_cache_len=width + new)
+    def __init__(self, forward: Callable[..., torch.Tensor], config: Any, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any,
+                 before: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
+        super().__init__(rows, width, new, end, pad_id, device, before[0][0].shape[2] if before else 0)
+        self.forward, self.cache, self.before = forward, StaticCache(config=config, max_cache_len=self.lead + width + new), before
         self.every, self.last = torch.arange(rows, device=device), torch.full((rows,), width - 1, device=device)
         self.only = torch.zeros_like(self.last)
 
     def fill(self, prompts: Sequence[list[int]]) -> None:
         super().fill(prompts)
         self.cache.reset()
+        for layer, (keys, values) in zip(self.cache.layers, self.before):
+            layer.update(keys.expand(len(prompts), -1, -1, -1), values.expand(len(prompts), -1, -1, -1))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        super().keep(rows)
+        self.every, self.only = self.every[: len(rows)], self.only[: len(rows)]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
     def first(self) -> torch.Tensor:
         return self.forward(self.ids, self.every, self.last, attention_mask=self.mask, position_ids=self.positions, **self._past)
@@ -246,8 +289,26 @@ class Replayed:
             self.work()
 
 
+def lead_of(prompts: Sequence[list[int]], device: Any) -> list[int]:
+    """The tokens that all prompts begin with, where they are worth feeding once: demonstrations, a system turn. None on a device whose steps are captured."""
+    if torch.device(device).type in answering.STATIC or len(prompts) < 2:
+        return []
+    count = min(len(os.path.commonprefix(list(prompts))), min(map(len, prompts)) - 1)
+    return prompts[0][:count] if count >= LEAD else []
+
+
+def fed_once(forward: Callable[..., Any], lead: list[int], device: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values [1, heads, P, e] by layer of a lead of P tokens; none of an empty one. forward: as Cached has it."""
+    if not lead:
+        return []
+    cache, zero = DynamicCache(), torch.zeros(1, dtype=torch.long, device=device)
+    forward(torch.tensor([lead], device=device), zero, zero + len(lead) - 1, past_key_values=cache, use_cache=True)
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
+
+
 def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompts: Sequence[list[int]], parts: Sequence[list[int]], new: int, device: Any,
-           notes: list[str]) -> Iterator[tuple[list[int], torch.Tensor]]:
+           notes: list[str], ended: Ended | None = None) -> Iterator[tuple[list[int], torch.Tensor]]:
     """(indices of prompts, their continuations [rows, new] padded from the end on), batch by batch.
 
     Args:
@@ -256,6 +317,7 @@ def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompt
         parts: indices of prompts by batch: the batches in which generate would be called, because in 16 bits a text may depend on its batch, on the
             padding and on how many rows are multiplied at once.
         notes: takes the reason where a capture failed.
+        ended: as Decoder.run has it.
     """
     batches = [(part, (len(part), max(len(prompts[i]) for i in part))) for part in parts]
     uses = Counter(shape for _, shape in batches)
@@ -269,7 +331,7 @@ def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompt
     current: dict[tuple[int, int], tuple[Decoder, Callable[[], None], Callable[[], None]]] = {}
 
     def texts(mine: Sequence[list[int]], shape: tuple[int, int]) -> torch.Tensor:
-        if shape not in current:  # batches of a shape come one after another
+        if shape not in current or not static:  # batches of a shape come one after another; one that shrinks is used once
             current.clear()
             graphs.close()
             made = make(*shape)
@@ -277,11 +339,11 @@ def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompt
         decoder, prefill, step = current[shape]
         decoder.fill(mine)
         try:
-            return decoder.run(prefill, step)
+            return decoder.run(prefill, step, ended, shrinks=not static)
         except NotCaptured:
             current[shape] = (decoder, decoder.prefill, decoder.step)
             decoder.fill(mine)
-            return decoder.run(decoder.prefill, decoder.step)
+            return decoder.run(decoder.prefill, decoder.step, ended)
 
     try:
         for part, shape in batches:

@@ -41,10 +41,12 @@ if ask["choices"]:
     print(max(ask["choices"], key=score))
 else:
     written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=ask["max_new_tokens"], do_sample=False)
-    said = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+    said = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True).split(ask["stop"])[0].strip()
     found = re.findall(ask["answer_pattern"], said) if ask["answer_pattern"] else said.splitlines()[:1]
     print(found[-1] if found else "")
 '''
+END_OF_TEXT = "\0"
+"""Words that no answer holds, for a task without any that stop one."""
 ADAPTER = '\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, here / "adapter")'
 
 
@@ -89,7 +91,7 @@ def prompt_of(result: Result, served: Artefact, in_prompt: bool) -> dict[str, An
         "before": before, "prompt": served.objective.prompt(task["prompt"]), "columns": columns_of(task["prompt"], "task.prompt"),
         "separator": "" if task.get("format") == "chat" else task.get("separator", " "), "format": task.get("format", "plain"),
         "choices": list(choices) if isinstance(choices, (list, tuple)) else None, "max_new_tokens": task.get("max_new_tokens", 32),
-        "answer_pattern": task.get("answer_pattern"),
+        "answer_pattern": task.get("answer_pattern"), "stop": task.get("stop") or END_OF_TEXT,
     }
 
 

@@ -30,6 +30,8 @@ MOST_SHORT = 60
 NUMBER = re.compile(r"[-+]?\$?\s*\d[\d,]*(\.\d+)?%?")
 MARKED = re.compile(r"####\s*(-?[\d,.]+)\s*$")
 """GSM8K's answers end so."""
+MOSTLY = 0.9
+"""Of the answers, as many as end so for all to be numbers; the others are refused by their row."""
 SHOWN = 3
 
 
@@ -237,7 +239,7 @@ def _template(text: Sequence[str], label: str, shape: str | None) -> str:
 def _kind(rows: Sequence[dict[str, Any]], label: str, column: Column) -> Kind:
     values = [str(row[label]).strip() for row in rows]
     distinct = len({tables.spelling(v) for v in values})
-    if values and all(MARKED.search(v) for v in values):
+    if values and sum(bool(MARKED.search(v)) for v in values) >= MOSTLY * len(values):
         return "number"
     short = max(map(len, values), default=0) <= 2 * MOST_SHORT
     if distinct <= 2 or short and (distinct <= 20 or len(values) >= 2 * distinct and not (column.numeric and distinct > 30)):
@@ -252,6 +254,15 @@ def _near(labels: Counter[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def _check_numbers(seen: Look) -> None:
+    unmarked = [n for n, row in enumerate(seen.rows, 1) if not MARKED.search(str(row[seen.label]).strip())]
+    if 0 < len(unmarked) < len(seen.rows) * (1 - MOSTLY) + 1 and not next(c for c in seen.columns if c.name == seen.label).numeric:
+        which = ", ".join(map(str, unmarked[:SHOWN])) + (f" and {len(unmarked) - SHOWN} more" if len(unmarked) > SHOWN else "")
+        end = str(seen.rows[unmarked[0] - 1][seen.label]).strip()[-30:]
+        raise UserError(f"{seen.path}: the answers in {seen.label!r} end in a number after ####, but for {len(unmarked)} (row {which}; the first ends {end!r}); "
+                        "fix or remove those rows")
+
+
 def check(seen: Look) -> None:
     """Raise UserError for what keeps these rows from being compared on: too few, one class, too many, labels missing or spelt in several ways."""
     left = len(seen.rows)
@@ -262,6 +273,8 @@ def check(seen: Look) -> None:
     if left < FEWEST_ROWS:
         raise UserError(f"{seen.path} has {left} rows with an answer, and comparing needs {FEWEST_ROWS} at least (some to train on, some to test on, some to "
                         "choose by); add rows")
+    if seen.kind == "number":
+        _check_numbers(seen)
     if seen.kind != "choice":
         return
     if len(seen.labels) < 2:

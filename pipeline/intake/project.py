@@ -6,6 +6,7 @@ Library. Everything else follows from it: the prepared rows, the cells, DVC's st
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +27,14 @@ SHORT_TEXT = 60
 """Characters of an answer, in the middle, up to which token F1 says more than ROUGE-L."""
 MOST_TEST, TEST_SHARE = 2000, 0.3
 MOST_VALIDATION, VALIDATION_SHARE = 400, 0.1
-CHARACTERS_A_TOKEN = 3
-"""Few, so that answers fit."""
+PIECES = re.compile(r"[a-zA-Z]{1,4}|\S")
+"""What a tokenizer makes at most one token of, nearly always: four letters of a word, a digit, a sign, a letter of another script."""
 LEAST_NEW, MOST_NEW, MOST_NUMBER = 16, 200, 512
 """Tokens of a generated answer."""
+LEAST_STOP = 3
+"""Letters of the words that a prompt begins with, for them to say that a next question begins."""
+GENERATION_TOKENS = 8192
+"""Tokens in a batch of texts that are written on a CPU, where a step for few rows takes as long as for many."""
 MADE = "# Made by `alignscope try` from experiments/{name}.yaml; edit that.\n"
 
 
@@ -100,13 +105,30 @@ def task_keys(seen: Look, chat: bool) -> dict[str, Any]:
     else:
         lengths = sorted(len(str(row[seen.label])) for row in seen.rows)
         keys["metric"] = "numeric" if seen.kind == "number" else "token_f1" if lengths[len(lengths) // 2] <= SHORT_TEXT else "rouge_l"
-        most, letters = (MOST_NUMBER, 2) if seen.kind == "number" else (MOST_NEW, CHARACTERS_A_TOKEN)  # a number that is cut is wrong; digits are tokens
-        keys["max_new_tokens"] = min(most, max(LEAST_NEW, -(-lengths[-1] // letters)))
+        keys["max_new_tokens"] = min(MOST_NUMBER if seen.kind == "number" else MOST_NEW, max(LEAST_NEW, 1 + _most_tokens(seen)))  # 1: the end
+        keys |= {"stop": stop} if (stop := _stop(seen)) else {}
     if seen.shape and (chat or seen.shape in shapes.TURNS):
         keys["format"] = "chat" if chat else "transcript"
     count = len(seen.rows)
     keys["split"] = {"seed": 0, "validation": min(MOST_VALIDATION, max(4, int(VALIDATION_SHARE * count))), "test": min(MOST_TEST, int(TEST_SHARE * count))}
     return keys
+
+
+@functools.lru_cache(maxsize=2)
+def _tokens_of(texts: tuple[str, ...]) -> int:
+    return max((len(PIECES.findall(text)) for text in texts), default=0)
+
+
+def _most_tokens(seen: Look) -> int:
+    """Of the longest answer, guessed from its letters so that nearly all tokenizers need fewer."""
+    return _tokens_of(tuple(str(row[seen.label]) for row in seen.rows))
+
+
+def _stop(seen: Look) -> str | None:
+    """The words with which a prompt begins, after which a model that goes on to a next question need not be heard; None: there are none, or answers have them."""
+    words = seen.prompt.partition("{")[0].strip() if seen.shape not in shapes.TURNS else ""
+    stop = f"\n{words}"
+    return stop if len(words) >= LEAST_STOP and not any(stop in str(row[seen.label]) for row in seen.rows) else None
 
 
 def _source(seen: Look) -> dict[str, Any]:
@@ -124,7 +146,7 @@ ABOUT = {
     "scoring": "choice: the likeliest of the choices; generate: it writes, and that is compared", "choices": "the answers to choose from",
     "messages": "the column of a row's turns; the last assistant turn is the answer",
     "metric": "what ranks the techniques: accuracy, macro_f1, exact_match, numeric, token_f1, rouge_l, or a function of yours (module:function)",
-    "max_new_tokens": "most tokens of an answer that it writes",
+    "max_new_tokens": "most tokens of an answer that it writes", "stop": "words that end an answer: with them a model goes on to a next question",
     "format": "plain; chat: in the model's own chat template; transcript: turns as lines of text",
     "split": "rows held back to choose by and to test on, drawn with the seed",
 }
@@ -134,6 +156,7 @@ def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int
             chat: bool, encoding: str | None = None, separator: str | None = None) -> str:
     """The file: a comment on every line that one might change. encoding, separator: as they were asked for."""
     task = task_keys(seen, chat)
+    together = f"batch_tokens: {GENERATION_TOKENS}, " if task["scoring"] == "generate" else ""
     task["source"] |= {key: value for key, value in (("encoding", encoding), ("separator", separator)) if value}
     lines = [
         "# @package _global_",
@@ -155,7 +178,7 @@ def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int
         "  seeds: [0] # more seeds tell what the draw of rows and weights changes: [0, 1, 2]",
         f"  train_rows: [{rows}] # labelled rows to train on; several sizes make a learning curve",
         f"train: {{epochs: {epochs:g}, validations: 0, batch_size: 8, micro_batch_tokens: 256, too_long: truncate}} # micro_batch_tokens: more on a GPU",
-        f"evaluate: {{test_rows: {test_rows}, transfer_rows: 0, forgetting: false, latency_rows: 4, adapters: []}} # more test rows make surer",
+        f"evaluate: {{{together}test_rows: {test_rows}, transfer_rows: 0, forgetting: false, latency_rows: 4, adapters: []}} # more test rows make surer",
         "preflight: false # true: check gradients, tokens and engine of every technique first",
         f"budget: {{hours: {hours:g}, card: {card or 'null'}}} # what the plan is held to; card: GiB of another machine's GPU, as in 24",
         "",

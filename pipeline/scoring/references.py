@@ -50,6 +50,7 @@ def check(sets: dict[str, list[dict[str, Any]]], task: Task, cut: Cut) -> list[s
 def _failed(rows: Sequence[dict[str, Any]], said: Sequence[str], task: Task) -> Iterator[tuple[dict[str, Any], str, str | None]]:
     """(row, what was said, what was read out of it) of the rows whose value is below 1."""
     predictions = []
+    said = [text.partition(task.stop)[0] for text in said] if task.stop else said
     for row, text in zip(rows, said, strict=True):
         prediction = extract(text, task.answer_pattern)
         right = agrees(prediction, row["answer"], task.answer_pattern)

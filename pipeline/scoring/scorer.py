@@ -19,6 +19,8 @@ from pipeline.scoring.reading import Reasoning, agrees, extract
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.engine.decode import Ended
+
 WHOLE: Sequence[str] = ()
 """As owners: the model as it stands answers all rows, fed as those of several adapters are, so that what the two take compares."""
 
@@ -91,13 +93,18 @@ def _many(items: Items, device: Any) -> bool:
 
 
 def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, tokenizer: Any, pad_id: int,
-             device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None, end: int | None = None) -> list[str]:
+             device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None, end: int | None = None,
+             stop: str | None = None) -> list[str]:
     """Greedy continuations as text, prompts of similar length together. notes, owners: as `continuations` has them.
 
-    end: the token that closes an answer besides the tokenizer's end of text."""
+    Args:
+        end: the token that closes an answer besides the tokenizer's end of text.
+        stop: words after which nothing more need be written; what stands before them is the same either way.
+    """
     texts, eos, answered = [""] * len(prompts), tokenizer.eos_token_id, 0
     end = eos if end is None else end
-    for part, tokens in continuations(model, prompts, max_new_tokens, batch_tokens, end, pad_id, device, dtype, notes, owners):
+    ended = functools.partial(_says, tokenizer, stop) if stop else None
+    for part, tokens in continuations(model, prompts, max_new_tokens, batch_tokens, end, pad_id, device, dtype, notes, owners, ended):
         said = tokens if end == eos else [list(itertools.takewhile(lambda i: i not in (end, eos), row)) for row in tokens.tolist()]
         for index, text in zip(part, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
             texts[index] = text
@@ -105,8 +112,19 @@ def generate(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batc
     return texts
 
 
+def _says(tokenizer: Any, stop: str, tokens: torch.Tensor) -> torch.Tensor:
+    """Which rows [R] of tokens [R, n] hold these words, which may have been complete for as many tokens as lie between two questions."""
+    import torch
+
+    from pipeline.engine.decode import ASK_EVERY
+
+    recent = tokens[:, -ASK_EVERY - len(stop) :].tolist()
+    return torch.tensor([stop in text for text in tokenizer.batch_decode(recent, skip_special_tokens=True)], device=tokens.device)
+
+
 def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, end: int | None, pad_id: int,
-                  device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None) -> Iterator[tuple[list[int], torch.Tensor]]:
+                  device: Any, dtype: Any, notes: list[str] | None = None, owners: Sequence[str] | None = None,
+                  ended: Ended | None = None) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Greedy continuations batch by batch as they come: (indices of prompts, what follows them [rows, new], padded from the end token on).
 
     What runs between two of them runs in inference mode.
@@ -115,25 +133,31 @@ def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
         notes: takes the reason where a pass could not be captured.
         owners: by prompt, PEFT's name of the adapter that answers it (or WHOLE): by the model's own generate then.
             None: the model as it stands answers all.
+        ended: as decode.Decoder.run has it; the model's own generate does not ask.
     """
     import torch
 
     from pipeline.engine.answering import by_hand
-    from pipeline.engine.decode import Cached, Decoder, Handwritten, greedy, unsuited
+    from pipeline.engine.decode import Cached, Decoder, Handwritten, fed_once, greedy, lead_of, unsuited
     from pipeline.engine.reuse import window_of
 
     refused = owners is not None or unsuited(model)
-    parts = list(_generation_batches(model, [len(p) for p in prompts], max_new_tokens, batch_tokens))
     with torch.inference_mode(), autocast(device, dtype), by_hand(model, dtype, device, 0 if refused else len(prompts)) as written:
+        refused = refused or window_of(model) and not written  # transformers' static cache has no place for a window
+        lead = [] if refused else lead_of(prompts, device)
+        rest = [prompt[len(lead) :] for prompt in prompts]
+        parts = list(_generation_batches(model, [len(p) + len(lead) // 4 for p in rest], max_new_tokens, batch_tokens))  # as passes.py counts cached tokens
+        if refused:
+            yield from _generate(model, prompts, parts, max_new_tokens, end, pad_id, device, owners or ())
+            return
+        forward = functools.partial(logits_at, model)
+        before = fed_once(forward, lead, device)
 
         def make(rows: int, width: int) -> Decoder:
             shape = (rows, width, max_new_tokens, end, pad_id, device)
-            return Handwritten(written, *shape) if written else Cached(functools.partial(logits_at, model), model.config, *shape)
+            return Handwritten(written, *shape) if written else Cached(forward, model.config, *shape, before)
 
-        if refused or (window_of(model) and not written):  # transformers' static cache has no place for a window
-            yield from _generate(model, prompts, parts, max_new_tokens, end, pad_id, device, owners or ())
-        else:
-            yield from greedy(make, lambda: autocast(device, dtype, cache=False), prompts, parts, max_new_tokens, device, [] if notes is None else notes)
+        yield from greedy(make, lambda: autocast(device, dtype, cache=False), rest, parts, max_new_tokens, device, [] if notes is None else notes, ended)
 
 
 def _generate(model: Any, prompts: Sequence[list[int]], parts: Sequence[list[int]], max_new_tokens: int, end: int | None, pad_id: int, device: Any,
@@ -223,7 +247,7 @@ class Scorer:
         new, encoder = self.task.max_new_tokens if room is None else room, self.encoder
         prompts = [prompt for prompt, _ in items]
         asked = self.model, prompts, new, self.batch_tokens, encoder.tokenizer, encoder.pad_id
-        return [encoder.said(text) for text in generate(*asked, self.device, self.dtype, self.notes, owners, encoder.end_id)]
+        return [encoder.said(text) for text in generate(*asked, self.device, self.dtype, self.notes, owners, encoder.end_id, encoder.stop)]
 
     def _choose(self, rows: Sequence[dict]) -> list[dict]:
         lengths = [[len(c) if self.task.length_normalised else 1 for c in row["choices"]] for row in rows]
