@@ -17,12 +17,21 @@ from omegaconf import DictConfig
 
 from pipeline.core.compose import plain
 from pipeline.core.files import UserError, read_object
+from pipeline.data.choices import MANY
 from pipeline.forecasting.cell import Card, forecast
 from pipeline.forecasting.shape import NoForecast, Shape, read_shape
 from pipeline.measure.speed import matmul_flops
 
-CPU_SHARE = 0.45
-"""Of the speed of a large product, what the products of a small model's step reach."""
+CPU_SHARE = 0.5
+"""Of the speed of a large product, what the products of a small model's step reach. This and the next four: by `python -m benchmarks.scoring` (docs/try.md)."""
+SEARCHED = 0.25
+"""Of the tokens of many choices, those that are fed: they are searched as a tree, and branches that cannot win are given up."""
+AT_ONCE = 16
+"""Rows whose work a step of writing takes besides that of its own rows: it reads all the weights."""
+LEAD = 250
+"""Tokens before all rows, fed once, with which a row's own take twice as long: their keys and values are read for every row."""
+SPOKEN = 1.5
+"""Of the tokens of a right answer, those that are written until a text ends, where something but the most tokens ends it."""
 CARDS = {"H200": 300e12, "H100": 280e12, "A100": 130e12, "L40": 90e12, "4090": 80e12, "3090": 35e12, "A10": 60e12, "L4": 50e12, "T4": 25e12, "V100": 50e12}
 """Card -> floating-point operations a second in 16 bits that training of a model reaches there: a guess, but for the H200."""
 OTHER_CARD = 60e12
@@ -31,10 +40,8 @@ OTHER_BACKWARD = 2.7
 """Of a training step, its work in forward passes: forward, backward through activations and (of what is trained) through weights."""
 PASSES = {"step_by_step": 2.0, "dpo": 2.7, "orpo": 2.0, "kto": 3.3, "logit_distillation": 1.4, "rationale_first": 2.0, "grpo": 12.0, "rloo": 12.0}
 """Of an objective, its forward passes to one of a row's label."""
-DECODE = 1.5
-"""A token that is written, to one that is read, in work: few rows at a time go through all the weights."""
-AT_ONCE = 16
-"""Rows that are written at once below which a step takes as long as for so many: it reads all the weights. Long prompts leave room for few in a batch."""
+ROWS_AT_ONCE = 64
+"""Rows that are answered before they are kept (cell/evaluation.py, on a CPU)."""
 CPU_CELL_S, GPU_CELL_S = 6.0, 8.0
 """Seconds of a cell besides: loading, setting up, saving."""
 PROCESS_BYTES = 700 << 20
@@ -45,7 +52,8 @@ PROCESS_BYTES = 700 << 20
 class Work:
     """What there is to train on and to answer; tokens are means over rows.
 
-    choices: tokens of all of a row's choices together, those that they share counted once, 0 where the answer is written; new: tokens that are written.
+    choices: tokens of all of a row's choices together, those that they share counted once, 0 where the answer is written; count: how many choices there are;
+    new: the most tokens that are written.
     """
 
     prompt: float
@@ -57,6 +65,7 @@ class Work:
     validation_rows: int
     test_rows: int
     epochs: float
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,19 +144,27 @@ def whole(needed: Need, work: Work, machine: Machine) -> Whole:
     if size is None:
         return Whole(needed.technique, None, None, None, *known)
     body, head = (2 * n / machine.flops for n in size)
-    shots = 1 + method.get("k", 0) if method["type"] in ("few_shot", "retrieval", "prompt_choice") else 1
-    prompt = work.prompt * shots + (work.answer * (shots - 1))
-    if work.choices:
-        prompt = work.prompt if method["type"] == "few_shot" else prompt  # all rows share their demonstrations, which are fed once
-        fed = prompt + work.choices
-        row_s = fed * body + work.choices * head
-    else:
-        together = max(1.0, min(values["evaluate"]["batch_tokens"] / (prompt + work.new), work.test_rows))
-        row_s = prompt * body + work.new * (body + head) * DECODE * max(1.0, AT_ONCE / together)
-    score_s = row_s * (work.test_rows + work.validation_rows)
+    score_s = _row_s(work, values, body, head) * (work.test_rows + work.validation_rows)
     passes = PASSES.get(str(values["objective"]["type"]), 1.0) * BACKWARD.get(method["type"], OTHER_BACKWARD)
     train_s = work.train_rows * work.epochs * ((work.prompt + work.answer) * body + work.answer * head) * passes if trains else 0.0
     return Whole(needed.technique, train_s, score_s, train_s + score_s + (GPU_CELL_S if machine.card.gpu else CPU_CELL_S), *known)
+
+
+def _row_s(work: Work, values: dict[str, Any], body: float, head: float) -> float:
+    """Seconds of a row's scoring. body, head: of a token in the layers, and in the output layer."""
+    method = values["method"]
+    shots = method.get("k", 0) if method["type"] in ("few_shot", "retrieval", "prompt_choice") else 0
+    before = shots * (work.prompt + work.answer)
+    once = method["type"] == "few_shot"  # all rows have the same demonstrations
+    prompt, after = (work.prompt, 1 + before / LEAD) if once else (work.prompt + before, 1.0)
+    if work.choices:
+        fed = work.choices * (SEARCHED if work.count >= MANY else 1)
+        return ((prompt + fed) * body + fed * head) * after
+    task = values["task"]
+    ends = bool(_trains(method) or task.get("stop") or task.get("format", "plain") != "plain")
+    written = min(float(work.new), SPOKEN * work.answer) if ends else work.new
+    together = max(1.0, min(values["evaluate"]["batch_tokens"] / (prompt + work.new + (before / 4 if once else 0)), work.test_rows, ROWS_AT_ONCE))
+    return (prompt * body + written * (body + head) * (1 + AT_ONCE / together)) * after
 
 
 def _trains(method: dict[str, Any]) -> bool:

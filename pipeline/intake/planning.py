@@ -23,7 +23,7 @@ from pipeline.forecasting.cell import Card
 from pipeline.forecasting.rows import FastTokenizer
 from pipeline.forecasting.whole import Machine, Need, Whole, Work, machine_of, need, whole, with_reason
 from pipeline.intake.look import Look
-from pipeline.intake.project import ModelChoice, task_keys
+from pipeline.intake.project import GENERATION_TOKENS, ModelChoice, task_keys
 from pipeline.measure import machine as hardware
 
 FIRST = ("zero_shot", "few_shot")
@@ -109,7 +109,7 @@ def make(seen: Look, model: ModelChoice, folder: Path | None, config: Path | Non
     base, chat, notes = _work(seen, folder)
     most = rows or min(available, USUAL_TRAIN), min(testable, test_rows or USUAL_TEST)
     work = _sized(base, *most, 1.0)
-    needs = [_need(name, seen, work, config, machine) for name in names]
+    needs = [_need(name, seen, chat, work, config, machine) for name in names]
 
     def costed(work: Work) -> list[Whole]:
         return [whole(needed, work, machine) for needed in needs]
@@ -130,14 +130,19 @@ def make(seen: Look, model: ModelChoice, folder: Path | None, config: Path | Non
     return Plan(work.train_rows, work.test_rows, work.epochs, cells, [*refused, *late], machine, hours, chat, notes)
 
 
-def _compose(technique: str, seen: Look) -> Any:
-    new = task_keys(seen, False).get("max_new_tokens", 8)
-    words = [f"technique={technique}", "train.batch_size=8", "train.micro_batch_tokens=256", f"++task.max_new_tokens={new}"]
-    return compose([*words, *(["task.scoring=generate"] if seen.kind in ("text", "number") else [])])
+def _compose(technique: str, seen: Look, chat: bool) -> Any:
+    keys = task_keys(seen, chat)
+    words = [f"technique={technique}", "train.batch_size=8", "train.micro_batch_tokens=256", f"++task.max_new_tokens={keys.get('max_new_tokens', 8)}"]
+    if seen.kind in ("text", "number"):
+        words += ["task.scoring=generate", f"evaluate.batch_tokens={GENERATION_TOKENS}", f"++task.format={keys.get('format', 'plain')}"]
+    cfg = compose(words)
+    if "stop" in keys:
+        OmegaConf.update(cfg, "task.stop", keys["stop"], force_add=True)
+    return cfg
 
 
-def _need(technique: str, seen: Look, work: Work, config: Path | None, machine: Machine) -> Need:
-    cfg = _compose(technique, seen)
+def _need(technique: str, seen: Look, chat: bool, work: Work, config: Path | None, machine: Machine) -> Need:
+    cfg = _compose(technique, seen, chat)
     if config is None:
         return Need(technique, plain(cfg), None, None, None, "the model's config.json is not here")
     return need(cfg, work, config, machine)
@@ -216,7 +221,7 @@ def _work(seen: Look, folder: Path | None) -> tuple[Work, bool, list[str]]:
         if long:
             notes.append(f"{long / len(rows):.0%} of the texts{technique} are longer than {CONTEXT // 4} tokens (train.max_length) and lose their start")
     new = task_keys(seen, False).get("max_new_tokens", 0)
-    return Work(mean, sum(answers) / len(rows), choices, new, min(longest, 511), 0, 0, 0, 1.0), chat, notes
+    return Work(mean, sum(answers) / len(rows), choices, new, min(longest, 511), 0, 0, 0, 1.0, len(seen.labels)), chat, notes
 
 
 def _tree(words: Iterable[str], tokenizer: FastTokenizer | None) -> float:
@@ -247,7 +252,7 @@ def work_of(cfg: DictConfig, folder: Path) -> Work:
     new = OmegaConf.select(cfg, "task.max_new_tokens") or Task.max_new_tokens
     validation = max(1, int(len(train) * evaluate.validation_share))
     return Work(sum(prompts) / len(rows), sum(answers) / len(rows), 0.0 if generated else choices, new if generated else 0, longest,
-                len(train), validation, len(test), cfg.train.epochs)
+                len(train), validation, len(test), cfg.train.epochs, max(map(len, listed)))
 
 
 def table(plan: Plan) -> list[list[str]]:
