@@ -18,8 +18,9 @@ import pytest
 from omegaconf import DictConfig
 
 from pipeline import train
-from pipeline.cell import child, grid, identity, record
+from pipeline.cell import child, grid, identity, inputs, record
 from pipeline.cell.child import Outcome, run_in_child
+from pipeline.cell.pool import AtOnce
 from pipeline.core import progress
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError
@@ -261,3 +262,31 @@ def test_scoring_is_shown_with_the_time_that_is_left(overrides, tmp_path, monkey
     assert threading.active_count() == before, "the process goes on to fork"
     assert child.run_cell(compose([*overrides, "technique=zero_shot"]), None, None) == 2
     assert "score" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_one_bar_stands_for_all_cells_with_the_time_that_is_left(overrides, imports, tmp_path, monkeypatch, capfd, at_once):
+    def works(*_: object, **__: object) -> Result:
+        for split, share in (("train", 0.5), ("test", 0.5)):
+            progress.stage(split)
+            progress.part(share, 1)
+            time.sleep(0.5)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(child.cell_run, "run", works)
+    monkeypatch.setattr(progress, "IN_A_LOG_S", 0)
+    words = [word for word in overrides if word != "train.progress=false"]
+    cells = [compose([*words, "technique=zero_shot", f"seed={seed}"]) for seed in range(2)]
+    before = threading.active_count()
+    assert grid.run_here(cells, inputs.Shared(), grid.Mirror.silent(), at_once=AtOnce(at_once)) == 2
+    said = capfd.readouterr().err
+    seen = [(int(m[1]), m[2]) for m in re.finditer(r"(\d+)%\|.*?<([\d:?]+)", said)]
+    assert [n for n, _ in seen] == sorted(n for n, _ in seen) and any(30 < n < 90 and ":" in left for n, left in seen), said
+    both = re.search(r"zero_shot-s0\S* test 50%, zero_shot-s1\S* ", said)
+    assert bool(both) == (at_once == 2) and "score test" not in said, said
+    assert threading.active_count() == before, "the process goes on to fork"
+
+
+@pytest.mark.parametrize(("stage", "done", "share"), [("", 0, 0), ("train", 0.5, 0.3), ("validation", 0, 0.6), ("test", 0, 0.64), ("test", 1, 1), ("transfer/x", 0.2, 1)])
+def test_a_cells_share_counts_training_and_scoring(stage, done, share):
+    assert progress.Progress(stage, done).share(0.6) == pytest.approx(share)

@@ -272,7 +272,7 @@ class CellRun:
         def run(**more: Any) -> int:
             if _rounds_nothing(cfg):
                 inputs.import_peft()
-            print(summary(cell_run.run(cfg, shared=shared, folder=folder, started=started, **more)))
+            print(progress.fresh_line() + summary(cell_run.run(cfg, shared=shared, folder=folder, started=started, **more)))
             return 0
 
         def work() -> int:

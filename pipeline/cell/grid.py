@@ -150,14 +150,16 @@ def run_here(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watc
     for group in packing.groups(missing, ("seed", "train_rows")):
         with locks.free(group) as members:
             packing.train([cfg for cfg in members if not is_done(cfg)], shared)
+    shown = bool(missing[0].train.progress) and watcher.log is None
+    for cfg in missing:
+        cfg.train.progress = False  # one bar stands for all
     with contextlib.ExitStack() as stack:
         if at_once.cells > 1:
             turns = None if missing[0].share else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="turns-")))
             threads = shared.threads and max(1, shared.threads // at_once.cells)
             shared = dataclasses.replace(shared, at_once=at_once.cells, turns=turns, threads=threads)
-            for cfg in missing:
-                cfg.train.progress = False  # several bars would write over each other
-        pool = Pool(missing, shared, watcher, at_once, is_done, lambda cfg: mirror.put([cfg]) if at_once.cells == 1 else mirror.begin([cfg]))
+        mirrored = mirror.put if at_once.cells == 1 else mirror.begin
+        pool = Pool(missing, shared, watcher, at_once, is_done, lambda cfg: mirrored([cfg]), shown)
         code = pool.run()
     mirror.finish()
     for cfg in pool.elsewhere:

@@ -18,6 +18,7 @@ from pipeline.cell import identity, locks
 from pipeline.cell.child import CellRun, Child, Watcher, handed_on, pause
 from pipeline.cell.inputs import Shared
 from pipeline.core.files import discard
+from pipeline.core.progress import CellsBar
 from pipeline.measure.clock import now
 from pipeline.records.finished import name as cell_name
 from pipeline.records.finished import read_or_name
@@ -62,10 +63,11 @@ class Pool:
     Args:
         is_done: whether a cell has its result.
         ended: is told of each cell whose result is there.
+        shown: whether a bar over all of them is drawn; the cells' own are for their configs to leave out.
     """
 
     def __init__(self, missing: Sequence[DictConfig], shared: Shared, watcher: Watcher, at_once: AtOnce, is_done: Callable[[DictConfig], bool],
-                 ended: Callable[[DictConfig], None]) -> None:
+                 ended: Callable[[DictConfig], None], shown: bool = False) -> None:
         self.waiting = list(enumerate(missing, 1))
         self.count, self.shared, self.watcher, self.at_once, self.is_done, self.ended = len(missing), shared, watcher, at_once, is_done, ended
         self.running: list[UnderWay] = []
@@ -74,6 +76,7 @@ class Pool:
         self.alone = {cell_name(cfg) for cfg in missing if cfg.train.parallel != "none"}
         """Names of cells with nobody beside them: those of several GPUs, and those that ran out of memory beside others and are run again."""
         self.code = 0
+        self.bar = CellsBar(len(missing), shown)
         self._reads: dict[str, set[Path]] = {}
 
     def run(self) -> int:
@@ -86,8 +89,10 @@ class Pool:
             with handed_on(self._children):
                 while self.waiting and self.code != INTERRUPTED or self.running:
                     if not (self._begin_next() or self._end_those_through()):
+                        self.bar.show(self.count - len(self.waiting) - len(self.running), {cell_name(o.cfg): o.run.channel.read() for o in self.running})
                         pause()
         finally:
+            self.bar.close()
             self._end_all()
         return self.code
 
@@ -141,6 +146,7 @@ class Pool:
                 return
             if self.is_done(cfg) or self.watcher.passes(cfg):
                 return
+            self.bar.hide()
             self.watcher.begins(cfg, number, self.count)
             shared = self.shared
             if cell_name(cfg) in self.alone:
@@ -170,6 +176,7 @@ class Pool:
             raise
         if code is None:
             return None
+        self.bar.hide()
         if code == 0 and one.crowded and not one.cfg.share and take_back(one.cfg):
             self.alone.add(cell_name(one.cfg))
             self.waiting.append((self.count, one.cfg))

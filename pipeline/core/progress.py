@@ -11,7 +11,7 @@ import dataclasses
 import json
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,13 @@ class Progress:
     past: tuple[str, ...] = ()
     reason: str = ""
     metric: float | None = None
+
+    def share(self, train_share: float) -> float:
+        """Of a cell's work, what is done: training first, then validation (a tenth of the scoring) and test. train_share: of the work, training's."""
+        score = 1 - train_share
+        begun = {"": 0.0, "train": 0.0, "validation": train_share, "test": train_share + 0.1 * score}
+        parts = {"": 0.0, "train": train_share, "validation": 0.1 * score, "test": 0.9 * score}
+        return begun[self.stage] + parts[self.stage] * self.done if self.stage in parts else 1.0
 
 
 class Channel:
@@ -115,6 +122,51 @@ class ScoringBar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+HALF = 0.5
+"""Of a cell's work, training's, where nothing is known of either."""
+
+
+class CellsBar:
+    """Draws one bar over all cells, those that run at once with how far each is, and the time that is left by what was done so far, on standard error.
+
+    Args:
+        count: of cells. shown: false: nothing is drawn.
+    """
+
+    def __init__(self, count: int, shown: bool) -> None:
+        self._bar: Any = None
+        if shown and count:
+            self._bar = _threadless()(
+                total=count, leave=False, mininterval=0.5 if sys.stderr.isatty() else IN_A_LOG_S, smoothing=0,
+                bar_format="{percentage:3.0f}%|{bar:30}| {elapsed}<{remaining} {desc}", delay=1e-9,
+            )
+
+    def show(self, ended: int, running: Mapping[str, Progress | None]) -> None:
+        """Draw this state: so many cells have ended, and these run, by their names."""
+        if self._bar is None:
+            return
+        seen = {name: one or Progress() for name, one in running.items()}
+        self._bar.set_description_str(", ".join(f"{name} {one.stage or 'begins'} {one.done:.0%}" for name, one in seen.items()), refresh=False)
+        done = ended + sum(one.share(HALF) for one in seen.values())
+        self._bar.update(max(0.0, done - self._bar.n))
+
+    def hide(self) -> None:
+        """Clear its line for something that is printed."""
+        if self._bar is not None:
+            self._bar.clear()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def fresh_line() -> str:
+    """What begins a line of output where a bar may stand in it."""
+    return "\r\x1b[K" if sys.stdout.isatty() and sys.stderr.isatty() else ""
 
 
 def _threadless() -> Any:

@@ -22,9 +22,6 @@ from pipeline.records.finished import read_or_name
 from pipeline.records.results import Result
 from pipeline.scoring.answers import headline
 
-TRAIN_SHARE, SCORE_SHARE = 0.1, 0.9
-"""Of a cell's stages, where nothing was forecast: nominal shares."""
-
 
 @dataclasses.dataclass
 class Row:
@@ -106,7 +103,7 @@ class Watch(Watcher):
 
     def runs(self, progress: Progress | None) -> None:
         if self.current is not None and progress is not None:
-            self.done = share(progress, self.current.train_share)
+            self.done = progress.share(self.current.train_share)
         self._draw()
 
     def ends(self, cfg: DictConfig, code: int, reason: str) -> None:
@@ -171,16 +168,6 @@ class Watch(Watcher):
 
         name = f"{self.current.technique}, " if self.current else ""
         return Group(grid(HEAD, [r.cells for r in self.rows.values()]), ProgressBar(total=1.0, completed=self.share, width=60), f"{name}{self.bar()}")
-
-
-def share(progress: Progress, train_share: float) -> float:
-    """Of a cell's work, what is done by what it told: training first, then validation (a tenth of the scoring) and test."""
-    score = 1 - train_share
-    if progress.stage == "train":
-        return train_share * progress.done
-    if progress.stage == "validation":
-        return train_share + 0.1 * score * progress.done
-    return train_share + 0.1 * score + 0.9 * score * (progress.done if progress.stage == "test" else 1.0) if progress.stage else 0.0
 
 
 def _row(cfg: DictConfig, cost: Whole | None) -> Row:
