@@ -148,7 +148,7 @@ def _choose(fits: Sequence[Fit]) -> Fit | None:
 def lines(answer: Answer) -> list[str]:
     """The answer for people, each part with how it is known."""
     card, take = answer.machine.card, answer.take
-    asked = [f"{answer.rows:,} rows of {answer.length} tokens", f"{card.name} ({card.memory_bytes / 2**30:.0f} GiB)"]
+    asked = [f"{answer.rows:,} rows of {answer.length} tokens", planning.words_of(card)]
     asked += [f"{answer.hours:g} h"] if answer.hours else []
     told = [f"{answer.model}: {', '.join(asked)}", ""]
     if take is None:

@@ -87,7 +87,7 @@ def show_plan(plan: planning.Plan, model: ModelChoice, say: Callable[[Any], None
     """Print what the comparison takes."""
     total = planning.duration(plan.total_s)
     card = plan.machine.card
-    say(f"plan for {card.name} ({card.memory_bytes / 2**30:.0f} GiB), {model.name}: {plan.rows} rows to train on, {plan.test_rows} to test "
+    say(f"plan for {planning.words_of(card)}, {model.name}: {plan.rows} rows to train on, {plan.test_rows} to test "
         f"on, {plan.epochs:g} epoch{'s' if plan.epochs != 1 else ''}; {total} of {plan.hours * 60:.0f} min")
     say(running.grid(["technique", "training", "scoring", "together", "memory", ""], planning.table(plan)))
     say(f"times: {plan.machine.basis}, within a factor of two; memory: forecast")

@@ -78,6 +78,11 @@ def card_of(word: str | None) -> Card:
     return Card(True, f"{size[1] or 'a card'} of {gib:g} GiB", int(gib * 2**30), at_hand=False)
 
 
+def words_of(card: Card) -> str:
+    """A machine and its memory, for people; a card elsewhere is called by its size already."""
+    return f"{card.name} ({card.memory_bytes / 2**30:.0f} GiB)" if card.at_hand else card.name
+
+
 def check_techniques(names: Iterable[str]) -> list[str]:
     """Raise UserError for a word that is no technique."""
     known = [path.stem for path in CONF.glob("technique/*.yaml")]
