@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pipeline.core.arguments import argument_entry
+from pipeline.core.arguments import argument_entry, check_above_zero
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +27,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the answer: 0, or 1 where nothing fits."""
-    from pipeline.core.files import UserError
     from pipeline.intake import fitting
     from pipeline.intake.flow import make_console
     from pipeline.intake.running import grid
 
-    for key in ("rows", "length", "hours"):
-        if getattr(args, key) is not None and getattr(args, key) <= 0:
-            raise UserError(f"--{key} {getattr(args, key)} is no number above 0")
+    check_above_zero(args, "rows", "length", "hours")
     techniques = [t.strip() for t in args.techniques.split(",") if t.strip()] if args.techniques else None
     answer = fitting.fit(args.model, args.card, args.rows, args.hours, args.length, techniques)
     if args.json:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pipeline.core.arguments import argument_entry
+from pipeline.core.arguments import argument_entry, check_above_zero
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Change the file, run, answer."""
     from pipeline.intake import flow, project
 
+    check_above_zero(args, "seeds", "rows", "test-rows", "hours")
     project.change(args.experiment, {"seeds": args.seeds and list(range(args.seeds)), "train_rows": args.rows and [args.rows], "test_rows": args.test_rows,
                                      "hours": args.hours})
     return flow.go(args.experiment, args)

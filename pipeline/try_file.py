@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pipeline.core.arguments import argument_entry
+from pipeline.core.arguments import argument_entry, check_above_zero
 
 MODEL = "smollm2_135m"
 
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Look, plan, run, answer."""
     from pipeline.intake import flow
 
+    check_above_zero(args, "rows", "test-rows", "hours")
     return flow.run(args)
 
 

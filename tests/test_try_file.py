@@ -225,6 +225,23 @@ def test_text_and_answer_are_found(tmp_path, rows, shape, text, label, kind):
     assert (seen.shape, seen.text, seen.label, seen.kind) == (shape, text, label, kind)
 
 
+def test_an_answer_without_its_number_is_named_by_its_row(tmp_path):
+    rows = [dict(row) for row in MATHS]
+    rows[4]["answer"] = "It is many\n#### 1e+06 or so"
+    path = str(write(tmp_path / "a.jsonl", jsonl(rows)))
+    seen = look.look(path)
+    assert seen.kind == "number"
+    with pytest.raises(UserError, match=r"end in a number after ####, but for 1 \(row 5; the first ends '.*or so'\); fix or remove"):
+        look.check(seen)
+
+
+def test_what_a_task_that_is_written_takes_follows_from_its_answers(tmp_path):
+    keys = project.task_keys(look.look(str(write(tmp_path / "a.jsonl", jsonl(MATHS)))), False)
+    assert keys["stop"] == "\nQuestion:" and 16 <= keys["max_new_tokens"] <= 30 and keys["metric"] == "numeric"
+    asks = [{**row, "answer": f"Think.\nQuestion: {row['question']}?\n{row['answer']}"} for row in MATHS]
+    assert "stop" not in project.task_keys(look.look(str(write(tmp_path / "b.jsonl", jsonl(asks)))), False), "answers that hold it would be cut"
+
+
 def test_many_labels_are_counted(tmp_path):
     labels = [f"intent_{n}" for n in range(77)]
     rows = [{"text": f"a message of number {n} and more", "category": labels[n % 77]} for n in range(385)]
@@ -303,6 +320,7 @@ def test_bad_input_is_one_sentence(place, capsys, name):
     (["--text", "txet"], "has no column 'txet', did you mean 'text'"), (["--label", "lable"], "has no column 'lable', did you mean 'label'"),
     (["--prompt", "{body}:"], "--prompt names the column 'body'"), (["--prompt", "hi"], "names no column"),
     (["--prompt", "{text} {label}"], "which holds the answer"),
+    (["--rows", "0"], "--rows 0 is no number above 0"), (["--hours", "-1"], "--hours -1 is no number above 0"),
     (["--techniques", "lorra"], "there is no technique 'lorra', did you mean 'lora'"), (["--rows", "5000"], "leaves 54 to train on"),
     (["--card", "big"], "--card big is no size of memory"), (["--modle", "x"], "there is no option --modle, did you mean '--model'"),
     (["--model", "nowhere"], "--model nowhere is no model"), (["--card", "0.2GB"], "no technique fits: zero_shot needs"),
@@ -318,6 +336,7 @@ MODELS = {
     "an encoder": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "model.safetensors", "is a BertForMaskedLM, which does not write"),
     "an adapter": (None, "adapter_config.json", "holds an adapter and no model; name org/base"),
     "a GGUF file in a folder": (None, "a.gguf", "is no model folder (no config.json); name the file: --model"),
+    "a file that is no GGUF": (None, "b.gguf", "b.gguf is no GGUF file"),
     "no weights": ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "notes.txt", "has no safetensors weights"),
 }
 
@@ -330,7 +349,7 @@ def test_what_is_no_model_is_one_sentence(place, capsys, name):
     if config:
         write(place / "m/config.json", json.dumps(config))
     write(place / "reviews.csv", csv_text())
-    assert try_file.main(["reviews.csv", "--yes", "--model", "m"]) == 2
+    assert try_file.main(["reviews.csv", "--yes", "--model", "m/b.gguf" if file == "b.gguf" else "m"]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not list((place / "experiments").iterdir())
 

@@ -152,3 +152,10 @@ def test_the_bootstrap_of_a_mean_agrees_with_its_formula():
     assert drawn and plain and drawn.covers_seeds
     one, other = (c.between("lora", "zero_shot") for c in (drawn, plain))
     assert (one.difference, one.high - one.low) == (pytest.approx(other.difference), pytest.approx(other.high - other.low, rel=0.1))
+
+
+def test_where_nothing_was_trained_nothing_is_said_against_training():
+    said = " ".join(sentences(verdict({"zero_shot": runs(3, 60), "few_shot": runs(9, 60)})))
+    assert "Nothing was trained: `zero_shot`" in said and "Do not train" not in said and "this does not say" in said
+    alone = decide([Option("zero_shot", 0.05, base=True, trained=False)], tiers.compare({"zero_shot": runs(3, 60)}, ["zero_shot"]))
+    assert "Do not train" not in " ".join(sentences(alone))

@@ -40,9 +40,9 @@ class Parser(argparse.ArgumentParser):
 
 NOISE = ("`is_gradient_checkpointing` is deprecated", "Position ids are not supported for parameter efficient tuning")
 """How warnings begin that PEFT (0.21), not a user, can fix: it asks transformers 5 by an old name, and says what it passes over in every pass."""
-LOUD = {"absl": logging.WARNING, "bitsandbytes.backends.cpu.ops": logging.ERROR}
+LOUD = {"huggingface_hub": logging.ERROR, "absl": logging.WARNING, "bitsandbytes.backends.cpu.ops": logging.ERROR}
 """Loggers, and the least they may say: rouge_score tells at every start which tokenizer it takes, bitsandbytes on some CPUs that kernels which this project
-does not use are not installed."""
+does not use are not installed, the hub's client each time that it tries again."""
 
 
 def quiet() -> None:
@@ -51,6 +51,14 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", beginning)
     for name, level in LOUD.items():
         logging.getLogger(name).setLevel(level)
+
+
+def check_above_zero(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError for an option that was given a number which is not above 0."""
+    for name in names:
+        value = getattr(args, name.replace("-", "_"), None)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value:g} is no number above 0")
 
 
 def argument_entry(name: str, about: str | None, add: Callable[[argparse.ArgumentParser], None], run: Callable[[argparse.Namespace], int]) -> Any:

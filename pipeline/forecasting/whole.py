@@ -154,7 +154,7 @@ def _row_s(work: Work, values: dict[str, Any], body: float, head: float) -> floa
     """Seconds of a row's scoring. body, head: of a token in the layers, and in the output layer."""
     method = values["method"]
     shots = method.get("k", 0) if method["type"] in ("few_shot", "retrieval", "prompt_choice") else 0
-    before = shots * (work.prompt + work.answer)
+    before = min(shots * (work.prompt + work.answer), max(0.0, values["train"]["max_length"] - work.prompt))  # what is longer loses its start
     once = method["type"] == "few_shot"  # all rows have the same demonstrations
     prompt, after = (work.prompt, 1 + before / LEAD) if once else (work.prompt + before, 1.0)
     if work.choices:

@@ -91,6 +91,8 @@ def show_plan(plan: planning.Plan, model: ModelChoice, say: Callable[[Any], None
         f"on, {plan.epochs:g} epoch{'s' if plan.epochs != 1 else ''}; {total} of {plan.hours * 60:.0f} min")
     say(running.grid(["technique", "training", "scoring", "together", "memory", ""], planning.table(plan)))
     say(f"times: {plan.machine.basis}, within a factor of two; memory: forecast")
+    for reason, names in plan.unknown.items():
+        say(f"note: no forecast of memory for {', '.join(names)} ({reason})")
     for note in plan.notes:
         say(f"note: {note}")
 

@@ -42,7 +42,8 @@ START_S = 15.0
 USED = 0.85
 """Of the budget, what a plan may take: its times are rough."""
 CPU_HOURS, GPU_HOURS = 0.25, 0.5
-CONTEXT = 2048
+MAX_LENGTH = 512
+"""Tokens (train.max_length) of a row, its answer among them."""
 LETTERS_A_TOKEN = 4.0
 
 
@@ -59,6 +60,15 @@ class Plan:
     hours: float
     chat: bool
     notes: list[str]
+
+    @property
+    def unknown(self) -> dict[str, list[str]]:
+        """Why memory is not forecast -> of which techniques."""
+        reasons: dict[str, list[str]] = {}
+        for cell in self.cells:
+            if cell.memory_bytes is None:
+                reasons.setdefault(cell.memory_basis.removeprefix("no forecast for "), []).append(cell.technique)
+        return reasons
 
     @property
     def total_s(self) -> float | None:
@@ -209,7 +219,7 @@ def _work(seen: Look, folder: Path | None) -> tuple[Work, bool, list[str]]:
 
     rows = random.Random(0).sample(seen.rows, min(SAMPLE, len(seen.rows)))
     fixed = count(re.sub(r"\{.*?\}", "", seen.prompt))
-    prompts = [fixed + sum(count(str(row.get(c, ""))) for c in seen.text) for row in rows]
+    whole_prompts = [fixed + sum(count(str(row.get(c, ""))) for c in seen.text) for row in rows]
     answers = [count(f" {row[seen.label]}") for row in rows]
     if seen.kind == "choice":
         choices = _tree(seen.labels, tokenizer)
@@ -218,15 +228,16 @@ def _work(seen: Look, folder: Path | None) -> tuple[Work, bool, list[str]]:
     else:
         choices = 0.0
     chat = bool(seen.shape and tokenizer and tokenizer.chat_template)
+    prompts = [min(p, MAX_LENGTH - 1) for p in whole_prompts]  # what is longer loses its start
     mean = sum(prompts) / len(rows)
     longest = max(p + a for p, a in zip(prompts, answers, strict=True))
     notes = []
     for technique, times in (("", 1), (" with few_shot's examples", 5)):
-        long = sum(times * p + a > CONTEXT // 4 for p, a in zip(prompts, answers, strict=True))
+        long = sum(times * p + a > MAX_LENGTH for p, a in zip(whole_prompts, answers, strict=True))
         if long:
-            notes.append(f"{long / len(rows):.0%} of the texts{technique} are longer than {CONTEXT // 4} tokens (train.max_length) and lose their start")
+            notes.append(f"{long / len(rows):.0%} of the texts{technique} are longer than {MAX_LENGTH} tokens (train.max_length) and lose their start")
     new = task_keys(seen, False).get("max_new_tokens", 0)
-    return Work(mean, sum(answers) / len(rows), choices, new, min(longest, 511), 0, 0, 0, 1.0, len(seen.labels)), chat, notes
+    return Work(mean, sum(answers) / len(rows), choices, new, min(longest, MAX_LENGTH - 1), 0, 0, 0, 1.0, len(seen.labels)), chat, notes
 
 
 def _tree(words: Iterable[str], tokenizer: FastTokenizer | None) -> float:
@@ -246,7 +257,7 @@ def work_of(cfg: DictConfig, folder: Path) -> Work:
         return len(tokenizer(text)["input_ids"]) if tokenizer else max(1, round(len(text) / LETTERS_A_TOKEN))
 
     rows = test[:SAMPLE] or train[:SAMPLE]
-    prompts, answers = ([count(r["prompt"]) for r in rows], [count(r["answer"]) for r in rows])
+    prompts, answers = ([min(count(r["prompt"]), cfg.train.max_length - 1) for r in rows], [count(r["answer"]) for r in rows])
     listed = [r["choices"] or [] for r in rows]
     if len({tuple(words) for words in listed}) == 1:
         choices = _tree(listed[0], tokenizer)

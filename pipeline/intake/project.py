@@ -70,10 +70,18 @@ def _name(text: str) -> str:
     return re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_").lower() or "own"
 
 
+def _check_gguf(path: Path) -> None:
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path} is no GGUF file, whatever it is called (it does not begin with GGUF); it may be damaged, or a pointer to a file that git "
+                            "or a browser did not get: fetch it again")
+
+
 def check_folder(folder: Path) -> None:
     """Raise UserError where a path is no causal language model with its weights."""
     if folder.is_file():
         if folder.suffix == ".gguf":
+            _check_gguf(folder)
             return
         raise UserError(f"{folder} is a file; name the folder of a model, with config.json and safetensors weights")
     if (folder / "adapter_config.json").exists():

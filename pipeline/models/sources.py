@@ -67,7 +67,7 @@ class Hub:
 
         ignore = None if allow_pickle else [f"*{suffix}" for suffix in PICKLES]
         what = f"the model {self.repository}@{self.revision} cannot be fetched"
-        with hub_errors(self.repository, what, "check its name and the network, or use model=local"):
+        with hub_errors(self.repository, what, "check its name and the network, or give a folder that has the model (--model FOLDER; model=local)"):
             folder = Path(snapshot_download(self.repository, revision=self.revision, ignore_patterns=ignore))
         refuse_pickles(folder, allow_pickle)
         return _pretrained(str(folder), f"{self.repository}@{self.revision}", trust_remote_code, allow_pickle)
