@@ -156,6 +156,6 @@ def test_the_bootstrap_of_a_mean_agrees_with_its_formula():
 
 def test_where_nothing_was_trained_nothing_is_said_against_training():
     said = " ".join(sentences(verdict({"zero_shot": runs(3, 60), "few_shot": runs(9, 60)})))
-    assert "Nothing was trained: `zero_shot`" in said and "Do not train" not in said and "this does not say" in said
+    assert "Nothing was trained: `few_shot` reaches 15.0%" in said and "Do not train" not in said and "this does not say" in said
     alone = decide([Option("zero_shot", 0.05, base=True, trained=False)], tiers.compare({"zero_shot": runs(3, 60)}, ["zero_shot"]))
     assert "Do not train" not in " ".join(sentences(alone))
