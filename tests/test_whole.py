@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.compose import compose
+from pipeline.core.compose import compose, plain
 from pipeline.core.files import write_json
 from pipeline.forecasting.cell import Card
 from pipeline.forecasting.whole import CPU_SHARE, Machine, Need, Work, parameters_of, whole
-from pipeline.core.compose import plain
 from pipeline.intake import known_models
 from pipeline.measure import speed
 
@@ -19,12 +18,20 @@ FLOPS = 101e9
 """Of one thread of the machine on which these were measured."""
 BANK = Work(15.1, 3.9, 116.0, 0, 28, 0, 0, 24, 1, 77)
 CHATS = Work(42.2, 1.0, 6.0, 0, 61, 0, 0, 24, 1, 6)
+PAIRS = Work(21.1, 2.2, 4.4, 0, 60, 0, 0, 24, 1, 2)
 MATHS = Work(48.0, 51.6, 0.0, 126, 170, 0, 0, 24, 1)
 MEASURED = [
-    ("77 labels", "zero_shot", BANK, 5.8), ("77 labels", "few_shot", BANK, 12.0), ("77 labels", "prompt_tuning", BANK, 7.7),
+    ("77 labels", "zero_shot", BANK, 5.8), ("77 labels", "few_shot", BANK, 12.0), ("77 labels", "prompt_tuning", BANK, 7.7), ("77 labels", "lora", BANK, 7.1),
+    ("six labels", "zero_shot", CHATS, 3.5), ("six labels", "few_shot", CHATS, 6.0), ("pairs", "zero_shot", PAIRS, 4.1),
+    ("free text", "zero_shot", MATHS, 17.8), ("free text", "few_shot", MATHS, 54.2),
 ]
 """Seconds of one processor for 24 rows of SmolLM2-135M: `python -m benchmarks.scoring rows=24 banking:zero_shot …`, 2026-11-30, AMD EPYC, one thread of two
 that others used, too."""
+
+
+TRAINED = [("77 labels", "lora", BANK, 8.5), ("77 labels", "full", BANK, 15.6), ("77 labels", "prompt_tuning", BANK, 12.0),
+           ("pairs", "dpo", PAIRS, 60.7), ("free text", "lora", dataclasses.replace(MATHS, answer=76.0), 39.9)]
+"""Seconds of one processor of training on 48 rows once, in the same session."""
 
 
 def needed(technique: str, tmp_path: Path, *words: str) -> Need:
@@ -42,6 +49,13 @@ def forecast(technique: str, work: Work, tmp_path: Path) -> float:
 @pytest.mark.parametrize(("what", "technique", "work", "seconds"), MEASURED)
 def test_scoring_is_forecast_within_a_factor_of_two(tmp_path, what, technique, work, seconds):
     assert 0.5 <= forecast(technique, work, tmp_path) / seconds <= 2
+
+
+@pytest.mark.parametrize(("what", "technique", "work", "seconds"), TRAINED)
+def test_training_is_forecast_within_a_factor_of_two(tmp_path, what, technique, work, seconds):
+    machine = Machine(Card(False, "one thread", 2**34), FLOPS * CPU_SHARE, "")
+    took = whole(needed(technique, tmp_path), dataclasses.replace(work, train_rows=48), machine).train_s
+    assert took and 0.5 <= took / seconds <= 2
 
 
 def test_more_rows_take_more_and_texts_that_end_take_less(tmp_path):

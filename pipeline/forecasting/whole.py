@@ -36,9 +36,9 @@ CARDS = {"H200": 300e12, "H100": 280e12, "A100": 130e12, "L40": 90e12, "4090": 8
 """Card -> floating-point operations a second in 16 bits that training of a model reaches there: a guess, but for the H200."""
 OTHER_CARD = 60e12
 BACKWARD = {"full": 3.4, "selective": 2.6, "pruning": 3.4}
-OTHER_BACKWARD = 2.7
+OTHER_BACKWARD = 2.2
 """Of a training step, its work in forward passes: forward, backward through activations and (of what is trained) through weights."""
-PASSES = {"step_by_step": 2.0, "dpo": 2.7, "orpo": 2.0, "kto": 3.3, "logit_distillation": 1.4, "rationale_first": 2.0, "grpo": 12.0, "rloo": 12.0}
+PASSES = {"step_by_step": 2.0, "dpo": 4.6, "orpo": 2.0, "kto": 3.3, "logit_distillation": 1.4, "rationale_first": 2.0, "grpo": 12.0, "rloo": 12.0}
 """Of an objective, its forward passes to one of a row's label."""
 ROWS_AT_ONCE = 64
 """Rows that are answered before they are kept (cell/evaluation.py, on a CPU)."""
