@@ -54,7 +54,8 @@ def start(args: argparse.Namespace) -> str:
     if not args.yes and not args.json and not args.plan and sys.stdin.isatty() and input("\nEnter to begin (n: stop here): ").strip().lower().startswith("n"):
         raise KeyboardInterrupt
     written = project.text_of(seen, model, [c.technique for c in plan.cells], plan.rows, plan.test_rows, plan.epochs, plan.hours,
-                              args.card and f"{card.memory_bytes / 2**30:g}", plan.chat, args.encoding, args.separator)
+                              args.card and f"{card.memory_bytes / 2**30:g}", plan.chat, args.encoding, args.separator,
+                              plan.max_length)
     say(f"\n{shown(project.write(seen.name, written))}: the task, the model, the techniques and the budget, to edit")
     if args.card:
         say(f"nothing is run for a card elsewhere; there: alignscope try {seen.name}")

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.compose import CONF, compose, plain
-from pipeline.core.files import UserError, closest
+from pipeline.core.files import UserError, closest, read_object
 from pipeline.core.settings import Task
 from pipeline.data.rows import read_rows
 from pipeline.forecasting.cell import Card
@@ -33,6 +33,8 @@ USUAL = {"choice": ("lora", "prompt_tuning", "full"), "number": ("lora", "full")
 ON_A_GPU = ("qlora", "ia3")
 SAMPLE = 200
 """Rows whose tokens are counted."""
+SHOTS = 4
+"""Demonstrations of few_shot (conf/method/few_shot.yaml)."""
 LEAST_TRAIN, LEAST_TEST = 48, 60
 MOST_TRAIN, MOST_TEST, MOST_EPOCHS = 1000, 500, 3.0
 USUAL_TRAIN, USUAL_TEST = 160, 200
@@ -42,8 +44,10 @@ START_S = 15.0
 USED = 0.85
 """Of the budget, what a plan may take: its times are rough."""
 CPU_HOURS, GPU_HOURS = 0.25, 0.5
-MAX_LENGTH = 512
-"""Tokens (train.max_length) of a row, its answer among them."""
+MAX_LENGTH, LONGER = 512, (1024, 2048)
+"""Tokens (train.max_length) of a row, its answer among them; more where rows fit and four demonstrations before them do not."""
+ALL_BUT = 0.02
+"""Of the texts with demonstrations, as many may be longer."""
 LETTERS_A_TOKEN = 4.0
 
 
@@ -60,6 +64,7 @@ class Plan:
     hours: float
     chat: bool
     notes: list[str]
+    max_length: int = MAX_LENGTH
 
     @property
     def unknown(self) -> dict[str, list[str]]:
@@ -121,10 +126,10 @@ def make(seen: Look, model: ModelChoice, folder: Path | None, config: Path | Non
     if rows is not None and rows > available:
         raise UserError(f"--rows {rows}: of the {len(seen.rows):,} rows {held['test']} are held back to test on and {held['validation']} to choose by, which "
                         f"leaves {available:,} to train on; ask for at most that")
-    base, chat, notes = _work(seen, folder)
+    base, chat, notes, length = _work(seen, folder, config)
     most = rows or min(available, USUAL_TRAIN), min(testable, test_rows or USUAL_TEST)
     work = _sized(base, *most, 1.0)
-    needs = [_need(name, seen, chat, work, config, machine) for name in names]
+    needs = [_need(name, seen, chat, length, work, config, machine) for name in names]
 
     def costed(work: Work) -> list[Whole]:
         return [whole(needed, work, machine) for needed in needs]
@@ -142,12 +147,12 @@ def make(seen: Look, model: ModelChoice, folder: Path | None, config: Path | Non
     if not late and all(c.total_s is not None for c in cells):
         work = _grown(base, work, [c.technique for c in cells], costed, limit, available, testable, rows is not None, test_rows is not None)
         cells = [c for c in costed(work) if c.technique in {k.technique for k in cells}]
-    return Plan(work.train_rows, work.test_rows, work.epochs, cells, [*refused, *late], machine, hours, chat, notes)
+    return Plan(work.train_rows, work.test_rows, work.epochs, cells, [*refused, *late], machine, hours, chat, notes, length)
 
 
-def _compose(technique: str, seen: Look, chat: bool) -> Any:
+def _compose(technique: str, seen: Look, chat: bool, length: int) -> Any:
     keys = task_keys(seen, chat)
-    words = [f"technique={technique}", "train.batch_size=8", "train.micro_batch_tokens=256", f"++task.max_new_tokens={keys.get('max_new_tokens', 8)}"]
+    words = [f"technique={technique}", f"train.max_length={length}", "train.batch_size=8", "train.micro_batch_tokens=256", f"++task.max_new_tokens={keys.get('max_new_tokens', 8)}"]
     if seen.kind in ("text", "number"):
         words += ["task.scoring=generate", f"evaluate.batch_tokens={GENERATION_TOKENS}", f"++task.format={keys.get('format', 'plain')}"]
     cfg = compose(words)
@@ -156,8 +161,8 @@ def _compose(technique: str, seen: Look, chat: bool) -> Any:
     return cfg
 
 
-def _need(technique: str, seen: Look, chat: bool, work: Work, config: Path | None, machine: Machine) -> Need:
-    cfg = _compose(technique, seen, chat)
+def _need(technique: str, seen: Look, chat: bool, length: int, work: Work, config: Path | None, machine: Machine) -> Need:
+    cfg = _compose(technique, seen, chat, length)
     if config is None:
         return Need(technique, plain(cfg), None, None, None, "the model's config.json is not here")
     return need(cfg, work, config, machine)
@@ -210,8 +215,8 @@ def _grown(base: Work, work: Work, names: list[str], costed: Any, limit: float, 
         work = larger
 
 
-def _work(seen: Look, folder: Path | None) -> tuple[Work, bool, list[str]]:
-    """(the tokens of a row, whether the model has a chat template, notes on rows that are too long)."""
+def _work(seen: Look, folder: Path | None, config: Path | None) -> tuple[Work, bool, list[str], int]:
+    """(the tokens of a row, whether the model has a chat template, notes on rows that are too long, most tokens of a row)."""
     tokenizer = FastTokenizer(folder) if folder is not None and (folder / "tokenizer.json").exists() else None
 
     def count(text: str) -> int:
@@ -228,16 +233,27 @@ def _work(seen: Look, folder: Path | None) -> tuple[Work, bool, list[str]]:
     else:
         choices = 0.0
     chat = bool(seen.shape and tokenizer and tokenizer.chat_template)
-    prompts = [min(p, MAX_LENGTH - 1) for p in whole_prompts]  # what is longer loses its start
+    new = task_keys(seen, False).get("max_new_tokens", 0)
+    shots = SHOTS * (sum(whole_prompts) + sum(answers)) / len(rows)
+    length = _length([p + max(a, new) for p, a in zip(whole_prompts, answers, strict=True)], shots, config)
+    prompts = [min(p, length - 1) for p in whole_prompts]  # what is longer loses its start
     mean = sum(prompts) / len(rows)
     longest = max(p + a for p, a in zip(prompts, answers, strict=True))
     notes = []
-    for technique, times in (("", 1), (" with few_shot's examples", 5)):
-        long = sum(times * p + a > MAX_LENGTH for p, a in zip(whole_prompts, answers, strict=True))
+    for technique, more in (("", 0.0), (" with few_shot's examples", shots)):
+        long = sum(more + p + max(a, new) > length for p, a in zip(whole_prompts, answers, strict=True))
         if long:
-            notes.append(f"{long / len(rows):.0%} of the texts{technique} are longer than {MAX_LENGTH} tokens (train.max_length) and lose their start")
-    new = task_keys(seen, False).get("max_new_tokens", 0)
-    return Work(mean, sum(answers) / len(rows), choices, new, min(longest, MAX_LENGTH - 1), 0, 0, 0, 1.0, len(seen.labels)), chat, notes
+            notes.append(f"{long / len(rows):.0%} of the texts{technique} are longer than {length} tokens (train.max_length) and lose their start")
+    return Work(mean, sum(answers) / len(rows), choices, new, min(longest, length - 1), 0, 0, 0, 1.0, len(seen.labels)), chat, notes, length
+
+
+def _length(whole: Sequence[float], shots: float, config: Path | None) -> int:
+    """Most tokens of a row, by those of rows with their answers: more than MAX_LENGTH for demonstrations alone, and no more than the model takes."""
+    context = (read_object(config).get("max_position_embeddings") if config else None) or MAX_LENGTH
+    if max(whole) > MAX_LENGTH:
+        return MAX_LENGTH
+    fits = (n for n in (MAX_LENGTH, *LONGER) if n <= context and sum(shots + w > n for w in whole) <= ALL_BUT * len(whole))
+    return next(fits, MAX_LENGTH)
 
 
 def _tree(words: Iterable[str], tokenizer: FastTokenizer | None) -> float:

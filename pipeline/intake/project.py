@@ -161,7 +161,7 @@ ABOUT = {
 
 
 def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int, test_rows: int, epochs: float, hours: float, card: str | None,
-            chat: bool, encoding: str | None = None, separator: str | None = None) -> str:
+            chat: bool, encoding: str | None = None, separator: str | None = None, max_length: int = 512) -> str:
     """The file: a comment on every line that one might change. encoding, separator: as they were asked for."""
     task = task_keys(seen, chat)
     together = f"batch_tokens: {GENERATION_TOKENS}, " if task["scoring"] == "generate" else ""
@@ -185,7 +185,7 @@ def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int
         f"  {_flow('techniques', list(techniques))} # in this order; conf/technique/ has them all",
         "  seeds: [0] # more seeds tell what the draw of rows and weights changes: [0, 1, 2]",
         f"  train_rows: [{rows}] # labelled rows to train on; several sizes make a learning curve",
-        f"train: {{epochs: {epochs:g}, validations: 0, batch_size: 8, micro_batch_tokens: 256, too_long: truncate}} # micro_batch_tokens: more on a GPU",
+        f"train: {{epochs: {epochs:g}, validations: 0, batch_size: 8, micro_batch_tokens: 256, max_length: {max_length}, too_long: truncate}} # micro_batch_tokens: more on a GPU",
         f"evaluate: {{{together}test_rows: {test_rows}, transfer_rows: 0, forgetting: false, latency_rows: 4, adapters: []}} # more test rows make surer",
         "preflight: false # true: check gradients, tokens and engine of every technique first",
         f"budget: {{hours: {hours:g}, card: {card or 'null'}}} # what the plan is held to; card: GiB of another machine's GPU, as in 24",
