@@ -42,7 +42,7 @@ sweep: $(VENV) ## search the rank of TECHNIQUE (lora) and confirm the best on te
 
 ui: $(VENV) ## MLflow's pages on http://127.0.0.1:PORT (5000)
 	@echo "the experiments: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning (the note of one links to its runs with accuracy, time, memory and r first)"
-	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 server: $(VENV) ## an MLflow server with users on 127.0.0.1:PORT, over the database that MLFLOW_BACKEND_STORE_URI names (docs/scale.md)
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_AUTH_CONFIG_PATH=$${MLFLOW_AUTH_CONFIG_PATH:-conf/tracking/basic_auth.ini} $(BIN)/mlflow server --app-name basic-auth --host 127.0.0.1 --port $(PORT) --artifacts-destination mlartifacts

@@ -14,6 +14,9 @@ import sys
 
 from pipeline.core.arguments import argument_entry
 
+ONE_WORKER = ("--workers", "1")
+"""Of several, those that a busy machine keeps from answering within seconds are ended and begun again, for ever."""
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
@@ -38,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if not store or store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
         raise UserError(f"there is nothing in MLflow yet ({store or 'tracking=none'}); run a cell first, or: python -m pipeline.tracking backfill")
     print(f"MLflow: http://127.0.0.1:{args.port}/{page_of(cfg, args.experiment)} (Ctrl-C ends it)", flush=True)
-    return subprocess.run([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(args.port)]).returncode
+    serve = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(args.port), *ONE_WORKER]
+    return subprocess.run(serve).returncode
 
 
 main = argument_entry("ui", __doc__, add, run)
