@@ -46,7 +46,8 @@ def maths(path: Path) -> None:
 
 def chats(path: Path) -> None:
     said = [(row["question"], row["answer"]) for row in _shared("trec", "train")][:2000]
-    write_jsonl(path, [{"messages": [{"role": "system", "content": ASK}, {"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in said])
+    write_jsonl(path, [{"messages": [{"role": role, "content": text} for role, text in (("system", ASK), ("user", asked), ("assistant", answer))]}
+                       for asked, answer in said])
 
 
 def pairs(path: Path) -> None:

@@ -287,6 +287,8 @@ def test_one_bar_stands_for_all_cells_with_the_time_that_is_left(overrides, impo
     assert threading.active_count() == before, "the process goes on to fork"
 
 
-@pytest.mark.parametrize(("stage", "done", "share"), [("", 0, 0), ("train", 0.5, 0.3), ("validation", 0, 0.6), ("test", 0, 0.64), ("test", 1, 1), ("transfer/x", 0.2, 1)])
+@pytest.mark.parametrize(("stage", "done", "share"), [
+    ("", 0, 0), ("train", 0.5, 0.3), ("validation", 0, 0.6), ("test", 0, 0.64), ("test", 1, 1), ("transfer/x", 0.2, 1),
+])
 def test_a_cells_share_counts_training_and_scoring(stage, done, share):
     assert progress.Progress(stage, done).share(0.6) == pytest.approx(share)

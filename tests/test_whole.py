@@ -83,6 +83,6 @@ def test_threads_are_those_that_torch_takes(monkeypatch):
 
 def test_a_product_is_timed_by_its_median_and_counted_for_all_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    ticks = iter(range(0, 10**6))
+    ticks = iter(range(10**6))
     assert speed.matmul_flops(lambda: float(next(ticks))) == 2 * speed.SIDE**3
     assert speed.matmul_flops() > 1e8

@@ -171,13 +171,15 @@ class Cached(Decoder):
     def fill(self, prompts: Sequence[list[int]]) -> None:
         super().fill(prompts)
         self.cache.reset()
-        for layer, (keys, values) in zip(self.cache.layers, self.before):
-            layer.update(keys.expand(len(prompts), -1, -1, -1), values.expand(len(prompts), -1, -1, -1))
+        layers: list[Any] = self.cache.layers
+        for index, (keys, values) in enumerate(self.before):
+            layers[index].update(keys.expand(len(prompts), -1, -1, -1), values.expand(len(prompts), -1, -1, -1))
 
     def keep(self, rows: torch.Tensor) -> None:
         super().keep(rows)
         self.every, self.only = self.every[: len(rows)], self.only[: len(rows)]
-        for layer in self.cache.layers:
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
     def first(self) -> torch.Tensor:

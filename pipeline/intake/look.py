@@ -259,8 +259,8 @@ def _check_numbers(seen: Look) -> None:
     if 0 < len(unmarked) < len(seen.rows) * (1 - MOSTLY) + 1 and not next(c for c in seen.columns if c.name == seen.label).numeric:
         which = ", ".join(map(str, unmarked[:SHOWN])) + (f" and {len(unmarked) - SHOWN} more" if len(unmarked) > SHOWN else "")
         end = str(seen.rows[unmarked[0] - 1][seen.label]).strip()[-30:]
-        raise UserError(f"{seen.path}: the answers in {seen.label!r} end in a number after ####, but for {len(unmarked)} (row {which}; the first ends {end!r}); "
-                        "fix or remove those rows")
+        raise UserError(f"{seen.path}: the answers in {seen.label!r} end in a number after ####, but for {len(unmarked)} (row {which}; the first ends {end!r}"
+                        "); fix or remove those rows")
 
 
 def check(seen: Look) -> None:

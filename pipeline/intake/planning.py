@@ -152,7 +152,8 @@ def make(seen: Look, model: ModelChoice, folder: Path | None, config: Path | Non
 
 def _compose(technique: str, seen: Look, chat: bool, length: int) -> Any:
     keys = task_keys(seen, chat)
-    words = [f"technique={technique}", f"train.max_length={length}", "train.batch_size=8", "train.micro_batch_tokens=256", f"++task.max_new_tokens={keys.get('max_new_tokens', 8)}"]
+    words = [f"technique={technique}", f"train.max_length={length}", "train.batch_size=8", "train.micro_batch_tokens=256",
+             f"++task.max_new_tokens={keys.get('max_new_tokens', 8)}"]
     if seen.kind in ("text", "number"):
         words += ["task.scoring=generate", f"evaluate.batch_tokens={GENERATION_TOKENS}", f"++task.format={keys.get('format', 'plain')}"]
     cfg = compose(words)

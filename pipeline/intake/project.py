@@ -133,7 +133,7 @@ def _most_tokens(seen: Look) -> int:
 
 
 def _stop(seen: Look) -> str | None:
-    """The words with which a prompt begins, after which a model that goes on to a next question need not be heard; None: there are none, or answers have them."""
+    """The words with which a prompt begins, after which a model that goes on to a next question need not be heard; None: none, or answers have them."""
     words = seen.prompt.partition("{")[0].strip() if seen.shape not in shapes.TURNS else ""
     stop = f"\n{words}"
     return stop if len(words) >= LEAST_STOP and not any(stop in str(row[seen.label]) for row in seen.rows) else None
@@ -185,7 +185,8 @@ def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int
         f"  {_flow('techniques', list(techniques))} # in this order; conf/technique/ has them all",
         "  seeds: [0] # more seeds tell what the draw of rows and weights changes: [0, 1, 2]",
         f"  train_rows: [{rows}] # labelled rows to train on; several sizes make a learning curve",
-        f"train: {{epochs: {epochs:g}, validations: 0, batch_size: 8, micro_batch_tokens: 256, max_length: {max_length}, too_long: truncate}} # micro_batch_tokens: more on a GPU",
+        f"train: {{epochs: {epochs:g}, validations: 0, batch_size: 8, micro_batch_tokens: 256, max_length: {max_length}, too_long: truncate}} "
+        "# micro_batch_tokens: more on a GPU",
         f"evaluate: {{{together}test_rows: {test_rows}, transfer_rows: 0, forgetting: false, latency_rows: 4, adapters: []}} # more test rows make surer",
         "preflight: false # true: check gradients, tokens and engine of every technique first",
         f"budget: {{hours: {hours:g}, card: {card or 'null'}}} # what the plan is held to; card: GiB of another machine's GPU, as in 24",

@@ -71,7 +71,8 @@ def _lead(verdict: Verdict, saying: Saying) -> str:
                 f"Until then keep the untouched base.")
     what = "the untouched base" if chosen.base else "which trains nothing"
     if not any(one.trained for one in verdict.options):
-        return f"Nothing was trained: `{chosen.name}`{', the untouched base,' if chosen.base else ''} reaches {level}{_against(verdict)}. Whether training is worth it, this does not say."
+        base = ", the untouched base," if chosen.base else ""
+        return f"Nothing was trained: `{chosen.name}`{base} reaches {level}{_against(verdict)}. Whether training is worth it, this does not say."
     higher = evidence.against is not None and verdict.option(evidence.against).trained
     return f"Do not train{'' if verdict.decided else ' yet'}: `{chosen.name}`, {what}, reaches {level}{_against(verdict) if higher else ''}."
 

@@ -141,9 +141,9 @@ def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
     from pipeline.engine.decode import Cached, Decoder, Handwritten, fed_once, greedy, lead_of, unsuited
     from pipeline.engine.reuse import window_of
 
-    refused = owners is not None or unsuited(model)
+    refused = owners is not None or unsuited(model) is not None
     with torch.inference_mode(), autocast(device, dtype), by_hand(model, dtype, device, 0 if refused else len(prompts)) as written:
-        refused = refused or window_of(model) and not written  # transformers' static cache has no place for a window
+        refused = refused or bool(window_of(model)) and not written  # transformers' static cache has no place for a window
         lead = [] if refused else lead_of(prompts, device)
         rest = [prompt[len(lead) :] for prompt in prompts]
         parts = list(_generation_batches(model, [len(p) + len(lead) // 4 for p in rest], max_new_tokens, batch_tokens))  # as passes.py counts cached tokens
