@@ -26,8 +26,8 @@ def table(estimate: Forecast) -> list[str]:
         f"{head}: {estimate.trainable:,} of {estimate.parameters:,} parameters trained, base in {estimate.precision}, engine {ENGINES[estimate.engine]}",
         f"rows: {estimate.rows_from}; longest {estimate.longest} tokens, {estimate.step_tokens:,.0f} tokens a step, {estimate.steps} steps", "",
     ]
-    lines += [f"{WHAT[name]:<44}{size:>18,} bytes" for name, size in estimate.memory.parts.items() if size]
-    lines += [f"{'peak':<44}{estimate.memory.total:>18,} bytes  ({gib(estimate.memory.total)})", "", verdict(estimate)]
+    lines += [f"{WHAT[name]:<44}{size / 2**20:>12,.1f} MiB" for name, size in estimate.memory.parts.items() if size]
+    lines += [f"{'peak':<44}{estimate.memory.total / 2**20:>12,.1f} MiB  ({gib(estimate.memory.total)})", "", verdict(estimate)]
     if estimate.train_s is not None:
         low, middle, high = estimate.train_s
         lines.append(f"training takes about {seconds(middle)} [{seconds(low)}, {seconds(high)}], by {estimate.time_from}")

@@ -87,10 +87,16 @@ def as_json(found: Mistakes) -> str:
     return json.dumps({"cell": found.cell, "rows": found.rows, "wrong": [vars(one) for one in found.wrong], "confusion": pairs}, indent=1, ensure_ascii=False)
 
 
+def _short(text: str) -> str:
+    """A text in one line; of a long one its beginning and its end, where a number stands."""
+    flat = " ".join(text.split())
+    return repr(flat if len(flat) <= 80 else f"{flat[:40]} … {flat[-36:]}")
+
+
 def lines(wrong: Sequence[Wrong], width: int = 100) -> list[str]:
     """Wrong rows for people."""
     told = []
     for one in wrong:
         text = " ".join(one.prompt.split())
-        told += [f"{one.id}  {text if len(text) <= width else f'…{text[-width:]}'}", f"    said {one.said!r:.80}, right is {one.answer!r:.80}"]
+        told += [f"{one.id}  {text if len(text) <= width else f'…{text[-width:]}'}", f"    said {_short(one.said)}, right is {_short(one.answer)}"]
     return told
