@@ -169,7 +169,7 @@ def _pair(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
         raise UserError(f"there is evidence on several tasks or models ({every}); name one with task= and model=")
     asked = " ".join(f"{k}={v}" for k, v in (("task", need.task), ("model", need.model)) if v)
     raise UserError(f"no finished cell is evidence on {asked or 'any task'} (there is {every}); run an experiment on it first, such as "
-                    "python -m pipeline.cells experiments=data_size_quick, or ask what is published: alignscope fit --model Qwen/Qwen3-8B --card 16GB --rows 500")
+                    "python -m pipeline.cells experiments=data_size_quick, or ask for what is published: alignscope fit --model Qwen/Qwen3-8B --card 16GB")
 
 
 def _curves(seen: Sequence[Seen]) -> dict[str, learning_curve.Curve]:
