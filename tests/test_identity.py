@@ -69,7 +69,7 @@ def test_a_new_key_with_a_default_makes_no_cell_stale(monkeypatch):
 
 
 ABSENT = {
-    "Recipe": {"metric": "accuracy", "tolerance": 0.0, "format": "plain", "separator": " ", "length_normalised": False, "max_new_tokens": 32,
+    "Recipe": {"metric": "accuracy", "tolerance": 0.0, "format": "plain", "separator": " ", "length_normalised": False, "max_new_tokens": 32, "stop": None,
                "answer_pattern": None, "messages": None, "prompt": "", "answer": None, "system": None, "tools": None,
                "transfer": (), "columns": {}, "choices": None, "split": {}, "leakage": "error", "licence": "not stated"},
     "Model": {"source": None, "init": "pretrained", "init_seed": 0, "trust_remote_code": False, "allow_pickle": False, "licence": None, "note": None},
