@@ -2,8 +2,9 @@
 
     python -m benchmarks.race simulate                            benchmarks/results/race_simulated.json: 1,000 races a setting
     python -m benchmarks.race simulate races=100 processes=16     fewer, on more processes; settings that the file has with as many are not run again
-    python -m benchmarks.race fill out=work/cells.jsonl tasks=trec,cqa seeds=16 limit_s=1500 -- model=smollm2_135m      the cache, on a GPU
-    (benchmarks/race_cache.py) python -m benchmarks.race synthetic out=work/synthetic.jsonl  a cache that is drawn, not measured
+    python -m benchmarks.race fill out=FOLDER gpus=0,1 processes=14 limit_s=520 -- paths.models=…      the cache, on GPUs; started again, what is missing
+    python -m benchmarks.race package out=FOLDER to=FILE.jsonl.xz   what a folder holds (and a package before it, known=) as one file, and what it lacks
+    python -m benchmarks.race synthetic out=work/synthetic.jsonl  a cache that is drawn, not measured
     python -m benchmarks.race replay cells=work/cells.jsonl       benchmarks/results/race_replayed.json: all policies on a cache, 2,000 times a task and base
     python -m benchmarks.race table                               the tables of docs/race.md
 """
@@ -28,7 +29,8 @@ def run(words: Sequence[str]) -> int:
     """One of the commands above."""
     split = list(words).index("--") if "--" in words else len(words)
     command, rest = (words[0] if words else ""), list(words[1:split])
-    known = {"simulate": simulate, "fill": lambda given: fill(given, list(words[split + 1 :])), "synthetic": synthetic, "replay": replay, "table": tables}
+    known = {"simulate": simulate, "fill": lambda given: fill(given, list(words[split + 1 :])), "package": package,
+             "synthetic": synthetic, "replay": replay, "table": tables}
     if command not in known:
         raise UserError(f"benchmarks.race takes one of {', '.join(known)}, not {command!r}")
     known[command](rest)
@@ -50,11 +52,41 @@ def simulate(words: Sequence[str]) -> None:
         write_json(path, _about("simulate") | {"settings": [*lines, *kept]})
 
 
-def fill(words: Sequence[str], overrides: list[str]) -> None:
-    from benchmarks import race_cache
+CACHE = {"known": "", "models": "smollm2_135m,qwen2_0_5b", "tasks": "all", "techniques": "all", "seeds": "16", "retry": "false"}
+"""Of fill and package: a package whose runs are taken as they are; what is wanted; whether what ended with an error is tried again."""
 
-    keys = ("out", "tasks", "techniques", "seeds", "limit_s")
-    race_cache.fill({"techniques": "all", "seeds": "16"} | key_values(words, keys, "benchmarks.race fill"), overrides)
+
+def fill(words: Sequence[str], overrides: list[str]) -> None:
+    from benchmarks import race_fill
+
+    own = {"gpus": "", "processes": "1", "limit_s": "inf", "grace_s": "20"}
+    given = CACHE | own | key_values(words, ("out", *CACHE, *own), "benchmarks.race fill")
+    store, jobs = _asked(given)
+    gpus = [gpu for gpu in given["gpus"].split(",") if gpu]
+    missing = race_fill.fill(race_fill.Asked(jobs, store, overrides, gpus, int(given["processes"]), float(given["limit_s"]), float(given["grace_s"])))
+    print(race_fill.lacks(store, jobs))
+    print(f"{missing} seeds are missing" if missing else "nothing is missing")
+
+
+def package(words: Sequence[str]) -> None:
+    from benchmarks import race_fill
+
+    given = CACHE | key_values(words, ("out", "to", *CACHE), "benchmarks.race package")
+    store, jobs = _asked(given)
+    race_fill.package(store, Path(given["to"]))
+    print(race_fill.lacks(store, jobs))
+
+
+def _asked(given: dict[str, str]) -> tuple[Any, Any]:
+    """(race_fill.Store, its jobs). Raises UserError without a folder."""
+    from benchmarks import race_fill
+
+    if "out" not in given:
+        raise UserError("name the folder of finished runs: out=FOLDER")
+    tasks = race_fill.TASKS if given["tasks"] == "all" else given["tasks"].split(",")
+    techniques = list(race_fill.TECHNIQUES) if given["techniques"] == "all" else given["techniques"].split(",")
+    store = race_fill.Store(Path(given["out"]), Path(given["known"]) if given["known"] else None, given["retry"] == "true")
+    return store, race_fill.jobs(given["models"].split(","), tasks, techniques, int(given["seeds"]))
 
 
 def synthetic(words: Sequence[str]) -> None:
