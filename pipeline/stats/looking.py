@@ -18,6 +18,7 @@ it). Seeds are the same for all techniques, so what a seed does to all of them c
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ LOOKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Seeds at which a pair is looked at."""
 PSEUDO = 5.0
 """Squared disagreements added to those on the rows: where two techniques disagree on no row of a few, their difference is still not known exactly."""
+SHARED_STEP, NODES = 0.1, 12
+"""Of the integrals that a table is made of."""
 RATIOS = np.geomspace(1e-3, 1e5, 33)
 SCORES = np.arange(0.0, 9.01, 0.1)
 """The ratios v/c and the z that `ever_crossed` is tabulated at; a ratio outside is taken as the nearest, a z beyond as the last."""
@@ -44,16 +47,27 @@ def _table(looks: tuple[int, ...]) -> np.ndarray:
     """[len(RATIOS), len(SCORES)] logs of `ever_crossed`."""
     from scipy.special import ndtr
 
-    shared = np.arange(-9.0, 12.0, 0.03)
-    chance = np.exp(-(shared**2) / 2) * 0.03 / np.sqrt(2 * np.pi)
-    table = np.empty((len(RATIOS), len(SCORES)))
-    for row, ratio in enumerate(RATIOS):
-        crossed = np.zeros((len(SCORES), len(shared)))
-        for seeds in looks:
-            own = np.sqrt(ratio / seeds)
-            crossed += ndtr(-(SCORES[:, None] * np.sqrt(1 + own**2) - shared[None, :]) / own)
-        table[row] = np.log((np.minimum(1.0, crossed) * chance).sum(1))
-    return table
+    shared = np.arange(-7.0, 10.6, SHARED_STEP)
+    chance = np.exp(-(shared**2) / 2) * SHARED_STEP / np.sqrt(2 * np.pi)
+    bounds = np.array([(SCORES[:, None] * np.sqrt(1 + ratio / seeds) - shared) / np.sqrt(ratio / seeds) for ratio in RATIOS for seeds in looks])
+    bounds = bounds.reshape(len(RATIOS), len(looks), len(SCORES), len(shared))
+    crossed = ndtr(-bounds).sum(1)
+    for at, (seeds, more) in enumerate(itertools.pairwise(looks)):
+        crossed -= _both(bounds[:, at], bounds[:, at + 1], np.sqrt(seeds / more))
+    logs: np.ndarray = np.log((np.clip(crossed, 0.0, 1.0) * chance).sum(-1))
+    return logs
+
+
+def _both(h: np.ndarray, k: np.ndarray, correlation: float) -> np.ndarray:
+    """P(X > h and Y > k) of standard normal X and Y (Plackett 1954: an integral over the correlation, here by Gauss and Legendre's rule)."""
+    from scipy.special import ndtr
+
+    nodes, parts = np.polynomial.legendre.leggauss(NODES)
+    end = np.arcsin(correlation)
+    added = np.zeros_like(h)
+    for angle, part in zip(end * (nodes + 1) / 2, parts * end / 2, strict=True):
+        added += part * np.exp(-(h**2 + k**2 - 2 * h * k * np.sin(angle)) / (2 * np.cos(angle) ** 2))
+    return ndtr(-h) * ndtr(-k) + added / (2 * np.pi)
 
 
 def log_ever_crossed(z: np.ndarray, ratio: np.ndarray, looks: tuple[int, ...] = LOOKS) -> np.ndarray:
