@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import race as command
-from benchmarks import race_cache, race_fill, race_replay, race_simulate
+from benchmarks import race_blocks, race_cache, race_fill, race_replay, race_simulate
 from benchmarks.race_simulate import EFFECTS, Setting, World
 from pipeline.cell.inputs import preload
 from pipeline.core.compose import compose
@@ -32,10 +32,31 @@ def test_the_simulated_truth_is_the_truth():
     assert abs(np.mean(found)) < 0.003
 
 
-def test_a_simulated_statement_is_wrong_where_it_says_so():
-    line = race_simulate.simulate(Setting(2, 400, 5.0, "edge", "normal", 0.5), 3, 12)
-    assert line["wrong"] <= 0.25 and line["interval"][1] > line["wrong"] and 0 < line["spent"] <= 1.01
-    assert race_simulate.table([line]).count("\n") == 1  # it is none of the settings, and no line of the table
+def test_blocks_are_run_once_and_their_races_do_not_depend_on_how_they_are_cut(tmp_path, monkeypatch):
+    setting = Setting(2, 400, 5.0, "edge", "normal", 0.5)
+    monkeypatch.setattr(race_simulate, "settings", lambda: [setting])
+    monkeypatch.setattr(race_simulate, "SIZES", {2: 3})
+    for races, run in ((6, 2), (12, 2), (12, 0)):  # blocks that the file lacks
+        given = race_simulate.wanted(races, 69)
+        assert len(list(race_blocks.run(tmp_path / "blocks.jsonl", given, race_simulate.block, 1, float("inf")))) == run
+    ends = race_blocks.ends(tmp_path / "blocks.jsonl")
+    whole = race_simulate.block(race_blocks.Block((0,), 0, 12, setting))
+    (found,) = ends.values()
+    assert [found[number] for number in range(12)] == whole
+    line = race_simulate.summary(ends)[0]
+    assert line["races"] == 12 and line["wrong"] <= 0.25 and line["interval"][1] > line["wrong"] and 0 < line["spent"] <= 1.01
+    assert race_simulate.table([line]).count("\n") == 2
+
+
+def test_blocks_end_when_the_time_is_up_and_go_on_later_in_several_processes(tmp_path, monkeypatch):
+    given = race_simulate.wanted(2, 2)
+    assert len(list(race_blocks.run(tmp_path / "blocks.jsonl", given, race_simulate.block, 1, 0.0))) == 1
+    assert len(list(race_blocks.run(tmp_path / "blocks.jsonl", given, race_simulate.block, 2, float("inf")))) == len(given) - 1
+
+
+def test_settings_of_twenty_techniques_come_first():
+    arms = [block.task.arms for block in race_simulate.wanted(1, 69)]
+    assert arms == sorted(arms, key=lambda count: (count == 69, count != 20, -count)) and {2, 6, 20, 69} == set(arms)
 
 
 def test_bits_come_back():
@@ -74,10 +95,12 @@ def test_a_cache_without_runs_is_refused(tmp_path):
 
 def test_every_policy_is_replayed_and_the_race_names_the_best_for_less_than_the_grid(drawn, tmp_path):
     assert command.main(["replay", f"cells={drawn}", "times=2", f"to={tmp_path}/replayed.json", "arms=4"]) == 0
-    found = read_json(tmp_path / "replayed.json")
-    by_policy = {(s["policy"], s["within"], s["task"]): s for s in found["lines"]}
+    found = read_json(tmp_path / "replayed.json")["lines"]
+    by_policy = {(s["policy"], s["within"], s["task"]): s for s in found}
     ours, grid = by_policy["race", 5.0, "trec"], by_policy["full grid", 5.0, "trec"]
     assert ours["wrong"] == 0 and ours["undecided"] == 0 and ours["hours"] < 0.7 < grid["hours"] == 1.0 and ours["regret"] == 0
+    least = by_policy["least grid that states it", 5.0, "trec"]
+    assert least["wrong"] == least["undecided"] == 0 and least["hours"] < 1 and ours["hours_of_rates"] < ours["hours"]
     assert {policy for policy, _, _ in by_policy} == set(race_replay.POLICIES)
     assert race_replay.table(found).count("| held out |") == race_replay.table(found).count("| seen |") == 3 * len(race_replay.POLICIES)
 

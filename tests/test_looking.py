@@ -35,7 +35,7 @@ def test_the_chance_that_is_told_holds_the_one_that_is_simulated(ratio):
 
 
 def test_what_is_critical_is_crossed_with_that_chance():
-    assert chance(critical(0.003, 3.0), 3.0) == pytest.approx(0.003, rel=0.05)
+    assert chance(float(critical(0.003, np.array([3.0]))[0]), 3.0) == pytest.approx(0.003, rel=0.05)
     assert chance(-1.0, 1.0) == 1.0
 
 

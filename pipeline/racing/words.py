@@ -100,7 +100,8 @@ def _cheapest(driver: Driver, tried: Sequence[int]) -> str:
     train = race.arms[min(tried, key=lambda k: (race.arms[k].cost[:1], race.price(k)))].name
     served = {race.arms[k].name: seen for k in tried if (seen := next((e.served_bytes for e in driver.used[race.arms[k].name] if e.served_bytes), None))}
     serve = f", to serve `{min(served, key=lambda name: served[name])}` ({min(served.values()) / 2**30:.2g} GiB)" if served else ""
-    return f"Of them the cheapest to train is `{train}`{serve}; the highest is `{race.arms[tried[0]].name}`."
+    most = race.arms[tried[0] if race.favourite is None else race.favourite].name
+    return f"Of them the cheapest to train is `{train}`{serve}; most is expected of `{most}`."
 
 
 def _rows(driver: Driver) -> str:
@@ -119,7 +120,7 @@ def _rows_needed(driver: Driver, one: Open) -> int:
     race = driver.race
     leader = next(k for k in race.alive if race.answers.runs[k])
     gap = race.answers.gap(leader, [one.arm], one.seeds)
-    z = critical(race.rules.error * float(race.weights[leader]), 1.0, race.rules.looks)
+    z = float(critical(race.rules.error * float(race.weights[leader]), np.ones(1), race.rules.looks)[0])
     spare = ((float(gap.point[0]) + race.rules.within) / z) ** 2 - float(gap.by_seed[0]) / race.rules.most
     if float(gap.point[0]) + race.rules.within <= 0 or spare <= 0:  # seen farther behind than within, or seeds alone are too wide: for equals then
         spare = (race.rules.within / z) ** 2

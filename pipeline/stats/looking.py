@@ -30,7 +30,7 @@ LOOKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Seeds at which a pair is looked at."""
 PSEUDO = 5.0
 """Squared disagreements added to those on the rows: where two techniques disagree on no row of a few, their difference is still not known exactly."""
-SHARED_STEP, NODES = 0.1, 12
+STEPS, NODES = (0.02, 0.1), 8
 """Of the integrals that a table is made of."""
 RATIOS = np.geomspace(1e-3, 1e5, 33)
 SCORES = np.arange(0.0, 9.01, 0.1)
@@ -47,15 +47,16 @@ def _table(looks: tuple[int, ...]) -> np.ndarray:
     """[len(RATIOS), len(SCORES)] logs of `ever_crossed`."""
     from scipy.special import ndtr
 
-    shared = np.arange(-7.0, 10.6, SHARED_STEP)
-    chance = np.exp(-(shared**2) / 2) * SHARED_STEP / np.sqrt(2 * np.pi)
-    bounds = np.array([(SCORES[:, None] * np.sqrt(1 + ratio / seeds) - shared) / np.sqrt(ratio / seeds) for ratio in RATIOS for seeds in looks])
-    bounds = bounds.reshape(len(RATIOS), len(looks), len(SCORES), len(shared))
-    crossed = ndtr(-bounds).sum(1)
-    for at, (seeds, more) in enumerate(itertools.pairwise(looks)):
-        crossed -= _both(bounds[:, at], bounds[:, at + 1], np.sqrt(seeds / more))
-    logs: np.ndarray = np.log((np.clip(crossed, 0.0, 1.0) * chance).sum(-1))
-    return logs
+    table = np.empty((len(RATIOS), len(SCORES)))
+    for row, ratio in enumerate(RATIOS):
+        step = float(np.clip(np.sqrt(ratio / looks[-1]), *STEPS))
+        shared = np.arange(-6.5, 10.0, step)
+        bounds = [(SCORES[:, None] * np.sqrt(1 + ratio / seeds) - shared) / np.sqrt(ratio / seeds) for seeds in looks]
+        crossed = sum(ndtr(-bound) for bound in bounds)
+        for (seeds, bound), (more, later) in itertools.pairwise(zip(looks, bounds, strict=True)):
+            crossed -= _both(bound, later, np.sqrt(seeds / more))
+        table[row] = np.log((np.clip(crossed, 0.0, 1.0) * np.exp(-(shared**2) / 2)).sum(-1) * step / np.sqrt(2 * np.pi))
+    return table
 
 
 def _both(h: np.ndarray, k: np.ndarray, correlation: float) -> np.ndarray:
@@ -86,10 +87,10 @@ def log_ever_crossed(z: np.ndarray, ratio: np.ndarray, looks: tuple[int, ...] = 
     return result
 
 
-def critical(chance: float, ratio: float, looks: tuple[int, ...] = LOOKS) -> float:
-    """The z that is crossed at any look with at most this chance."""
-    logs = log_ever_crossed(SCORES, np.full_like(SCORES, ratio), looks)
-    return float(np.interp(-np.log(chance), -logs, SCORES))
+def critical(chance: float, ratios: np.ndarray, looks: tuple[int, ...] = LOOKS) -> np.ndarray:
+    """[B] The z that is crossed at any look with at most this chance, for each of these ratios [B]."""
+    logs = log_ever_crossed(np.broadcast_to(SCORES, (len(ratios), len(SCORES))), ratios[:, None], looks)
+    return np.array([np.interp(-np.log(chance), -row, SCORES) for row in logs])
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,12 @@ class Answers:
                         sample[k], freedom[k] = float(variance) / share, (seeds - 1) * share
             self._spreads = Spreads.from_variances(sample, freedom, self.all_flips)
         return self._spreads
+
+    def variances(self, arms: Sequence[int]) -> np.ndarray:
+        """[B] what is expected of the variance of one seed's metric, of each of these arms."""
+        spreads, flips = self.spreads, self.all_flips
+        expected = [0.0 if self.fixed[k] else float((spreads.shared[..., None] * spreads.deviation[k] * spreads.variances).sum()) + flips[k] for k in arms]
+        return np.array(expected)
 
     @property
     def all_flips(self) -> list[float]:
