@@ -18,7 +18,6 @@ from typing import Any
 from benchmarks.rates import lines
 from pipeline.measure.clock import Stopwatch
 
-
 ROOT = Path(__file__).parent.parent
 CODE = ("pipeline/racing/policy.py", "pipeline/stats/looking.py", "pipeline/stats/tiers.py", "benchmarks/race_simulate.py", "benchmarks/race_replay.py")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import race as command
-from benchmarks import race_blocks, race_cache, race_fill, race_replay, race_simulate
+from benchmarks import race_blocks, race_cache, race_fill, race_replay, race_runs, race_simulate
 from benchmarks.race_simulate import EFFECTS, Setting, World
 from pipeline.cell.inputs import preload
 from pipeline.core.compose import compose
@@ -121,7 +121,7 @@ def test_the_cache_is_filled_resumed_and_not_paid_for_twice(technique, cells, tm
     assert f"| {technique} | 3 |" in capsys.readouterr().out
     runs = race_cache.read(tmp_path / "cells.jsonl.xz")
     assert [run["seed"] for run in runs] == [1, 2, 3] and not any("error" in run for run in runs)
-    assert all(len(run["curve"]) == race_fill.CHECKS and run["test"]["rows"] == 20 and run["seconds"] > 0 for run in runs)
+    assert all(len(run["curve"]) == race_runs.CHECKS and run["test"]["rows"] == 20 and run["seconds"] > 0 for run in runs)
     assert runs[0]["slots"] == (2 if technique == "lora" else 1)  # seeds of an adapter at once
     assert race_cache.worlds(tmp_path / "cells.jsonl.xz")[0].right.shape == (1, 3, 20)
     assert command.main(["fill", f"known={tmp_path}/cells.jsonl.xz", *asked[1:], f"out={tmp_path}/more", "seeds=3", "--", *cells]) == 0
@@ -132,12 +132,12 @@ def test_the_cache_is_filled_resumed_and_not_paid_for_twice(technique, cells, tm
 def test_seeds_that_share_a_capture_end_as_each_by_itself(technique, cells, tiny):
     words = [*race_fill.WORDS, *cells, "train.engine=fast", "task=vader_movies", "model=smollm2_135m", f"technique={technique}", "train.lr=3e-3"]
     configs = [compose([*words, f"seed={seed}"]) for seed in (1, 2, 3)]
-    bases = race_fill.Bases(preload(configs[:1]))
-    together = race_fill.Captured(configs, bases)
+    bases = race_runs.Bases(preload(configs[:1]))
+    together = race_runs.Captured(configs, bases)
     lines_together = [together.line(number) for number in range(3)]
     assert not together.anew and together.same_start is (technique == "full")
     for cfg, line in zip(configs, lines_together, strict=True):
-        alone = race_fill.Captured([cfg], bases).line(0)
+        alone = race_runs.Captured([cfg], bases).line(0)
         assert (alone["curve"], alone["test"]) == (line["curve"], line["test"])
     assert lines_together[0]["test"] != lines_together[1]["test"]
 

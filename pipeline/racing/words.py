@@ -76,7 +76,7 @@ def _population(driver: Driver) -> str:
 def _named(driver: Driver, name: str, metric: str) -> str:
     asked = driver.asked
     others = len(driver.race.arms) - len(driver.race.refused)
-    return (f"`{name}` is within {100 * asked.within:g} points of the best of {others} techniques ({metric}, expected over seeds, on {_population(driver)}); "
+    return (f"`{name}` is within {_points(asked.within)} of the best of {others} techniques ({metric}, expected over seeds, on {_population(driver)}); "
             f"this is wrong with probability at most {asked.error:g}, if seeds spread about as a normal distribution does.")
 
 
@@ -108,9 +108,9 @@ def _rows(driver: Driver) -> str:
     race, asked = driver.race, driver.asked
     waiting = [one for one in race.open() if one.needed is None]
     if asked.these or not waiting:
-        return f"take a larger within than {100 * asked.within:g} points."
+        return f"take a larger within than {_points(asked.within)}."
     most = max(_rows_needed(driver, one) for one in waiting)
-    return f"about {most:,} test rows would be needed instead of {asked.rows:,}, or a larger within than {100 * asked.within:g} points."
+    return f"about {most:,} test rows would be needed instead of {asked.rows:,}, or a larger within than {_points(asked.within)}."
 
 
 def _rows_needed(driver: Driver, one: Open) -> int:
@@ -198,11 +198,14 @@ def without_model(driver: Driver, arm: int | None) -> list[str]:
         spread = max(0.005, float(differences.std(ddof=1))) if len(differences) > 1 else 0.02
         needed = betting.seeds_for(float(differences.mean()) + race.rules.within, spread, share)
         more = f"about {needed:,} seeds of both would be needed" if needed is not None else "what was seen would not show it with any number of seeds"
-        verdict = (f"it shows so much of {len(shown)} of {len(bounds)} others; after {len(differences)} seeds it allows that `{race.arms[nearest].name}` is "
-                   f"up to "
-                   f"{-100 * bounds[nearest]:.0f} points better, {more}")
+        verdict = (f"it shows of {len(shown)} of {len(bounds)} others that they are not more than {_points(race.rules.within)} better; after "
+                   f"{len(differences)} seeds `{race.arms[nearest].name}` may still be up to {-100 * bounds[nearest]:.0f} points better, {more}")
     return ["Without any model of how seeds spread (a betting confidence sequence over the seeds' differences, on these test rows alone, with the same error), "
             f"for `{race.arms[arm].name}`: {verdict}."]
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:g} point{'' if fraction == 0.01 else 's'}"
 
 
 def markdown(experiment: str, one: Told) -> str:
