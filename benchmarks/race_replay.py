@@ -6,15 +6,16 @@ every seed of every technique. """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.race_blocks import Block, blocks
 from benchmarks.race_cache import World, worlds
 from benchmarks.race_simulate import interval
 from pipeline.racing.policy import Arm, Race, Rules
@@ -23,7 +24,7 @@ from pipeline.stats.looking import LOOKS
 WITHINS = (1.0, 2.0, 5.0)
 ERROR = 0.05
 BEST_K = 3
-HELD_OUT = ("cqa", "svamp")
+HELD_OUT = ("cqa", "esnli", "svamp")
 """Tasks that were not looked at while the policy was made; the table has them apart."""
 
 
@@ -51,6 +52,8 @@ class End:
     chosen: int
     seconds: float
     stated: bool
+    screen_s: float | None = None
+    """Of them, those in which one rate of each technique is screened, where the rate is chosen there; None: it is not."""
 
 
 def draw(world: World, arms: int, rng: np.random.Generator) -> Draw:
@@ -75,7 +78,7 @@ def ours(held: Draw, within: float, rng: np.random.Generator, these: bool = Fals
         for _ in range(action.seeds):
             seed = len(race.answers.runs[action.arm])
             race.add(action.arm, held.right[action.arm, seed].astype(float), float(held.seconds[action.arm, seed]))
-    return End(race.named if race.named is not None else race.alive[0], seconds + race.spent_s, race.named is not None)
+    return End(race.favourite or 0, seconds + race.spent_s, race.named is not None, seconds)
 
 
 def full_grid(held: Draw, within: float, rng: np.random.Generator) -> End:
@@ -83,12 +86,27 @@ def full_grid(held: Draw, within: float, rng: np.random.Generator) -> End:
     return End(int(held.right.mean((1, 2)).argmax()), held.grid_s, True)
 
 
+def least_grid(held: Draw, within: float, rng: np.random.Generator, these: bool = False) -> End:
+    """All techniques at the same number of seeds, the smallest at which the race's own statement, looked at once and with the error shared out evenly, could
+    be made: what a grid has to be for it, known in hindsight."""
+    count, seeds = held.right.shape[:2]
+    for looks in (s for s in LOOKS if 1 < s <= seeds):
+        race = Race([Arm(str(k), 1.0, k + 1) for k in range(count)], held.right.shape[2], Rules(within / 100, ERROR, (looks,), these))
+        race.weights[:] = 1 / count
+        for seed in range(looks):
+            for k in range(count):
+                race.add(k, held.right[k, seed].astype(float), 1.0)
+        if race.named is not None:
+            return End(race.named, float(held.seconds[:, :looks].sum()), True)
+    return End(int(held.right.mean((1, 2)).argmax()), held.grid_s, False)
+
+
 def one_epoch(held: Draw, within: float, rng: np.random.Generator) -> End:
     """One epoch of all, the best few to their end, the highest on validation rows."""
     first = held.curve[:, 0, held.one_epoch]
     best = np.argsort(-first, kind="stable")[:BEST_K]
     seconds = float(held.seconds[:, 0].sum() * held.shares[held.one_epoch] + held.seconds[best, 0].sum())
-    return End(int(best[held.curve[best, 0, -1].argmax()]), seconds, True)
+    return End(int(best[held.curve[best, 0, -1].argmax()]), seconds, True, float(held.seconds[:, 0].sum() * held.shares[held.one_epoch]))
 
 
 def by_optuna(pruner: Callable[[], Any]) -> Callable[[Draw, float, np.random.Generator], End]:
@@ -97,7 +115,7 @@ def by_optuna(pruner: Callable[[], Any]) -> Callable[[Draw, float, np.random.Gen
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        study = optuna.create_study(direction="maximize", pruner=pruner(), sampler=optuna.samplers.RandomSampler(seed=0))
+        study = optuna.create_study(study_name="replay", direction="maximize", pruner=pruner(), sampler=optuna.samplers.RandomSampler(seed=0))
         seconds, ends = 0.0, {}
         for arm in range(len(held.means)):
             trial, before = study.ask(), 0.0
@@ -147,48 +165,52 @@ def halving(held: Draw, within: float, rng: np.random.Generator) -> End:
 
 
 POLICIES: dict[str, Callable[[Draw, float, np.random.Generator], End]] = {
-    "race": ours, "race, these rows": lambda held, within, rng: ours(held, within, rng, these=True), "full grid": full_grid, "ASHA (Optuna)": by_optuna(_asha),
+    "race": ours, "race, these rows": functools.partial(ours, these=True), "full grid": full_grid, "least grid that states it": least_grid,
+    "least grid, these rows": functools.partial(least_grid, these=True), "ASHA (Optuna)": by_optuna(_asha),
     "Hyperband (Optuna)": by_optuna(_hyperband), f"one epoch, best {BEST_K}": one_epoch, "halving, t-test": halving,
 }
 
 
-def run(path: Path, times: int, arms: int, processes: int) -> dict[str, Any]:
-    """Replay all policies: a line a world, policy and `within`."""
-    work = [(world, times, arms, number) for number, world in enumerate(worlds(path)) if len(world.names) >= 2]
-    if processes > 1:
-        with multiprocessing.Pool(processes) as pool:
-            found = pool.map(_replays, work)
-    else:
-        found = [_replays(one) for one in work]
-    return {"times": times, "arms": arms, "source": work[0][0].source, "lines": [line for some in found for line in some]}
+FIELDS = ("wrong", "hours", "hours_of_rates", "regret", "undecided")
+"""Of a replay: numbers; hours are shares of the full grid's, of a grid over RATES rates where each is screened."""
+RATES = 3
+SIZE = 50
 
 
-def _replays(work: tuple[World, int, int, int]) -> list[dict[str, Any]]:
-    world, times, arms, number = work
+def wanted(path: Path, times: int, arms: int) -> list[Block]:
+    """So many replays of every policy on every task and base of a cache."""
+    every = [(number, world) for number, world in enumerate(worlds(path)) if len(world.names) >= 2]
+    return [block for within, name in itertools.product(WITHINS, POLICIES) for number, world in every
+            for block in blocks((world.model, world.task, within, name, arms), (number, world), times, SIZE)]
+
+
+def block(one: Block) -> list[list[float]]:
+    """The ends of a block's replays."""
+    (_, _, within, name, arms), (place, world) = one.key, one.task
+    return [_replay(world, within, name, min(arms, len(world.names)), place, number) for number in range(one.first, one.first + one.count)]
+
+
+def _replay(world: World, within: float, name: str, arms: int, place: int, number: int) -> list[float]:
+    rng = np.random.default_rng([place, number])  # the same draws for every policy
+    held = draw(world, arms, rng)
+    truth = _on_these(world, place, number, arms) if "these" in name else held.means
+    end = POLICIES[name](held, within, rng)
+    regret = float(truth.max() - truth[end.chosen])
+    screened = (end.seconds + (RATES - 1) * end.screen_s) / RATES if end.screen_s is not None else end.seconds
+    return [float(end.stated and regret > within / 100 + 1e-12), end.seconds / held.grid_s, screened / held.grid_s, 100 * regret, float(not end.stated)]
+
+
+def summary(ends: Mapping[tuple[Any, ...], Mapping[int, Sequence[float]]]) -> list[dict[str, Any]]:
+    """A line a task and base, `within` and policy."""
     made = []
-    for within in WITHINS:
-        for name, policy in POLICIES.items():
-            place = {"model": world.model, "task": world.task, "within": within, "policy": name}
-            made.append(place | _shares(world, policy, within, times, arms, number, name))
-        print(world.model, world.task, within, flush=True)
+    for (model, task, within, name, arms), found in sorted(ends.items()):
+        means = dict(zip(FIELDS, np.array(list(found.values())).mean(0).tolist(), strict=True))
+        about = {"model": model, "task": task, "within": within, "policy": name, "arms": arms, "replays": len(found)}
+        made.append(about | means | {"interval": interval(round(means["wrong"] * len(found)), len(found))})
     return made
 
 
-def _shares(world: World, policy: Callable[..., End], within: float, times: int, arms: int, number: int, name: str) -> dict[str, Any]:
-    ends = []
-    for at in range(times):
-        rng = np.random.default_rng([number, at])  # the same draws for every policy
-        held = draw(world, min(arms, len(world.names)), rng)
-        truth = held.means if "these" not in name else _on_these(world, held, number, at, min(arms, len(world.names)))
-        end = policy(held, within, rng)
-        regret = float(truth.max() - truth[end.chosen])
-        ends.append((end.stated and regret > within / 100 + 1e-12, end.seconds / held.grid_s, 100 * regret, not end.stated))
-    wrong = int(sum(one[0] for one in ends))
-    return {"wrong": wrong / times, "interval": interval(wrong, times), "hours": float(np.mean([one[1] for one in ends])),
-            "regret": float(np.mean([one[2] for one in ends])), "undecided": float(np.mean([one[3] for one in ends]))}
-
-
-def _on_these(world: World, held: Draw, number: int, at: int, arms: int) -> np.ndarray:
+def _on_these(world: World, number: int, at: int, arms: int) -> np.ndarray:
     """[K] the means over all seeds on the rows that were drawn."""
     rng = np.random.default_rng([number, at])
     chosen = rng.permutation(len(world.names))[:arms]
@@ -198,20 +220,23 @@ def _on_these(world: World, held: Draw, number: int, at: int, arms: int) -> np.n
     return means
 
 
-def table(found: dict[str, Any]) -> str:
+def table(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a policy and `within`, tasks that were held out apart; the interval is that of all their replays together."""
-    head = ["within", "tasks", "policy", "replays", "wrong, %", "95%", "highest of a task", "undecided, %", "of the full grid, %", "regret, points"]
-    rows = [f"| {' | '.join(head)} |", "| --: | --- | --- | --: | --: | --: | --: | --: | --: | --: |"]
+    head = ["within", "tasks", "policy", "replays", "wrong, %", "95%", "highest of a task", "undecided, %", "of the full grid, %",
+            f"of a grid over {RATES} rates, %", "regret, points"]
+    rows = [f"| {' | '.join(head)} |", "| --: | --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |"]
     for within, (shown, held_out), name in itertools.product(WITHINS, (("seen", False), ("held out", True)), POLICIES):
-        some = [s for s in found["lines"] if s["within"] == within and s["policy"] == name and (s["task"] in HELD_OUT) == held_out]
+        some = [s for s in lines if s["within"] == within and s["policy"] == name and (s["task"] in HELD_OUT) == held_out]
         if some:
-            count = len(some) * found["times"]
-            low, high = interval(round(sum(s["wrong"] * found["times"] for s in some)), count)
+            count = sum(s["replays"] for s in some)
+            low, high = interval(round(sum(s["wrong"] * s["replays"] for s in some)), count)
             figures = [f"{_mean(some, 'wrong', 100):.1f}", f"{100 * low:.1f} to {100 * high:.1f}", f"{100 * max(s['wrong'] for s in some):.1f}",
-                       f"{_mean(some, 'undecided', 100):.0f}", f"{_mean(some, 'hours', 100):.0f}", f"{_mean(some, 'regret', 1):.2f}"]
+                       f"{_mean(some, 'undecided', 100):.0f}", f"{_mean(some, 'hours', 100):.1f}", f"{_mean(some, 'hours_of_rates', 100):.1f}",
+                       f"{_mean(some, 'regret', 1):.2f}"]
             rows.append(f"| {within:g} | {shown} | {name} | {count:,} | {' | '.join(figures)} |")
     return "\n".join(rows)
 
 
 def _mean(some: Sequence[dict[str, Any]], key: str, times: float) -> float:
-    return times * float(np.mean([s[key] for s in some]))
+    """Over replays."""
+    return times * sum(s[key] * s["replays"] for s in some) / sum(s["replays"] for s in some)

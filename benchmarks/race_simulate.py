@@ -7,13 +7,13 @@ answer, so that the expected accuracy is p exactly, whatever the correlations.
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from benchmarks.race_blocks import Block, blocks
 from pipeline.racing.policy import Arm, Race, Rules
 from pipeline.stats.looking import LOOKS
 
@@ -125,7 +125,7 @@ class World:
         return [int(r) for r in ranks]
 
 
-def race(setting: Setting, rng: np.random.Generator, error: float) -> dict[str, Any]:
+def race(setting: Setting, rng: np.random.Generator, error: float = 0.05) -> dict[str, Any]:
     """One race to its end, without a budget: whether its statement is wrong, whether there is none, regret in points, seeds run."""
     world = World(setting, rng)
     arms = [Arm(str(k), float(price), rank, packs=True) for k, (price, rank) in enumerate(zip(rng.uniform(0.5, 2.0, setting.arms), world.ranks(), strict=True))]
@@ -139,17 +139,38 @@ def race(setting: Setting, rng: np.random.Generator, error: float) -> dict[str, 
     name, means = held.named, world.truth()
     best = float(means.max())
     lost = int(means.argmax()) in held.left
-    chosen = name if name is not None else held.alive[0]
+    chosen = held.favourite or 0
     return {"wrong": name is not None and bool(means[name] < best - setting.within / 100), "undecided": name is None, "best_left": lost,
             "regret": 100 * (best - float(means[chosen])), "seeds": runs, "spent": held.spent_s / (sum(a.price_s for a in arms) * SEEDS[-1])}
 
 
-def simulate(setting: Setting, seed: int, races: int, error: float = 0.05) -> dict[str, Any]:
-    """The shares over so many races: wrong with its 95% interval (Clopper and Pearson 1934), undecided, regret, seeds, part of the full grid's seconds."""
-    ends = [race(setting, np.random.default_rng([seed, number]), error) for number in range(races)]
-    count = sum(end["wrong"] for end in ends)
-    return {**asdict(setting), "races": races, "wrong": count / races, "interval": interval(count, races),
-            **{key: float(np.mean([end[key] for end in ends])) for key in ("undecided", "best_left", "regret", "seeds", "spent")}}
+FIELDS = ("wrong", "undecided", "best_left", "regret", "seeds", "spent")
+"""Of a race's end: numbers."""
+SIZES = {2: 250, 6: 100, 20: 25, 69: 5}
+"""Races of a block, by arms."""
+
+
+def wanted(races: int, most_arms: int) -> list[Block]:
+    """So many races of every setting: first those of 20 techniques, whose hours and errors docs/race.md is about, then the smaller ones, 69 last."""
+    every = sorted(enumerate(settings()), key=lambda one: (one[1].arms > 20, one[1].arms != 20, -one[1].arms, one[0]))
+    return [block for number, setting in every if setting.arms <= most_arms
+            for block in blocks((number, *asdict(setting).values()), setting, races, SIZES[setting.arms])]
+
+
+def block(one: Block) -> list[list[float]]:
+    """The ends of a block's races."""
+    found = (race(one.task, np.random.default_rng([one.key[0], number])) for number in range(one.first, one.first + one.count))
+    return [[float(end[field]) for field in FIELDS] for end in found]
+
+
+def summary(ends: Mapping[tuple[Any, ...], Mapping[int, Sequence[float]]]) -> list[dict[str, Any]]:
+    """A line a setting: races, wrong with its 95% interval (Clopper and Pearson 1934), undecided, regret, seeds, part of the full grid's seconds."""
+    made = []
+    for number, setting in enumerate(settings()):
+        if found := ends.get((number, *asdict(setting).values())):
+            means = dict(zip(FIELDS, np.array(list(found.values())).mean(0).tolist(), strict=True))
+            made.append({**asdict(setting), "races": len(found), "interval": interval(round(means["wrong"] * len(found)), len(found)), **means})
+    return made
 
 
 def interval(count: int, of: int) -> list[float]:
@@ -159,37 +180,15 @@ def interval(count: int, of: int) -> list[float]:
     return [float(beta.ppf(0.025, count, of - count + 1)) if count else 0.0, float(beta.ppf(0.975, count + 1, of - count)) if count < of else 1.0]
 
 
-def run(races: int, processes: int, known: Sequence[dict[str, Any]], most_arms: int) -> Iterator[dict[str, Any]]:
-    """A line a setting, the smallest first; settings that are known with as many races are taken over, those with more arms left out."""
-    done = {_key(line): line for line in known if line["races"] >= races}
-    every = list(enumerate(settings()))
-    missing = sorted((one for one in every if _key(asdict(one[1])) not in done and one[1].arms <= most_arms), key=lambda one: one[1].arms)
-    yield from (done[_key(asdict(one))] for _, one in every if _key(asdict(one)) in done)
-    if processes == 1:
-        yield from (simulate(one, number, races) for number, one in missing)
-        return
-    with multiprocessing.Pool(processes) as pool:
-        yield from pool.imap_unordered(_one, [(one, number, races) for number, one in missing])
-
-
-def _one(work: tuple[Setting, int, int]) -> dict[str, Any]:
-    return simulate(*work)
-
-
-def _key(line: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(line[field.name] for field in fields(Setting))
-
-
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a setting."""
     head = ("techniques", "test rows", "within", "truth", "seeds' effect", "sd", "statement on", "races", "wrong, %", "95%", "undecided, %", "regret",
             "of the full grid, %")
     rows = [f"| {' | '.join(head)} |", "| --: | --: | --: | --- | --- | --: | --- | --: | --: | --: | --: | --: | --: |"]
-    order = [_key(asdict(one)) for one in settings()]
-    for s in sorted((s for s in lines if _key(s) in order), key=lambda s: order.index(_key(s))):
+    for s in lines:
         alike = "" if (s["alike"], s["own"]) == (0.5, 0.3) else f", rows' part {s['alike']:g} and {s['own']:g}"
         rows.append(f"| {s['arms']} | {s['rows']:,} | {s['within']:g} | {s['truth']} | {s['effect']}{alike} | {s['sd']:g} | "
-                    f"{'these' if s['these'] else 'all'} | {s['races']} | "
+                    f"{'these' if s['these'] else 'all'} | {s['races']:,} | "
                     f"{100 * s['wrong']:.1f} | {100 * s['interval'][0]:.1f} to {100 * s['interval'][1]:.1f} | {100 * s['undecided']:.0f} | "
                     f"{s['regret']:.2f} | {100 * s['spent']:.0f} |")
     return "\n".join(rows)

@@ -34,7 +34,7 @@ MIDDLE = {
 UNTRAINED = "zero_shot"
 WORDS = ("train_rows=640", "train.epochs=2", "evaluate.forgetting=false", "evaluate.test_rows=400", "evaluate.transfer_rows=0", "tracking=none",
          "train.progress=false", "seed=0")
-TEACHERS = {"vader_movies_5": "lexicon", "cqa": "stored", "svamp": "stored", "trec": "none"}
+TEACHERS = {"vader_movies_5": "lexicon", "cqa": "stored", "esnli": "stored", "svamp": "stored", "trec": "none"}
 NEEDS_TEACHER = ("step_by_step", "step_by_step_lora")
 
 

@@ -33,7 +33,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed of every workload": lambda: speed_files.grid(FOLDER),
     "choices": lambda: choices.table(FOLDER / "choices.json"),
     "race, simulated": lambda: race_simulate.table(read_json(FOLDER / "race_simulated.json")["settings"]),
-    "race, replayed": lambda: race_replay.table(read_json(FOLDER / "race_replayed.json")),
+    "race, replayed": lambda: race_replay.table(read_json(FOLDER / "race_replayed.json")["lines"]),
     "rounding": lambda: rounding.table(FOLDER / "rounding.json"),
     "quick, result": lambda: markdown_tables(QUICK)[0],
     "quick, cost": lambda: markdown_tables(QUICK)[1],

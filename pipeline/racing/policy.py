@@ -11,6 +11,7 @@ The weights come from screening, which saw neither test rows nor these seeds: wh
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,18 @@ from pipeline.stats.looking import LOOKS, PSEUDO, Answers, Gap, critical
 LEADERS = 3
 """Arms with the highest metric that others are held against."""
 FIRST, FIRST_SEEDS = 4, 2
-"""The first arms of screening that run with several seeds before the others begin: they tell how wide seeds spread."""
-HOPELESS, LIKELY = 0.05, 0.5
-"""A pair that no number of seeds decides with a larger chance is left as it is. Where there is one, no arm can be named, and others are only pursued that are
-seen more than `within` below, where it is likely that they leave."""
+"""The first arms of screening that run with several seeds before the others begin."""
+SCOUTS, SCOUT_SEEDS, ARMS_A_SCOUT = 4, 4, 5
+"""The cheapest arms, at most so many, one for every five, which run with still more: then it is known how wide seeds spread, and a single one of another
+arm can tell."""
+FUTILE = 0.02
+"""A name needs all pairs of the leader decided; where that has a smaller chance, with any number of seeds, no more is spent on it."""
+SURE = 0.9
+"""Of the chance that a pair is decided at all: what it takes is counted up to the look that has so much of it."""
+POLISHED, POLISHED_SEEDS = 3, 3
+"""Where no name can be had: the arms of which most is expected, and the seeds that they get, so that the one that is taken is well chosen."""
+LIKELY, PATIENCE = 0.5, 3.0
+"""Then, too: an arm that is seen more than `within` below is pursued where it is as likely as that to leave, for so many usual seeds' price at most."""
 OVER = 1.15
 """A seed is begun if so many times its price is left."""
 EVEN = 0.5
@@ -194,13 +203,11 @@ class Race:
     def batch(self, left_s: float, count: int = 1) -> list[Action]:
         """Up to so many actions of different arms, which run at once, the most valuable first.
 
-        Every arm runs once, the first of screening several times before the others; then the pair with the largest chance of a decision for its price.
+        Every arm runs once, the first of screening and the cheapest several times before the others; then what `_worth` has first.
         """
         if self.named is not None:
             return []
-        order = sorted(self.alive, key=lambda k: self.arms[k].rank)
-        first = [(k, FIRST_SEEDS - self.answers.seeds(k)) for k in order[:FIRST]]
-        begin = [(k, missing) for k, missing in [*first, *((k, 1 - self.answers.seeds(k)) for k in order[FIRST:])] if missing > 0]
+        begin = self._begin()
         able = [one for one in begin if self._affords(one[0], left_s)]
         chosen: dict[int, Action] = {}
         for arm, missing in able or [(arm, missing) for _, arm, missing in sorted(self._worth(), key=lambda one: (-one[0], one[1]))]:
@@ -208,6 +215,15 @@ class Race:
             if len(chosen) < count and arm not in chosen and self._affords(arm, spare):
                 chosen[arm] = self._action(arm, missing, spare)
         return list(chosen.values())
+
+    def _begin(self) -> list[tuple[int, int]]:
+        """(arm, seeds that it lacks) of those that have not run as often as every arm, the first of screening and scouts do."""
+        order = sorted(self.alive, key=lambda k: self.arms[k].rank)
+        able = [k for k in range(len(self.arms)) if k not in self.refused and not self.answers.fixed[k]]
+        scouts = sorted(able, key=lambda k: (self.arms[k].price_s, k))[: min(SCOUTS, len(self.arms) // ARMS_A_SCOUT)]
+        asked = dict.fromkeys(order, 1) | dict.fromkeys(order[:FIRST], FIRST_SEEDS) | dict.fromkeys(scouts, SCOUT_SEEDS)
+        lacks = [(k, min(asked[k], self.rules.most) - self.answers.seeds(k)) for k in sorted(asked, key=lambda k: -asked[k])]
+        return [(k, missing) for k, missing in lacks if missing > 0]
 
     def _action(self, arm: int, seeds: int, left_s: float) -> Action:
         if not self.arms[arm].packs:
@@ -218,46 +234,84 @@ class Race:
         return OVER * self.price(arm) <= left_s
 
     def _worth(self) -> list[tuple[float, int, int]]:
-        """(chance of a decision a second, the arm to run, seeds that it lacks) of every open pair of the leader."""
+        """(worth a second, the arm to run, seeds that it lacks). A name needs every pair of the leader decided, so that first comes the pair that is most
+        likely to end the race undecided, for what it takes to find out."""
         leader = next((k for k in self.alive if self.answers.runs[k]), None)
         if leader is None:
             return []
-        waiting = [(k, gap, self._outlook(leader, gap, at)) for k, gap, at in self._open_pairs(leader)]
-        stuck = any(max((chance for _, chance in outlook), default=0.0) < HOPELESS for _, _, outlook in waiting)
+        waiting = [(k, gap.seeds, later, chances[at]) for group, gap in self._open(leader) for later, chances in [self._outlook(leader, gap)]
+                   for at, k in enumerate(group)]
+        ends = [float(chances.max(initial=0.0)) for _, _, _, chances in waiting]
+        if math.prod(ends) < FUTILE:
+            return self._polishing() or self._leaving(leader, waiting)
         found = []
-        for k, gap, outlook in waiting:
-            if stuck and self.answers.level(leader) - self.answers.level(k) <= self.rules.within:
-                continue
-            least = LIKELY if stuck else HOPELESS
-            values = [chance / max(self._seconds(leader, k, seeds, len(waiting)), 1e-9) for seeds, chance in outlook if chance >= least]
-            if values:
-                target = next(s for s in self.rules.looks if s > gap.seeds)
-                missing, arm = max((target - self.answers.seeds(one), one) for one in (k, leader))
-                found.append((max(values), arm, missing))
+        for (k, seeds, later, chances), end in zip(waiting, ends, strict=True):
+            seconds = self._seconds(leader, k, int(later[np.argmax(chances >= SURE * end)]))
+            found.append(((1 - end + 1e-3) / max(seconds, 1e-9), *self._lacking(leader, k, seeds)))
         return found
 
-    def _open_pairs(self, leader: int) -> list[tuple[int, Gap, int]]:
-        """(arm, gap, its place in the gap) of those that could be more than `within` better than the leader."""
-        groups = self.gaps(leader, [k for k in self.alive if k != leader and (leader, k) not in self.cleared and self.answers.runs[k]])
-        return [(k, gap, at) for group, gap in groups for at, k in enumerate(group)]
+    def _polishing(self) -> list[tuple[float, int, int]]:
+        """Seeds of the arms of which most is expected."""
+        expected = self.expected
+        best = sorted(expected, key=lambda k: (-expected[k], k))[:POLISHED]
+        return [(math.inf, k, 1) for k in best if self.answers.seeds(k) < min(POLISHED_SEEDS, self.rules.most)]
 
-    def _outlook(self, leader: int, gap: Gap, at: int, within: float | None = None, error: float | None = None) -> list[tuple[int, float]]:
-        """(seeds, chance that the pair is decided with so many) for every later look, if the true difference is about the one seen."""
+    def _leaving(self, leader: int, waiting: Sequence[tuple[int, int, np.ndarray, np.ndarray]]) -> list[tuple[float, int, int]]:
+        """Seeds of arms that are likely to leave."""
+        usual, found = statistics.fmean(self.price(k) for k in range(len(self.arms))), []
+        for k, seeds, later, chances in waiting:
+            values = [chance / max(self._seconds(leader, k, int(s)), 1e-9) for s, chance in zip(later, chances, strict=True) if chance >= LIKELY]
+            if values and max(values) * usual * PATIENCE >= 1 and self.answers.level(leader) - self.answers.level(k) > self.rules.within:
+                found.append((max(values), *self._lacking(leader, k, seeds)))
+        return found
+
+    def _lacking(self, leader: int, arm: int, seeds: int) -> tuple[int, int]:
+        """(which of a pair to run, how often) to bring it from so many seeds to its next look."""
+        target = next(s for s in self.rules.looks if s > seeds)
+        missing, one = max((target - self.answers.seeds(k), k) for k in (arm, leader))
+        return one, missing
+
+    def _open(self, leader: int) -> list[tuple[list[int], Gap]]:
+        """The leader against those that could be more than `within` better."""
+        return self.gaps(leader, [k for k in self.alive if k != leader and (leader, k) not in self.cleared and self.answers.runs[k]])
+
+    def _outlook(self, leader: int, gap: Gap, within: float | None = None, error: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(later looks [L], chance that each pair is decided at each [B, L]), if the true differences are about those seen."""
         from scipy.special import ndtr
 
         within, error = self.rules.within if within is None else within, self.rules.error if error is None else error
-        common, by_seed = float(gap.common[at]), float(gap.by_seed[at])
-        z = critical(error * float(self.weights[leader]), by_seed / common, self.rules.looks)
-        point, found = float(gap.point[at]) + within, []
-        for seeds in (s for s in self.rules.looks if s > gap.seeds):
-            bound = z * np.sqrt(common + by_seed / seeds)
-            found.append((seeds, float(ndtr((point - bound) / np.sqrt(by_seed * (1 / gap.seeds - 1 / seeds))))))
-        return found
+        later = np.array([s for s in self.rules.looks if s > gap.seeds])
+        common, by_seed = gap.common[:, None], gap.by_seed[:, None]
+        z = critical(error * float(self.weights[leader]), gap.by_seed / gap.common, self.rules.looks)[:, None]
+        moves = np.sqrt(np.maximum(by_seed * (1 / gap.seeds - 1 / later), 1e-12))
+        chances: np.ndarray = ndtr((gap.point[:, None] + within - z * np.sqrt(common + by_seed / later)) / moves)
+        return later, chances
 
-    def _seconds(self, leader: int, arm: int, seeds: int, shared: int) -> float:
-        """Price of bringing a pair to so many seeds; the leader's part is shared by all pairs that wait for it."""
-        lack = [max(0, seeds - self.answers.seeds(k)) * self.price(k) for k in (arm, leader)]
-        return lack[0] + lack[1] / max(1, shared)
+    def _seconds(self, leader: int, arm: int, seeds: int) -> float:
+        """Price of bringing a pair to so many seeds."""
+        return sum(max(0, seeds - self.answers.seeds(k)) * self.price(k) for k in (arm, leader))
+
+    # whom to take
+
+    @property
+    def expected(self) -> dict[int, float]:
+        """What is expected of the metric of every arm that runs: its mean, drawn towards that of all by as much as so few seeds are worth (James and
+        Stein 1961), since the highest of many single seeds is high by luck."""
+        tried = [k for k in self.alive if self.answers.runs[k]]
+        levels = np.array([self.answers.level(k) for k in tried])
+        own = self.answers.variances(tried) / np.array([self.answers.seeds(k) for k in tried])
+        between = max(float(levels.var()) - float(own.mean()), 1e-6) if tried else 0.0
+        weights = 1 / (between + own)
+        centre = float((levels * weights).sum() / weights.sum()) if tried else 0.0
+        return {k: float(value) for k, value in zip(tried, centre + (levels - centre) * between * weights, strict=True)}
+
+    @property
+    def favourite(self) -> int | None:
+        """The arm that is named, or of those that could be the best the one of which most is expected; None: nothing has run."""
+        if (named := self.named) is not None:
+            return named
+        expected = self.expected
+        return max(expected, key=lambda k: (expected[k], -k), default=None)
 
     # what is left open
 
@@ -269,10 +323,10 @@ class Race:
         asked = (self.rules.within if within is None else within), (self.rules.error if error is None else error)
         found = []
         for group, gap in self.gaps(leader, [k for k in self.alive if k != leader and self.answers.runs[k]]):
-            chances = gap.chance_below(asked[0])
+            decided, (later, chances) = gap.chance_below(asked[0]), self._outlook(leader, gap, *asked)
             for at, k in enumerate(group):
-                if chances[at] > asked[1] * self.weights[leader]:
-                    needed = next((s for s, chance in self._outlook(leader, gap, at, *asked) if chance >= 0.5), None)
+                if decided[at] > asked[1] * self.weights[leader]:
+                    needed = next((int(s) for s, chance in zip(later, chances[at], strict=True) if chance >= 0.5), None)
                     found.append(Open(k, gap.seeds, needed, None if needed is None else self._lacks(k, needed) * self.price(k) / 3600))
         return found
 
@@ -304,6 +358,6 @@ def rows_needed(within: float, error: float, variance: float) -> int:
 
     variance: of their difference on a row. Counted for the first of screening, which may be named with the largest share of the error.
     """
-    z = critical(error * (1 - EVEN) * 6 / np.pi**2, 1e-3)
+    z = float(critical(error * (1 - EVEN) * 6 / np.pi**2, np.array([1e-3]))[0])
     half = variance * (z / within) ** 2 / 2  # n = (z / within)^2 (variance + PSEUDO / n)
     return int(np.ceil(half + np.sqrt(half**2 + PSEUDO * (z / within) ** 2)))

@@ -76,7 +76,7 @@ def _population(driver: Driver) -> str:
 def _named(driver: Driver, name: str, metric: str) -> str:
     asked = driver.asked
     others = len(driver.race.arms) - len(driver.race.refused)
-    return (f"`{name}` is within {100 * asked.within:g} points of the best of {others} techniques ({metric}, expected over seeds, on {_population(driver)}); "
+    return (f"`{name}` is within {_points(asked.within)} of the best of {others} techniques ({metric}, expected over seeds, on {_population(driver)}); "
             f"this is wrong with probability at most {asked.error:g}, if seeds spread about as a normal distribution does.")
 
 
@@ -100,16 +100,17 @@ def _cheapest(driver: Driver, tried: Sequence[int]) -> str:
     train = race.arms[min(tried, key=lambda k: (race.arms[k].cost[:1], race.price(k)))].name
     served = {race.arms[k].name: seen for k in tried if (seen := next((e.served_bytes for e in driver.used[race.arms[k].name] if e.served_bytes), None))}
     serve = f", to serve `{min(served, key=lambda name: served[name])}` ({min(served.values()) / 2**30:.2g} GiB)" if served else ""
-    return f"Of them the cheapest to train is `{train}`{serve}; the highest is `{race.arms[tried[0]].name}`."
+    most = race.arms[tried[0] if race.favourite is None else race.favourite].name
+    return f"Of them the cheapest to train is `{train}`{serve}; most is expected of `{most}`."
 
 
 def _rows(driver: Driver) -> str:
     race, asked = driver.race, driver.asked
     waiting = [one for one in race.open() if one.needed is None]
     if asked.these or not waiting:
-        return f"take a larger within than {100 * asked.within:g} points."
+        return f"take a larger within than {_points(asked.within)}."
     most = max(_rows_needed(driver, one) for one in waiting)
-    return f"about {most:,} test rows would be needed instead of {asked.rows:,}, or a larger within than {100 * asked.within:g} points."
+    return f"about {most:,} test rows would be needed instead of {asked.rows:,}, or a larger within than {_points(asked.within)}."
 
 
 def _rows_needed(driver: Driver, one: Open) -> int:
@@ -119,7 +120,7 @@ def _rows_needed(driver: Driver, one: Open) -> int:
     race = driver.race
     leader = next(k for k in race.alive if race.answers.runs[k])
     gap = race.answers.gap(leader, [one.arm], one.seeds)
-    z = critical(race.rules.error * float(race.weights[leader]), 1.0, race.rules.looks)
+    z = float(critical(race.rules.error * float(race.weights[leader]), np.ones(1), race.rules.looks)[0])
     spare = ((float(gap.point[0]) + race.rules.within) / z) ** 2 - float(gap.by_seed[0]) / race.rules.most
     if float(gap.point[0]) + race.rules.within <= 0 or spare <= 0:  # seen farther behind than within, or seeds alone are too wide: for equals then
         spare = (race.rules.within / z) ** 2
@@ -197,11 +198,14 @@ def without_model(driver: Driver, arm: int | None) -> list[str]:
         spread = max(0.005, float(differences.std(ddof=1))) if len(differences) > 1 else 0.02
         needed = betting.seeds_for(float(differences.mean()) + race.rules.within, spread, share)
         more = f"about {needed:,} seeds of both would be needed" if needed is not None else "what was seen would not show it with any number of seeds"
-        verdict = (f"it shows so much of {len(shown)} of {len(bounds)} others; after {len(differences)} seeds it allows that `{race.arms[nearest].name}` is "
-                   f"up to "
-                   f"{-100 * bounds[nearest]:.0f} points better, {more}")
+        verdict = (f"it shows of {len(shown)} of {len(bounds)} others that they are not more than {_points(race.rules.within)} better; after "
+                   f"{len(differences)} seeds `{race.arms[nearest].name}` may still be up to {-100 * bounds[nearest]:.0f} points better, {more}")
     return ["Without any model of how seeds spread (a betting confidence sequence over the seeds' differences, on these test rows alone, with the same error), "
             f"for `{race.arms[arm].name}`: {verdict}."]
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:g} point{'' if fraction == 0.01 else 's'}"
 
 
 def markdown(experiment: str, one: Told) -> str:

@@ -18,6 +18,7 @@ it). Seeds are the same for all techniques, so what a seed does to all of them c
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ LOOKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Seeds at which a pair is looked at."""
 PSEUDO = 5.0
 """Squared disagreements added to those on the rows: where two techniques disagree on no row of a few, their difference is still not known exactly."""
+STEPS, NODES = (0.02, 0.1), 8
+"""Of the integrals that a table is made of."""
 RATIOS = np.geomspace(1e-3, 1e5, 33)
 SCORES = np.arange(0.0, 9.01, 0.1)
 """The ratios v/c and the z that `ever_crossed` is tabulated at; a ratio outside is taken as the nearest, a z beyond as the last."""
@@ -44,16 +47,28 @@ def _table(looks: tuple[int, ...]) -> np.ndarray:
     """[len(RATIOS), len(SCORES)] logs of `ever_crossed`."""
     from scipy.special import ndtr
 
-    shared = np.arange(-9.0, 12.0, 0.03)
-    chance = np.exp(-(shared**2) / 2) * 0.03 / np.sqrt(2 * np.pi)
     table = np.empty((len(RATIOS), len(SCORES)))
     for row, ratio in enumerate(RATIOS):
-        crossed = np.zeros((len(SCORES), len(shared)))
-        for seeds in looks:
-            own = np.sqrt(ratio / seeds)
-            crossed += ndtr(-(SCORES[:, None] * np.sqrt(1 + own**2) - shared[None, :]) / own)
-        table[row] = np.log((np.minimum(1.0, crossed) * chance).sum(1))
+        step = float(np.clip(np.sqrt(ratio / looks[-1]), *STEPS))
+        shared = np.arange(-6.5, 10.0, step)
+        bounds = [(SCORES[:, None] * np.sqrt(1 + ratio / seeds) - shared) / np.sqrt(ratio / seeds) for seeds in looks]
+        crossed = sum(ndtr(-bound) for bound in bounds)
+        for (seeds, bound), (more, later) in itertools.pairwise(zip(looks, bounds, strict=True)):
+            crossed -= _both(bound, later, np.sqrt(seeds / more))
+        table[row] = np.log((np.clip(crossed, 0.0, 1.0) * np.exp(-(shared**2) / 2)).sum(-1) * step / np.sqrt(2 * np.pi))
     return table
+
+
+def _both(h: np.ndarray, k: np.ndarray, correlation: float) -> np.ndarray:
+    """P(X > h and Y > k) of standard normal X and Y (Plackett 1954: an integral over the correlation, here by Gauss and Legendre's rule)."""
+    from scipy.special import ndtr
+
+    nodes, parts = np.polynomial.legendre.leggauss(NODES)
+    end = np.arcsin(correlation)
+    added = np.zeros_like(h)
+    for angle, part in zip(end * (nodes + 1) / 2, parts * end / 2, strict=True):
+        added += part * np.exp(-(h**2 + k**2 - 2 * h * k * np.sin(angle)) / (2 * np.cos(angle) ** 2))
+    return ndtr(-h) * ndtr(-k) + added / (2 * np.pi)
 
 
 def log_ever_crossed(z: np.ndarray, ratio: np.ndarray, looks: tuple[int, ...] = LOOKS) -> np.ndarray:
@@ -72,10 +87,10 @@ def log_ever_crossed(z: np.ndarray, ratio: np.ndarray, looks: tuple[int, ...] = 
     return result
 
 
-def critical(chance: float, ratio: float, looks: tuple[int, ...] = LOOKS) -> float:
-    """The z that is crossed at any look with at most this chance."""
-    logs = log_ever_crossed(SCORES, np.full_like(SCORES, ratio), looks)
-    return float(np.interp(-np.log(chance), -logs, SCORES))
+def critical(chance: float, ratios: np.ndarray, looks: tuple[int, ...] = LOOKS) -> np.ndarray:
+    """[B] The z that is crossed at any look with at most this chance, for each of these ratios [B]."""
+    logs = log_ever_crossed(np.broadcast_to(SCORES, (len(ratios), len(SCORES))), ratios[:, None], looks)
+    return np.array([np.interp(-np.log(chance), -row, SCORES) for row in logs])
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,12 @@ class Answers:
                         sample[k], freedom[k] = float(variance) / share, (seeds - 1) * share
             self._spreads = Spreads.from_variances(sample, freedom, self.all_flips)
         return self._spreads
+
+    def variances(self, arms: Sequence[int]) -> np.ndarray:
+        """[B] what is expected of the variance of one seed's metric, of each of these arms."""
+        spreads, flips = self.spreads, self.all_flips
+        expected = [0.0 if self.fixed[k] else float((spreads.shared[..., None] * spreads.deviation[k] * spreads.variances).sum()) + flips[k] for k in arms]
+        return np.array(expected)
 
     @property
     def all_flips(self) -> list[float]:

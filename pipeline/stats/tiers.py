@@ -20,6 +20,7 @@ be significant at all, and the share of false ones among the significant differe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -211,11 +212,10 @@ class Spreads:
     @classmethod
     def from_variances(cls, sample: Sequence[float], freedom: Sequence[float], flips: Sequence[float]) -> Spreads:
         """From the sample variances of the seeds' means, their degrees of freedom (0: one seed) and the part that single rows' flips have in them."""
-        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
-        tried = np.minimum(np.geomspace(*SPREADS)[:, None, None] * np.exp(np.array(HETEROGENEITIES)[None, :, None] * nodes), MOST)
+        tried, weights = _tried(SPREADS, HETEROGENEITIES, NODES, MOST)
         df, v, beside = (np.array(values, dtype=float)[:, None, None, None] for values in (freedom, sample, flips))
         expected = tried**2 + beside
-        fits = -0.5 * df * (np.log(expected) + v / expected) + np.log(weights / weights.sum())
+        fits = -0.5 * df * (np.log(expected) + v / expected) + np.log(weights)
         top = fits.max(-1, keepdims=True)
         evidence = top[..., 0] + np.log(np.exp(fits - top).sum(-1))
         together = evidence.sum(0) + TILT * np.log(np.geomspace(*SPREADS))[:, None]
@@ -230,6 +230,14 @@ class Spreads:
         added = part(self.variances, seeds_a, 3) + part(self.variances, seeds_b, 2)
         weights = self.shared[..., None, None] * self.deviation[a][..., :, None] * self.deviation[b][..., None, :]
         return added.reshape(-1), weights.reshape(-1)
+
+
+@functools.lru_cache(maxsize=4)
+def _tried(spreads: tuple[float, float, int], heterogeneities: tuple[float, ...], count: int, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """(the own spreads [G, H, Z] that are tried, weights [Z] of the quadrature)."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(count)
+    tried = np.minimum(np.geomspace(*spreads)[:, None, None] * np.exp(np.array(heterogeneities)[None, :, None] * nodes), most)
+    return tried, weights / weights.sum()
 
 
 @dataclass(frozen=True)
