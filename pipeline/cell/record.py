@@ -23,7 +23,9 @@ from pipeline.models.base import device_of, manifest
 from pipeline.objectives.base import Objective
 from pipeline.records import results, tuned
 from pipeline.records.finished import name
+from pipeline.records.origins import PairScore
 from pipeline.records.results import HISTORY, Neighbours, Result, Size, Teacher, Work, csv_text, price
+from pipeline.scoring import rewards
 from pipeline.training.loop import Trained
 
 
@@ -41,8 +43,16 @@ def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored:
         provenance={**about, **_origin(parts)}, phases=phases,
         packed=trained.slots is not None, slots=trained.slots, tuning=tuning, cost=price(cfg, phases.wall_s), shared_process=bool(shared.threads),
         neighbours=neighbours(shared, meter),
-        labelled_rows=labels_used(parts, inputs, bool(tuning)),
+        labelled_rows=labels_used(parts, inputs, bool(tuning)), pairs=_pairs(parts, scored),
     )
+
+
+def _pairs(parts: Parts, scored: Evaluation) -> dict[str, PairScore]:
+    """Of a reward model, by split."""
+    if not parts.objective.scalar_head:
+        return {}
+    by_split = {split: rewards.pair_score([p for p in scored.predictions if p["split"] == split]) for split in scored.scores}
+    return {split: one for split, one in by_split.items() if one}
 
 
 def neighbours(shared: Shared, meter: Meter) -> Neighbours | None:

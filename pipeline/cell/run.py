@@ -27,7 +27,7 @@ from pipeline.models.base import attention_of, memory_bytes, parameters
 from pipeline.models.reach import block_weights, has_experts, quantised_weights, share
 from pipeline.objectives.base import TrainingContext
 from pipeline.records.results import Result, Size, Work
-from pipeline.scoring import answers
+from pipeline.scoring import answers, rewards
 from pipeline.scoring.scorer import Scorer
 from pipeline.serving.artefact import scorer_of
 from pipeline.training.checkpoint import load_state
@@ -155,6 +155,8 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     with named(parts):
         state = method.prepare([parts.objective.label_example(row, settings.task) for row in rows.train], parts.cfg.seed, base)
         model = method.wrap(base)
+        if parts.objective.scalar_head:
+            rewards.attach(model)
     trainable, total = parameters(model)
     size = Size(trainable if method.trains else 0, total, 0, model_bytes, attention=attention, quantised_share=share(quantised_weights(model), whole),
                 reached_share=share(method.reached_weights(model), whole))
@@ -242,6 +244,13 @@ def take_packed(parts: Parts, model: Any, meter: Meter) -> Trained | None:
     return Trained(Work(**packed["work"]), Memory(kind, None), packed["history"], notes, slots)
 
 
+def _write(parts: Parts, wrapped: Wrapped, folder: Path) -> None:
+    """What serving needs besides the base."""
+    model = wrapped.scorer.model
+    rest = functools.partial(parts.method.save, model, wrapped.state, folder)
+    rewards.save(model, folder, rest) if parts.objective.scalar_head else rest()
+
+
 def save(parts: Parts, wrapped: Wrapped, folder: Path | None, meter: Meter) -> Size:
     """Make of the trained model the one that is served, and write its artefact."""
     method, scorer = parts.method, wrapped.scorer
@@ -252,5 +261,5 @@ def save(parts: Parts, wrapped: Wrapped, folder: Path | None, meter: Meter) -> S
     artefact_bytes = 0
     if folder is not None:
         with meter.phase("save"):
-            artefact_bytes = record.write_artefact(folder, parts.cfg, functools.partial(method.save, scorer.model, wrapped.state))
+            artefact_bytes = record.write_artefact(folder, parts.cfg, functools.partial(_write, parts, wrapped))
     return dataclasses.replace(wrapped.size, artefact_bytes=artefact_bytes, served_bytes=memory_bytes(scorer.model))

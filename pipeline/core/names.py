@@ -52,6 +52,7 @@ TABLE: dict[str, dict[str, str]] = {
         "dpo": "pipeline.objectives.preferences.Dpo",
         "orpo": "pipeline.objectives.preferences.Orpo",
         "kto": "pipeline.objectives.preferences.Kto",
+        "reward_model": "pipeline.objectives.preferences.RewardModel",
         "grpo": "pipeline.objectives.grpo.Grpo",
     },
     "teacher": {

@@ -72,6 +72,8 @@ class Objective:
     trainer: ClassVar[Literal["loop", "trl"]] = "loop"
     """Whose loop trains: this project's (training/loop.py) or TRL's (training/trl.py)."""
 
+    scalar_head: ClassVar[bool] = False
+    """Whether the model gets a head (scoring/rewards.py) whose rewards are what it answers by; it then leaves no language model to begin at."""
     reads_labels: ClassVar[bool] = True
     """Whether it reads the training rows' labels."""
 

@@ -28,7 +28,7 @@ from pipeline.models.base import cast, device_of, load_model, load_tokenizer, mo
 from pipeline.objectives.base import Objective
 from pipeline.records.finished import cell_config, finished, needed
 from pipeline.records.results import Forgetting, Result, Score
-from pipeline.scoring import answers, reading
+from pipeline.scoring import answers, reading, rewards
 from pipeline.scoring.per_row import measured
 from pipeline.scoring.probes import Probing
 from pipeline.scoring.scorer import WHOLE, Scorer
@@ -82,13 +82,19 @@ class Artefact:
     @property
     def mixes(self) -> bool:
         """Whether its rows are answered in one batch with other artefacts' rows; of a LoRA that adapts experts, PEFT's cannot be."""
-        if self.method.sharing != "together" or self.objective.reasoning:
+        if self.method.sharing != "together" or self.objective.reasoning or self.objective.scalar_head:
             return False
         return not (self.method.peft and read_object(self.folder / "adapter_config.json").get("target_parameters"))
 
     def load(self, base: Base) -> tuple[Any, Any]:
         """(model, state) on the base, which may be changed in place. Raises UserError where the files are damaged."""
-        return self.guarded(lambda: self.method.load(base.model, self.folder))
+        return self.guarded(functools.partial(self._loaded, base))
+
+    def _loaded(self, base: Base) -> tuple[Any, Any]:
+        model, state = self.method.load(base.model, self.folder)
+        if self.objective.scalar_head:
+            rewards.load(model, self.folder)
+        return model, state
 
     def guarded(self, load: Callable[[], Any]) -> Any:
         """What `load` gives. Raises UserError where the files are damaged."""
@@ -134,6 +140,8 @@ def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
     if result.model != cfg.model.name:
         raise UserError(f"start={cfg.start} is a cell of the model {result.model}, this one is of {cfg.model.name}; choose model={result.model}")
     artefact = Artefact.at(result.technique, folder / "artefact", cell_config(result, cfg))
+    if artefact.objective.scalar_head:
+        raise UserError(f"start={cfg.start} is a cell of {result.technique}, a model of rewards and not of texts; choose a cell that answers (full, lora, …)")
     base = Base.of(artefact.cfg)
     names, path = set(base.model.state_dict()), base.model.config._name_or_path
     model, state = artefact.load(base)
@@ -242,7 +250,8 @@ class Multiplexer:
 
 
 def detach(model: Any, base: Base) -> None:
-    """Leave the base as it was before an adapter of PEFT was put on it."""
+    """Leave the base as it was before an adapter of PEFT, or a head, was put on it."""
+    rewards.detach(model)
     if not hasattr(model, "peft_config") or model is base.model:
         return
     if not model.active_peft_config.is_prompt_learning:
