@@ -22,8 +22,8 @@ from pipeline.models import rates
 from pipeline.models.base import device_of, manifest
 from pipeline.objectives.base import Objective
 from pipeline.records import results, tuned
-from pipeline.records.finished import name
-from pipeline.records.origins import PairScore
+from pipeline.records.finished import cell_at, name
+from pipeline.records.origins import Before, PairScore
 from pipeline.records.results import HISTORY, Neighbours, Result, Size, Teacher, Work, csv_text, price
 from pipeline.scoring import rewards
 from pipeline.training.loop import Trained
@@ -33,6 +33,7 @@ def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored:
              shared: Shared) -> Result:
     """The result of a cell that went through. about: the process's provenance; shared: what its process had from the one that forked it."""
     cfg, phases, tuning, error = parts.cfg, meter.phases(), tuned.effort(parts.cfg), diverged(trained.work, scored.finite)
+    made_of = before(cfg, parts.objective)
     return Result(
         **{**_named(cfg, parts.settings, parts.method, parts.objective), "train_rows": inputs.labelled}, precision=parts.precision,
         status="diverged" if error else "ok", error=error,
@@ -43,8 +44,25 @@ def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored:
         provenance={**about, **_origin(parts)}, phases=phases,
         packed=trained.slots is not None, slots=trained.slots, tuning=tuning, cost=price(cfg, phases.wall_s), shared_process=bool(shared.threads),
         neighbours=neighbours(shared, meter),
-        labelled_rows=labels_used(parts, inputs, bool(tuning)), pairs=_pairs(parts, scored),
+        labelled_rows=labels_used(parts, inputs, bool(tuning)) + sum(one.other_rows for one in made_of.values()), before=made_of, pairs=_pairs(parts, scored),
     )
+
+
+def before(cfg: DictConfig, objective: Objective) -> dict[str, Before]:
+    """The finished cells that this one is made of, and those that they are made of."""
+    found: dict[str, Before] = {}
+    for part, word in (({"start": cfg.start} if cfg.start else {}) | objective.made_of).items():
+        result = results.read(cell_at(word, cfg))
+        seconds = result.phases.warmup_s + result.phases.train_s if result.phases else None
+        found |= result.before | {f"{result.experiment}/{result.cell}": Before(part, seconds, _other_rows(result, cfg))}
+    return found
+
+
+def _other_rows(result: Result, cfg: DictConfig) -> int:
+    """Labelled rows of another cell that are none of this one's: all of another draw, and pairs of a file."""
+    if (result.task, result.seed, result.config.get("train_rows")) != (cfg.task.name, cfg.seed, cfg.train_rows):
+        return result.labelled_rows or 0
+    return result.train_rows if result.config["objective"].get("pairs") else 0
 
 
 def _pairs(parts: Parts, scored: Evaluation) -> dict[str, PairScore]:

@@ -29,16 +29,16 @@ from pipeline.objectives.base import TrainingContext
 from pipeline.records.results import Result, Size, Work
 from pipeline.scoring import answers, rewards
 from pipeline.scoring.scorer import Scorer
-from pipeline.serving.artefact import scorer_of
+from pipeline.serving.artefact import reward_reader, scorer_of
 from pipeline.training.checkpoint import load_state
 from pipeline.training.loop import Loop, Trained, total_steps
+from pipeline.training.online import OnlineLoop
 from pipeline.training.ranks import ALONE, Ranks
 from pipeline.training.stepping import Run
-from pipeline.training.trl import TrlLoop
 
 WHOLE = 0.95
 """Of the weights of the blocks, a share above it needs no note."""
-LOOPS: dict[str, type[Loop]] = {"loop": Loop, "trl": TrlLoop}
+LOOPS: dict[str, type[Loop]] = {"loop": Loop, "online": OnlineLoop}
 """By what an objective declares as its `trainer`."""
 
 
@@ -200,14 +200,14 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
         method.before_training(scorer.model, total)
         with meter.phase("warmup"), named(parts):
             prepared = objective.prepared(
-                examples, TrainingContext(parts.cfg, parts.settings, scorer.model, inputs.encoder, rows.train, parts.device, parts.dtype, scorer_of))
+                examples, TrainingContext(parts.cfg, parts.settings, scorer.model, inputs.encoder, rows.train, parts.device, parts.dtype, scorer_of, reward_reader))
         scorer.notes += prepared.notes
     trained = take_packed(parts, scorer.model, meter) if folder is not None else None
     if trained is None:
         with meter.phase("load"):
             loop = LOOPS[objective.trainer](
                 Run(scorer.model, method, objective, prepared.examples, parts.settings.train, parts.cfg.seed, total, parts.device, parts.dtype,
-                    inputs.encoder.pad_id, ranks),
+                    inputs.encoder.pad_id, ranks, prepared.online),
                 functools.partial(validate, scorer, rows.validation), checkpoint_of(parts.cfg) if folder is not None else None, meter)
         trained = loop.train()
     ranks.leave()

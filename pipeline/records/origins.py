@@ -9,12 +9,12 @@ from dataclasses import dataclass
 class Before:
     """A finished cell that this one begins at or is rewarded by. What it cost is no part of this cell's own times."""
 
-    cell: str
-    """<experiment>/<cell>."""
+    part: str
+    """What it is here, or to the one of them that it belongs to: start, reward."""
     seconds: float | None
-    """Warm-up and training of that cell and of all that it is made of itself; null: of one of them they are not known."""
-    labelled_rows: int | None = None
-    """Rows (a pair is one) whose labels that cell used."""
+    """Of its warm-up and training; null: not known."""
+    other_rows: int = 0
+    """Labelled rows that it used and this cell does not have itself; a pair of a file is one."""
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ class Result:
     forgetting: Forgetting | None = None
     teacher: Teacher | None = None
     before: dict[str, Before] = field(default_factory=dict)
-    """The finished cells that this one is made of, by their part in it (start, reward)."""
+    """The finished cells that this one is made of and that those are made of, by <experiment>/<cell>."""
     pairs: dict[str, PairScore] = field(default_factory=dict)
     """Of a reward model, by split: how it ranks pairs of answers."""
     synthetic: Synthetic | None = None

@@ -6,6 +6,8 @@ highest reward; its scores are log-softmax of the rewards over the row's choices
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from pipeline.records.origins import PairScore
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.scoring.scorer import Scorer
 
 HEAD = "reward_head"
 FILE = "reward_head.safetensors"
@@ -85,12 +89,20 @@ def rewards_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: to
         model(input_ids=input_ids, use_cache=False)
     finally:
         hook.remove()
-    return (kept[0].float() * getattr(_inner(model), HEAD).weight.float()).sum(-1)  # a product under autocast would round to 16 bits
+    return read(model, kept[0])
 
 
-def rewards(model: Any, sequences: Sequence[Sequence[int]], batch_tokens: int, pad_id: int, device: Any, dtype: Any) -> list[float]:
-    """Of every sequence of tokens, similar lengths together."""
+def read(model: Any, states: torch.Tensor) -> torch.Tensor:
+    """Rewards fp32 [N] of what the output layer is given [N, d]."""
+    return (states.float() * getattr(_inner(model), HEAD).weight.float()).sum(-1)  # a product under autocast would round to 16 bits
+
+
+def rewards(model: Any, sequences: Sequence[Sequence[int]], batch_tokens: int, pad_id: int, device: Any, dtype: Any,
+            forward: Callable[..., torch.Tensor] | None = None) -> list[float]:
+    """Of every sequence of tokens, similar lengths together. forward: (ids [B, T], rows, cols [N]) -> rewards [N]; None: the model's own pass."""
     import torch
+
+    forward = forward or functools.partial(rewards_at, model)
 
     found = [0.0] * len(sequences)
     model.eval()
@@ -98,10 +110,49 @@ def rewards(model: Any, sequences: Sequence[Sequence[int]], batch_tokens: int, p
         for part in by_length([len(s) for s in sequences], batch_tokens):
             mine = [sequences[i] for i in part]
             ends = torch.tensor([len(s) - 1 for s in mine], device=device)
-            values = rewards_at(model, pad(mine, pad_id).to(device), torch.arange(len(mine), device=device), ends)
+            values = forward(pad(mine, pad_id).to(device), torch.arange(len(mine), device=device), ends)
             for index, value in zip(part, values.tolist(), strict=True):
                 found[index] = value
     return found
+
+
+class RewardReader:
+    """Rewards of texts that another model has drawn, by a reward model of the same vocabulary; on a GPU by hand, where its forward pass is known.
+
+    Args:
+        scorer: answers as the reward model does; its weights stay as they are from now on.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        from pipeline.engine import answering, bind
+        from pipeline.engine.parts import Unsupported
+
+        self.scorer, self.bound = scorer, None
+        scorer.model.eval()
+        self._prompts: dict[str, list[int]] = {}
+        if scorer.device.type in answering.STATIC:
+            with contextlib.suppress(Unsupported):
+                self.bound = bind.answering(scorer.model, scorer.dtype)
+
+    def __call__(self, rows: Sequence[dict], drawn: Sequence[Sequence[int]]) -> list[float]:
+        """Of what was drawn (tokens) after each row's prompt; the token that ends an answer is no part of it."""
+        scorer, ends = self.scorer, (self.scorer.encoder.end_id, self.scorer.encoder.tokenizer.eos_token_id)
+        texts = [[*self._prompt(row), *(ids[:-1] if ids and ids[-1] in ends else ids)] for row, ids in zip(rows, drawn, strict=True)]
+        once = list(dict.fromkeys(map(tuple, texts)))  # the same text is drawn again and again
+        where = scorer.encoder.pad_id, scorer.device, scorer.dtype
+        values = dict(zip(once, rewards(scorer.model, once, scorer.batch_tokens, *where, self._by_hand if self.bound else None), strict=True))
+        return [values[tuple(ids)] for ids in texts]
+
+    def _prompt(self, row: dict) -> list[int]:
+        if row["id"] not in self._prompts:
+            self._prompts[row["id"]] = self.scorer.encoder.prompt(self.scorer.prompt(row["prompt"]))
+        return self._prompts[row["id"]]
+
+    def _by_hand(self, ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+        from pipeline.engine.answering import Forward
+
+        assert self.bound is not None
+        return read(self.scorer.model, Forward(self.bound.llama).states(ids, rows, cols))
 
 
 def relative(model: Any, items: Items, batch_tokens: int, pad_id: int, device: Any, dtype: Any) -> list[list[float]]:

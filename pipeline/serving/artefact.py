@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.core.compose import build
-from pipeline.core.files import UserError, read_jsonl, read_object
+from pipeline.core.files import Unsuited, UserError, read_jsonl, read_object
 from pipeline.core.settings import Settings, read
 from pipeline.data import recipe
 from pipeline.data.choices import Items
@@ -31,6 +31,7 @@ from pipeline.records.results import Forgetting, Result, Score
 from pipeline.scoring import answers, reading, rewards
 from pipeline.scoring.per_row import measured
 from pipeline.scoring.probes import Probing
+from pipeline.scoring.rewards import RewardReader
 from pipeline.scoring.scorer import WHOLE, Scorer
 
 NO_ADAPTER = "__base__"  # PEFT's name for a row that the base answers by itself
@@ -125,6 +126,32 @@ def scorer_of(name: str, artefact: Path | None, cfg: DictConfig) -> Scorer:
     served = Artefact.at(name, artefact, cfg)
     base = Base.of(cfg)
     return served.scorer(base, *served.load(base))
+
+
+ABOVE_CHANCE = 0.05
+"""Largest p-value of a reward model's held-out pairs with which it is used."""
+
+
+def reward_reader(word: str, cfg: DictConfig, unproven: bool, tokenizer: Any) -> RewardReader:
+    """What gives rewards as the finished reward model `word` does, for texts in this tokenizer's tokens. unproven: also one that is not above chance.
+
+    Raises:
+        UserError: no such cell, no reward model, one of another vocabulary, or one that does not rank held-out pairs above chance.
+    """
+    folder, key = needed(word, cfg, "objective.reward"), f"objective.reward={word}"
+    result = finished(folder)
+    held = result.pairs.get("validation")
+    if not result.pairs:
+        raise UserError(f"{key} is a cell of {result.technique}, which gives no rewards; name one of technique=reward_model")
+    if not unproven and (held is None or held.p_value > ABOVE_CHANCE):
+        known = f"ranks {held.accuracy:.1%} of {held.pairs} held-out pairs right (p = {held.p_value:.2g} against chance)" if held else "has no held-out pairs"
+        raise Unsuited(f"{key} {known}: nothing could be learnt from it; train it on more rows, or say objective.unproven=use")
+    config = cell_config(result, cfg)
+    config.task = cfg.task
+    scorer = scorer_of(word, folder / "artefact", config)
+    if scorer.encoder.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{key} has another vocabulary than {cfg.model.name}; choose a reward model of the same tokenizer")
+    return RewardReader(scorer)
 
 
 def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
