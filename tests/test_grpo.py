@@ -19,11 +19,13 @@ from pipeline.engine import answering, decode
 from pipeline.models.base import load_model, load_tokenizer
 from pipeline.models.rates import read_if_there
 from pipeline.objectives.base import Online, Sample, drawn_later
-from pipeline.objectives.grpo import Grpo, answer_in, earned
+from pipeline.objectives.grpo import Grpo, earned
 from pipeline.records.results import read as read_result
+from pipeline.scoring.drawing import enders, until
+from pipeline.scoring.reading import answer_in
 from pipeline.serving import artefact as evaluate
 from pipeline.training import stepping
-from pipeline.training.online import DrawingPolicy, OnlineLoop, OnlineRun, Rollouts, _enders, _until
+from pipeline.training.online import DrawingPolicy, OnlineLoop, OnlineRun, Rollouts
 
 CPU = torch.device("cpu")
 CHOICE = Task("t", "choice")
@@ -131,7 +133,7 @@ def test_texts_are_drawn_with_the_probabilities_that_training_has_and_the_base_s
         assert stepped.engine == "handwritten"
     rollouts = begun(run)
     samples = rollouts._samples(0)
-    assert len(samples) == 16 and rollouts.sampler and len({s.text for s in samples}) > 4
+    assert len(samples) == 16 and rollouts.drawing.sampler and len({s.text for s in samples}) > 4
     mine, before = rollouts.policy.log_p(samples), rollouts.policy.reference(samples)
     assert before is not None
     for sample, values, drawn, based in zip(samples, mine, rollouts._nats, before, strict=True):
@@ -157,14 +159,12 @@ def test_what_is_drawn_follows_the_model_s_distribution(tiny, encoder):
 
 
 def test_a_text_ends_where_its_answer_is_complete(encoder):
-    asked = online(encoder)
     negative, film, end = encoder.answer("negative"), encoder.answer("film"), encoder.end_id
-    ends = _enders({"choices": ["negative", "film", "film plot"]}, asked)
+    ends = enders({"choices": ["negative", "film", "film plot"]}, encoder)
     assert ends == [negative, encoder.answer("film plot")], "film may go on"
-    assert _until([*negative, 5, 6], end, ends) == negative and _until([*film, 5, end, 6], end, ends) == [*film, 5, end]
-    assert _until([7, 8, 9], end, ends) == [7, 8, 9]
-    said = Encoder(encoder.tokenizer, NUMBER, 64, "error")
-    assert _enders({"choices": ["negative"]}, online(said)) == []
+    assert until([*negative, 5, 6], end, ends) == negative and until([*film, 5, end, 6], end, ends) == [*film, 5, end]
+    assert until([7, 8, 9], end, ends) == [7, 8, 9]
+    assert enders({"choices": ["negative"]}, Encoder(encoder.tokenizer, NUMBER, 64, "error")) == []
 
 
 def test_a_model_without_captured_decoding_draws_by_its_own_generate(tiny, encoder, monkeypatch):

@@ -29,7 +29,7 @@ ROWS: list[dict] = [
      "choices": ["negative", "positive", "the plot of a story"], "fields": {}}
     for i, good in enumerate(["positive", "negative", "the plot of a story", "positive"])
 ]
-SHORT = ["experiment=mine", "train_rows=64", "train.batch_size=8", "train.validations=1", "technique=reward_model"]
+SHORT = ["experiment=mine", "train_rows=64", "train.batch_size=8", "train.validations=1", "technique=reward_model", "start=null"]
 
 
 @pytest.fixture(scope="module")

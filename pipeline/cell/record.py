@@ -25,7 +25,7 @@ from pipeline.records import results, tuned
 from pipeline.records.finished import cell_at, name
 from pipeline.records.origins import Before, PairScore
 from pipeline.records.results import HISTORY, Neighbours, Result, Size, Teacher, Work, csv_text, price
-from pipeline.scoring import rewards
+from pipeline.scoring import best_of, rewards
 from pipeline.training.loop import Trained
 
 
@@ -45,6 +45,7 @@ def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored:
         packed=trained.slots is not None, slots=trained.slots, tuning=tuning, cost=price(cfg, phases.wall_s), shared_process=bool(shared.threads),
         neighbours=neighbours(shared, meter),
         labelled_rows=labels_used(parts, inputs, bool(tuning)) + sum(one.other_rows for one in made_of.values()), before=made_of, pairs=_pairs(parts, scored),
+        best_of=best_of.curve([p for p in scored.predictions if p["split"] == "test"]),
     )
 
 
@@ -108,17 +109,17 @@ def _named(cfg: DictConfig, settings: Settings, method: Method, objective: Objec
         shown |= {key: steps for key, steps in (("steps", train.steps), ("min_steps", train.min_steps)) if steps is not None}
     return {
         "experiment": cfg.experiment, "cell": name(cfg), "technique": cfg.technique.name, "family": settings.technique.family,
-        "kind": _kind(method), "start": cfg.start, "takes_rows": method.takes_rows or bool(cfg.start),
-        "method": method.name, "objective": objective.name if method.trains else "none", "task": cfg.task.name, "model": cfg.model.name,
+        "kind": _kind(method, objective), "start": cfg.start, "takes_rows": method.takes_rows or bool(cfg.start),
+        "method": method.name, "objective": objective.name if method.trains or objective.selection else "none", "task": cfg.task.name, "model": cfg.model.name,
         "seed": cfg.seed, "train_rows": cfg.train_rows or 0, "hyperparameters": shown, "metric": settings.task.metric_name, "config": plain(cfg),
     }
 
 
-def _kind(method: Method) -> str:
+def _kind(method: Method, objective: Objective) -> str:
     """One of results.KINDS."""
     if method.answers_without_model:
         return "teacher"
-    return "trained" if method.trains else "base" if method.name == "none" else "untrained"
+    return "trained" if method.trains else "base" if method.name == "none" and not objective.selection else "untrained"
 
 
 def labels_used(parts: Parts, inputs: Inputs, tuned: bool) -> int:

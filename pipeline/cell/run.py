@@ -29,7 +29,7 @@ from pipeline.objectives.base import TrainingContext
 from pipeline.records.results import Result, Size, Work
 from pipeline.scoring import answers, rewards
 from pipeline.scoring.scorer import Scorer
-from pipeline.serving.artefact import reward_reader, scorer_of
+from pipeline.serving.artefact import reward_reader, scorer_of, selecting
 from pipeline.training.checkpoint import load_state
 from pipeline.training.loop import Loop, Trained, total_steps
 from pipeline.training.online import OnlineLoop
@@ -170,6 +170,8 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     with meter.phase("validate"):
         state = method.choose(state, validated)
     scorer.prompt = _prompt(parts, state)
+    if parts.objective.selection:
+        scorer = selecting(scorer, parts.objective.selection, parts.cfg)
     with turns.away():
         scorer.notes += scorer.check({split: asked for split, asked in rows.scored.items() if parts.wants(split.partition("/")[0])})
     return Wrapped(scorer, state, dtype, size)

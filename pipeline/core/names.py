@@ -54,6 +54,7 @@ TABLE: dict[str, dict[str, str]] = {
         "kto": "pipeline.objectives.preferences.Kto",
         "reward_model": "pipeline.objectives.preferences.RewardModel",
         "grpo": "pipeline.objectives.grpo.Grpo",
+        "best_of_n": "pipeline.objectives.best_of_n.BestOfN",
     },
     "teacher": {
         "none": "pipeline.teachers.base.Teacher",

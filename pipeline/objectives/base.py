@@ -19,6 +19,7 @@ from pipeline.data.conversations import answered
 from pipeline.data.rows import Batch, Encoded, Encoder, Example, step_batches
 from pipeline.records.finished import cell_at
 from pipeline.records.results import Teacher
+from pipeline.scoring.best_of import Selection
 from pipeline.scoring.reading import Reasoning
 from pipeline.scoring.rewards import RewardReader
 from pipeline.scoring.scorer import Scorer, logits_at
@@ -102,13 +103,6 @@ class PreparedExamples:
     online: Online | None = None
 
 
-def room_for(rows: Sequence[dict], encoder: Encoder) -> int:
-    """Tokens to draw for an answer: those of the longest choice, or as many as an answer is given at test."""
-    if encoder.task.scoring == "generate":
-        return encoder.task.max_new_tokens
-    return max(len(encoder.answer(c)) for row in rows for c in row["choices"])
-
-
 def drawn_later(examples: Sequence[Sequence[Encoded]], samples: int, room: int) -> list[list[Encoded]]:
     """Examples as long as a row's drawn texts can become: its prompt and `room` tokens, one for each sample."""
     firsts = [row[0] for row in examples]
@@ -171,6 +165,11 @@ class Objective:
     @property
     def reasoning(self) -> Reasoning | None:
         """How the model reasons before it answers; None: it answers at once."""
+        return None
+
+    @property
+    def selection(self) -> Selection | None:
+        """How an answer is chosen among drawn ones; None: the model's own is given."""
         return None
 
     @property

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pipeline.core.files import UserError
 from pipeline.core.settings import NotNegative, Positive, Task, Within
 from pipeline.data.rows import Batch, Encoded, Weighted
-from pipeline.objectives.base import Objective, Online, Policy, PreparedExamples, Sample, TrainingContext, drawn_later, room_for
-from pipeline.scoring.reading import agrees, extract
+from pipeline.objectives.base import Objective, Online, Policy, PreparedExamples, Sample, TrainingContext, drawn_later
+from pipeline.scoring.drawing import room_for
+from pipeline.scoring.reading import agrees, answer_in
 from pipeline.scoring.rewards import RewardReader
 from pipeline.scoring.scorer import logits_at
 
@@ -132,11 +133,3 @@ def _with(sample: Sample, weight: float) -> Encoded:
 def earned(text: str, row: dict, task: Task) -> float:
     """1 for a right answer, 0 for any other."""
     return float(agrees(answer_in(text, row, task), row["answer"], task.answer_pattern))
-
-
-def answer_in(text: str, row: dict, task: Task) -> str | None:
-    """The answer in a sampled text: for a choice the one that it begins with, else what the task extracts."""
-    if task.scoring == "generate":
-        return extract(text, task.answer_pattern)
-    start = text.strip().casefold()
-    return max((c for c in row["choices"] if start.startswith(c.casefold())), key=len, default=None)

@@ -212,6 +212,8 @@ class Result:
     """The finished cells that this one is made of and that those are made of, by <experiment>/<cell>."""
     pairs: dict[str, PairScore] = field(default_factory=dict)
     """Of a reward model, by split: how it ranks pairs of answers."""
+    best_of: list[dict[str, float]] = field(default_factory=list)
+    """Where answers are chosen among drawn ones, of the best of k: k, kl (to the model that draws, nats), reward (learnt), gold_reward (true)."""
     synthetic: Synthetic | None = None
     """None: trained on labelled rows alone."""
     tuning: Tuning | None = None

@@ -179,6 +179,11 @@ class Scorer:
         self.notes = [] if notes is None else notes
 
     @property
+    def alone(self) -> bool:
+        """Whether its answers take more than one pass over a model that others could share."""
+        return bool(self.reasoning) or self.rewards
+
+    @property
     def rewards(self) -> bool:
         """Whether choices are compared by their rewards."""
         return rewards.has_head(self.model)

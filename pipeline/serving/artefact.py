@@ -29,6 +29,7 @@ from pipeline.objectives.base import Objective
 from pipeline.records.finished import cell_config, finished, needed
 from pipeline.records.results import Forgetting, Result, Score
 from pipeline.scoring import answers, reading, rewards
+from pipeline.scoring.best_of import BestOf, Selection
 from pipeline.scoring.per_row import measured
 from pipeline.scoring.probes import Probing
 from pipeline.scoring.rewards import RewardReader
@@ -83,7 +84,7 @@ class Artefact:
     @property
     def mixes(self) -> bool:
         """Whether its rows are answered in one batch with other artefacts' rows; of a LoRA that adapts experts, PEFT's cannot be."""
-        if self.method.sharing != "together" or self.objective.reasoning or self.objective.scalar_head:
+        if self.method.sharing != "together" or self.objective.reasoning or self.objective.scalar_head or self.objective.selection:
             return False
         return not (self.method.peft and read_object(self.folder / "adapter_config.json").get("target_parameters"))
 
@@ -110,8 +111,9 @@ class Artefact:
         """What answers this artefact's rows with `model`."""
         train = self.settings.train
         encoder = Encoder(base.tokenizer, self.settings.task, most_tokens(base.model, train.max_length), train.too_long)
-        return Scorer(model, encoder, self.settings.task, lambda p: self.method.prompt(self.objective.prompt(p), state),
-                              self.settings.evaluate.batch_tokens, base.device, base.dtype, reasoning=self.objective.reasoning)
+        scorer = Scorer(model, encoder, self.settings.task, lambda p: self.method.prompt(self.objective.prompt(p), state),
+                        self.settings.evaluate.batch_tokens, base.device, base.dtype, reasoning=self.objective.reasoning)
+        return selecting(scorer, self.objective.selection, self.cfg) if self.objective.selection else scorer
 
 
 def scorer_of(name: str, artefact: Path | None, cfg: DictConfig) -> Scorer:
@@ -152,6 +154,11 @@ def reward_reader(word: str, cfg: DictConfig, unproven: bool, tokenizer: Any) ->
     if scorer.encoder.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{key} has another vocabulary than {cfg.model.name}; choose a reward model of the same tokenizer")
     return RewardReader(scorer)
+
+
+def selecting(scorer: Scorer, selection: Selection, cfg: DictConfig) -> BestOf:
+    """What answers with the best of what `scorer`'s model draws. Raises UserError as reward_reader."""
+    return BestOf(scorer, selection, reward_reader(selection.reward, cfg, selection.unproven, scorer.encoder.tokenizer), cfg.seed)
 
 
 def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
@@ -224,7 +231,7 @@ class Multiplexer:
 
     def _alone(self, name: str, rows: list[dict]) -> list[dict]:
         artefact = self.artefacts[name]
-        why = "it reasons first" if artefact.objective.reasoning else f"{artefact.method.name} cannot share a batch"
+        why = "it reasons first" if artefact.objective.reasoning else f"{artefact.name if artefact.objective.selection else artefact.method.name} cannot share a batch"
         self.report.append(f"{len(rows)} by {name} alone ({why})")
         model, state = artefact.load(self.base)
         try:
