@@ -49,6 +49,7 @@ TABLE: dict[str, dict[str, str]] = {
         "rationale_first": "pipeline.objectives.rationale_first.RationaleFirst",
         "consistency": "pipeline.objectives.consistency.Consistency",
         "logit_distillation": "pipeline.objectives.logit_distillation.LogitDistillation",
+        "on_policy_distillation": "pipeline.objectives.logit_distillation.OnPolicyDistillation",
         "dpo": "pipeline.objectives.preferences.Dpo",
         "orpo": "pipeline.objectives.preferences.Orpo",
         "kto": "pipeline.objectives.preferences.Kto",

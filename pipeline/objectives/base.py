@@ -45,7 +45,7 @@ class TrainingContext:
     device: Any
     dtype: Any
     scorer: Callable[[str, Path | None, DictConfig], Scorer]
-    rewards: Callable[[str, DictConfig, bool, Any], RewardReader]
+    rewards: Callable[[str, DictConfig, bool, Any], RewardReader] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.core.settings import NotNegative, Positive, Task, Within
 from pipeline.data.rows import Batch, Encoded, Weighted
 from pipeline.objectives.base import Objective, Online, Policy, PreparedExamples, Sample, TrainingContext, drawn_later
 from pipeline.scoring.drawing import room_for
-from pipeline.scoring.reading import agrees, answer_in
+from pipeline.scoring.reading import is_right
 from pipeline.scoring.rewards import RewardReader
 from pipeline.scoring.scorer import logits_at
 
@@ -68,14 +68,17 @@ class Grpo(Objective):
     def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
         if self.beta and not hasattr(context.model, "peft_config"):
             raise UserError(f"objective.beta is {self.beta}, but only an adapter keeps the model it started from to compare with; set 0 or choose method=lora")
-        proxy = context.rewards(self.reward, context.cfg, self.unproven == "use", context.encoder.tokenizer) if self.reward else None
+        proxy = None
+        if self.reward:
+            assert context.rewards
+            proxy = context.rewards(self.reward, context.cfg, self.unproven == "use", context.encoder.tokenizer)
         room = room_for(context.rows, context.encoder)
         online = Online(context.encoder, context.rows, self.num_generations, self.temperature, room, context.settings.evaluate.batch_tokens,
                         lambda samples, policy: self._judged(samples, policy, context.encoder.task, proxy))
         return PreparedExamples(drawn_later(examples, self.num_generations, room), online=online)
 
     def _judged(self, samples: Sequence[Sample], policy: Policy, task: Task, proxy: RewardReader | None) -> tuple[list[Encoded], dict[str, float]]:
-        right = [earned(sample.text, sample.row, task) for sample in samples]
+        right = [float(is_right(sample.text, sample.row, task)) for sample in samples]
         rewards = proxy([s.row for s in samples], [s.example.ids[s.example.start :] for s in samples]) if proxy else right
         seen = {"reward": math.fsum(rewards) / len(rewards), "gold_reward": math.fsum(right) / len(right)}
         apart = None
@@ -128,8 +131,3 @@ class Grpo(Objective):
 
 def _with(sample: Sample, weight: float) -> Encoded:
     return Encoded(sample.example.ids, sample.example.start, weight=weight)
-
-
-def earned(text: str, row: dict, task: Task) -> float:
-    """1 for a right answer, 0 for any other."""
-    return float(agrees(answer_in(text, row, task), row["answer"], task.answer_pattern))

@@ -53,6 +53,11 @@ def answer_in(text: str, row: dict, task: Task) -> str | None:
     return max((c for c in row["choices"] if start.startswith(c.casefold())), key=len, default=None)
 
 
+def is_right(text: str, row: dict, task: Task) -> bool:
+    """Whether the answer in a drawn text is the row's."""
+    return agrees(answer_in(text, row, task), row["answer"], task.answer_pattern)
+
+
 @dataclass(frozen=True)
 class Reasoning:
     """max_new_tokens: the longest reasoning; cue: the words between it and the answer."""
