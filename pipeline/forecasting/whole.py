@@ -29,7 +29,8 @@ OTHER_CARD = 60e12
 BACKWARD = {"full": 3.4, "selective": 2.6, "pruning": 3.4}
 OTHER_BACKWARD = 2.7
 """Of a training step, its work in forward passes: forward, backward through activations and (of what is trained) through weights."""
-PASSES = {"step_by_step": 2.0, "dpo": 2.7, "orpo": 2.0, "kto": 3.3, "logit_distillation": 1.4, "rationale_first": 2.0, "grpo": 12.0, "rloo": 12.0}
+PASSES = {"step_by_step": 2.0, "dpo": 2.7, "orpo": 2.0, "kto": 3.3, "logit_distillation": 1.4, "rationale_first": 2.0, "grpo": 12.0, "rloo": 12.0,
+          "rlhf_grpo": 16.0, "rlhf_rloo": 16.0, "reward_model": 4.0, "on_policy_distillation": 4.0}
 """Of an objective, its forward passes to one of a row's label."""
 DECODE = 1.5
 """A token that is written, to one that is read, in work: few rows at a time go through all the weights."""

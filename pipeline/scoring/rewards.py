@@ -124,6 +124,8 @@ class RewardReader:
     """
 
     def __init__(self, scorer: Scorer) -> None:
+        import torch
+
         from pipeline.engine import answering, bind
         from pipeline.engine.parts import Unsupported
 
@@ -131,7 +133,7 @@ class RewardReader:
         scorer.model.eval()
         self._prompts: dict[str, list[int]] = {}
         if scorer.device.type in answering.STATIC:
-            with contextlib.suppress(Unsupported):
+            with torch.no_grad(), contextlib.suppress(Unsupported):
                 self.bound = bind.answering(scorer.model, scorer.dtype)
 
     def __call__(self, rows: Sequence[dict], drawn: Sequence[Sequence[int]]) -> list[float]:
