@@ -202,7 +202,7 @@ def main(words: Sequence[str]) -> None:
     from pipeline.models.base import device_of
 
     values = dict(word.split("=", 1) for word in words)
-    types = {f.name: type(f.default) for f in dataclasses.fields(Work)}
+    types = {name: type(value) for name, value in dataclasses.asdict(Work()).items()}
     if unknown := set(values) - set(types):
         raise UserError(f"benchmarks.online_rl has no {', '.join(sorted(unknown))}; it takes {', '.join(types)}")
     work, device = Work(**{key: types[key](value) for key, value in values.items()}), device_of("auto")

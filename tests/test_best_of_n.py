@@ -58,8 +58,10 @@ def test_the_best_is_better_than_what_it_is_drawn_from_and_is_served_alike(overr
     actual = read_result(folder)
     one, best = actual.best_of[0], actual.best_of[-1]
     assert (one["k"], best["k"], best["kl"]) == (1, 8, pytest.approx(math.log(8) - 7 / 8)) and actual.test
-    assert best["gold_reward"] > one["gold_reward"] + 0.05 and best["reward"] > one["reward"] and actual.test.accuracy == pytest.approx(best["gold_reward"], abs=0.05)
-    assert (actual.kind, actual.objective, actual.status) == ("untrained", "best_of_n", "ok") and set(actual.before) == {"mine/full-s0-n64", "mine/reward_model-s0-n64"}
+    assert best["gold_reward"] > one["gold_reward"] + 0.05 and best["reward"] > one["reward"]
+    assert actual.test.accuracy == pytest.approx(best["gold_reward"], abs=0.05)
+    assert (actual.kind, actual.objective, actual.status) == ("untrained", "best_of_n", "ok")
+    assert set(actual.before) == {"mine/full-s0-n64", "mine/reward_model-s0-n64"}
     assert actual.labelled_rows == 64 + 12 and actual.inference and actual.inference.latency_s and actual.inference.adapters is None
     stored = [p for p in read_jsonl(folder / "predictions.jsonl") if p["split"] == "test"]
     assert [p["output"] for p in artefact.score_artefact(cfg, folder / "artefact", "test")[0]] == [p["output"] for p in stored]

@@ -21,7 +21,7 @@ from pipeline.models.rates import read_if_there
 from pipeline.objectives.base import Online, Sample, drawn_later
 from pipeline.objectives.grpo import Grpo, earned
 from pipeline.records.results import read as read_result
-from pipeline.scoring.drawing import enders, until
+from pipeline.scoring.drawing import RewardReader, enders, until
 from pipeline.scoring.reading import answer_in
 from pipeline.serving import artefact as evaluate
 from pipeline.training import stepping
@@ -344,7 +344,7 @@ def test_a_drawn_text_s_reward_is_that_of_its_tokens_after_the_row_s_prompt(tiny
 
     model = load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU)
     rewards.attach(model)
-    read = rewards.RewardReader(Scorer(model, encoder, CHOICE, lambda p: p, 64, CPU, torch.float32))
+    read = RewardReader(Scorer(model, encoder, CHOICE, lambda p: p, 64, CPU, torch.float32))
     drawn = [encoder.answer("negative"), [*encoder.answer("negative"), encoder.end_id], encoder.answer("film plot"), []]
     actual = read([ROWS[0]] * 4, drawn)
     with torch.no_grad():

@@ -23,8 +23,8 @@ from pipeline.measure.memory import Memory
 from pipeline.records.finished import Cell
 from pipeline.records.results import Result
 from pipeline.reporting.figures import metrics
-from pipeline.reporting.rows import history_csv
 from pipeline.reporting.page import words
+from pipeline.reporting.rows import history_csv
 
 
 @pytest.fixture

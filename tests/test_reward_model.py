@@ -88,7 +88,8 @@ def test_a_pair_s_loss_is_trl_s(model, encoder, centre):
     inputs = {"input_ids": torch.tensor([[*e.ids, *[1] * (width - len(e.ids))] for e in rows]),
               "attention_mask": torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in rows])}
     stand_in: Any = SimpleNamespace(
-        model=theirs, _total_train_tokens=0, args=SimpleNamespace(center_rewards_coefficient=centre), _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
+        model=theirs, _total_train_tokens=0, args=SimpleNamespace(center_rewards_coefficient=centre),
+        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
         accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
     )
     with torch.no_grad():

@@ -201,8 +201,8 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
         total = total_steps(parts.settings.train, len(examples))
         method.before_training(scorer.model, total)
         with meter.phase("warmup"), named(parts):
-            prepared = objective.prepared(
-                examples, TrainingContext(parts.cfg, parts.settings, scorer.model, inputs.encoder, rows.train, parts.device, parts.dtype, scorer_of, reward_reader))
+            prepared = objective.prepared(examples, TrainingContext(
+                parts.cfg, parts.settings, scorer.model, inputs.encoder, rows.train, parts.device, parts.dtype, scorer_of, reward_reader))
         scorer.notes += prepared.notes
     trained = take_packed(parts, scorer.model, meter) if folder is not None else None
     if trained is None:

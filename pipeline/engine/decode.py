@@ -109,14 +109,15 @@ class Decoder:
 
     def choose(self, logits: torch.Tensor) -> None:
         """Take the most likely tokens by logits [R, V], or draw them."""
-        self.token.copy_(torch.where(self.done, self.padding, logits.argmax(-1, keepdim=True) if self.temperature is None else self._drawn(logits)))
+        self.token.copy_(torch.where(self.done, self.padding, logits.argmax(-1, keepdim=True) if self.temperature is None else
+                                     self._drawn(logits / self.temperature)))
         self.done.logical_or_(self.token == self.end)
         self.out.index_copy_(1, self.slot, self.token)
         self.slot.add_(1)
 
     def _drawn(self, logits: torch.Tensor) -> torch.Tensor:
-        """Tokens [R, 1] drawn from softmax(logits / temperature), by the largest of log p + Gumbel noise (Maddison et al., 2014)."""
-        log_p = torch.log_softmax(logits / self.temperature, -1)
+        """Tokens [R, 1] drawn from softmax(logits), by the largest of log p + Gumbel noise (Maddison et al., 2014)."""
+        log_p = torch.log_softmax(logits, -1)
         drawn = (log_p - torch.empty_like(log_p).exponential_().log()).argmax(-1, keepdim=True)
         self.nats.index_copy_(1, self.slot, log_p.gather(1, drawn))
         return drawn

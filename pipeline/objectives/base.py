@@ -20,8 +20,8 @@ from pipeline.data.rows import Batch, Encoded, Encoder, Example, step_batches
 from pipeline.records.finished import cell_at
 from pipeline.records.results import Teacher
 from pipeline.scoring.best_of import Selection
+from pipeline.scoring.drawing import RewardReader
 from pipeline.scoring.reading import Reasoning
-from pipeline.scoring.rewards import RewardReader
 from pipeline.scoring.scorer import Scorer, logits_at
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ from pipeline.core.files import UserError
 from pipeline.core.settings import NotNegative, Positive, Task, Within
 from pipeline.data.rows import Batch, Encoded, Weighted
 from pipeline.objectives.base import Objective, Online, Policy, PreparedExamples, Sample, TrainingContext, drawn_later
-from pipeline.scoring.drawing import room_for
+from pipeline.scoring.drawing import RewardReader, room_for
 from pipeline.scoring.reading import is_right
-from pipeline.scoring.rewards import RewardReader
 from pipeline.scoring.scorer import logits_at
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ from pipeline.reporting.vega import Chart, Dot, linear
 
 PARTS = 12
 """Points that a training curve is told in: means over so many stretches of its steps, and over seeds."""
+DASHES = (None, "5 3", "2 3", "8 3 2 3")
+"""Of lines, by technique: those of one family have one colour."""
 SURE = 2.0
 """Standard errors by which the true reward must have fallen to be called lower."""
 
@@ -124,15 +126,15 @@ def _chart(heading: str, what: str, lines: Sequence[tuple[Curve, list[tuple[floa
     y = plot.scale(values, FRAME.bottom, FRAME.top, room=0.1)
     about = f"{heading} of drawn answers ({what}) over the KL from the start"
     chart = Chart(FRAME.right - FRAME.left, FRAME.bottom - FRAME.top, linear("KL from the start, nats", x, lambda v: f"{v:g}"), linear(what, y, show), about)
-    dashes = (None, "5 3", "2 3", "8 3 2 3")
-    for number, (curve, line) in enumerate(lines):
+    for curve, line in lines:
         row, parted = curve.row, curve.parted
-        chart.line(line, colour[row.family], dashes[number % len(dashes)])
+        chart.line(line, colour[row.family], DASHES[sum(map(ord, row.technique)) % len(DASHES)])
         chart.dots([Dot(kl, value, colour[row.family], f"{row.name} | KL {kl:.2g} | {heading.lower()} {show(value)}", link(row),
                         hollow=parted is not None and kl == parted.kl) for kl, value in line], size=26)
     ends = sorted(((line[-1][0], line[-1][1], curve.row) for curve, line in lines), key=lambda end: end[1])
     levels = plot.stacked([y(value) for _, value, _ in ends], 12)
     span = (y.high - y.low) / (FRAME.bottom - FRAME.top)
-    chart.names([(kl, y.low + (FRAME.bottom - level) * span, f" {row.technique}", colour[row.family]) for (kl, _, row), level in zip(ends, levels, strict=True)],
-                align="left")
+    names = [(kl + 0.012 * x.high, y.low + (FRAME.bottom - level) * span, row.technique, colour[row.family])
+             for (kl, _, row), level in zip(ends, levels, strict=True)]
+    chart.names(names, align="left")
     return Drawn(heading, chart.spec(), [])

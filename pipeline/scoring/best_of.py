@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.core import progress
-from pipeline.scoring.drawing import Drawing, room_for
+from pipeline.scoring.drawing import Drawing, RewardReader, room_for
 from pipeline.scoring.reading import agrees, answer_in
-from pipeline.scoring.rewards import RewardReader
 from pipeline.scoring.scorer import Scorer
 
 ROWS = 64
@@ -51,8 +50,9 @@ class BestOf(Scorer):
         prompts = [prompt for prompt, _ in self.items(rows)]
         parts = [slice(start, start + ROWS) for start in range(0, len(rows), ROWS)]
         with by_hand(self.model, self.dtype, self.device, n * len(rows)) as written:
-            drawing = Drawing(self.model, self.encoder, [max(map(len, prompts[part])) for part in parts], n * min(ROWS, len(rows)), room_for(rows, self.encoder),
-                              self.selection.temperature, self.batch_tokens, self.device, self.dtype, written, self.notes)
+            lengths, most = [max(map(len, prompts[part])) for part in parts], n * min(ROWS, len(rows))
+            drawing = Drawing(self.model, self.encoder, lengths, most, room_for(rows, self.encoder), self.selection.temperature, self.batch_tokens,
+                              self.device, self.dtype, written, self.notes)
             try:
                 for number, part in enumerate(parts):
                     asked = [row for row in rows[part] for _ in range(n)]

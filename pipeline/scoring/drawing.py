@@ -1,19 +1,24 @@
-"""Texts drawn after prompts: by captured decoding where the model allows it, each up to where its answer is complete.
+"""Texts drawn after prompts, by captured decoding where the model allows it and each up to where its answer is complete; and what a reward model says of
+them.
 
 Library of training/online.py and best_of.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.rows import Encoder, pad
 from pipeline.models.base import autocast
-from pipeline.scoring.scorer import logits_at
+from pipeline.scoring import rewards
+from pipeline.scoring.scorer import Scorer, logits_at
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.engine.answering import Forward
     from pipeline.engine.decode import Decoder, Sampler
 
@@ -127,3 +132,44 @@ def until(ids: list[int], end: int | None, choices: Sequence[list[int]]) -> list
         if ids[: len(choice)] == choice:
             return choice
     return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+class RewardReader:
+    """Rewards of texts that another model has drawn, by a reward model of the same vocabulary; on a GPU by hand, where its forward pass is known.
+
+    Args:
+        scorer: answers as the reward model does; its weights stay as they are from now on.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        import torch
+
+        from pipeline.engine import answering, bind
+        from pipeline.engine.parts import Unsupported
+
+        self.scorer, self.bound = scorer, None
+        scorer.model.eval()
+        self._prompts: dict[str, list[int]] = {}
+        if scorer.device.type in answering.STATIC:
+            with torch.no_grad(), contextlib.suppress(Unsupported):
+                self.bound = bind.answering(scorer.model, scorer.dtype)
+
+    def __call__(self, rows: Sequence[dict], drawn: Sequence[Sequence[int]]) -> list[float]:
+        """Of what was drawn (tokens) after each row's prompt; the token that ends an answer is no part of it."""
+        scorer, ends = self.scorer, (self.scorer.encoder.end_id, self.scorer.encoder.tokenizer.eos_token_id)
+        texts = [[*self._prompt(row), *(ids[:-1] if ids and ids[-1] in ends else ids)] for row, ids in zip(rows, drawn, strict=True)]
+        once = list(dict.fromkeys(map(tuple, texts)))  # the same text is drawn again and again
+        where = scorer.encoder.pad_id, scorer.device, scorer.dtype
+        values = dict(zip(once, rewards.rewards(scorer.model, once, scorer.batch_tokens, *where, self._by_hand if self.bound else None), strict=True))
+        return [values[tuple(ids)] for ids in texts]
+
+    def _prompt(self, row: dict) -> list[int]:
+        if row["id"] not in self._prompts:
+            self._prompts[row["id"]] = self.scorer.encoder.prompt(self.scorer.prompt(row["prompt"]))
+        return self._prompts[row["id"]]
+
+    def _by_hand(self, ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+        from pipeline.engine.answering import Forward
+
+        assert self.bound is not None
+        return rewards.read(self.scorer.model, Forward(self.bound.llama).states(ids, rows, cols))

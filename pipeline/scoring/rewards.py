@@ -6,7 +6,6 @@ highest reward; its scores are log-softmax of the rewards over the row's choices
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -20,8 +19,6 @@ from pipeline.records.origins import PairScore
 
 if TYPE_CHECKING:
     import torch
-
-    from pipeline.scoring.scorer import Scorer
 
 HEAD = "reward_head"
 FILE = "reward_head.safetensors"
@@ -114,47 +111,6 @@ def rewards(model: Any, sequences: Sequence[Sequence[int]], batch_tokens: int, p
             for index, value in zip(part, values.tolist(), strict=True):
                 found[index] = value
     return found
-
-
-class RewardReader:
-    """Rewards of texts that another model has drawn, by a reward model of the same vocabulary; on a GPU by hand, where its forward pass is known.
-
-    Args:
-        scorer: answers as the reward model does; its weights stay as they are from now on.
-    """
-
-    def __init__(self, scorer: Scorer) -> None:
-        import torch
-
-        from pipeline.engine import answering, bind
-        from pipeline.engine.parts import Unsupported
-
-        self.scorer, self.bound = scorer, None
-        scorer.model.eval()
-        self._prompts: dict[str, list[int]] = {}
-        if scorer.device.type in answering.STATIC:
-            with torch.no_grad(), contextlib.suppress(Unsupported):
-                self.bound = bind.answering(scorer.model, scorer.dtype)
-
-    def __call__(self, rows: Sequence[dict], drawn: Sequence[Sequence[int]]) -> list[float]:
-        """Of what was drawn (tokens) after each row's prompt; the token that ends an answer is no part of it."""
-        scorer, ends = self.scorer, (self.scorer.encoder.end_id, self.scorer.encoder.tokenizer.eos_token_id)
-        texts = [[*self._prompt(row), *(ids[:-1] if ids and ids[-1] in ends else ids)] for row, ids in zip(rows, drawn, strict=True)]
-        once = list(dict.fromkeys(map(tuple, texts)))  # the same text is drawn again and again
-        where = scorer.encoder.pad_id, scorer.device, scorer.dtype
-        values = dict(zip(once, rewards(scorer.model, once, scorer.batch_tokens, *where, self._by_hand if self.bound else None), strict=True))
-        return [values[tuple(ids)] for ids in texts]
-
-    def _prompt(self, row: dict) -> list[int]:
-        if row["id"] not in self._prompts:
-            self._prompts[row["id"]] = self.scorer.encoder.prompt(self.scorer.prompt(row["prompt"]))
-        return self._prompts[row["id"]]
-
-    def _by_hand(self, ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
-        from pipeline.engine.answering import Forward
-
-        assert self.bound is not None
-        return read(self.scorer.model, Forward(self.bound.llama).states(ids, rows, cols))
 
 
 def relative(model: Any, items: Items, batch_tokens: int, pad_id: int, device: Any, dtype: Any) -> list[list[float]]:

@@ -30,9 +30,9 @@ from pipeline.records.finished import cell_config, finished, needed
 from pipeline.records.results import Forgetting, Result, Score
 from pipeline.scoring import answers, reading, rewards
 from pipeline.scoring.best_of import BestOf, Selection
+from pipeline.scoring.drawing import RewardReader
 from pipeline.scoring.per_row import measured
 from pipeline.scoring.probes import Probing
-from pipeline.scoring.rewards import RewardReader
 from pipeline.scoring.scorer import WHOLE, Scorer
 
 NO_ADAPTER = "__base__"  # PEFT's name for a row that the base answers by itself
@@ -231,7 +231,8 @@ class Multiplexer:
 
     def _alone(self, name: str, rows: list[dict]) -> list[dict]:
         artefact = self.artefacts[name]
-        why = "it reasons first" if artefact.objective.reasoning else f"{artefact.name if artefact.objective.selection else artefact.method.name} cannot share a batch"
+        what = artefact.objective.name if artefact.objective.selection or artefact.objective.scalar_head else artefact.method.name
+        why = "it reasons first" if artefact.objective.reasoning else f"{what} cannot share a batch"
         self.report.append(f"{len(rows)} by {name} alone ({why})")
         model, state = artefact.load(self.base)
         try:
