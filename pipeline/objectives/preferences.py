@@ -9,18 +9,20 @@ Go with any method that trains. Pairs come from the task (the right answer over 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import DictConfig
 
 from pipeline.core.files import Unsuited, UserError, read_jsonl
 from pipeline.core.settings import AtLeast1, NotNegative, Positive, Task, Train
 from pipeline.data.rows import Batch, Encoded, Example, by_length, collate, pad
+from pipeline.data.shapes import judged, judged_rows, shape_of
 from pipeline.models.base import autocast
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
 from pipeline.scoring.rewards import rewards_at
@@ -90,7 +92,9 @@ class Preference(Objective):
     wrong_choices: AtLeast1 | None = 1
     """How many wrong choices of a row are each a pair with the right one, drawn by the row's id; null: all."""
     pairs: str | None = None
-    """A JSONL file of {prompt, chosen, rejected} to train on in the place of the task's training rows."""
+    """A JSONL file of {prompt, chosen, rejected}, or of single answers {prompt, completion, label}, to train on in the place of the task's training rows."""
+    takes_singles: ClassVar[bool] = False
+    """Whether a good and a bad answer need not be of one prompt."""
 
     def reads(self, cfg: DictConfig) -> list[Path]:
         return [Path(self.pairs)] if self.pairs else []
@@ -101,7 +105,7 @@ class Preference(Objective):
             if unpaired is not None:
                 raise UserError(f"row {unpaired!r} has no wrong choice to prefer its answer to; give pairs of your own: objective.pairs=<file.jsonl>")
             return rows
-        pairs = _read_pairs(Path(self.pairs))
+        pairs = _read_pairs(Path(self.pairs), self.takes_singles)
         random.Random(seed).shuffle(pairs)
         if train_rows is not None and train_rows > len(pairs):
             raise UserError(f"train_rows={train_rows}, but {self.pairs} has {len(pairs)} pairs; ask for at most that")
@@ -117,7 +121,8 @@ class Preference(Objective):
         if self.wrong_choices is not None:
             wrong = random.Random(row["id"]).sample(wrong, min(self.wrong_choices, len(wrong)))
         label = dataclasses.replace(self.label_example(row, task), group=CHOSEN)
-        return [label, *(dataclasses.replace(label, answer=answer, group=REJECTED, weight=0.0) for answer in wrong)]
+        asked = self.prompt(row.get("worse_prompt", row["prompt"]))
+        return [label, *(dataclasses.replace(label, prompt=asked, answer=answer, group=REJECTED, weight=0.0) for answer in wrong)]
 
     def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
         pairs = list(zip(examples[::2], examples[1::2], strict=True))
@@ -144,11 +149,15 @@ def _batch(examples: Sequence[Any], counts: dict[str, int], pairs: int, point: R
     return Pairs(**vars(collate(examples, counts, pad_id)), reference=reference, share=torch.tensor([1 / pairs]), point=point)
 
 
-def _read_pairs(path: Path) -> list[dict]:
+def _read_pairs(path: Path, singles: bool) -> list[dict]:
+    """Pairs of a file. singles: single answers are paired by their kind alone, the rarer one again and again; else within their prompt."""
     if not path.exists():
         raise UserError(f"objective.pairs={path} does not exist; give a JSONL file of {{prompt, chosen, rejected}}")
-    pairs = []
-    for number, row in enumerate(read_jsonl(path), 1):
+    pairs, lines = [], read_jsonl(path)
+    if shape_of(lines) == "judged":
+        return _of_singles(*judged(lines, str(path)), str(path)) if singles else [
+            {"id": f"pair-{number}", "fields": {}, **row} for number, row in enumerate(judged_rows(lines, str(path)), 1)]
+    for number, row in enumerate(lines, 1):
         bad = next((k for k in ("prompt", CHOSEN, REJECTED) if not isinstance(row, dict) or not isinstance(row.get(k), str) or not row[k]), None)
         if bad or row[CHOSEN] == row[REJECTED]:
             what = f"has no text {bad!r}" if bad else "prefers a text to itself"
@@ -157,6 +166,15 @@ def _read_pairs(path: Path) -> list[dict]:
     if not pairs:
         raise UserError(f"{path} holds no pair; give lines of {{prompt, chosen, rejected}}")
     return pairs
+
+
+def _of_singles(good: Sequence[tuple[str, str]], bad: Sequence[tuple[str, str]], where: str) -> list[dict]:
+    if not good or not bad:
+        raise UserError(f"{where} has {'no completion with label true' if not good else 'none with label false'}; KTO learns from both kinds")
+    count = max(len(good), len(bad))
+    both = zip(itertools.islice(itertools.cycle(good), count), itertools.islice(itertools.cycle(bad), count), strict=True)
+    return [{"id": f"single-{n}", "prompt": asked, "answer": better, "worse_prompt": other, "choices": [worse, better], "fields": {}}
+            for n, ((asked, better), (other, worse)) in enumerate(both, 1) if better != worse]
 
 
 def with_reference(examples: Sequence[Sequence[Encoded]], context: TrainingContext) -> list[list[WithReference]]:
@@ -238,6 +256,7 @@ class Kto(Preference):
 
     own_loss = True
     prepares = True
+    takes_singles = True
 
     beta: Positive = 0.1
     desirable_weight: Positive = 1.0
