@@ -19,10 +19,10 @@ from pipeline.engine import answering, decode
 from pipeline.models.base import load_model, load_tokenizer
 from pipeline.models.rates import read_if_there
 from pipeline.objectives.base import Online, Sample, drawn_later
-from pipeline.objectives.grpo import Grpo, earned
+from pipeline.objectives.grpo import Grpo
 from pipeline.records.results import read as read_result
 from pipeline.scoring.drawing import RewardReader, enders, until
-from pipeline.scoring.reading import answer_in
+from pipeline.scoring.reading import answer_in, is_right
 from pipeline.serving import artefact as evaluate
 from pipeline.training import stepping
 from pipeline.training.online import DrawingPolicy, OnlineLoop, OnlineRun, Rollouts
@@ -37,8 +37,8 @@ SHORT = ["experiment=mine", "train_rows=64", "train.batch_size=8", "train.valida
 def test_an_answer_is_the_choice_that_a_text_begins_with_or_what_the_task_extracts():
     assert [answer_in(t, ROW, CHOICE) for t in (" bad", "Bad luck, he said", "goodbye", "so bad", "")] == ["bad", "bad luck", "good", None, None]
     assert answer_in("It is 3 or 4,000.", {}, NUMBER) == "4,000"
-    assert [earned(text, ROW, CHOICE) for text in (" bad film", "bad luck", "BAD", "nothing")] == [1.0, 0.0, 1.0, 0.0]
-    assert [earned(text, {"answer": "4000"}, NUMBER) for text in ("= 4,000.0", "none")] == [1.0, 0.0]
+    assert [is_right(text, ROW, CHOICE) for text in (" bad film", "bad luck", "BAD", "nothing")] == [True, False, True, False]
+    assert [is_right(text, {"answer": "4000"}, NUMBER) for text in ("= 4,000.0", "none")] == [True, False]
 
 
 @pytest.mark.parametrize("change", ["algorithm=ppo", "num_generations=1", "temperature=0", "beta=-1"])
