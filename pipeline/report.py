@@ -24,10 +24,10 @@ from pipeline.records import tuned
 from pipeline.records.finished import select
 from pipeline.records.mlflow import log_note
 from pipeline.reporting import tuning, vega
-from pipeline.reporting.figures import history_csv, metrics, table_csv
+from pipeline.reporting.figures import metrics
 from pipeline.reporting.growth import growth, summary
 from pipeline.reporting.page import drawings, page
-from pipeline.reporting.rows import make_rows
+from pipeline.reporting.rows import history_csv, make_rows, table_csv
 from pipeline.reporting.text import markdown
 
 

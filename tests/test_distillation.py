@@ -20,13 +20,15 @@ from pipeline.core.settings import Precision, Task, Train, read
 from pipeline.data.rows import Encoder, Example
 from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.base import TrainingContext
-from pipeline.objectives.logit_distillation import AfterLayer, Head, LogitDistillation, divergence
+from pipeline.objectives.logit_distillation import AfterLayer, Head, LogitDistillation, divergence, jensen_shannon
 from pipeline.objectives.rationale_first import RationaleFirst
 from pipeline.objectives.task_distillation import TaskDistillation
 from pipeline.records import results
 from pipeline.scoring.scorer import Scorer
 from pipeline.serving import artefact as evaluate
 from pipeline.serving.artefact import Artefact, Base, Multiplexer, scorer_of
+from pipeline.training import stepping
+from pipeline.training.online import Rollouts
 
 CPU = torch.device("cpu")
 CHOICE, GENERATE = Task("t", "choice"), Task("t", "generate")
@@ -188,6 +190,65 @@ def test_a_fine_tuned_cell_teaches(overrides, name):
 
 
 # reasoning first
+
+
+# on the student's own texts
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_jensen_shannon_divergence_is_the_formula_s(beta):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 7), torch.randn(3, 7)
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    m = beta * p + (1 - beta) * q
+    mixed = beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1)
+    expected = {0.0: (p * (p / q).log()).sum(-1), 1.0: (q * (q / p).log()).sum(-1)}.get(beta, mixed)
+    assert torch.allclose(jensen_shannon(student, teacher, beta), expected, atol=1e-6)
+    assert torch.allclose(jensen_shannon(student, student, beta), torch.zeros(3), atol=1e-6)
+
+
+def on_policy(overrides: list[str], tiny: Path, *more: str) -> tuple[Any, Any, list, Any]:
+    """(objective, student, a step's examples, the teacher's scorer)."""
+    write_model(tiny / "models" / "teacher_7", seed=7)
+    at = training_context(overrides, tiny, "technique=on_policy_distillation", "objective.teacher=teacher_7", *more)
+    teachers: list[Scorer] = []
+    scorer = at.scorer
+    at = dataclasses.replace(at, scorer=lambda *asked: teachers.append(scorer(*asked)) or teachers[-1])
+    objective = build(at.cfg.objective, "objective")
+    examples = [[at.encoder.example(e) for e in objective.examples(row, at.settings.task, None)] for row in at.rows]
+    prepared = objective.prepared(examples, at)
+    settings = dataclasses.replace(at.settings.train, lr=0.1, batch_size=4)
+    run = stepping.Run(at.model, build(at.cfg.method, "method"), objective, prepared.examples, settings, 0, 2, at.device, at.dtype, at.encoder.pad_id,
+                       online=prepared.online)
+    rollouts = Rollouts(run, run.online)
+    rollouts.begin([])
+    return objective, run, rollouts.examples(0), teachers[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_one_step_s_loss_is_that_of_trl_s_trainer(overrides, tiny, beta):
+    pytest.importorskip("trl")
+    from trl.experimental.gkd import GKDTrainer
+
+    objective, run, examples, teacher = on_policy(overrides, tiny, f"objective.beta={beta}")
+    width = max(len(e.ids) for e in examples)
+    ids = torch.tensor([[*e.ids, *[1] * (width - len(e.ids))] for e in examples])
+    labels = torch.tensor([[*[-100] * e.start, *e.ids[e.start :], *[-100] * (width - len(e.ids))] for e in examples])
+    mask = torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in examples])
+    stand_in: Any = SimpleNamespace(teacher_model=teacher.model, beta=beta, generalized_jsd_loss=GKDTrainer.generalized_jsd_loss)
+    with torch.no_grad():
+        theirs = GKDTrainer.compute_loss(stand_in, run.model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+        ours = sum(objective.loss(run.model, batch) for batch in objective.batches(examples, run.settings, run.pad_id))
+    assert len(examples) == 4 and float(theirs) > 0.1 and float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_a_student_learns_on_texts_of_its_own(overrides):
+    run(overrides, "technique=full", "train.lr=1e-3", "train.epochs=4")
+    actual = run(overrides, "technique=on_policy_distillation", "train.lr=2e-2", "train.epochs=6")
+    right = [point["gold_reward"] for point in actual.history]
+    assert actual.test and actual.test.accuracy >= 0.9 and sum(right[-8:]) > sum(right[:8]) and right[0] < 0.3
+    assert actual.teacher and actual.teacher.name == "full-s0-n64" and actual.teacher.seconds and actual.work.engine == "eager"
 
 
 def test_the_reasoning_and_the_answer_after_it_are_two_examples():

@@ -78,7 +78,8 @@ class Clone:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "experiments/quick/dvc.yaml", folder / "dvc.yaml")
         known = yaml.safe_load((ROOT / "experiments/quick/params.yaml").read_text())
-        grid = {"techniques": techniques, "first": "full", "after": list(after), "synthetic": list(synthetic), "seeds": [0], "train_rows": [200]}
+        ones = [dict(zip(("technique", "first"), one.split(" after "), strict=True)) for one in after]
+        grid = {"techniques": techniques, "after": ones, "synthetic": list(synthetic), "seeds": [0], "train_rows": [200]}
         known |= {"experiment": name, "grid": grid, "synthetic": "labels" if synthetic else None}
         (folder / "params.yaml").write_text(yaml.safe_dump(known))
         text = (ROOT / "experiments/quick.yaml").read_text().replace("experiment: quick", f"experiment: {name}")
@@ -135,9 +136,10 @@ def test_a_technique_added_to_the_grid_runs_its_own_cell_alone(clone):
 
 @pytest.mark.slow
 def test_a_cell_that_reads_another_one_runs_after_it_and_with_it(clone):
-    clone.experiment("a", ["lora", "full"], ["grpo"])
+    clone.experiment("a", ["lora", "full"], ["rlhf_rloo after reward_model", "reward_model after full"])
     ran = clone.repro()
-    assert ran.index("train full-s0-n200") < ran.index("train grpo-s0-n200") and ran[-1] == "report a"
+    order = [ran.index(f"train {name}-s0-n200") for name in ("full", "reward_model", "rlhf_rloo")]
+    assert order == sorted(order) and ran[-1] == "report a"
     clone.edit("conf/technique/full.yaml", "lr: 5.0e-5", "lr: 6.0e-5")
     assert clone.repro() == ["train full-s0-n200"], "its artefact is the same, so what begins there is as it was"
 

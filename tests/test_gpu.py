@@ -261,3 +261,19 @@ def test_a_validation_changes_no_captured_step_after_it(overrides, technique):
     words += ["method.top_layers=1"] if technique == "top_layers" else []
     unseen, seen = ([row["loss"] for row in run(overrides, *words, f"train.validations={n}").history] for n in (1, 6))
     assert seen == pytest.approx(unseen, rel=0.01) and len(seen) == 12
+
+
+@pytest.mark.parametrize("technique", ["rlhf_rloo", "rlhf_grpo", "grpo"])
+def test_drawn_texts_are_trained_on_by_hand_on_the_gpu(overrides, technique):
+    """Captured decoding, a reward model's pass and the KL's, beside the hand-written step, in bf16."""
+    short = ["experiment=mine", "train_rows=64", "train.batch_size=8", "train.validations=0"]
+    firsts = (["technique=full", "train.lr=1e-3"], ["technique=reward_model", "train.lr=1e-2", "train.epochs=3"])
+    for words in firsts if technique != "grpo" else firsts[:1]:
+        cfg = compose(on_gpu(overrides, *short, *words))
+        cell_run.run(cfg, folder=identity.folder_of(cfg))
+    more = ["train.lr=5e-3", "train.epochs=4", "objective.beta=0.05"] + (["objective.unproven=use"] if technique != "grpo" else [])
+    result = cell_run.run(compose(on_gpu(overrides, *short, f"technique={technique}", *more)))
+    assert (result.status, result.work.engine) == ("ok", "handwritten"), result.work.engine_reason
+    assert not any("capture failed" in note for note in result.notes)
+    gold = [point["gold_reward"] for point in result.history]
+    assert sum(gold[-8:]) > sum(gold[:8]) and max(point["sampling_gap"] for point in result.history) < 0.25

@@ -240,3 +240,37 @@ def test_kto_is_trl_s(trl, tiny, encoder, tmp_path):
     with torch.no_grad():
         theirs = trainer._compute_loss(trainer.model, batch, False)
     assert total(objective, model, flat, 64)[0] == pytest.approx(float(theirs), abs=1e-5)
+
+
+# single answers
+
+
+SINGLES = [{"prompt": "a", "completion": "positive", "label": True}, {"prompt": "b", "completion": "negative", "label": False},
+           {"prompt": "b", "completion": "positive", "label": True}, {"prompt": "c", "completion": "the plot", "label": True}]
+
+
+def test_kto_takes_single_answers_and_the_rarer_kind_again(tmp_path, encoder):
+    write_jsonl(tmp_path / "singles.jsonl", SINGLES)
+    objective = Kto(pairs=str(tmp_path / "singles.jsonl"))
+    rows = objective.rows([], {}, None, 0)
+    assert len(rows) == 3 and all(row["worse_prompt"] == "b" for row in rows)
+    examples = {row["prompt"]: objective.examples(row, TASK, None) for row in rows}
+    assert {k: [(e.prompt, e.answer, e.group) for e in v] for k, v in examples.items()} == {
+        "a": [("a", "positive", "chosen"), ("b", "negative", "rejected")], "b": [("b", "positive", "chosen"), ("b", "negative", "rejected")],
+        "c": [("c", "the plot", "chosen"), ("b", "negative", "rejected")],
+    }
+
+
+def test_what_compares_takes_single_answers_of_one_prompt(tmp_path):
+    write_jsonl(tmp_path / "singles.jsonl", SINGLES)
+    rows = Dpo(pairs=str(tmp_path / "singles.jsonl")).rows([], {}, None, 0)
+    assert [(row["prompt"], row["answer"], row["choices"]) for row in rows] == [("b", "positive", ["positive", "negative"])]
+    write_jsonl(tmp_path / "apart.jsonl", [SINGLES[0], SINGLES[1]])
+    with pytest.raises(UserError, match="apart.jsonl has no prompt with a good and a bad completion.*technique=kto"):
+        Dpo(pairs=str(tmp_path / "apart.jsonl")).rows([], {}, None, 0)
+    write_jsonl(tmp_path / "good.jsonl", [SINGLES[0]])
+    with pytest.raises(UserError, match="good.jsonl has none with label false; KTO learns from both kinds"):
+        Kto(pairs=str(tmp_path / "good.jsonl")).rows([], {}, None, 0)
+    write_jsonl(tmp_path / "broken.jsonl", [*SINGLES, {"prompt": "d", "completion": "", "label": True}])
+    with pytest.raises(UserError, match="row 5 of .*broken.jsonl is no"):
+        Kto(pairs=str(tmp_path / "broken.jsonl")).rows([], {}, None, 0)

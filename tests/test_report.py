@@ -22,8 +22,9 @@ from pipeline.core import files
 from pipeline.measure.memory import Memory
 from pipeline.records.finished import Cell
 from pipeline.records.results import Result
-from pipeline.reporting.figures import history_csv, metrics
+from pipeline.reporting.figures import metrics
 from pipeline.reporting.page import words
+from pipeline.reporting.rows import history_csv
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_a_count_that_is_none_is_named(tmp_path):
             read(tmp_path, objective="none", hyperparameters={key: "many"})
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "technique").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted({p.stem for p in (CONF / "technique").glob("*.yaml")} - {"best_of_n"}))  # newer than that schema
 def test_methods_say_what_the_old_report_read_off_their_settings(name):
     """Of every technique: rows and kind as a new cell writes them are those that are made of an old one."""
     cfg = compose([f"technique={name}", "start=null", *GIVEN.get(name, [])])

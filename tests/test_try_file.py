@@ -217,6 +217,7 @@ def test_quotes_hold_separators_and_lines_together(tmp_path):
     (ALPACA, "alpaca", ("instruction", "input"), "output", "choice"),
     ([{"prompt": r["text"], "completion": r["label"]} for r in ROWS], "completion", ("prompt",), "completion", "choice"),
     (PAIRS, "preference", ("prompt",), "answer", "pair"),
+    ([{"prompt": f"p{i // 2}", "completion": f"text {i}", "label": i % 2 == 0} for i in range(40)], "judged", ("prompt",), "answer", "pair"),
     (chats("messages", "role", "content", "user", "assistant"), "messages", ("prompt",), "answer", "choice"),
     (chats("conversations", "from", "value", "human", "gpt"), "conversations", ("prompt",), "answer", "choice"),
 ])

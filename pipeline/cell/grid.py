@@ -252,7 +252,7 @@ class Mirror:
 
 
 def grid(experiment: str) -> dict[str, Any]:
-    """experiments/<name>/params.yaml, with `synthetic` and `after` at the end of grid.techniques.
+    """experiments/<name>/params.yaml, with `synthetic` and the techniques of `after` at the end of grid.techniques.
 
     Of an experiment that is one file (`alignscope try` writes such), experiments/<name>.yaml says the same.
 
@@ -269,7 +269,8 @@ def grid(experiment: str) -> dict[str, Any]:
     for key in ("techniques", "seeds", "train_rows"):
         if not (params.get("grid") or {}).get(key):
             raise UserError(f"{shown} has no grid.{key}; list at least one")
-    params["grid"]["techniques"] = [*params["grid"]["techniques"], *(params["grid"].get("synthetic") or []), *(params["grid"].get("after") or [])]
+    after = [one["technique"] for one in params["grid"].get("after") or []]
+    params["grid"]["techniques"] = [*params["grid"]["techniques"], *(params["grid"].get("synthetic") or []), *after]
     return params
 
 

@@ -261,7 +261,7 @@ def load_inputs(parts: Parts, shared: Shared, meter: Meter) -> Inputs:
     encoder = load_encoder(parts, shared, base)
     notes, probing = [cfg.model.get("note"), *draw_notes(rows, parts.method.takes_rows)], None
     torch.manual_seed(cfg.seed)
-    if parts.wants("forgetting") and parts.settings.evaluate.forgetting:
+    if parts.wants("forgetting") and parts.settings.evaluate.forgetting and not parts.objective.scalar_head:
         with meter.phase("evaluate"):
             probing = Probing(cfg, parts.settings, encoder.tokenizer, base)
         notes.append(probing.note)

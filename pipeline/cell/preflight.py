@@ -164,7 +164,7 @@ def _of_training(parts: Parts, encoder: Encoder, rows: Rows, model: Any) -> Iter
     settings = dataclasses.replace(parts.settings.train, batch_size=len(examples))
     run = Run(model, parts.method, parts.objective, examples, settings, parts.cfg.seed, 1, *where[1:], encoder.pad_id)
     parts.method.before_training(model, max(10, parts.settings.train.steps or 10))
-    yield Finding("engine", True, "TRL's loop") if parts.objective.trainer == "trl" else checks.engine(run, examples, precision)
+    yield checks.engine(run, examples, precision)
 
     def loss() -> Any:
         from pipeline.models.base import autocast

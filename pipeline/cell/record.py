@@ -22,8 +22,10 @@ from pipeline.models import rates
 from pipeline.models.base import device_of, manifest
 from pipeline.objectives.base import Objective
 from pipeline.records import results, tuned
-from pipeline.records.finished import name
+from pipeline.records.finished import cell_at, name
+from pipeline.records.origins import Before, PairScore
 from pipeline.records.results import HISTORY, Neighbours, Result, Size, Teacher, Work, csv_text, price
+from pipeline.scoring import best_of, rewards
 from pipeline.training.loop import Trained
 
 
@@ -31,6 +33,7 @@ def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored:
              shared: Shared) -> Result:
     """The result of a cell that went through. about: the process's provenance; shared: what its process had from the one that forked it."""
     cfg, phases, tuning, error = parts.cfg, meter.phases(), tuned.effort(parts.cfg), diverged(trained.work, scored.finite)
+    made_of = before(cfg, parts.objective)
     return Result(
         **{**_named(cfg, parts.settings, parts.method, parts.objective), "train_rows": inputs.labelled}, precision=parts.precision,
         status="diverged" if error else "ok", error=error,
@@ -41,8 +44,34 @@ def assemble(parts: Parts, inputs: Inputs, trained: Trained, size: Size, scored:
         provenance={**about, **_origin(parts)}, phases=phases,
         packed=trained.slots is not None, slots=trained.slots, tuning=tuning, cost=price(cfg, phases.wall_s), shared_process=bool(shared.threads),
         neighbours=neighbours(shared, meter),
-        labelled_rows=labels_used(parts, inputs, bool(tuning)),
+        labelled_rows=labels_used(parts, inputs, bool(tuning)) + sum(one.other_rows for one in made_of.values()), before=made_of, pairs=_pairs(parts, scored),
+        best_of=best_of.curve([p for p in scored.predictions if p["split"] == "test"]),
     )
+
+
+def before(cfg: DictConfig, objective: Objective) -> dict[str, Before]:
+    """The finished cells that this one is made of, and those that they are made of."""
+    found: dict[str, Before] = {}
+    for part, word in (({"start": cfg.start} if cfg.start else {}) | objective.made_of).items():
+        result = results.read(cell_at(word, cfg))
+        seconds = result.phases.warmup_s + result.phases.train_s if result.phases else None
+        found |= result.before | {f"{result.experiment}/{result.cell}": Before(part, seconds, _other_rows(result, cfg))}
+    return found
+
+
+def _other_rows(result: Result, cfg: DictConfig) -> int:
+    """Labelled rows of another cell that are none of this one's: all of another draw, and pairs of a file."""
+    if (result.task, result.seed, result.config.get("train_rows")) != (cfg.task.name, cfg.seed, cfg.train_rows):
+        return result.labelled_rows or 0
+    return result.train_rows if result.config["objective"].get("pairs") else 0
+
+
+def _pairs(parts: Parts, scored: Evaluation) -> dict[str, PairScore]:
+    """Of a reward model, by split."""
+    if not parts.objective.scalar_head:
+        return {}
+    by_split = {split: rewards.pair_score([p for p in scored.predictions if p["split"] == split]) for split in scored.scores}
+    return {split: one for split, one in by_split.items() if one}
 
 
 def neighbours(shared: Shared, meter: Meter) -> Neighbours | None:
@@ -80,17 +109,17 @@ def _named(cfg: DictConfig, settings: Settings, method: Method, objective: Objec
         shown |= {key: steps for key, steps in (("steps", train.steps), ("min_steps", train.min_steps)) if steps is not None}
     return {
         "experiment": cfg.experiment, "cell": name(cfg), "technique": cfg.technique.name, "family": settings.technique.family,
-        "kind": _kind(method), "start": cfg.start, "takes_rows": method.takes_rows or bool(cfg.start),
-        "method": method.name, "objective": objective.name if method.trains else "none", "task": cfg.task.name, "model": cfg.model.name,
+        "kind": _kind(method, objective), "start": cfg.start, "takes_rows": method.takes_rows or bool(cfg.start),
+        "method": method.name, "objective": objective.name if method.trains or objective.selection else "none", "task": cfg.task.name, "model": cfg.model.name,
         "seed": cfg.seed, "train_rows": cfg.train_rows or 0, "hyperparameters": shown, "metric": settings.task.metric_name, "config": plain(cfg),
     }
 
 
-def _kind(method: Method) -> str:
+def _kind(method: Method, objective: Objective) -> str:
     """One of results.KINDS."""
     if method.answers_without_model:
         return "teacher"
-    return "trained" if method.trains else "base" if method.name == "none" else "untrained"
+    return "trained" if method.trains else "base" if method.name == "none" and not objective.selection else "untrained"
 
 
 def labels_used(parts: Parts, inputs: Inputs, tuned: bool) -> int:

@@ -27,18 +27,18 @@ from pipeline.models.base import attention_of, memory_bytes, parameters
 from pipeline.models.reach import block_weights, has_experts, quantised_weights, share
 from pipeline.objectives.base import TrainingContext
 from pipeline.records.results import Result, Size, Work
-from pipeline.scoring import answers
+from pipeline.scoring import answers, rewards
 from pipeline.scoring.scorer import Scorer
-from pipeline.serving.artefact import scorer_of
+from pipeline.serving.artefact import reward_reader, scorer_of, selecting
 from pipeline.training.checkpoint import load_state
 from pipeline.training.loop import Loop, Trained, total_steps
+from pipeline.training.online import OnlineLoop
 from pipeline.training.ranks import ALONE, Ranks
 from pipeline.training.stepping import Run
-from pipeline.training.trl import TrlLoop
 
 WHOLE = 0.95
 """Of the weights of the blocks, a share above it needs no note."""
-LOOPS: dict[str, type[Loop]] = {"loop": Loop, "trl": TrlLoop}
+LOOPS: dict[str, type[Loop]] = {"loop": Loop, "online": OnlineLoop}
 """By what an objective declares as its `trainer`."""
 
 
@@ -155,6 +155,8 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     with named(parts):
         state = method.prepare([parts.objective.label_example(row, settings.task) for row in rows.train], parts.cfg.seed, base)
         model = method.wrap(base)
+        if parts.objective.scalar_head:
+            rewards.attach(model)
     trainable, total = parameters(model)
     size = Size(trainable if method.trains else 0, total, 0, model_bytes, attention=attention, quantised_share=share(quantised_weights(model), whole),
                 reached_share=share(method.reached_weights(model), whole))
@@ -168,6 +170,8 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     with meter.phase("validate"):
         state = method.choose(state, validated)
     scorer.prompt = _prompt(parts, state)
+    if parts.objective.selection:
+        scorer = selecting(scorer, parts.objective.selection, parts.cfg)
     with turns.away():
         scorer.notes += scorer.check({split: asked for split, asked in rows.scored.items() if parts.wants(split.partition("/")[0])})
     return Wrapped(scorer, state, dtype, size)
@@ -197,15 +201,15 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
         total = total_steps(parts.settings.train, len(examples))
         method.before_training(scorer.model, total)
         with meter.phase("warmup"), named(parts):
-            prepared = objective.prepared(
-                examples, TrainingContext(parts.cfg, parts.settings, scorer.model, inputs.encoder, rows.train, parts.device, parts.dtype, scorer_of))
+            prepared = objective.prepared(examples, TrainingContext(
+                parts.cfg, parts.settings, scorer.model, inputs.encoder, rows.train, parts.device, parts.dtype, scorer_of, reward_reader))
         scorer.notes += prepared.notes
     trained = take_packed(parts, scorer.model, meter) if folder is not None else None
     if trained is None:
         with meter.phase("load"):
             loop = LOOPS[objective.trainer](
                 Run(scorer.model, method, objective, prepared.examples, parts.settings.train, parts.cfg.seed, total, parts.device, parts.dtype,
-                    inputs.encoder.pad_id, ranks),
+                    inputs.encoder.pad_id, ranks, prepared.online),
                 functools.partial(validate, scorer, rows.validation), checkpoint_of(parts.cfg) if folder is not None else None, meter)
         trained = loop.train()
     ranks.leave()
@@ -242,6 +246,13 @@ def take_packed(parts: Parts, model: Any, meter: Meter) -> Trained | None:
     return Trained(Work(**packed["work"]), Memory(kind, None), packed["history"], notes, slots)
 
 
+def _write(parts: Parts, wrapped: Wrapped, folder: Path) -> None:
+    """What serving needs besides the base."""
+    model = wrapped.scorer.model
+    rest = functools.partial(parts.method.save, model, wrapped.state, folder)
+    rewards.save(model, folder, rest) if parts.objective.scalar_head else rest()
+
+
 def save(parts: Parts, wrapped: Wrapped, folder: Path | None, meter: Meter) -> Size:
     """Make of the trained model the one that is served, and write its artefact."""
     method, scorer = parts.method, wrapped.scorer
@@ -252,5 +263,5 @@ def save(parts: Parts, wrapped: Wrapped, folder: Path | None, meter: Meter) -> S
     artefact_bytes = 0
     if folder is not None:
         with meter.phase("save"):
-            artefact_bytes = record.write_artefact(folder, parts.cfg, functools.partial(method.save, scorer.model, wrapped.state))
+            artefact_bytes = record.write_artefact(folder, parts.cfg, functools.partial(_write, parts, wrapped))
     return dataclasses.replace(wrapped.size, artefact_bytes=artefact_bytes, served_bytes=memory_bytes(scorer.model))

@@ -49,10 +49,13 @@ TABLE: dict[str, dict[str, str]] = {
         "rationale_first": "pipeline.objectives.rationale_first.RationaleFirst",
         "consistency": "pipeline.objectives.consistency.Consistency",
         "logit_distillation": "pipeline.objectives.logit_distillation.LogitDistillation",
+        "on_policy_distillation": "pipeline.objectives.logit_distillation.OnPolicyDistillation",
         "dpo": "pipeline.objectives.preferences.Dpo",
         "orpo": "pipeline.objectives.preferences.Orpo",
         "kto": "pipeline.objectives.preferences.Kto",
+        "reward_model": "pipeline.objectives.preferences.RewardModel",
         "grpo": "pipeline.objectives.grpo.Grpo",
+        "best_of_n": "pipeline.objectives.best_of_n.BestOfN",
     },
     "teacher": {
         "none": "pipeline.teachers.base.Teacher",

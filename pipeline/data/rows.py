@@ -46,6 +46,22 @@ class Encoded:
     group: str = "label"
     weight: float = 1.0
 
+    @property
+    def weights(self) -> Sequence[float]:
+        """By labelled token."""
+        return [self.weight] * (len(self.ids) - self.start)
+
+
+@dataclass(frozen=True)
+class Weighted(Encoded):
+    """An example whose labelled tokens have weights of their own."""
+
+    each: tuple[float, ...] = ()
+
+    @property
+    def weights(self) -> Sequence[float]:
+        return self.each
+
 
 @dataclass
 class Batch:
@@ -337,10 +353,10 @@ def collate(examples: Sequence[Encoded], counts: dict[str, int], pad_id: int) ->
     ids = pad([e.ids[:-1] for e in examples], pad_id)
     rows, cols, targets, weights = [], [], [], []
     for row, example in enumerate(examples):
-        for at in range(example.start, len(example.ids)):
+        for at, weight in zip(range(example.start, len(example.ids)), example.weights, strict=True):
             rows.append(row)
             cols.append(at - 1)
             targets.append(example.ids[at])
-            weights.append(example.weight / counts[example.group])
+            weights.append(weight / counts[example.group])
     tokens = sum(len(e.ids) - 1 for e in examples)
     return Batch(ids, torch.tensor(rows), torch.tensor(cols), torch.tensor(targets), torch.tensor(weights), tokens)

@@ -6,6 +6,7 @@ A model that bind.py does not know runs its own forward pass.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from pipeline.engine.attention import causal, masked_attention, windowed
 from pipeline.engine.bind import answering, bound_to
 from pipeline.engine.families import Heads
+from pipeline.engine.linear import Linears
 from pipeline.engine.llama import Angles, Llama, rows_of
 from pipeline.engine.ops import Tensor
 from pipeline.engine.parts import Unsupported
@@ -43,6 +45,18 @@ class Forward:
                  past_key_values: Any = None, use_cache: bool = False) -> Tensor:
         """fp32 [N, V] at (rows, cols) [N] of ids [R, T].
 
+        Args: as `hidden` has them.
+        """
+        return self.llama.logits(self.hidden(ids, rows, cols, attention_mask, position_ids, past_key_values))
+
+    def states(self, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """What the output layer is given [N, d] at (rows, cols) [N] of ids [R, T]."""
+        return self.llama.norm.forward(self.hidden(ids, rows, cols), exact=True)[0]
+
+    def hidden(self, ids: Tensor, rows: Tensor, cols: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+               past_key_values: Any = None) -> Tensor:
+        """States before the last norm [N, d] at (rows, cols) [N] of ids [R, T].
+
         Args:
             attention_mask: [R, 1, T, P + T], True where a token attends to another; None: causal.
             position_ids: [R, T]; None: 0 to T - 1. past_key_values: a transformers cache of P tokens, which T are appended to.
@@ -54,8 +68,20 @@ class Forward:
             longest = attention_mask.shape[-1] if attention_mask is not None else width
             angles = rows_of(self.tables(longest), position_ids.reshape(-1))
         attends = [MaskedAttention(width, attention_mask, past_key_values, layer) for layer in range(len(self.llama.layers))]
-        hidden = self.llama.answer(ids.reshape(-1), angles, attends).view(count, width, -1)
-        return self.llama.logits(hidden[rows, cols])
+        return self.llama.answer(ids.reshape(-1), angles, attends).view(count, width, -1)[rows, cols]
+
+
+def without_adapters(llama: Llama) -> Llama:
+    """The same model over the same memory as it was before its adapters were trained: what a policy's KL is measured to."""
+
+    def bare(linears: Linears) -> Linears:
+        if linears.a is None:
+            return linears
+        rows, columns = len(linears.weight()) - linears.under, linears.a.shape[2]
+        return Linears(lambda: linears.weight()[:rows, :columns], linears.bias)
+
+    layers = [dataclasses.replace(x, qkv=bare(x.qkv), out=bare(x.out), gate_up=bare(x.gate_up), down=bare(x.down), reserved=None) for x in llama.layers]
+    return dataclasses.replace(llama, layers=layers, noise=None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Greedy decoding over static tensors: every step works on the same ones, so that on a GPU one captured step is replayed for all steps of a batch.
+"""Decoding over static tensors, greedy or by drawing: every step works on the same ones, so that on a GPU one captured step is replayed for all steps of
+a batch.
 
 Library. A row that has ended gets padding; whether all have ended is asked every few steps. Where no step is captured, rows that have ended are taken
 out of the batch, and what all prompts begin with is fed once.
@@ -52,15 +53,19 @@ def unsuited(model: Any) -> str | None:
 
 
 class Decoder:
-    """A batch of a fixed shape and its greedy continuations, for any way to run the model. Prompts are padded on the left, as generate pads them.
+    """A batch of a fixed shape and its continuations, for any way to run the model. Prompts are padded on the left, as generate pads them.
 
     Args:
         rows, width: of the prompts; new: most tokens of a continuation.
         end: the token that ends a text, or None.
         lead: tokens that stand before all prompts and are no part of them, their keys and values known.
+        temperature: of drawing; None: the likeliest token is taken.
     """
 
-    def __init__(self, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any, lead: int = 0) -> None:
+    def __init__(self, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any, lead: int = 0,
+                 temperature: float | None = None) -> None:
+        self.temperature, self.nats = temperature, torch.zeros(rows, new, device=device)
+        """log p of the drawn tokens at the temperature [R, new]."""
         self.width, self.new, self.pad_id, self.device, self.lead = width, new, pad_id, device, lead
         whole: dict[str, Any] = {"dtype": torch.long, "device": device}
         self.end, self.padding = torch.tensor(-1 if end is None else end, **whole), torch.tensor(pad_id, **whole)
@@ -113,8 +118,9 @@ class Decoder:
         raise NotImplementedError
 
     def choose(self, logits: torch.Tensor) -> None:
-        """Take the most likely tokens by logits [R, V]."""
-        self.token.copy_(torch.where(self.done, self.padding, logits.argmax(-1, keepdim=True)))
+        """Take the most likely tokens by logits [R, V], or draw them."""
+        self.token.copy_(torch.where(self.done, self.padding, logits.argmax(-1, keepdim=True) if self.temperature is None else
+                                     self._drawn(logits / self.temperature)))
         self.done.logical_or_(self.token == self.end)
         self.out.index_copy_(1, self.slot, self.token)
         self.slot.add_(1)
@@ -124,13 +130,20 @@ class Decoder:
         for name in ("visible", "at", "token", "done", "out"):
             setattr(self, name, getattr(self, name)[rows])
 
+    def _drawn(self, logits: torch.Tensor) -> torch.Tensor:
+        """Tokens [R, 1] drawn from softmax(logits), by the largest of log p + Gumbel noise (Maddison et al., 2014)."""
+        log_p = torch.log_softmax(logits, -1)
+        drawn = (log_p - torch.empty_like(log_p).exponential_().log()).argmax(-1, keepdim=True)
+        self.nats.index_copy_(1, self.slot, log_p.gather(1, drawn))
+        return drawn
+
     def run(self, prefill: Callable[[], None], step: Callable[[], None], ended: Ended | None = None, shrinks: bool = False) -> torch.Tensor:
         """Continuations [R, new] of the prompts that `fill` put in, padded from where they ended.
 
         Args:
             prefill, step: this decoder's, or their replays.
             ended: asked every few steps besides the end token; a row that has ended in words keeps those that came with them.
-            shrinks: rows that have ended are taken out, after which the decoder is of no more use.
+            shrinks: rows that have ended are taken out, after which the decoder is of no more use; only of greedy decoding.
         """
         prefill()
         whole, among = self.out, torch.arange(len(self.out), device=self.device)
@@ -162,8 +175,8 @@ class Cached(Decoder):
     """
 
     def __init__(self, forward: Callable[..., torch.Tensor], config: Any, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any,
-                 before: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
-        super().__init__(rows, width, new, end, pad_id, device, before[0][0].shape[2] if before else 0)
+                 before: Sequence[tuple[torch.Tensor, torch.Tensor]] = (), temperature: float | None = None) -> None:
+        super().__init__(rows, width, new, end, pad_id, device, before[0][0].shape[2] if before else 0, temperature)
         self.forward, self.cache, self.before = forward, StaticCache(config=config, max_cache_len=self.lead + width + new), before
         self.every, self.last = torch.arange(rows, device=device), torch.full((rows,), width - 1, device=device)
         self.only = torch.zeros_like(self.last)
@@ -196,8 +209,9 @@ class Cached(Decoder):
 class Handwritten(Decoder):
     """Over the hand-written layers; keys and values [R, 2G, L, e] by layer, L = width + new."""
 
-    def __init__(self, forward: Forward, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any) -> None:
-        super().__init__(rows, width, new, end, pad_id, device)
+    def __init__(self, forward: Forward, rows: int, width: int, new: int, end: int | None, pad_id: int, device: Any,
+                 temperature: float | None = None) -> None:
+        super().__init__(rows, width, new, end, pad_id, device, temperature=temperature)
         self.llama = forward.llama
         self.tables = forward.tables(width + new)
         self.caches = [self.llama.embedding.new_zeros(rows, 2 * one.heads.groups, width + new, one.heads.width) for one in self.llama.layers]
@@ -352,3 +366,52 @@ def greedy(make: Callable[[int, int], Decoder], fresh: Callable[[], Any], prompt
             yield part, texts([prompts[i] for i in part], shape)
     finally:
         graphs.close()
+
+
+class Sampler:
+    """Draws continuations of a model whose weights change between calls, over decoders that stay: on a GPU a call replays what the first one captured.
+
+    Args:
+        make: (rows, width) -> a decoder of this shape that draws.
+        widths: of prompts, the longest one among them; rows: of a decoder.
+        fresh, notes: as in `greedy`.
+    """
+
+    def __init__(self, make: Callable[[int, int], Decoder], widths: Sequence[int], rows: int, fresh: Callable[[], Any], device: Any, notes: list[str]) -> None:
+        self.make, self.widths, self.rows, self.fresh, self.notes = make, sorted(widths), rows, fresh, notes
+        self.captures, self.graphs = torch.device(device).type in answering.STATIC, Graphs(device)
+        self._ready: dict[int, tuple[Decoder, Callable[[], None], Callable[[], None]]] = {}
+
+    def draw(self, prompts: Sequence[list[int]], seed: int) -> tuple[list[list[int]], list[list[float]]]:
+        """(tokens of each continuation up to and with its end, their log p). The draw is a function of the weights and the seed."""
+        torch.manual_seed(seed)
+        tokens: list[list[int]] = []
+        nats: list[list[float]] = []
+        for start in range(0, len(prompts), self.rows):
+            part = list(prompts[start : start + self.rows])
+            out, log_p = self._batch([*part, *([part[0]] * (self.rows - len(part)))])
+            for ids, values in zip(out[: len(part)].tolist(), log_p[: len(part)].tolist(), strict=True):
+                tokens.append(ids)
+                nats.append(values)
+        return tokens, nats
+
+    def _batch(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(map(len, prompts))
+        width = next(w for w in self.widths if w >= longest)
+        if width not in self._ready:
+            made = self.make(self.rows, width)
+            works = [Replayed(work, self.graphs, self.fresh, self.notes) if self.captures else work for work in (made.prefill, made.step)]
+            self._ready[width] = (made, works[0], works[1])
+        decoder, prefill, step = self._ready[width]
+        decoder.fill(prompts)
+        try:
+            return decoder.run(prefill, step), decoder.nats
+        except NotCaptured:
+            self._ready[width] = (decoder, decoder.prefill, decoder.step)
+            decoder.fill(prompts)
+            return decoder.run(decoder.prefill, decoder.step), decoder.nats
+
+    def close(self) -> None:
+        """Give the graphs' memory back."""
+        self._ready.clear()
+        self.graphs.close()

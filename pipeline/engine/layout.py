@@ -174,7 +174,7 @@ class Shapes:
 
 
 class OpenShapes(Shapes):
-    """Shapes for steps that are not known yet, because runs come and go and each draws its rows in its own order.
+    """Shapes for steps that are not known yet, because runs come and go and each draws its rows in its own order, or texts are still to be sampled.
 
     The widest fits any row, and a width has labels for whichever rows it fits.
 
@@ -182,9 +182,11 @@ class OpenShapes(Shapes):
         examples: of every row that a step may draw, one list a row.
         slots, rows: runs at once, and the most rows of a run's step.
         most_tokens, most_widths: as in Shapes.
+        most_labels: of an example, where these are as long as theirs can become; None: they are the ones to come.
     """
 
-    def __init__(self, examples: Sequence[Sequence[Encoded]], slots: int, rows: int, most_tokens: int, most_widths: int) -> None:
+    def __init__(self, examples: Sequence[Sequence[Encoded]], slots: int, rows: int, most_tokens: int, most_widths: int,
+                 most_labels: int | None = None) -> None:
         every = [e for row in examples for e in row]
         lengths = [max(map(length, row)) for row in examples if row]
         self.slots, self.most_tokens = slots, most_tokens
@@ -198,6 +200,9 @@ class OpenShapes(Shapes):
         self.accumulates = any(self.rows(width) < self.examples for width in self.widths)
         self.capacity, self.dense = {}, {}
         for width in self.widths:
+            if most_labels is not None:
+                self.capacity[width], self.dense[width] = self.rows(width) * most_labels, False
+                continue
             fitting = [e for e in every if length(e) <= width]
             self.capacity[width] = sum(sorted(map(labels, fitting), reverse=True)[: self.rows(width)])
             self.dense[width] = all(length(e) == width == labels(e) for e in fitting) and len(fitting) >= self.rows(width)

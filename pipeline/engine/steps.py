@@ -58,7 +58,7 @@ class Static:
                 n = labels(example)
                 at[mark : mark + n] = np.arange(n) + (begin + (row + 1) * self.virtual + example.start - 1)
                 targets[mark : mark + n] = example.ids[example.start :]
-                weights[mark : mark + n] = example.weight / counts[example.group]
+                weights[mark : mark + n] = np.divide(example.weights, counts[example.group])
                 mark += n
                 begin += length(example) if shape.longest else shape.width
         self._copy(self._whole, np.concatenate((ids, at, targets)))

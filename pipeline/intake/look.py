@@ -110,10 +110,10 @@ def look(path: str, text: Sequence[str] = (), label: str | None = None, prompt: 
     rows = shapes.flat(raw, path)
     columns = [_column(name, rows) for name in dict.fromkeys(key for row in rows for key in row)]
     _check_columns(path, columns, (*text, *([label] if label else [])))
-    label = label or ("answer" if shape in (*shapes.TURNS, "preference") else _guess_label(path, columns, rows, text))
+    label = label or ("answer" if shape in (*shapes.TURNS, *shapes.PAIRED) else _guess_label(path, columns, rows, text))
     missing_rows = tuple(n for n, row in enumerate(rows, 1) if tables.is_missing(row.get(label)))
     left = [row for row in rows if not tables.is_missing(row.get(label))]
-    kind: Kind = "pair" if shape == "preference" else _kind(left, label, next(c for c in columns if c.name == label))
+    kind: Kind = "pair" if shape in shapes.PAIRED else _kind(left, label, next(c for c in columns if c.name == label))
     labels = Counter(str(row[label]).strip() for row in left) if kind == "choice" else Counter()
     near = [sorted(group, key=lambda w: -labels[w]) for group in _near(labels)]
     if normalise and kind == "choice":
@@ -229,7 +229,7 @@ def _guess_text(path: str, columns: Sequence[Column], label: str, shape: str | N
 
 
 def _template(text: Sequence[str], label: str, shape: str | None) -> str:
-    if shape in (*shapes.TURNS, "preference", "completion"):
+    if shape in (*shapes.TURNS, *shapes.PAIRED, "completion"):
         return "{prompt}"
     if shape == "alpaca":
         return "\n\n".join(f"{{{column}}}" for column in text)

@@ -228,7 +228,7 @@ def stages(name: str, known: dict[str, Any], reads: str | None, model_reads: str
     folder = experiments() / name
     held = yaml.safe_load((ROOT / "experiments" / "quick" / "dvc.yaml").read_text(encoding="utf-8"))
     shared = f"experiments/{name}.yaml"
-    grid = {**known["grid"], "techniques": list(known["grid"]["techniques"]), "first": "full", "after": [], "synthetic": []}
+    grid = {**known["grid"], "techniques": list(known["grid"]["techniques"]), "after": [], "synthetic": []}
     own: dict[str, Any] = {
         "prepare": {"wdir": "../..", "cmd": f"python -m pipeline.prepare experiments={name}", "deps": [*([reads] if reads else []), "plans/code/prepare.json"],
                     "params": [{shared: ["task"]}], "outs": [f"data/{known['task']}"]},

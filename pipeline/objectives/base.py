@@ -10,14 +10,17 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from omegaconf import DictConfig
 
 from pipeline.core.settings import Settings, Task, Train, check_fields
 from pipeline.data.conversations import answered
 from pipeline.data.rows import Batch, Encoded, Encoder, Example, step_batches
+from pipeline.records.finished import cell_at
 from pipeline.records.results import Teacher
+from pipeline.scoring.best_of import Selection
+from pipeline.scoring.drawing import RewardReader
 from pipeline.scoring.reading import Reasoning
 from pipeline.scoring.scorer import Scorer, logits_at
 
@@ -31,6 +34,7 @@ class TrainingContext:
 
     model: as training starts with it, wrapped by its method (with an adapter it answers as the base does). rows: those to train on.
     scorer(name, artefact, cfg): what answers as another cell does (artefact: its folder), or as a config's base does by itself (None).
+    rewards(word, cfg, unproven, tokenizer): what gives rewards as a finished reward model does (serving.artefact.reward_reader).
     """
 
     cfg: DictConfig
@@ -41,15 +45,68 @@ class TrainingContext:
     device: Any
     dtype: Any
     scorer: Callable[[str, Path | None, DictConfig], Scorer]
+    rewards: Callable[[str, DictConfig, bool, Any], RewardReader] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text that the model in training has drawn after a row's prompt. example: its tokens, ids[start:] are the drawn ones."""
+
+    row: dict
+    example: Encoded
+    text: str
+
+
+class Policy(Protocol):
+    """The model in training, asked about texts that it has drawn. Values are of every drawn token, nats, at the temperature of drawing."""
+
+    watched: bool
+    """Whether this step is one of those that are looked at, so that what costs a pass may be asked."""
+
+    def log_p(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
+        """As it stands [n], by sample."""
+
+    def reference(self, samples: Sequence[Sample]) -> list[torch.Tensor] | None:
+        """As training started with it; None: that model is no longer there."""
+
+
+Judge = Callable[[Sequence[Sample], Policy], tuple[list[Encoded], dict[str, float]]]
+"""What to learn of a step's samples, and what was seen of them, for the training curve."""
+
+
+@dataclass(frozen=True)
+class Online:
+    """How texts are drawn for an objective that learns from them (`trainer` is online).
+
+    rows: those to train on; samples: of a row in a step; longest: most tokens of one; batch_tokens: most tokens of a pass without gradients.
+    """
+
+    encoder: Encoder
+    rows: Sequence[dict]
+    samples: int
+    temperature: float
+    longest: int
+    batch_tokens: int
+    judge: Judge
 
 
 @dataclass(frozen=True)
 class PreparedExamples:
-    """The examples of every row, with what the objective adds to them; teacher: the model that teaches, if one does."""
+    """The examples of every row, with what the objective adds to them; teacher: the model that teaches, if one does.
+
+    online: of an objective that learns from drawn texts; the examples are then as long as those can become.
+    """
 
     examples: Sequence[Sequence[Encoded]]
     notes: list[str] = field(default_factory=list)
     teacher: Teacher | None = None
+    online: Online | None = None
+
+
+def drawn_later(examples: Sequence[Sequence[Encoded]], samples: int, room: int) -> list[list[Encoded]]:
+    """Examples as long as a row's drawn texts can become: its prompt and `room` tokens, one for each sample."""
+    firsts = [row[0] for row in examples]
+    return [[Encoded((*e.ids[: e.start], *[0] * room), e.start)] * samples for e in firsts]
 
 
 def rationale_text(rationale: dict | None, wrong_rationales: str) -> str:
@@ -69,9 +126,11 @@ class Objective:
     """`rows` gives other rows than the task's, or fewer."""
     prepares: ClassVar[bool] = False
     """`prepared` looks at the model or the rows before the first step."""
-    trainer: ClassVar[Literal["loop", "trl"]] = "loop"
-    """Whose loop trains: this project's (training/loop.py) or TRL's (training/trl.py)."""
+    trainer: ClassVar[Literal["loop", "online"]] = "loop"
+    """What it trains on: examples that are there before the first step (training/loop.py), or texts that the model draws in each (training/online.py)."""
 
+    scalar_head: ClassVar[bool] = False
+    """Whether the model gets a head (scoring/rewards.py) whose rewards are what it answers by; it then leaves no language model to begin at."""
     reads_labels: ClassVar[bool] = True
     """Whether it reads the training rows' labels."""
 
@@ -95,7 +154,7 @@ class Objective:
     @property
     def plain(self) -> bool:
         """Whether it is only a weighted cross-entropy of its examples' tokens, which the hand-written step and packs compute."""
-        return not self.own_loss and not self.own_batches and self.trainer == "loop"
+        return not self.own_loss and not self.own_batches
 
     @property
     def own_part(self) -> str | None:
@@ -108,9 +167,19 @@ class Objective:
         """How the model reasons before it answers; None: it answers at once."""
         return None
 
+    @property
+    def selection(self) -> Selection | None:
+        """How an answer is chosen among drawn ones; None: the model's own is given."""
+        return None
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """Other cells that this one is made of besides its start, by their part in it; their cost and rows are told beside its own."""
+        return {}
+
     def reads(self, cfg: DictConfig) -> list[Path]:
         """Files besides data, rationales and base model that the training depends on; of another cell its result.json."""
-        return []
+        return [cell_at(word, cfg) / "result.json" for word in self.made_of.values()]
 
     def rows(self, rows: list[dict], rationales: dict[str, dict], train_rows: int | None, seed: int) -> list[dict]:
         """The rows to train on, given the task's. train_rows: how many are asked for; None: all."""

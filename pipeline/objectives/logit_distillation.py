@@ -1,4 +1,5 @@
-"""Logit distillation: the student's next-token distributions follow a larger or a fine-tuned model's. conf/objective/logit_distillation.yaml.
+"""Logit distillation: the student's next-token distributions follow a larger or a fine-tuned model's, on the rows' answers or on texts that the student
+draws itself. conf/objective/logit_distillation.yaml, on_policy_distillation.yaml.
 
 Goes with any method that trains. The teacher (objective.teacher) is a finished cell, by folder or by technique, or a base model under models/.
 
@@ -12,23 +13,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.files import UserError, atomic_path, sha256
-from pipeline.core.settings import Positive, Train
+from pipeline.core.settings import Positive, Train, Within
 from pipeline.data.rows import Batch, Encoded, Example, by_length, collate
 from pipeline.measure.clock import Stopwatch
 from pipeline.models.base import autocast
-from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
+from pipeline.objectives.base import Objective, Online, Policy, PreparedExamples, Sample, TrainingContext, drawn_later
 from pipeline.records.finished import cell_at, cell_config, finished, needed
 from pipeline.records.results import Teacher
 from pipeline.records.results import read as read_result
+from pipeline.scoring.drawing import room_for
+from pipeline.scoring.reading import is_right
 from pipeline.scoring.scorer import Scorer, logits_at
 
 if TYPE_CHECKING:
@@ -103,37 +107,16 @@ class StatesBatch(Batch):
 
 
 @dataclass(frozen=True)
-class LogitDistillation(Objective):
-    """L = label_weight · cross-entropy + (1 - label_weight) · T² · KL, both at the labelled tokens, distributions softened by T
-    (Hinton et al., 2015, whose T² keeps the gradient's size).
-
-    forward: KL(teacher ‖ student), which covers all that the teacher holds likely. reverse: KL(student ‖ teacher), which keeps to what it holds
-    likeliest, as MiniLLM (Gu et al., 2023) argues; theirs is over texts that the student samples, this one token by token over the given ones.
-    """
+class Taught(Objective):
+    """A loss at the labelled tokens between the student's distributions and the teacher's."""
 
     own_loss = True
     own_batches = True
-    prepares = True
 
     teacher: str
-    label_weight: float
-    temperature: Positive
-    divergence: Literal["forward", "reverse"] = "forward"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.label_weight < 1:
-            raise UserError(f"objective.label_weight is {self.label_weight}; from 0 to below 1 (1 would leave the teacher out: objective=labels)")
 
     def reads(self, cfg: DictConfig) -> list[Path]:
         return [source(self.teacher, cfg)]
-
-    def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
-        states = teacher_states(self.teacher, [self.label_example(row, context.settings.task) for row in context.rows], context)
-        head = states.head.to(context.device)
-        taught = [[WithStates(**vars(e), hidden=h, head=head) for e in row] for row, h in zip(examples, states.hidden, strict=True)]
-        note = f"taught by {states.teacher.name}: the teacher's seconds are a pass over the rows and, of a cell, its training"
-        return PreparedExamples(taught, [note], states.teacher)
 
     def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
         import torch
@@ -144,16 +127,102 @@ class LogitDistillation(Objective):
             yield StatesBatch(**vars(collate(mine, counts, pad_id)), hidden=torch.cat([e.hidden for e in mine]), head=mine[0].head)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        import torch.nn.functional as F
-
         assert isinstance(batch, StatesBatch)
         logits = logits_at(model, batch.input_ids, batch.rows, batch.cols)
-        label = F.cross_entropy(logits, batch.targets, reduction="none")
-        distance = divergence(logits[:, : batch.head.words], batch.head.logits(batch.hidden), self.temperature, self.divergence)
-        return ((self.label_weight * label + (1 - self.label_weight) * self.temperature**2 * distance) * batch.weights).sum()
+        return (self.by_token(logits, batch.head.logits(batch.hidden), batch.head.words, batch.targets) * batch.weights).sum()
+
+    def by_token(self, logits: torch.Tensor, taught: torch.Tensor, words: int, targets: torch.Tensor) -> torch.Tensor:
+        """[N] of the student's logits [N, V], the teacher's [N, words] and the tokens that are there [N]."""
+        raise NotImplementedError
 
     def hyperparameters(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class LogitDistillation(Taught):
+    """L = label_weight · cross-entropy + (1 - label_weight) · T² · KL, both at the labelled tokens, distributions softened by T
+    (Hinton et al., 2015, whose T² keeps the gradient's size).
+
+    forward: KL(teacher ‖ student), which covers all that the teacher holds likely. reverse: KL(student ‖ teacher), which keeps to what it holds
+    likeliest, as MiniLLM (Gu et al., 2023) argues; theirs is over texts that the student samples, this one token by token over the given ones.
+    """
+
+    prepares = True
+
+    label_weight: float
+    temperature: Positive
+    divergence: Literal["forward", "reverse"] = "forward"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_weight < 1:
+            raise UserError(f"objective.label_weight is {self.label_weight}; from 0 to below 1 (1 would leave the teacher out: objective=labels)")
+
+    def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
+        states = teacher_states(self.teacher, [self.label_example(row, context.settings.task) for row in context.rows], context)
+        head = states.head.to(context.device)
+        taught = [[WithStates(**vars(e), hidden=h, head=head) for e in row] for row, h in zip(examples, states.hidden, strict=True)]
+        note = f"taught by {states.teacher.name}: the teacher's seconds are a pass over the rows and, of a cell, its training"
+        return PreparedExamples(taught, [note], states.teacher)
+
+    def by_token(self, logits: torch.Tensor, taught: torch.Tensor, words: int, targets: torch.Tensor) -> torch.Tensor:
+        import torch.nn.functional as F
+
+        label = F.cross_entropy(logits, targets, reduction="none")
+        distance = divergence(logits[:, :words], taught, self.temperature, self.divergence)
+        return self.label_weight * label + (1 - self.label_weight) * self.temperature**2 * distance
+
+
+@dataclass(frozen=True)
+class OnPolicyDistillation(Taught):
+    """The generalised Jensen-Shannon divergence of the student's distributions from the teacher's, at the tokens of texts that the student draws in every
+    step (GKD, Agarwal et al., 2024, equation 1 with lambda = 1): the student learns what to do where its own texts lead it.
+
+    beta: 0 is KL(teacher || student), 1 is KL(student || teacher), between them beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher +
+    (1 - beta) student.
+    """
+
+    prepares = True
+    trainer = "online"
+
+    beta: Annotated[float, Within(0, 1)] = 0.5
+    temperature: Positive = 1.0
+    """Of drawing."""
+
+    def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
+        cfg, encoder, task = context.cfg, context.encoder, context.settings.task
+        at = source(self.teacher, cfg)
+        if at.name == "result.json":
+            needed(self.teacher, cfg, "objective.teacher")
+        scorer = teaching(self.teacher, _config(at, cfg), at, context)
+        head = Head(scorer.model.get_output_embeddings(), len(encoder.tokenizer), AfterLayer.of(scorer.model.config))
+
+        def judge(samples: Sequence[Sample], policy: Policy) -> tuple[list[Encoded], dict[str, float]]:
+            asked = [scorer.encoder.prompt(scorer.prompt(s.row["prompt"])) for s in samples]
+            drawn = [s.example.ids[s.example.start :] for s in samples]
+            hidden, _ = _pass(scorer, [Encoded((*prompt, *ids), len(prompt)) for prompt, ids in zip(asked, drawn, strict=True)])
+            right = sum(is_right(s.text, s.row, task) for s in samples) / len(samples)
+            return [WithStates(**vars(s.example), hidden=h, head=head) for s, h in zip(samples, hidden, strict=True)], {"gold_reward": right}
+
+        room = room_for(context.rows, encoder)
+        online = Online(encoder, context.rows, 1, self.temperature, room, context.settings.evaluate.batch_tokens, judge)
+        teacher = Teacher(at.parent.name, len(examples), None, _spent(at) if at.name == "result.json" else None)
+        return PreparedExamples(drawn_later(examples, 1, room), teacher=teacher, online=online)
+
+    def by_token(self, logits: torch.Tensor, taught: torch.Tensor, words: int, targets: torch.Tensor) -> torch.Tensor:
+        return jensen_shannon(logits[:, :words], taught, self.beta)
+
+
+def jensen_shannon(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
+    """[N]: the generalised Jensen-Shannon divergence of logits [N, V], nats (Agarwal et al., 2024); at beta 0 and 1 the two Kullback-Leibler ones."""
+    import torch
+
+    if beta in (0.0, 1.0):
+        return divergence(student, teacher, 1.0, "forward" if beta == 0.0 else "reverse")
+    q, p = student.log_softmax(-1), teacher.log_softmax(-1)
+    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    return (beta * p.exp() * (p - m) + (1 - beta) * q.exp() * (q - m)).sum(-1)
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float, direction: str) -> torch.Tensor:
@@ -224,10 +293,7 @@ def _ask(word: str, config: DictConfig, at: Path, wanted: Sequence[Example], con
     from safetensors.torch import save_file
 
     watch = Stopwatch(context.device)
-    scorer = _scorer(word, config, at, context)
-    if scorer.encoder.tokenizer.get_vocab() != context.encoder.tokenizer.get_vocab():
-        what = f"objective.teacher={word} has another vocabulary than {context.cfg.model.name}, so its distributions are over other tokens"
-        raise UserError(f"{what}; choose a teacher of the same tokenizer")
+    scorer = teaching(word, config, at, context)
     examples = [scorer.encoder.example(dataclasses.replace(e, prompt=scorer.prompt(e.prompt))) for e in wanted]
     scorer.encoder.check("the training rows with the teacher's prompt")
     hidden, right = _pass(scorer, examples)
@@ -240,16 +306,21 @@ def _ask(word: str, config: DictConfig, at: Path, wanted: Sequence[Example], con
         save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {"about": json.dumps(about)})
 
 
-def _scorer(word: str, config: DictConfig, at: Path, context: TrainingContext) -> Scorer:
-    """The teacher, loaded as it answers."""
+def teaching(word: str, config: DictConfig, at: Path, context: TrainingContext) -> Scorer:
+    """The teacher, loaded as it answers. Raises UserError as teacher_states."""
     import torch
 
     scorer = context.scorer(word, at.parent / "artefact" if at.name == "result.json" else None, config)
     if scorer.reasoning:
         raise UserError(f"objective.teacher={word} reasons before it answers, and what it says of a bare answer means little; choose another one")
+    if scorer.alone:
+        raise UserError(f"objective.teacher={word} does not answer by its own distributions; choose another one")
     scorer.batch_tokens = context.settings.evaluate.batch_tokens
     if not isinstance(scorer.model.get_output_embeddings(), torch.nn.Linear):
         raise UserError(f"objective.teacher={word} has no linear output layer; choose another teacher")
+    if scorer.encoder.tokenizer.get_vocab() != context.encoder.tokenizer.get_vocab():
+        what = f"objective.teacher={word} has another vocabulary than {context.cfg.model.name}, so its distributions are over other tokens"
+        raise UserError(f"{what}; choose a teacher of the same tokenizer")
     return scorer
 
 

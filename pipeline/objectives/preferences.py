@@ -1,4 +1,5 @@
-"""Preferences: the better of two answers is made likelier than the worse. conf/objective/dpo.yaml, orpo.yaml, kto.yaml.
+"""Preferences: the better of two answers is made likelier than the worse, or given a higher reward. conf/objective/dpo.yaml, orpo.yaml, kto.yaml,
+reward_model.yaml.
 
 Go with any method that trains. Pairs come from the task (the right answer over wrong choices of its row) or from a file of
 {prompt, chosen, rejected}, one JSON object a line (objective.pairs). The reference of DPO and KTO is the model as training starts with it
@@ -8,20 +9,23 @@ Go with any method that trains. Pairs come from the task (the right answer over 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import DictConfig
 
-from pipeline.core.files import UserError, read_jsonl
-from pipeline.core.settings import AtLeast1, Positive, Task, Train
-from pipeline.data.rows import Batch, Encoded, Example, by_length, collate
+from pipeline.core.files import Unsuited, UserError, read_jsonl
+from pipeline.core.settings import AtLeast1, NotNegative, Positive, Task, Train
+from pipeline.data.rows import Batch, Encoded, Example, by_length, collate, pad
+from pipeline.data.shapes import judged, judged_rows, shape_of
 from pipeline.models.base import autocast
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
+from pipeline.scoring.rewards import rewards_at
 from pipeline.scoring.scorer import logits_at
 
 if TYPE_CHECKING:
@@ -88,7 +92,9 @@ class Preference(Objective):
     wrong_choices: AtLeast1 | None = 1
     """How many wrong choices of a row are each a pair with the right one, drawn by the row's id; null: all."""
     pairs: str | None = None
-    """A JSONL file of {prompt, chosen, rejected} to train on in the place of the task's training rows."""
+    """A JSONL file of {prompt, chosen, rejected}, or of single answers {prompt, completion, label}, to train on in the place of the task's training rows."""
+    takes_singles: ClassVar[bool] = False
+    """Whether a good and a bad answer need not be of one prompt."""
 
     def reads(self, cfg: DictConfig) -> list[Path]:
         return [Path(self.pairs)] if self.pairs else []
@@ -99,18 +105,24 @@ class Preference(Objective):
             if unpaired is not None:
                 raise UserError(f"row {unpaired!r} has no wrong choice to prefer its answer to; give pairs of your own: objective.pairs=<file.jsonl>")
             return rows
-        pairs = _read_pairs(Path(self.pairs))
+        pairs = _read_pairs(Path(self.pairs), self.takes_singles)
         random.Random(seed).shuffle(pairs)
         if train_rows is not None and train_rows > len(pairs):
             raise UserError(f"train_rows={train_rows}, but {self.pairs} has {len(pairs)} pairs; ask for at most that")
         return pairs[:train_rows]
 
     def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
+        label, *worse = self.rivals(row, task)
+        return [e for other in worse for e in (label, other)]
+
+    def rivals(self, row: dict, task: Task) -> list[Example]:
+        """The right answer, then the wrong ones that it is held against."""
         wrong = sorted({c for c in row["choices"] if c != row["answer"]})
         if self.wrong_choices is not None:
             wrong = random.Random(row["id"]).sample(wrong, min(self.wrong_choices, len(wrong)))
         label = dataclasses.replace(self.label_example(row, task), group=CHOSEN)
-        return [e for answer in wrong for e in (label, dataclasses.replace(label, answer=answer, group=REJECTED, weight=0.0))]
+        asked = self.prompt(row.get("worse_prompt", row["prompt"]))
+        return [label, *(dataclasses.replace(label, prompt=asked, answer=answer, group=REJECTED, weight=0.0) for answer in wrong)]
 
     def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
         pairs = list(zip(examples[::2], examples[1::2], strict=True))
@@ -137,11 +149,15 @@ def _batch(examples: Sequence[Any], counts: dict[str, int], pairs: int, point: R
     return Pairs(**vars(collate(examples, counts, pad_id)), reference=reference, share=torch.tensor([1 / pairs]), point=point)
 
 
-def _read_pairs(path: Path) -> list[dict]:
+def _read_pairs(path: Path, singles: bool) -> list[dict]:
+    """Pairs of a file. singles: single answers are paired by their kind alone, the rarer one again and again; else within their prompt."""
     if not path.exists():
         raise UserError(f"objective.pairs={path} does not exist; give a JSONL file of {{prompt, chosen, rejected}}")
-    pairs = []
-    for number, row in enumerate(read_jsonl(path), 1):
+    pairs, lines = [], read_jsonl(path)
+    if shape_of(lines) == "judged":
+        return _of_singles(*judged(lines, str(path)), str(path)) if singles else [
+            {"id": f"pair-{number}", "fields": {}, **row} for number, row in enumerate(judged_rows(lines, str(path)), 1)]
+    for number, row in enumerate(lines, 1):
         bad = next((k for k in ("prompt", CHOSEN, REJECTED) if not isinstance(row, dict) or not isinstance(row.get(k), str) or not row[k]), None)
         if bad or row[CHOSEN] == row[REJECTED]:
             what = f"has no text {bad!r}" if bad else "prefers a text to itself"
@@ -150,6 +166,15 @@ def _read_pairs(path: Path) -> list[dict]:
     if not pairs:
         raise UserError(f"{path} holds no pair; give lines of {{prompt, chosen, rejected}}")
     return pairs
+
+
+def _of_singles(good: Sequence[tuple[str, str]], bad: Sequence[tuple[str, str]], where: str) -> list[dict]:
+    if not good or not bad:
+        raise UserError(f"{where} has {'no completion with label true' if not good else 'none with label false'}; KTO learns from both kinds")
+    count = max(len(good), len(bad))
+    both = zip(itertools.islice(itertools.cycle(good), count), itertools.islice(itertools.cycle(bad), count), strict=True)
+    return [{"id": f"single-{n}", "prompt": asked, "answer": better, "worse_prompt": other, "choices": [worse, better], "fields": {}}
+            for n, ((asked, better), (other, worse)) in enumerate(both, 1) if better != worse]
 
 
 def with_reference(examples: Sequence[Sequence[Encoded]], context: TrainingContext) -> list[list[WithReference]]:
@@ -231,6 +256,7 @@ class Kto(Preference):
 
     own_loss = True
     prepares = True
+    takes_singles = True
 
     beta: Positive = 0.1
     desirable_weight: Positive = 1.0
@@ -256,3 +282,69 @@ class Kto(Preference):
 def _with_answer_of(other: Encoded, example: Encoded) -> Encoded:
     """The example's prompt with the other's answer."""
     return dataclasses.replace(example, ids=(*example.ids[: example.start], *other.ids[other.start :]))
+
+
+@dataclass
+class Rivals(Batch):
+    """The answers of some rows: [B, T], the sequences ending at (rows, cols). places [G, K]: by row its sequences, the right one first; real [G, K]: whether
+    there is one; share: one over the step's rows, [1]."""
+
+    places: torch.Tensor
+    real: torch.Tensor
+    share: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RewardModel(Preference):
+    """A reward of every answer, learnt from which of a row's answers is the right one (Ouyang et al., 2022): -log of the chance that it is chosen, each with
+    a chance in proportion to exp(reward). With one wrong answer that is Bradley-Terry's -log sigma(r chosen - r rejected), with more Plackett-Luce's.
+
+    The head stands beside the output layer; an answer's reward is read at its last token. `centre` adds centre * (r chosen + r rejected)^2, a mean over the
+    row's pairs, which holds rewards near 0 (Eisenstein et al., 2023).
+    """
+
+    own_loss = True
+    scalar_head = True
+
+    centre: NotNegative = 0.0
+    shuffle: bool = False
+    """A control: the answer that counts as right is drawn, by the row's id, among those that are compared."""
+
+    def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
+        if task.scoring != "choice":
+            raise Unsuited(f"{self.name} ranks the choices of a row, and task.scoring is {task.scoring}; choose a task of choices, or of pairs (docs/data.md)")
+        rivals = self.rivals(row, task)
+        if self.shuffle:
+            chosen = random.Random(f"{row['id']}/shuffled").choice(rivals)
+            others = [dataclasses.replace(e, group=REJECTED, weight=0.0) for e in rivals if e is not chosen]
+            rivals = [dataclasses.replace(chosen, group=CHOSEN, weight=1.0), *others]
+        return rivals
+
+    def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
+        every: list[list[Encoded]] = []
+        for example in examples:
+            every.extend([[]] if example.group == CHOSEN else [])
+            every[-1].append(example)
+        for part in by_length([len(row) * max(len(e.ids) for e in row) for row in every], settings.micro_batch_tokens):
+            yield _rivals([every[i] for i in part], len(every), pad_id)
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        assert isinstance(batch, Rivals)
+        values = rewards_at(model, batch.input_ids, batch.rows, batch.cols)[batch.places]
+        chances = values.masked_fill(~batch.real, -math.inf).log_softmax(1)[:, 0]
+        sums = ((values[:, :1] + values[:, 1:]) ** 2).masked_fill(~batch.real[:, 1:], 0.0).sum(1) / batch.real[:, 1:].sum(1)
+        return ((self.centre * sums - chances) * batch.share).sum()
+
+
+def _rivals(rows: Sequence[Sequence[Encoded]], every: int, pad_id: int) -> Rivals:
+    import torch
+
+    flat = [e for row in rows for e in row]
+    numbers = iter(range(len(flat)))
+    places = [[next(numbers) for _ in row] for row in rows]
+    most = max(map(len, places))
+    return Rivals(
+        pad([e.ids for e in flat], pad_id), torch.arange(len(flat)), torch.tensor([len(e.ids) - 1 for e in flat]), torch.zeros(len(flat), dtype=torch.long),
+        torch.ones(len(flat)), sum(len(e.ids) for e in flat), places=torch.tensor([row + [0] * (most - len(row)) for row in places]),
+        real=torch.tensor([[True] * len(row) + [False] * (most - len(row)) for row in places]), share=torch.tensor([1 / every]),
+    )

@@ -25,6 +25,7 @@ from pipeline.core.compose import with_todays_keys
 from pipeline.core.files import UserError, check_name, read_json, write_json
 from pipeline.measure.clock import Phases
 from pipeline.measure.memory import Memory
+from pipeline.records.origins import Before, PairScore, Synthetic, Teacher, Tuning
 from pipeline.records.parallel import Parallel
 from pipeline.records.score import NOT_METRICS, Score
 
@@ -161,50 +162,6 @@ class Forgetting:
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """Where the rationales came from: seconds count as complexity, rows as data."""
-
-    name: str
-    rows: int
-    accuracy: float | None
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class Synthetic:
-    """Rows that a teacher wrote (pipeline.synthesize), trained on beside the labelled ones; `train_rows` does not count them."""
-
-    name: str
-    """conf/synthetic/<name>.yaml."""
-    rows: int
-    share: float
-    """Of the training rows, as asked for."""
-    teacher: str
-    """Who wrote them."""
-    seconds: float | None
-    """That writing, and judging, the whole set took; it may hold more rows than were trained on."""
-    examples: int = 0
-    """Labelled examples that it was written from and that are no training rows: a taxonomy's. They count as labelled rows."""
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """The search (pipeline.tune) that a tuned cell's settings come from."""
-
-    file: str
-    """Where it stands: tuning/<experiment>/<technique>-n<train_rows>.yaml."""
-    searched: int
-    """Hyperparameters that were searched."""
-    trials: int
-    device_s: float
-    """Wall clock of the trials."""
-    validation: float
-    """The best trial's metric on the validation rows."""
-    seed: int
-    """Whose training rows the trials saw."""
-
-
-@dataclass(frozen=True)
 class Cost:
     """Wall clock (`Phases.wall_s`) at the config's price_per_hour."""
 
@@ -251,6 +208,12 @@ class Result:
     inference: Inference | None = None
     forgetting: Forgetting | None = None
     teacher: Teacher | None = None
+    before: dict[str, Before] = field(default_factory=dict)
+    """The finished cells that this one is made of and that those are made of, by <experiment>/<cell>."""
+    pairs: dict[str, PairScore] = field(default_factory=dict)
+    """Of a reward model, by split: how it ranks pairs of answers."""
+    best_of: list[dict[str, float]] = field(default_factory=list)
+    """Where answers are chosen among drawn ones, of the best of k: k, kl (to the model that draws, nats), reward (learnt), gold_reward (true)."""
     synthetic: Synthetic | None = None
     """None: trained on labelled rows alone."""
     tuning: Tuning | None = None

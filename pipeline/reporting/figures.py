@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import operator
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.records.finished import Cell
-from pipeline.records.results import HISTORY, Result, csv_text
+from pipeline.records.results import Result
 from pipeline.reporting import words as f
 from pipeline.stats.verdict import Verdict
 
@@ -181,6 +182,19 @@ def _teacher_s(cell: Cell) -> float | None:
     return sum(known) if known else None
 
 
+def _made_s(cell: Cell) -> float | None:
+    """Seconds of warm-up and training of the cell and of all that it is made of; None where it is made of nothing, or one is not known."""
+    parts = [before.seconds for before in cell.result.before.values()]
+    own = cell.result.phases
+    return math.fsum([*filter(None, parts), own.warmup_s, own.train_s]) if parts and None not in parts and own else None
+
+
+def _of_pairs(each: Sequence[Any], key: str) -> float | None:
+    """Mean over seeds of what is known of the test pairs."""
+    known = [getattr(pairs["test"], key) for pairs in each if "test" in pairs]
+    return statistics.fmean(known) if known else None
+
+
 def _growth_of(base: str) -> Callable[[Cell], float | None]:
     def of(cell: Cell) -> float | None:
         before, after = getattr(cell.result.forgetting, base, None), getattr(cell.result.forgetting, "perplexity", None)
@@ -269,6 +283,12 @@ class Row:
     validation: float | None = _figure(
         headline("validation"), "Validation, %", "Quality", f.percent, for_dvc=True,
         about="The same metric on the validation rows, which chose the checkpoint.")
+    pair_accuracy: float | None = _figure(
+        "pairs", "Pairs, %", "Quality", f.percent, optional=True, seeds=lambda each: _of_pairs(each, "accuracy"),
+        small=lambda r: "" if r.calibration_error is None else f"calibration error {f.percent(r.calibration_error)}",
+        about="Of a reward model: share of test pairs, a row's right answer and a wrong one, that it ranks right; chance is 50. Under it how far the chances "
+        "that it claims are from the shares that are right (expected calibration error, points).")
+    calibration_error: float | None = _figure("pairs", seeds=lambda each: _of_pairs(each, "calibration_error"))
     transfer: float | None = _figure(_transfer, "Transfer, %", "Quality", f.percent, about="Mean of the same metric over test sets of other domains.")
     labelled_rows: int | None = _figure(
         "labelled_rows", "Labelled rows", "Data", _whole, seeds=first,
@@ -290,6 +310,9 @@ class Row:
         for_dvc=True,
         about="Wall clock of the whole cell, evaluation included. "
         f"{SHARED}: imports and base were read once for several cells, so their start-up and load are missing from it.")
+    made_s: float | None = _figure(
+        _made_s, "With its parts, s", "Training", f.seconds, optional=True, over=timed, mark=_resumed, single=True,
+        about="Of what is made of other cells (the one it begins at, a reward model and what that begins at): warm-up and training of all of them and its own.")
     teacher_s: float | None = _figure(
         _teacher_s, "Teacher, s", "Training", f.seconds, optional=True, about="Seconds that the teacher took for its rationales, or for synthetic rows.")
     tokens_per_s: float | None = _figure(
@@ -425,22 +448,3 @@ def remarks(row: Row) -> list[str]:
     standing += " (these weights)" if standing and row.one_seed else ""
     status = "" if row.status == "ok" else row.status.replace("oom", "out of memory", 1)
     return [text for text in (standing, "teacher" if row.teacher else "", status, row.timing) if text]
-
-
-def table_csv(rows: Sequence[Row]) -> str:
-    """One line a row, plain numbers (fractions, seconds, bytes), empty where nothing was measured or a time is no single run's."""
-    return csv_text(FIGURES, ({key: _plain(None if one.single and row.timing else one.value(row)) for key, one in FIGURES.items()} for row in rows))
-
-
-def history_csv(histories: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
-    """The training curves of all cells, one line a point: the cell, the columns of results.HISTORY, and what a technique adds (reward)."""
-    extra = sorted({key for points in histories.values() for point in points for key in point} - set(HISTORY))
-    return csv_text(["cell", *HISTORY, *extra], ({"cell": cell, **point} for cell, points in histories.items() for point in points))
-
-
-def _plain(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -21,7 +21,7 @@ from pipeline.measure.clock import Phases
 from pipeline.records.finished import Cell
 from pipeline.records.results import Result, Work
 from pipeline.reporting import costs as report_complexity
-from pipeline.reporting import forgetting, times, tuning
+from pipeline.reporting import forgetting, overoptimisation, times, tuning
 from pipeline.reporting import words as f
 from pipeline.reporting.charts import by_rows, colours, costs, forest, scatter, training_curves
 from pipeline.reporting.figures import Row, columns, metric_name, remarks
@@ -63,6 +63,7 @@ def drawings(rows: Sequence[Row], grown: Growth | None) -> dict[str, Spec]:
     kept = {"intervals": forest(first, colour)} if any(r.test is not None for r in first) else {}
     kept |= {c.title.lower().replace(" ", "_"): c.spec for cost in costs(first) if (c := scatter(first, cost, colour))}
     panels = report_complexity.panels(first)
+    kept |= {c.title.lower().replace(" ", "_"): c.spec for c in overoptimisation.charts(first, colour)}
     kept |= {"times": times.picture(spent, times.WIDE)} if (spent := times.lines(rows)) else {}
     kept |= {"complexity": report_complexity.picture(panels, colour, len(panels[0].figures))} if panels and panels[0].figures else {}
     return kept | ({"learning_curves": growth_curves(grown, colour, *WIDE)} if grown else {})
@@ -113,6 +114,7 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
         "curve_checks": any(point.get("validation_metric") is not None for r in rows for c in r.cells for point in c.result.history),
         "forgetting": [(rows_in_words(name), charts) for name, group in groups.items() if (charts := forgetting.charts(group, colour))],
         "probed": forgetting.probes(rows),
+        "rewards": overoptimisation.charts(first, colour), "reward_sentences": overoptimisation.sentences(first),
         **_complexity(first, colour),
     }
 

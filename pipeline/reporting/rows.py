@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.records.finished import Cell, check_comparable
+from pipeline.records.results import HISTORY, csv_text
 from pipeline.reporting.figures import FIGURES, OTHER_MEMORY, QUANTISED, RESUMED, SHARED, Row, finished, notes_of
 from pipeline.scoring.answers import by_row
 from pipeline.stats import tiers
@@ -103,9 +104,10 @@ def comparison_of(rows: Sequence[Row]) -> tiers.Comparison | None:
 def options(rows: Sequence[Row]) -> list[Option]:
     """The rows as what can be chosen, the base in the experiment's own precision first. Memory counts where one counter measured it."""
     kinds = {r.memory_kind for r in rows if r.peak_bytes is not None}
+    one_counter = len(kinds) == 1
     return [
-        Option(r.technique, r.test or 0.0, r.kind == "base", r.kind == "trained", r.peak_bytes if len(kinds) == 1 and r.timing not in OTHER_MEMORY else None,
-               r.train_s or None)
+        Option(r.technique, r.test or 0.0, r.kind == "base", r.kind == "trained" or r.begins,
+               r.peak_bytes if one_counter and r.timing not in OTHER_MEMORY else None, r.made_s or r.train_s or None)
         for r in sorted(rows, key=lambda r: (r.precision in QUANTISED, r.name))
     ]
 
@@ -132,3 +134,22 @@ def tier_notes(rows: Sequence[Row]) -> list[str]:
     if any(r.one_seed for r in rows):
         return [f"{ONE_SEED} Letters are a test over the rows alone, {corrected.partition(':')[0]} (docs/statistics.md)"]
     return [f"tier: a test over seeds and rows, {corrected} (docs/statistics.md)"] if any(sizes) else []
+
+
+def table_csv(rows: Sequence[Row]) -> str:
+    """One line a row, plain numbers (fractions, seconds, bytes), empty where nothing was measured or a time is no single run's."""
+    return csv_text(FIGURES, ({key: _plain(None if one.single and row.timing else one.value(row)) for key, one in FIGURES.items()} for row in rows))
+
+
+def history_csv(histories: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
+    """The training curves of all cells, one line a point: the cell, the columns of results.HISTORY, and what a technique adds (reward)."""
+    extra = sorted({key for points in histories.values() for point in points for key in point} - set(HISTORY))
+    return csv_text(["cell", *HISTORY, *extra], ({"cell": cell, **point} for cell, points in histories.items() for point in points))
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.10g}" if isinstance(value, float) else str(value)

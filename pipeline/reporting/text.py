@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.records.finished import Cell
 from pipeline.records.runs import hardware_name
+from pipeline.reporting import overoptimisation
 from pipeline.reporting import words as f
 from pipeline.reporting.figures import METRICS, OTHER_MEMORY, Row, columns, interval, remarks
 from pipeline.reporting.rows import by_group, common_notes, tier_notes, timing_notes
@@ -195,8 +196,8 @@ def _commit(source: dict[str, Any]) -> str | None:
 
 TABLES = (
     ("name", "labelled_rows", "synthetic_rows", "test", "letters", "test_seed_high", "against_zero_shot"),
-    ("name", "train_s", "wall_s", "tokens_per_s", "peak_bytes", "trainable", "artefact_bytes"),
-    ("name", "macro_f1", "validation", "transfer", "perplexity_change", "pairs_change", "lambada_change", "latency_s"),
+    ("name", "train_s", "made_s", "wall_s", "tokens_per_s", "peak_bytes", "trainable", "artefact_bytes"),
+    ("name", "macro_f1", "pair_accuracy", "validation", "transfer", "perplexity_change", "pairs_change", "lambada_change", "latency_s"),
 )
 
 
@@ -212,7 +213,7 @@ def markdown(experiment: str, rows: Sequence[Row], missing: Sequence[str], extra
         if keys is TABLES[0]:
             table = [[*table[0], ""], *([*line, "; ".join(remarks(row))] for line, row in zip(table[1:], rows, strict=True))]
         lines += ["", *_aligned(table)]
-    lines += ["", *(f"- {text}" for text in [*warnings(rows, missing), *_footnotes(rows, [c.title for c in unmeasured])])]
+    lines += ["", *(f"- {text}" for text in [*warnings(rows, missing), *overoptimisation.sentences(rows), *_footnotes(rows, [c.title for c in unmeasured])])]
     return "\n".join(lines).rstrip() + "\n"
 
 

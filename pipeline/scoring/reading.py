@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from pipeline.core.files import UserError
+from pipeline.core.settings import Task
 
 
 def extract(output: str, pattern: str | None) -> str | None:
@@ -42,6 +43,19 @@ def reference(answer: str, pattern: str | None) -> str:
 def agrees(prediction: str | None, answer: str, pattern: str | None) -> bool:
     """Whether an answer read out of a text is the reference's."""
     return prediction is not None and canonical(prediction) == canonical(reference(answer, pattern))
+
+
+def answer_in(text: str, row: dict, task: Task) -> str | None:
+    """The answer in a drawn text: for a choice the one that it begins with, else what the task extracts."""
+    if task.scoring == "generate":
+        return extract(text, task.answer_pattern)
+    start = text.strip().casefold()
+    return max((c for c in row["choices"] if start.startswith(c.casefold())), key=len, default=None)
+
+
+def is_right(text: str, row: dict, task: Task) -> bool:
+    """Whether the answer in a drawn text is the row's."""
+    return agrees(answer_in(text, row, task), row["answer"], task.answer_pattern)
 
 
 @dataclass(frozen=True)

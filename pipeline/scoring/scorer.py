@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from pipeline.core.settings import Task
 from pipeline.data.choices import MANY, Contest, Items, Reads, arrange
 from pipeline.data.rows import Encoder, by_length, pad
 from pipeline.models.base import autocast
+from pipeline.scoring import rewards
 from pipeline.scoring.answers import chosen
 from pipeline.scoring.reading import Reasoning, agrees, extract
 
@@ -200,6 +202,16 @@ class Scorer:
         self.batch_tokens, self.device, self.dtype = batch_tokens, device, dtype
         self.notes = [] if notes is None else notes
 
+    @property
+    def alone(self) -> bool:
+        """Whether its answers take more than one pass over a model that others could share."""
+        return bool(self.reasoning) or self.rewards
+
+    @property
+    def rewards(self) -> bool:
+        """Whether choices are compared by their rewards."""
+        return rewards.has_head(self.model)
+
     def items(self, rows: Sequence[dict]) -> list[tuple[list[int], list[list[int]]]]:
         """(prompt ids, [choice ids, …]) a row, the prompt cut so that its answer, and reasoning still to come, fit; no choices where it is generated."""
         items = []
@@ -239,7 +251,11 @@ class Scorer:
         return [self.reasoning.prefill(text) for text in texts]
 
     def log_likelihoods(self, items: Items, owners: Sequence[str] | None = None, contest: Contest | None = None) -> list[list[float]]:
-        """Of every choice of the items, nats. owners, contest: as choice_log_likelihoods has them."""
+        """Of every choice of the items, nats; of a model with a head for rewards, those of its row's choices by their rewards.
+
+        owners, contest: as choice_log_likelihoods has them."""
+        if self.rewards:
+            return rewards.relative(self.model, items, self.batch_tokens, self.encoder.pad_id, self.device, self.dtype)
         return choice_log_likelihoods(self.model, items, self.batch_tokens, self.encoder.pad_id, self.device, self.dtype, self.notes, owners, contest)
 
     def texts(self, items: Items, owners: Sequence[str] | None = None, room: int | None = None) -> list[str]:
@@ -250,9 +266,10 @@ class Scorer:
         return [encoder.said(text) for text in generate(*asked, self.device, self.dtype, self.notes, owners, encoder.end_id, encoder.stop)]
 
     def _choose(self, rows: Sequence[dict]) -> list[dict]:
-        lengths = [[len(c) if self.task.length_normalised else 1 for c in row["choices"]] for row in rows]
+        task = dataclasses.replace(self.task, length_normalised=self.task.length_normalised and not self.rewards)
+        lengths = [[len(c) if task.length_normalised else 1 for c in row["choices"]] for row in rows]
         needed = [row["choices"].index(row["answer"]) if row.get("answer") in row["choices"] else None for row in rows]
-        return chosen(rows, self.log_likelihoods(self.items(rows), contest=Contest(lengths, needed)), self.task)
+        return chosen(rows, self.log_likelihoods(self.items(rows), contest=Contest(lengths, needed)), task)
 
     def _generate(self, rows: Sequence[dict]) -> list[dict]:
         predictions = []

@@ -36,7 +36,7 @@ class Shared:
 
 def shared_latency(scorer: scoring.Scorer, method: Method, rows: Sequence[dict], counts: Sequence[int]) -> Shared | None:
     """Measure it on a cell's model with copies of its adapter, which are removed again; None where the method cannot share a base, or reasons first."""
-    if method.sharing == "no" or scorer.reasoning or not counts or not rows:
+    if method.sharing == "no" or scorer.alone or not counts or not rows:
         return None
     model, wrapped = scorer.model, hasattr(scorer.model, "peft_config")
     experts = any(getattr(config, "target_parameters", None) for config in getattr(model, "peft_config", {}).values())

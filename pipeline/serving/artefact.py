@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.core.compose import build
-from pipeline.core.files import UserError, read_jsonl, read_object
+from pipeline.core.files import Unsuited, UserError, read_jsonl, read_object
 from pipeline.core.settings import Settings, read
 from pipeline.data import recipe
 from pipeline.data.choices import Items
@@ -28,7 +28,9 @@ from pipeline.models.base import cast, device_of, load_model, load_tokenizer, mo
 from pipeline.objectives.base import Objective
 from pipeline.records.finished import cell_config, finished, needed
 from pipeline.records.results import Forgetting, Result, Score
-from pipeline.scoring import answers, reading
+from pipeline.scoring import answers, reading, rewards
+from pipeline.scoring.best_of import BestOf, Selection
+from pipeline.scoring.drawing import RewardReader
 from pipeline.scoring.per_row import measured
 from pipeline.scoring.probes import Probing
 from pipeline.scoring.scorer import WHOLE, Scorer
@@ -82,13 +84,19 @@ class Artefact:
     @property
     def mixes(self) -> bool:
         """Whether its rows are answered in one batch with other artefacts' rows; of a LoRA that adapts experts, PEFT's cannot be."""
-        if self.method.sharing != "together" or self.objective.reasoning:
+        if self.method.sharing != "together" or self.objective.reasoning or self.objective.scalar_head or self.objective.selection:
             return False
         return not (self.method.peft and read_object(self.folder / "adapter_config.json").get("target_parameters"))
 
     def load(self, base: Base) -> tuple[Any, Any]:
         """(model, state) on the base, which may be changed in place. Raises UserError where the files are damaged."""
-        return self.guarded(lambda: self.method.load(base.model, self.folder))
+        return self.guarded(functools.partial(self._loaded, base))
+
+    def _loaded(self, base: Base) -> tuple[Any, Any]:
+        model, state = self.method.load(base.model, self.folder)
+        if self.objective.scalar_head:
+            rewards.load(model, self.folder)
+        return model, state
 
     def guarded(self, load: Callable[[], Any]) -> Any:
         """What `load` gives. Raises UserError where the files are damaged."""
@@ -103,8 +111,9 @@ class Artefact:
         """What answers this artefact's rows with `model`."""
         train = self.settings.train
         encoder = Encoder(base.tokenizer, self.settings.task, most_tokens(base.model, train.max_length), train.too_long)
-        return Scorer(model, encoder, self.settings.task, lambda p: self.method.prompt(self.objective.prompt(p), state),
-                              self.settings.evaluate.batch_tokens, base.device, base.dtype, reasoning=self.objective.reasoning)
+        scorer = Scorer(model, encoder, self.settings.task, lambda p: self.method.prompt(self.objective.prompt(p), state),
+                        self.settings.evaluate.batch_tokens, base.device, base.dtype, reasoning=self.objective.reasoning)
+        return selecting(scorer, self.objective.selection, self.cfg) if self.objective.selection else scorer
 
 
 def scorer_of(name: str, artefact: Path | None, cfg: DictConfig) -> Scorer:
@@ -121,6 +130,37 @@ def scorer_of(name: str, artefact: Path | None, cfg: DictConfig) -> Scorer:
     return served.scorer(base, *served.load(base))
 
 
+ABOVE_CHANCE = 0.05
+"""Largest p-value of a reward model's held-out pairs with which it is used."""
+
+
+def reward_reader(word: str, cfg: DictConfig, unproven: bool, tokenizer: Any) -> RewardReader:
+    """What gives rewards as the finished reward model `word` does, for texts in this tokenizer's tokens. unproven: also one that is not above chance.
+
+    Raises:
+        UserError: no such cell, no reward model, one of another vocabulary, or one that does not rank held-out pairs above chance.
+    """
+    folder, key = needed(word, cfg, "objective.reward"), f"objective.reward={word}"
+    result = finished(folder)
+    held = result.pairs.get("validation")
+    if not result.pairs:
+        raise UserError(f"{key} is a cell of {result.technique}, which gives no rewards; name one of technique=reward_model")
+    if not unproven and (held is None or held.p_value > ABOVE_CHANCE):
+        known = f"ranks {held.accuracy:.1%} of {held.pairs} held-out pairs right (p = {held.p_value:.2g} against chance)" if held else "has no held-out pairs"
+        raise Unsuited(f"{key} {known}: nothing could be learnt from it; train it on more rows, or say objective.unproven=use")
+    config = cell_config(result, cfg)
+    config.task = cfg.task
+    scorer = scorer_of(word, folder / "artefact", config)
+    if scorer.encoder.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{key} has another vocabulary than {cfg.model.name}; choose a reward model of the same tokenizer")
+    return RewardReader(scorer)
+
+
+def selecting(scorer: Scorer, selection: Selection, cfg: DictConfig) -> BestOf:
+    """What answers with the best of what `scorer`'s model draws. Raises UserError as reward_reader."""
+    return BestOf(scorer, selection, reward_reader(selection.reward, cfg, selection.unproven, scorer.encoder.tokenizer), cfg.seed)
+
+
 def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
     """The model that `start` names, as a frozen plain model of the base's architecture in `dtype`, and the result of that cell.
 
@@ -134,6 +174,8 @@ def started(cfg: DictConfig, dtype: Any) -> tuple[Any, Result]:
     if result.model != cfg.model.name:
         raise UserError(f"start={cfg.start} is a cell of the model {result.model}, this one is of {cfg.model.name}; choose model={result.model}")
     artefact = Artefact.at(result.technique, folder / "artefact", cell_config(result, cfg))
+    if artefact.objective.scalar_head:
+        raise UserError(f"start={cfg.start} is a cell of {result.technique}, a model of rewards and not of texts; choose a cell that answers (full, lora, …)")
     base = Base.of(artefact.cfg)
     names, path = set(base.model.state_dict()), base.model.config._name_or_path
     model, state = artefact.load(base)
@@ -189,7 +231,8 @@ class Multiplexer:
 
     def _alone(self, name: str, rows: list[dict]) -> list[dict]:
         artefact = self.artefacts[name]
-        why = "it reasons first" if artefact.objective.reasoning else f"{artefact.method.name} cannot share a batch"
+        what = artefact.objective.name if artefact.objective.selection or artefact.objective.scalar_head else artefact.method.name
+        why = "it reasons first" if artefact.objective.reasoning else f"{what} cannot share a batch"
         self.report.append(f"{len(rows)} by {name} alone ({why})")
         model, state = artefact.load(self.base)
         try:
@@ -242,7 +285,8 @@ class Multiplexer:
 
 
 def detach(model: Any, base: Base) -> None:
-    """Leave the base as it was before an adapter of PEFT was put on it."""
+    """Leave the base as it was before an adapter of PEFT, or a head, was put on it."""
+    rewards.detach(model)
     if not hasattr(model, "peft_config") or model is base.model:
         return
     if not model.active_peft_config.is_prompt_learning:

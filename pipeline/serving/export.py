@@ -20,6 +20,10 @@ EXACT = 1e-4
 def refusal(artefact: Artefact) -> str | None:
     """Why the artefact cannot be written as plain weights; None if it might be."""
     method = artefact.method
+    if artefact.objective.selection:
+        return "its answers are chosen among drawn ones by another model, which no weights can do"
+    if artefact.objective.scalar_head:
+        return "it answers by the rewards of a head, which no language model has a place for"
     if method.own_prompt:
         return "what it does is in the request, before every prompt, and not in weights"
     if method.soft_prompt:

@@ -122,6 +122,7 @@ class Loop:
             self.stepping = Sharded(run) if run.settings.parallel == "fsdp" and run.ranks.joined else choose(run)
         self.notes += self.stepping.notes
         self.trainable = self.stepping.shards or self.trainable
+        self._ready()
         self._resume()
         marks, state, saved = validation_steps(run.total, run.settings.validations), self.state, Stopwatch()
         times: list[float] = []
@@ -163,6 +164,9 @@ class Loop:
         if run.ranks.joined:
             work = self._shared_work(work, peaks)
         return Trained(work, replace(memory, peak_bytes=max(peaks) if None not in peaks else None), state.history, self.notes)
+
+    def _ready(self) -> None:
+        """What is done once before the first step, when steps can be made."""
 
     def _worth_keeping(self) -> bool:
         """Whether the end of a training is written down, too: where it took long, and is not large."""

@@ -16,7 +16,7 @@ from pipeline.core.settings import Train
 from pipeline.data.rows import Batch, Encoded, step_rows
 from pipeline.methods.base import Method
 from pipeline.models.base import autocast, parameters
-from pipeline.objectives.base import Objective
+from pipeline.objectives.base import Objective, Online
 from pipeline.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Run:
     """What is trained, on what, and how.
 
     examples: one list of encoded examples a row; total: optimiser steps; dtype: of the arithmetic; pad_id: the token that fills rows up.
-    ranks: the processes that train together, each a part of every step.
+    ranks: the processes that train together, each a part of every step. online: how texts are drawn, where a step is not known before it comes.
     """
 
     model: Any
@@ -43,6 +43,7 @@ class Run:
     dtype: Any
     pad_id: int
     ranks: Ranks = ALONE
+    online: Online | None = None
 
     def step_examples(self, step: int) -> list[Encoded]:
         """The examples of optimiser step `step` (from 0)."""
@@ -243,6 +244,9 @@ class Fast:
             self.notes.append("paged_adamw cannot be captured: the fast engine's AdamW ran, its state not paged")
 
     def warm(self) -> None:
+        if self.run.online is not None:
+            self.stepper.warm()
+            return
         firsts: dict[int, Micro] = {}
         for step in range(self.run.total):
             for micro in self.stepper.shapes.micro_batches([self.run.share(step)], [self.run.step_examples(step)]):
@@ -278,9 +282,13 @@ def _shapes(run: Run) -> tuple[Shapes, Streams | None]:
     """Rows of equal width, and streams where they are wanted."""
     import torch
 
+    from pipeline.engine.layout import MOST_WIDTHS, STEPS_A_WIDTH, OpenShapes
     from pipeline.engine.streams import shapes_of_run
 
     settings, model = run.settings, run.model
+    if run.online is not None:
+        most = max(1, min(MOST_WIDTHS, run.total // STEPS_A_WIDTH))
+        return OpenShapes(run.examples, 1, settings.batch_size, settings.micro_batch_tokens, most, run.online.longest), None
     soft = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     has_kernel = run.device.type == "cuda" and run.dtype == torch.bfloat16
     streamable = not soft and (has_kernel or (settings.padding_free == "always" and run.device.type != "cuda"))
