@@ -38,6 +38,8 @@ class Method:
     """`prompt` changes what the model sees."""
     own_optimizer_groups: ClassVar[bool] = False
     """`optimizer_groups` gives others than all trained parameters at one learning rate."""
+    corrects_gradients: ClassVar[bool] = False
+    """Hooks of its own change gradients before the optimiser has them, so that it is trained by autograd, one run at a time."""
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """Any adapter that the PEFT library has, from its own config: LoRA, IA3, OFT, prompt tuning, …
 
 conf/method/lora.yaml, prompt_tuning.yaml, …; a new adapter of PEFT needs a YAML and no code. Adapters that need more than their config
-are subclasses in peft_lora.py, peft_prompts.py and peft_adalora.py.
+are subclasses in peft_lora.py, peft_prompts.py, peft_tokens.py and peft_adalora.py.
 """
 
 from __future__ import annotations
@@ -104,13 +104,17 @@ class PeftAdapter(Method):
         if self.prepares:
             peft_start.keep(base, examples)
 
-    def wrap(self, model: Any) -> Any:
+    def attached(self, model: Any, config: Any) -> Any:
+        """The base in PEFT's adapter of this config, as it is before its first step."""
         from peft import get_peft_model
 
-        name, config = type(model).__name__, peft_options.fitted(self.config, model)
         attach = peft_start.attached if hasattr(model, peft_start.EXAMPLES) else get_peft_model
+        return prompts_on_device(attach(model, config))
+
+    def wrap(self, model: Any) -> Any:
+        name, config = type(model).__name__, peft_options.fitted(self.config, model)
         try:
-            wrapped = prompts_on_device(attach(model, config))
+            wrapped = self.attached(model, config)
             for parameter in wrapped.parameters():
                 if parameter.requires_grad and parameter.is_floating_point():
                     parameter.data = parameter.data.float()  # copies of a bf16 base's own, such as LN tuning's norms, too
@@ -149,6 +153,10 @@ class PeftAdapter(Method):
 
     def reached_weights(self, model: Any) -> int:
         return 0 if self.soft_prompt else adapted_weights(model)
+
+    def notes(self, model: Any) -> list[str]:
+        kind = self.config.peft_type.value
+        return [f"{kind} mixes by the mean over a batch: a row's answer depends on the rows beside it"] if kind in peft_options.MIXED_BY_BATCH else []
 
     def hyperparameters(self) -> dict[str, Any]:
         values: dict[str, Any] = {}

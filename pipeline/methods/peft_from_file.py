@@ -5,10 +5,10 @@ from __future__ import annotations
 from pipeline.core.peft_files import read_adapter, read_training
 from pipeline.methods.peft_adalora import AdaLora
 from pipeline.methods.peft_adapter import PeftAdapter
-from pipeline.methods.peft_lora import LoraPlus
+from pipeline.methods.peft_lora import LoraPlus, Poly
 from pipeline.methods.peft_prompts import MultitaskPrompt, PTuning
 
-KINDS: dict[str, type[PeftAdapter]] = {"ADALORA": AdaLora, "MULTITASK_PROMPT_TUNING": MultitaskPrompt, "P_TUNING": PTuning}
+KINDS: dict[str, type[PeftAdapter]] = {"ADALORA": AdaLora, "MULTITASK_PROMPT_TUNING": MultitaskPrompt, "P_TUNING": PTuning, "POLY": Poly}
 
 
 def from_file(path: str, sha256: str | None = None) -> PeftAdapter:
