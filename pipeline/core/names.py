@@ -29,6 +29,7 @@ TABLE: dict[str, dict[str, str]] = {
         "lora_fa": "pipeline.methods.peft_lora.LoraFa",
         "riemannian_lora": "pipeline.methods.peft_lora.RiemannianLora",
         "poly": "pipeline.methods.peft_lora.Poly",
+        "shadow": "pipeline.methods.peft_shadow.Shadow",
         "alora": "pipeline.methods.peft_tokens.ALora",
         "trainable_tokens": "pipeline.methods.peft_tokens.TrainableTokens",
         "cpt": "pipeline.methods.peft_tokens.Cpt",

@@ -62,6 +62,11 @@ class Method:
         return False
 
     @property
+    def mixes_rows(self) -> bool:
+        """Whether a row's answer depends on the rows beside it, which a note says."""
+        return False
+
+    @property
     def changes_when_served(self) -> bool:
         """Whether `served` gives another model than the trained one."""
         return False

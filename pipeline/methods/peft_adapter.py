@@ -1,7 +1,7 @@
 """Any adapter that the PEFT library has, from its own config: LoRA, IA3, OFT, prompt tuning, …
 
 conf/method/lora.yaml, prompt_tuning.yaml, …; a new adapter of PEFT needs a YAML and no code. Adapters that need more than their config
-are subclasses in peft_lora.py, peft_prompts.py, peft_tokens.py and peft_adalora.py.
+are subclasses in peft_lora.py, peft_prompts.py, peft_tokens.py, peft_shadow.py and peft_adalora.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pipeline.models.reach import adapted_weights
 
 SHOWN = {
     "r": "r", "init_r": "init_r", "target_r": "target_r", "lora_alpha": "alpha", "alpha": "alpha", "lora_dropout": "dropout", "oft_block_size": "block_size",
-    "num_virtual_tokens": "virtual_tokens", "init_lora_weights": "init", "prompt_tuning_init": "init", "use_rslora": "use_rslora", "use_dora": "use_dora",
+    "num_virtual_tokens": "virtual_tokens", "block_size": "block_size", "n_frequency": "coefficients", "sparsity": "sparsity", "adapter_len": "virtual_tokens",
+    "num_vectors": "vectors", "init_lora_weights": "init", "prompt_tuning_init": "init", "use_rslora": "use_rslora", "use_dora": "use_dora",
 }
 """Keys of PEFT's configs and what the table calls them; a flag that is off, and an initialisation that is the default, are left out."""
 
@@ -72,6 +73,10 @@ class PeftAdapter(Method):
             return "no"
         plain = not self.own_load and not peft_options.has(self.config, *peft_options.VARIANTS)
         return "together" if self.config.peft_type.value == "LORA" and plain else "in_turn"
+
+    @property
+    def mixes_rows(self) -> bool:
+        return self.config.peft_type.value in peft_options.MIXED_BY_BATCH
 
     @property
     def prepares(self) -> bool:
@@ -155,8 +160,7 @@ class PeftAdapter(Method):
         return 0 if self.soft_prompt else adapted_weights(model)
 
     def notes(self, model: Any) -> list[str]:
-        kind = self.config.peft_type.value
-        return [f"{kind} mixes by the mean over a batch: a row's answer depends on the rows beside it"] if kind in peft_options.MIXED_BY_BATCH else []
+        return [f"PEFT's {self.config.peft_type.value} mixes by the mean over a batch: a row's answer depends on the rows beside it"] if self.mixes_rows else []
 
     def hyperparameters(self) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -7,8 +7,10 @@ from pipeline.methods.peft_adalora import AdaLora
 from pipeline.methods.peft_adapter import PeftAdapter
 from pipeline.methods.peft_lora import LoraPlus, Poly
 from pipeline.methods.peft_prompts import MultitaskPrompt, PTuning
+from pipeline.methods.peft_shadow import Shadow
 
-KINDS: dict[str, type[PeftAdapter]] = {"ADALORA": AdaLora, "MULTITASK_PROMPT_TUNING": MultitaskPrompt, "P_TUNING": PTuning, "POLY": Poly}
+KINDS: dict[str, type[PeftAdapter]] = {"ADALORA": AdaLora, "MULTITASK_PROMPT_TUNING": MultitaskPrompt, "P_TUNING": PTuning, "POLY": Poly,
+                                     "SHADOW": Shadow}
 
 
 def from_file(path: str, sha256: str | None = None) -> PeftAdapter:
