@@ -75,6 +75,12 @@ class LoftQ(PeftAdapter):
         return {**super().hyperparameters(), "init": "loftq"}
 
 
+def _check_lora(config: Any) -> None:
+    """Raise UserError for another adapter, which has no A and B whose gradients could be corrected."""
+    if config.peft_type.value != "LORA":
+        raise UserError(f"gradients are corrected of LoRA's A and B, and the adapter is {config.peft_type.value}; choose another optimizer_type or method")
+
+
 def _pairs(model: Any) -> Iterator[tuple[Any, Any, float]]:
     """(A [r, in], B [out, r], alpha / r) of every adapted linear layer."""
     for module in model.modules():
@@ -90,6 +96,10 @@ class LoraFa(PeftAdapter):
     """
 
     corrects_gradients = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_lora(self.config)
 
     def wrap(self, model: Any) -> Any:
         wrapped = super().wrap(model)
@@ -135,6 +145,7 @@ class RiemannianLora(PeftAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_lora(self.config)
         if not self.reg > 0:
             raise UserError(f"method.reg is {self.reg}; B begins at 0, so it must be above 0")
 
