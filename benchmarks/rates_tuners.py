@@ -81,7 +81,8 @@ def table(data: Grids, choices: Sequence[Choice]) -> str:
     for one in choices:
         for (model, task), grid in sorted(data.by[one.technique].items()):
             nearest = data.nearest(one.technique, (model, task), one.rate * (RMS[model] / RMS["smollm2_135m"]) ** one.power)
-            cells = ", ".join(f"{rate:.0e}: {'**' * (outcome is nearest)}{outcome[0]:.1f}{'**' * (outcome is nearest)}" for rate, outcome in sorted(grid.items()))
+            marks = {rate: "**" if outcome is nearest else "" for rate, outcome in grid.items()}
+            cells = ", ".join(f"{rate:.0e}: {marks[rate]}{outcome[0]:.1f}{marks[rate]}" for rate, outcome in sorted(grid.items()))
             untouched = data.untrained.get((model, task))
             lines.append(f"| {one.technique} | {one.rate:.1e} | {one.power:g} | {model} | {task} | {f'{untouched[0]:.1f}' if untouched else '—'} | {cells} |")
     mean = f"{statistics.mean(one.regret for one in choices):.1f}" if choices else "—"

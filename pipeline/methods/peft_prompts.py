@@ -16,7 +16,8 @@ from pipeline.models.base import load_tokenizer
 
 @dataclass(frozen=True)
 class PrefixTuning(PeftAdapter):
-    """Trained keys and values before every layer's own (Li & Liang, 2021; with frozen first ones a cartridge, Eyuboglu et al., 2025), initialised with those that the base computes for a text.
+    """Trained keys and values before every layer's own (Li & Liang, 2021; with frozen first ones a cartridge, Eyuboglu et al., 2025), initialised with those
+    that the base computes for a text.
 
     PEFT draws them from a normal distribution of deviation 1, which is far from what a layer computes: the base's answers are lost, and a few
     hundred rows do not recover them. The paper initialises with words' activations where rows are few (its section on initialisation).
