@@ -7,8 +7,8 @@
     python -m benchmarks.rates fit                         fits the rules on half of the pairs, judges them on the other half, writes rules.json and table.md
 
 A grid is one technique on one task and model at seven rates (of a further tuner five), half a decade apart. Its runs begin at the same weights,
-see the same rows in the same order and share one capture of the step, so that they differ in the rate alone. A line a run: scores on validation and test rows after the
-last step, and which test rows were right, as bits. Lines that stand in the file are not run again.
+see the same rows in the same order and share one capture of the step, so that they differ in the rate alone. A line a run: scores on validation
+and test rows after the last step, and which test rows were right, as bits. Lines that stand in the file are not run again.
 """
 
 from __future__ import annotations
