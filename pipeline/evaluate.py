@@ -7,7 +7,8 @@
     python -m pipeline.evaluate cell=results/quick/full-s0-n160 suite=<its name> suite_path=tasks
 
 Splits: validation, test, transfer/<set>. Writes evaluations/<experiment>/<cell>/<split>/{score.json, predictions.jsonl}. With
-split=probes it probes what the artefact forgot (docs/forgetting.md) and writes forgetting.json there; with suite=… it asks that library's tasks of
+split=probes it probes what the artefact forgot (docs/forgetting.md) and writes forgetting.json there; with split=merged it folds the adapter into
+weights of bf16, NF4 and int8 and writes what is left of it to merged.json (docs/serving.md); with suite=… it asks that library's tasks of
 the artefact and of its base, and writes suites/<task>.{json,jsonl}.
 """
 
@@ -24,7 +25,7 @@ from pipeline.core.files import UserError, write_json, write_jsonl
 from pipeline.records.finished import cell_config, finished
 from pipeline.records.results import Result
 from pipeline.scoring.answers import headline
-from pipeline.serving import suites
+from pipeline.serving import merging, suites
 from pipeline.serving.artefact import Artefact, probe_artefact, rows_of, score_artefact, scorer_of
 
 
@@ -42,12 +43,22 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         after, before = ("—" if value is None else f"{value:.2f}" for value in (probes.perplexity, probes.perplexity_base))
         print(f"{result.cell}: perplexity {after}, the base's {before}; {probes.probes}; {target}/forgetting.json")
         return 0
+    if cfg.split == "merged":
+        return _merged(cfg, result, target)
     if cfg.to:
         return _as_task(cfg, result)
     predictions, score = score_artefact(cell_config(result, cfg), Path(cfg.cell) / "artefact", cfg.split)
     write_jsonl(target / "predictions.jsonl", predictions)
     write_json(target / "score.json", {"split": cfg.split, "cell": result.cell, **dataclasses.asdict(score)})
     print(f"{result.cell} on {cfg.split}: {result.metric} {headline(score, result.metric):.3f}, {score.rows} rows; {target}/score.json")
+    return 0
+
+
+def _merged(cfg: DictConfig, result: Result, target: Path) -> int:
+    artefact = Artefact.at(result.cell, Path(cfg.cell) / "artefact", cell_config(result, cfg))
+    found = merging.truth(artefact, rows_of(artefact.cfg, "test"))
+    write_json(target / "merged.json", {"cell": result.cell, **dataclasses.asdict(found)})
+    print(merging.table(result.cell, found) + f"\n{target}/merged.json")
     return 0
 
 
