@@ -44,21 +44,14 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         print(f"{result.cell}: perplexity {after}, the base's {before}; {probes.probes}; {target}/forgetting.json")
         return 0
     if cfg.split == "merged":
-        return _merged(cfg, result, target)
+        print(merging.write(Artefact.at(result.cell, Path(cfg.cell) / "artefact", cell_config(result, cfg)), target / "merged.json"))
+        return 0
     if cfg.to:
         return _as_task(cfg, result)
     predictions, score = score_artefact(cell_config(result, cfg), Path(cfg.cell) / "artefact", cfg.split)
     write_jsonl(target / "predictions.jsonl", predictions)
     write_json(target / "score.json", {"split": cfg.split, "cell": result.cell, **dataclasses.asdict(score)})
     print(f"{result.cell} on {cfg.split}: {result.metric} {headline(score, result.metric):.3f}, {score.rows} rows; {target}/score.json")
-    return 0
-
-
-def _merged(cfg: DictConfig, result: Result, target: Path) -> int:
-    artefact = Artefact.at(result.cell, Path(cfg.cell) / "artefact", cell_config(result, cfg))
-    found = merging.truth(artefact, rows_of(artefact.cfg, "test"))
-    write_json(target / "merged.json", {"cell": result.cell, **dataclasses.asdict(found)})
-    print(merging.table(result.cell, found) + f"\n{target}/merged.json")
     return 0
 
 

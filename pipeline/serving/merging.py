@@ -20,7 +20,7 @@ from pipeline.models.base import autocast, load_model, resolve
 from pipeline.scoring import answers
 from pipeline.scoring.scorer import Scorer, logits_at
 from pipeline.serving import export
-from pipeline.serving.artefact import Artefact, Base
+from pipeline.serving.artefact import Artefact, Base, rows_of
 
 PRECISIONS = ("fp32", "bf16", "nf4", "int8")
 READ = 64
@@ -37,7 +37,8 @@ class Merged:
 
     drift: nats a token from the adapter beside its base to the merged model (Kullback-Leibler, mean over the answers' tokens of test rows).
     effect: the same from the base to the merged model, both rounded so. change: points of the headline metric against the adapter beside its base.
-    verdict: kept, rounded_away (the merged model is nearly the rounded base) or too_much (it is farther from the adapter's answers than the base is).
+    verdict: kept; rounded_away (little of the adapter's change is left, or less than all of it and farther from its answers than the base is); too_much (more
+    than the adapter's change, and farther from its answers than the base is).
     """
 
     precision: str
@@ -85,6 +86,13 @@ def truth(artefact: Artefact, rows: Sequence[dict], precisions: Sequence[str] = 
     return Truth(metric, attached, effect, len(rows), tuple(found))
 
 
+def write(artefact: Artefact, target: Path) -> str:
+    """Measure on the cell's test rows, store, and say it in a table."""
+    found = truth(artefact, rows_of(artefact.cfg, "test"))
+    write_json(target, {"cell": artefact.name, **dataclasses.asdict(found)})
+    return f"{table(artefact.name, found)}\n{target}"
+
+
 def _merged(artefact: Artefact, folder: Path, precision: Precision, rows: Sequence[dict], beside: Any, attached: float, effect: float, base: Base) -> Merged:
     metric, before = artefact.settings.task.metric, Path(artefact.cfg.paths.models) / artefact.cfg.model.name
     answered = []
@@ -103,12 +111,12 @@ def verdict(effect: float, own: float, drift: float) -> str:
     """Of an adapter that changes distributions by `effect`, of whose change `own` is left when both models are rounded, at a distance `drift` from it."""
     if effect < NOTHING:
         return "kept"
-    if own < KEPT_LEAST * effect:
+    if own < KEPT_LEAST * effect or own < effect < drift:
         return "rounded_away"
     return "too_much" if drift > effect else "kept"
 
 
-SAID = {"kept": "", "rounded_away": "rounded away: nearly the rounded base", "too_much": "changed by more than the adapter changed the base"}
+SAID = {"kept": "", "rounded_away": "rounded away", "too_much": "changed by more than the adapter changed the base"}
 
 
 def table(cell: str, found: Truth) -> str:
