@@ -45,8 +45,8 @@ def test_a_merged_adapter_is_the_adapter_in_fp32_and_nearly_so_in_16_bits(truth_
     assert {one["verdict"] for one in found["merged"]} == {"kept"}
 
 
-def test_an_adapter_smaller_than_a_weight_s_last_bit_is_told_as_rounded_away(truth_of, overrides, tiny, tmp_path):
-    """Weights that are bf16's already, as most bases' are, and changes far below a 256th of them: in fp32 the adapter is there, in bf16 next to nothing."""
+def test_an_adapter_smaller_than_rounding_is_told(truth_of, overrides, tiny, tmp_path):
+    """Weights that are bf16's already, as most bases' are, and changes far below a 256th of them: in fp32 the adapter is there, elsewhere it is not."""
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(tiny / "models", tmp_path / "models")
@@ -57,12 +57,13 @@ def test_an_adapter_smaller_than_a_weight_s_last_bit_is_told_as_rounded_away(tru
     found, _ = truth_of("technique=lora", "train.lr=3e-6", "train.schedule=constant", "train.warmup_share=0")
     by = {one["precision"]: one for one in found["merged"]}
     assert found["effect"] > merging.NOTHING and by["fp32"]["verdict"] == "kept"
-    assert by["bf16"]["verdict"] == "rounded_away" and by["bf16"]["drift"] > 1000 * by["fp32"]["drift"]
+    assert by["bf16"]["verdict"] != "kept" and by["bf16"]["drift"] > found["effect"] > 10 * abs(by["fp32"]["drift"])
     assert by["nf4"]["verdict"] != "kept", "its steps are larger still"
 
 
 @pytest.mark.parametrize(("effect", "own", "drift", "expected"), [
-    (0.1, 0.1, 0.001, "kept"), (0.1, 0.009, 0.05, "rounded_away"), (0.1, 0.5, 0.2, "too_much"), (1e-7, 0.0, 0.5, "kept"), (0.1, 0.02, 0.09, "kept"), (0.1, 0.05, 0.11, "rounded_away"),
+    (0.1, 0.1, 0.001, "kept"), (0.1, 0.009, 0.05, "rounded_away"), (0.1, 0.5, 0.2, "too_much"), (1e-7, 0.0, 0.5, "kept"), (0.1, 0.02, 0.09, "kept"),
+    (0.1, 0.05, 0.11, "rounded_away"),
 ])
 def test_what_is_told(effect, own, drift, expected):
     assert merging.verdict(effect, own, drift) == expected
