@@ -81,7 +81,7 @@ def truth(artefact: Artefact, rows: Sequence[dict], precisions: Sequence[str] = 
         write_json(folder / "manifest.json", {"name": folder.name})
         del model, plain, scorer
         for name in precisions:
-            precision = dataclasses.replace(artefact.settings.precision, name=name)
+            precision = dataclasses.replace(artefact.settings.precision, name=name)  # type: ignore[arg-type]
             found.append(_merged(artefact, folder, precision, rows, beside, attached, effect, base))
     return Truth(metric, attached, effect, len(rows), tuple(found))
 
