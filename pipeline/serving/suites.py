@@ -248,7 +248,9 @@ def write_task(folder: Path, name: str, rows: Sequence[dict], scorer: Scorer) ->
         "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str((folder / f"{name}.jsonl").absolute())}}, "test_split": "test",
         "output_type": "multiple_choice" if choice else "generate_until", "doc_to_text": "prompt", "doc_to_target": "answer", "target_delimiter": encoder.glue,
         "metric_list": [{"metric": "acc" if choice else "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    } | ({"doc_to_choice": "choices"} if choice else {"generation_kwargs": {"until": [encoder.stop] if encoder.stop else [], "do_sample": False, "max_gen_toks": task.max_new_tokens}})
+    }
+    ends = [encoder.stop] if encoder.stop else []
+    lines |= {"doc_to_choice": "choices"} if choice else {"generation_kwargs": {"until": ends, "do_sample": False, "max_gen_toks": task.max_new_tokens}}
     if not choice and task.answer_pattern:
         lines["filter_list"] = [{"name": "answer", "filter": [{"function": "regex", "regex_pattern": task.answer_pattern}, {"function": "take_first"}]}]
     import yaml
