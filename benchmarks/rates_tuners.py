@@ -59,6 +59,8 @@ def chosen(rows: Sequence[dict[str, Any]]) -> list[Choice]:
 def _choice(data: Grids, technique: str) -> Choice:
     pairs, power = {*data.by[technique]}, power_of(technique)
     regret, rate = fit(data, technique, power, RMS, pairs)
+    tried = [lr / (RMS[model] / RMS["smollm2_135m"]) ** power for model, task in pairs for lr in data.by[technique][model, task]]
+    rate = min(max(rate, min(tried)), max(tried))  # where all rates are equally good, one that was run
     return Choice(technique, rate, power, regret, tuple(sorted({m for m, _ in pairs})), tuple(sorted({t for _, t in pairs})), RATES * len(pairs))
 
 
