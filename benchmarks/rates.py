@@ -2,11 +2,13 @@
 
     python -m benchmarks.rates run out=experiments/rates/cells.jsonl tasks=cqa,trec techniques=main -- model=smollm2_135m
     (several such processes share the grids of a model between them, chunk=2: two rates at a time, for grids whose answers are slow)
+    python -m benchmarks.rates run out=experiments/tuners/rates.jsonl tasks=trec techniques=tuners -- model=smollm2_135m train_rows=320
+    python -m benchmarks.rates defaults out=experiments/tuners/rates.jsonl     (PEFT's further tuners: benchmarks/rates_tuners.py)
     python -m benchmarks.rates fit                         fits the rules on half of the pairs, judges them on the other half, writes rules.json and table.md
 
-A grid is one technique on one task and model at seven rates, half a decade apart. Its runs begin at the same weights, see the same rows in the
-same order and share one capture of the step, so that they differ in the rate alone. A line a run: scores on validation and test rows after the
-last step, and which test rows were right, as bits. Lines that stand in the file are not run again.
+A grid is one technique on one task and model at seven rates (of a further tuner five), half a decade apart. Its runs begin at the same weights,
+see the same rows in the same order and share one capture of the step, so that they differ in the rate alone. A line a run: scores on validation
+and test rows after the last step, and which test rows were right, as bits. Lines that stand in the file are not run again.
 """
 
 from __future__ import annotations
@@ -38,10 +40,20 @@ TEACHERS = {"vader_movies_5": "lexicon", "cqa": "stored", "esnli": "stored", "sv
 NEEDS_TEACHER = ("step_by_step", "step_by_step_lora")
 
 
-def rates_of(technique: str) -> list[float]:
-    """The seven rates of a technique's grid, lowest first."""
-    middle = LADDER.index(MIDDLE[technique])
-    return list(LADDER[middle - RATES // 2 : middle + RATES // 2 + 1])
+def rates_of(technique: str, model: Path | None = None) -> list[float]:
+    """The rates of a technique's grid, lowest first: seven, the same for every base; of a further tuner five, around what suits the base in a folder."""
+    from benchmarks import rates_tuners
+    from pipeline.models.rates import REFERENCE, weight_rms
+
+    if technique in MIDDLE:
+        middle, count = MIDDLE[technique], RATES
+    else:
+        middle, count = rates_tuners.MIDDLE[technique], rates_tuners.RATES
+        if model is not None and (power := rates_tuners.power_of(technique)):
+            middle *= ((weight_rms(model) or REFERENCE) / REFERENCE) ** power
+    nearest = min(range(len(LADDER)), key=lambda i: abs(math.log(LADDER[i] / middle)))
+    nearest = min(nearest, len(LADDER) - 1 - count // 2)
+    return list(LADDER[nearest - count // 2 : nearest + count // 2 + 1])
 
 
 class Grid:
@@ -133,6 +145,7 @@ def grids(tasks: Sequence[str], techniques: Sequence[str]) -> Iterator[tuple[str
 
 def measure(options: dict[str, str], overrides: list[str]) -> None:
     """Run the grids that no other process has claimed, until the time is up, and append a line a run."""
+    from benchmarks import rates_tuners
     from pipeline.cell.inputs import Shared
     from pipeline.core.compose import compose
     from pipeline.core.files import UserError
@@ -141,14 +154,15 @@ def measure(options: dict[str, str], overrides: list[str]) -> None:
     from pipeline.models.base import device_of
 
     out, whole = Path(options["out"]), Stopwatch()
-    techniques = [UNTRAINED, *MIDDLE] if options["techniques"] == "main" else options["techniques"].split(",")
+    named = {"main": [UNTRAINED, *MIDDLE], "tuners": [UNTRAINED, *rates_tuners.MIDDLE]}
+    techniques = named.get(options["techniques"]) or options["techniques"].split(",")
     shared, about = Shared(), None
     for task, technique in grids(options["tasks"].split(","), techniques):
         words = [*WORDS, *overrides, f"task={task}", f"technique={technique}", f"teacher={TEACHERS.get(task, 'none')}"]
         cfg = compose([*words, "train.lr=1.0e-4"])
         model = cfg.model.name
         done = {r["lr"] for r in lines(out) if (r["model"], r["task"], r["technique"]) == (model, task, technique)}
-        rates = [None] if technique == UNTRAINED else rates_of(technique)
+        rates = [None] if technique == UNTRAINED else rates_of(technique, Path(cfg.paths.models) / model)
         asked = [lr for lr in rates if lr not in done]
         if not asked:
             continue
@@ -205,6 +219,12 @@ def main(words: list[str]) -> int:
     command, options = words[0], dict(word.split("=", 1) for word in words[1:split])
     if command == "run":
         measure(options, words[split + 1 :])
+    elif command == "defaults":
+        from benchmarks import rates_tuners
+
+        out = Path(options["out"])
+        for one in rates_tuners.write(out, lines(out)):
+            print(f"{one.technique}: {one.rate:.1e}, power {one.power:g}, {one.regret:.1f} points below the best")
     else:
         from benchmarks import rates_fit
 

@@ -193,7 +193,7 @@ def test_a_refusal_of_a_file_prints_plainly(overrides, tmp_path, capsys):
     folder = tmp_path / "lora" / "one"
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}))
-    (folder / "training_params.json").write_text(json.dumps({"optimizer_type": "lora-fa"}))
+    (folder / "training_params.json").write_text(json.dumps({"optimizer_type": "galore"}))
     words = [*overrides, "technique=peft_config", f"technique.path={folder}/adapter_config.json"]
     assert train.main(words) == 2
-    assert capsys.readouterr().err.startswith(f"error: {folder}/training_params.json has optimizer_type 'lora-fa'")
+    assert capsys.readouterr().err.startswith(f"error: {folder}/training_params.json has optimizer_type 'galore'")

@@ -291,12 +291,13 @@ def test_the_lock_pins_what_pyproject_asks_for():
 
 
 def test_what_is_imported_is_asked_for():
-    asked = {canonicalize_name(r.name) for r in [*requirements(), *map(Requirement, PROJECT["optional-dependencies"]["energy"])]}
+    extras = [Requirement(r) for extra in ("energy", "lm-eval") for r in PROJECT["optional-dependencies"][extra]]
+    asked = {canonicalize_name(r.name) for r in [*requirements(), *extras]}
     owners = importlib.metadata.packages_distributions()
     sources = {*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")}
     foreign = {top for path in sources for top in tops(path)} - set(sys.stdlib_module_names) - {"pipeline", "benchmarks"}
     foreign -= {p.stem for p in ROOT.glob("tests/*.py")} | {"__future__", "triton"}  # triton comes with torch where there is CUDA
-    optional = {"zeus": "zeus"}  # need not be installed
+    optional = {"zeus": "zeus", "lm_eval": "lm-eval"}  # need not be installed
     assert not {top for top in foreign if not {canonicalize_name(o) for o in owners.get(top, [optional.get(top, "")])} & asked}
 
 

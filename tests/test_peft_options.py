@@ -155,12 +155,12 @@ def test_a_prefix_that_the_model_cannot_have_is_refused(model_of, kind, reason):
 
 # what does not run
 
-def poly() -> Any:
-    return peft.PolyConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+def xlora() -> Any:
+    return peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, adapters={"0": "none"})
 
 
 @pytest.mark.parametrize(("make", "reason"), [
-    (poly, "PEFT's POLY routes by the task"),
+    (xlora, "PEFT's XLORA mixes LoRA adapters that are trained already"),
     (lambda: peft.LoraConfig(**COMMON, arrow_config=peft.ArrowConfig()), "arrow_config routes between"),
     (lambda: peft.LoraConfig(**COMMON, use_qalora=True), "use_qalora acts on GPTQ"),
     (lambda: peft.AdamssConfig(use_asa=True, asa_target_subspaces=1), "asa_target_subspaces=1 leaves"),

@@ -15,8 +15,8 @@ from pipeline.core.compose import ROOT, build, compose
 from pipeline.core.files import UserError, read_json, read_jsonl
 from pipeline.core.settings import read
 from pipeline.methods.peft_adalora import AdaLora
-from pipeline.methods.peft_lora import LoraPlus
-from pipeline.methods.peft_prompts import MultitaskPrompt
+from pipeline.methods.peft_lora import LoraFa, LoraPlus, Poly, RiemannianLora
+from pipeline.methods.peft_prompts import MultitaskPrompt, PrefixTuning
 from pipeline.records.finished import name as cell_name
 
 DATA = ROOT / "tests" / "data" / "peft"
@@ -72,6 +72,14 @@ def test_kinds_that_need_more_than_their_config(tmp_path):
     assert isinstance(build(door(multitask).method, "method"), MultitaskPrompt)
     plus = build(door(DATA / "lora" / "plus" / "adapter_config.json").method, "method")
     assert isinstance(plus, LoraPlus) and plus.lr_ratio == 8.0
+    fixed = written(tmp_path / "l" / "fa", {"peft_type": "LORA"}, {"optimizer_type": "lora-fa", "optimizer_kwargs": {"r": 8, "lora_alpha": 8, "lr": 2e-4}})
+    scaled = written(tmp_path / "l" / "r", {"peft_type": "LORA"}, {"optimizer_type": "riemannian", "optimizer_kwargs": {"reg": 0.5}})
+    assert isinstance(build(door(fixed).method, "method"), LoraFa) and read(door(fixed)).train.lr == 2e-4
+    assert (made := build(door(scaled).method, "method")) and isinstance(made, RiemannianLora) and made.reg == 0.5
+    prefix = written(tmp_path / "p" / "x", {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, {"init_kv_cache_prefix": "Hello"})
+    assert (made := build(door(prefix).method, "method")) and isinstance(made, PrefixTuning) and made.text == "Hello"
+    poly = written(tmp_path / "y" / "x", {"peft_type": "POLY", "r": 4, "target_modules": ["q_proj"]})
+    assert isinstance(build(door(poly).method, "method"), Poly)
 
 
 def test_a_changed_file_is_another_cell(tmp_path):
@@ -87,11 +95,12 @@ BAD = {
     "kind": ({"peft_type": "LORRA"}, None, "has peft_type 'LORRA', which this version of PEFT does not know; it knows .*LORA"),
     "rank": ({"peft_type": "LORA", "r": 0}, None, r"method\.config\.r is 0"),
     "key": ({"peft_type": "LORA"}, {"max_step": 5}, "unknown key 'max_step', did you mean 'max_steps'"),
-    "optimizer": ({"peft_type": "LORA"}, {"optimizer_type": "SGD"}, r"has optimizer_type 'SGD'; this loop has AdamW, lora\+"),
+    "optimizer": ({"peft_type": "LORA"}, {"optimizer_type": "SGD"}, r"has optimizer_type 'SGD'; this loop has AdamW, lora\+, lora-fa, riemannian"),
     "option": ({"peft_type": "LORA"}, {"optimizer_kwargs": {"betas": [0.9, 0.9]}}, r"has optimizer_kwargs\.betas; with AdamW this loop takes lr, weight_decay"),
     "schedule": ({"peft_type": "LORA"}, {"lr_scheduler": "step"}, "has lr_scheduler 'step'; this loop has cosine, null"),
     "dtype": ({"peft_type": "LORA"}, {"dtype": "fp8"}, "has dtype 'fp8'; this loop has float32"),
-    "prefix": ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, {"init_kv_cache_prefix": "Hello"}, "init_kv_cache_prefix, which is not built"),
+    "prefix": ({"peft_type": "LORA"}, {"init_kv_cache_prefix": "Hello"}, "has init_kv_cache_prefix, at whose text a prefix begins, and the adapter is LORA"),
+    "corrected": ({"peft_type": "IA3"}, {"optimizer_type": "lora-fa"}, "gradients are corrected of LoRA's A and B, and the adapter is IA3"),
 }
 
 

@@ -46,6 +46,7 @@ DIFFER = (
 UNPACKED = {
     "prepares": "prepares something before training", "chooses": "chooses among states", "own_prompt": "has prompts of its own",
     "plans_training": "plans over the steps", "own_optimizer_groups": "has optimizer groups of its own", "acts_between_steps": "acts between steps",
+    "corrects_gradients": "corrects its gradients",
     "changes_when_served": "is changed when it is served",
 }
 """What a method may declare that a pack has no place for, and how that is said."""

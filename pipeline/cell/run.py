@@ -224,7 +224,7 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
 
 
 def _finite(model: Any) -> bool:
-    return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
+    return all(bool(p.detach().isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 def take_packed(parts: Parts, model: Any, meter: Meter) -> Trained | None:

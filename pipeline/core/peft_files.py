@@ -19,7 +19,8 @@ DEFAULTS: dict[str, Any] = {
 """The keys of training_params.json and, where they say how an adapter learns, the comparison's own defaults."""
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16", "int8": "int8", "int4": "nf4"}
 
-OPTIMIZERS = {"AdamW": {"lr", "weight_decay"}, "lora+": {"lr", "weight_decay", "loraplus_weight_decay", "loraplus_lr_ratio"}}
+OPTIMIZERS = {"AdamW": {"lr", "weight_decay"}, "lora+": {"lr", "weight_decay", "loraplus_weight_decay", "loraplus_lr_ratio"},
+              "lora-fa": {"lr", "weight_decay", "r", "lora_alpha"}, "riemannian": {"lr", "weight_decay", "reg"}}
 SCHEDULES = {"cosine": "cosine", None: "constant"}
 
 
@@ -68,8 +69,8 @@ def read_training(path: str) -> dict[str, Any]:
     foreign = sorted(set(options) - OPTIMIZERS[kind])
     if foreign:
         raise UserError(f"{file} has optimizer_kwargs.{foreign[0]}; with {kind} this loop takes {', '.join(sorted(OPTIMIZERS[kind]))}")
-    if training.get("init_kv_cache_prefix"):
-        raise UserError(f"{file} begins a prefix at the text of init_kv_cache_prefix, which is not built; take the key out to begin at random")
+    if training.get("init_kv_cache_prefix") and (kind := read_adapter(path).peft_type.value) not in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise UserError(f"{file} has init_kv_cache_prefix, at whose text a prefix begins, and the adapter is {kind}; take the key out")
     return training
 
 

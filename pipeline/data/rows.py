@@ -120,7 +120,7 @@ class Encoder:
             yield
             return
         starts = self.template is None
-        wanted = {True: {self._asked(p) for p in prompts}, False: {self._glue + a for a in answers}}
+        wanted = {True: {self.asked(p) for p in prompts}, False: {self.glue + a for a in answers}}
         if not starts:
             wanted = {True: set(), False: wanted[True] | wanted[False]}
         for special, texts in wanted.items():
@@ -132,10 +132,12 @@ class Encoder:
             self._read.clear()
 
     @property
-    def _glue(self) -> str:
+    def glue(self) -> str:
+        """What stands between a prompt and its answer."""
         return self.task.separator if self.template is None else ""
 
-    def _asked(self, text: str) -> str:
+    def asked(self, text: str) -> str:
+        """A prompt as the model reads it, in the chat template's words where there is one."""
         return text if self.template is None else self.template.prompt(turns_of(text))
 
     def _ids(self, text: str, special: bool) -> list[int]:
@@ -144,12 +146,12 @@ class Encoder:
 
     def prompt(self, text: str) -> list[int]:
         """text: a conversation keeps its turns."""
-        asked = self._asked(text)
+        asked = self.asked(text)
         return self._ids(asked, False) if self.template is not None else _open(self.tokenizer, self._ids(asked, True)) or [self.pad_id]
 
     def continuation(self, text: str) -> list[int]:
         """A text as it follows a prompt; of a text that a model wrote there may be no token."""
-        return self._ids(self._glue + text, False)
+        return self._ids(self.glue + text, False)
 
     def answer(self, text: str, ends: bool = False) -> list[int]:
         ids = self.continuation(text)

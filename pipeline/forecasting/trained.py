@@ -58,7 +58,7 @@ def trained(method: dict[str, Any], shape: Shape) -> Trained:
         path = Path(method["path"])
         return _adapter(read_json(path / "adapter_config.json" if path.is_dir() else path), shape, True)
     declared = class_of(method, "method")
-    if declared.peft:
+    if declared.peft and not declared.corrects_gradients:
         kind = name_of(method["config"], "peft", "method.config").removesuffix("Config")
         config = {k: v for k, v in method["config"].items() if k not in ("type", "_target_")}
         return _adapter({**config, "peft_type": PEFT_NAMES.get(kind, kind.upper())}, shape, not declared.own_optimizer_groups)

@@ -38,6 +38,8 @@ class Method:
     """`prompt` changes what the model sees."""
     own_optimizer_groups: ClassVar[bool] = False
     """`optimizer_groups` gives others than all trained parameters at one learning rate."""
+    corrects_gradients: ClassVar[bool] = False
+    """Hooks of its own change gradients before the optimiser has them, so that it is trained by autograd, one run at a time."""
 
     @property
     def name(self) -> str:
@@ -57,6 +59,11 @@ class Method:
     @property
     def acts_between_steps(self) -> bool:
         """Whether `after_step` does something, so that it is stepped eagerly."""
+        return False
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a row's answer depends on the rows beside it, which a note says."""
         return False
 
     @property

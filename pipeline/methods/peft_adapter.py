@@ -1,7 +1,7 @@
 """Any adapter that the PEFT library has, from its own config: LoRA, IA3, OFT, prompt tuning, …
 
 conf/method/lora.yaml, prompt_tuning.yaml, …; a new adapter of PEFT needs a YAML and no code. Adapters that need more than their config
-are subclasses in peft_lora.py, peft_prompts.py and peft_adalora.py.
+are subclasses in peft_lora.py, peft_prompts.py, peft_tokens.py, peft_shadow.py and peft_adalora.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pipeline.models.reach import adapted_weights
 
 SHOWN = {
     "r": "r", "init_r": "init_r", "target_r": "target_r", "lora_alpha": "alpha", "alpha": "alpha", "lora_dropout": "dropout", "oft_block_size": "block_size",
-    "num_virtual_tokens": "virtual_tokens", "init_lora_weights": "init", "prompt_tuning_init": "init", "use_rslora": "use_rslora", "use_dora": "use_dora",
+    "num_virtual_tokens": "virtual_tokens", "block_size": "block_size", "n_frequency": "coefficients", "sparsity": "sparsity", "adapter_len": "virtual_tokens",
+    "num_vectors": "vectors", "init_lora_weights": "init", "prompt_tuning_init": "init", "use_rslora": "use_rslora", "use_dora": "use_dora",
 }
 """Keys of PEFT's configs and what the table calls them; a flag that is off, and an initialisation that is the default, are left out."""
 
@@ -74,6 +75,10 @@ class PeftAdapter(Method):
         return "together" if self.config.peft_type.value == "LORA" and plain else "in_turn"
 
     @property
+    def mixes_rows(self) -> bool:
+        return self.config.peft_type.value in peft_options.MIXED_BY_BATCH
+
+    @property
     def prepares(self) -> bool:
         return peft_options.start(self.config) in peft_options.FROM_DATA
 
@@ -104,13 +109,17 @@ class PeftAdapter(Method):
         if self.prepares:
             peft_start.keep(base, examples)
 
-    def wrap(self, model: Any) -> Any:
+    def attached(self, model: Any, config: Any) -> Any:
+        """The base in PEFT's adapter of this config, as it is before its first step."""
         from peft import get_peft_model
 
-        name, config = type(model).__name__, peft_options.fitted(self.config, model)
         attach = peft_start.attached if hasattr(model, peft_start.EXAMPLES) else get_peft_model
+        return prompts_on_device(attach(model, config))
+
+    def wrap(self, model: Any) -> Any:
+        name, config = type(model).__name__, peft_options.fitted(self.config, model)
         try:
-            wrapped = prompts_on_device(attach(model, config))
+            wrapped = self.attached(model, config)
             for parameter in wrapped.parameters():
                 if parameter.requires_grad and parameter.is_floating_point():
                     parameter.data = parameter.data.float()  # copies of a bf16 base's own, such as LN tuning's norms, too
@@ -149,6 +158,9 @@ class PeftAdapter(Method):
 
     def reached_weights(self, model: Any) -> int:
         return 0 if self.soft_prompt else adapted_weights(model)
+
+    def notes(self, model: Any) -> list[str]:
+        return [f"PEFT's {self.config.peft_type.value} mixes by the mean over a batch: a row's answer depends on the rows beside it"] if self.mixes_rows else []
 
     def hyperparameters(self) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -20,13 +20,13 @@ REPLACES = ("kasa_config", "layer_replication")
 """Options of LoRA that change the base's own weights or layers."""
 UNMERGED = ("ADAPTION_PROMPT", "BEFT", "LILY", "POLY", "SHADOW", "XLORA")
 """Adapters that PEFT cannot fold into a base's weights (BEFT: into one without biases)."""
+MIXED_BY_BATCH = ("LILY",)
+"""Adapters whose router takes the mean over a batch's rows and padding, so that a row's answer depends on the rows beside it."""
 UNMERGED_OPTIONS = ("alora_invocation_tokens", "lora_bias", "layer_replication")
 """The same of LoRA's options; a lora_bias has no place in a layer without a bias."""
 PENALISED = ("kasa_config", "monteclora_config")
 """Options of LoRA that add terms to the loss."""
 ELSEWHERE = {
-    "POLY": "routes by the task of every row, and these rows are of one task; choose another adapter",
-    "SHADOW": "runs a network of its own beside the base, which this version of PEFT cannot attach here; choose another adapter",
     "XLORA": "mixes LoRA adapters that are trained already; train them as cells of their own",
 }
 """Adapters that do not run here -> why, and what to do."""
@@ -130,6 +130,8 @@ def fitted(config: Any, model: Any) -> Any:
             setattr(config, key, None)
         _fit_prompt(config, model)
     _check_fit(config, model)
+    if kind == "ADAPTION_PROMPT" and config.adapter_layers is None:
+        config.adapter_layers = model.config.get_text_config().num_hidden_layers
     if kind in ("IA3", "LN_TUNING") and config.target_modules is None:
         config.target_modules = kinds.norms(model) if kind == "LN_TUNING" else kinds.keys_and_values(model)
         if kind == "IA3" and config.target_modules:

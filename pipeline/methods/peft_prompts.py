@@ -1,6 +1,6 @@
 """Trained prompts of PEFT that need more than their config: prefix tuning, multitask prompts, P-tuning.
 
-conf/method/prefix_tuning.yaml, multitask_prompt.yaml, p_tuning.yaml. Soft prompts that PEFT does not have are in soft_prompts.py.
+conf/method/prefix_tuning.yaml, cartridge.yaml, multitask_prompt.yaml, p_tuning.yaml. Soft prompts that PEFT does not have are in soft_prompts.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pipeline.models.base import load_tokenizer
 
 @dataclass(frozen=True)
 class PrefixTuning(PeftAdapter):
-    """Trained keys and values before every layer's own (Li & Liang, 2021), initialised with those that the base computes for a text.
+    """Trained keys and values before every layer's own (Li & Liang, 2021; with frozen first ones a cartridge, Eyuboglu et al., 2025), initialised with those
+    that the base computes for a text.
 
     PEFT draws them from a normal distribution of deviation 1, which is far from what a layer computes: the base's answers are lost, and a few
     hundred rows do not recover them. The paper initialises with words' activations where rows are few (its section on initialisation).
@@ -29,7 +30,7 @@ class PrefixTuning(PeftAdapter):
         super().__post_init__()
         if self.text is not None and not self.text.strip():
             raise UserError("method.text is empty; give words to start from, or null for a random initialisation")
-        if self.text is not None and self.config.prefix_projection:
+        if self.text is not None and getattr(self.config, "prefix_projection", False):
             raise UserError("method.text cannot be reached through a projection; set method.config.prefix_projection=false, or method.text=null")
 
     def wrap(self, model: Any) -> Any:

@@ -28,6 +28,11 @@ def keep(base: Any, examples: Sequence[Example]) -> None:
     setattr(base, EXAMPLES, examples[:ROWS])
 
 
+def taken(base: Any) -> Sequence[Example]:
+    """The stored examples, which are then no longer there; none where none were stored."""
+    return vars(base).pop(EXAMPLES, ())
+
+
 def attached(base: Any, config: Any) -> Any:
     """The base in an adapter that begins at the stored examples. Raises UserError where there are too few."""
     from peft import get_peft_model, get_peft_model_state_dict
@@ -36,7 +41,7 @@ def attached(base: Any, config: Any) -> Any:
     from peft.tuners.lora.loraga import preprocess_loraga
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
-    examples, kind = vars(base).pop(EXAMPLES), peft_options.start(config)
+    examples, kind = taken(base), peft_options.start(config)
     if not examples:
         raise UserError(f"method.config.init_lora_weights={kind} begins at training rows; raise train_rows")
     config = _maybe_include_all_linear_layers(copy.deepcopy(config), base)

@@ -302,7 +302,7 @@ def score_artefact(cfg: DictConfig, artefact: Path, split: str) -> tuple[list[di
     Raises:
         UserError: no such split or artefact, a damaged one, or a technique whose answers come without a model.
     """
-    rows = _rows(cfg, split)
+    rows = rows_of(cfg, split)
     scorer = scorer_of(cfg.technique.name, artefact, cfg)
     for note in scorer.check({split: rows}):
         print(f"note: {note}")
@@ -320,7 +320,7 @@ def probe_artefact(cfg: DictConfig, artefact: Path) -> Forgetting:
     return probing.forgetting(served.load(base)[0])
 
 
-def _rows(cfg: DictConfig, split: str) -> list[dict]:
+def rows_of(cfg: DictConfig, split: str) -> list[dict]:
     """The split's first rows, as many as the evaluate settings say."""
     folder = Path(cfg.paths.data) / cfg.task.name
     kinds = {"test": cfg.evaluate.test_rows, "validation": None}

@@ -226,6 +226,8 @@ class Fast:
         try:
             if not objective.plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.learning_rate:
                 raise Unsupported("its loss or optimiser is its own")
+            if run.method.corrects_gradients:
+                raise Unsupported("the method corrects its gradients")
             shapes = streams or buckets
             wide = run.ranks.count > 1 and parameters(run.model)[0] <= SUMMED_FP32
             bound = bind(run.model, run.dtype, accumulate=shapes.accumulates or wide, seed=run.ranks.seed(run.seed))
