@@ -2,7 +2,7 @@
 
     python -m pipeline.export cell=results/quick/lora-s0-n160 to=exported/lora
 
-    AutoModelForCausalLM.from_pretrained("exported/lora")        that is all; neither PEFT nor this project is needed
+    AutoModelForCausalLM.from_pretrained("exported/lora")        that is all; neither PEFT nor this project is needed (AutoModelForSeq2SeqLM for a T5)
 
 An adapter is folded into its base (a quantised base is dequantised first), a fine-tuned model is written as it is. The folder is loaded
 back, and its weights and answers are compared with the cell's before it is kept. Techniques that no weights can hold are refused by name: soft prompts,
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from pipeline.core.commands import entry
 from pipeline.core.files import UserError, atomic_folder, folder_bytes, write_json
+from pipeline.models import architecture
 from pipeline.records.finished import cell_config, finished
 from pipeline.serving.artefact import Artefact, Base
 from pipeline.serving.export import about, differences, divergence, likelihoods, load, refusal, save, tolerance
@@ -44,7 +45,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         if not (far := divergence(answers, likelihoods(loaded, base))) <= tolerance(base, result.precision):
             raise UserError(f"{result.technique} cannot be exported: merged, its answers lie {far:.2g} nats a token from the cell's")
         write_json(beside / "export.json", about(result, artefact))
-    print(f"{result.cell} -> {target}: {folder_bytes(target) / 2**20:,.0f} MiB, loads with AutoModelForCausalLM.from_pretrained({str(target)!r})")
+    print(f"{result.cell} -> {target}: {folder_bytes(target) / 2**20:,.0f} MiB, loads with {architecture.of(plain).auto}.from_pretrained({str(target)!r})")
     return 0
 
 

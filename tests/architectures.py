@@ -39,6 +39,9 @@ def _of(config: str, *leave: str, **own: Any) -> tuple[str, dict[str, Any]]:
 
 
 GPT2_NAMES = ("intermediate_size", "num_key_value_heads")
+T5 = {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 128, "d_kv": 16, "dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0}
+MODULE = {k: v for k, v in COMMON.items() if k != "tie_word_embeddings"} | LOCAL_AND_GLOBAL | {"head_dim": 16, "eos_token_id": 1, "pad_token_id": 1}
+"""An encoder, or a decoder, of T5Gemma."""
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": _of("LlamaConfig"),
     "mistral": _of("MistralConfig", sliding_window=WINDOW),
@@ -65,10 +68,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
                        n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, **EXPERTS),
     "gpt_oss": _of("GptOssConfig", head_dim=16, num_local_experts=4, num_experts_per_tok=2, **LOCAL_AND_GLOBAL),
     "mamba": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.15, "state_size": 8}),
-    "t5": ("T5Config", {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 128, "d_kv": 16}),
+    "t5": ("T5Config", T5),
+    "t5-v1_1": ("T5Config", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "umt5": ("UMT5Config", T5 | {"feed_forward_proj": "gated-gelu"}),
+    "t5gemma": ("T5GemmaConfig", {"encoder": MODULE, "decoder": MODULE | {"bos_token_id": 0}, "bos_token_id": 0, "initializer_range": 0.15}),
 }
-"""By model_type: the class of its config, and what makes it tiny. The larger initialisation is conftest's: weights small enough for a real width leave
-a width of 64 with nothing to tell words apart by."""
+"""By model_type, with a shape of its own behind a hyphen: the class of its config, and what makes it tiny. The larger
+initialisation is conftest's: weights small enough for a real width leave a width of 64 with nothing to tell words apart by."""
 
 ROWS = 192
 """Three times as many as elsewhere, in a third of the epochs: with 64 rows many a pair fits them all and still answers 90% of others."""
@@ -112,9 +118,10 @@ STARTS = {"full+weak": ["train.lr=1e-3", "train.epochs=1"], "full+half": ["train
 SET = re.compile(r"\{('[^{}]*')\}")
 """A Python set in a message of PEFT's, whose order is that of its hashes."""
 REACHED = 0.95
-LESS = {"mamba": ("prompt_tuning", "p_tuning", "ln_tuning", "written prompt_tuning")}
+LESS = {"mamba": ("prompt_tuning", "p_tuning", "ln_tuning", "written prompt_tuning"), "t5gemma": ("written prompt_tuning",)}
 """What trains and does not get there at any of the rates: in front of a frozen random state space model a soft prompt does little, since nothing of it can be
-looked up later (Galim et al., 2024, show that it can set the first state at most), and its norms fit the training rows alone (90% of others)."""
+looked up later (Galim et al., 2024, show that it can set the first state at most), and its norms fit the training rows alone (90% of others); before what a
+frozen random encoder reads it does not teach the decoder of T5Gemma where to end."""
 FALLEN = 0.7
 """Of the first step's loss, what the last one's of such a pair is below."""
 SETTINGS = ROOT / "tests" / "data" / "architecture_settings.json"
@@ -139,7 +146,7 @@ class Column:
         other = "; ".join(f"{technique}: `{' '.join(more)}`" for technique, more in self.settings.items())
         told: dict[str, list[str]] = {}
         for technique, sentence in self.refused.items():
-            told.setdefault(sentence.removeprefix(f"technique={technique.rpartition(' ')[2]} on {architecture}: "), []).append(technique)
+            told.setdefault(sentence.removeprefix(f"technique={technique.rpartition(' ')[2]} on {architecture.partition('-')[0]}: "), []).append(technique)
         refused = "<br>".join(f"{'all' if len(names) == len(TECHNIQUES) else ', '.join(names)}: {sentence}" for sentence, names in told.items())
         return f"| {architecture} | {len(self.ran)} | {other} | {', '.join(self.less)} | {refused} |"
 
@@ -150,7 +157,9 @@ def random_model(name: str, vocabulary: int = 31, **more: Any) -> Any:
     import transformers
 
     kind, sizes = ARCHITECTURES[name]
-    config = getattr(transformers, kind)(vocab_size=vocabulary, bos_token_id=None, eos_token_id=1, pad_token_id=None, **{**sizes, **more})
+    tokens = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
+    parts = {part: sizes[part] | {"vocab_size": vocabulary} for part in ("encoder", "decoder") if part in sizes}
+    config = getattr(transformers, kind)(**{**tokens, **sizes, **parts, **more})
     torch.manual_seed(0)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     return auto.from_config(config)

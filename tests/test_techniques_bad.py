@@ -127,16 +127,3 @@ def test_an_adapter_for_another_kind_of_model_is_refused(kind):
     with pytest.raises(UserError, match="task.type"):
         method("lora", f"method.config.task_type={kind}").check("fp32")
     method("lora").check("fp32")
-
-
-def test_an_encoder_decoder_is_told_when_the_model_is_fetched(tiny, tmp_path, capsys):
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    from pipeline import base_model
-    from pipeline.models.base import load_tokenizer
-
-    T5ForConditionalGeneration(T5Config(vocab_size=31, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
-    load_tokenizer(tiny / "models" / "smollm2_135m").save_pretrained(tmp_path / "t5")
-    assert base_model.main(["model=local", f"model.source.path={tmp_path}/t5", f"paths.models={tmp_path}/models"]) == 2
-    assert "t5 is an encoder-decoder (t5), and every technique here is for decoder-only models" in capsys.readouterr().err
-    assert not (tmp_path / "models").exists()

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.settings import Task
-from pipeline.data.rows import Encoded, Encoder, Example, collate
+from pipeline.data.rows import Encoded, Encoder, Example, collate, source_of
 from pipeline.methods.base import Method
 from pipeline.models.base import autocast
 from pipeline.objectives.base import Objective
-from pipeline.scoring.scorer import Scorer, logits_at
+from pipeline.scoring.scorer import Scorer, logits_of
 from pipeline.training.stepping import Run, choose
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.1}
@@ -72,13 +72,15 @@ def trained_as_scored(scorer: Scorer, objective: Objective, rows: Sequence[dict]
         trained = encoder.example(example)
         prompt, choices = scorer.items([{**row, "reasoned": example.prefill}])[0]
         scored = [*prompt, *(choices[row["choices"].index(row["answer"])] if choices else encoder.answer(row["answer"], ends=True))]
+        if list(trained.source) != source_of(prompt):
+            return Finding(name, False, f"row {row['id']!r} is read otherwise by the encoder when it is scored; check task.format and the chat template")
         if list(trained.ids) != scored:
             at = next((i for i, (a, b) in enumerate(zip(trained.ids, scored, strict=False)) if a != b), min(len(trained.ids), len(scored)))
             one, other = (encoder.tokenizer.decode(ids[max(0, at - 2) : at + 4]) for ids in (list(trained.ids), scored))
             where = f"row {row['id']!r} differs from its token {at} on: {one!r} is trained, {other!r} scored"
             return Finding(name, False, f"{where}; check task.format, task.separator and the tokenizer's chat template")
         begin = encoder.tokenizer.bos_token_id
-        if begin is not None and trained.ids[:2] == (begin, begin):
+        if begin is not None and (trained.source or trained.ids)[:2] == (begin, begin):
             return Finding(name, False, f"row {row['id']!r} begins with two {encoder.tokenizer.bos_token!r}: the chat template and the tokenizer each add one; "
                            "set add_bos_token=false in the model's tokenizer_config.json")
     return Finding(name, True, f"{len(rows)} rows are scored in the tokens that they are trained in")
@@ -123,7 +125,7 @@ def losses(model: Any, parts: Sequence[Sequence[Encoded]], pad_id: int, device: 
     for part in parts:
         batch = collate(part, dict.fromkeys((e.group for e in part), 1), pad_id).to(device)
         with torch.no_grad(), autocast(device, dtype):
-            nats = F.cross_entropy(logits_at(model, batch.input_ids, batch.rows, batch.cols), batch.targets, reduction="none")
+            nats = F.cross_entropy(logits_of(model, batch), batch.targets, reduction="none")
         sums = torch.zeros(len(part), device=device).index_add(0, batch.rows, nats)
         per_token += [float(total) / (len(e.ids) - e.start) for total, e in zip(sums, part, strict=True)]
     return per_token

@@ -25,7 +25,7 @@ from pipeline.data.splits import named as labels_in_words
 from pipeline.measure import turns
 from pipeline.measure.clock import Meter
 from pipeline.methods.base import Method
-from pipeline.models import rates
+from pipeline.models import architecture, rates
 from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, most_tokens, resolve
 from pipeline.objectives.base import Objective
 from pipeline.records.results import Synthetic
@@ -208,11 +208,21 @@ def _check_batch(cfg: DictConfig, settings: Settings, method: Any) -> None:
 def check(parts: Parts) -> None:
     """Raise UserError for parts that do not go together, before anything is loaded."""
     parts.method.check(parts.precision)
+    _check_architecture(parts)
     start = parts.cfg.start
     if start and parts.precision in QUANTISED:
         raise UserError(f"start={start} begins at that cell's plain weights, and {parts.precision} ones are rounded; choose precision=auto, fp32 or bf16")
     _check_batch(parts.cfg, parts.settings, parts.method)
     check_parallel(parts.cfg, parts.settings, parts.method, parts.objective)
+
+
+def _check_architecture(parts: Parts) -> None:
+    """Raise UserError where the base is an encoder-decoder, and the technique is for a decoder alone."""
+    reason = parts.method.decoder_only or parts.objective.decoder_only
+    if reason and architecture.of_folder(parts.model) is architecture.ENCODER_DECODER:
+        with named(parts):
+            raise UserError(f"{reason}, and the base is {architecture.ENCODER_DECODER.name}; choose another technique=<name>, "
+                            f"or {architecture.DECODER.name} with model=<name>")
 
 
 @contextlib.contextmanager
@@ -322,7 +332,7 @@ def load_base(parts: Parts, shared: Shared) -> Any:
 def load_encoder(parts: Parts, shared: Shared, base: Any) -> Encoder:
     train, trusted = parts.settings.train, parts.settings.model.trust_remote_code
     tokenizer = shared.tokenizers.get(parts.model) or load_tokenizer(parts.model, trusted)
-    return Encoder(tokenizer, parts.settings.task, most_tokens(base, train.max_length), train.too_long)
+    return Encoder(tokenizer, parts.settings.task, most_tokens(base, train.max_length), train.too_long, architecture.start_id(base))
 
 
 def encoded(parts: Parts, encoder: Encoder, rows: Sequence[dict], rationales: dict[str, dict]) -> list[list[Encoded]]:

@@ -128,7 +128,7 @@ def _of_model(parts: Parts, every: Sequence[Rows], shared: Shared) -> Iterator[F
                                batch_tokens=parts.settings.evaluate.batch_tokens, device=parts.device, dtype=parts.dtype, reasoning=parts.objective.reasoning)
     yield _lengths(parts, encoder, every, scorer(encoder=encoder))
     if parts.method.trains:
-        whole = Encoder(encoder.tokenizer, parts.settings.task, LIMITLESS, "error")
+        whole = Encoder(encoder.tokenizer, parts.settings.task, LIMITLESS, "error", encoder.start)
         yield checks.trained_as_scored(scorer(encoder=whole), parts.objective, rows.train[:ROWS], rows.rationales)
         yield checks.labels(whole, [e for r in rows.train[:ROWS] for e in parts.objective.examples(r, parts.settings.task, rows.rationales.get(r["id"]))])
         yield from _of_training(parts, encoder, rows, model)
@@ -166,11 +166,14 @@ def _of_training(parts: Parts, encoder: Encoder, rows: Rows, model: Any) -> Iter
     parts.method.before_training(model, max(10, parts.settings.train.steps or 10))
     yield checks.engine(run, examples, precision)
 
+    # a decoder that is fed its start token alone has one token to attend to, and its queries and keys no gradient, whatever is trained
+    longer = [dataclasses.replace(e, ids=(*e.ids, encoder.end_id)) if e.source else e for e in flat]
+
     def loss() -> Any:
         from pipeline.models.base import autocast
 
         with autocast(parts.device, parts.dtype):
-            return sum(objective.loss(model, batch.to(parts.device)) for batch in objective.batches(flat, settings, encoder.pad_id))
+            return sum(objective.loss(model, batch.to(parts.device)) for batch in objective.batches(longer, settings, encoder.pad_id))
 
     yield checks.gradients(model, loss)
     alone = checks.losses(model, [[e] for e in flat], *where)
@@ -187,6 +190,6 @@ def _precision(parts: Parts) -> str:
 
 def _spread(examples: Sequence[Sequence[Encoded]], longest: int) -> list[Sequence[Encoded]]:
     """A few rows, from the shortest to the longest that fits."""
-    fit = sorted((row for row in examples if all(len(e.ids) <= longest for e in row)), key=lambda row: max(len(e.ids) for e in row))
+    fit = sorted((row for row in examples if all(max(len(e.ids), len(e.source)) <= longest for e in row)), key=lambda row: max(e.tokens for e in row))
     count = min(BATCH, len(fit))
     return [fit[i * (len(fit) - 1) // max(1, count - 1)] for i in range(count)]

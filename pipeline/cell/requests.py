@@ -19,6 +19,7 @@ from pipeline.cell import identity, locks
 from pipeline.cell.inputs import Parts
 from pipeline.core import locks as core_locks
 from pipeline.core.files import UserError, read_object, write_json
+from pipeline.data.rows import source_of
 from pipeline.measure import clock, machine, turns
 from pipeline.measure.memory import PeakMemory
 from pipeline.models.base import manifest, memory_bytes, parameters
@@ -50,7 +51,7 @@ def measure(parts: Parts, scorer: Scorer, rows: Sequence[dict], inference: Infer
     mark = key(parts, scorer, asked)
     if mark is None or parts.cfg.latency == "measure":
         return dataclasses.replace(_measured(parts, scorer, asked, inference, tried), requests_key=mark)
-    tokens = sum(len(prompt) + sum(map(len, choices)) for prompt, choices in scorer.items(asked))
+    tokens = sum(len(source_of(prompt)) + len(prompt) + sum(map(len, choices)) for prompt, choices in scorer.items(asked))
     with _one_at_a_time(_memory(parts, mark)):
         before = _before(parts, mark, tokens)
         if before is not None:

@@ -178,10 +178,14 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
 
 
 def passed_over(base: Any, size: Size) -> list[str]:
-    """Notes on the shares of a mixture of experts, whose experts most methods pass over: they are one tensor and no linear layers."""
+    """Notes on the shares of a mixture of experts, whose experts most methods pass over: they are one tensor and no linear layers; and on layers that
+    transformers does not round (T5's)."""
+    kept, experts = getattr(base, "_keep_in_fp32_modules", None), has_experts(base)
+    if kept and not experts and size.quantised_share is not None and size.quantised_share < WHOLE:
+        return [f"{size.quantised_share:.0%} of the weights of the blocks is rounded to 8 or 4 bits; transformers keeps {', '.join(sorted(kept))} in fp32"]
     shares = {"is rounded to 8 or 4 bits": size.quantised_share, "is what the method reaches": size.reached_share}
     return [f"{part:.0%} of the weights of the blocks, those of their experts counted in, {what}"
-            for what, part in shares.items() if part is not None and part < WHOLE and has_experts(base)]
+            for what, part in shares.items() if part is not None and part < WHOLE and experts]
 
 
 def _prompt(parts: Parts, state: Any) -> Callable[[str], str]:

@@ -10,7 +10,7 @@ Library. `python -m pipeline.prepare task=<name>` reads conf/task/<name>.yaml. A
 
 source    type: files (JSONL, CSV, TSV, Parquet), hub or registry; what it gives no validation or test rows
           for is drawn from its training rows. Sets of any other name are transfer test sets, listed under `transfer`.
-columns   {new: old} renames a source's columns; a dot reaches into a nested one ({options: choices.text}).
+columns   {new: old} renames a source's columns; a dot reaches into a nested one ({options: choices.text}), and to an element of a list ({first: choices.0}).
 prompt    a template of columns. A list is joined by commas, a whole float loses its ".0", null is empty. Bytes, objects, NaN and a list with null
           inside are refused, with row and column.
 messages  in the place of prompt: the column of a row's conversation, OpenAI's messages or ShareGPT's (docs/data.md). Without `answer` the last assistant
@@ -333,6 +333,9 @@ def _look(fields: dict[str, Any], path: str, key: str, where: str) -> Any:
         return fields[path]
     value: Any = fields
     for part in path.split("."):
+        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+            continue
         if not isinstance(value, dict) or part not in value:
             raise UserError(f"{key} names the column {path!r}, which {where} does not have; there are: {', '.join(map(str, fields))}")
         value = value[part]

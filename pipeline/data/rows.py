@@ -10,7 +10,7 @@ import contextlib
 import functools
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -37,14 +37,36 @@ class Example:
     """The answer's beginning, which is part of the prompt and not learnt."""
 
 
+class Prefix(list[int]):
+    """Tokens that a decoder begins an answer with; source: what an encoder has read before."""
+
+    def __init__(self, ids: Iterable[int], source: Sequence[int]) -> None:
+        super().__init__(ids)
+        self.source = list(source)
+
+    def __add__(self, more: list[int]) -> Prefix:  # type: ignore[override]
+        return Prefix([*self, *more], self.source)
+
+
+def source_of(prompt: Sequence[int]) -> list[int]:
+    """What an encoder reads of a prompt; nothing where a decoder alone has it."""
+    return prompt.source if isinstance(prompt, Prefix) else []
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of an example: ids[start:] are the labels."""
+    """Tokens of an example: ids[start:] are the labels. source: what an encoder reads; ids are then the decoder's, its start token first."""
 
     ids: tuple[int, ...]
     start: int
     group: str = "label"
     weight: float = 1.0
+    source: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return len(self.source) + len(self.ids)
 
     @property
     def weights(self) -> Sequence[float]:
@@ -63,12 +85,16 @@ class Weighted(Encoded):
         return self.each
 
 
+Source = dict[str, Any]
+"""An encoder's side of a batch: input_ids, attention_mask [B, S], or what it made of them; a model's forward takes it by these names."""
+
+
 @dataclass
 class Batch:
     """A right-padded micro-batch; a causal model needs no attention mask for it.
 
     input_ids [B, T]; rows, cols, targets, weights [N]: the token `targets[i]` is predicted at
-    (rows[i], cols[i]), and the loss is sum(weights · nll).
+    (rows[i], cols[i]), and the loss is sum(weights · nll). With an encoder input_ids are the decoder's.
     """
 
     input_ids: torch.Tensor
@@ -78,26 +104,36 @@ class Batch:
     weights: torch.Tensor
     tokens: int
     """Real (non-padding) tokens."""
+    source: Source | None = field(default=None, kw_only=True)
+    """What an encoder reads; None: there is none."""
 
     def to(self, device: Any) -> Self:
-        moved = {k: v.to(device) for k, v in vars(self).items() if k != "tokens"}
-        return type(self)(**moved, tokens=self.tokens)
+        moved = {k: v.to(device) for k, v in vars(self).items() if k not in ("tokens", "source")}
+        return type(self)(**moved, tokens=self.tokens, source=self.source and {k: v.to(device) for k, v in self.source.items()})
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens and padding."""
+        return self.input_ids.numel() + (self.source["input_ids"].numel() if self.source else 0)
 
 
 class Encoder:
     """A tokenizer with a task's format around it.
 
+    Args:
+        start: the token with which the decoder of an encoder-decoder begins; prompts are then a Prefix. None: a decoder alone.
+
     Raises (from the methods):
         UserError: a text is longer than `max_length` and too_long is error, or an answer has no token.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, max_length: int, too_long: str) -> None:
+    def __init__(self, tokenizer: Any, task: Task, max_length: int, too_long: str, start: int | None = None) -> None:
         if task.chat and not getattr(tokenizer, "chat_template", None):
             other = "transcript" if task.messages else "plain"
             what = "task.format is chat" if task.format == "chat" else "task.messages goes through a chat template"
             raise UserError(f"{what}, but the model's tokenizer has no chat template; choose task.format={other}, or a model that was tuned to chat")
         self.template = Template(tokenizer) if task.chat else None
-        self.tokenizer, self.task, self.max_length, self.too_long = tokenizer, task, max_length, too_long
+        self.tokenizer, self.task, self.max_length, self.too_long, self.start = tokenizer, task, max_length, too_long, start
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._cut: set[tuple[int, ...]] = set()
         self._reported = 0
@@ -134,7 +170,7 @@ class Encoder:
     @property
     def glue(self) -> str:
         """What stands between a prompt and its answer."""
-        return self.task.separator if self.template is None else ""
+        return self.task.separator if self.template is None and self.start is None else ""
 
     def asked(self, text: str) -> str:
         """A prompt as the model reads it, in the chat template's words where there is one."""
@@ -146,8 +182,10 @@ class Encoder:
 
     def prompt(self, text: str) -> list[int]:
         """text: a conversation keeps its turns."""
-        asked = self.asked(text)
-        return self._ids(asked, False) if self.template is not None else _open(self.tokenizer, self._ids(asked, True)) or [self.pad_id]
+        ids = self._ids(self.asked(text), self.template is None)
+        if self.start is not None:
+            return Prefix([self.start], ids or [self.pad_id])
+        return ids if self.template is not None else _open(self.tokenizer, ids) or [self.pad_id]
 
     def continuation(self, text: str) -> list[int]:
         """A text as it follows a prompt; of a text that a model wrote there may be no token."""
@@ -171,10 +209,12 @@ class Encoder:
         if example.prefill:
             prompt = prompt + self.answer(example.prefill)
         prompt = self.fit(prompt, len(answer))
-        return Encoded((*prompt, *answer), len(prompt), example.group, example.weight)
+        return Encoded((*prompt, *answer), len(prompt), example.group, example.weight, tuple(source_of(prompt)))
 
     def fit(self, prompt: list[int], room: int) -> list[int]:
-        """The prompt, its start cut if prompt and `room` more tokens exceed max_length (and too_long allows it)."""
+        """The prompt, its start cut if prompt and `room` more tokens exceed max_length (and too_long allows it); an encoder leaves the decoder its room."""
+        if isinstance(prompt, Prefix):
+            return Prefix(prompt, self.fit(prompt.source, 0))
         excess = len(prompt) + room - self.max_length
         if excess <= 0:
             return prompt
@@ -313,7 +353,7 @@ def step_batches(examples: Sequence[Encoded], settings: Train, pad_id: int) -> I
     summed loss does not depend on how the step is split.
     """
     counts = labelled_tokens(examples)
-    for part in by_length([len(e.ids) for e in examples], settings.micro_batch_tokens):
+    for part in by_length([e.tokens for e in examples], settings.micro_batch_tokens):
         yield collate([examples[i] for i in part], counts, pad_id)
 
 
@@ -360,5 +400,15 @@ def collate(examples: Sequence[Encoded], counts: dict[str, int], pad_id: int) ->
             cols.append(at - 1)
             targets.append(example.ids[at])
             weights.append(weight / counts[example.group])
-    tokens = sum(len(e.ids) - 1 for e in examples)
-    return Batch(ids, torch.tensor(rows), torch.tensor(cols), torch.tensor(targets), torch.tensor(weights), tokens)
+    source = sources([e.source for e in examples], pad_id) if examples[0].source else None
+    tokens = sum(e.tokens - 1 for e in examples)
+    return Batch(ids, torch.tensor(rows), torch.tensor(cols), torch.tensor(targets), torch.tensor(weights), tokens, source=source)
+
+
+def sources(texts: Sequence[Sequence[int]], pad_id: int) -> Source:
+    """What an encoder is given of token ids: padded on the right, with a mask, since it attends to both sides."""
+    import torch
+
+    ids = pad(texts, pad_id)
+    lengths = torch.tensor([len(text) for text in texts])
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}

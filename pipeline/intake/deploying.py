@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.commands import call
 from pipeline.core.files import UserError, atomic_folder, folder_bytes, read_object, write_json, write_text
+from pipeline.models import architecture
 from pipeline.records.finished import Cell, cell_config
 from pipeline.records.results import Result
 from pipeline.scoring.answers import headline
@@ -55,6 +56,9 @@ def deploy(cell: Cell, cfg: DictConfig, target: Path) -> int:
     result = cell.result
     config = cell_config(result, cfg)
     served = Artefact.at(result.cell, cell.folder / "artefact", config)
+    if architecture.of_folder(Path(config.paths.models) / config.model.name) is architecture.ENCODER_DECODER:
+        raise UserError(f"{result.technique} on {config.model.name} cannot be deployed: predict.py is for a decoder alone, and this base is "
+                        f"{architecture.ENCODER_DECODER.name}; python -m pipeline.export writes its weights, pipeline.serve answers with it")
     reason = refusal(served)
     as_adapter = bool(reason and served.method.peft)
     in_prompt = bool(reason) and not as_adapter

@@ -76,6 +76,11 @@ class Method:
         """Whether trained vectors stand before every request's own tokens."""
         return False
 
+    @property
+    def decoder_only(self) -> str | None:
+        """Why the base has to be a decoder alone, a clause; None: it may be an encoder with its decoder, too."""
+        return None
+
     def check(self, precision: str) -> None:
         """Raise UserError where the method makes no sense in this precision; runs before any model is loaded."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.methods.base import Method, check_counts, load_weights, save_weights
-from pipeline.models.blocks import BLOCK, PLACES, blocks, sublayer
+from pipeline.models.blocks import BLOCK, PLACES, blocks, sublayer, width
 
 WEIGHTS = "adapter.safetensors"
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
@@ -62,10 +62,10 @@ class Bottleneck(Method):
     def wrap(self, model: Any) -> Any:
         from pipeline.methods.modules.adapters import Adapter, attach
 
-        places = [(sublayer(block, place), place == BLOCK) for block in blocks(model) for place in self.places]  # before the first is changed
-        halves = self._halves(model.config.hidden_size)
-        for module, normalised in places:
-            attach(module, Adapter(*next(halves), self.activation, self.scale, normalised), self.parallel)
+        places = [(sublayer(block, place), place == BLOCK, width(model, block)) for block in blocks(model) for place in self.places]  # before one is changed
+        halves = {d: self._halves(d) for *_, d in places}
+        for module, normalised, d in places:
+            attach(module, Adapter(*next(halves[d]), self.activation, self.scale, normalised), self.parallel)
         return model
 
     def save(self, model: Any, state: Any, folder: Path) -> None:

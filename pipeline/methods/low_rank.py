@@ -45,6 +45,10 @@ class LowRank(Method):
     def name(self) -> str:
         return "low_rank_calibrated" if self.calibrated else "low_rank"
 
+    @property
+    def decoder_only(self) -> str | None:
+        return "calibration feeds rows to one stack of blocks" if self.calibrated else None
+
     def check(self, precision: str) -> None:
         if precision in QUANTISED:
             raise UserError(f"{self.name} takes weights apart, and {precision} ones are rounded; choose precision=auto, fp32 or bf16")

@@ -6,7 +6,8 @@ are subclasses in peft_lora.py, peft_prompts.py, peft_tokens.py, peft_shadow.py 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from pipeline.data.rows import Example
 from pipeline.measure.memory import out_of_memory
 from pipeline.methods import peft_options, peft_start
 from pipeline.methods.base import QUANTISED, Method
+from pipeline.models import architecture
 from pipeline.models.base import autocast, dequantised, untie
 from pipeline.models.reach import adapted_weights
 
@@ -95,9 +97,14 @@ class PeftAdapter(Method):
         """AdaMSS moves its subspaces; terms of the loss are added in the model's forward, which is a step that is not captured."""
         return self._penalised or getattr(self.config, "use_asa", False)
 
+    @property
+    def decoder_only(self) -> str | None:
+        return peft_options.decoder_only(self.config)
+
     def check(self, precision: str) -> None:
-        if self.config.task_type != "CAUSAL_LM":
-            raise UserError(f"method.config.task_type is {self.config.task_type!r}; every base here is a causal language model: CAUSAL_LM")
+        if self.config.task_type not in architecture.TASKS:
+            raise UserError(f"method.config.task_type is {self.config.task_type!r}; a base here is {' or '.join(architecture.TASKS.values())}: "
+                            f"{' or '.join(architecture.TASKS)}")
         peft_options.check_start(self.config, precision, precision in QUANTISED)
         if precision not in QUANTISED:
             return
@@ -218,10 +225,19 @@ def _sort_sets(config: Any) -> None:
 
 def prompts_on_device(model: Any) -> Any:
     """A model of PEFT, with the indices of its soft tokens on its own device: PEFT keeps them on the CPU and copies them in every forward pass,
-    which cannot be captured in a CUDA graph."""
+    which cannot be captured in a CUDA graph. A prefix comes as a cache that the model takes."""
     for name, indices in model.prompt_tokens.items() if model.active_peft_config.is_prompt_learning else ():
         model.prompt_tokens[name] = indices.to(model.device)
+    if model.active_peft_config.peft_type.value in peft_options.PREFIXES and architecture.has_encoder(model):
+        model.get_prompt = functools.partial(_prefix_of_decoder, model.get_prompt)
     return model
+
+
+def _prefix_of_decoder(prompt: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """A prefix as the decoder's own keys and values, with room for those of what its encoder read."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    return EncoderDecoderCache(prompt(*args, **more), DynamicCache())
 
 
 def _answer_once(model: Any) -> None:
@@ -229,10 +245,11 @@ def _answer_once(model: Any) -> None:
     import torch
 
     modes = {module: module.training for module in model.modules()}
-    more = {"task_ids": torch.zeros(1, dtype=torch.long, device=model.device)} if model.active_peft_config.peft_type.value == "MULTITASK_PROMPT_TUNING" else {}
+    more = architecture.one_token(model)
+    more |= {"task_ids": torch.zeros(1, dtype=torch.long, device=model.device)} if model.active_peft_config.peft_type.value == "MULTITASK_PROMPT_TUNING" else {}
     generators = torch.random.fork_rng([model.device] if model.device.type == "cuda" else [])
     with torch.no_grad(), generators, autocast(model.device, model.get_base_model().dtype):
-        model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), **more)
+        model.eval()(**more)
     for module, mode in modes.items():
         module.training = mode
 

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from pipeline.core.files import UserError
-from pipeline.models import kinds
+from pipeline.models import architecture, kinds
 
 FROM_DATA = ("corda", "eva", "lora_ga")
 """Initialisations of LoRA that read training rows first."""
@@ -39,6 +39,15 @@ NAMED = (*PATTERNS, "modules_to_save", "feedforward_modules", "target_parameters
 """Keys that name modules: a regular expression or, of all of them, a list of names."""
 RANKED = {"LORA": "r", "ADALORA": "init_r", "LOHA": "r"}
 """Adapters whose weights grow with the rank, however little a layer has; the key of it. VeRA's is of frozen matrices, and LoKr's has an end of its own."""
+PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
+"""Trained keys and values."""
+DECODER_ONLY = {
+    "MULTITASK_PROMPT_TUNING": "PEFT feeds its prompt to an encoder-decoder only beside labels",
+    "ADAPTION_PROMPT": "it stands in attention of Llama's kind",
+    "CPT": "it reads the prompt's tokens in the decoder",
+    "CARTRIDGE": "it compresses a text that a decoder has read",
+}
+"""Adapters that an encoder-decoder cannot have -> why."""
 BASE = "base"
 """In a config's tokenizer_name_or_path: the base model's own."""
 
@@ -61,6 +70,15 @@ def merges(config: Any) -> bool:
 def changes_base(config: Any) -> bool:
     """Whether the adapter, loaded, leaves the base other than it was."""
     return start(config) != "eva" and start(config).startswith(NEEDS_FLOATS) or has(config, *REPLACES) or getattr(config, "bias", "none") != "none"
+
+
+def decoder_only(config: Any) -> str | None:
+    """Why the adapter's base has to be a decoder alone; None: it need not."""
+    if has(config, "alora_invocation_tokens"):
+        return "its adapter begins at a token of the prompt, which the decoder does not see"
+    if start(config) in FROM_DATA:
+        return f"init_lora_weights={start(config)} feeds rows to a decoder alone"
+    return DECODER_ONLY.get(config.peft_type.value)
 
 
 def check(config: Any) -> None:
@@ -122,7 +140,10 @@ def fitted(config: Any, model: Any) -> Any:
         UserError: tokens or layers that the model does not have, keys and values that no prefix can be.
     """
     config = copy.deepcopy(config)
-    kind = config.peft_type.value
+    kind, base = config.peft_type.value, architecture.of(model)
+    if config.task_type == architecture.ENCODER_DECODER.task != base.task:
+        raise UserError(f"method.config.task_type is {config.task_type!r}, and {type(model).__name__} is {base.name}: {base.task}")
+    config.task_type = config.task_type and base.task
     if getattr(config, "tokenizer_name_or_path", None) == BASE:
         config.tokenizer_name_or_path = model.config._name_or_path
     if config.is_prompt_learning:
@@ -182,9 +203,13 @@ def _check_tokens(key: str, indices: Any, size: int) -> None:
 
 
 def _fit_prompt(config: Any, model: Any) -> None:
-    """Heads and width of a prefix as the model's cache has them; of other prompts, a number of heads that nothing reads."""
-    if config.peft_type.value not in ("PREFIX_TUNING", "CARTRIDGE"):
-        if not getattr(model.config.get_text_config(), "num_attention_heads", None):
+    """Heads and width of a prefix as the model's cache has them; of other prompts, a number of heads that nothing reads. With an encoder, prompts stand
+    before what it reads and a prefix before what its decoder writes, so both are of one part of the model."""
+    config.num_transformer_submodules = 1
+    if config.peft_type.value not in PREFIXES:
+        if architecture.has_encoder(model):
+            config.num_layers, config.token_dim, config.num_attention_heads = 1, model.get_input_embeddings().weight.shape[1], 1
+        elif not getattr(model.config.get_text_config(), "num_attention_heads", None):
             config.num_attention_heads = 1
         return
     name, tokens = type(model).__name__, config.num_virtual_tokens
@@ -200,6 +225,8 @@ def _fit_prompt(config: Any, model: Any) -> None:
     if len(shapes) == 1:
         _, config.num_attention_heads, _, width = shapes.pop()
         config.token_dim = config.num_attention_heads * width
+    if architecture.has_encoder(model):
+        config.num_layers = len(layers)
 
 
 def _cache(model: Any) -> Any:
@@ -207,5 +234,5 @@ def _cache(model: Any) -> Any:
     import torch
 
     with torch.no_grad():
-        out = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
-    return getattr(out, "past_key_values", None)
+        out = model(**architecture.one_token(model), use_cache=True)
+    return architecture.self_attention_cache(getattr(out, "past_key_values", None))

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.core.files import UserError
 from pipeline.methods.peft_adapter import PeftAdapter
+from pipeline.models import architecture
 from pipeline.models.base import load_tokenizer
 
 
@@ -59,7 +60,8 @@ def _keys_and_values(model: Any, ids: list[int]) -> Any:
     import torch
 
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+        past = model(**architecture.inputs(model, torch.tensor([ids], device=model.device)), use_cache=True).past_key_values
+    return architecture.self_attention_cache(past)
 
 
 @dataclass(frozen=True)

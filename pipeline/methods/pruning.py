@@ -55,6 +55,10 @@ class Pruning(Method):
     def name(self) -> str:
         return "wanda" if self.by == "wanda" else "magnitude_pruning"
 
+    @property
+    def decoder_only(self) -> str | None:
+        return "calibration feeds rows to one stack of blocks" if self.by == "wanda" else None
+
     def check(self, precision: str) -> None:
         if precision in QUANTISED:
             raise UserError(f"{self.name} compares weights, and {precision} ones are rounded; choose precision=auto, fp32 or bf16")

@@ -62,6 +62,10 @@ class Retrieval(Method):
         check_counts(self, "k", "passage_words")
 
     @property
+    def decoder_only(self) -> str | None:
+        return "method.by=embedding reads a decoder's last states" if self.by == "embedding" else None
+
+    @property
     def name(self) -> str:
         return f"retrieval_{self.by}"
 

@@ -24,6 +24,10 @@ class SideNetwork(Method):
 
     trains = True
 
+    @property
+    def decoder_only(self) -> str:
+        return "its network reads one stack of blocks"
+
     def wrap(self, model: Any) -> Any:
         from pipeline.methods.modules import side_networks
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.data.rows import Example
+from pipeline.methods import peft_options
 from pipeline.methods.base import Method, check_counts
 from pipeline.methods.peft_adapter import prompts_on_device
 
@@ -37,7 +38,7 @@ class SoftPrompt(Method):
         from peft import PromptTuningConfig, get_peft_model
 
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB")
-        return prompts_on_device(get_peft_model(model, config))
+        return prompts_on_device(get_peft_model(model, peft_options.fitted(config, model)))
 
     def save(self, model: Any, state: Any, folder: Path) -> None:
         model.save_pretrained(folder, save_embedding_layers=False)

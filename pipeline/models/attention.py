@@ -37,11 +37,13 @@ def _plain(q_length: int, kv_length: int, attention_mask: Any = None, local_size
 
 
 def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **how: Any) -> Any:
-    """transformers' sdpa_attention_forward; with a mask, and a backward pass to come, by any of torch's kernels but cuDNN's."""
+    """transformers' sdpa_attention_forward; with a mask (or T5's bias, which becomes one), and a backward pass to come, by any of torch's kernels but
+    cuDNN's."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if attention_mask is None or not query.is_cuda or not (query.requires_grad or key.requires_grad or value.requires_grad):
+    masked = attention_mask is not None or how.get("position_bias") is not None
+    if not masked or not query.is_cuda or not (query.requires_grad or key.requires_grad or value.requires_grad):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)

@@ -7,6 +7,7 @@ and a model's own code are refused unless its config says otherwise.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import pickle
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.core.compose import CONF
 from pipeline.core.files import UserError, read_object
 from pipeline.core.settings import Precision
 from pipeline.measure.memory import out_of_memory
+from pipeline.models import architecture
 
 
 def device_of(name: str) -> Any:
@@ -48,13 +50,20 @@ def tokenizer_at(folder: Path, shown: str, trust_remote_code: bool) -> Any:
     """The same of a folder without a manifest. shown: what to call it in a message."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")):
         raise UserError(f"{shown} holds no tokenizer (tokenizer.json); put the model's tokenizer files beside its weights")
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"the tokenizer of {shown} cannot be loaded: {_why(error)}") from error
+        raise UserError(f"the tokenizer of {shown} cannot be loaded: {_without_reader(folder) or _why(error)}") from error
+
+
+def _without_reader(folder: Path) -> str | None:
+    """What is missing where a tokenizer is SentencePiece's file alone, as T5's are on the hub: transformers then asks for a package that would not do."""
+    if (folder / "tokenizer.json").exists() or not any(folder.glob("*.model")) or importlib.util.find_spec("sentencepiece"):
+        return None
+    return "it is a file of SentencePiece, which transformers reads with that package; run: pip install sentencepiece, then this again"
 
 
 def _why(error: Exception) -> str:
@@ -110,22 +119,23 @@ def _pretrained(folder: Path, trust_remote_code: bool, **how: Any) -> Any:
 
 
 def model_at(folder: Path, shown: str, trust_remote_code: bool, **how: Any) -> Any:
-    """The causal language model in a folder. Raises UserError for what is none, is damaged, or comes with code that is not trusted."""
+    """The language model in a folder. Raises UserError for what is none, is damaged, or comes with code that is not trusted."""
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     from pipeline.models import attention
 
     attention.register()
+    kind = architecture.of_folder(folder)
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **how)
+            return getattr(transformers, kind.auto).from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **how)
     except (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, StrictDataclassError, SafetensorError,
             pickle.UnpicklingError) as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"the model {shown} cannot be loaded as a causal language model: {_why(error)}") from error
+        raise UserError(f"the model {shown} cannot be loaded as {kind.name}: {_why(error)}") from error
 
 
 def check_loads(folder: Path, trust_remote_code: bool = False) -> None:
@@ -135,7 +145,7 @@ def check_loads(folder: Path, trust_remote_code: bool = False) -> None:
     try:
         model = load_stored(folder, trust_remote_code)
         with torch.no_grad():
-            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long))
+            model.eval()(**architecture.one_token(model))
     except UserError:
         raise
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Taking a decoder apart: its blocks, their linear layers, and what goes through those on calibration rows."""
+"""Taking a model apart: its blocks, their linear layers, and what goes through those on calibration rows."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.files import UserError
 from pipeline.data.rows import Example
+from pipeline.models import architecture
 from pipeline.models.base import load_tokenizer, most_tokens
 
 if TYPE_CHECKING:
     import torch
 
-PLACES = {"attention": re.compile(r"attn|attention"), "feed_forward": re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe")}
+PLACES = {"attention": re.compile(r"attn|attention"), "feed_forward": re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe|^dense_?relu")}
 """What a block's children are called in the architectures of transformers."""
+CROSS = re.compile(r"cross|enc_?dec|encoder")
+"""What children are called that attend to what an encoder made."""
 BLOCK = "block"
 
 
 def blocks(model: Any) -> Any:
-    """The decoder's blocks. Raises UserError where there is no such list."""
+    """The model's blocks, an encoder's before its decoder's. Raises UserError where there is no such list."""
+    if architecture.has_encoder(model):
+        return [block for stack in (model.get_encoder(), model.get_decoder()) for block in _first_list(stack)]
     return _decoder_and_blocks(model)[1]
 
 
@@ -39,6 +44,21 @@ def _decoder_and_blocks(model: Any) -> tuple[Any, Any]:
             if isinstance(child, torch.nn.ModuleList) and len(child) == wanted:
                 return module, child
     raise UserError(f"{type(model).__name__} has no list of {wanted} layers to choose from; use technique=full or an adapter")
+
+
+def _first_list(stack: Any) -> Any:
+    import torch
+
+    for child in stack.children():
+        if isinstance(child, torch.nn.ModuleList):
+            return child
+    raise UserError(f"{type(stack).__name__} has no list of layers to choose from; use technique=full or an adapter")
+
+
+def width(model: Any, block: Any) -> int:
+    """Numbers of a hidden state of the block; an encoder's may be another than its decoder's."""
+    size = getattr(model.config, "hidden_size", None)
+    return size if size is not None else next(p.numel() for p in block.parameters() if p.ndim == 1)
 
 
 def linears(block: Any) -> Iterator[tuple[str, Any]]:
@@ -59,15 +79,28 @@ def matrix(module: Any) -> Any:
 
 
 def sublayer(block: Any, place: str) -> Any:
-    """A block's attention or feed_forward module, or the block. Raises UserError where the block has no one module for it."""
+    """A block's attention (to its own tokens) or feed_forward module, or the block. Raises UserError where the block has no one module for it."""
     if place == BLOCK:
         return block
-    modules = [module for name, module in block.named_children() if PLACES[place].search(name.lower()) and any(p.ndim > 1 for p in module.parameters())]
+    children = list(_children(block))
+    modules = [module for name, module in children if PLACES[place].search(name.lower()) and any(p.ndim > 1 for p in module.parameters())
+               and not CROSS.search(name.lower())]
     if len(modules) == 1:
         return modules[0]
-    there = ", ".join(name for name, _ in block.named_children())
+    there = ", ".join(name for name, _ in children)
     what = f"{type(block).__name__} has {'no' if not modules else 'more than one'} module that is its {place} (it has {there})"
     raise UserError(f"{what}; choose other method.places, or an adapter of single layers such as technique=lora")
+
+
+def _children(block: Any) -> Iterator[tuple[str, Any]]:
+    """A block's children by name; of T5's, which are in a list and have a norm and a residual sum of their own, the children of those."""
+    import torch
+
+    for name, child in block.named_children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from (inner for part in child for inner in part.named_children())
+        else:
+            yield name, child
 
 
 MOST_TOKENS = 2048

@@ -1,4 +1,4 @@
-"""A decoder's layers by what they do, read from the model itself: keys and values, the feed-forward's last layer, norms. Names are as PEFT's
+"""A model's layers by what they do, read from the model itself: keys and values, the feed-forward's last layer, norms. Names are as PEFT's
 target_modules take them: a layer of every block by its place in the block."""
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def matrix_shape(module: Any) -> tuple[int, int]:
 
 
 def _in_attention(name: str) -> bool:
-    return bool(PLACES["attention"].search(name.partition(".")[0].lower()))
+    *modules, last = name.lower().split(".")
+    return any(PLACES["attention"].search(module) for module in modules or [last])
 
 
 def _is_norm(module: Any) -> bool:

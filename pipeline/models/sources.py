@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import UserError, read_object
+from pipeline.core.files import UserError
 from pipeline.models.base import PICKLES, model_at, quiet, refuse_pickles, tokenizer_at
 
 
@@ -99,11 +99,6 @@ def hub_errors(repository: str, otherwise: str, fix: str, near: str = "") -> Ite
 
 def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: bool) -> tuple[Any, Any]:
     tokenizer = tokenizer_at(Path(folder), shown, trust_remote_code)
-    config = Path(folder) / "config.json"
-    about = read_object(config) if config.exists() else {}
-    if about.get("is_encoder_decoder"):
-        what = f"the model {shown} is an encoder-decoder ({about.get('model_type')})"
-        raise UserError(f"{what}, and every technique here is for decoder-only models; choose a causal language model with model=<name>")
     return model_at(Path(folder), shown, trust_remote_code, dtype="auto", use_safetensors=None if allow_pickle else True), tokenizer
 
 

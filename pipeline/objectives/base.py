@@ -22,7 +22,7 @@ from pipeline.records.results import Teacher
 from pipeline.scoring.best_of import Selection
 from pipeline.scoring.drawing import RewardReader
 from pipeline.scoring.reading import Reasoning
-from pipeline.scoring.scorer import Scorer, logits_at
+from pipeline.scoring.scorer import Scorer, logits_of
 
 if TYPE_CHECKING:
     import torch
@@ -163,6 +163,11 @@ class Objective:
         return next((part for part, overridden in parts.items() if overridden), None)
 
     @property
+    def decoder_only(self) -> str | None:
+        """Why the base has to be a decoder alone, a clause; None: it may be an encoder with its decoder, too."""
+        return "texts are drawn from a decoder alone" if self.trainer == "online" else None
+
+    @property
     def reasoning(self) -> Reasoning | None:
         """How the model reasons before it answers; None: it answers at once."""
         return None
@@ -212,7 +217,7 @@ class Objective:
 
         from pipeline.engine.ops import WeightedNll
 
-        logits = logits_at(model, batch.input_ids, batch.rows, batch.cols)
+        logits = logits_of(model, batch)
         if logits.device.type == "cpu":  # fewer passes over the logits
             return WeightedNll.apply(logits, batch.targets, batch.weights)
         return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()

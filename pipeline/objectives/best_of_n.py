@@ -26,6 +26,10 @@ class BestOfN(Objective):
         return {"reward": self.reward}
 
     @property
+    def decoder_only(self) -> str:
+        return "texts are drawn from a decoder alone"
+
+    @property
     def selection(self) -> Selection:
         return Selection(self.n, self.temperature, self.reward, self.unproven == "use")
 

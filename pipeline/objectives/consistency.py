@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.settings import NotNegative
 from pipeline.data.rows import Batch
 from pipeline.objectives.base import Objective
-from pipeline.scoring.scorer import logits_at
+from pipeline.scoring.scorer import logits_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ class Consistency(Objective):
         import torch
         import torch.nn.functional as F
 
-        one, other = (torch.log_softmax(logits_at(model, batch.input_ids, batch.rows, batch.cols), -1) for _ in range(2))
+        one, other = (torch.log_softmax(logits_of(model, batch), -1) for _ in range(2))
         divergence = ((one.exp() - other.exp()) * (one - other)).sum(-1) / 2  # both divergences at once
         return ((F.nll_loss(one, batch.targets, reduction="none") + self.consistency_weight * divergence) * batch.weights).sum()
 

@@ -33,7 +33,7 @@ from pipeline.records.results import Teacher
 from pipeline.records.results import read as read_result
 from pipeline.scoring.drawing import room_for
 from pipeline.scoring.reading import is_right
-from pipeline.scoring.scorer import Scorer, logits_at
+from pipeline.scoring.scorer import Scorer, logits_of
 
 if TYPE_CHECKING:
     import torch
@@ -122,13 +122,13 @@ class Taught(Objective):
         import torch
 
         counts = {"label": sum(len(e.ids) - e.start for e in examples)}
-        for part in by_length([len(e.ids) for e in examples], settings.micro_batch_tokens):
+        for part in by_length([e.tokens for e in examples], settings.micro_batch_tokens):
             mine: list[Any] = [examples[i] for i in part]
             yield StatesBatch(**vars(collate(mine, counts, pad_id)), hidden=torch.cat([e.hidden for e in mine]), head=mine[0].head)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         assert isinstance(batch, StatesBatch)
-        logits = logits_at(model, batch.input_ids, batch.rows, batch.cols)
+        logits = logits_of(model, batch)
         return (self.by_token(logits, batch.head.logits(batch.hidden), batch.head.words, batch.targets) * batch.weights).sum()
 
     def by_token(self, logits: torch.Tensor, taught: torch.Tensor, words: int, targets: torch.Tensor) -> torch.Tensor:
@@ -335,9 +335,9 @@ def _pass(scorer: Scorer, examples: Sequence[Encoded]) -> tuple[list[torch.Tenso
     hook = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     try:
         with torch.inference_mode(), autocast(scorer.device, scorer.dtype):
-            for part in by_length([len(e.ids) for e in examples], scorer.batch_tokens):
+            for part in by_length([e.tokens for e in examples], scorer.batch_tokens):
                 batch = collate([examples[i] for i in part], counts, scorer.encoder.pad_id).to(scorer.device)
-                logits = logits_at(scorer.model, batch.input_ids, batch.rows, batch.cols)
+                logits = logits_of(scorer.model, batch)
                 hidden, made = seen.pop()
                 if logits.shape != made.shape or not torch.allclose(logits, after(made), rtol=1e-3, atol=1e-3):
                     what = f"objective.teacher: {type(scorer.model).__name__} changes its logits after its output layer in a way that is not known here"

@@ -26,7 +26,7 @@ from pipeline.data.shapes import judged, judged_rows, shape_of
 from pipeline.models.base import autocast
 from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
 from pipeline.scoring.rewards import rewards_at
-from pipeline.scoring.scorer import logits_at
+from pipeline.scoring.scorer import logits_of
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def log_probabilities(model: Any, batch: Batch) -> torch.Tensor:
     import torch
     import torch.nn.functional as F
 
-    nats = -F.cross_entropy(logits_at(model, batch.input_ids, batch.rows, batch.cols), batch.targets, reduction="none")
+    nats = -F.cross_entropy(logits_of(model, batch), batch.targets, reduction="none")
     return torch.zeros(len(batch.input_ids), device=nats.device).index_add(0, batch.rows, nats)
 
 
@@ -129,7 +129,7 @@ class Preference(Objective):
         counts = {CHOSEN: sum(len(e.ids) - e.start for e, _ in pairs), REJECTED: 1}
         point = ReferencePoint([_batch([m for m in (e.mismatched for e in part) if m], counts, len(pairs), ReferencePoint([]), pad_id)
                                 for part in _parts(examples, settings) if getattr(part[0], "mismatched", None)])
-        for indices in by_length([2 * max(len(a.ids), len(b.ids)) for a, b in pairs], settings.micro_batch_tokens):
+        for indices in by_length([2 * max(a.tokens, b.tokens) for a, b in pairs], settings.micro_batch_tokens):
             yield _batch([e for i in indices for e in pairs[i]], counts, len(pairs), point, pad_id)
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Preference(Objective):
 
 
 def _parts(examples: Sequence[Any], settings: Train) -> Iterator[list[Any]]:
-    for part in by_length([len(e.ids) for e in examples], settings.micro_batch_tokens):
+    for part in by_length([e.tokens for e in examples], settings.micro_batch_tokens):
         yield [examples[i] for i in part]
 
 
@@ -185,7 +185,7 @@ def with_reference(examples: Sequence[Sequence[Encoded]], context: TrainingConte
     counts, nats = dict.fromkeys((CHOSEN, REJECTED), 1), [0.0] * len(flat)
     context.model.eval()
     with torch.inference_mode(), autocast(context.device, context.dtype):
-        for part in by_length([len(e.ids) for e in flat], context.settings.evaluate.batch_tokens):
+        for part in by_length([e.tokens for e in flat], context.settings.evaluate.batch_tokens):
             batch = collate([flat[i] for i in part], counts, context.encoder.pad_id).to(context.device)
             for index, value in zip(part, log_probabilities(context.model, batch).tolist(), strict=True):
                 nats[index] = value
@@ -231,7 +231,7 @@ class Orpo(Preference):
 
         assert isinstance(batch, Pairs)
         tokens = torch.bincount(batch.rows, minlength=len(batch.input_ids))
-        nats = -F.cross_entropy(logits_at(model, batch.input_ids, batch.rows, batch.cols), batch.targets, reduction="none")
+        nats = -F.cross_entropy(logits_of(model, batch), batch.targets, reduction="none")
         mean = torch.zeros(len(tokens), device=nats.device).index_add(0, batch.rows, nats) / tokens
         odds = mean - log1mexp(mean)
         return -(nats * batch.weights).sum() - (self.weight * F.logsigmoid(odds[::2] - odds[1::2]) * batch.share).sum()
@@ -309,6 +309,10 @@ class RewardModel(Preference):
     centre: NotNegative = 0.0
     shuffle: bool = False
     """A control: the answer that counts as right is drawn, by the row's id, among those that are compared."""
+
+    @property
+    def decoder_only(self) -> str:
+        return "the reward is read at the end of a decoder's text"
 
     def examples(self, row: dict, task: Task, rationale: dict | None) -> list[Example]:
         if task.scoring != "choice":

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -24,9 +25,10 @@ from omegaconf import DictConfig
 from pipeline.core import locks
 from pipeline.core.files import UserError, read_json, read_jsonl, write_json
 from pipeline.core.settings import Evaluate, Precision, Settings
-from pipeline.data.rows import beginning, by_length, pad
+from pipeline.data.rows import Prefix, beginning, by_length, pad, source_of, sources
 from pipeline.measure import turns
 from pipeline.measure.machine import hardware
+from pipeline.models import architecture
 from pipeline.models.base import autocast, load_model, manifest, most_tokens, resolve
 from pipeline.records.results import Forgetting
 from pipeline.scoring.scorer import choice_log_likelihoods, logits_at
@@ -101,22 +103,31 @@ def read_passages(path: Path, count: int) -> list[tuple[str, str]]:
 
 
 def probe(model: Any, tokenizer: Any, texts: int, pairs: int, device: Any, dtype: Any, passages: Sequence[tuple[str, str]] = ()) -> Probe:
-    """All probes of a model as it stands. No task prompt is put before a sentence; a soft prompt stays attached."""
+    """All probes of a model as it stands. No task prompt is put before a sentence; a soft prompt stays attached. An encoder reads the first half of a news
+    sentence, what a pair has in common before its verb, a passage without its last word; the decoder is asked for the rest."""
+    start = architecture.start_id(model)
 
-    def log_likelihoods(sentences: list[str]) -> list[tuple[float, int]]:
-        encoded = [tokenizer(s)["input_ids"] for s in sentences]
-        items = [(ids[:1], [ids[1:]]) for ids in encoded]
+    def log_likelihoods(sentences: list[tuple[str, str]]) -> list[tuple[float, int]]:
+        items = [_item(tokenizer, start, sentence, head) for sentence, head in sentences]
         sums = choice_log_likelihoods(model, items, BATCH_TOKENS, tokenizer.eos_token_id or 0, device, dtype)
-        return [(value[0], len(ids) - 1) for value, ids in zip(sums, encoded, strict=True)]
+        return [(value[0], len(scored)) for value, (_, (scored,)) in zip(sums, items, strict=True)]
 
     model.eval()
-    news = log_likelihoods(NEWS.read_text(encoding="utf-8").splitlines()[:texts])
+    news = log_likelihoods([(s, s[: len(s) // 2].rpartition(" ")[0]) for s in NEWS.read_text(encoding="utf-8").splitlines()[:texts]])
     good_bad = agreement_pairs(pairs)
-    scored = log_likelihoods([s for pair in good_bad for s in pair])
+    scored = log_likelihoods([(s, os.path.commonprefix(pair).rpartition(" ")[0]) for pair in good_bad for s in pair])
     right = sum(scored[2 * i][0] > scored[2 * i + 1][0] for i in range(len(good_bad)))
     known = all(math.isfinite(value) for value, _ in scored)
     last = last_words(model, tokenizer, passages, device, dtype) if passages else (None, None)
     return Probe(_perplexity(-sum(v for v, _ in news) / sum(n for _, n in news)), right / len(good_bad) if known else None, *last)
+
+
+def _item(tokenizer: Any, start: int | None, text: str, head: str) -> tuple[list[int], list[list[int]]]:
+    """(what is given of a text, [what is scored of it]): its first token and the others; with an encoder, which reads `head`, what comes after that."""
+    if start is None:
+        ids = tokenizer(text)["input_ids"]
+        return ids[:1], [ids[1:]]
+    return Prefix([start], tokenizer(head)["input_ids"]), [tokenizer(text[len(head) :].strip(), add_special_tokens=False)["input_ids"]]
 
 
 def _perplexity(nats: float) -> float | None:
@@ -128,17 +139,19 @@ def last_words(model: Any, tokenizer: Any, passages: Sequence[tuple[str, str]], 
     """(accuracy, perplexity per word) of the passages' last words, as lm-evaluation-harness's lambada_openai has them; None: not finite."""
     import torch
 
-    room = most_tokens(model, 10**9)
+    room, start = most_tokens(model, 10**9), architecture.start_id(model)
     words = [tokenizer(" " + word, add_special_tokens=False)["input_ids"] for _, word in passages]
-    heads = [beginning(tokenizer, context)[-(room - len(word)):] for (context, _), word in zip(passages, words, strict=True)]
+    heads = [beginning(tokenizer, context)[-(room - len(word)):] if start is None else Prefix([start], tokenizer(context)["input_ids"][-room:])
+             for (context, _), word in zip(passages, words, strict=True)]
     nats, hits = 0.0, 0
     with torch.inference_mode(), autocast(device, dtype):
-        for part in by_length([len(h) + len(w) for h, w in zip(heads, words, strict=True)], PASSAGE_TOKENS):
+        for part in by_length([len(source_of(h)) + len(h) + len(w) for h, w in zip(heads, words, strict=True)], PASSAGE_TOKENS):
             turns.point()
             ids = pad([heads[i] + words[i][:-1] for i in part], tokenizer.eos_token_id or 0).to(device)
             at = [(row, len(heads[i]) - 1 + k, token) for row, i in enumerate(part) for k, token in enumerate(words[i])]
             rows, cols, targets = torch.tensor(at, device=device).T
-            logits = logits_at(model, ids, rows, cols)
+            read = None if start is None else {k: v.to(device) for k, v in sources([source_of(heads[i]) for i in part], tokenizer.eos_token_id or 0).items()}
+            logits = logits_at(model, ids, rows, cols, read)
             nats -= float(torch.log_softmax(logits, -1).gather(1, targets[:, None]).double().sum())
             missed = torch.zeros(len(part), device=device).index_add_(0, rows, (logits.argmax(-1) != targets).float())
             hits += int((missed == 0).sum())
@@ -180,6 +193,8 @@ class Probing:
         """A model as it is served, against the base."""
         after, base, half = self._probe(model, self.dtype), self.base, self.half
         sizes = [f"{self.settings.probe_texts} news sentences", f"{self.settings.probe_pairs} agreement pairs"]
+        if architecture.has_encoder(model):
+            sizes = [f"{sizes[0]} (their second halves, after the encoder read the first)", f"{sizes[1]} (from the verb on)"]
         sizes += [f"{len(self.passages)} LAMBADA passages"] if self.passages else []
         return Forgetting(
             after.perplexity, base.perplexity, after.pairs, base.pairs, half.perplexity, half.pairs, ", ".join(sizes), after.lambada, base.lambada,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core import progress
 from pipeline.core.settings import Task
 from pipeline.data.choices import MANY, Contest, Items, Reads, arrange
-from pipeline.data.rows import Encoder, by_length, pad
+from pipeline.data.rows import Batch, Encoder, Source, by_length, pad
+from pipeline.models import architecture
 from pipeline.models.base import autocast
 from pipeline.scoring import rewards
 from pipeline.scoring.answers import chosen
@@ -27,11 +28,13 @@ WHOLE: Sequence[str] = ()
 """As owners: the model as it stands answers all rows, fed as those of several adapters are, so that what the two take compares."""
 
 
-def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, **extra: Any) -> torch.Tensor:
+def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, source: Source | None = None, **extra: Any) -> torch.Tensor:
     """Logits at chosen positions alone, fp32 [N, V]; the [B, T, V] ones are never made.
 
     The output layer is given the selected hidden states only. Virtual tokens that an adapter puts before the input
     shift the columns. input_ids [B, T] right-padded; rows, cols [N]; extra: the model's other inputs (a mask, a cache).
+
+    source: what an encoder reads, or has read; input_ids are then the decoder's.
     """
     width = input_ids.shape[1]
 
@@ -39,11 +42,17 @@ def logits_at(model: Any, input_ids: torch.Tensor, rows: torch.Tensor, cols: tor
         hidden = args[0]
         return (hidden[rows, cols + hidden.shape[1] - width],)
 
+    fed = {"input_ids": input_ids} if source is None else {"decoder_input_ids": input_ids, **source}
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        return model(**{"input_ids": input_ids, "use_cache": False} | extra).logits.float()
+        return model(**fed | {"use_cache": False} | extra).logits.float()
     finally:
         hook.remove()
+
+
+def logits_of(model: Any, batch: Batch) -> torch.Tensor:
+    """Those at a batch's labelled positions, fp32 [N, V]."""
+    return logits_at(model, batch.input_ids, batch.rows, batch.cols, batch.source)
 
 
 def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: int, device: Any, dtype: Any,
@@ -61,6 +70,7 @@ def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: 
     """
     import torch
 
+    from pipeline.engine import behind_encoder
     from pipeline.engine.answering import by_hand
     from pipeline.engine.branches import BranchScorer
     from pipeline.engine.passes import ChoiceScorer, log_probabilities_apiece
@@ -68,6 +78,8 @@ def choice_log_likelihoods(model: Any, items: Items, batch_tokens: int, pad_id: 
 
     logits = functools.partial(logits_at, model)
     with torch.inference_mode(), autocast(device, dtype):
+        if architecture.has_encoder(model):
+            return behind_encoder.choice_log_likelihoods(logits, model, items, batch_tokens, pad_id, device, owners or ())
         if owners is not None:
             return ChoiceScorer(logits, batch_tokens, pad_id, device, log_p=log_probabilities_apiece, owners=owners).scores(items)[0]
         soft = soft_prompt(model, device)
@@ -139,10 +151,15 @@ def continuations(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
     """
     import torch
 
+    from pipeline.engine import behind_encoder
     from pipeline.engine.answering import by_hand
     from pipeline.engine.decode import Cached, Decoder, Handwritten, fed_once, greedy, lead_of, unsuited
     from pipeline.engine.reuse import window_of
 
+    if architecture.has_encoder(model):
+        with torch.inference_mode(), autocast(device, dtype):
+            yield from behind_encoder.continuations(model, prompts, max_new_tokens, batch_tokens, end, pad_id, device, owners or ())
+        return
     refused = owners is not None or unsuited(model) is not None
     with torch.inference_mode(), autocast(device, dtype), by_hand(model, dtype, device, 0 if refused else len(prompts)) as written:
         refused = refused or bool(window_of(model)) and not written  # transformers' static cache has no place for a window

@@ -24,6 +24,7 @@ from pipeline.data.choices import Items
 from pipeline.data.conversations import Conversation, normalised
 from pipeline.data.rows import Encoder, read_rows
 from pipeline.methods.base import Method
+from pipeline.models import architecture
 from pipeline.models.base import cast, device_of, load_model, load_tokenizer, most_tokens, pickle_alone, resolve
 from pipeline.objectives.base import Objective
 from pipeline.records.finished import cell_config, finished, needed
@@ -110,7 +111,8 @@ class Artefact:
     def scorer(self, base: Base, model: Any, state: Any) -> Scorer:
         """What answers this artefact's rows with `model`."""
         train = self.settings.train
-        encoder = Encoder(base.tokenizer, self.settings.task, most_tokens(base.model, train.max_length), train.too_long)
+        encoder = Encoder(base.tokenizer, self.settings.task, most_tokens(base.model, train.max_length), train.too_long,
+                          architecture.start_id(base.model))
         scorer = Scorer(model, encoder, self.settings.task, lambda p: self.method.prompt(self.objective.prompt(p), state),
                         self.settings.evaluate.batch_tokens, base.device, base.dtype, reasoning=self.objective.reasoning)
         return selecting(scorer, self.objective.selection, self.cfg) if self.objective.selection else scorer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.models import architecture
 from pipeline.models.base import autocast, quiet
 from pipeline.records.results import Result
 from pipeline.serving.artefact import Artefact, Base
@@ -45,20 +46,21 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def load(folder: Path) -> Any:
     """The folder's model, as plain transformers loads it."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, architecture.of_folder(folder).auto).from_pretrained(folder, local_files_only=True)
 
 
 def likelihoods(model: Any, base: Base) -> Any:
-    """Log-probabilities of every next token after some drawn ones, fp32 [rows, tokens, vocabulary]: what an export has to keep of a cell's model."""
+    """Log-probabilities of every next token after some drawn ones, fp32 [rows, tokens, vocabulary]: what an export has to keep of a cell's model. An encoder
+    reads them, too."""
     import torch
 
     size = model.config.get_text_config().vocab_size
     ids = torch.randint(size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)).to(base.device)
     with torch.no_grad(), autocast(base.device, base.dtype):
-        return model.to(base.device).eval()(input_ids=ids).logits.float().log_softmax(-1)
+        return model.to(base.device).eval()(**architecture.inputs(model, ids)).logits.float().log_softmax(-1)
 
 
 def divergence(before: Any, after: Any) -> float:

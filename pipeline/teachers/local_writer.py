@@ -17,6 +17,7 @@ from pipeline.core.files import UserError, sha256
 from pipeline.core.settings import Precision, Task, build
 from pipeline.data.rows import Encoder, by_length, pad
 from pipeline.measure.clock import Stopwatch
+from pipeline.models import architecture
 from pipeline.models.base import autocast, device_of, load_model, load_tokenizer, manifest, most_tokens, resolve
 from pipeline.scoring.scorer import continuations
 from pipeline.teachers.writers import Completion, Messages, Writer, as_text, digest
@@ -54,6 +55,9 @@ class LocalWriter(Writer):
 
     def check(self) -> None:
         manifest(self.folder)
+        if architecture.of_folder(self.folder) is architecture.ENCODER_DECODER:
+            raise UserError(f"writer.model={self.model} is {architecture.ENCODER_DECODER.name}, and texts are written by a decoder that continues its prompt; "
+                            f"choose {architecture.DECODER.name}, or writer=server")
         _ = self.settings
         device_of(self.device)
 

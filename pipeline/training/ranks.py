@@ -86,7 +86,7 @@ class Ranks:
         if self.count == 1:
             return list(examples)
         mine = self.rank if rank is None else rank
-        order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+        order = sorted(range(len(examples)), key=lambda i: -examples[i].tokens)
         dealt = (order[lo : lo + self.count][:: -1 if lo // self.count % 2 else 1] for lo in range(0, len(order), self.count))
         whole = [part + [-1] * (self.count - len(part)) if lo % 2 == 0 else [-1] * (self.count - len(part)) + part for lo, part in enumerate(dealt)]
         return [examples[part[mine]] for part in whole if part[mine] >= 0]
@@ -94,12 +94,12 @@ class Ranks:
     def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
         """The micro-batches of this rank's part of a step, weighted over the whole step; every rank has as many, the last of some with weights of 0."""
         counts = labelled_tokens(examples)
-        cut = [[[share[i] for i in part] for part in by_length([len(e.ids) for e in share], settings.micro_batch_tokens)]
+        cut = [[[share[i] for i in part] for part in by_length([e.tokens for e in share], settings.micro_batch_tokens)]
                for share in (self.share(examples, rank) for rank in range(self.count))]
         for part in cut[self.rank]:
             yield collate(part, counts, pad_id)
         for _ in range(max(map(len, cut)) - len(cut[self.rank])):
-            idle = collate([min(examples, key=lambda e: len(e.ids))], counts, pad_id)
+            idle = collate([min(examples, key=lambda e: e.tokens)], counts, pad_id)
             idle.weights.zero_()
             idle.tokens = 0
             yield idle

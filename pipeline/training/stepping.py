@@ -15,6 +15,7 @@ from pipeline.core.files import UserError
 from pipeline.core.settings import Train
 from pipeline.data.rows import Batch, Encoded, step_rows
 from pipeline.methods.base import Method
+from pipeline.models import architecture
 from pipeline.models.base import autocast, parameters
 from pipeline.objectives.base import Objective, Online
 from pipeline.training.ranks import ALONE, Ranks
@@ -147,7 +148,7 @@ class Eager:
         self.model.train()
         losses, tokens, padding = [], 0, 0
         for batch in run.batches(step):
-            tokens, padding = tokens + batch.tokens, padding + batch.input_ids.numel() - batch.tokens
+            tokens, padding = tokens + batch.tokens, padding + batch.padded_tokens - batch.tokens
             loss = self._loss(batch.to(run.device))
             loss.backward()
             losses.append(loss.detach())
@@ -217,6 +218,8 @@ class Fast:
             raise Unsupported("activations are checkpointed")
         if objective.own_batches:
             raise Unsupported("the objective makes batches of its own")
+        if architecture.has_encoder(run.model):
+            raise Unsupported("an encoder reads the prompt")
         self.run = run
         self.notes: list[str] = []
         self.engine = "handwritten"
