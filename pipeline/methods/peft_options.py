@@ -45,6 +45,7 @@ DECODER_ONLY = {
     "MULTITASK_PROMPT_TUNING": "PEFT feeds its prompt to an encoder-decoder only beside labels",
     "ADAPTION_PROMPT": "it stands in attention of Llama's kind",
     "CPT": "it reads the prompt's tokens in the decoder",
+    "SHADOW": "its small decoder stands beside one stack of blocks",
     "CARTRIDGE": "it compresses a text that a decoder has read",
 }
 """Adapters that an encoder-decoder cannot have -> why."""

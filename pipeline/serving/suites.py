@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.core.files import UserError, closest, read_object, write_json, write_jsonl, write_text
 from pipeline.data.rows import by_length, pad
+from pipeline.models import architecture
 from pipeline.models.base import autocast, most_tokens
 from pipeline.scoring.scorer import Scorer, generate, logits_at
 from pipeline.serving.artefact import Artefact, Base
@@ -41,6 +42,8 @@ def refusal(artefact: Artefact) -> str | None:
     """Why a suite says nothing of this artefact; None: it does."""
     if artefact.method.own_prompt:
         return "what it does is in the request, before every prompt, and a suite has prompts of its own; choose the cell zero_shot"
+    if architecture.of_folder(Path(artefact.cfg.paths.models) / artefact.cfg.model.name) is architecture.ENCODER_DECODER:
+        return f"a suite's requests continue a prompt, and its base is {architecture.ENCODER_DECODER.name}; choose split=test in its place"
     return None
 
 
@@ -240,6 +243,8 @@ def write_task(folder: Path, name: str, rows: Sequence[dict], scorer: Scorer) ->
     Raises:
         UserError: a technique that reasons before it answers, which the library has no request for.
     """
+    if scorer.encoder.start is not None:
+        raise UserError(f"a task of lm-evaluation-harness continues its prompt, and this base is {architecture.ENCODER_DECODER.name}; leave out to=")
     if scorer.reasoning:
         raise UserError("this technique reasons before it answers, for which lm-evaluation-harness has no request; choose a cell of another objective")
     task, encoder, choice = scorer.task, scorer.encoder, scorer.task.scoring == "choice"
