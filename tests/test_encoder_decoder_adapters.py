@@ -195,5 +195,5 @@ def test_adapters_of_one_base_answer_in_one_batch(folder_of, overrides, scoring)
 
 
 def test_a_user_of_try_is_told_where_to_go(folder_of):
-    with pytest.raises(UserError, match=r"is an encoder-decoder \(t5\), whose time and memory alignscope try cannot plan"):
+    with pytest.raises(UserError, match=r"is an encoder-decoder \(t5\), whose time and memory this command cannot plan"):
         check_folder(folder_of("t5"))

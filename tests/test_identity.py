@@ -30,8 +30,8 @@ def test_every_key_of_the_config_is_said_to_decide_or_not():
     top = yaml.safe_load((CONF / "config.yaml").read_text())
     groups = {name.removeprefix("override ") for entry in top["defaults"] if isinstance(entry, dict) for name in entry}
     aside = {
-        "experiment", "cell", "split", "requests", "to", "variant", "overwrite", "stale", "adopt", "budget", "grid", "judge", "pack", "preflight",
-        "memory_limit_gb", "price_per_hour", "currency", "launcher", "share", "at_once", "latency", "ray", "slurm", "race", "budget_hours", "within", "error",
+        "experiment", "cell", "split", "requests", "to", "variant", "suite", "suite_path", "suite_rows", "overwrite", "stale", "adopt", "budget", "grid", "judge", "pack",
+        "preflight", "merged", "memory_limit_gb", "price_per_hour", "currency", "launcher", "share", "at_once", "latency", "ray", "slurm", "race", "budget_hours", "within", "error",
         "tuned", "tune", "forecast", "report", "paths", "writer", "sweep", "search", "tracking", "experiments", "hydra", "defaults", "hydra/job_logging",
     }
     assert set(top) | groups == set(settings.DECIDING) | aside, "a new key at the top decides a cell's outcome (settings.DECIDING), or it does not (here)"
@@ -145,7 +145,7 @@ def test_the_code_is_what_the_cell_imports_and_its_own_method_and_objective():
 
 @pytest.mark.parametrize(("method", "files"), [
     ("peft_adapter", {"peft_adapter"}), ("lora_plus", {"peft_adapter", "peft_lora"}), ("ada_lora", {"peft_adapter", "peft_adalora"}),
-    ("from_file", {"peft_adapter", "peft_adalora", "peft_from_file", "peft_lora", "peft_prompts"}), ("ipt", {"peft_adapter", "soft_prompts"}),
+    ("from_file", {"peft_adapter", "peft_adalora", "peft_from_file", "peft_lora", "peft_prompts", "peft_shadow"}), ("ipt", {"peft_adapter", "soft_prompts"}),
 ])
 def test_a_change_of_one_adapter_of_peft_concerns_no_other(method, files):
     actual = {path.stem for path in identity.closure(TABLE["method"][method].rpartition(".")[0]) if path.parent.name == "methods"}

@@ -95,7 +95,7 @@ def check_folder(folder: Path) -> None:
     kind, made = str(config.get("model_type")), [str(a) for a in config.get("architectures") or []]
     writes = not made or any(a.endswith(WRITERS) for a in made)
     if config.get("is_encoder_decoder"):
-        raise UserError(f"{folder} is an encoder-decoder ({kind}), whose time and memory alignscope try cannot plan; run it as an experiment of your own "
+        raise UserError(f"{folder} is an encoder-decoder ({kind}), whose time and memory this command cannot plan; run it as an experiment of your own "
                         "(model=local, docs/models.md), or choose a causal language model, such as smollm2_135m or Qwen/Qwen3-0.6B")
     if kind in ENCODERS or not writes:
         raise UserError(f"{folder} is a {made[0] if made else kind}, which does not write text from left to right; choose a causal language model, such as "
