@@ -30,9 +30,10 @@ def test_every_key_of_the_config_is_said_to_decide_or_not():
     top = yaml.safe_load((CONF / "config.yaml").read_text())
     groups = {name.removeprefix("override ") for entry in top["defaults"] if isinstance(entry, dict) for name in entry}
     aside = {
-        "experiment", "cell", "split", "requests", "to", "variant", "suite", "suite_path", "suite_rows", "overwrite", "stale", "adopt", "budget", "grid", "judge", "pack",
-        "preflight", "merged", "memory_limit_gb", "price_per_hour", "currency", "launcher", "share", "at_once", "latency", "ray", "slurm", "race", "budget_hours", "within", "error",
-        "tuned", "tune", "forecast", "report", "paths", "writer", "sweep", "search", "tracking", "experiments", "hydra", "defaults", "hydra/job_logging",
+        "experiment", "cell", "split", "requests", "to", "variant", "suite", "suite_path", "suite_rows", "overwrite", "stale", "adopt", "budget", "grid",
+        "judge", "pack", "preflight", "merged", "memory_limit_gb", "price_per_hour", "currency", "launcher", "share", "at_once", "latency", "ray", "slurm",
+        "race", "budget_hours", "within", "error", "tuned", "tune", "forecast", "report", "paths", "writer", "sweep", "search", "tracking", "experiments",
+        "hydra", "defaults", "hydra/job_logging",
     }
     assert set(top) | groups == set(settings.DECIDING) | aside, "a new key at the top decides a cell's outcome (settings.DECIDING), or it does not (here)"
 
