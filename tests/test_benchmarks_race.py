@@ -128,7 +128,7 @@ def test_the_cache_is_filled_resumed_and_not_paid_for_twice(technique, cells, tm
     assert not list((tmp_path / "more").glob("*.jsonl"))  # a package's runs are taken as they are
 
 
-@pytest.mark.parametrize("technique", ["full", "lora_plus"])
+@pytest.mark.parametrize("technique", ["full", pytest.param("lora_plus", marks=pytest.mark.slow)])
 def test_seeds_that_share_a_capture_end_as_each_by_itself(technique, cells, tiny):
     words = [*race_fill.WORDS, *cells, "train.engine=fast", "task=vader_movies", "model=smollm2_135m", f"technique={technique}", "train.lr=3e-3"]
     configs = [compose([*words, f"seed={seed}"]) for seed in (1, 2, 3)]
@@ -163,6 +163,7 @@ def pretended(monkeypatch, tmp_path):
     return race_fill.Asked(jobs, race_fill.Store(tmp_path / "cells"), [], processes=3), log, kills
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_a_killed_one_costs_its_seed_alone(pretended, monkeypatch):
     asked, log, kills = pretended
     monkeypatch.setattr(race_fill, "CRASHES", 0)
@@ -176,12 +177,14 @@ def test_processes_share_the_work_and_a_killed_one_costs_its_seed_alone(pretende
     assert len(asked.store.all()) == 2 * 2 * 6
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_begun_anew(pretended):
     asked, _, kills = pretended
     kills.write_text("technique=full 5")
     assert race_fill.fill(dataclasses.replace(asked, gpus=["0"], processes=1)) == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_go_with_a_base_is_said_once_and_tried_again_when_asked(cells, tmp_path, capsys):
     asked = [f"out={tmp_path}/cells", "tasks=vader_movies", "techniques=bitfit", "models=smollm2_135m", "seeds=2"]
     for words in (asked, asked, [*asked, "retry=true"]):

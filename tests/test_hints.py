@@ -18,7 +18,7 @@ from pipeline.core.compose import CONF, ROOT
 from pipeline.core.files import UserError
 
 FILLED = PLACES | {"experiments": "quick", "experiment": "mine", "train_rows": "100", "seed": "1", "start": "full", "cell": "results/quick/lora-s0-n200",
-                   "suite": "arc_easy"}
+                   "suite": "arc_easy", "to": "tasks"}
 """What stands in a key's place where the code computes it."""
 WORDS = {"say": "alignscope", "technique": "lora", "best": "lora"}
 """What a place without a key is filled with, by a word in its expression; anything else: an experiment's name."""

@@ -99,7 +99,16 @@ def test_a_count_that_is_none_is_named(tmp_path):
             read(tmp_path, objective="none", hyperparameters={key: "many"})
 
 
-@pytest.mark.parametrize("name", sorted({p.stem for p in (CONF / "technique").glob("*.yaml")} - {"best_of_n"}))  # newer than that schema
+NEWER = ("best_of_n", "reward_model", "reward_model_shuffled", "rlhf_", "sft_dpo", "on_policy_distillation", "step_by_step_prefixed")
+"""Techniques of which no result has that schema, beside PEFT's further tuners (conf/technique/*.yaml, whose family line names experiments/tuners)."""
+
+
+def _techniques() -> list[str]:
+    every = {p.stem: p.read_text() for p in (CONF / "technique").glob("*.yaml")}
+    return sorted(name for name, text in every.items() if not name.startswith(NEWER) and "experiments/tuners" not in text)
+
+
+@pytest.mark.parametrize("name", _techniques())
 def test_methods_say_what_the_old_report_read_off_their_settings(name):
     """Of every technique: rows and kind as a new cell writes them are those that are made of an old one."""
     cfg = compose([f"technique={name}", "start=null", *GIVEN.get(name, [])])

@@ -151,6 +151,7 @@ def test_a_signal_to_the_parent_is_handed_to_the_child_and_the_parents_handler_c
     def send() -> None:
         while not (tmp_path / "ready").exists():
             time.sleep(0.01)
+        time.sleep(0.5)  # until the parent, which has only forked, hands signals on
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
