@@ -140,7 +140,7 @@ def test_a_cell_that_reads_another_one_runs_after_it_and_with_it(clone):
     ran = clone.repro()
     order = [ran.index(f"train {name}-s0-n200") for name in ("full", "reward_model", "rlhf_rloo")]
     assert order == sorted(order) and ran[-1] == "report a"
-    clone.edit("conf/technique/full.yaml", "lr: 5.0e-5", "lr: 6.0e-5")
+    clone.edit("conf/technique/full.yaml", "reference_lr: 1.0e-4", "lr: 6.0e-5")
     assert clone.repro() == ["train full-s0-n200"], "its artefact is the same, so what begins there is as it was"
 
 
