@@ -44,7 +44,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         print(f"{result.cell}: perplexity {after}, the base's {before}; {probes.probes}; {target}/forgetting.json")
         return 0
     if cfg.split == "merged":
-        print(merging.write(Artefact.at(result.cell, Path(cfg.cell) / "artefact", cell_config(result, cfg)), target / "merged.json"))
+        print(merging.write(result, Artefact.at(result.cell, Path(cfg.cell) / "artefact", cell_config(result, cfg)), target / "merged.json"))
         return 0
     if cfg.to:
         return _as_task(cfg, result)

@@ -5,12 +5,14 @@
     AutoModelForCausalLM.from_pretrained("exported/lora")        that is all; neither PEFT nor this project is needed (AutoModelForSeq2SeqLM for a T5)
 
 An adapter is folded into its base (a quantised base is dequantised first), a fine-tuned model is written as it is. The folder is loaded
-back, and its weights and answers are compared with the cell's before it is kept. Techniques that no weights can hold are refused by name: soft prompts,
-prompts with demonstrations, adapters with modules of their own. export.json says how the model wants to be prompted.
+back, and its weights and answers are compared with the cell's before it is kept; an adapter that the merge rounded away is told in a warning.
+Techniques that no weights can hold are refused by name: soft prompts, prompts with demonstrations, adapters with modules of their own.
+export.json says how the model wants to be prompted, and what the merge left of the adapter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from pipeline.core.files import UserError, atomic_folder, folder_bytes, write_js
 from pipeline.models import architecture
 from pipeline.records.finished import cell_config, finished
 from pipeline.serving.artefact import Artefact, Base
-from pipeline.serving.export import about, differences, divergence, likelihoods, load, refusal, save, tolerance
+from pipeline.serving.distances import divergence, fate
+from pipeline.serving.export import about, dequantised_base, differences, in_words, likelihoods, load, quantised, refusal, save, tolerance
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
@@ -34,17 +37,22 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     if reason := refusal(artefact):
         raise UserError(f"{result.technique} cannot be exported: {reason}")
     base = Base.of(config)
+    before, rounded = likelihoods(base.model, base), quantised(base.model)
     model = artefact.load(base)[0]
-    answers = likelihoods(model, base)
-    plain = artefact.method.merged(model) if hasattr(model, "peft_config") else model
+    answers, merges = likelihoods(model, base), hasattr(model, "peft_config")
+    plain = artefact.method.merged(model) if merges else model
     with atomic_folder(target, "export.json", "cell") as beside:
         save(plain, base.tokenizer, beside)
         loaded = load(beside)
         if lost := differences(plain, loaded):
             raise UserError(f"{result.technique} cannot be exported: a plain {type(plain).__name__} has no place for {lost}")
-        if not (far := divergence(answers, likelihoods(loaded, base))) <= tolerance(base, result.precision):
+        after = likelihoods(loaded, base)
+        if not (far := divergence(answers, after)) <= tolerance(base, result.precision):
             raise UserError(f"{result.technique} cannot be exported: merged, its answers lie {far:.2g} nats a token from the cell's")
-        write_json(beside / "export.json", about(result, artefact))
+        merged = fate(before, answers, dequantised_base(config) if rounded else before, after) if merges else None
+        write_json(beside / "export.json", {**about(result, artefact), "merged": merged and dataclasses.asdict(merged)})
+    if merged and merged.verdict != "kept":
+        print(f"warning: merged, {in_words(merged)}; python -m pipeline.evaluate cell={cfg.cell} split=merged measures it on the test rows", file=sys.stderr)
     print(f"{result.cell} -> {target}: {folder_bytes(target) / 2**20:,.0f} MiB, loads with {architecture.of(plain).auto}.from_pretrained({str(target)!r})")
     return 0
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import evaluate
+from pipeline import evaluate, export
 from pipeline.cell import identity
 from pipeline.cell import run as cell_run
 from pipeline.core.compose import compose
 from pipeline.core.files import read_json, read_jsonl, sha256, write_json
-from pipeline.serving import merging
+from pipeline.serving import distances, merging
+from pipeline.serving.artefact import Artefact, Base
 
 SHORT = ["train_rows=16", "train.steps=8", "train.validations=0", "evaluate.latency_rows=0", "evaluate.test_rows=16", "precision=fp32"]
 
@@ -40,13 +41,18 @@ def test_a_merged_adapter_is_the_adapter_in_fp32_and_nearly_so_in_16_bits(truth_
     assert found["attached"] == pytest.approx(sum(own) / 16) and found["rows"] == 16 and found["effect"] > 0.1
     by = {one["precision"]: one for one in found["merged"]}
     assert list(by) == ["fp32", "bf16", "nf4", "int8"]
-    assert by["fp32"]["drift"] < 1e-6 and by["fp32"]["change"] == 0 and by["fp32"]["effect"] == pytest.approx(found["effect"], rel=1e-3)
+    assert by["fp32"]["drift"] < 1e-6 and by["fp32"]["change"] == 0 and by["fp32"]["base_drift"] == 0 and by["fp32"]["left"] > 0.9999
     assert 1e-9 < by["bf16"]["drift"] < by["nf4"]["drift"] and by["bf16"]["drift"] < 1e-2
+    assert 1 > by["bf16"]["left"] > by["nf4"]["left"] > 0.9 and 0 < by["bf16"]["base_drift"] < by["nf4"]["base_drift"]
     assert {one["verdict"] for one in found["merged"]} == {"kept"}
 
 
-def test_an_adapter_smaller_than_rounding_is_told(truth_of, overrides, tiny, tmp_path):
-    """Weights that are bf16's already, as most bases' are, and changes far below a 256th of them: in fp32 the adapter is there, elsewhere it is not."""
+CONSTANT = ["train.schedule=constant", "train.warmup_share=0"]
+
+
+@pytest.fixture
+def in_bf16_already(overrides, tiny, tmp_path) -> Path:
+    """A base whose fp32 weights are numbers of bf16, as most bases' are: its folder, which the overrides name."""
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(tiny / "models", tmp_path / "models")
@@ -54,19 +60,78 @@ def test_an_adapter_smaller_than_rounding_is_told(truth_of, overrides, tiny, tmp
     AutoModelForCausalLM.from_pretrained(folder).bfloat16().float().save_pretrained(folder)
     write_json(folder / "manifest.json", {"name": folder.name, "sha256": sha256(folder / "model.safetensors")})
     overrides.append(f"paths.models={tmp_path}/models")
-    found, _ = truth_of("technique=lora", "train.lr=3e-6", "train.schedule=constant", "train.warmup_share=0")
+    return folder
+
+
+def survivors(folder: Path, overrides: list[str]) -> float:
+    """Share of the weights that the cell's adapter changes in fp32 which it changes in bf16, too."""
+    cfg = compose([*overrides, *SHORT, "technique=lora"])
+    artefact = Artefact.at("lora", folder / "artefact", cfg)
+    before = {name: p.clone() for name, p in Base.of(cfg).model.named_parameters()}
+    pairs = [(before[name], p) for name, p in artefact.method.merged(artefact.load(Base.of(cfg))[0]).named_parameters()]
+    changed = [(a != b, a.bfloat16() != b.bfloat16()) for a, b in pairs]
+    return sum(int((one & two).sum()) for one, two in changed) / sum(int(one.sum()) for one, _ in changed)
+
+
+def test_an_adapter_smaller_than_rounding_is_told(truth_of, in_bf16_already, overrides):
+    """Changes far below a 256th of the weights: the arithmetic of bf16 changes far more than the adapter, and that is not the merge's doing."""
+    found, folder = truth_of("technique=lora", "train.lr=3e-6", *CONSTANT)
     by = {one["precision"]: one for one in found["merged"]}
-    assert found["effect"] > merging.NOTHING and by["fp32"]["verdict"] == "kept"
-    assert by["bf16"]["verdict"] != "kept" and by["bf16"]["drift"] > found["effect"] > 10 * abs(by["fp32"]["drift"])
-    assert by["nf4"]["verdict"] != "kept", "its steps are larger still"
+    assert found["effect"] > distances.NOTHING and by["fp32"]["verdict"] == "kept"
+    assert survivors(folder, overrides) < 0.05
+    assert by["bf16"]["verdict"] == "rounded_away" and by["bf16"]["left"] < 0
+    assert by["bf16"]["drift"] > 10 * found["effect"] and by["bf16"]["drift"] < 2 * by["bf16"]["base_drift"]
+    assert by["nf4"]["verdict"] == by["int8"]["verdict"] == "rounded_away", "their steps are larger still"
 
 
-@pytest.mark.parametrize(("effect", "own", "drift", "expected"), [
-    (0.1, 0.1, 0.001, "kept"), (0.1, 0.009, 0.05, "rounded_away"), (0.1, 0.5, 0.2, "too_much"), (1e-7, 0.0, 0.5, "kept"), (0.1, 0.02, 0.09, "kept"),
-    (0.1, 0.05, 0.11, "rounded_away"),
+def test_a_small_adapter_that_is_kept_is_no_false_alarm(truth_of, in_bf16_already, overrides):
+    found, folder = truth_of("technique=lora", "train.lr=2e-4", *CONSTANT)
+    by = {one["precision"]: one for one in found["merged"]}
+    assert survivors(folder, overrides) > 0.5 and by["bf16"]["verdict"] == "kept" and by["bf16"]["left"] > 0.95
+    assert by["nf4"]["verdict"] in ("rounded_away", "base_changed") and by["nf4"]["base_drift"] > found["effect"]
+
+
+@pytest.mark.parametrize("technique", ["qlora", "lora_int8"])
+def test_of_a_rounded_base_the_control_is_that_base_dequantised(truth_of, technique):
+    found, _ = truth_of(f"technique={technique}", "train.lr=1e-2", *(["precision=nf4"] if technique == "qlora" else ["precision=int8"]))
+    by = {one["precision"]: one for one in found["merged"]}
+    assert by["fp32"]["verdict"] == "kept" and by["fp32"]["base_drift"] < 0.01, "no step from 16 bits to 4 is counted, which the cell took before"
+    assert by["fp32"]["left"] > 0.98 and by["bf16"]["left"] > 0.98
+
+
+@pytest.mark.parametrize(("effect", "drift", "base_drift", "left", "expected"), [
+    (0.1, 0.001, 0.001, 0.99, "kept"), (0.1, 0.1, 0.0, 0.0, "rounded_away"), (0.1, 0.5, 0.02, 0.9, "too_much"), (1e-7, 0.5, 0.4, 0.0, "kept"),
+    (1e-7, 0.5, 0.1, 0.0, "too_much"), (1e-5, 2e-4, 2e-4, -12, "rounded_away"), (0.05, 0.12, 0.1, 0.6, "base_changed"), (0.1, 0.05, 0.02, 0.49, "rounded_away"),
 ])
-def test_what_is_told(effect, own, drift, expected):
-    assert merging.verdict(effect, own, drift) == expected
+def test_what_is_told(effect, drift, base_drift, left, expected):
+    assert distances.verdict(effect, drift, base_drift, left) == expected
+
+
+def test_what_is_left_of_a_change():
+    """By a change of known size: all, none, half and twice of it, and noise of its own size upon it."""
+    drawn = torch.Generator().manual_seed(0)
+    base, change, noise = (torch.randn(300, 64, generator=drawn) for _ in range(3))
+    logits = {"attached": change, "merged": change, "gone": 0 * change, "half": change / 2, "twice": 2 * change, "noisy": change + noise}
+    at = {name: (base + 0.1 * more).log_softmax(-1) for name, more in logits.items()}
+    rounded = base.log_softmax(-1)
+    found = {name: distances.left(rounded, at["attached"], rounded, at[name]) for name in at}
+    assert [found[name] for name in ("merged", "gone", "half", "twice")] == pytest.approx([1, 0, 0.75, 0], abs=1e-4)
+    assert found["noisy"] == pytest.approx(0, abs=0.05)
+    shifted = (base + 3 * noise).log_softmax(-1)
+    both = (base + 3 * noise + 0.1 * change).log_softmax(-1)
+    assert distances.left(rounded, at["attached"], shifted, both) == pytest.approx(1, abs=1e-4), "what rounding does to the base is not the adapter's loss"
+
+
+def test_export_warns_of_an_adapter_that_is_rounded_away(in_bf16_already, overrides, tmp_path, capsys):
+    words = [*overrides, *SHORT[:-1], "precision=bf16"]
+    for lr, lost in (("3e-6", True), ("3e-2", False)):
+        cfg = compose([*words, "technique=lora", f"train.lr={lr}", f"variant=l{lr[0]}{lr[-1]}", *CONSTANT])
+        cell_run.run(cfg, folder=identity.folder_of(cfg))
+        capsys.readouterr()
+        assert export.main([*words, f"cell={identity.folder_of(cfg)}", f"to={tmp_path}/out{lr}"]) == 0
+        assert ("warning: merged, it is rounded away (" in capsys.readouterr().err) is lost
+        about = read_json(tmp_path / f"out{lr}" / "export.json")["merged"]
+        assert (about["verdict"], about["left"] < 0.5) == (("rounded_away", True) if lost else ("kept", False))
 
 
 def test_what_cannot_be_merged_is_refused_by_name(overrides, tmp_path, capsys):

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.models import architecture
-from pipeline.models.base import autocast, quiet
+from pipeline.models.base import autocast, dequantised, quiet
 from pipeline.records.results import Result
 from pipeline.serving.artefact import Artefact, Base
+from pipeline.serving.distances import Fate
 
 ROWS, TOKENS = 8, 24
 """Of drawn tokens that a model answers before and after."""
@@ -63,9 +64,23 @@ def likelihoods(model: Any, base: Base) -> Any:
         return model.to(base.device).eval()(**architecture.inputs(model, ids)).logits.float().log_softmax(-1)
 
 
-def divergence(before: Any, after: Any) -> float:
-    """Mean Kullback-Leibler divergence of the likelihoods after from those before, nats a token."""
-    return float((before.exp() * (before - after)).sum(-1).mean())
+def quantised(model: Any) -> bool:
+    """Whether its linear layers are rounded to 8 or 4 bits."""
+    return bool(getattr(model, "quantization_method", None))
+
+
+def dequantised_base(cfg: Any) -> Any:
+    """Likelihoods of a rounded base as a merge begins at it: dequantised, without an adapter."""
+    base = Base.of(cfg)
+    return likelihoods(dequantised(base.model), base)
+
+
+def in_words(fate: Fate) -> str:
+    """What became of an adapter, as the end of a sentence."""
+    left = f"{max(0.0, fate.left):.0%} of the adapter's change is left"
+    what = {"rounded_away": f"it is rounded away ({left})", "base_changed": f"{left}, but the precision changes the base by more than the adapter did",
+            "too_much": "the model changed by more than the adapter and the rounding of the base explain"}
+    return f"{what.get(fate.verdict, left)}: {fate.drift:.2g} nats a token from the adapter, which changes {fate.effect:.2g}"
 
 
 def tolerance(base: Base, precision: str) -> float:
