@@ -59,7 +59,7 @@ def _suite(cfg: DictConfig, result: Result) -> int:
     artefact = Artefact.at(result.cell, Path(cfg.cell) / "artefact", cell_config(result, cfg))
     suite = suites.Suite((cfg.suite,) if isinstance(cfg.suite, str) else tuple(cfg.suite), cfg.suite_path, cfg.suite_rows, cfg.merged)
     target = Path(cfg.paths.evaluations) / result.experiment / result.cell / "suites"
-    for task, metrics in suites.run(artefact, suite, target, Path(cfg.paths.work), result.provenance.get("model_sha256")).items():
+    for task, metrics in suites.run(result, artefact, suite, target, Path(cfg.paths.work)).items():
         print(f"{result.cell} on {task}: {suites.summary(metrics)}; {target}/{task}.json")
     return 0
 

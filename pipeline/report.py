@@ -3,10 +3,10 @@
     python -m pipeline.report experiments=quick
     python -m pipeline.report experiments=techniques report.train_rows=[1000] report.seeds=[0,1,2]      other cells than the grid's
 
-Reads results/<experiment>/**/result.json and predictions.jsonl, keeps the cells of experiments/<name>/params.yaml's grid
-(and confirm cells of its techniques), and writes report/<experiment>/{index.html, table.md, table.csv, history.csv,
-metrics/<cell>.json, charts/<name>.{vl.json,svg,png}} atomically; `dvc metrics` reads the metrics, `dvc plots` the CSVs and
-charts. Prints table.md and the path of the page.
+Reads results/<experiment>/**/result.json and predictions.jsonl, and what pipeline.evaluate wrote of the same cells (split=merged, suite=…),
+keeps the cells of experiments/<name>/params.yaml's grid (and confirm cells of its techniques), and writes report/<experiment>/{index.html,
+table.md, table.csv, history.csv, metrics/<cell>.json, charts/<name>.{vl.json,svg,png}} atomically; `dvc metrics` reads the metrics,
+`dvc plots` the CSVs and charts. Prints table.md and the path of the page.
 Cells without a result are named, those out of memory are rows.
 """
 
@@ -35,7 +35,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> None:
     """Write and print the report of cfg.experiment."""
     axes = {key: list(value) for key in ("train_rows", "seeds") if (value := cfg.report[key]) is not None}
     cells, missing = select(Path(cfg.paths.results) / cfg.experiment, {**grid(cfg.experiment)["grid"], **axes})
-    rows = make_rows(cells)
+    rows = make_rows(cells, Path(cfg.paths.evaluations))
     grown = growth(rows, cfg.report.target)
     tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)
     text = markdown(cfg.experiment, rows, missing, [*summary(grown), *tuning.summary(rows, tunings)])

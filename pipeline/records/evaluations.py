@@ -63,7 +63,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Of one cell. suites: {task: {metric: …}}. old: files that are of an earlier run of the cell, and are not read."""
+    """Of one cell. suites: {task, with how it was asked (fewer rows, merged): {metric: …}}. old: files of an earlier run of the cell, which are not read."""
 
     truth: Truth | None = None
     suites: Mapping[str, Mapping[str, Measured]] | None = None
@@ -99,8 +99,8 @@ def read(root: Path, result: Result) -> Evaluations:
 
     file = folder / "merged" / "merged.json"
     truth = known(file, _truth) if file.exists() else None
-    every = {path.stem: known(path, _metrics) for path in sorted((folder / "suites").glob("*.json"))}
-    return Evaluations(truth, {task: metrics for task, metrics in every.items() if metrics}, tuple(old))
+    every = [known(path, _suite) for path in sorted((folder / "suites").glob("*.json"))]
+    return Evaluations(truth, dict(one for one in every if one), tuple(old))
 
 
 def _made(path: Path, values: dict[str, Any], made: Callable[[dict[str, Any]], T]) -> T:
@@ -115,5 +115,6 @@ def _truth(values: dict[str, Any]) -> Truth:
     return Truth(values["metric"], values["attached"], values["effect"], values["rows"], merged)
 
 
-def _metrics(values: dict[str, Any]) -> dict[str, Measured]:
-    return {name: Measured(**one) for name, one in values["metrics"].items()}
+def _suite(values: dict[str, Any]) -> tuple[str, dict[str, Measured]]:
+    part = f", first {values['rows']} rows" if values["rows"] else ""
+    return f"{values['task']}{part}{', merged' if values['merged'] else ''}", {name: Measured(**one) for name, one in values["metrics"].items()}

@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import operator
 import statistics
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.records.evaluations import SAID, TITLES, Evaluations
 from pipeline.records.finished import Cell
 from pipeline.records.results import Result
+from pipeline.reporting import values
 from pipeline.reporting import words as f
 from pipeline.stats.verdict import Verdict
 
@@ -38,7 +38,7 @@ STANDINGS = {
 RESUMED, SHARED = "†", "‡"
 OTHER_MEMORY = ("packed", "parallel")
 """What a cell's `timing` says where its peak memory is not that of one GPU with one training."""
-SECTIONS = ("", "Quality", "Data", "Training", "Model", "Forgetting")
+SECTIONS = ("", "Quality", "Data", "Training", "Model", "Merged", "Forgetting")
 """Of the columns, in their order on the page."""
 
 
@@ -69,7 +69,8 @@ class Figure:
     """One figure: a field of Row, a column of table.csv, and with a title a column of the page."""
 
     where: str | Callable[[Cell], Any] | None = None
-    """Its dotted name in Result, or what gives it of a cell; None: rows.py sets it, from other rows."""
+    """Its dotted name in Result, or what gives it of a cell; None: rows.py sets it, from other rows or from
+    what was evaluated beside the cells."""
     title: str = ""
     """Heads its column; empty: it has none."""
     section: str = ""
@@ -153,73 +154,18 @@ def _resumed(row: Row) -> str:
     return RESUMED if row.timing else ""
 
 
-def headline(split: str) -> Callable[[Cell], float | None]:
-    """The task's metric on a split."""
-    def of(cell: Cell) -> float | None:
-        score = cell.result.scores.get(split)
-        return getattr(score, cell.result.metric) if score else None
+def _merged(precision: str) -> Any:
+    """The column of a merge into this precision."""
+    def small(row: Row) -> str:
+        drift, verdict = (getattr(row, f"merged_{precision}_{what}") for what in ("drift", "verdict"))
+        return "" if drift is None else f"drift {drift:.2g}{'; ' if verdict != 'kept' else ''}{SAID[verdict]}"
 
-    return of
-
-
-def _bound(end: int) -> Callable[[Cell], float | None]:
-    """One end of the headline metric's interval on the test rows."""
-    def of(cell: Cell) -> float | None:
-        bounds = cell.result.test.interval(cell.result.metric) if cell.result.test else None
-        return bounds[end] if bounds else None
-
-    return of
-
-
-def _transfer(cell: Cell) -> float | None:
-    values = [v for split in cell.result.scores if split.startswith("transfer/") and (v := headline(split)(cell)) is not None]
-    return statistics.fmean(values) if values else None
-
-
-def _teacher_s(cell: Cell) -> float | None:
-    """Seconds for rationales and for synthetic rows."""
-    known = [part.seconds for part in (cell.result.teacher, cell.result.synthetic) if part is not None and part.seconds is not None]
-    return sum(known) if known else None
-
-
-def _made_s(cell: Cell) -> float | None:
-    """Seconds of warm-up and training of the cell and of all that it is made of; None where it is made of nothing, or one is not known."""
-    parts = [before.seconds for before in cell.result.before.values()]
-    own = cell.result.phases
-    return math.fsum([*filter(None, parts), own.warmup_s, own.train_s]) if parts and None not in parts and own else None
-
-
-def _of_pairs(each: Sequence[Any], key: str) -> float | None:
-    """Mean over seeds of what is known of the test pairs."""
-    known = [getattr(pairs["test"], key) for pairs in each if "test" in pairs]
-    return statistics.fmean(known) if known else None
-
-
-def _growth_of(base: str) -> Callable[[Cell], float | None]:
-    def of(cell: Cell) -> float | None:
-        before, after = getattr(cell.result.forgetting, base, None), getattr(cell.result.forgetting, "perplexity", None)
-        return after / before - 1 if before and after is not None else None
-
-    return of
-
-
-def _change_of(probe: str, base: str) -> Callable[[Cell], float | None]:
-    def of(cell: Cell) -> float | None:
-        before, after = getattr(cell.result.forgetting, base, None), getattr(cell.result.forgetting, probe, None)
-        return after - before if before is not None and after is not None else None
-
-    return of
-
-
-def _status(each: Sequence[str]) -> str:
-    lost = Counter(status for status in each if status != "ok")
-    words = [status if count == len(each) else f"{status} in {count} of {len(each)} seeds" for status, count in lost.items()]
-    return ", ".join(words) or "ok"
-
-
-def _one_currency(part: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
-    """Of costs; None where they are in several currencies."""
-    return lambda costs: part(costs) if len({cost.currency for cost in costs}) == 1 else None
+    return _figure(
+        None, f"Merged {TITLES[precision]}", "Merged", f.points, small=small, optional=True,
+        about=f"The adapter folded into the weights and these rounded to {TITLES[precision]}: the metric's change against the adapter beside its base, in "
+        "percentage points. Under it the drift between the two (Kullback-Leibler, nats a token), and where the adapter was rounded away (less than half of its "
+        "change is left), the model changed too much (by more than adapter and rounding explain), or the precision changes the base by more than the adapter "
+        "did (python -m pipeline.evaluate cell=… split=merged, docs/serving.md).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,23 +188,23 @@ class Row:
     precision: str = _same("precision")
     train_rows: int = _same("train_rows")
     seeds: int = _figure("seed", "Seeds", "Data", over=shown, seeds=len, last=1, about="Runs with different seeds; the figures are their means.")
-    status: str = _figure("status", over=list, seeds=_status)
+    status: str = _figure("status", over=list, seeds=values.status)
     """ok, oom, diverged, or "oom in 1 of 3 seeds"."""
     metric: str = _same("metric")
     test: float | None = _figure(
-        headline("test"), "Test {metric}, %", "Quality", f.percent, small=lambda r: interval(r), last=-1, for_dvc=True,
+        values.headline("test"), "Test {metric}, %", "Quality", f.percent, small=lambda r: interval(r), last=-1, for_dvc=True,
         about="Share of the test rows answered right (or the task's own metric), in percent. Under it its 95% interval (Wilson's; of other metrics than "
         "accuracy the bootstrap's over rows); "
         "with several seeds it reaches from the lowest to the highest bound of their intervals.")
     accuracy: float | None = _figure("test.accuracy")
     accuracy_low: float | None = _figure("test.accuracy_low", seeds=min)
     accuracy_high: float | None = _figure("test.accuracy_high", seeds=max)
-    metric_low: float | None = _figure(_bound(0), seeds=min)
+    metric_low: float | None = _figure(values.bound(0), seeds=min)
     """The headline metric's 95% interval, whatever the metric."""
-    metric_high: float | None = _figure(_bound(1), seeds=max)
-    test_seed_low: float | None = _figure(headline("test"), seeds=lambda each: min(each) if len(each) > 1 else None)
+    metric_high: float | None = _figure(values.bound(1), seeds=max)
+    test_seed_low: float | None = _figure(values.headline("test"), seeds=lambda each: min(each) if len(each) > 1 else None)
     test_seed_high: float | None = _figure(
-        headline("test"), "Over seeds, %", "Quality", main=lambda r: f.span(r.test_seed_low, r.test_seed_high) or f.DASH, optional=True,
+        values.headline("test"), "Over seeds, %", "Quality", main=lambda r: f.span(r.test_seed_low, r.test_seed_high) or f.DASH, optional=True,
         seeds=lambda each: max(each) if len(each) > 1 else None,
         about="Smallest and largest test figure over the seeds: the spread of training, not that of drawing the test rows.")
     test_rows: int | None = _figure("test.rows", seeds=min)
@@ -281,15 +227,15 @@ class Row:
         "test.macro_f1", "Macro-F1, %", "Quality", f.percent,
         about="Mean over the answers of their F1: a rare answer counts as much as a frequent one.")
     validation: float | None = _figure(
-        headline("validation"), "Validation, %", "Quality", f.percent, for_dvc=True,
+        values.headline("validation"), "Validation, %", "Quality", f.percent, for_dvc=True,
         about="The same metric on the validation rows, which chose the checkpoint.")
     pair_accuracy: float | None = _figure(
-        "pairs", "Pairs, %", "Quality", f.percent, optional=True, seeds=lambda each: _of_pairs(each, "accuracy"),
+        "pairs", "Pairs, %", "Quality", f.percent, optional=True, seeds=lambda each: values.pairs(each, "accuracy"),
         small=lambda r: "" if r.calibration_error is None else f"calibration error {f.percent(r.calibration_error)}",
         about="Of a reward model: share of test pairs, a row's right answer and a wrong one, that it ranks right; chance is 50. Under it how far the chances "
         "that it claims are from the shares that are right (expected calibration error, points).")
-    calibration_error: float | None = _figure("pairs", seeds=lambda each: _of_pairs(each, "calibration_error"))
-    transfer: float | None = _figure(_transfer, "Transfer, %", "Quality", f.percent, about="Mean of the same metric over test sets of other domains.")
+    calibration_error: float | None = _figure("pairs", seeds=lambda each: values.pairs(each, "calibration_error"))
+    transfer: float | None = _figure(values.transfer, "Transfer, %", "Quality", f.percent, about="Mean of the same metric over test sets of other domains.")
     labelled_rows: int | None = _figure(
         "labelled_rows", "Labelled rows", "Data", _whole, seeds=first,
         about="Labelled rows that the technique used: training rows, plus the validation rows that chose the checkpoint; "
@@ -311,10 +257,10 @@ class Row:
         about="Wall clock of the whole cell, evaluation included. "
         f"{SHARED}: imports and base were read once for several cells, so their start-up and load are missing from it.")
     made_s: float | None = _figure(
-        _made_s, "With its parts, s", "Training", f.seconds, optional=True, over=timed, mark=_resumed, single=True,
+        values.made_s, "With its parts, s", "Training", f.seconds, optional=True, over=timed, mark=_resumed, single=True,
         about="Of what is made of other cells (the one it begins at, a reward model and what that begins at): warm-up and training of all of them and its own.")
     teacher_s: float | None = _figure(
-        _teacher_s, "Teacher, s", "Training", f.seconds, optional=True, about="Seconds that the teacher took for its rationales, or for synthetic rows.")
+        values.teacher_s, "Teacher, s", "Training", f.seconds, optional=True, about="Seconds that the teacher took for its rationales, or for synthetic rows.")
     tokens_per_s: float | None = _figure(
         "work.tokens_per_s", "Tokens/s", "Training", _whole, over=timed, mark=_resumed, single=True,
         about="Real tokens (no padding) through training steps in a second.")
@@ -340,19 +286,32 @@ class Row:
     merged_latency_s: float | None = _figure("inference.merged_latency_s")
     request_peak_bytes: float | None = _figure("inference.request_peak_bytes")
     merged_request_peak_bytes: float | None = _figure("inference.merged_request_peak_bytes")
+    merged_bf16: float | None = _merged("bf16")
+    merged_bf16_drift: float | None = _figure()
+    merged_bf16_left: float | None = _figure()
+    merged_bf16_verdict: str | None = _figure()
+    merged_nf4: float | None = _merged("nf4")
+    merged_nf4_drift: float | None = _figure()
+    merged_nf4_left: float | None = _figure()
+    merged_nf4_verdict: str | None = _figure()
+    merged_int8: float | None = _merged("int8")
+    merged_int8_drift: float | None = _figure()
+    merged_int8_left: float | None = _figure()
+    merged_int8_verdict: str | None = _figure()
+    """One of records.evaluations.SAID, of several seeds the worst."""
     perplexity_change: float | None = _figure(
-        _growth_of("perplexity_base"), "Perplexity", "Forgetting", _growth, small=_to_16bit(_growth, "perplexity_change_16bit"),
+        values.growth_of("perplexity_base"), "Perplexity", "Forgetting", _growth, small=_to_16bit(_growth, "perplexity_change_16bit"),
         about="Change of the perplexity on unrelated text against the untouched base in the same precision "
         "(above 0: forgotten); under it against the base in 16 bits, where the base is quantised.")
-    perplexity_change_16bit: float | None = _figure(_growth_of("perplexity_base_16bit"))
+    perplexity_change_16bit: float | None = _figure(values.growth_of("perplexity_base_16bit"))
     pairs_change: float | None = _figure(
-        _change_of("pairs", "pairs_base"), "Minimal pairs", "Forgetting", f.points, small=_to_16bit(f.points, "pairs_change_16bit"),
+        values.change_of("pairs", "pairs_base"), "Minimal pairs", "Forgetting", f.points, small=_to_16bit(f.points, "pairs_change_16bit"),
         about="Change of the share of grammatical minimal pairs ranked right, in percentage points (below 0: forgotten), likewise.")
-    pairs_change_16bit: float | None = _figure(_change_of("pairs", "pairs_base_16bit"))
+    pairs_change_16bit: float | None = _figure(values.change_of("pairs", "pairs_base_16bit"))
     lambada_change: float | None = _figure(
-        _change_of("lambada", "lambada_base"), "LAMBADA", "Forgetting", f.points, small=_to_16bit(f.points, "lambada_change_16bit"), optional=True,
+        values.change_of("lambada", "lambada_base"), "LAMBADA", "Forgetting", f.points, small=_to_16bit(f.points, "lambada_change_16bit"), optional=True,
         about="Change of the share of LAMBADA passages whose last word the model says, in percentage points (below 0: forgotten), likewise.")
-    lambada_change_16bit: float | None = _figure(_change_of("lambada", "lambada_base_16bit"))
+    lambada_change_16bit: float | None = _figure(values.change_of("lambada", "lambada_base_16bit"))
     transfer_change: float | None = _figure()
     """Mean of the transfer sets above zero-shot's."""
     energy_j: float | None = _figure(
@@ -363,9 +322,10 @@ class Row:
     host_energy_j: float | None = _figure("work.host_energy_j", over=timed, single=True)
     cost: float | None = _figure(
         "cost", "Cost", "Training", main=lambda r: f.DASH if r.cost is None else f"{r.cost:.3g} {r.currency}", optional=True, over=timed, single=True,
-        seeds=_one_currency(lambda costs: statistics.fmean(c.amount for c in costs)), about="Wall clock of the whole cell at the config's price_per_hour.")
+        seeds=values.one_currency(lambda costs: statistics.fmean(c.amount for c in costs)),
+        about="Wall clock of the whole cell at the config's price_per_hour.")
     """Of a cell, in `currency`; None without a price, or where its seeds were priced in several."""
-    currency: str | None = _figure("cost", over=timed, seeds=_one_currency(lambda costs: costs[0].currency))
+    currency: str | None = _figure("cost", over=timed, seeds=values.one_currency(lambda costs: costs[0].currency))
     engine: str | None = _figure("work.engine", over=list, seeds=lambda each: ", ".join(dict.fromkeys(each)))
     """What did the training steps (results.ENGINES); several seeds' that differ are all named."""
     diverged: int = _figure(lambda c: c.result.status == "diverged", over=list, seeds=sum, empty=0)
@@ -374,6 +334,8 @@ class Row:
     own_notes: tuple[str, ...] = ()
     """Notes that not every row has."""
     cells: tuple[Cell, ...] = field(default=(), repr=False)
+    evaluations: tuple[Evaluations, ...] = field(default=(), repr=False)
+    """What was evaluated beside the finished ones, in their order."""
     verdict: Verdict | None = field(default=None, repr=False, compare=False)
     """On all rows of the same number of training rows; the rows of a group share it."""
 

@@ -21,7 +21,7 @@ from pipeline.measure.clock import Phases
 from pipeline.records.finished import Cell
 from pipeline.records.results import Result, Work
 from pipeline.reporting import costs as report_complexity
-from pipeline.reporting import forgetting, overoptimisation, times, tuning
+from pipeline.reporting import evaluated, forgetting, overoptimisation, times, tuning
 from pipeline.reporting import words as f
 from pipeline.reporting.charts import by_rows, colours, costs, forest, scatter, training_curves
 from pipeline.reporting.figures import Row, columns, metric_name, remarks
@@ -113,7 +113,7 @@ def _charts(rows: Sequence[Row], colour: dict[str, str]) -> dict[str, Any]:
         "curves": [(name, inline(spec)) for name, spec in training_curves(rows, colour)],
         "curve_checks": any(point.get("validation_metric") is not None for r in rows for c in r.cells for point in c.result.history),
         "forgetting": [(rows_in_words(name), charts) for name, group in groups.items() if (charts := forgetting.charts(group, colour))],
-        "probed": forgetting.probes(rows),
+        "probed": forgetting.probes(rows), "suites": evaluated.suites(rows),
         "rewards": overoptimisation.charts(first, colour), "reward_sentences": overoptimisation.sentences(first),
         **_complexity(first, colour),
     }

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from pipeline.records import evaluations
 from pipeline.records.finished import Cell, check_comparable
 from pipeline.records.results import HISTORY, csv_text
+from pipeline.reporting import evaluated
 from pipeline.reporting.figures import FIGURES, OTHER_MEMORY, QUANTISED, RESUMED, SHARED, Row, finished, notes_of
 from pipeline.scoring.answers import by_row
 from pipeline.stats import tiers
@@ -24,14 +27,21 @@ def by_group(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {group: [r for r in rows if r.group == group] for group in groups}
 
 
-def make_rows(cells: Sequence[Cell]) -> list[Row]:
-    """Rows sorted by the test metric, the best first, those without one last. Raises UserError where cells differ in task, model or metric."""
+def make_rows(cells: Sequence[Cell], beside: Path | None = None) -> list[Row]:
+    """Rows sorted by the test metric, the best first, those without one last.
+
+    Args:
+        beside: where pipeline.evaluate writes (paths.evaluations); None: rows without what it wrote.
+
+    Raises:
+        UserError: cells differ in task, model or metric.
+    """
     check_comparable(cells, "move one of the two folders away, or run its cells again under another name: experiment=<name>")
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.label, cell.rows), []).append(cell)
     several, common = len({rows for _, rows in groups}) > 1, common_notes(cells)
-    rows = [_row(sorted(group, key=lambda c: c.result.seed), several, common) for group in groups.values()]
+    rows = [_row(sorted(group, key=lambda c: c.result.seed), several, common, beside) for group in groups.values()]
     rows.sort(key=lambda r: (r.test is None, -(r.test or 0), r.name))
     for group in by_group(rows).values():
         compared = {r.name: r for r in _compared(group)}
@@ -45,10 +55,12 @@ def common_notes(cells: Sequence[Cell]) -> list[str]:
     return [note for note in dict.fromkeys(having[0]) if all(note in notes for notes in having)] if having else []
 
 
-def _row(cells: list[Cell], several: bool, common: list[str]) -> Row:
+def _row(cells: list[Cell], several: bool, common: list[str], beside: Path | None) -> Row:
     values = {key: one.over_seeds(cells) for key, one in FIGURES.items() if one.where is not None}
     label, rows = cells[0].label, cells[0].rows
-    return Row(**values, name=f"{label} ({rows} rows)" if several else label, own_notes=tuple(n for n in notes_of(cells) if n not in common),
+    found = tuple(evaluations.read(beside, c.result) for c in finished(cells)) if beside else ()
+    own_notes = tuple(n for n in notes_of(cells) if n not in common)
+    return Row(**(values | evaluated.merged(found)), evaluations=found, name=f"{label} ({rows} rows)" if several else label, own_notes=own_notes,
                cells=tuple(cells))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.records.finished import Cell
 from pipeline.records.runs import hardware_name
-from pipeline.reporting import overoptimisation
+from pipeline.reporting import evaluated, overoptimisation
 from pipeline.reporting import words as f
 from pipeline.reporting.figures import METRICS, OTHER_MEMORY, Row, columns, interval, remarks
 from pipeline.reporting.rows import by_group, common_notes, tier_notes, timing_notes
@@ -135,7 +135,7 @@ def warnings(rows: Sequence[Row], missing: Sequence[str]) -> list[str]:
     for what, values in _conditions(cells).items():
         if len(values) > 1:
             texts.append(f"the cells differ in {what} ({'; '.join(values)}), so compare them with care")
-    return texts
+    return texts + evaluated.told(rows)
 
 
 def _conditions(cells: Sequence[Cell]) -> dict[str, list[str]]:
@@ -198,21 +198,27 @@ TABLES = (
     ("name", "labelled_rows", "synthetic_rows", "test", "letters", "test_seed_high", "against_zero_shot"),
     ("name", "train_s", "made_s", "wall_s", "tokens_per_s", "peak_bytes", "trainable", "artefact_bytes"),
     ("name", "macro_f1", "pair_accuracy", "validation", "transfer", "perplexity_change", "pairs_change", "lambada_change", "latency_s"),
+    ("name", "merged_bf16", "merged_nf4", "merged_int8"),
 )
 
 
 def markdown(experiment: str, rows: Sequence[Row], missing: Sequence[str], extra: Sequence[str] = ()) -> str:
-    """The opening, further sentences, three tables (result, cost, further figures; columns aligned, for a terminal too), and the notes."""
+    """The opening, further sentences, the tables (result, cost, further figures, and where they were measured merges and lm-evaluation-harness's tasks;
+    columns aligned, for a terminal too), and the notes."""
     shown, unmeasured = columns(rows)
     by_key = {c.key: c for c in shown}
     lines = [f"# {experiment}: alignment techniques compared", "", *_paragraph(opening(rows, extra))]
     lines += ["", *_paragraph(extra[CURVES:])] if extra[CURVES:] else []
     for keys in TABLES:
         columns_of_it = [by_key[k] for k in keys if k in by_key]
+        if len(columns_of_it) < 2:
+            continue
         table = [[c.title for c in columns_of_it], *([row.name, *(_joined(c.text(row), c.small(row)) for c in columns_of_it[1:])] for row in rows)]
         if keys is TABLES[0]:
             table = [[*table[0], ""], *([*line, "; ".join(remarks(row))] for line, row in zip(table[1:], rows, strict=True))]
         lines += ["", *_aligned(table)]
+    heads, asked = evaluated.suites(rows)
+    lines += ["", *_aligned([["Technique", *heads], *([row.name, *(_joined(*texts) for texts in line)] for row, line in asked)])] if asked else []
     lines += ["", *(f"- {text}" for text in [*warnings(rows, missing), *overoptimisation.sentences(rows), *_footnotes(rows, [c.title for c in unmeasured])])]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -19,6 +19,8 @@ from pipeline.core.files import UserError, closest, read_object, write_json, wri
 from pipeline.data.rows import by_length, pad
 from pipeline.models import architecture
 from pipeline.models.base import autocast, most_tokens
+from pipeline.records.evaluations import run_of
+from pipeline.records.results import Result
 from pipeline.scoring.scorer import Scorer, generate, logits_at
 from pipeline.serving.artefact import Artefact, Base
 
@@ -47,7 +49,7 @@ def refusal(artefact: Artefact) -> str | None:
     return None
 
 
-def run(artefact: Artefact, suite: Suite, target: Path, work: Path, model_sha256: str | None) -> dict[str, dict[str, Any]]:
+def run(result: Result, artefact: Artefact, suite: Suite, target: Path, work: Path) -> dict[str, dict[str, Any]]:
     """Scores by task and metric: {value, stderr, base, change}, of the artefact and of its untouched base; also written to `target`/<task>.json,
     the rows' requests and answers to <task>.jsonl.
 
@@ -63,14 +65,15 @@ def run(artefact: Artefact, suite: Suite, target: Path, work: Path, model_sha256
     if suite.merged and not (artefact.method.peft and artefact.method.merges):
         raise UserError(f"{artefact.name} has no adapter that can be merged; leave out merged=true")
     manager, base = _tasks(suite), Base.of(artefact.cfg)
-    before = _base_scores(harness, base, manager, suite, work, [model_sha256, artefact.cfg.start, str(artefact.settings.precision), str(base.dtype)], artefact)
+    about_base = [result.provenance.get("model_sha256"), artefact.cfg.start, str(artefact.settings.precision), str(base.dtype)]
+    before = _base_scores(harness, base, manager, suite, work, about_base, artefact)
     model = artefact.load(base)[0]
     if suite.merged:
         model = artefact.method.merged(model)
     after = _asked(base, model, manager, suite, artefact)
     scores = {task: {name: _compared(one, before.get(task, {}).get(name)) for name, one in metrics.items()} for task, metrics in _scores(after).items()}
     for task, metrics in scores.items():
-        about = {"cell": artefact.name, "task": task, "lm_eval": harness, "rows": suite.rows, "merged": suite.merged, "metrics": metrics}
+        about = {"cell": artefact.name, "run": run_of(result), "task": task, "lm_eval": harness, "rows": suite.rows, "merged": suite.merged, "metrics": metrics}
         write_json(target / f"{task}.json", about)
         write_jsonl(target / f"{task}.jsonl", [_sample(sample) for sample in after["samples"].get(task, ())])
     return scores
