@@ -8,7 +8,7 @@
 
 Splits: validation, test, transfer/<set>. Writes evaluations/<experiment>/<cell>/<split>/{score.json, predictions.jsonl}. With
 split=probes it probes what the artefact forgot (docs/forgetting.md) and writes forgetting.json there; with split=merged it folds the adapter into
-weights of bf16, NF4 and int8 and writes what is left of it to merged.json (docs/serving.md); with suite=… it asks that library's tasks of
+weights of bf16, NF4, int8 and GGUF Q8_0 and writes what is left of it to merged.json (docs/serving.md); with suite=… it asks that library's tasks of
 the artefact and of its base, and writes suites/<task>.{json,jsonl}.
 """
 

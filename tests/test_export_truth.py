@@ -14,7 +14,7 @@ from pipeline.cell import identity
 from pipeline.cell import run as cell_run
 from pipeline.core.compose import compose
 from pipeline.core.files import read_json, read_jsonl, sha256, write_json
-from pipeline.serving import distances, merging
+from pipeline.serving import distances, gguf_rounding, merging
 from pipeline.serving.artefact import Artefact, Base
 
 SHORT = ["train_rows=16", "train.steps=8", "train.validations=0", "evaluate.latency_rows=0", "evaluate.test_rows=16", "precision=fp32"]
@@ -40,10 +40,11 @@ def test_a_merged_adapter_is_the_adapter_in_fp32_and_nearly_so_in_16_bits(truth_
     own = [p["correct"] for p in read_jsonl(folder / "predictions.jsonl") if p["split"] == "test"]
     assert found["attached"] == pytest.approx(sum(own) / 16) and found["rows"] == 16 and found["effect"] > 0.1
     by = {one["precision"]: one for one in found["merged"]}
-    assert list(by) == ["fp32", "bf16", "nf4", "int8"]
+    assert list(by) == ["fp32", "bf16", "nf4", "int8", "q8_0"]
     assert by["fp32"]["drift"] < 1e-6 and by["fp32"]["change"] == 0 and by["fp32"]["base_drift"] == 0 and by["fp32"]["left"] > 0.9999
     assert 1e-9 < by["bf16"]["drift"] < by["nf4"]["drift"] and by["bf16"]["drift"] < 1e-2
     assert 1 > by["bf16"]["left"] > by["nf4"]["left"] > 0.9 and 0 < by["bf16"]["base_drift"] < by["nf4"]["base_drift"]
+    assert 1e-9 < by["q8_0"]["drift"] < by["nf4"]["drift"] and by["q8_0"]["left"] > 0.99
     assert {one["verdict"] for one in found["merged"]} == {"kept"}
 
 
@@ -154,3 +155,48 @@ def test_distributions_are_those_at_the_answers_tokens(tiny, overrides):
         expected.append(scorer.model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1].log_softmax(-1))
     both = torch.cat(expected)
     assert found.shape == both.shape and torch.allclose(found.sum(0), both.sum(0), atol=1e-3)
+
+
+def gguf_file(model: Any, path: Path) -> None:
+    """A Llama as llama.cpp's converter writes it with --outtype q8_0, without its tokenizer: names of the gguf package, rows of q and k in that order."""
+    import gguf
+
+    cfg, kind = model.config, gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    for add, value in ((writer.add_block_count, cfg.num_hidden_layers), (writer.add_context_length, cfg.max_position_embeddings),
+                       (writer.add_embedding_length, cfg.hidden_size), (writer.add_feed_forward_length, cfg.intermediate_size),
+                       (writer.add_head_count, cfg.num_attention_heads), (writer.add_head_count_kv, cfg.num_key_value_heads),
+                       (writer.add_layer_norm_rms_eps, cfg.rms_norm_eps), (writer.add_rope_freq_base, cfg.rope_parameters["rope_theta"]),
+                       (writer.add_vocab_size, cfg.vocab_size)):
+        add(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.num_hidden_layers)
+    for name, p in model.named_parameters():
+        values, heads = p.detach().float().numpy(), {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            values = values.reshape(heads, 2, len(values) // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
+        stored = gguf.quants.quantize(values, kind.Q8_0) if values.ndim > 1 else values
+        writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", stored, raw_dtype=kind.Q8_0 if values.ndim > 1 else kind.F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_weights_of_gguf_are_those_that_transformers_reads_from_such_a_file(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny / "models" / "smollm2_135m"
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    gguf_file(plain, tmp_path / "tiny.gguf")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
+    ids = torch.randint(plain.config.vocab_size, (4, 12), generator=torch.Generator().manual_seed(0))
+    before = plain(ids).logits
+    assert gguf_rounding.suits(plain)
+    rounded = gguf_rounding.to_q8_0(plain)(ids).logits
+    assert torch.equal(dict(rounded_weights(plain))["k_proj"], dict(rounded_weights(read))["k_proj"])
+    assert torch.allclose(rounded, read(ids).logits, atol=1e-5) and (rounded - before).abs().max() > 1e-3
+
+
+def rounded_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
+    return [(name.split(".")[-2], p) for name, p in model.named_parameters()]

@@ -93,7 +93,9 @@ def test_figures_of_an_earlier_run_are_left_out_and_named(beside):
     assert str(file) in said and said.endswith("run pipeline.evaluate anew")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"run": "RUN", "metric": "accuracy"}', '{"run": "RUN", "metric": "a", "attached": 1, "effect": 1, "rows": 1, "merged": [{}]}'])
+@pytest.mark.parametrize("content", [
+    "", "[]", '{"run": "RUN", "metric": "accuracy"}', '{"run": "RUN", "metric": "a", "attached": 1, "effect": 1, "rows": 1, "merged": [{}]}',
+])
 def test_a_damaged_file_is_a_warning_and_no_figure(beside, capsys, content):
     file = merge(beside, "lora-s0-n200", ("bf16", -9.0, 0.0, "rounded_away"))
     file.write_text(content.replace("RUN", RUN))

@@ -1,5 +1,5 @@
 """lm-evaluation-harness on a cell: a task of ours, written as one of that library's, scores row by row as the cell does; its own requests against plain
-transformers; what is refused. Skipped where the library (the extra lm-eval) is not installed."""
+transformers; what is refused. Skipped where the library is not installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.models.base import load_model
 from pipeline.serving import suites
 from pipeline.serving.artefact import Base
 
-needs_library = pytest.mark.skipif("not __import__('importlib').util.find_spec('lm_eval')", reason="lm-eval is not installed (the extra lm-eval)")
+needs_library = pytest.mark.skipif("not __import__('importlib').util.find_spec('lm_eval')", reason="lm-eval is not installed; make installs it")
 SHORT = ["train_rows=16", "train.steps=4", "train.validations=0", "train.lr=5e-2", "evaluate.latency_rows=0", "evaluate.test_rows=12"]
 WRITTEN = ["task.scoring=generate", "+task.max_new_tokens=3", "variant=written"]
 
@@ -54,7 +54,7 @@ def exported(words: list[str], folder: Path, tmp_path: Path) -> str:
 
 @needs_library
 @pytest.mark.parametrize("technique", [
-    "lora", "few_shot", pytest.param("prompt_tuning", marks=pytest.mark.slow), pytest.param("step_by_step", marks=pytest.mark.slow),
+    "lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("few_shot", "prompt_tuning", "step_by_step")),
 ])
 def test_choices_score_as_the_cell_does_row_by_row(cell_of, tmp_path, technique):
     words, folder = cell_of(f"technique={technique}", "precision=fp32")
@@ -85,7 +85,8 @@ def test_texts_are_the_cells_own(cell_of, tmp_path):
 
 
 @needs_library
-@pytest.mark.parametrize("merged", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("merged", [False, True])
 def test_a_merged_adapter_scores_as_an_attached_one_and_the_base_is_asked_once(cell_of, tmp_path, monkeypatch, merged):
     words, folder = cell_of("technique=lora", "precision=fp32")
     name = exported(words, folder, tmp_path)

@@ -18,7 +18,7 @@ from pipeline.records.results import Result
 T = TypeVar("T")
 SAID = {"kept": "", "base_changed": "the base changes more than by the adapter", "rounded_away": "rounded away", "too_much": "changed too much"}
 """What became of an adapter in a merge -> the same in words; the worst last."""
-TITLES = {"fp32": "fp32", "bf16": "bf16", "nf4": "NF4", "int8": "int8"}
+TITLES = {"fp32": "fp32", "bf16": "bf16", "nf4": "NF4", "int8": "int8", "q8_0": "GGUF Q8_0"}
 """A precision that a merged model is rounded to -> its name in words."""
 
 

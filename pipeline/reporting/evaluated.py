@@ -15,7 +15,7 @@ from pipeline.reporting import words as f
 if TYPE_CHECKING:
     from pipeline.reporting.figures import Row
 
-COLUMNS = ("bf16", "nf4", "int8")
+COLUMNS = ("bf16", "nf4", "int8", "q8_0")
 """Precisions of merges that the report has a column of; fp32 is the adapter itself."""
 FIRST = ("acc", "acc_norm", "exact_match")
 """Of a task's metrics the one that is shown, where it has them; else the first by name. The others are in the files."""

@@ -298,6 +298,10 @@ class Row:
     merged_int8_drift: float | None = _figure()
     merged_int8_left: float | None = _figure()
     merged_int8_verdict: str | None = _figure()
+    merged_q8_0: float | None = _merged("q8_0")
+    merged_q8_0_drift: float | None = _figure()
+    merged_q8_0_left: float | None = _figure()
+    merged_q8_0_verdict: str | None = _figure()
     """One of records.evaluations.SAID, of several seeds the worst."""
     perplexity_change: float | None = _figure(
         values.growth_of("perplexity_base"), "Perplexity", "Forgetting", _growth, small=_to_16bit(_growth, "perplexity_change_16bit"),

@@ -198,7 +198,7 @@ TABLES = (
     ("name", "labelled_rows", "synthetic_rows", "test", "letters", "test_seed_high", "against_zero_shot"),
     ("name", "train_s", "made_s", "wall_s", "tokens_per_s", "peak_bytes", "trainable", "artefact_bytes"),
     ("name", "macro_f1", "pair_accuracy", "validation", "transfer", "perplexity_change", "pairs_change", "lambada_change", "latency_s"),
-    ("name", "merged_bf16", "merged_nf4", "merged_int8"),
+    ("name", "merged_bf16", "merged_nf4", "merged_int8", "merged_q8_0"),
 )
 
 

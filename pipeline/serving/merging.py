@@ -1,8 +1,8 @@
 """What becomes of an adapter when it is folded into weights of fewer bits: `python -m pipeline.evaluate cell=… split=merged`.
 
-Library. The merged weights are rounded to bf16, NF4 and int8, and each model answers the cell's test rows. An adapter's change may be smaller than a
-weight's last bit, so that it is rounded away, or a merge may change more than the adapter and the rounding of any model explain. Both are told, from
-distributions over the answers' tokens of four models: the base and the adapter beside it, and the base and the merged model in those bits.
+Library. The merged weights are rounded to bf16, NF4, int8 and GGUF's Q8_0, and each model answers the cell's test rows. An adapter's change may be smaller
+than a weight's last bit, so that it is rounded away, or a merge may change more than the adapter and the rounding of any model explain. Both are told,
+from distributions over the answers' tokens of four models: the base and the adapter beside it, and the base and the merged model in those bits.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import UserError, write_json
-from pipeline.core.settings import Precision
 from pipeline.data.rows import by_length, pad
 from pipeline.models.base import autocast, cast, dequantised, load_model, resolve
 from pipeline.records.evaluations import SAID, TITLES, Merged, Truth, run_of
 from pipeline.records.results import Result
 from pipeline.scoring import answers
 from pipeline.scoring.scorer import Scorer, logits_at
-from pipeline.serving import export
+from pipeline.serving import export, gguf_rounding
 from pipeline.serving.artefact import Artefact, Base, rows_of
 from pipeline.serving.distances import NOTHING, divergence, fate
 
@@ -52,12 +51,12 @@ def truth(artefact: Artefact, rows: Sequence[dict], precisions: Sequence[str] = 
         if hasattr(model, "peft_config"):
             model = artefact.method.merged(model if quantised else cast(model, torch.float32))  # else merging rounds to the base's own bits already
         _keep(model, base, after)
+        names = [name for name in precisions if name != "q8_0" or gguf_rounding.suits(model)]
         del model, scorer
         found = []
-        for name in precisions:
-            precision = dataclasses.replace(artefact.settings.precision, name=name)  # type: ignore[arg-type]
-            rounded, _ = _answered(artefact, before, precision, rows[:READ], base)
-            merged, score = _answered(artefact, after, precision, rows, base)
+        for name in names:
+            rounded, _ = _answered(artefact, before, name, rows[:READ], base)
+            merged, score = _answered(artefact, after, name, rows, base)
             one = fate(alone, beside, rounded, merged)
             found.append(Merged(name, score, 100 * (score - attached), one.drift, one.base_drift, one.left, one.verdict))
     return Truth(metric, attached, divergence(alone, beside), len(rows), tuple(found))
@@ -76,9 +75,12 @@ def _keep(model: Any, base: Base, folder: Path) -> None:
     write_json(folder / "manifest.json", {"name": folder.name})
 
 
-def _answered(artefact: Artefact, folder: Path, precision: Precision, rows: Sequence[dict], base: Base) -> tuple[Any, float]:
+def _answered(artefact: Artefact, folder: Path, name: str, rows: Sequence[dict], base: Base) -> tuple[Any, float]:
     """(distributions, headline metric on the rows) of the folder's model in this precision."""
+    of_gguf = name == "q8_0"
+    precision = dataclasses.replace(artefact.settings.precision, name="fp32" if of_gguf else name)  # type: ignore[arg-type]
     model = load_model(folder, precision, base.device, trust_remote_code=artefact.settings.model.trust_remote_code)
+    model = gguf_rounding.to_q8_0(model) if of_gguf else model
     scorer = artefact.scorer(Base(model, base.tokenizer, base.device, resolve(precision, base.device)[1]), model, None)
     return distributions(scorer, rows), _score(scorer, rows, artefact.settings.task.metric)
 
