@@ -92,7 +92,7 @@ def test_a_small_adapter_that_is_kept_is_no_false_alarm(truth_of, in_bf16_alread
     assert by["nf4"]["verdict"] in ("rounded_away", "base_changed") and by["nf4"]["base_drift"] > found["effect"]
 
 
-@pytest.mark.parametrize("technique", ["qlora", "lora_int8"])
+@pytest.mark.parametrize("technique", ["qlora", pytest.param("lora_int8", marks=pytest.mark.slow)])
 def test_of_a_rounded_base_the_control_is_that_base_dequantised(truth_of, technique):
     found, _ = truth_of(f"technique={technique}", "train.lr=1e-2", *(["precision=nf4"] if technique == "qlora" else ["precision=int8"]))
     by = {one["precision"]: one for one in found["merged"]}
@@ -121,6 +121,32 @@ def test_what_is_left_of_a_change():
     shifted = (base + 3 * noise).log_softmax(-1)
     both = (base + 3 * noise + 0.1 * change).log_softmax(-1)
     assert distances.left(rounded, at["attached"], shifted, both) == pytest.approx(1, abs=1e-4), "what rounding does to the base is not the adapter's loss"
+
+
+def test_a_base_in_16_bits_is_merged_in_32(truth_of, in_bf16_already, monkeypatch):
+    """Else the merge itself rounds, and the row fp32 is that of bf16."""
+    kept: list[float] = []
+    inner = merging._keep
+    monkeypatch.setattr(merging, "_keep", lambda model, base, folder: kept.append(in_bf16(model)) or inner(model, base, folder))
+    found, _ = truth_of("technique=lora", "train.lr=2e-4", "precision=bf16", *CONSTANT)
+    assert kept[0] == 1 and kept[1] < 0.8, "the base's weights are numbers of bf16, the merged ones are not"
+    assert {one["precision"]: one["verdict"] for one in found["merged"]}["bf16"] == "kept"
+
+
+def in_bf16(model: Any) -> float:
+    """Share of the weights that are numbers of bf16."""
+    pairs = [(int((p.bfloat16().float() == p.float()).sum()), p.numel()) for p in model.parameters()]
+    return sum(same for same, _ in pairs) / sum(count for _, count in pairs)
+
+
+@pytest.mark.parametrize(("technique", "precision"), [pytest.param("qlora", "nf4", marks=pytest.mark.slow), ("lora_int8", "int8")])
+def test_export_of_a_rounded_base_judges_the_adapter_against_it_dequantised(overrides, tmp_path, technique, precision):
+    cfg = compose([*overrides, *SHORT[:-1], f"technique={technique}", f"precision={precision}", "train.lr=1e-2"])
+    cell_run.run(cfg, folder=identity.folder_of(cfg))
+    assert export.main([*overrides, f"cell={identity.folder_of(cfg)}", f"to={tmp_path}/out"]) == 0
+    about = read_json(tmp_path / "out" / "export.json")["merged"]
+    assert about["verdict"] == "kept" and about["left"] > 0.9 and about["base_drift"] < 0.01
+    assert precision == "nf4" or about["base_drift"] > 0, "8 bits round activations, too, which the merged model does not"
 
 
 def test_export_warns_of_an_adapter_that_is_rounded_away(in_bf16_already, overrides, tmp_path, capsys):
