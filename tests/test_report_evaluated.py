@@ -81,8 +81,8 @@ def test_a_merge_that_went_wrong_is_told_and_others_are_not(beside):
     merge(beside, "qlora-s0-n200", ("bf16", 0.0, 1.0, "kept"), ("nf4", 0.0, 1.0, "base_changed"))
     said = warnings(list(rows_of(beside).values()), [])
     about = [text for text in said if "merged into" in text]
-    assert len(about) == 2 and "`lora` merged into int8 changed too much" in about[0]
-    assert about[1].startswith("`lora` merged into bf16 and NF4 is rounded away (0% and 20% of the adapter's change is left)")
+    assert len(about) == 2 and "merged into int8, `lora` changed too much" in about[0]
+    assert about[1].startswith("merged into bf16 and NF4, `lora` is rounded away (0% and 20% of the adapter's change is left)")
 
 
 def test_figures_of_an_earlier_run_are_left_out_and_named(beside):

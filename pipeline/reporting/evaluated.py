@@ -43,7 +43,7 @@ def told(rows: Sequence[Row]) -> list[str]:
             by_verdict.setdefault(getattr(row, f"merged_{precision}_verdict") or "kept", []).append(precision)
         for verdict in ("too_much", "rounded_away"):
             if verdict in by_verdict:
-                said.append(f"`{row.name}` merged into {f.listed([TITLES[p] for p in by_verdict[verdict]])} {_what(row, verdict, by_verdict[verdict])}")
+                said.append(f"merged into {f.listed([TITLES[p] for p in by_verdict[verdict]])}, `{row.name}` {_what(row, verdict, by_verdict[verdict])}")
     old = [path for row in rows for each in row.evaluations for path in each.old]
     if old:
         said.append(f"evaluated before its cell was run again, and left out: {f.listed([str(path) for path in old[:3]])}"

@@ -160,12 +160,12 @@ def _merged(precision: str) -> Any:
         drift, verdict = (getattr(row, f"merged_{precision}_{what}") for what in ("drift", "verdict"))
         return "" if drift is None else f"drift {drift:.2g}{'; ' if verdict != 'kept' else ''}{SAID[verdict]}"
 
-    return _figure(
-        None, f"Merged {TITLES[precision]}", "Merged", f.points, small=small, optional=True,
-        about=f"The adapter folded into the weights and these rounded to {TITLES[precision]}: the metric's change against the adapter beside its base, in "
-        "percentage points. Under it the drift between the two (Kullback-Leibler, nats a token), and where the adapter was rounded away (less than half of its "
-        "change is left), the model changed too much (by more than adapter and rounding explain), or the precision changes the base by more than the adapter "
-        "did (python -m pipeline.evaluate cell=… split=merged, docs/serving.md).")
+    title = TITLES[precision]
+    means = ("The adapter folded into the weights and these rounded to bf16: the metric's change against the adapter beside its base, in percentage points. "
+             "Under it the drift between the two (Kullback-Leibler, nats a token), and where the adapter was rounded away (less than half of its change is "
+             "left), the model changed too much (by more than adapter and rounding explain), or the precision changes the base by more than the adapter did "
+             "(python -m pipeline.evaluate cell=… split=merged, docs/serving.md).")
+    return _figure(None, f"Merged {title}", "Merged", f.points, small=small, optional=True, about=means if precision == "bf16" else f"The same, of {title}.")
 
 
 @dataclass(frozen=True, kw_only=True)

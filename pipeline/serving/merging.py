@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.core.files import UserError, write_json
 from pipeline.data.rows import by_length, pad
+from pipeline.models import architecture
 from pipeline.models.base import autocast, cast, dequantised, load_model, resolve
 from pipeline.records.evaluations import SAID, TITLES, Merged, Truth, run_of
 from pipeline.records.results import Result
@@ -32,12 +33,15 @@ def truth(artefact: Artefact, rows: Sequence[dict], precisions: Sequence[str] = 
     """The artefact beside its base, then merged and rounded.
 
     Raises:
-        UserError: what it does cannot be folded into weights.
+        UserError: what it does cannot be folded into weights; an encoder-decoder.
     """
     import torch
 
     if reason := export.refusal(artefact):
         raise UserError(f"{artefact.name} cannot be merged: {reason}")
+    if architecture.of_folder(Path(artefact.cfg.paths.models) / artefact.cfg.model.name) is architecture.ENCODER_DECODER:
+        what = f"split=merged compares how a prompt is continued, and the base of {artefact.name} is {architecture.ENCODER_DECODER.name}"
+        raise UserError(f"{what}; pipeline.export merges it and says what is left")
     metric, base = artefact.settings.task.metric, Base.of(artefact.cfg)
     quantised = export.quantised(base.model)
     alone = distributions(artefact.scorer(base, base.model, None), rows)
