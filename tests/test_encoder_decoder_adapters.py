@@ -12,11 +12,11 @@ from architectures import ARCHITECTURES, random_model
 from encoder_decoder_models import SHORT, T5S, adapted, encoder_of, loaded, naive, overridden, stored
 from peft import LoraConfig
 
-from pipeline import check, export, forecast
+from pipeline import check, evaluate, export, forecast
 from pipeline.cell import identity, preflight
 from pipeline.cell import run as cell_run
 from pipeline.core.compose import build, compose
-from pipeline.core.files import UserError, read_jsonl
+from pipeline.core.files import UserError, read_json, read_jsonl
 from pipeline.forecasting.shape import NoForecast, read_shape
 from pipeline.intake.project import check_folder
 from pipeline.methods.bottleneck import Bottleneck
@@ -166,6 +166,10 @@ def test_an_export_answers_as_the_cell_did(folder_of, overrides, technique, tmp_
     cell_run.run(cfg, folder=identity.folder_of(cfg))
     assert export.main([*words, f"cell={identity.folder_of(cfg)}", f"to={tmp_path}/out"]) == 0
     assert "AutoModelForSeq2SeqLM" in capsys.readouterr().out
+    if technique == "lora":
+        assert read_json(tmp_path / "out" / "export.json")["merged"]["verdict"] == "kept"
+        assert evaluate.main([*words, f"cell={identity.folder_of(cfg)}", "split=merged"]) == 2
+        assert "compares how a prompt is continued, and the base of lora-s0" in capsys.readouterr().err
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     encoder, row = encoder_of(model, folder_of("t5")), read_jsonl(Path(cfg.paths.data) / "vader_movies" / "test.jsonl")[0]
     told = next(p for p in read_jsonl(identity.folder_of(cfg) / "predictions.jsonl") if p["split"] == "test" and p["id"] == row["id"])
