@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.cell import identity
 from pipeline.cell import run as cell_run
 from pipeline.core.compose import compose
 from pipeline.core.files import read_json, read_jsonl, sha256, write_json
+from pipeline.records import evaluations, results
 from pipeline.serving import distances, gguf_rounding, merging
 from pipeline.serving.artefact import Artefact, Base
 
@@ -30,6 +32,8 @@ def truth_of(overrides, tmp_path, capsys) -> Any:
         asked = [*overrides, f"paths.evaluations={tmp_path}/evaluations", "evaluate.test_rows=16", f"cell={folder}", "split=merged"]
         assert evaluate.main(asked) == 0
         (file,) = (tmp_path / "evaluations").rglob("merged.json")
+        known = evaluations.read(tmp_path / "evaluations", results.read(folder)).truth
+        assert known and [dataclasses.asdict(one) for one in known.merged] == read_json(file)["merged"], "the report finds what was written"
         return read_json(file), folder
 
     return measure

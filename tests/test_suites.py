@@ -18,6 +18,7 @@ from pipeline.core.compose import compose
 from pipeline.core.files import UserError, read_json, read_jsonl
 from pipeline.core.settings import Precision
 from pipeline.models.base import load_model
+from pipeline.records import evaluations, results
 from pipeline.serving import suites
 from pipeline.serving.artefact import Base
 
@@ -70,6 +71,10 @@ def test_choices_score_as_the_cell_does_row_by_row(cell_of, tmp_path, technique)
         assert values == pytest.approx(list(own[row]["scores"].values()), abs=1e-4)
     metrics = read_json(found.with_suffix(".json"))["metrics"]
     assert metrics["acc"]["value"] == pytest.approx(sum(p["correct"] for p in own.values()) / 12)
+    share = metrics["acc"]["value"]
+    assert metrics["acc"]["stderr"] == pytest.approx((share * (1 - share) / 11) ** 0.5)
+    if technique == "lora":
+        assert evaluations.read(tmp_path / "evaluations", results.read(folder)).suites[name]["acc"].value == share, "the report finds what was written"
     assert (metrics["acc"]["change"] != 0 or metrics["acc"]["base"] == metrics["acc"]["value"]) and metrics["acc"]["base"] is not None
 
 

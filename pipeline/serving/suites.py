@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from pipeline.serving.artefact import Artefact, Base
 
 KEPT = ("acc", "acc_norm", "exact_match")
 """Figures that are printed first where a task has them."""
+BOOTSTRAPS = 100
+"""Resamples of what has no standard error in closed form."""
 NEW_TOKENS = 256
 """Of a generated answer, where the task does not say: the library's own default."""
 
@@ -92,6 +95,7 @@ def _harness() -> str:
     except ImportError as error:
         raise UserError("suite= runs lm-evaluation-harness, which is not installed; run: .venv/bin/pip install 'lm-eval>=0.4.13,<0.5'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else it forks for its bootstraps, after torch has begun threads
     return str(lm_eval.__version__)
 
 
@@ -128,7 +132,7 @@ def _asked(base: Base, model: Any, manager: Any, suite: Suite, artefact: Artefac
 
     asked = language_model(model, base, artefact.settings.evaluate.batch_tokens)
     try:
-        return simple_evaluate(asked, tasks=list(suite.tasks), limit=suite.rows, task_manager=manager, log_samples=True, bootstrap_iters=0)
+        return simple_evaluate(asked, tasks=list(suite.tasks), limit=suite.rows, task_manager=manager, log_samples=True, bootstrap_iters=BOOTSTRAPS)
     except (OSError, ConnectionError, FileNotFoundError) as error:
         raise UserError(f"the data of suite={','.join(suite.tasks)} are not to be had ({' '.join(str(error).split())}); where there is no network, "
                         "write tasks over files of your own and name their folder in suite_path=") from error
