@@ -112,7 +112,7 @@ def cells(overrides):
     return [*given, "train_rows=32", "train.batch_size=8", "evaluate.test_rows=20"]
 
 
-@pytest.mark.parametrize("technique", ["lora", "zero_shot"])
+@pytest.mark.parametrize("technique", ["lora", pytest.param("zero_shot", marks=pytest.mark.slow)])
 def test_the_cache_is_filled_resumed_and_not_paid_for_twice(technique, cells, tmp_path, capsys):
     asked = [f"out={tmp_path}/cells", "tasks=vader_movies", f"techniques={technique}", "models=smollm2_135m"]
     for seeds in (2, 3):

@@ -51,8 +51,13 @@ PARTS = ("method", "objective", "search")
 """Groups whose files the techniques compose: by themselves they are slow tests, as is every experiment but quick."""
 
 
+def in_other_tests(file: Path) -> bool:
+    """Whether it is composed elsewhere, too: a part of a technique, or one of PEFT's further tuners (test_tuners.py)."""
+    return file.parent.name in PARTS or (file.parent.name == "technique" and "experiments/tuners" in (CONF / file).read_text())
+
+
 @pytest.mark.parametrize("experiment", [e if e == "quick" else pytest.param(e, marks=pytest.mark.slow) for e in EXPERIMENTS])
-@pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.slow) if f.parent.name in PARTS else f for f in FILES], ids=str)
+@pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.slow) if in_other_tests(f) else f for f in FILES], ids=str)
 def test_every_file_composes_with_every_experiment_and_can_be_built(file, experiment):
     cfg = composed(f"experiments={experiment}", *override(file))
     assert cfg.experiment == experiment

@@ -238,7 +238,7 @@ def started_at_full(overrides: list[str]) -> Any:
     return cell_run.run(start, folder=identity.folder_of(start))
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", [pytest.param("grpo", marks=pytest.mark.slow), "rloo"])
 def test_right_answers_become_likelier_under_our_meter(overrides, tmp_path, name):
     before = started_at_full(overrides)
     engine = "fast" if name == "rloo" else "eager"
@@ -310,7 +310,7 @@ def rewarded(overrides: list[str], *more: str) -> None:
     cell_run.run(cfg, folder=identity.folder_of(cfg))
 
 
-@pytest.mark.parametrize("name", ["rlhf_grpo", "rlhf_rloo"])
+@pytest.mark.parametrize("name", [pytest.param("rlhf_grpo", marks=pytest.mark.slow), "rlhf_rloo"])
 def test_a_reward_model_s_favourites_become_likelier_and_its_cost_is_told(overrides, name):
     before = started_at_full(overrides)
     rewarded(overrides, "train.lr=1e-2", "train.epochs=3")

@@ -86,6 +86,7 @@ def test_the_report_draws_and_says_it_and_tells_the_cost_of_all_parts(tmp_path, 
     assert chosen["best_of_n"].trained and not chosen["zero_shot"].trained, "what it begins at and chooses by was trained"
 
 
+@pytest.mark.slow
 def test_without_a_learnt_reward_there_is_no_such_part(tmp_path):
     rows = rows_of(tmp_path, trained("grpo", falling, learnt=False), result("full", 140))
     assert overoptimisation.charts(rows, colours(rows)) == [] and "True reward against learnt reward" not in page("quick", rows, [])
