@@ -129,6 +129,7 @@ def test_the_cache_is_filled_resumed_and_not_paid_for_twice(technique, cells, tm
 
 
 @pytest.mark.parametrize("technique", ["full", pytest.param("lora_plus", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_seeds_that_share_a_capture_end_as_each_by_itself(technique, cells, tiny):
     words = [*race_fill.WORDS, *cells, "train.engine=fast", "task=vader_movies", "model=smollm2_135m", f"technique={technique}", "train.lr=3e-3"]
     configs = [compose([*words, f"seed={seed}"]) for seed in (1, 2, 3)]

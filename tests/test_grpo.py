@@ -262,6 +262,7 @@ def test_a_run_that_diverges_ends_with_a_note(overrides, tmp_path):
     assert actual.status == "diverged" and actual.work.diverged_at and len(actual.history) < 6
 
 
+@pytest.mark.slow
 def test_a_kl_costs_where_no_answer_is_right_that_is_said_and_methods_between_steps_go_along(overrides, tmp_path):
     never = compose([*overrides, *SHORT, "technique=grpo", "start=null", "train.steps=2", "objective.num_generations=2", "objective.beta=0.1",
                      "task.scoring=generate", "+task.answer_pattern=never", "train.validations=0"])

@@ -279,6 +279,7 @@ def test_a_cell_that_takes_longer_than_what_is_left_is_ended_in_time_and_keeps_i
     assert identity.checkpoint_of(runner.cell(0, 0, 0)).exists()
 
 
+@pytest.mark.slow
 def test_a_real_race_ends_with_a_statement_within_its_budget_and_resumes_to_the_same(overrides, tmp_path, capsys, imports):
     asked = words_of(overrides, tmp_path, "budget_hours=0.2", "within=45", "error=0.2", "race.techniques=[lora,zero_shot]", "race.rates=1", "race.seeds=4",
                      "race.collapse=null", "train.lr=0.02", "evaluate.latency_rows=0")

@@ -94,6 +94,7 @@ def test_report_of_an_experiment(home: Path, capsys: pytest.CaptureFixture[str])
     assert lines["lora+best"]["seeds"] == "1" and lines["lora+best"]["test_seed_low"] == ""
 
 
+@pytest.mark.slow
 def test_other_sizes_and_seeds_than_the_grid_s_are_reported_on_demand(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_experiment(home / "results")
     write_grid(home, {**GRID, "train_rows": [7], "seeds": [0]})

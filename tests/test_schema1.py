@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,7 +109,19 @@ def _techniques() -> list[str]:
     return sorted(name for name, text in every.items() if not name.startswith(NEWER) and "experiments/tuners" not in text)
 
 
-@pytest.mark.parametrize("name", _techniques())
+def _first_of_a_kind() -> list[Any]:
+    """The others, of a class of method and objective that one before them has, are slow."""
+    seen: set[tuple[str, ...]] = set()
+    marked: list[Any] = []
+    for name in _techniques():
+        parts = re.findall(r"override /(method|objective): (\w+)", (CONF / f"technique/{name}.yaml").read_text())
+        kind = tuple(re.findall(r"^type: (\w+)", "".join((CONF / group / f"{part}.yaml").read_text() for group, part in parts), re.M))
+        marked.append(pytest.param(name, marks=pytest.mark.slow) if kind in seen else name)
+        seen.add(kind)
+    return marked
+
+
+@pytest.mark.parametrize("name", _first_of_a_kind())
 def test_methods_say_what_the_old_report_read_off_their_settings(name):
     """Of every technique: rows and kind as a new cell writes them are those that are made of an old one."""
     cfg = compose([f"technique={name}", "start=null", *GIVEN.get(name, [])])

@@ -267,6 +267,7 @@ def test_copies_of_an_adapter_leave_no_trace(home, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_the_optimiser_is_gone_when_the_cell_is_evaluated(home, tmp_path, monkeypatch):
     """Else its state would stand in the memory that inference is said to take. No collection of garbage is waited for."""
     alive, evaluate = [], cell_run.evaluate

@@ -346,7 +346,7 @@ def as_before(tmp_path: Path, words: list[str]) -> None:
     study(tmp_path).set_user_attr("identity", old | {"sweep.link": {"method.config.lora_alpha": {"times": 2, "of": "method.config.r"}}})
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["a study of today", "of before"])
+@pytest.mark.parametrize("before", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["a study of today", "of before"])
 def test_what_decides_nothing_does_not_refuse_to_go_on_with_a_study(finished, words, tmp_path, capsys, before):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     if before:

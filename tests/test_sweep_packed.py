@@ -106,6 +106,7 @@ def test_an_interrupted_pack_puts_its_trials_back(words, tmp_path, monkeypatch):
     assert states(tmp_path).count("COMPLETE") == 6
 
 
+@pytest.mark.slow
 def test_out_of_memory_makes_the_pack_smaller_and_loses_no_trial(words, tmp_path, monkeypatch, capfd):
     job, begun, most = packing.Packing.job, [], [2]
 
