@@ -40,6 +40,7 @@ def test_seeds_packed_are_the_cells_that_they_are_alone(words, tmp_path, capfd):
     assert grid.run_cells(packed) == 0 and "3 of 3 cells are done" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_what_was_trained(words, monkeypatch, capfd):
     packed = seeds(words, "pack=true")
     shared = inputs.preload(packed)

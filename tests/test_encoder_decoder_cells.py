@@ -129,6 +129,7 @@ def paper(overrides, t5, tmp_path) -> list[str]:
     return [*kept, *places, f"experiments={PAPER}", f"task.source.folder={tmp_path}/cqa", "model.name=t5"]
 
 
+@pytest.mark.slow
 def test_the_papers_experiment_runs_on_a_random_model(paper, tmp_path):
     assert prepare.main([*paper, "technique=full"]) == 0
     row = read_jsonl(tmp_path / "data" / "cqa_written" / "train.jsonl")[0]

@@ -295,6 +295,7 @@ def test_report_of_few_or_poor_cells(home: Path, found: list[Result]) -> None:
     assert Page((home / "report" / "quick" / "index.html").read_text()).open == []
 
 
+@pytest.mark.slow
 def test_resumed_and_packed_times_are_marked_and_kept_out_of_charts(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = dataclasses.replace(result("qlora", 207), packed=True, memory=Memory("cpu_rss", 10**9))
     for one in (result("zero_shot", 195), result("full", 214), resumed(result("lora", 212)), packed):

@@ -121,6 +121,7 @@ def test_one_seed_and_a_technique_with_few_sizes_are_said(tmp_path):
     assert actual.about_target.startswith("half of the way from the lowest curve's start")
 
 
+@pytest.mark.slow
 def test_the_page_has_the_part_where_there_are_three_sizes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cell_grid, "experiments", lambda: tmp_path / "experiments")
     (tmp_path / "experiments" / "quick").mkdir(parents=True)

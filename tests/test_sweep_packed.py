@@ -90,6 +90,7 @@ def test_killed_at_trial_4_of_6_it_loses_and_doubles_none(words, tmp_path):
     assert sorted(done) == RANKS and sorted(states(tmp_path)) == ["COMPLETE"] * 6 + ["FAIL"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_pack_puts_its_trials_back(words, tmp_path, monkeypatch):
     take = search_trials.PackedTrials._take
 
