@@ -60,7 +60,8 @@ class Drawing:
             needed[width] = needed.get(width, 0) + 1
         reason = unsuited(model) or (window_of(model) and not written and "its attention slides over a window") or None
         if reason or not needed:
-            notes += [f"texts are drawn by the model's own generate: {reason}"] if reason else []
+            note = f"texts are drawn by the model's own generate: {reason}"
+            notes += [note] if reason and note not in notes else []
             return
         widths = choose_widths(needed, MOST_WIDTHS)
         count = min(prompts, max(1, batch_tokens // (max(widths) + longest)))
