@@ -67,7 +67,7 @@ def truth(artefact: Artefact, rows: Sequence[dict], precisions: Sequence[str] = 
 
 
 def write(result: Result, artefact: Artefact, target: Path) -> str:
-    """Measure on the cell's test rows, store, and say it in a table."""
+    """Measure on the test rows (evaluate.test_rows of this command: how many; null: all), store, and say it in a table."""
     found = truth(artefact, rows_of(artefact.cfg, "test"))
     write_json(target, {"cell": artefact.name, "run": run_of(result), **dataclasses.asdict(found)})
     return f"{table(artefact.name, found)}\n{target}"
