@@ -195,5 +195,5 @@ def _no_better_than_uniform(nats: float, vocabulary: int) -> str | None:
     """The note of a trained model that any token is as likely for as any other, or worse; None for one that has learnt something."""
     if nats < UNIFORM * math.log(vocabulary):
         return None
-    return (f"the trained model is no better than a uniform guess over its vocabulary ({nats:.3g} nats a token of the right answers, "
-            f"ln {vocabulary} is {math.log(vocabulary):.3g}): training has ruined it; lower train.lr")
+    return (f"the trained model gives the right answers' tokens no more than a uniform guess over its vocabulary does ({nats:.3g} nats a token, "
+            f"ln {vocabulary} is {math.log(vocabulary):.3g}): it may still rank choices, but what it writes is ruined; lower train.lr")

@@ -28,6 +28,7 @@ from pipeline.reporting.evidence import (
     sizes_in_words,
     takes_no_rows,
 )
+from pipeline.reporting.figures import CONTROLS
 from pipeline.reporting.verdict import Saying, sentences
 from pipeline.stats import learning_curve, tiers
 from pipeline.stats.tiers import Comparison, Difference
@@ -193,6 +194,8 @@ def _limits(candidate: Candidate, need: Need) -> None:
     """Fill in memory and time, and rule the candidate out where it exceeds a limit."""
     if candidate.accuracy is None:
         return
+    if candidate.nearest.cell.result.family == CONTROLS:
+        candidate.out = "is a control, made to gain nothing"
     candidate.memory, fits = expected_memory(candidate.evidence, need.train_rows, need.gpu_memory_gb)
     candidate.train_s = expected_time(candidate.evidence, need.train_rows)
     if candidate.out is not None:

@@ -22,6 +22,8 @@ from pipeline.reporting import values
 from pipeline.reporting import words as f
 from pipeline.stats.verdict import Verdict
 
+CONTROLS = "controls"
+"""The family of techniques that are made to gain nothing: shown beside the others, never to be taken or tuned."""
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L", "exact_match": "exact match", "numeric": "right numbers",
            "token_f1": "token F1", "custom": "own metric"}
 COUNTERS = {"cpu_rss": "RSS", "gpu_reserved": "GPU"}
@@ -33,6 +35,7 @@ STANDINGS = {
     "tied": "not told apart from {name}",
     "lower": "below the highest ({p})",
     "lost": "below the untouched base: no verdict, tune it",
+    "control": "a control: is to gain nothing",
 }
 """How a row stands to the verdict -> what the last column says of it."""
 RESUMED, SHARED = "†", "‡"

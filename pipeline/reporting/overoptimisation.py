@@ -1,7 +1,7 @@
 """True reward against learnt reward over the divergence from the start: what who has no checkable task must guess (Gao et al., 2023).
 
 Library of `python -m pipeline.report`. Of reinforcement learning the points are its training curve's (drawn answers to training rows), of best of n the
-best of 1, 2, 4, … drawn answers to test rows.
+best of 1, 2, 4, … drawn answers to test rows. Drawn over the square root of the divergence, as there: a distance, in which rewards are about parabolas.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.records.results import Result
 from pipeline.reporting import plot
@@ -38,8 +39,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
+    """rows: what the answers were drawn to."""
+
     row: Row
     points: list[Point]
+    rows: Literal["training rows", "test rows"]
 
     @property
     def learnt(self) -> bool:
@@ -55,7 +59,8 @@ class Curve:
 
 def curves(rows: Sequence[Row]) -> list[Curve]:
     """Of every row that has any."""
-    found = [Curve(row, points) for row in rows if (points := _of_training(row) or _of_best(row))]
+    found = [Curve(row, points, "training rows") for row in rows if (points := _of_training(row))]
+    found += [Curve(row, points, "test rows") for row in rows if (points := _of_best(row))]
     return found if any(curve.learnt for curve in found) else []
 
 
@@ -101,7 +106,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
             continue
         first, last, parted = curve.points[0], curve.points[-1], curve.parted
         rose = f"`{curve.row.name}`: the learnt reward changed by {last.reward or 0.0:+.2g} up to a KL of {last.kl:.2g} nats, "
-        rose += f"the true one from {f.percent(first.gold)}% to {f.percent(last.gold)}% right"
+        rose += f"the true one from {f.percent(first.gold)}% to {f.percent(last.gold)}% right on {curve.rows}"
         if parted is None:
             said.append(f"{rose}; they did not part.")
         else:
@@ -119,22 +124,29 @@ def charts(rows: Sequence[Row], colour: dict[str, str]) -> list[Drawn]:
     return [*drawn, _chart("Learnt reward", "above the start's", learnt, colour, lambda v: f"{v:.2g}")]
 
 
+def _distance(kl: float) -> float:
+    """The square root of a divergence. Estimated from drawn answers it may lie a little below zero, where it is none."""
+    return math.sqrt(max(kl, 0.0))
+
+
 def _chart(heading: str, what: str, lines: Sequence[tuple[Curve, list[tuple[float, float]]]], colour: dict[str, str], show: object) -> Drawn:
     assert callable(show)
-    kls, values = [x for _, line in lines for x, _ in line], [y for _, line in lines for _, y in line]
-    x = plot.scale([0.0, 1.5 * max(kls)], FRAME.left, FRAME.right, room=0.02)  # names stand to the right of the lines
+    values = [value for _, line in lines for _, value in line]
+    furthest = max(_distance(kl) for _, line in lines for kl, _ in line)
+    x = plot.scale([0.0, 1.5 * furthest], FRAME.left, FRAME.right, room=0.02)  # names stand to the right of the lines
     y = plot.scale(values, FRAME.bottom, FRAME.top, room=0.1)
-    about = f"{heading} of drawn answers ({what}) over the KL from the start"
-    chart = Chart(FRAME.right - FRAME.left, FRAME.bottom - FRAME.top, linear("KL from the start, nats", x, lambda v: f"{v:g}"), linear(what, y, show), about)
+    about = f"{heading} of drawn answers ({what}) over the square root of the KL from the start; best of n on test rows, all else on training rows"
+    along = linear("√ KL from the start, in nats", x, lambda v: f"{v:g}")
+    chart = Chart(FRAME.right - FRAME.left, FRAME.bottom - FRAME.top, along, linear(what, y, show), about)
     for curve, line in lines:
         row, parted = curve.row, curve.parted
-        chart.line(line, colour[row.family], DASHES[sum(map(ord, row.technique)) % len(DASHES)])
-        chart.dots([Dot(kl, value, colour[row.family], f"{row.name} | KL {kl:.2g} | {heading.lower()} {show(value)}", link(row),
+        chart.line([(_distance(kl), value) for kl, value in line], colour[row.family], DASHES[sum(map(ord, row.technique)) % len(DASHES)])
+        chart.dots([Dot(_distance(kl), value, colour[row.family], f"{row.name} | KL {kl:.2g} on {curve.rows} | {heading.lower()} {show(value)}", link(row),
                         hollow=parted is not None and kl == parted.kl) for kl, value in line], size=26)
     ends = sorted(((line[-1][0], line[-1][1], curve.row) for curve, line in lines), key=lambda end: end[1])
     levels = plot.stacked([y(value) for _, value, _ in ends], 12)
     span = (y.high - y.low) / (FRAME.bottom - FRAME.top)
-    names = [(kl + 0.012 * x.high, y.low + (FRAME.bottom - level) * span, row.technique, colour[row.family])
+    names = [(_distance(kl) + 0.012 * x.high, y.low + (FRAME.bottom - level) * span, row.technique, colour[row.family])
              for (kl, _, row), level in zip(ends, levels, strict=True)]
     chart.names(names, align="left")
     return Drawn(heading, chart.spec(), [])

@@ -12,7 +12,7 @@ from pipeline.records import evaluations
 from pipeline.records.finished import Cell, check_comparable
 from pipeline.records.results import HISTORY, csv_text
 from pipeline.reporting import evaluated
-from pipeline.reporting.figures import FIGURES, OTHER_MEMORY, QUANTISED, RESUMED, SHARED, Row, finished, notes_of
+from pipeline.reporting.figures import CONTROLS, FIGURES, OTHER_MEMORY, QUANTISED, RESUMED, SHARED, Row, finished, notes_of
 from pipeline.scoring.answers import by_row
 from pipeline.stats import tiers
 from pipeline.stats.tiers import FEW
@@ -74,7 +74,7 @@ def _compared(group: Sequence[Row]) -> list[Row]:
     base = zero_shot(group)
     competing = [r for r in group if r.test is not None and not r.teacher]
     comparison = comparison_of(competing)
-    verdict = decide(options(competing), comparison) if competing else None
+    verdict = decide(options([r for r in competing if r.family != CONTROLS]), comparison) if competing else None
     rows = []
     for row in group:
         own = comparison if not row.teacher else comparison_of([r for r in (row, base) if r is not None])
@@ -92,7 +92,9 @@ def _compared(group: Sequence[Row]) -> list[Row]:
 
 def _placed(row: Row, comparison: tiers.Comparison, verdict: Verdict) -> dict[str, Any]:
     """How a row stands to the others."""
-    if row.technique in verdict.below_base:
+    if row.family == CONTROLS:
+        standing = "control"
+    elif row.technique in verdict.below_base:
         standing = "lost"
     elif row.technique == verdict.name:
         standing = {"take": "take", "do_not_train": "no_training", "undecided": "leads"}[verdict.kind]

@@ -77,7 +77,7 @@ def rows_in_words(group: str) -> str:
 
 def _costs(ranked: list[Row]) -> str:
     """Among the trained techniques that hold up, the cheapest by time, memory and trained parameters."""
-    near = [r for r in ranked if r.standing not in ("", "lower", "lost")]
+    near = [r for r in ranked if r.standing not in ("", "lower", "lost", "control")]
     good = [r for r in _close(near) if r.trainable]
     pool = good if len(good) > 1 else [r for r in ranked if r.trainable]
     claims = [

@@ -115,13 +115,13 @@ def further(verdict: Verdict, saying: Saying = Saying()) -> str:  # noqa: B008
     if evidence is None or evidence.open is None or evidence.gap is None:
         return ""
     rows = f"about {verdict.more_rows:,} more {saying.rows}" if verdict.more_rows else ""
-    seeds = f"{verdict.more_seeds} more seeds" if verdict.more_seeds and saying.rows == "test rows" else ""
+    seeds = f"{verdict.more_seeds} more seed{'s' * (verdict.more_seeds > 1)}" if verdict.more_seeds and saying.rows == "test rows" else ""
     gap = f"a difference of {100 * evidence.gap:.3g} points between `{verdict.name}` and `{evidence.open}`"
     if not rows and not seeds:
         enough = verdict.kind != "undecided" and abs(evidence.gap - WORTH) < 1e-9
         return f"These data would have shown {gap} in most cases." if enough else f"No reasonable number of rows or seeds would confirm {gap}."
     if not evidence.covers_seeds:
-        also = f", and {seeds} tell whether it is the technique's" if seeds and rows else f"; {seeds} tell whether it is the technique's" if seeds else ""
+        also = f"{', and' if rows else ';'} {seeds} would tell whether it is the technique's" if seeds else ""
         return f"To confirm {gap}, {rows or f'{evidence.rows:,} {saying.rows} are enough'}{' would be needed' if rows else ''}{also}."
     return f"To confirm {gap}, {(' and ' if verdict.both else ' or ').join(filter(None, (rows, seeds)))} would be needed."
 
