@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from datetime import datetime
 from types import SimpleNamespace
@@ -163,25 +164,21 @@ def test_cells_under_way_at_once_have_the_results_of_cells_one_after_another(wor
 
 
 def test_the_timed_parts_of_two_cells_do_not_overlap(words, tmp_path, monkeypatch):
-    from pipeline.measure import turns
+    from pipeline.measure.turns import Turns
 
-    alone, spans = turns.Turns.alone, tmp_path / "spans"
+    take, give, spans = Turns._take, Turns._give, tmp_path / "spans"
 
-    def noted(self: Any) -> Any:
-        import contextlib
-        import time
+    def taken(self: Turns) -> None:
+        take(self)
+        self.begun = time.monotonic()
 
-        @contextlib.contextmanager
-        def inside() -> Any:
-            with alone(self):
-                begun = time.monotonic()
-                yield
-                with open(spans, "a") as file:
-                    print(begun, time.monotonic(), os.getpid(), file=file)
+    def given(self: Turns) -> None:
+        with open(spans, "a") as file:
+            print(self.begun, time.monotonic(), os.getpid(), file=file)
+        give(self)
 
-        return inside()
-
-    monkeypatch.setattr(turns.Turns, "alone", noted)
+    monkeypatch.setattr(Turns, "_take", taken)
+    monkeypatch.setattr(Turns, "_give", given)
     assert grid.run_cells(seeds(words, 2), limit=two) == 0
     times = sorted(tuple(map(float, line.split())) for line in spans.read_text().splitlines())
     assert len({pid for _, _, pid in times}) == 2 and len(times) >= 5

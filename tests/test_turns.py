@@ -60,6 +60,24 @@ def test_who_works_beside_lets_who_is_timed_in_at_its_next_point_and_waits_meanw
     assert process.exitcode == 0
 
 
+def test_what_is_not_timed_lets_another_be_timed_meanwhile_and_goes_on_alone(tmp_path):
+    mine = Turns(tmp_path, "cpu")
+    with mine.alone():
+        process = other(tmp_path, "alone")
+        process.join(0.1)
+        assert not (tmp_path / "begun").exists(), "in line"
+        (tmp_path / "stop").touch()
+        with mine.between():
+            process.join(10)
+            assert process.exitcode == 0, "it had the device alone"
+        late = FORK.Process(target=lambda: Turns(tmp_path, "cpu").beside())
+        late.start()
+        late.join(0.2)
+        assert late.exitcode is None, "alone again"
+    late.join(10)
+    assert late.exitcode == 0
+
+
 def test_nobody_comes_in_while_one_is_alone_and_a_killed_one_lets_go(tmp_path):
     process = other(tmp_path, "alone")
     wait_for(tmp_path / "begun")

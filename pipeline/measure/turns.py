@@ -61,17 +61,36 @@ class Turns:
             yield
             return
         before = self._here
+        self._take()
+        try:
+            yield
+        finally:
+            self._give()
+            if before:
+                self.beside()
+
+    @contextlib.contextmanager
+    def between(self) -> Iterator[None]:
+        """Within `alone`, work that is not timed: beside others inside, who may have the device alone meanwhile; alone again after it."""
+        if not self._is_alone:
+            yield
+            return
+        self._give()
+        self.beside()
+        try:
+            yield
+        finally:
+            self._take()
+
+    def _take(self) -> None:
         self.leave()
         with self._waiting(), self._in_line():
             fcntl.flock(self._device, fcntl.LOCK_EX)
         self._here = self._is_alone = True
-        try:
-            yield
-        finally:
-            self._is_alone = False
-            self.leave()
-            if before:
-                self.beside()
+
+    def _give(self) -> None:
+        self._is_alone = False
+        self.leave()
 
     @contextlib.contextmanager
     def away(self, waiting: bool = False) -> Iterator[None]:
@@ -158,6 +177,11 @@ def point() -> None:
 def alone() -> contextlib.AbstractContextManager[None]:
     """Have the device alone inside: for what is timed."""
     return _turns.alone() if _turns is not None else contextlib.nullcontext()
+
+
+def between() -> contextlib.AbstractContextManager[None]:
+    """Work inside `alone` that is not timed, beside others."""
+    return _turns.between() if _turns is not None else contextlib.nullcontext()
 
 
 def away(waiting: bool = False) -> contextlib.AbstractContextManager[None]:

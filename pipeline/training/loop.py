@@ -204,7 +204,7 @@ class Loop:
         """Score validation and keep the weights if they are the best so far (ties: the lower nll)."""
         self.memory.pause()
         self.energy.pause()
-        with self.meter.phase("validate"):
+        with turns.between(), self.meter.phase("validate"):
             with self.stepping.whole():
                 scored = self.validate() if self.run.ranks.leads else None
             metric, nll = self.run.ranks.from_first(scored)
