@@ -197,6 +197,27 @@ def trl_s(work: Work, device: Any) -> Side:
 SIDES: dict[str, Callable[[Work, Any], Side]] = {"ours": ours, "trl": trl_s}
 
 
+def table(path: Path) -> str:
+    """Markdown: of every measurement that has both sides, steps a second, their ratio and the rewards."""
+    made = ["| loop | texts a step | ours | TRL | times as many steps | reward, ours | reward, TRL | memory, ours and TRL | log p apart, nats | device |",
+            "| --- | --- | --: | --: | --: | --- | --- | --- | --: | --- |"]
+    for one in (one for one in read_json(path).values() if {"ours", "trl"} <= set(one)):
+        work, sides = Work(**{key: value for key, value in one["work"].items() if key not in ("lora", "lr")}), (one["ours"], one["trl"])
+        steps = [f"{1000 * side['step_s']:.0f} ms" for side in sides]
+        rewards = ["{:.3f} to {:.3f}".format(*_ends(side["rewards"])) for side in sides]
+        peaks = " and ".join(f"{side['peak_bytes'] / 2**30:.1f}" if side["peak_bytes"] else "not measured" for side in sides) + " GiB"
+        texts = f"{work.batch} x {work.samples} of {work.prompt} + {work.new} tokens"
+        columns = [f"{work.algorithm.upper()}, {work.shape}", texts, *steps, f"{sides[1]['step_s'] / sides[0]['step_s']:.1f}x", *rewards, peaks,
+                   f"{sides[0]['sampling_gap']:.3f}", one["hardware"].get("gpu") or one["hardware"]["cpu"]]
+        made.append(f"| {' | '.join(columns)} |")
+    return "\n".join(made)
+
+
+def _ends(rewards: Sequence[float]) -> tuple[float, float]:
+    """Mean reward of the first and of the last steps."""
+    return sum(rewards[:ENDS]) / len(rewards[:ENDS]), sum(rewards[-ENDS:]) / len(rewards[-ENDS:])
+
+
 def main(words: Sequence[str]) -> None:
     """Print a line a side, and keep the figures."""
     from pipeline.models.base import device_of
@@ -211,7 +232,7 @@ def main(words: Sequence[str]) -> None:
     for name in work.sides.split(","):
         side = SIDES[name](work, device)
         kept[name] = dataclasses.asdict(side)
-        first, last = (sum(part) / len(part) for part in (side.rewards[:ENDS], side.rewards[-ENDS:]))
+        first, last = _ends(side.rewards)
         peak = f"{side.peak_bytes / 2**30:.1f} GiB" if side.peak_bytes else "not measured"
         gap = f", drawn and trained log p at most {side.sampling_gap:.2g} nats apart" if side.sampling_gap is not None else ""
         print(f"{name:5} ({side.engine}) {1000 * side.step_s:8.1f} ms a step ({1 / side.step_s:.2f} steps/s), warm-up {side.warmup_s:.1f} s, "

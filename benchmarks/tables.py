@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import choices, parallel, race_replay, race_simulate, rounding, scale, speed_files, tiers
+from benchmarks import choices, online_rl, parallel, race_replay, race_simulate, rounding, scale, speed_files, throughput, tiers
+from benchmarks.rates import lines
 from benchmarks.speed_files import FOLDER
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError, read_json, write_text
@@ -41,6 +42,8 @@ TABLES: dict[str, Callable[[], str]] = {
        for at, name in enumerate(SIMULATED)},
     **{f"scale, {name}": functools.partial(lambda name: scale.tables(read_json(FOLDER / "scale.json"))[name], name)
        for name in ("steps", "predicted", "checked")},
+    "online RL": lambda: online_rl.table(FOLDER / "online_rl.json"),
+    "throughput": lambda: "\n".join(throughput.table(lines(FOLDER / "throughput.jsonl"))),
     "parallel": lambda: parallel.table(FOLDER / "parallel.jsonl"),
 }
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
