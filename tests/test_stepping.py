@@ -254,3 +254,10 @@ def test_a_large_residual_stream_is_left_to_autocast(technique):
     with pytest.raises(Unsupported, match="bf16 loses too much of its residual stream"):
         bind(wrapped, torch.bfloat16)
     assert bind(wrapped, torch.float32)
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [({"flash": 1.0, "cudnn": 0.95}, "flash"), ({"flash": 1.0, "cudnn": 0.8}, "cudnn"), ({"cudnn": 1.0}, "cudnn")])
+def test_of_two_kernels_that_are_about_equal_every_run_takes_the_first(seconds, taken):
+    from pipeline.engine.steps import clearly_fastest
+
+    assert clearly_fastest(seconds) == taken

@@ -17,6 +17,7 @@ from pipeline.engine.buffer import ParameterBuffer, Region
 from pipeline.engine.graphs import Graphs, stream
 from pipeline.engine.layout import Micro, Shape, Shapes, labels, length, tokens
 from pipeline.engine.parts import Unsupported
+from pipeline.measure import turns
 from pipeline.measure.clock import device_seconds
 
 
@@ -90,6 +91,8 @@ SIDE_STREAM_MOST = 2**22
 (`python -m benchmarks.kernels` at 135m, 16 x 64 and at 1b, 8 x 1024)."""
 
 
+CLEARLY = 0.1
+"""Share of its time by which one attention kernel must beat another to be taken in its place."""
 APART = 0.03
 """Share by which a captured step's loss and gradient norm may differ from an uncaptured step's: other kernels in bf16 (docs/fast.md)."""
 
@@ -206,7 +209,8 @@ def overlap(some: Sequence[torch.Tensor], every: Iterable[torch.Tensor]) -> bool
 def fastest_attention(rows: int, heads: Heads, width: int, like: torch.Tensor) -> list[Any] | None:
     """The attention backend, as a list of one, whose forward and backward are fastest at [rows, width] tokens on a GPU; None elsewhere (torch chooses).
 
-    like: a tensor of the device and dtype. The choice is measured, so that two machines may choose differently; all backends compute the same sums.
+    like: a tensor of the device and dtype. The choice is measured, alone on the device, so that two machines may choose differently; all backends compute
+    the same sums, rounded differently: a training with a high rate ends elsewhere.
     """
     if not like.is_cuda:
         return None
@@ -217,16 +221,24 @@ def fastest_attention(rows: int, heads: Heads, width: int, like: torch.Tensor) -
         for count in (heads.queries, heads.groups, heads.groups)
     )
     seconds = {}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        graphs = Graphs(like.device)  # a replay takes the kernels' time, a call that of launching them
-        try:
-            seconds[backend] = device_seconds(graphs.capture(functools.partial(_forward_backward_of, q, k, v, backend)), like.device)
-        except RuntimeError as error:
-            if "out of memory" in str(error):
-                raise
-        finally:
-            graphs.close()
-    return [min(seconds, key=seconds.__getitem__)] if seconds else None
+    with turns.alone():
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            graphs = Graphs(like.device)  # a replay takes the kernels' time, a call that of launching them
+            try:
+                seconds[backend] = device_seconds(graphs.capture(functools.partial(_forward_backward_of, q, k, v, backend)), like.device)
+            except RuntimeError as error:
+                if "out of memory" in str(error):
+                    raise
+            finally:
+                graphs.close()
+    return [clearly_fastest(seconds)] if seconds else None
+
+
+def clearly_fastest(seconds: Mapping[Any, float]) -> Any:
+    """The first of what was timed, unless another takes less by more than CLEARLY: of two that are about equal, every run takes the same one."""
+    first = next(iter(seconds))
+    best = min(seconds, key=seconds.__getitem__)
+    return best if seconds[best] < (1 - CLEARLY) * seconds[first] else first
 
 
 def _forward_backward_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: Any) -> None:
