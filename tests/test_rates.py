@@ -154,7 +154,7 @@ def test_a_later_run_of_a_grid_is_what_it_is_alone(overrides, technique):
 
 
 def test_the_best_of_equals_is_high_by_luck_and_a_better_one_is_not():
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(7)
     answers = lambda share: "".join("01"[int(r)] for r in rng.random(200) < share)  # noqa: E731
     grids = [{10.0**-i: (0.0, answers(0.5)) for i in range(7)} for _ in range(40)]
     high = np.mean([max(bits.count("1") for _, bits in grid.values()) / 2 - 50 for grid in grids])
