@@ -11,8 +11,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from benchmarks import race as command
 from benchmarks import processes, race_blocks, race_cache, race_fill, race_replay, race_runs, race_simulate
+from benchmarks import race as command
 from benchmarks.race_simulate import EFFECTS, Setting, World
 from pipeline.cell.inputs import preload
 from pipeline.core.compose import compose

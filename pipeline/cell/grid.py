@@ -316,8 +316,8 @@ def entries(axes: Mapping[str, Any], chosen: Mapping[str, str]) -> list[list[str
     techniques = [[f"technique={t}"] for t in ([chosen["technique"]] if "technique" in chosen else axes["techniques"])]
     if "variant" not in chosen:
         return techniques if "technique" in chosen else [*techniques, *variants]
-    own = f"variant={chosen['variant']}"
-    known = [entry for entry in variants if entry[1] == own and ("technique" not in chosen or entry[0].removesuffix(SUFFIX) == techniques[0][0].removesuffix(SUFFIX))]
+    own, plain = f"variant={chosen['variant']}", {words.removesuffix(SUFFIX) for (words,) in techniques}
+    known = [entry for entry in variants if entry[1] == own and ("technique" not in chosen or entry[0].removesuffix(SUFFIX) in plain)]
     return known or [[*entry, own] for entry in techniques]
 
 
