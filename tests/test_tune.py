@@ -301,38 +301,6 @@ def test_a_grid_is_tuned_technique_by_technique_at_every_size(monkeypatch):
         ["experiments=standard", "tune.trials=4", f"technique={t}", "seed=0", f"train_rows={n}"] for n in (200, 1000) for t in ("lora", "full")]
 
 
-VARIANTS = {"techniques": ["zero_shot", "full+tuned"], "seeds": [0, 1], "train_rows": [40, 160],
-            "variants": [{"technique": "lora+tuned", "variant": f"r{r}", "words": [f"method.config.r={r}"]} for r in (1, 2)]}
-
-
-def test_a_grid_s_variants_come_after_its_techniques_and_are_tuned_and_run_with_their_words(monkeypatch):
-    monkeypatch.setattr(grid, "grid", lambda name: {"grid": VARIANTS})
-    first = grid.grid_overrides(["experiments=quick", "seed=0", "train_rows=40"])
-    assert first[1:3] == [["experiments=quick", "technique=full+tuned", "seed=0", "train_rows=40"],
-                          ["experiments=quick", "technique=lora+tuned", "variant=r1", "method.config.r=1", "seed=0", "train_rows=40"]]
-    assert len(grid.grid_overrides(["experiments=quick"])) == 4 * 4
-    assert grid.grid_overrides(["experiments=quick", "technique=lora", "variant=r2", "seed=0", "train_rows=40"]) == [
-        ["experiments=quick", "technique=lora+tuned", "variant=r2", "method.config.r=2", "seed=0", "train_rows=40"]]
-    assert grid.grid_overrides(["experiments=quick", "technique=lora", "seed=0", "train_rows=40"]) == [
-        ["experiments=quick", "technique=lora", "seed=0", "train_rows=40"]], "a technique by itself is not its variants"
-    assert grid.grid_overrides(["experiments=quick", "variant=x", "seed=0", "train_rows=40"])[0] == [
-        "experiments=quick", "technique=zero_shot", "variant=x", "seed=0", "train_rows=40"]
-    tunings = search_tuning.each_technique(config("lora", tune__rows=160), ["experiments=quick"])
-    assert tunings == [["experiments=quick", *entry, "seed=0", "train_rows=160"] for entry in (
-        ["technique=zero_shot"], ["technique=full"], ["technique=lora", "variant=r1", "method.config.r=1"],
-        ["technique=lora", "variant=r2", "method.config.r=2"])]
-    actual = grid.grid_overrides(["experiments=quick", "tuned=true", "seed=0", "train_rows=40"])
-    assert [words[3:5] for words in actual][1:] == [["variant=r1", "method.config.r=1"], ["variant=r2", "method.config.r=2"]]
-
-
-def test_of_what_is_declared_tune_only_names_what_is_searched():
-    assert list(space("step_by_step_lora", tune__only=["train.lr", "objective.rationale_weight"]).parameters) == ["train.lr", "objective.rationale_weight"]
-    assert list(space("lora", tune__only=["method.config.r"]).parameters) == ["method.config.r", "method.config.lora_alpha"], "what is linked comes along"
-    assert space("few_shot", tune__only=["train.lr"]).searched == {}
-    with pytest.raises(UserError, match=r"tune.only is 'train.lr'; write a list"):
-        space("lora", tune__only="train.lr")
-
-
 def test_what_has_nothing_to_search_is_skipped_with_a_sentence(capsys):
     assert search_tuning.tune(config("zero_shot"), 12, search_tuning.Shared()) is None
     assert "zero_shot, 160 rows: skipped, it trains nothing and names nothing else to search" in capsys.readouterr().out
