@@ -56,7 +56,8 @@ def _of_experiment(folder: Path, pairs: Sequence[tuple[str, str]], tuned: bool) 
         compared = tiers.compare({label: runs[label] for label in sorted(there)}, {c.label for c in some if c.untrained}) if there else None
         for one, other, first, second in asked:
             if compared is not None and first and second:
-                yield _line(some[0], rows, (one, other), compared, first, second)
+                seeds = min(len(runs[first]), len(runs[second]))
+                yield _line(some[0], rows, (one, other), compared, first, second) | {"seeds": seeds}
 
 
 def _label(name: str, runs: Any, tuned: bool) -> str | None:
@@ -68,7 +69,7 @@ def _label(name: str, runs: Any, tuned: bool) -> str | None:
 def _line(cell: Cell, rows: str, pair: tuple[str, str], compared: tiers.Comparison, one: str, other: str) -> dict[str, Any]:
     found = compared.between(other, one)
     return {"experiment": cell.result.experiment, "task": cell.result.task, "model": cell.result.model, "train_rows": rows, "one": pair[0], "other": pair[1],
-            "one_is": compared.means[one], "other_is": compared.means[other], "seeds": found.seeds, "test_rows": compared.rows,
+            "one_is": compared.means[one], "other_is": compared.means[other], "test_rows": compared.rows,
             "difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
 
 
@@ -100,7 +101,8 @@ def table(made: Sequence[dict[str, Any]]) -> str:
 
 
 def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")
+    points = round(100 * share, 1)
+    return f"{points:+.1f}".replace("-", "−") if points else "0.0"
 
 
 def run(words: Sequence[str]) -> int:

@@ -40,7 +40,7 @@ def test_a_pair_s_difference_is_that_of_its_cells_and_the_mean_of_all_is_the_mea
         ("first", "step_by_step"), ("first", "lora+r8"), ("second", "step_by_step"), ("all", "step_by_step")]
     first, beyond, second, whole = made
     assert (first["difference"], second["difference"]) == (pytest.approx(0.1), pytest.approx(0.05)) and first["seeds"] == 4 and first["test_rows"] == ROWS
-    assert beyond["difference"] == pytest.approx((200 - 1.5 - 100) / ROWS) and beyond["one_is"] == 0.25
+    assert beyond["seeds"] == 1 and beyond["difference"] == pytest.approx((200 - 1.5 - 100) / ROWS) and beyond["one_is"] == 0.25
     assert whole["difference"] == pytest.approx(0.075) and whole["lines"] == 2
     halves = [(line["high"] - line["low"]) / 2 for line in (first, second, whole)]
     assert halves[2] == pytest.approx((halves[0] ** 2 + halves[1] ** 2) ** 0.5 / 2) and whole["low"] < 0.075 < whole["high"]
