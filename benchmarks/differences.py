@@ -3,9 +3,11 @@
     python -m benchmarks.differences experiments=step_by_step_cqa,step_by_step_svamp pairs=full:step_by_step,lora:step_by_step_lora to=FILE.json
     … results=/tmp/results       where the finished cells lie (results/)
     … tuned=false                untuned cells (a name that stands for itself, such as zero_shot, is never marked as tuned)
+    … figure=perplexity          of what was forgotten, not of test answers: the change against the untouched base (perplexity: relative; pairs, lambada: share)
 
 A pair one:other asks for other - one. Both answered the same test rows, so rows are paired; seeds are random; the interval is for that pair alone, and the
-corrected p-value for all lines together (Holm). `all` is the mean over the experiments and sizes that have the pair: of these tasks and bases, not of others.
+corrected p-value for all lines together (Holm). A figure of forgetting has one value a seed, and its interval is Welch's over them. `all` is the mean over the
+experiments and sizes that have the pair: of these tasks and bases, not of others.
 Prints a Markdown table; `to` keeps its figures (python -m benchmarks.differences table FILE.json prints them again).
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,29 @@ from pipeline.core.commands import key_values, words_entry
 from pipeline.core.compose import MARK, SUFFIX
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.records.finished import Cell, cells_below
+from pipeline.reporting import values
 from pipeline.stats import tiers
 
-OWN = {"results": "results", "tuned": "true", "to": ""}
+OWN = {"results": "results", "tuned": "true", "figure": "test", "to": ""}
+FIGURES = {"perplexity": values.growth_of("perplexity_base"), "pairs": values.change_of("pairs", "pairs_base"),
+           "lambada": values.change_of("lambada", "lambada_base")}
 Z = 1.959964
 
 
-def lines(root: Path, experiments: Sequence[str], pairs: Sequence[tuple[str, str]], tuned: bool = True) -> list[dict[str, Any]]:
+def lines(root: Path, experiments: Sequence[str], pairs: Sequence[tuple[str, str]], tuned: bool = True,
+          figure: str = "test") -> list[dict[str, Any]]:
     """A line for each experiment, number of rows and pair that has cells, then one a pair over all of them. Shares, not percent.
 
     Raises:
         UserError: an experiment has no finished cell.
     """
-    made = [line for experiment in experiments for line in _of_experiment(root / experiment, pairs, tuned)]
+    made = [line for experiment in experiments for line in _of_experiment(root / experiment, pairs, tuned, figure)]
     for line, corrected in zip(made, tiers.holm([line["p"] for line in made]), strict=True):
         line["corrected"] = corrected
     return made + list(_over_all(made, pairs))
 
 
-def _of_experiment(folder: Path, pairs: Sequence[tuple[str, str]], tuned: bool) -> Iterator[dict[str, Any]]:
+def _of_experiment(folder: Path, pairs: Sequence[tuple[str, str]], tuned: bool, figure: str) -> Iterator[dict[str, Any]]:
     cells = [cell for cell in cells_below(folder) if cell.result.status == "ok" and cell.result.test is not None]
     if not cells:
         raise UserError(f"{folder} holds no finished cell; run its cells first, or set results=FOLDER")
@@ -52,6 +58,9 @@ def _of_experiment(folder: Path, pairs: Sequence[tuple[str, str]], tuned: bool) 
         for cell in some:
             runs[cell.label][cell.result.seed] = {row: float(right) for row, right in cell.right().items()}
         asked = [(one, other, _label(one, runs, tuned), _label(other, runs, tuned)) for one, other in pairs]
+        if figure != "test":
+            yield from _of_seeds(some, rows, [one for one in asked if all(one)], FIGURES[figure])  # type: ignore[arg-type]
+            continue
         there = {label for *_, one, other in asked if one and other for label in (one, other)}
         compared = tiers.compare({label: runs[label] for label in sorted(there)}, {c.label for c in some if c.untrained}) if there else None
         for one, other, first, second in asked:
@@ -66,11 +75,36 @@ def _label(name: str, runs: Any, tuned: bool) -> str | None:
     return next((label for label in ((marked, name) if tuned else (name,)) if label in runs), None)
 
 
+def _of_seeds(some: Sequence[Cell], rows: str, asked: Sequence[tuple[str, str, str, str]], figure: Callable[[Cell], float | None]) -> Iterator[dict[str, Any]]:
+    """Lines of a figure that a cell has one value of; none where a technique has it of less than two seeds."""
+    import numpy as np
+    from scipy.stats import ttest_ind
+
+    known: dict[str, list[float]] = defaultdict(list)
+    for cell in some:
+        value = figure(cell)
+        if value is not None:
+            known[cell.label].append(value)
+    for one, other, first, second in asked:
+        if min(len(known[first]), len(known[second])) < 2:
+            continue
+        a, b = (np.array(known[label]) for label in (second, first))
+        spread = bool(a.std() or b.std())
+        test = ttest_ind(a, b, equal_var=False) if spread else None
+        low, high = test.confidence_interval() if test is not None else (a.mean() - b.mean(),) * 2
+        yield {**_about(some[0], rows, (one, other)), "one_is": float(b.mean()), "other_is": float(a.mean()), "seeds": min(len(a), len(b)),
+               "difference": float(a.mean() - b.mean()), "low": float(low), "high": float(high), "p": float(test.pvalue) if test is not None else float(a.mean() == b.mean())}
+
+
 def _line(cell: Cell, rows: str, pair: tuple[str, str], compared: tiers.Comparison, one: str, other: str) -> dict[str, Any]:
     found = compared.between(other, one)
-    return {"experiment": cell.result.experiment, "task": cell.result.task, "model": cell.result.model, "train_rows": rows, "one": pair[0], "other": pair[1],
-            "one_is": compared.means[one], "other_is": compared.means[other], "test_rows": compared.rows,
+    return {**_about(cell, rows, pair), "one_is": compared.means[one], "other_is": compared.means[other], "test_rows": compared.rows,
             "difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
+
+
+def _about(cell: Cell, rows: str, pair: tuple[str, str]) -> dict[str, Any]:
+    result = cell.result
+    return {"experiment": result.experiment, "task": result.task, "model": result.model, "train_rows": rows, "one": pair[0], "other": pair[1]}
 
 
 def _over_all(made: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
@@ -116,7 +150,9 @@ def run(words: Sequence[str]) -> int:
     pairs = [tuple(pair.split(":")) for pair in given["pairs"].split(",")]
     if any(len(pair) != 2 for pair in pairs):
         raise UserError(f"pairs={given['pairs']} is not of the form one:other,one:other")
-    made = lines(Path(given["results"]), given["experiments"].split(","), pairs, given["tuned"] == "true")  # type: ignore[arg-type]
+    if given["figure"] not in ("test", *FIGURES):
+        raise UserError(f"figure={given['figure']} is none of test, {', '.join(FIGURES)}")
+    made = lines(Path(given["results"]), given["experiments"].split(","), pairs, given["tuned"] == "true", given["figure"])  # type: ignore[arg-type]
     if not made:
         raise UserError("none of the pairs has finished cells of both techniques with the same number of training rows; run them, or name other pairs")
     if given["to"]:

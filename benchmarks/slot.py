@@ -8,7 +8,7 @@ The words after -- are Hydra's, for every job. Jobs come in this order: tuning, 
 every experiment, then the second. A cell whose technique is not tuned yet waits for that. Cells that packs train (seeds of an adapter) are one job, others
 one each. Every result says that it shared the GPU (share=true): accuracies count, times and memory do not; measure those with pipeline.cells.
 A job is locked by its process, which a kill undoes. Artefacts are deleted as soon as a cell is done (artefacts=keep: not), so that a disk holds hundreds of
-cells. Exit codes: 0 nothing is missing, 1 something is, 2 bad input.
+cells. limit_s counts from the command's start; it ends some ten seconds later. Exit codes: 0 nothing is missing, 1 something is, 2 bad input.
 """
 
 from __future__ import annotations
@@ -193,6 +193,7 @@ class Slot:
 
 def run(words: Sequence[str]) -> int:
     """One of the commands above."""
+    watch = Stopwatch()
     split = list(words).index("--") if "--" in words else len(words)
     command, rest = (words[0] if words else ""), list(words[split + 1 :])
     if command not in ("run", "plan"):
@@ -202,7 +203,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("name the experiments: experiments=step_by_step_cqa,step_by_step_svamp")
     every = jobs(given["experiments"].split(","), rest, _listed(given["techniques"]), [int(at) for at in _listed(given["sizes"])])
     if command == "run":
-        fill(every, _listed(given["gpus"]), int(given["processes"]), float(given["limit_s"]), given["artefacts"] == "keep")
+        fill(every, watch, _listed(given["gpus"]), int(given["processes"]), float(given["limit_s"]), given["artefacts"] == "keep")
     return tell(every)
 
 
@@ -210,9 +211,8 @@ def _listed(word: str) -> list[str]:
     return [part for part in word.split(",") if part]
 
 
-def fill(every: Sequence[Job], gpus: Sequence[str], count: int, limit_s: float, keep: bool) -> None:
-    """Do what is missing, `count` processes on each GPU."""
-    watch = Stopwatch()
+def fill(every: Sequence[Job], watch: Stopwatch, gpus: Sequence[str], count: int, limit_s: float, keep: bool) -> None:
+    """Do what is missing, `count` processes on each GPU. watch: from which the limit counts."""
     left = [job for job in every if not job.done]
     if not left:
         return

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_cells import result
 
 from benchmarks import differences
 from pipeline.core.files import read_json, write_jsonl
-from pipeline.records.results import write
+from pipeline.records.results import Forgetting, write
 
 ROWS = 400
 
 
-def keep(root: Path, experiment: str, label: str, right: int, seed: int, rows: int = 200) -> None:
+def keep(root: Path, experiment: str, label: str, right: int, seed: int, rows: int = 200, **more: Any) -> None:
     """A cell that answers the first `right` rows right, but for `seed` rows at the end of them."""
-    made = dataclasses.replace(result(label.partition("+")[0], right=right // 2, seed=seed, rows=rows), experiment=experiment)
+    made = dataclasses.replace(result(label.partition("+")[0], right=right // 2, seed=seed, rows=rows), experiment=experiment, **more)
     folder = root / experiment / f"{label}-s{seed}-n{rows}"
     write(folder, made)
     write_jsonl(folder / "predictions.jsonl", [{"id": str(i), "split": "test", "correct": i < right and not right - seed <= i < right} for i in range(ROWS)])
@@ -54,6 +55,20 @@ def test_the_table_and_the_file_say_the_same(root, tmp_path, capsys):
     assert "| first | 200 | step_by_step beyond full | 59.6 | 49.6 | +10.0 [+" in said and "| all 2 | | step_by_step beyond full | | | +7.5 [" in said
     assert differences.main(["table", str(to)]) == 0 and capsys.readouterr().out == said
     assert len(read_json(to)["lines"]) == 3
+
+
+def test_what_is_forgotten_is_compared_over_seeds(tmp_path):
+    for seed, (lora, full) in enumerate(((0.10, 0.30), (0.12, 0.34), (0.14, 0.38))):
+        for label, change in (("lora", lora), ("full", full), ("zero_shot", 0.0)):
+            keep(tmp_path, "first", label, 100, seed, forgetting=Forgetting(20.0 * (1 + change), 20.0, 0.9 - change, 0.9))
+    pairs = [("lora", "full"), ("zero_shot", "lora")]
+    apart, beyond = differences.lines(tmp_path, ["first"], pairs, figure="perplexity")[:2]
+    assert apart["difference"] == pytest.approx(0.22) and apart["one_is"] == pytest.approx(0.12) and apart["seeds"] == 3
+    half = 4.303 * (0.02**2 / 3) ** 0.5  # Welch's with one sample that does not vary: Student's with two degrees of freedom
+    assert (beyond["low"], beyond["high"]) == (pytest.approx(0.12 - half, abs=1e-4), pytest.approx(0.12 + half, abs=1e-4))
+    assert differences.lines(tmp_path, ["first"], pairs, figure="pairs")[0]["difference"] == pytest.approx(-0.22)
+    assert differences.lines(tmp_path, ["first"], pairs, figure="lambada") == []
+    assert differences.main([f"results={tmp_path}", "experiments=first", "pairs=lora:full", "figure=speed"]) == 2
 
 
 def test_what_cannot_be_compared_is_said(root, capsys):
