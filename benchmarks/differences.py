@@ -89,11 +89,13 @@ def _of_seeds(some: Sequence[Cell], rows: str, asked: Sequence[tuple[str, str, s
         if min(len(known[first]), len(known[second])) < 2:
             continue
         a, b = (np.array(known[label]) for label in (second, first))
-        spread = bool(a.std() or b.std())
-        test = ttest_ind(a, b, equal_var=False) if spread else None
-        low, high = test.confidence_interval() if test is not None else (a.mean() - b.mean(),) * 2
+        difference = float(a.mean() - b.mean())
+        low, high, p = difference, difference, float(difference == 0)  # where no seed differs from another
+        if a.std() or b.std():
+            test = ttest_ind(a, b, equal_var=False)
+            (low, high), p = map(float, test.confidence_interval()), float(test.pvalue)
         yield {**_about(some[0], rows, (one, other)), "one_is": float(b.mean()), "other_is": float(a.mean()), "seeds": min(len(a), len(b)),
-               "difference": float(a.mean() - b.mean()), "low": float(low), "high": float(high), "p": float(test.pvalue) if test is not None else float(a.mean() == b.mean())}
+               "difference": difference, "low": low, "high": high, "p": p}
 
 
 def _line(cell: Cell, rows: str, pair: tuple[str, str], compared: tiers.Comparison, one: str, other: str) -> dict[str, Any]:
