@@ -57,14 +57,15 @@ def _of_experiment(folder: Path, pairs: Sequence[tuple[str, str]], tuned: bool, 
         runs: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
         for cell in some:
             runs[cell.label][cell.result.seed] = {row: float(right) for row, right in cell.right().items()}
-        asked = [(one, other, _label(one, runs, tuned), _label(other, runs, tuned)) for one, other in pairs]
+        named = [(one, other, _label(one, runs, tuned), _label(other, runs, tuned)) for one, other in pairs]
+        asked = [(one, other, first, second) for one, other, first, second in named if first and second]
         if figure != "test":
-            yield from _of_seeds(some, rows, [one for one in asked if all(one)], FIGURES[figure])  # type: ignore[arg-type]
+            yield from _of_seeds(some, rows, asked, FIGURES[figure])
             continue
-        there = {label for *_, one, other in asked if one and other for label in (one, other)}
+        there = {label for *_, one, other in asked for label in (one, other)}
         compared = tiers.compare({label: runs[label] for label in sorted(there)}, {c.label for c in some if c.untrained}) if there else None
         for one, other, first, second in asked:
-            if compared is not None and first and second:
+            if compared is not None:
                 seeds = min(len(runs[first]), len(runs[second]))
                 yield _line(some[0], rows, (one, other), compared, first, second) | {"seeds": seeds}
 
