@@ -127,6 +127,12 @@ def _few() -> Iterator[Config]:
         yield Config(technique, "1b", 16, 256, engine, 8, parts=4)
 
 
+def scale() -> list[Config]:
+    """How time and memory grow with the model: every shape, two sizes of a step, four techniques, what will not fit among them (experiments/scale)."""
+    return [Config(technique, shape, batch, length, labels=0, steps=10) for shape in SIZES for batch, length in ((4, 256), (8, 1024))
+            for technique in ("full", "lora", "qlora", "prompt_tuning_random")]
+
+
 def tiny() -> list[Config]:
     """A few of everything at a size that a CPU has done in seconds: the harness's own test."""
     at = ("tiny", 4, 32)

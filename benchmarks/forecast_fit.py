@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.forecast_configs import SHAPES, Config
-from pipeline.core.files import UserError, read_jsonl, write_json, write_text
+from pipeline.core.files import UserError, read_json, read_jsonl, write_json, write_text
 from pipeline.forecasting.memory import Memory
 from pipeline.forecasting.plan import Constants, Plan
 
@@ -164,6 +164,38 @@ def write(configs: Sequence[Config], path: Path, out: Path) -> dict[str, Any]:
     write_text(out / "table.md", _markdown(table, summary))
     write_json(out / "summary.json", summary)
     return summary
+
+
+def write_beside(configs: Sequence[Config], path: Path, constants: Path, out: Path) -> None:
+    """Write table.md: what was measured of each configuration, what ran out of memory among it, beside the forecast with constants of before.
+
+    Raises:
+        UserError: nothing measured, or no constants.
+    """
+    from pipeline.forecasting.memory import forecast
+
+    if not path.exists():
+        raise UserError(f"{path} is not there; run: python -m benchmarks.forecast measure")
+    known, measured = Constants(**read_json(constants)), {row["name"]: row for row in read_jsonl(path)}
+    there = [(config, measured[config.name]) for config in configs if config.name in measured]
+    if not there:
+        raise UserError(f"{path} has none of the configurations; run: python -m benchmarks.forecast measure with the same configs=")
+    about = next(row for _, row in there if "hardware" in row)
+    machine = about["hardware"]["gpu"] or about["hardware"]["cpu"]
+    lines = ["# Time and memory against model size", "",
+             f"{machine}, {about['date']}; {len(there)} of {len(configs)} configurations; the forecast's constants are of experiments/forecast.", "",
+             "| shape | technique | rows x tokens | engine | ms a step | tokens/s | peak, GiB | forecast, GiB | error |",
+             "| --- | --- | --- | --- | --: | --: | --: | --: | --: |"]
+    for config, row in there:
+        memory = forecast(plan_of(config, row.get("hardware", about["hardware"])["device"] == "cuda"), known)
+        what = f"| {config.shape} | `{config.technique}` | {config.batch} x {config.length} |"
+        if row["status"] != "ok":
+            lines.append(f"{what} | | | {'out of memory' if row['status'] == 'oom' else row['status']} | {memory.total / 2**30:.2f} | |")
+            continue
+        told, peak, step_s = comparable(memory, row), row["peak_bytes"], row["train_s"] / row["steps"]
+        lines.append(f"{what} {row['engine']} | {1000 * step_s:.1f} | {row['tokens'] / row['train_s']:,.0f} | {peak / 2**30:.2f} | {told / 2**30:.2f} | "
+                     f"{told / peak - 1:+.1%} |")
+    write_text(out / "table.md", "\n".join(lines) + "\n")
 
 
 def _median(every: Sequence[Point], names: set[str], constants: Constants) -> float | None:

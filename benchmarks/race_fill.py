@@ -17,17 +17,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from benchmarks import processes
 from benchmarks.race_cache import read, write
 from benchmarks.race_runs import CHECKS, Bases, runs
 from benchmarks.rates import NEEDS_TEACHER, TEACHERS
@@ -46,8 +44,6 @@ AT_ONCE = 8
 """Seeds that are packed at once: as fast as 16 where a dozen processes share a device, and their memory fits."""
 QUICK, SLOW = 16, 4
 """Seeds of a job: where they are packed or a run takes little; where a run takes long, so that no process has much left when the others are through."""
-CRASHES = 2
-"""How often a process that a device error ended is begun anew, on average."""
 TECHNIQUES: dict[str, int] = {
     "zero_shot": QUICK, "few_shot": QUICK, "lora": QUICK, "rslora": QUICK, "prompt_tuning": QUICK, "prompt_tuning_text": QUICK, "full": QUICK, "qlora": QUICK,
     "pissa": QUICK, "olora": QUICK, "lora_int8": QUICK, "prompt_tuning_random": QUICK, "head_only": QUICK, "top_layers": QUICK, "bitfit_added": QUICK,
@@ -167,50 +163,10 @@ def fill(asked: Asked) -> int:
     if missing:
         first = {job.model: job for job in missing}
         shared = preload([compose([*asked.words(job), f"seed={FIRST_SEED}"]) for job in first.values()])
-        places = [gpu for gpu in asked.gpus for _ in range(asked.processes)] if asked.gpus else [None] * asked.processes
+        places = processes.places(asked.gpus, asked.processes)
         print(f"{watch.peek():.0f} s: {len(missing)} of {len(asked.jobs)} jobs are not done; {len(places)} processes", flush=True)
-        if places == [None]:
-            work(asked, shared, watch)
-        else:
-            _in_processes(asked, shared, watch, places)
+        processes.run(lambda: work(asked, shared, watch), places, watch, asked.limit_s, asked.grace_s)
     return sum(len(asked.store.lacking(job)) for job in asked.jobs)
-
-
-def _in_processes(asked: Asked, shared: Any, watch: Any, places: Sequence[str | None]) -> None:
-    """Fork one a place, and end those that outlast the limit by more than the grace."""
-    forked = [_forked(asked, shared, watch, gpu) for gpu in places]
-    crashes = CRASHES * len(places)
-    try:
-        while any(one.is_alive() for one in forked) and watch.peek() < asked.limit_s + asked.grace_s:
-            wait([one.sentinel for one in forked if one.is_alive()], 1.0)
-            for at, one in enumerate(forked):
-                if not one.is_alive() and one.exitcode and crashes and watch.peek() < asked.limit_s:
-                    crashes -= 1
-                    forked[at] = _forked(asked, shared, watch, places[at])
-    finally:
-        for one in forked:
-            if one.is_alive():
-                one.kill()
-                one.join()
-
-
-def _forked(asked: Asked, shared: Any, watch: Any, gpu: str | None) -> Any:
-    process = multiprocessing.get_context("fork").Process(target=_worker, args=(asked, shared, watch, gpu))
-    process.start()
-    return process
-
-
-def _worker(asked: Asked, shared: Any, watch: Any, gpu: str | None) -> None:
-    import torch
-
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    torch.set_num_threads(1)
-    try:
-        work(asked, shared, watch)
-    except BaseException:
-        traceback.print_exc()
-        raise
 
 
 def work(asked: Asked, shared: Any, watch: Any) -> None:

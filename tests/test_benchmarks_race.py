@@ -11,8 +11,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from benchmarks import processes, race_blocks, race_cache, race_fill, race_replay, race_runs, race_simulate
 from benchmarks import race as command
-from benchmarks import race_blocks, race_cache, race_fill, race_replay, race_runs, race_simulate
 from benchmarks.race_simulate import EFFECTS, Setting, World
 from pipeline.cell.inputs import preload
 from pipeline.core.compose import compose
@@ -167,7 +167,7 @@ def pretended(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_processes_share_the_work_and_a_killed_one_costs_its_seed_alone(pretended, monkeypatch):
     asked, log, kills = pretended
-    monkeypatch.setattr(race_fill, "CRASHES", 0)
+    monkeypatch.setattr(processes, "CRASHES", 0)
     kills.write_text("technique=full 5")
     assert race_fill.fill(dataclasses.replace(asked, gpus=["0"], processes=1)) > 0
     assert race_fill.fill(asked) == 0

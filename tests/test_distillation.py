@@ -22,6 +22,7 @@ from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.base import TrainingContext
 from pipeline.objectives.logit_distillation import AfterLayer, Head, LogitDistillation, divergence, jensen_shannon
 from pipeline.objectives.rationale_first import RationaleFirst
+from pipeline.objectives.step_by_step import StepByStepUnlabelled
 from pipeline.objectives.task_distillation import TaskDistillation
 from pipeline.records import results
 from pipeline.scoring.scorer import Scorer
@@ -68,6 +69,27 @@ def test_task_distillation_learns_the_teacher_and_reads_no_label(overrides):
     found = run(overrides, "technique=task_distillation", "train.lr=3e-3")
     assert 0.6 <= found.test.accuracy <= 0.95 and found.labelled_rows == found.validation_rows
     assert found.teacher.accuracy == pytest.approx(0.75, abs=0.05)
+
+
+def test_step_by_step_without_labels_takes_answer_and_reasons_from_the_teacher():
+    objective = StepByStepUnlabelled(0.5)
+    (row,) = objective.rows([ROW, {**ROW, "id": "2"}], {"1": WRONG, "2": {**RIGHT, "answer": None}}, 2, 0)
+    assert objective.examples(row, CHOICE, WRONG) == [
+        Example("[label] " + ROW["prompt"], "negative", "label", 1.0, ends=False),
+        Example("[rationale] " + ROW["prompt"], "The words are positive.", "rationale", 0.5, ends=True),
+    ]
+    alone = dataclasses.replace(objective, rationale_weight=0.0)
+    assert alone.needs_rationales and alone.examples(row, CHOICE, WRONG) == objective.examples(row, CHOICE, WRONG)[:1], "the teacher's label is read still"
+    with pytest.raises(UserError, match="wrong_rationales=drop takes people's labels"):
+        StepByStepUnlabelled(0.5, wrong_rationales="drop")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", ["step_by_step_unlabelled", "step_by_step_unlabelled_lora"])
+def test_step_by_step_without_labels_learns_the_teacher_s_mistakes(overrides, technique):
+    found = run(overrides, f"technique={technique}", f"train.lr={'1e-2' if 'lora' in technique else '3e-3'}", "train.epochs=12")
+    assert 0.6 <= found.test.accuracy <= 0.95 and found.labelled_rows == found.validation_rows
+    assert found.hyperparameters["labels_from"] == "validation" and found.hyperparameters["rationale_weight"] == 0.5
 
 
 # distributions

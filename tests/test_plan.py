@@ -9,13 +9,17 @@ import pytest
 import yaml
 
 from pipeline import plan as entry
-from pipeline.cell.grid import grid, grid_overrides
+from pipeline.cell.grid import entries, grid, grid_overrides, own_grid
 from pipeline.cell.identity import plan, reads
-from pipeline.core.compose import CONF, ROOT, compose
+from pipeline.core import settings
+from pipeline.core.compose import CONF, ROOT, SUFFIX, build, compose
 from pipeline.core.files import read_json
 from pipeline.records.finished import name as cell_name
+from pipeline.search.space import at, declared
 
 EXPERIMENTS = sorted(p.parent.name for p in ROOT.glob("experiments/*/params.yaml"))
+ONE_FILE = sorted(p.stem for p in ROOT.glob("experiments/*.yaml") if own_grid(p.stem))
+"""Experiments whose grid stands in their own file: DVC does not know them."""
 LORA = ["experiments=quick", "technique=lora", "train_rows=200"]
 
 
@@ -34,8 +38,21 @@ def one_cell_a_technique(name: str) -> list[list[str]]:
 
 def test_there_is_one_dvc_yaml_for_all_experiments():
     assert len({(ROOT / f"experiments/{name}/dvc.yaml").read_text() for name in EXPERIMENTS}) == 1
-    assert {p.stem for p in ROOT.glob("experiments/*.yaml")} == set(EXPERIMENTS)
+    assert {p.stem for p in ROOT.glob("experiments/*.yaml")} == {*EXPERIMENTS, *ONE_FILE}
     assert yaml.safe_load((ROOT / "params.yaml").read_text()) == {"experiment": "quick"}
+
+
+@pytest.mark.parametrize("name", [n if n == "nf4" else pytest.param(n, marks=pytest.mark.slow) for n in ONE_FILE])
+def test_every_technique_and_variant_of_a_one_file_grid_composes_and_what_it_tunes_is_searched(name):
+    known = grid(name)
+    rows = f"train_rows={known['grid']['train_rows'][0]}"
+    for words in entries(known["grid"], {}):
+        cfg = compose([f"experiments={name}", words[0].removesuffix(SUFFIX), *words[1:], rows])
+        settings.read(cfg)
+        assert (cfg.experiment, cfg.task.name, cfg.model.name, cfg.teacher.name) == (name, known["task"], known["model"], known["teacher"])
+        assert build(cfg.method, "method") is not None and build(cfg.objective, "objective") is not None
+        here = at(cfg, {"train.lr": cfg.train.lr or cfg.train.reference_lr})  # whatever lies under models/ here
+        assert declared(here).searched or not words[0].endswith(SUFFIX), words
 
 
 QUICK_TO_COMPOSE = [pytest.param(e, marks=pytest.mark.slow) if e != "quick" else e for e in EXPERIMENTS]

@@ -141,6 +141,9 @@ def test_a_search_or_another_cell_has_seen_all_rows_and_a_taxonomy_s_examples_ar
     assert [record.labels_used(parts, read, tuned) for tuned in (False, True)] == [method.k + 5, 43]
     parts.cfg = SimpleNamespace(start="full")
     assert record.labels_used(parts, read, False) == 43
+    unlabelled = compose(["technique=task_distillation"])
+    parts = SimpleNamespace(method=build(unlabelled.method, "method"), objective=build(unlabelled.objective, "objective"), cfg=unlabelled)
+    assert record.labels_used(parts, read, True) == 6 + 5, "no trial of its search has read a training row's label"
 
 
 def test_a_report_over_old_results(tmp_path):

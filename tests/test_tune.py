@@ -386,6 +386,13 @@ def test_dvc_s_plan_and_report_depend_on_the_tuned_files_and_a_cell_on_its_plan(
     assert "plans/${experiment}/${item.technique}-s${item.seed}-n${item.rows}.json" in stages["train"]["deps"]
 
 
+def test_cells_of_every_size_take_what_was_tuned_at_tune_rows(tuning):
+    cfg = config("lora", tuned=True, train_rows=40, tune__rows=160, paths__tuning=str(tuning))
+    assert tuned.path_of(cfg).name == "lora-n160.yaml" and applied(cfg, []).train.lr == 3e-3 and effort(cfg).file.endswith("lora-n160.yaml")
+    with pytest.raises(UserError, match="lora-n80.yaml does not exist; run: .* train_rows=80"):
+        applied(config("lora", tuned=True, train_rows=40, tune__rows=80, paths__tuning=str(tuning)), [])
+
+
 def test_a_variant_is_tuned_by_itself(tuning):
     cfg = config("lora", tuned=True, variant="dora", paths__tuning=str(tuning))
     assert tuned.label(cfg) == "lora+dora" and tuned.path_of(cfg).name == "lora+dora-n160.yaml"

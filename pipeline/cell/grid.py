@@ -10,7 +10,7 @@ import itertools
 import json
 import signal
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,8 @@ class Mirror:
 def grid(experiment: str) -> dict[str, Any]:
     """experiments/<name>/params.yaml, with `synthetic` and the techniques of `after` at the end of grid.techniques.
 
-    Of an experiment that is one file (`alignscope try` writes such), experiments/<name>.yaml says the same.
+    Of an experiment that is one file (`alignscope try` writes such), experiments/<name>.yaml says the same. Its grid may have `variants`, too: a list of
+    {technique, variant: a word for the cells' names, words: overrides}, for settings that no technique is named after.
 
     Raises:
         UserError: it is missing or lacks a key.
@@ -297,20 +298,35 @@ def grid_overrides(overrides: Sequence[str]) -> list[list[str]]:
     if "experiments" not in chosen:
         raise UserError("pipeline.cells needs an experiment; add experiments=<name>, for example experiments=quick")
     axes = grid(chosen["experiments"])["grid"]
-    rest = without(overrides, "technique", "seed", "train_rows")
-    names = (("technique", "techniques"), ("seed", "seeds"), ("train_rows", "train_rows"))
-    values = [[chosen[key]] if key in chosen else axes[plural] for key, plural in names]
+    rest = without(overrides, "technique", "variant", "seed", "train_rows")
+    seeds, rows = ([chosen[key]] if key in chosen else axes[plural] for key, plural in (("seed", "seeds"), ("train_rows", "train_rows")))
+    every = entries(axes, chosen)
     if chosen.get("tuned", "").lower() == "true":
-        values[0] = _searched(dict.fromkeys(t.removesuffix(SUFFIX) for t in values[0]), rest)
-    return [[*rest, f"technique={t}", f"seed={s}", f"train_rows={n}"] for n, t, s in itertools.product(values[2], values[0], values[1])]
+        every = _searched(every, rest)
+    return [[*rest, *entry, f"seed={s}", f"train_rows={n}"] for n, entry, s in itertools.product(rows, every, seeds)]
 
 
-def _searched(techniques: Iterable[str], rest: Sequence[str]) -> list[str]:
-    """The techniques that have something to search; the others have no tuned cell."""
-    has_space = {t: bool(tuned.searches(compose([*rest, f"technique={t}"]))) for t in techniques}
-    if without := [t for t, searched in has_space.items() if not searched]:
+def entries(axes: Mapping[str, Any], chosen: Mapping[str, str]) -> list[list[str]]:
+    """The words of every technique of a grid, then of every variant; technique and variant given by hand narrow it. The technique's word comes first.
+
+    Args:
+        chosen: overrides by key.
+    """
+    variants = [[f"technique={one['technique']}", f"variant={one['variant']}", *one["words"]] for one in axes.get("variants") or []]
+    techniques = [[f"technique={t}"] for t in ([chosen["technique"]] if "technique" in chosen else axes["techniques"])]
+    if "variant" not in chosen:
+        return techniques if "technique" in chosen else [*techniques, *variants]
+    own, plain = f"variant={chosen['variant']}", {words.removesuffix(SUFFIX) for (words,) in techniques}
+    known = [entry for entry in variants if entry[1] == own and ("technique" not in chosen or entry[0].removesuffix(SUFFIX) in plain)]
+    return known or [[*entry, own] for entry in techniques]
+
+
+def _searched(every: Iterable[Sequence[str]], rest: Sequence[str]) -> list[list[str]]:
+    """The entries of a grid that have something to search; the others have no tuned cell."""
+    has_space = {entry: bool(tuned.searches(compose([*rest, *entry]))) for entry in dict.fromkeys((e[0].removesuffix(SUFFIX), *e[1:]) for e in every)}
+    if without := [entry[0].partition("=")[2] for entry, searched in has_space.items() if not searched]:
         print(f"nothing is searched for {', '.join(without)}: the untuned cell stands")
-    return [t for t, searched in has_space.items() if searched]
+    return [list(entry) for entry, searched in has_space.items() if searched]
 
 
 def check_params(experiment: str, cells: Sequence[DictConfig]) -> None:

@@ -247,6 +247,11 @@ def _refusal(method: Method, objective: Objective, checkpointing: bool = False) 
     return f"{type(objective).__name__} has {part} of its own" if part else None
 
 
+def packs(cfg: DictConfig) -> bool:
+    """Whether seeds of such a cell can train at once, as far as its method and objective say."""
+    return _refusal(build(cfg.method, "method"), build(cfg.objective, "objective"), cfg.train.checkpointing) is None
+
+
 SHARED_ENERGY = "energy was not measured: it was trained at once with others, whose energy is one figure"
 
 

@@ -125,7 +125,8 @@ def _kind(method: Method, objective: Objective) -> str:
 def labels_used(parts: Parts, inputs: Inputs, tuned: bool) -> int:
     """How many labels the cell uses, those of a taxonomy's examples that synthetic rows were written from among them."""
     beside = inputs.synthetic.examples if inputs.synthetic else 0
-    return beside + labelled_rows(parts.method, parts.objective, inputs.labelled, len(inputs.rows.validation), tuned or bool(parts.cfg.start))
+    searched = tuned and (parts.objective.reads_labels or not parts.method.trains)  # else each trial has read what the cell reads, and no more
+    return beside + labelled_rows(parts.method, parts.objective, inputs.labelled, len(inputs.rows.validation), searched or bool(parts.cfg.start))
 
 
 def labelled_rows(method: Method, objective: Objective, train: int, validation: int, seen: bool) -> int:

@@ -52,6 +52,7 @@ TABLE: dict[str, dict[str, str]] = {
     "objective": {
         "labels": "pipeline.objectives.labels.Labels",
         "step_by_step": "pipeline.objectives.step_by_step.StepByStep",
+        "step_by_step_unlabelled": "pipeline.objectives.step_by_step.StepByStepUnlabelled",
         "task_distillation": "pipeline.objectives.task_distillation.TaskDistillation",
         "rationale_first": "pipeline.objectives.rationale_first.RationaleFirst",
         "consistency": "pipeline.objectives.consistency.Consistency",

@@ -38,8 +38,8 @@ OTHER_CARD = 60e12
 BACKWARD = {"full": 3.4, "selective": 2.6, "pruning": 3.4}
 OTHER_BACKWARD = 2.2
 """Of a training step, its work in forward passes: forward, backward through activations and (of what is trained) through weights."""
-PASSES = {"step_by_step": 2.0, "dpo": 4.6, "orpo": 2.0, "kto": 3.3, "logit_distillation": 1.4, "rationale_first": 2.0, "grpo": 12.0, "rloo": 12.0,
-          "rlhf_grpo": 16.0, "rlhf_rloo": 16.0, "reward_model": 4.0, "on_policy_distillation": 4.0}
+PASSES = {"step_by_step": 2.0, "step_by_step_unlabelled": 2.0, "dpo": 4.6, "orpo": 2.0, "kto": 3.3, "logit_distillation": 1.4, "rationale_first": 2.0,
+          "grpo": 12.0, "rloo": 12.0, "rlhf_grpo": 16.0, "rlhf_rloo": 16.0, "reward_model": 4.0, "on_policy_distillation": 4.0}
 """Of an objective, its forward passes to one of a row's label."""
 ROWS_AT_ONCE = 64
 """Rows that are answered before they are kept (cell/evaluation.py, on a CPU)."""

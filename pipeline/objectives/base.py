@@ -7,13 +7,14 @@ Library. What an objective overrides it declares as a class attribute; engine, p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from omegaconf import DictConfig
 
+from pipeline.core.files import UserError
 from pipeline.core.settings import Settings, Task, Train, check_fields
 from pipeline.data.conversations import answered
 from pipeline.data.rows import Batch, Encoded, Encoder, Example, step_batches
@@ -21,7 +22,7 @@ from pipeline.records.finished import cell_at
 from pipeline.records.results import Teacher
 from pipeline.scoring.best_of import Selection
 from pipeline.scoring.drawing import RewardReader
-from pipeline.scoring.reading import Reasoning
+from pipeline.scoring.reading import Reasoning, canonical
 from pipeline.scoring.scorer import Scorer, logits_of
 
 if TYPE_CHECKING:
@@ -112,6 +113,33 @@ def drawn_later(examples: Sequence[Sequence[Encoded]], samples: int, room: int) 
 def rationale_text(rationale: dict | None, wrong_rationales: str) -> str:
     """The text to learn of a row's rationale; empty where there is none, or where it led to a wrong answer and those are to `drop`."""
     return rationale["rationale"] if rationale and (wrong_rationales == "keep" or rationale["correct"]) else ""
+
+
+def teacher_labelled(rows: Sequence[dict], rationales: Mapping[str, dict]) -> list[dict]:
+    """The rows with the teacher's answers in the place of people's, as the row's choices spell them; those without a usable one are left out.
+
+    Raises:
+        UserError: the teacher has none at all.
+    """
+    answers = [(row, _taught_answer(row, rationales.get(row["id"]))) for row in rows]
+    labelled = [{**row, "answer": answer} for row, answer in answers if answer is not None]
+    if not labelled:
+        raise UserError("the teacher has no usable answer to any training row; run python -m pipeline.rationales, or choose another teacher")
+    return labelled
+
+
+def _taught_answer(row: dict, rationale: dict | None) -> str | None:
+    answer = rationale["answer"] if rationale else None
+    if not answer or not row["choices"]:
+        return answer or None
+    return next((choice for choice in row["choices"] if canonical(choice) == canonical(answer)), None)
+
+
+def left_out(examples: Sequence[Any], context: TrainingContext) -> list[str]:
+    """A note on the rows that `teacher_labelled` left out, if it left out any."""
+    wanted = context.cfg.train_rows or len(examples)
+    note = f"{wanted - len(examples)} of {wanted} training rows are left out: the teacher has no usable answer to them"
+    return [note] if wanted > len(examples) else []
 
 
 @dataclass(frozen=True)

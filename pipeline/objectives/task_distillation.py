@@ -8,10 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.core.files import UserError
 from pipeline.data.rows import Encoded
-from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext
-from pipeline.scoring.reading import canonical
+from pipeline.objectives.base import Objective, PreparedExamples, TrainingContext, left_out, teacher_labelled
 
 
 @dataclass(frozen=True)
@@ -27,24 +25,10 @@ class TaskDistillation(Objective):
         return True
 
     def rows(self, rows: list[dict], rationales: dict[str, dict], train_rows: int | None, seed: int) -> list[dict]:
-        answers = [(row, _answer(row, rationales.get(row["id"]))) for row in rows]
-        labelled = [{**row, "answer": answer} for row, answer in answers if answer is not None]
-        if not labelled:
-            raise UserError("the teacher has no usable answer to any training row; run python -m pipeline.rationales, or choose another teacher")
-        return labelled
+        return teacher_labelled(rows, rationales)
 
     def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
-        wanted = context.cfg.train_rows or len(examples)
-        note = f"{wanted - len(examples)} of {wanted} training rows are left out: the teacher has no usable answer to them"
-        return PreparedExamples(examples, [note] if wanted > len(examples) else [])
+        return PreparedExamples(examples, left_out(examples, context))
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"labels_from": "validation"}
-
-
-def _answer(row: dict, rationale: dict | None) -> str | None:
-    """The teacher's answer as the row's choices spell it."""
-    answer = rationale["answer"] if rationale else None
-    if not answer or not row["choices"]:
-        return answer or None
-    return next((choice for choice in row["choices"] if canonical(choice) == canonical(answer)), None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.core.compose import GROUPS, MAPPINGS, literal
+from pipeline.core.compose import GROUPS, MAPPINGS, MARK, SUFFIX, literal
 from pipeline.core.files import Damaged, UserError, read_jsonl
 from pipeline.core.settings import CUSTOM
 from pipeline.records.results import ENGINES, Result
@@ -80,16 +80,24 @@ def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:
     Raises:
         UserError: a result of the grid is broken or of another schema; none is there.
     """
+    variants = grid.get("variants") or []
+    labels = [*grid["techniques"], *(variant_label(one["technique"], one["variant"]) for one in variants)]
     wanted = [
-        f"{technique}-s{seed}-n{'all' if rows is None else rows}"
-        for rows, technique, seed in itertools.product(grid["train_rows"], grid["techniques"], grid["seeds"])
+        f"{label}-s{seed}-n{'all' if rows is None else rows}"
+        for rows, label, seed in itertools.product(grid["train_rows"], labels, grid["seeds"])
     ]
-    techniques = (*grid["techniques"], FROM_FILES)
+    techniques = (*grid["techniques"], *(one["technique"].removesuffix(SUFFIX) for one in variants), FROM_FILES)
     cells = cells_below(root, lambda parts: parts[0] in wanted or (parts["variant"] and parts["technique"] in techniques))
     by_name = {cell.folder.name: cell for cell in cells}
     if not by_name:
         raise UserError(f"{root} holds none of the grid's {len(wanted)} cells; run: python -m pipeline.cells experiments={root.name}")
     return list(by_name.values()), [name for name in wanted if name not in by_name]
+
+
+def variant_label(technique: str, variant: str) -> str:
+    """A variant of a technique (lora, or lora+tuned) as its cells are named: lora+r8, lora+r8-tuned."""
+    plain = technique.removesuffix(SUFFIX)
+    return f"{plain}+{variant}" + (f"-{MARK}" if plain != technique else "")
 
 
 def cells_below(root: Path, wanted: Callable[[re.Match[str]], object] = bool) -> list[Cell]:

@@ -96,17 +96,32 @@ def label(cfg: DictConfig) -> str:
 
 
 def searches(cfg: DictConfig) -> Any:
-    """The config's `search` as it is written (pipeline/search/space.py checks it). A method that trains nothing has no `train.` key to search."""
+    """The config's `search` as it is written (pipeline/search/space.py checks it). A method that trains nothing has no `train.` key to search.
+
+    Raises:
+        UserError: tune.only is no list of keys.
+    """
     raw = plain(cfg)
-    entries = raw.get("search") or {}
+    entries, only = raw.get("search") or {}, raw["tune"]["only"]
+    if only is not None and not isinstance(only, list):
+        raise UserError(f"tune.only is {only!r}; write a list of config keys: tune.only=[train.lr]")
+    if only is not None and isinstance(entries, dict):
+        entries = {key: entry for key, entry in entries.items() if (entry.get("of", key) if isinstance(entry, dict) else key) in only}
     if isinstance(entries, dict) and not class_of(raw["method"], "method").trains:
         return {key: entry for key, entry in entries.items() if not key.startswith("train.")}
     return entries
 
 
 def path_of(cfg: DictConfig) -> Path:
-    rows = "all" if cfg.train_rows is None else cfg.train_rows
-    return Path(cfg.paths.tuning) / cfg.experiment / f"{label(cfg)}-n{rows}.yaml"
+    """The tuned file of a cell: of its own number of training rows, or of tune.rows."""
+    rows = rows_of(cfg)
+    return Path(cfg.paths.tuning) / cfg.experiment / f"{label(cfg)}-n{'all' if rows is None else rows}.yaml"
+
+
+def rows_of(cfg: DictConfig) -> int | None:
+    """The number of training rows that a cell's settings are tuned at; None: all there are."""
+    at: int | None = cfg.train_rows if cfg.tune.rows is None else cfg.tune.rows
+    return at
 
 
 def write(path: Path, tuned: Tuned) -> None:
@@ -139,8 +154,8 @@ def applied(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
     if not cfg.get("tuned"):
         return cfg
     path = path_of(cfg)
-    rows = "null" if cfg.train_rows is None else cfg.train_rows
     if not path.exists():
+        rows = "null" if (at := rows_of(cfg)) is None else at
         raise UserError(f"{path} does not exist; run: python -m pipeline.tune experiments={cfg.experiment} technique={cfg.technique.name} train_rows={rows}")
     tuned = read(path)
     for key, mine, other in (("task", cfg.task.name, tuned.task), ("model", cfg.model.name, tuned.model)):

@@ -52,11 +52,13 @@ def each_technique(cfg: DictConfig, words: Sequence[str]) -> list[list[str]]:
     if "experiments" not in values:
         raise UserError("pipeline.tune needs an experiment; add experiments=<name>, for example experiments=quick")
     grid = cell_grid.grid(values["experiments"])["grid"]
-    named = [values["technique"]] if "technique" in values else list(cfg.tune.techniques or grid["techniques"])
-    techniques = dict.fromkeys(t.removesuffix(SUFFIX) for t in named)
-    rows = [values["train_rows"]] if "train_rows" in values else grid["train_rows"]
-    seed, rest = values.get("seed", grid["seeds"][0]), without(words, "technique", "seed", "train_rows")
-    return [[*rest, f"technique={t}", f"seed={seed}", f"train_rows={'null' if n is None else n}"] for n in rows for t in techniques]
+    entries = cell_grid.entries(grid, values)
+    if "technique" not in values and cfg.tune.techniques:
+        entries = [entry for t in cfg.tune.techniques for entry in cell_grid.entries(grid, {**values, "technique": t})]
+    untuned = dict.fromkeys((entry[0].removesuffix(SUFFIX), *entry[1:]) for entry in entries)
+    rows = [values["train_rows"]] if "train_rows" in values else grid["train_rows"] if cfg.tune.rows is None else [cfg.tune.rows]
+    seed, rest = values.get("seed", grid["seeds"][0]), without(words, "technique", "variant", "seed", "train_rows")
+    return [[*rest, *entry, f"seed={seed}", f"train_rows={'null' if n is None else n}"] for n in rows for entry in untuned]
 
 
 @dataclass

@@ -1,0 +1,250 @@
+"""Fill some minutes on one or two GPUs with tuning and cells of several experiments, in processes that share them; started again, it does what is missing.
+
+    python -m benchmarks.slot run experiments=step_by_step_cqa,step_by_step_svamp gpus=0,1 processes=12 limit_s=520 -- tracking=none paths.data=/tmp/data
+    python -m benchmarks.slot plan experiments=step_by_step_cqa        what there is to do, and what is done
+    … techniques=full,lora sizes=0,1        those techniques (lora+r8: a variant), those of the grid's numbers of training rows, by their place
+
+The words after -- are Hydra's, for every job. Jobs come in this order: tuning, then cells, the fewest training rows first; of these the first technique of
+every experiment, then the second. A cell whose technique is not tuned yet waits for that. Cells that packs train (seeds of an adapter) are one job, others
+one each. Every result says that it shared the GPU (share=true): accuracies count, times and memory do not; measure those with pipeline.cells.
+A job is locked by its process, which a kill undoes. Artefacts are deleted as soon as a cell is done (artefacts=keep: not), so that a disk holds hundreds of
+cells. limit_s counts from the command's start; it ends some ten seconds later. Exit codes: 0 nothing is missing, 1 something is, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from benchmarks import processes
+from pipeline.cell import grid, identity, inputs, packing, pool
+from pipeline.cell.child import limited, pause
+from pipeline.core.commands import key_values, words_entry
+from pipeline.core.compose import SUFFIX, by_key, compose, without
+from pipeline.core.files import UserError, discard_folder
+from pipeline.core.locks import Busy, held
+from pipeline.measure.clock import Stopwatch
+from pipeline.records import tuned
+from pipeline.search import tuning
+
+OWN = {"techniques": "", "sizes": "", "gpus": "", "processes": "1", "limit_s": "inf", "artefacts": "drop"}
+GRACE_S = 20.0
+"""After the limit, until processes are ended: cells were asked to end before it."""
+ATTEMPTS = 2
+"""How often a job is begun in a run: a cell that ran out of memory beside others may find room later."""
+TIMES_ARE_SHARED = ["share=true", "preflight=false", "evaluate.latency_rows=0", "evaluate.adapters=[]", "train.progress=false"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One technique's tuning, or some of its cells. cells: overrides of each; empty: the tuning that `words` compose."""
+
+    name: str
+    words: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...] = ()
+
+    def configs(self) -> list[DictConfig] | None:
+        """The composed cells; None: their technique is not tuned yet."""
+        if self.cells and SUFFIX in by_key(self.cells[0])["technique"] and not tuned.path_of(_composed(self.words)).exists():
+            return None
+        return copy.deepcopy(_cells_of(self.cells))
+
+    @property
+    def done(self) -> bool:
+        if not self.cells:
+            return tuned.path_of(_composed(self.words)).exists()
+        cells = self.configs()
+        return cells is not None and all(map(grid.is_done, cells))
+
+    @property
+    def lock(self) -> Path:
+        name = hashlib.sha256(self.name.encode()).hexdigest()[:16]
+        return Path(by_key(self.words).get("paths.work", ".work")) / "locks" / f"slot-{name}.lock"
+
+    @property
+    def note(self) -> Path:
+        """Is there once a process of this run has seen the job done, so that the others need not look."""
+        return self.lock.with_suffix(".done")
+
+
+@functools.cache
+def _composed(words: tuple[str, ...]) -> DictConfig:
+    return compose(words)
+
+
+@functools.cache
+def _cells_of(cells: tuple[tuple[str, ...], ...]) -> list[DictConfig]:
+    configs = grid.compose_cells(cells)
+    for cfg in configs:
+        cfg.pack = len(configs) > 1
+    return configs
+
+
+def jobs(experiments: Sequence[str], words: Sequence[str], techniques: Sequence[str] = (), sizes: Sequence[int] = ()) -> list[Job]:
+    """All of them in their order. Raises UserError: an experiment without such techniques or sizes."""
+    first: list[tuple[int, Job]] = []
+    then: list[tuple[tuple[int, int], Job]] = []
+    for experiment in experiments:
+        axes = grid.grid(experiment)["grid"]
+        entries = grid.entries(axes, {})
+        own = [f"experiments={experiment}", *TIMES_ARE_SHARED, *words, f"seed={axes['seeds'][0]}"]
+        chosen = [(at, entry) for at, entry in enumerate(entries) if not techniques or _label(entry) in techniques]
+        if not chosen:
+            raise UserError(f"experiment {experiment} has none of the techniques {', '.join(techniques)}; it has {', '.join(map(_label, entries))}")
+        tuned_at = compose(own).tune.rows
+        for at, entry in chosen:
+            plain = (*own, entry[0].removesuffix(SUFFIX), *entry[1:])
+            packs = packing.packs(_composed(plain)) and len(axes["seeds"]) > 1
+            for size in sizes or range(len(axes["train_rows"])):
+                rows = axes["train_rows"][size]
+                tuning_words = (*plain, f"train_rows={rows if tuned_at is None else tuned_at}")
+                if entry[0].endswith(SUFFIX):
+                    first.append((at, Job(f"{experiment}.{_label(entry)}.tune.{by_key(tuning_words)['train_rows']}", tuning_words)))
+                every = tuple((*without(own, "seed"), *entry, f"seed={seed}", f"train_rows={rows}") for seed in axes["seeds"])
+                for cells in [every] if packs else [(one,) for one in every]:
+                    name = f"{experiment}.{_label(entry)}.n{rows}" + ("" if packs else f".s{by_key(cells[0])['seed']}")
+                    then.append(((size, at), Job(name, tuning_words, cells)))
+    return list(dict.fromkeys(job for _, job in (*sorted(first, key=lambda one: one[0]), *sorted(then, key=lambda one: one[0]))))
+
+
+def _label(entry: Sequence[str]) -> str:
+    """A grid's entry as a word: lora, lora+r8."""
+    values = by_key(entry)
+    return "+".join([values["technique"].removesuffix(SUFFIX), *([values["variant"]] if "variant" in values else [])])
+
+
+# the processes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a process of the slot knows."""
+
+    jobs: Sequence[Job]
+    shared: inputs.Shared
+    watch: Stopwatch
+    limit_s: float
+    keep: bool
+
+    def over(self, parent: int) -> bool:
+        return self.watch.peek() > self.limit_s or os.getppid() != parent  # nobody is left to wait for it
+
+    def work(self) -> None:
+        """Take jobs that nobody else does until none is left or the time is up."""
+        tried, parent, left = Counter[str](), os.getppid(), dict.fromkeys(self.jobs)
+        while left:
+            begun = sum(tried.values())
+            for job in list(left):
+                if self.over(parent):
+                    return
+                with contextlib.suppress(Busy), held(job.lock):
+                    if job.note.exists() or tried[job.name] == ATTEMPTS or job.done:
+                        job.note.touch()
+                        del left[job]
+                    elif not job.cells or job.configs() is not None:
+                        tried[job.name] += 1
+                        self.do(job)
+            if sum(tried.values()) > begun:
+                continue
+            if all(job.cells for job in left):  # others are at work on them, or their tuning failed
+                return
+            pause()
+
+    def do(self, job: Job) -> None:
+        begun, said = self.watch.peek(), "done"
+        try:
+            with limited(self.limit_s - begun):
+                self.cells(job) if job.cells else self.tune(job)
+        except (UserError, KeyboardInterrupt) as error:
+            said = f"ended: {str(error) or 'the time is up'}"
+        except Exception as error:  # noqa: BLE001 (one job's own; the others go on)
+            traceback.print_exc()
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(f"{self.watch.peek():.0f} s: {job.name}: {said} in {self.watch.peek() - begun:.1f} s", flush=True)
+
+    def tune(self, job: Job) -> None:
+        cfg = copy.deepcopy(_composed(job.words))
+        tuning.tune(cfg, tuning.budget_of(cfg), tuning.Shared(cfg.model.name, self.shared, grid.Mirror.silent()))
+
+    def cells(self, job: Job) -> None:
+        missing = grid.to_run(job.configs() or [])
+        if missing:
+            grid.run_here(missing, self.shared, grid.Mirror.silent())
+        for cfg in missing:
+            pool.take_back(cfg)
+            if not self.keep and grid.is_done(cfg):
+                discard_folder(identity.folder_of(cfg) / "artefact")
+
+
+# the commands
+
+
+def run(words: Sequence[str]) -> int:
+    """One of the commands above."""
+    watch = Stopwatch()
+    split = list(words).index("--") if "--" in words else len(words)
+    command, rest = (words[0] if words else ""), list(words[split + 1 :])
+    if command not in ("run", "plan"):
+        raise UserError(f"benchmarks.slot takes run or plan first, not {command!r}")
+    given = OWN | key_values(words[1:split], ("experiments", *OWN), "benchmarks.slot")
+    if "experiments" not in given:
+        raise UserError("name the experiments: experiments=step_by_step_cqa,step_by_step_svamp")
+    every = jobs(given["experiments"].split(","), rest, _listed(given["techniques"]), [int(at) for at in _listed(given["sizes"])])
+    if command == "run":
+        fill(every, watch, _listed(given["gpus"]), int(given["processes"]), float(given["limit_s"]), given["artefacts"] == "keep")
+    return tell(every)
+
+
+def _listed(word: str) -> list[str]:
+    return [part for part in word.split(",") if part]
+
+
+def fill(every: Sequence[Job], watch: Stopwatch, gpus: Sequence[str], count: int, limit_s: float, keep: bool) -> None:
+    """Do what is missing, `count` processes on each GPU. watch: from which the limit counts."""
+    left = [job for job in every if not job.done]
+    if not left:
+        return
+    first = {by_key(job.words)["experiments"]: _composed(job.words) for job in left}
+    for job in left:
+        job.note.unlink(missing_ok=True)
+    for cfg in first.values():
+        inputs.check_ahead(cfg)
+    at = processes.places(gpus, count)
+    shared = _sharing(inputs.preload(list(first.values())), len(at))
+    print(f"{watch.peek():.0f} s: {len(left)} of {len(every)} jobs are not done; {len(at)} processes", flush=True)
+    processes.run(Slot(left, shared, watch, limit_s, keep).work, at, watch, limit_s, GRACE_S)
+
+
+def _sharing(shared: inputs.Shared, at_once: int) -> inputs.Shared:
+    """What every result says: that its process had no GPU to itself."""
+    return dataclasses.replace(shared, threads=1, at_once=max(2, at_once), turns=None)
+
+
+def tell(every: Sequence[Job]) -> int:
+    """Print what is done of each experiment. Returns 1 if anything is missing."""
+    done, whole = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for job in every:
+        at = by_key(job.words)["experiments"], "cells" if job.cells else "tunings"
+        whole[at] += len(job.cells) or 1
+        done[at] += sum(map(grid.is_done, job.configs() or [])) if job.cells else job.done
+    for (experiment, kind), count in whole.items():
+        print(f"{experiment}: {done[experiment, kind]} of {count} {kind} are done")
+    return int(done != whole)
+
+
+main = words_entry(run)
+
+if __name__ == "__main__":
+    sys.exit(main())
