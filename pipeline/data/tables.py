@@ -37,15 +37,13 @@ MISSING = ("", "n/a", "na", "nan", "null", "none", "-", "?")
 
 @dataclass(frozen=True)
 class Format:
-    """How a file holds its rows. encoding, separator: of text files; sheet: of Excel's; rows_key: of a JSON object whose key holds the rows."""
+    """How a file holds its rows. encoding, separator: of text files; sheet: of Excel's."""
 
     kind: Literal["csv", "json", "jsonl", "xlsx", "parquet"]
     encoding: str | None = None
     separator: str | None = None
-    quoted: bool = True
     gzipped: bool = False
     sheet: str | None = None
-    rows_key: str | None = None
 
     @property
     def words(self) -> str:
@@ -195,13 +193,11 @@ def _json(path: Path, text: str, encoding: str) -> tuple[list[dict[str, Any]], F
         keys = [key for key, part in value.items() if isinstance(part, list) and part and all(isinstance(row, dict) for row in part)]
         if shapes.shape_of([value]) or not keys:
             return [value], Format("jsonl", encoding)
-        value, key = value[keys[0]], keys[0]
-    else:
-        key = None
+        value = value[keys[0]]
     for n, row in enumerate(value, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path} row {n} is {str(row)[:40]!r}, no object; write a list of objects, a key a column")
-    return value, Format("json", encoding, rows_key=key)
+    return value, Format("json", encoding)
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -216,7 +212,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 def _csv(path: Path, text: str, encoding: str, separator: str | None) -> tuple[list[dict[str, Any]], Format]:
     csv.field_size_limit(1 << 30)
-    separator, quoted = (separator, True) if separator else _dialect(path, text[:SAMPLE])
+    separator, quoted = (separator, True) if separator else _dialect(text[:SAMPLE])
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted)
     try:
         names = [name.strip() for name in next(lines, [])]
@@ -238,10 +234,10 @@ def _csv(path: Path, text: str, encoding: str, separator: str | None) -> tuple[l
             rows.append(dict(zip(names, cells, strict=True)))
     except csv.Error as error:
         raise UserError(f"{path} line {lines.line_num} cannot be read ({error}); mend or remove that line") from error
-    return rows, Format("csv", encoding, separator, quoted)
+    return rows, Format("csv", encoding, separator)
 
 
-def _dialect(path: Path, sample: str) -> tuple[str, bool]:
+def _dialect(sample: str) -> tuple[str, bool]:
     """(separator, whether quotes hold cells together), by the table that they make."""
     import clevercsv
 

@@ -23,7 +23,7 @@ from pipeline.forecasting.cell import Card
 from pipeline.forecasting.rows import FastTokenizer
 from pipeline.forecasting.whole import Machine, Need, Whole, Work, machine_of, need, whole, with_reason
 from pipeline.intake.look import Look
-from pipeline.intake.project import GENERATION_TOKENS, ModelChoice, task_keys
+from pipeline.intake.project import GENERATION_TOKENS, task_keys
 from pipeline.measure import machine as hardware
 
 FIRST = ("zero_shot", "few_shot")
@@ -107,7 +107,7 @@ def check_techniques(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def make(seen: Look, model: ModelChoice, folder: Path | None, config: Path | None, card: Card, hours: float | None, techniques: Sequence[str] | None = None,
+def make(seen: Look, folder: Path | None, config: Path | None, card: Card, hours: float | None, techniques: Sequence[str] | None = None,
          rows: int | None = None, test_rows: int | None = None) -> Plan:
     """The largest comparison that fits the budget.
 

@@ -167,10 +167,6 @@ class Ranks:
         dist.all_reduce(sums, group=self._control)
         return sums.tolist()
 
-    def all_agree(self, yes: bool) -> bool:
-        """Whether every rank says yes."""
-        return self.totals([not yes]) == [0]
-
     def from_first(self, value: Any) -> Any:
         """The first rank's value (plain data)."""
         return self.gathered(value)[0]
