@@ -130,7 +130,6 @@ def _has_result(parts: Parts, cell: str, mark: str) -> bool:
 
 
 def _is_computed(parts: Parts, cell: str) -> bool:
-    """Whether a process computes that cell at this moment."""
     path = locks.path_of(parts.cfg).with_name(f"{parts.cfg.experiment}-{cell}.lock")
     try:
         with core_locks.held(path):

@@ -113,7 +113,6 @@ class Batch:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens and padding."""
         return self.input_ids.numel() + (self.source["input_ids"].numel() if self.source else 0)
 
 

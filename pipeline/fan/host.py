@@ -163,7 +163,6 @@ def sent(cfg: DictConfig) -> dict[str, Any]:
 
 
 def config(values: dict[str, Any]) -> DictConfig:
-    """The config again."""
     made: DictConfig = OmegaConf.create(literal(values))
     return made
 

@@ -92,7 +92,6 @@ def _from_hub(word: str) -> Path:
 
 
 def evidence() -> list[dict[str, Any]]:
-    """The published rows."""
     return list(read_json(EVIDENCE))
 
 
@@ -187,7 +186,6 @@ def basis(answer: Answer) -> list[str]:
 
 
 def as_json(answer: Answer) -> str:
-    """The same for programs."""
     told = [{
         "technique": one.cost.technique, "memory_bytes": one.cost.memory_bytes, "fits": one.cost.fits, "total_s": one.cost.total_s, "out": one.out or None,
         "measured": vars(one.measured) if one.measured else None, "memory_is": "forecast", "time_is": answer.machine.basis,

@@ -132,7 +132,6 @@ def look(path: str, text: Sequence[str] = (), label: str | None = None, prompt: 
 
 
 def lines(seen: Look) -> list[str]:
-    """What was seen, for people."""
     shape = f", {shapes.SHAPES[seen.shape]}" if seen.shape else ""
     told = [f"{seen.path}: {seen.count:,} rows ({seen.form}{shape})", f"  text    {', '.join(seen.text)}", f"  answer  {seen.label}: {_answers(seen)}"]
     told += [f"  prompt  {'the turns before it' if seen.shape in shapes.TURNS else repr(seen.prompt)}"]

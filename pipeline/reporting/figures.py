@@ -158,7 +158,6 @@ def _resumed(row: Row) -> str:
 
 
 def _merged(precision: str) -> Any:
-    """The column of a merge into this precision."""
     def small(row: Row) -> str:
         drift, verdict = (getattr(row, f"merged_{precision}_{what}") for what in ("drift", "verdict"))
         return "" if drift is None else f"drift {drift:.2g}{'; ' if verdict != 'kept' else ''}{SAID[verdict]}"
@@ -397,7 +396,6 @@ def columns(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
 
 
 def metric_name(rows: Sequence[Row]) -> str:
-    """The headline metric in words."""
     return METRICS.get(rows[0].metric, rows[0].metric)
 
 

@@ -120,7 +120,6 @@ class Pack:
             self.bound.buffer.clear(slot)
 
     def warm(self) -> None:
-        """Capture the steps."""
         self.stepper.warm()
 
     def run(self, take: Callable[[int], list[Job]], done: Callable[[Running], None]) -> None:

@@ -157,7 +157,6 @@ class Ranks:
     # -- agreements
 
     def totals(self, values: Sequence[float]) -> list[float]:
-        """Sums over the ranks."""
         if self.count == 1:
             return list(values)
         import torch
