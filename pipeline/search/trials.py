@@ -23,9 +23,10 @@ from pipeline.cell import grid as cell_grid
 from pipeline.cell import inputs, record
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
-from pipeline.cell.packing import INTERRUPTED, attempt, signals
+from pipeline.cell.packing import INTERRUPTED, attempt
 from pipeline.cell.pool import AtOnce
 from pipeline.core import locks as core_locks
+from pipeline.core import signals
 from pipeline.core.files import Unsuited, UserError, read_json, write_json
 from pipeline.fan import jobs as fan_jobs
 from pipeline.fan.jobs import BAD_INPUT
@@ -290,7 +291,7 @@ class PackedTrials(Trials):
         pack = packing.open(self.slots, left, self._prune)
         print(f"{self.slots} trials at once", flush=True)
         try:
-            with signals(pack), self._heart():
+            with signals.handled(pack.stop), self._heart():
                 pack.run(self._take, self._done)
         finally:
             for running in self.running:
