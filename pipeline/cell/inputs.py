@@ -172,7 +172,7 @@ def build_parts(cfg: DictConfig, splits: tuple[str, ...] | None = None) -> Parts
 def check_ahead(cfg: DictConfig) -> None:
     """Raise UserError for what a cell lacks, or what does not go together, as far as that can be told without torch, in a blink."""
     settings, method = read_settings(cfg), class_of(plain(cfg)["method"], "method")
-    check_prepared(Path(cfg.paths.data) / cfg.task.name, settings.task)
+    check_prepared(Path(cfg.paths.data) / cfg.task.name, cfg.task.name)
     if not method.answers_without_model:
         manifest(Path(cfg.paths.models) / cfg.model.name)
     _check_batch(cfg, settings, method)

@@ -18,14 +18,13 @@ from pipeline.core.files import read_json
 from pipeline.forecasting.whole import Machine, Whole, Work, machine_of, need, whole
 from pipeline.intake import known_models, planning, project
 from pipeline.models.sources import hub_errors
+from pipeline.stats.verdict import SLACK
 
 EVIDENCE = Path(__file__).parent / "known" / "evidence.json"
 FORECAST = ROOT / "experiments" / "forecast" / "summary.json"
 SHOWN = ("zero_shot", "few_shot", "lora", "qlora", "dora", "ia3", "prompt_tuning", "adapter_pfeiffer", "full")
 FEW = 300
 """Training rows below which the page of six techniques at six sizes (16 to 1,500) says more than that of all techniques at 1,000."""
-SLACK = 0.02
-"""What lies this much below the highest, with intervals that overlap, is as good (stats/verdict.py has the same)."""
 
 
 @dataclass(frozen=True)
