@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.speed_peers import silence
 from benchmarks.speed_workloads import ALPHA, RANK, SHAPES, Workload, adapter_config, base_model
+from pipeline.core.commands import words_entry
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.core.settings import Task, Train
 from pipeline.data.rows import Encoded, Encoder
@@ -218,7 +219,7 @@ def _ends(rewards: Sequence[float]) -> tuple[float, float]:
     return sum(rewards[:ENDS]) / len(rewards[:ENDS]), sum(rewards[-ENDS:]) / len(rewards[-ENDS:])
 
 
-def main(words: Sequence[str]) -> None:
+def run(words: Sequence[str]) -> int:
     """Print a line a side, and keep the figures."""
     from pipeline.models.base import device_of
 
@@ -241,11 +242,10 @@ def main(words: Sequence[str]) -> None:
         print(f"ours makes {kept['trl']['step_s'] / kept['ours']['step_s']:.1f} times as many steps a second")
     every = read_json(RESULTS) if RESULTS.exists() else {}
     write_json(RESULTS, every | {f"{work.name}-{device.type}": kept})
+    return 0
 
+
+main = words_entry(run)
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())
