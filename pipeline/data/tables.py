@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pipeline.core.files import UserError, closest, sha256
 from pipeline.core.schema import unwritable
 from pipeline.data import shapes
-from pipeline.data.sources import Loaded
+from pipeline.data.sources import Loaded, parquet_rows
 
 SAMPLE = 1 << 16
 """Bytes or characters that are looked at to tell encoding and separator."""
@@ -143,7 +143,7 @@ def _rows(path: Path, data: bytes, encoding: str | None, separator: str | None) 
     if what := next((words for magic, words in NO_TABLE.items() if data.startswith(magic)), None):
         raise UserError(f"{path} is {what}, no table; save the rows as CSV, JSON Lines, Excel (.xlsx) or Parquet")
     if data.startswith(b"PAR1"):
-        return _parquet(path, data), Format("parquet")
+        return parquet_rows(path, data), Format("parquet")
     if data.startswith(b"PK"):
         return _excel(path, data)
     text, encoding = _decoded(path, data, encoding)
@@ -276,14 +276,3 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, (str, int, float, bool)) else str(value)
-
-
-def _parquet(path: Path, data: bytes) -> list[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} cannot be read as Parquet ({' '.join(str(error).split())[:200]}); get it anew") from error
-    return rows
