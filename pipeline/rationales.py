@@ -21,9 +21,10 @@ from pipeline.core.compose import build
 from pipeline.core.files import atomic_folder, sha256, write_json, write_jsonl
 from pipeline.data import recipe
 from pipeline.data.rows import check_prepared
+from pipeline.data.splits import SPLITS
 from pipeline.measure.clock import now
 from pipeline.teachers.base import Teacher
-from pipeline.teachers.rationales import SPLITS, explained, in_words, summary, wanted
+from pipeline.teachers.rationales import explained, in_words, summary, wanted
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:

@@ -31,7 +31,7 @@ from pipeline.measure.memory import kernel_oom_kills, out_of_memory
 from pipeline.training.ranks import Place
 
 OUT_OF_MEMORY, BAD_INPUT, INTERRUPTED = 72, 2, 130
-"""What a rank, and the process that started them, end with."""
+"""Exit codes of a cell, and of the processes that it starts: no memory; refused; ended by a signal."""
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.05
 GRACE_S = 1.0

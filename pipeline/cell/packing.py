@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from pipeline.cell import identity, inputs
 from pipeline.cell.child import run_in_child
 from pipeline.cell.evaluation import ranked
+from pipeline.cell.launch import INTERRUPTED
 from pipeline.core import signals
 from pipeline.core.compose import build
 from pipeline.core.files import UserError, atomic_path
@@ -315,8 +316,8 @@ def _keep(run: Running, slots: int, warmup_s: float) -> None:
         torch.save(training, beside)
 
 
-REFUSED, OUT_OF_MEMORY, INTERRUPTED = 74, 75, 130
-"""Exit codes of the child."""
+REFUSED, OUT_OF_MEMORY = 74, 75
+"""Exit codes of the child, beside a cell's."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.methods.base import QUANTISED
 from pipeline.records.evaluations import SAID, TITLES, Evaluations
 from pipeline.records.finished import Cell
 from pipeline.records.results import Result
@@ -27,7 +28,6 @@ CONTROLS = "controls"
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L", "exact_match": "exact match", "numeric": "right numbers",
            "token_f1": "token F1", "custom": "own metric"}
 COUNTERS = {"cpu_rss": "RSS", "gpu_reserved": "GPU"}
-QUANTISED = ("int8", "nf4")
 STANDINGS = {
     "take": "take",
     "no_training": "take: no training",

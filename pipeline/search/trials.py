@@ -23,13 +23,13 @@ from pipeline.cell import grid as cell_grid
 from pipeline.cell import inputs, record
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
-from pipeline.cell.packing import INTERRUPTED, attempt
+from pipeline.cell.launch import BAD_INPUT, INTERRUPTED
+from pipeline.cell.packing import attempt
 from pipeline.cell.pool import AtOnce
 from pipeline.core import locks as core_locks
 from pipeline.core import signals
 from pipeline.core.files import Unsuited, UserError, read_json, write_json
 from pipeline.fan import jobs as fan_jobs
-from pipeline.fan.jobs import BAD_INPUT
 from pipeline.fan.run import cpu_share, gpu_share
 from pipeline.measure.clock import Phases, Stopwatch, now
 from pipeline.measure.machine import hardware, provenance
@@ -223,7 +223,7 @@ def run_trial(cfg: DictConfig, shared: inputs.Shared, scratch: Path, label: str,
         done = run_in_child(work, cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30), meanwhile)
         if done.out_of_memory:
             return record.oom_result(cfg, done.out_of_memory, hardware("cpu"))
-        if done.code == 130:
+        if done.code == INTERRUPTED:
             raise KeyboardInterrupt
         if done.code and count_errors and done.code not in NOT_ITS_OWN:
             why = "its settings do not suit the input" if done.code == UNSUITED else f"ended with code {done.code}"
