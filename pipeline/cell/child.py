@@ -214,7 +214,7 @@ def _become_child(work: Callable[[], int], parent: int, log: Path | None) -> Non
         progress.failed(str(error))
         code = 2
     except KeyboardInterrupt:
-        code = 130
+        code = launch.INTERRUPTED
     except BaseException as error:
         traceback.print_exc()
         progress.failed(f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -281,7 +281,7 @@ class CellRun:
             write = record.write_oom if done.out_of_memory else functools.partial(record.write_oom, device=launch.device_of(cfg))
             done = run_in_child(lambda: print(summary(write(cfg, reason))) or 0, log=self.watcher.log)  # its imports stay out of this process
         self.watcher.ends(cfg, done.code, told.reason if told else "")
-        if done.code > 128 and done.code != 130:
+        if done.code > 128 and done.code != launch.INTERRUPTED:
             what = f"gave up: {told.reason}" if told and told.reason else f"was ended by signal {done.code - 128}"
             raise Ended(f"cell {cell_name(cfg)} {what}; run the same command again, it resumes from its last checkpoint")
         return done.code

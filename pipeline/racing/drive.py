@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from pipeline.cell import grid as cell_grid
 from pipeline.cell import identity, inputs
 from pipeline.cell.child import Ended, Limit, Watcher, limited
+from pipeline.cell.launch import INTERRUPTED
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.progress import Progress
 from pipeline.fan.run import run as fan_out
@@ -175,7 +176,7 @@ class Seeds:
                     return self.journal.ended()
         if limit.reached:
             self._lost(what)
-        if code == 130:
+        if code == INTERRUPTED:
             raise KeyboardInterrupt
         return self.journal.ended()
 
