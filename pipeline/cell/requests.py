@@ -119,8 +119,7 @@ def _before(parts: Parts, mark: str, tokens: int) -> dict[str, Any] | None:
 
 
 def _has_result(parts: Parts, cell: str, mark: str) -> bool:
-    path = Path(parts.cfg.paths.results) / parts.cfg.experiment / cell / "result.json"
-    result = read_or_name(path) if path.exists() else None
+    result = read_or_name(Path(parts.cfg.paths.results) / parts.cfg.experiment / cell / "result.json")
     return bool(result and result.status == "ok" and result.inference and result.inference.requests_key == mark and result.inference.requests_from is None)
 
 

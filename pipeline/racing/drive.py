@@ -198,7 +198,7 @@ class Seeds:
     def _entry(self, key: tuple[int, int, int], cfg: DictConfig, floor: float | None, seconds: float | None) -> Entry:
         arm, unit, again = key
         folder = identity.folder_of(cfg)
-        result = read_or_name(folder / "result.json") if (folder / "result.json").exists() else None
+        result = read_or_name(folder / "result.json")
         took = seconds if seconds is not None else result.phases.wall_s if result is not None and result.phases is not None else 0.0
         made = Entry(self.entrants[arm].name, unit, again, "failed", round(took, 3), str(folder))
         if result is None:
@@ -219,7 +219,7 @@ class Seeds:
 
     def _answers(self, folder: Path) -> np.ndarray | None:
         path = folder / "predictions.jsonl"
-        result = read_or_name(folder / "result.json") if (folder / "result.json").exists() else None
+        result = read_or_name(folder / "result.json")
         if result is None or not path.exists():
             return None
         values, statistic = by_row([row for row in read_jsonl(path) if row["split"] == "test"], result.metric)
