@@ -139,7 +139,7 @@ def plain(node: DictConfig) -> dict[str, Any]:
     if isinstance(train, dict) and train.get("max_grad_norm") == math.inf:
         train["max_grad_norm"] = None
     _check_finite(values, "")
-    return names.named(values)  # type: ignore[arg-type]
+    return names.named(values)
 
 
 def _check_finite(value: Any, key: str) -> None:

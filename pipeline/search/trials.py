@@ -23,7 +23,7 @@ from pipeline.cell import grid as cell_grid
 from pipeline.cell import inputs, record
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
-from pipeline.cell.launch import BAD_INPUT, INTERRUPTED
+from pipeline.cell.launch import BAD_INPUT, INTERRUPTED, OUT_OF_MEMORY
 from pipeline.cell.packing import attempt
 from pipeline.cell.pool import AtOnce
 from pipeline.core import locks as core_locks
@@ -421,7 +421,7 @@ class RayTrials(fan_jobs.Queue):
             with tempfile.TemporaryDirectory() as arrived:
                 write_json(Path(arrived) / "result.json", value)
                 self.trials.ended(trial, chosen, results.read(arrived))
-        elif code == fan_jobs.OUT_OF_MEMORY:
+        elif code == OUT_OF_MEMORY:
             self.trials.ended(trial, chosen, record.oom_result(job.cells[0], "Ray ended its worker, since the machine was out of memory", hardware("cpu")))
         else:
             self.trials.study.fail(trial.number)
