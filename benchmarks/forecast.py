@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import forecast_configs, forecast_fit, forecast_measure
-from pipeline.core.commands import key_values
+from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError
 
 OUT = Path(__file__).parent.parent / "experiments" / "forecast"
@@ -39,6 +39,9 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 def run(words: Sequence[str]) -> int:
     """Do what the command line asks for."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     what, keys = parse(words)
     configs = CONFIGS[keys["configs"]]()
     out = Path(keys["out"])
@@ -61,17 +64,7 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The entry: words in, exit code out."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        return run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
+main = words_entry(run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,8 @@ from typing import Any
 
 from benchmarks.speed_peers import silence
 from benchmarks.speed_workloads import ALPHA, RANK, SHAPES, Workload, adapter_config, base_model
-from pipeline.core.files import UserError, read_json, write_json
+from pipeline.core.commands import key_values, words_entry
+from pipeline.core.files import read_json, write_json
 from pipeline.core.settings import Task, Train
 from pipeline.data.rows import Encoded, Encoder
 from pipeline.measure.clock import Stopwatch
@@ -218,14 +219,12 @@ def _ends(rewards: Sequence[float]) -> tuple[float, float]:
     return sum(rewards[:ENDS]) / len(rewards[:ENDS]), sum(rewards[-ENDS:]) / len(rewards[-ENDS:])
 
 
-def main(words: Sequence[str]) -> None:
+def run(words: Sequence[str]) -> int:
     """Print a line a side, and keep the figures."""
     from pipeline.models.base import device_of
 
-    values = dict(word.split("=", 1) for word in words)
     types = {name: type(value) for name, value in dataclasses.asdict(Work()).items()}
-    if unknown := set(values) - set(types):
-        raise UserError(f"benchmarks.online_rl has no {', '.join(sorted(unknown))}; it takes {', '.join(types)}")
+    values = key_values(words, types, "benchmarks.online_rl")
     work, device = Work(**{key: types[key](value) for key, value in values.items()}), device_of("auto")
     kept: dict[str, Any] = {"work": dataclasses.asdict(work) | {"lora": [RANK, ALPHA], "lr": LR}, "hardware": hardware(device.type)}
     print(f"{work.name}: {work.batch * work.samples} texts a step; {kept['hardware'].get('gpu') or 'CPU'}", flush=True)
@@ -241,11 +240,10 @@ def main(words: Sequence[str]) -> None:
         print(f"ours makes {kept['trl']['step_s'] / kept['ours']['step_s']:.1f} times as many steps a second")
     every = read_json(RESULTS) if RESULTS.exists() else {}
     write_json(RESULTS, every | {f"{work.name}-{device.type}": kept})
+    return 0
 
+
+main = words_entry(run)
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

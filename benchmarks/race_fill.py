@@ -37,7 +37,6 @@ EPOCHS, ROWS, TEST_ROWS = 2, 480, 1000
 WORDS = (f"train_rows={ROWS}", f"train.epochs={EPOCHS}", f"train.validations={CHECKS}",
          f"evaluate.test_rows={TEST_ROWS}", "evaluate.forgetting=false", "evaluate.transfer_rows=0", "tracking=none", "train.progress=false")
 TASKS = ("trec", "vader_movies_5", "cqa", "esnli")
-MODELS = ("smollm2_135m", "qwen2_0_5b")
 FIRST_SEED, NEXT, AGAIN = 1, 1000, 3
 """The first seed; what is added to the seed of a run that diverged, for the one that takes its place; how often that is done."""
 AT_ONCE = 8

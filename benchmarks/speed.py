@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks import speed_files, speed_peers, speed_plan, speed_stats, speed_targets
 from benchmarks.speed_targets import AnyRow, EvalRow, Row, SweepRow
+from pipeline.core.commands import words_entry
 from pipeline.core.files import UserError, check_writable
 
 
@@ -92,7 +93,7 @@ def _sized(row: AnyRow, options: Options) -> AnyRow:
     return row
 
 
-def run(options: Options) -> int:
+def measure(options: Options) -> int:
     """Measure the chosen rows. Returns the exit code."""
     from benchmarks.speed_run import Settings
     from pipeline.models.base import device_of
@@ -164,22 +165,19 @@ def _told(found: dict[str, Any]) -> str:
     return text + (f"; {found['error']}" if found.get("error") else "")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The entry: words in, exit code out."""
-    words = list(sys.argv[1:] if argv is None else argv)
+def run(words: Sequence[str]) -> int:
+    """Measure, or print a table of what was measured."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread over several
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        if words[:1] == ["table"]:
-            wide = words[1:2] == ["wide"]
-            print((speed_files.grid if wide else speed_files.table)(parse(words[1 + wide :]).out))
-            return 0
-        return run(parse(words))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if words[:1] != ["table"]:
+        return measure(parse(words))
+    wide = words[1:2] == ["wide"]
+    print((speed_files.grid if wide else speed_files.table)(parse(words[1 + wide :]).out))
+    return 0
 
+
+main = words_entry(run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rates import lines
+from pipeline.core.commands import words_entry
 from pipeline.core.compose import ROOT
 from pipeline.core.files import UserError
 from pipeline.measure import machine
@@ -228,28 +229,27 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return made
 
 
-def main(words: list[str]) -> int:
+def run(words: list[str]) -> int:
+    """Measure, or print the table of what was measured."""
     split = words.index("--") if "--" in words else len(words)
     command, pairs = (words[0] if words else ""), dict(word.partition("=")[::2] for word in words[1:split])
-    try:
-        if command not in (*STACKS, "start", "table") or pairs.keys() - OPTIONS.keys():
-            raise UserError(f"choose one of {', '.join((*STACKS, 'start', 'table'))} with {', '.join(f'{key}=' for key in OPTIONS)}")
-        options = OPTIONS | pairs
-        if command == "table":
-            print("\n".join(table(lines(Path(options["out"])))))
-        else:
-            more = words[split + 1 :]
-            line = start(options, more) if command == "start" else measure(command, options, more)
-            out = Path(options["out"])
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with open(out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if command not in (*STACKS, "start", "table") or pairs.keys() - OPTIONS.keys():
+        raise UserError(f"choose one of {', '.join((*STACKS, 'start', 'table'))} with {', '.join(f'{key}=' for key in OPTIONS)}")
+    options = OPTIONS | pairs
+    if command == "table":
+        print("\n".join(table(lines(Path(options["out"])))))
+        return 0
+    more = words[split + 1 :]
+    line = start(options, more) if command == "start" else measure(command, options, more)
+    out = Path(options["out"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
     return 0
 
 
+main = words_entry(run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

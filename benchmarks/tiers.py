@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.commands import words_entry
 from pipeline.core.files import UserError, read_json, write_json
 from pipeline.measure import machine
 from pipeline.stats.tiers import FEW, SIGNIFICANT, Technique, correct, pairs_of
@@ -107,7 +108,7 @@ def experiments_of(setting: Setting, count: int, rng: Any) -> Iterator[list[Tech
         yield ranked
 
 
-def main(words: Sequence[str]) -> int:
+def run(words: Sequence[str]) -> int:
     """Simulate, or print the tables."""
     if words[:1] == ["table"] and len(words) == 2:
         print(tables(read_json(Path(words[1]))))
@@ -148,9 +149,7 @@ def _table(every: list[dict[str, Any]], keys: tuple[str, ...], across: str, valu
     return f"{what}\n\n" + "\n".join(lines)
 
 
+main = words_entry(run)
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

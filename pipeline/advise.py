@@ -46,7 +46,6 @@ def _number(key: str, text: str) -> float:
 
 
 def run(words: Sequence[str]) -> int:
-    """Print the advice."""
     need, root = parse(words)
     advice = advise(gather([root]), need)
     print("\n".join([*answer(advice), *failures(without_accuracy([root]), advice)]))

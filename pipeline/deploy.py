@@ -16,7 +16,6 @@ from pipeline.core.arguments import argument_entry
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The arguments."""
     parser.add_argument("experiment", help="its name, as in experiments/<name>.yaml")
     parser.add_argument("technique", help="as the table names it")
     parser.add_argument("--to", required=True, help="the folder to write")

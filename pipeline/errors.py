@@ -15,7 +15,6 @@ from pipeline.core.arguments import argument_entry
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The arguments."""
     parser.add_argument("experiment", help="its name, as in experiments/<name>.yaml")
     parser.add_argument("technique", help="as the table names it")
     parser.add_argument("--seed", type=int, default=0, help="of the cell (default: 0)")
@@ -25,7 +24,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the mistakes."""
     from pathlib import Path
 
     from pipeline.intake import mistakes

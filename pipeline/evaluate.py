@@ -37,18 +37,19 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     if cfg.suite:
         return _suite(cfg, result)
     target = Path(cfg.paths.evaluations) / result.experiment / result.cell / cfg.split.replace("/", "-")
+    config, folder = cell_config(result, cfg), Path(cfg.cell) / "artefact"
     if cfg.split == "probes":
-        probes = probe_artefact(cell_config(result, cfg), Path(cfg.cell) / "artefact")
+        probes = probe_artefact(config, folder)
         write_json(target / "forgetting.json", {"cell": result.cell, **dataclasses.asdict(probes)})
         after, before = ("—" if value is None else f"{value:.2f}" for value in (probes.perplexity, probes.perplexity_base))
         print(f"{result.cell}: perplexity {after}, the base's {before}; {probes.probes}; {target}/forgetting.json")
         return 0
     if cfg.split == "merged":
-        print(merging.write(result, Artefact.at(result.cell, Path(cfg.cell) / "artefact", cell_config(result, cfg)), target / "merged.json"))
+        print(merging.write(result, Artefact.at(result.cell, folder, config), target / "merged.json"))
         return 0
     if cfg.to:
         return _as_task(cfg, result)
-    predictions, score = score_artefact(cell_config(result, cfg), Path(cfg.cell) / "artefact", cfg.split)
+    predictions, score = score_artefact(config, folder, cfg.split)
     write_jsonl(target / "predictions.jsonl", predictions)
     write_json(target / "score.json", {"split": cfg.split, "cell": result.cell, **dataclasses.asdict(score)})
     print(f"{result.cell} on {cfg.split}: {result.metric} {headline(score, result.metric):.3f}, {score.rows} rows; {target}/score.json")

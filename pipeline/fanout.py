@@ -25,7 +25,6 @@ from pipeline.forecasting.sharing import limit
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
-    """Run what is missing."""
     return fan_out(compose_cells(grid_overrides(overrides)), limit)
 
 

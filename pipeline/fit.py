@@ -15,7 +15,6 @@ from pipeline.core.arguments import argument_entry, check_above_zero
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The arguments."""
     parser.add_argument("--model", required=True, help="a repository of the hub, a folder, a config.json, or a name of conf/model/")
     parser.add_argument("--card", help="GiB of the GPU, as in 16GB, or with its name, as in A100:40GB (default: this machine)")
     parser.add_argument("--hours", type=float, help="that one technique may take (default: no limit)")

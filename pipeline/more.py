@@ -15,7 +15,6 @@ from pipeline.core.arguments import argument_entry, check_above_zero
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The arguments."""
     parser.add_argument("experiment", help="its name, as in experiments/<name>.yaml")
     parser.add_argument("--seeds", type=int, help="how many seeds: 0, 1, 2, … (default: as the file says)")
     parser.add_argument("--rows", type=int, help="labelled rows to train on (default: as the file says)")

@@ -19,7 +19,6 @@ ONE_WORKER = ("--workers", "1")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The arguments."""
     parser.add_argument("experiment", nargs="?", help="its name, as in experiments/<name>.yaml (default: all)")
     parser.add_argument("--port", type=int, default=5000, help="of this machine (default: 5000)")
 

@@ -15,13 +15,11 @@ from pipeline.core.arguments import argument_entry
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The arguments."""
     parser.add_argument("experiment", help="its name, as in experiments/<name>.yaml")
     parser.add_argument("--technique", default="lora", help="with a rank: lora, qlora, dora, … (default: lora)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search and confirm."""
     from pipeline.core.commands import call
     from pipeline.core.compose import compose
 

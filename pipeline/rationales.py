@@ -18,18 +18,19 @@ from omegaconf import DictConfig
 
 from pipeline.core.commands import entry
 from pipeline.core.compose import build
-from pipeline.core.files import UserError, atomic_folder, sha256, write_json, write_jsonl
+from pipeline.core.files import atomic_folder, sha256, write_json, write_jsonl
 from pipeline.data import recipe
+from pipeline.data.rows import check_prepared
+from pipeline.data.splits import SPLITS
 from pipeline.measure.clock import now
 from pipeline.teachers.base import Teacher
-from pipeline.teachers.rationales import SPLITS, explained, in_words, summary, wanted
+from pipeline.teachers.rationales import explained, in_words, summary, wanted
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Let the teacher of a composed config explain the rows of its task."""
     data = Path(cfg.paths.data) / cfg.task.name
-    if not (data / "manifest.json").exists():
-        raise UserError(f"{data} is not prepared; run: python -m pipeline.prepare task={cfg.task.name}")
+    check_prepared(data, cfg.task.name)
     splits = wanted(cfg, data)
     teacher: Teacher = build(cfg.teacher, "teacher")
     teacher.check(cfg.task.name, splits["train"][0])

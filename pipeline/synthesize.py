@@ -20,7 +20,7 @@ from pipeline.core.commands import entry
 from pipeline.core.compose import build
 from pipeline.core.files import UserError, atomic_folder, sha256, write_json, write_jsonl
 from pipeline.data import recipe as tasks
-from pipeline.data.rows import read_rows
+from pipeline.data.rows import check_prepared, read_rows
 from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.teachers.synthetic.sets import Rows, check, form_of, held_out_rows, in_words, manifest_of, sets_of, whole, write_set
 from pipeline.teachers.synthetic.writing import near_texts
@@ -32,8 +32,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     wanted = synthetic.read(cfg)
     check(cfg, wanted)
     data = Path(cfg.paths.data) / cfg.task.name
-    if not (data / "manifest.json").exists():
-        raise UserError(f"{data} is not prepared; run: python -m pipeline.prepare task={cfg.task.name}")
+    check_prepared(data, cfg.task.name)
     recipe = tasks.read(cfg)
     form = form_of(recipe, wanted)
     writer: Writer = build(cfg.writer, "writer")

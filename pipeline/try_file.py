@@ -21,7 +21,6 @@ MODEL = "smollm2_135m"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The arguments."""
     parser.add_argument("data", help="a file of rows, a data set of the hub (owner/name), or the name of an experiment that was made before")
     parser.add_argument("--text", help="the columns that hold the text, with commas between them (default: guessed)")
     parser.add_argument("--label", help="the column that holds the answer (default: guessed)")

@@ -124,8 +124,3 @@ def test_a_single_collapse_is_never_ruled_out_by_a_few_seeds():
 def test_the_seeds_that_it_takes():
     assert betting.seeds_for(-0.01, 0.01, 0.05) is None
     assert 40 < (betting.seeds_for(0.05, 0.02, 0.05) or 0) < 200 < (betting.seeds_for(0.01, 0.02, 0.05) or 0)
-
-
-def test_log_capital_at_the_end_is_at_most_the_best_moment_s():
-    values = np.random.default_rng(5).uniform(-0.5, 0.6, 40)
-    assert betting.log_capital(values, -0.1) <= betting.ever(values, -0.1)

@@ -88,7 +88,7 @@ def test_a_file_with_a_header_alone_has_no_rows(tmp_path):
     ("a.csv", "text,text\na,b\n", "two columns of the same name"),
     ("a.jsonl", '{"a": 1}\n{"a": 2\n', "a.jsonl line 2 is not JSON"),
     ("a.jsonl", "[1]\n", "a.jsonl line 1 is not a JSON object"),
-    ("a.parquet", "text\n", "a.parquet cannot be read as parquet"),
+    ("a.parquet", "text\n", "a.parquet cannot be read as Parquet"),
     ("a.xlsx", "", r"a.xlsx has the ending '.xlsx'.*\.csv"),
 ])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, message):

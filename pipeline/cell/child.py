@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from pipeline.cell import identity, inputs, launch, record
 from pipeline.cell import run as cell_run
-from pipeline.core import progress, settings
+from pipeline.core import progress, settings, signals
 from pipeline.core.files import UserError, check_writable
 from pipeline.data import recipe
 from pipeline.measure.clock import Stopwatch
@@ -30,8 +30,6 @@ from pipeline.teachers.synthetic import rows as synthetic
 from pipeline.training.ranks import Place, Ranks
 
 POLL_S = 0.1
-_handlers: list[dict[signal.Signals, Any]] = []
-"""What `handed_on` has replaced, the outermost first."""
 
 
 class Ended(UserError):
@@ -195,30 +193,18 @@ def pause() -> None:
 @contextlib.contextmanager
 def handed_on(children: Callable[[], Sequence[Child]]) -> Iterator[None]:
     """SIGTERM and SIGINT go to these processes inside. A child that is forked inside has the handlers of before: what is sent to it is its own."""
-
-    def hand_on(number: int, _: object) -> None:
+    def hand_on(number: int) -> None:
         for child in children():
             child.send(number)
 
-    before = {s: signal.signal(s, hand_on) for s in (signal.SIGTERM, signal.SIGINT)} if _main_thread() else {}
-    _handlers.append(before)
-    try:
+    with signals.handled(hand_on):
         yield
-    finally:
-        _handlers.pop()
-        _restore(before)
-
-
-def _restore(handlers: dict[signal.Signals, Any]) -> None:
-    for handled, handler in handlers.items():
-        signal.signal(handled, handler)
 
 
 def _become_child(work: Callable[[], int], parent: int, log: Path | None) -> None:
     code = 1
     try:
-        while _handlers:
-            _restore(_handlers.pop())
+        signals.restore()
         if log is not None:
             _print_into(log)
         launch.dies_with(parent)
@@ -228,7 +214,7 @@ def _become_child(work: Callable[[], int], parent: int, log: Path | None) -> Non
         progress.failed(str(error))
         code = 2
     except KeyboardInterrupt:
-        code = 130
+        code = launch.INTERRUPTED
     except BaseException as error:
         traceback.print_exc()
         progress.failed(f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -244,10 +230,6 @@ def _print_into(log: Path) -> None:
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-
-
-def _main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 class CellRun:
@@ -299,7 +281,7 @@ class CellRun:
             write = record.write_oom if done.out_of_memory else functools.partial(record.write_oom, device=launch.device_of(cfg))
             done = run_in_child(lambda: print(summary(write(cfg, reason))) or 0, log=self.watcher.log)  # its imports stay out of this process
         self.watcher.ends(cfg, done.code, told.reason if told else "")
-        if done.code > 128 and done.code != 130:
+        if done.code > 128 and done.code != launch.INTERRUPTED:
             what = f"gave up: {told.reason}" if told and told.reason else f"was ended by signal {done.code - 128}"
             raise Ended(f"cell {cell_name(cfg)} {what}; run the same command again, it resumes from its last checkpoint")
         return done.code

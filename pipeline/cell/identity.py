@@ -271,11 +271,8 @@ def _inputs_of(result: Result) -> dict[str, Any]:
 
 def standing(cfg: DictConfig) -> tuple[Result, Difference] | None:
     """The result that stands where the cell's would, and what the two differ in; None where there is none, or a damaged one, which is named."""
-    path = folder_of(cfg) / "result.json"
-    result = read_or_name(path) if path.exists() else None
-    if result is None:
-        return None
-    return result, difference(result, cfg)
+    result = read_or_name(folder_of(cfg) / "result.json")
+    return None if result is None else (result, difference(result, cfg))
 
 
 def check_free(cfg: DictConfig) -> None:

@@ -24,7 +24,7 @@ from pipeline.data.rows import Encoded, Encoder, Rows, check_prepared, load_rati
 from pipeline.data.splits import named as labels_in_words
 from pipeline.measure import turns
 from pipeline.measure.clock import Meter
-from pipeline.methods.base import Method
+from pipeline.methods.base import QUANTISED, Method
 from pipeline.models import architecture, rates
 from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, most_tokens, resolve
 from pipeline.objectives.base import Objective
@@ -34,7 +34,6 @@ from pipeline.scoring.probes import Probing
 from pipeline.serving.artefact import started
 from pipeline.teachers.synthetic import rows as synthetic
 
-QUANTISED = ("nf4", "int8")
 KNOWN_BNB = (("peft.import_utils", "is_bnb_available"), ("peft.import_utils", "is_bnb_4bit_available"),
              ("transformers.utils.import_utils", "is_bitsandbytes_available"), ("accelerate.utils.imports", "is_bnb_available"))
 """Functions that remember whether bitsandbytes can be imported."""
@@ -172,7 +171,7 @@ def build_parts(cfg: DictConfig, splits: tuple[str, ...] | None = None) -> Parts
 def check_ahead(cfg: DictConfig) -> None:
     """Raise UserError for what a cell lacks, or what does not go together, as far as that can be told without torch, in a blink."""
     settings, method = read_settings(cfg), class_of(plain(cfg)["method"], "method")
-    check_prepared(Path(cfg.paths.data) / cfg.task.name, settings.task)
+    check_prepared(Path(cfg.paths.data) / cfg.task.name, cfg.task.name)
     if not method.answers_without_model:
         manifest(Path(cfg.paths.models) / cfg.model.name)
     _check_batch(cfg, settings, method)

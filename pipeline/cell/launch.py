@@ -15,12 +15,12 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from pipeline.core import progress
+from pipeline.core import progress, signals
 from pipeline.core.compose import plain
 from pipeline.core.files import UserError
 from pipeline.core.names import class_of
@@ -31,7 +31,7 @@ from pipeline.measure.memory import kernel_oom_kills, out_of_memory
 from pipeline.training.ranks import Place
 
 OUT_OF_MEMORY, BAD_INPUT, INTERRUPTED = 72, 2, 130
-"""What a rank, and the process that started them, end with."""
+"""Exit codes of a cell, and of the processes that it starts: no memory; refused; ended by a signal."""
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.05
 GRACE_S = 1.0
@@ -107,7 +107,7 @@ def run_ranks(work: Callable[[Place], int], count: int) -> int:
         os.set_blocking(reads, False)
         pids = {_fork(work, place, writes): place.rank for place in places}
         os.close(writes)
-        with _handing_on(pids):
+        with signals.handled(lambda number: _hand_on(pids, number)):
             codes, ended = _wait(pids)
         said = _said(reads)
     if not any(codes.values()):
@@ -228,21 +228,7 @@ def _give_up(cause: Failure, count: int, kills: int | None) -> int:
     return 128 + cause.number
 
 
-@contextlib.contextmanager
-def _handing_on(pids: Iterable[int]) -> Iterator[None]:
-    """SIGTERM and SIGINT are handed on to these processes."""
-    def hand_on(number: int, _: object) -> None:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {s: signal.signal(s, hand_on) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
+def _hand_on(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

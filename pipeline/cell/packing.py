@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +15,8 @@ from omegaconf import DictConfig
 from pipeline.cell import identity, inputs
 from pipeline.cell.child import run_in_child
 from pipeline.cell.evaluation import ranked
+from pipeline.cell.launch import INTERRUPTED
+from pipeline.core import signals
 from pipeline.core.compose import build
 from pipeline.core.files import UserError, atomic_path
 from pipeline.data.rows import Encoded, Encoder, Rows, step_rows
@@ -30,7 +31,7 @@ from pipeline.records.results import Work
 from pipeline.scoring import answers, scorer
 from pipeline.scoring.per_row import measured
 from pipeline.teachers.synthetic import rows as synthetic
-from pipeline.training.loop import stop_on_signals, total_steps
+from pipeline.training.loop import total_steps
 
 if TYPE_CHECKING:
     from pipeline.engine.layout import OpenShapes
@@ -302,7 +303,7 @@ def _train(group: Sequence[DictConfig], shared: inputs.Shared, most: int | None,
         print(f"{cell_name(run.job.name.cfg)}: trained with {slots} at once, {run.step} steps", flush=True)
 
     try:
-        with signals(pack):
+        with signals.handled(pack.stop):
             pack.run(take, done)
     finally:
         pack.close()
@@ -320,8 +321,8 @@ def _keep(run: Running, slots: int, warmup_s: float) -> None:
         torch.save(training, beside)
 
 
-REFUSED, OUT_OF_MEMORY, INTERRUPTED = 74, 75, 130
-"""Exit codes of the child."""
+REFUSED, OUT_OF_MEMORY = 74, 75
+"""Exit codes of the child, beside a cell's."""
 
 
 @dataclass(frozen=True)
@@ -373,14 +374,3 @@ def _child(work: Callable[[Callable[[int], None]], None], shared: inputs.Shared,
             raise
         return OUT_OF_MEMORY
     return 0
-
-
-@contextlib.contextmanager
-def signals(pack: Pack) -> Iterator[None]:
-    """SIGTERM and SIGINT end the pack after the step at hand."""
-
-    def stop() -> None:
-        pack.stopped = True
-
-    with stop_on_signals(stop):
-        yield

@@ -17,13 +17,12 @@ from omegaconf import DictConfig
 from pipeline.cell import identity, locks
 from pipeline.cell.child import CellRun, Child, Watcher, handed_on, pause
 from pipeline.cell.inputs import Shared
+from pipeline.cell.launch import INTERRUPTED
 from pipeline.core.files import discard
 from pipeline.core.progress import CellsBar
 from pipeline.measure.clock import now
 from pipeline.records.finished import name as cell_name
 from pipeline.records.finished import read_or_name
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,6 @@ def oom_result(cfg: DictConfig, error: str, hardware: dict[str, Any]) -> Result:
 
 
 def _named(cfg: DictConfig, settings: Settings, method: Method, objective: Objective) -> dict[str, Any]:
-    """What names the cell in its result."""
     train = settings.train
     shown = {**method.hyperparameters(), **objective.hyperparameters(), **({"start": cfg.start} if cfg.start else {})}
     if method.trains:

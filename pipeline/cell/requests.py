@@ -56,7 +56,7 @@ def measure(parts: Parts, scorer: Scorer, rows: Sequence[dict], inference: Infer
         before = _before(parts, mark, tokens)
         if before is not None:
             return dataclasses.replace(inference, **before, requests_key=mark)
-        if _crowded(parts):
+        if parts.cfg.share or turns.crowded():  # others are on the device at any time: the figures are nobody's
             return _measured(parts, scorer, asked, inference, tried)
         made = dataclasses.replace(_measured(parts, scorer, asked, inference, tried), requests_key=mark)
         if made.latency_s is not None and not failed:
@@ -84,11 +84,6 @@ def key(parts: Parts, scorer: Scorer, asked: Sequence[dict]) -> str | None:
         "requests": [len(row["choices"]) for row in asked],
     }
     return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _crowded(parts: Parts) -> bool:
-    """Whether others are on the device at any time, so that the figures are nobody's."""
-    return parts.cfg.share or turns.crowded()
 
 
 def _memory(parts: Parts, mark: str) -> Path:
@@ -124,13 +119,11 @@ def _before(parts: Parts, mark: str, tokens: int) -> dict[str, Any] | None:
 
 
 def _has_result(parts: Parts, cell: str, mark: str) -> bool:
-    path = Path(parts.cfg.paths.results) / parts.cfg.experiment / cell / "result.json"
-    result = read_or_name(path) if path.exists() else None
+    result = read_or_name(Path(parts.cfg.paths.results) / parts.cfg.experiment / cell / "result.json")
     return bool(result and result.status == "ok" and result.inference and result.inference.requests_key == mark and result.inference.requests_from is None)
 
 
 def _is_computed(parts: Parts, cell: str) -> bool:
-    """Whether a process computes that cell at this moment."""
     path = locks.path_of(parts.cfg).with_name(f"{parts.cfg.experiment}-{cell}.lock")
     try:
         with core_locks.held(path):

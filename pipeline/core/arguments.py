@@ -147,7 +147,6 @@ GROUPS = {
 
 
 def overview() -> str:
-    """The commands with a line each."""
     known = commands()
     rest = [name for name in known if not any(name in names for names in GROUPS.values())]
     told = ["alignscope: compares ways to align a language model with a task: data needed, accuracy, cost", "", "    alignscope try reviews.csv", ""]

@@ -133,17 +133,13 @@ def plain(node: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: an interpolation that leads nowhere, a number that is not finite, a dotted path that names no class of the table.
     """
-    try:
-        values = OmegaConf.to_container(node, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(explain(error)) from error
-    assert isinstance(values, dict)
+    values = _resolved(node)
     values.pop("hydra", None)
     train = values.get("train")
     if isinstance(train, dict) and train.get("max_grad_norm") == math.inf:
         train["max_grad_norm"] = None
     _check_finite(values, "")
-    return names.named(values)  # type: ignore[arg-type]
+    return names.named(values)
 
 
 def _check_finite(value: Any, key: str) -> None:
@@ -187,11 +183,14 @@ def with_todays_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 def build(node: DictConfig, kind: str) -> Any:
     """The object that a group of a composed config names (pipeline/core/names.py). Raises UserError for an unknown or refused value, naming the group."""
+    return names.build(_resolved(node), kind)
+
+
+def _resolved(node: DictConfig) -> Any:
     try:
-        values = OmegaConf.to_container(node, resolve=True)
+        return OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
-    return names.build(values, kind)
 
 
 def explain(error: BaseException) -> str:

@@ -118,7 +118,6 @@ class ScoringBar:
             self._bar.update(100 * progress.done - self._bar.n)
 
     def close(self) -> None:
-        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -158,7 +157,6 @@ class CellsBar:
             self._bar.clear()
 
     def close(self) -> None:
-        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -177,7 +175,6 @@ def _threadless() -> Any:
 
 
 def stage(name: str) -> None:
-    """Another stage begins."""
     if _channel is not None:
         last = _channel.last
         _channel.write(Progress(name, 0.0, (*last.past, last.stage) if last.stage else last.past, metric=last.metric))
@@ -191,7 +188,6 @@ def part(done: float, total: float) -> None:
 
 
 def validated(metric: float) -> None:
-    """Training was validated on its way."""
     if _channel is not None:
         _channel.write(dataclasses.replace(_channel.last, metric=metric))
 

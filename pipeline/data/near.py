@@ -47,7 +47,6 @@ class Near:
         self._lengths.append(len(words))
 
     def holds(self, text: str) -> bool:
-        """Whether this very text is among them."""
         return normalised(text) in self._exact
 
     def near(self, text: str, least: float | None = None) -> bool:

@@ -113,7 +113,6 @@ class Batch:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens and padding."""
         return self.input_ids.numel() + (self.source["input_ids"].numel() if self.source else 0)
 
 
@@ -273,7 +272,7 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
     Raises:
         UserError: not prepared, or fewer rows than asked for.
     """
-    check_prepared(folder, task)
+    check_prepared(folder, task.name)
     train = read_rows(folder / "train.jsonl")
     wanted = len(train) if train_rows is None else train_rows
     if wanted > len(train):
@@ -293,10 +292,10 @@ def load_rows(folder: Path, task: Task, train_rows: int | None, seed: int, valid
     )
 
 
-def check_prepared(folder: Path, task: Task) -> None:
+def check_prepared(folder: Path, task: str) -> None:
     """Raise UserError where a task is not prepared."""
     if not (folder / "manifest.json").exists():
-        raise UserError(f"{folder} is not prepared; run: python -m pipeline.prepare task={task.name}")
+        raise UserError(f"{folder} is not prepared; run: python -m pipeline.prepare task={task}")
 
 
 def read_rows(path: Path) -> list[dict]:

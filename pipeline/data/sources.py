@@ -201,11 +201,19 @@ def _tsv(path: Path, header: list[str] | None, encoding: str) -> list[dict[str, 
 
 
 def _parquet(path: Path, header: list[str] | None, encoding: str) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            return _datasets().Dataset.from_parquet(str(path), cache_dir=cache).to_list()
-        except Exception as error:  # Arrow errors, wrapped by `datasets`
-            raise UserError(f"{path} cannot be read as parquet ({_reason(error)}); fix the file") from error
+    return parquet_rows(path, path.read_bytes())
+
+
+def parquet_rows(path: Path, data: bytes) -> list[dict[str, Any]]:
+    """The rows of a Parquet file's bytes. Raises UserError, naming the path, where they are none."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} cannot be read as Parquet ({_reason(error)}); get it anew") from error
+    return rows
 
 
 READERS: dict[str, Callable[..., list[dict[str, Any]]]] = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".txt": _tsv, ".parquet": _parquet}

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pipeline.core.files import UserError, closest, sha256
 from pipeline.core.schema import unwritable
 from pipeline.data import shapes
-from pipeline.data.sources import Loaded
+from pipeline.data.sources import Loaded, parquet_rows
 
 SAMPLE = 1 << 16
 """Bytes or characters that are looked at to tell encoding and separator."""
@@ -37,15 +37,13 @@ MISSING = ("", "n/a", "na", "nan", "null", "none", "-", "?")
 
 @dataclass(frozen=True)
 class Format:
-    """How a file holds its rows. encoding, separator: of text files; sheet: of Excel's; rows_key: of a JSON object whose key holds the rows."""
+    """How a file holds its rows. encoding, separator: of text files; sheet: of Excel's."""
 
     kind: Literal["csv", "json", "jsonl", "xlsx", "parquet"]
     encoding: str | None = None
     separator: str | None = None
-    quoted: bool = True
     gzipped: bool = False
     sheet: str | None = None
-    rows_key: str | None = None
 
     @property
     def words(self) -> str:
@@ -145,7 +143,7 @@ def _rows(path: Path, data: bytes, encoding: str | None, separator: str | None) 
     if what := next((words for magic, words in NO_TABLE.items() if data.startswith(magic)), None):
         raise UserError(f"{path} is {what}, no table; save the rows as CSV, JSON Lines, Excel (.xlsx) or Parquet")
     if data.startswith(b"PAR1"):
-        return _parquet(path, data), Format("parquet")
+        return parquet_rows(path, data), Format("parquet")
     if data.startswith(b"PK"):
         return _excel(path, data)
     text, encoding = _decoded(path, data, encoding)
@@ -195,13 +193,11 @@ def _json(path: Path, text: str, encoding: str) -> tuple[list[dict[str, Any]], F
         keys = [key for key, part in value.items() if isinstance(part, list) and part and all(isinstance(row, dict) for row in part)]
         if shapes.shape_of([value]) or not keys:
             return [value], Format("jsonl", encoding)
-        value, key = value[keys[0]], keys[0]
-    else:
-        key = None
+        value = value[keys[0]]
     for n, row in enumerate(value, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path} row {n} is {str(row)[:40]!r}, no object; write a list of objects, a key a column")
-    return value, Format("json", encoding, rows_key=key)
+    return value, Format("json", encoding)
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -216,7 +212,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 def _csv(path: Path, text: str, encoding: str, separator: str | None) -> tuple[list[dict[str, Any]], Format]:
     csv.field_size_limit(1 << 30)
-    separator, quoted = (separator, True) if separator else _dialect(path, text[:SAMPLE])
+    separator, quoted = (separator, True) if separator else _dialect(text[:SAMPLE])
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted)
     try:
         names = [name.strip() for name in next(lines, [])]
@@ -238,10 +234,10 @@ def _csv(path: Path, text: str, encoding: str, separator: str | None) -> tuple[l
             rows.append(dict(zip(names, cells, strict=True)))
     except csv.Error as error:
         raise UserError(f"{path} line {lines.line_num} cannot be read ({error}); mend or remove that line") from error
-    return rows, Format("csv", encoding, separator, quoted)
+    return rows, Format("csv", encoding, separator)
 
 
-def _dialect(path: Path, sample: str) -> tuple[str, bool]:
+def _dialect(sample: str) -> tuple[str, bool]:
     """(separator, whether quotes hold cells together), by the table that they make."""
     import clevercsv
 
@@ -280,14 +276,3 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, (str, int, float, bool)) else str(value)
-
-
-def _parquet(path: Path, data: bytes) -> list[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} cannot be read as Parquet ({' '.join(str(error).split())[:200]}); get it anew") from error
-    return rows

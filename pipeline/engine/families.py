@@ -110,7 +110,6 @@ def rotations(config: Any) -> dict[str, str]:
 
 
 def heads(config: Any, layer: int) -> Heads:
-    """The heads of a layer."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scalar = getattr(config, "query_pre_attn_scalar", None)
     window = config.sliding_window if layer_types(config)[layer] == SLIDING else 0

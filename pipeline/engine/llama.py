@@ -111,7 +111,6 @@ class Layer:
 
     @property
     def norms(self) -> list[Norm]:
-        """All that it has."""
         every = (self.norm1, self.norm2, self.after1, self.after2, self.q_norm, self.k_norm)
         return [norm for norm in every if norm is not None]
 

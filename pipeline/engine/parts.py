@@ -67,7 +67,6 @@ class Parts:
         return self._angles[t]
 
     def norms(self) -> list[Any]:
-        """Every norm's module."""
         family = self.family
         inside = [getattr(layer, name) for layer in self.layers for name in (*family.norms, *family.after)]
         heads = [getattr(layer.self_attn, name) for layer in self.layers for name in HEAD_NORMS] if family.head_norms else []

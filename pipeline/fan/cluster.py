@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cell import identity
+from pipeline.cell.launch import INTERRUPTED, OUT_OF_MEMORY
 from pipeline.core import locks
 from pipeline.core.compose import ROOT
 from pipeline.core.files import UserError
 from pipeline.fan import parcels
 from pipeline.fan.host import Host, Reply, code_of, sent
-from pipeline.fan.jobs import BUSY, INTERRUPTED, LOST, OUT_OF_MEMORY, Job, Queue, Ray
+from pipeline.fan.jobs import BUSY, LOST, Job, Queue, Ray
 from pipeline.measure.clock import Stopwatch
 
 AT_ONCE = 512

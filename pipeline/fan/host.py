@@ -25,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.cell import grid, identity, inputs, locks, preflight
 from pipeline.cell.child import Ended, run_cell, run_in_child
 from pipeline.cell.inputs import Shared
-from pipeline.cell.launch import dies_with
+from pipeline.cell.launch import BAD_INPUT, INTERRUPTED, dies_with
 from pipeline.cell.pool import take_back
 from pipeline.core.compose import ROOT, literal
 from pipeline.core.files import UserError
-from pipeline.fan.jobs import BAD_INPUT, BUSY, CROWDED, INTERRUPTED, LOST
+from pipeline.fan.jobs import BUSY, CROWDED, LOST
 from pipeline.measure.clock import now
 
 SAID = 2000
@@ -163,7 +163,6 @@ def sent(cfg: DictConfig) -> dict[str, Any]:
 
 
 def config(values: dict[str, Any]) -> DictConfig:
-    """The config again."""
     made: DictConfig = OmegaConf.create(literal(values))
     return made
 

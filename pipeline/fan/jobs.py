@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig
 
 from pipeline.cell import identity
+from pipeline.cell.launch import BAD_INPUT, INTERRUPTED
 from pipeline.core.compose import plain
 from pipeline.core.schema import AtLeast0, AtLeast1, Positive, Within
 from pipeline.core.settings import build
 from pipeline.records.finished import name as cell_name
 
-BAD_INPUT, BUSY, LOST, OUT_OF_MEMORY, CROWDED, INTERRUPTED = 2, 70, 71, 72, 73, 130
-"""What a job ends with besides 0: refused; another process computes it; its worker died; Ray ended its worker for memory; it ran out of a GPU's memory
-beside other cells; ended by a signal."""
+BUSY, LOST, CROWDED = 70, 71, 73
+"""What a job ends with besides a cell's codes: another process computes it; its worker died; it ran out of a GPU's memory beside other cells."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pipeline.cell.grid import Limit, Mirror, asked, begin, clear, is_done
 from pipeline.cell.pool import AtOnce
 from pipeline.core.files import UserError
 from pipeline.fan import jobs as fan_jobs
-from pipeline.fan.jobs import INTERRUPTED, LOST, OUT_OF_MEMORY, Job, Queue
+from pipeline.fan.jobs import LOST, Job, Queue
 from pipeline.records.finished import name as cell_name
 
 HOST = "pipeline.fan.host"
@@ -53,9 +53,9 @@ def on_ray(missing: Sequence[DictConfig], mirror: Mirror, settings: fan_jobs.Ray
         news = News(missing, mirror)
         done = run_in_child(lambda: _dispatch(missing, settings, at_once, news), polled=news.read)  # noqa: B023
         news.read()
-        if news.ended or done.code == INTERRUPTED:
+        if news.ended or done.code == launch.INTERRUPTED:
             return done.code
-        if done.code in (130, 128 + 2, 128 + 15):
+        if done.code in (launch.INTERRUPTED, 128 + 2, 128 + 15):
             raise KeyboardInterrupt
         missing = [cfg for cfg in missing if not is_done(cfg)]
         if not missing:
@@ -81,7 +81,7 @@ def _dispatch(missing: Sequence[DictConfig], settings: fan_jobs.Ray, at_once: At
     except ClusterLost:
         return LOST
     except UserError:
-        news.tell(None, fan_jobs.BAD_INPUT, None)
+        news.tell(None, launch.BAD_INPUT, None)
         raise
     news.tell(None, code, None)
     return code
@@ -162,9 +162,9 @@ class News:
         self.ended = self.ended or any(line["cells"] is None for line in lines)
         named = [(name, line["code"]) for line in lines for name in line["cells"] or () if name in self.cells]
         for name, code in named:
-            if code == OUT_OF_MEMORY:
+            if code == launch.OUT_OF_MEMORY:
                 run_in_child(lambda: _write_oom(self.cells[name]))  # noqa: B023
-        finished = [self.cells[name] for name, code in named if code in (0, OUT_OF_MEMORY)]
+        finished = [self.cells[name] for name, code in named if code in (0, launch.OUT_OF_MEMORY)]
         if finished:
             clear(finished)
             self.mirror.put([cfg for cfg in finished if (identity.folder_of(cfg) / "result.json").exists()])

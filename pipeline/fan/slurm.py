@@ -18,9 +18,10 @@ from omegaconf import DictConfig
 from pipeline.cell import grid, identity, launch, packing, preflight
 from pipeline.cell.child import run_in_child
 from pipeline.cell.inputs import preload
+from pipeline.cell.launch import BAD_INPUT
 from pipeline.core.files import UserError
 from pipeline.fan.host import config, sent
-from pipeline.fan.jobs import BAD_INPUT, Slurm, needs, read_slurm
+from pipeline.fan.jobs import Slurm, needs, read_slurm
 from pipeline.measure.machine import cpu_count
 from pipeline.records.finished import name as cell_name
 

@@ -144,7 +144,6 @@ class Allocator:
         self._peak.live, self._unread = dict(self.live), False
 
     def reset_peak(self) -> None:
-        """Count peaks from here on."""
         self._peak = Peak(self.reserved, self.allocated, dict(self.live))
         self._unread = False
 

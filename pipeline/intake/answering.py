@@ -81,7 +81,6 @@ def verdict(cells: Sequence[Cell]) -> tuple[list[str], str | None]:
 
 def as_json(name: str, cells: Sequence[Cell], watch: running.Watch, sentences: Sequence[str], chosen: str | None, page: Path | None,
             steps: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """The same for programs."""
     told = [{
         "cell": c.result.cell, "technique": c.label, "metric": c.result.metric, "test": headline(c.result.test, c.result.metric) if c.result.test else None,
         "test_rows": c.result.test.rows if c.result.test else 0, "train_s": c.result.phases.train_s if c.result.phases else None,

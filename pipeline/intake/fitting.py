@@ -18,14 +18,13 @@ from pipeline.core.files import read_json
 from pipeline.forecasting.whole import Machine, Whole, Work, machine_of, need, whole
 from pipeline.intake import known_models, planning, project
 from pipeline.models.sources import hub_errors
+from pipeline.stats.verdict import SLACK
 
 EVIDENCE = Path(__file__).parent / "known" / "evidence.json"
 FORECAST = ROOT / "experiments" / "forecast" / "summary.json"
 SHOWN = ("zero_shot", "few_shot", "lora", "qlora", "dora", "ia3", "prompt_tuning", "adapter_pfeiffer", "full")
 FEW = 300
 """Training rows below which the page of six techniques at six sizes (16 to 1,500) says more than that of all techniques at 1,000."""
-SLACK = 0.02
-"""What lies this much below the highest, with intervals that overlap, is as good (stats/verdict.py has the same)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,6 @@ def _from_hub(word: str) -> Path:
 
 
 def evidence() -> list[dict[str, Any]]:
-    """The published rows."""
     return list(read_json(EVIDENCE))
 
 
@@ -187,7 +185,6 @@ def basis(answer: Answer) -> list[str]:
 
 
 def as_json(answer: Answer) -> str:
-    """The same for programs."""
     told = [{
         "technique": one.cost.technique, "memory_bytes": one.cost.memory_bytes, "fits": one.cost.fits, "total_s": one.cost.total_s, "out": one.out or None,
         "measured": vars(one.measured) if one.measured else None, "memory_is": "forecast", "time_is": answer.machine.basis,

@@ -48,7 +48,7 @@ def start(args: argparse.Namespace) -> str:
     model = project.model_choice(args.model)
     card = planning.card_of(args.card)
     techniques = [t.strip() for t in args.techniques.split(",") if t.strip()] if args.techniques else None
-    plan = planning.make(seen, model, *files_of(model), card, args.hours, techniques, args.rows, args.test_rows)
+    plan = planning.make(seen, *files_of(model), card, args.hours, techniques, args.rows, args.test_rows)
     say("")
     show_plan(plan, model, say)
     if not args.yes and not args.json and not args.plan and sys.stdin.isatty() and input("\nEnter to begin (n: stop here): ").strip().lower().startswith("n"):

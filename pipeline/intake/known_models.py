@@ -52,7 +52,6 @@ def near(repository: str) -> str:
 
 
 def known_model(model: ModelChoice) -> Known | None:
-    """The shape of a model, where it is known."""
     word = model.source.get("repository") or {"smollm2_135m": "HuggingFaceTB/SmolLM2-135M", "smollm2_135m_random": "HuggingFaceTB/SmolLM2-135M"}.get(model.name)
     return shape_of(word) if word else None
 

@@ -76,8 +76,6 @@ class Look:
     """Spellings of one label."""
     normalise: bool = False
     missing: Literal["error", "drop"] = "error"
-    longest: int = 0
-    """Characters of the longest prompt and answer together."""
 
 
 def name_of(path: str) -> str:
@@ -130,12 +128,10 @@ def look(path: str, text: Sequence[str] = (), label: str | None = None, prompt: 
     return Look(
         path, name_of(path), form, shape, len(rows), left, columns, taken, label, kind, template, labels, hub, missing_rows,
         len(keyed) - len(first), list(other.values()) if kind == "choice" else [], near, normalise, missing,
-        max((len(str(row[label])) + sum(len(str(row.get(c, ""))) for c in taken) for row in left), default=0),
     )
 
 
 def lines(seen: Look) -> list[str]:
-    """What was seen, for people."""
     shape = f", {shapes.SHAPES[seen.shape]}" if seen.shape else ""
     told = [f"{seen.path}: {seen.count:,} rows ({seen.form}{shape})", f"  text    {', '.join(seen.text)}", f"  answer  {seen.label}: {_answers(seen)}"]
     told += [f"  prompt  {'the turns before it' if seen.shape in shapes.TURNS else repr(seen.prompt)}"]

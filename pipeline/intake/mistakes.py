@@ -22,8 +22,6 @@ MOST_LABELS = 12
 
 @dataclass(frozen=True)
 class Wrong:
-    """A row that was answered wrong."""
-
     id: str
     prompt: str
     answer: str
@@ -94,7 +92,6 @@ def _short(text: str) -> str:
 
 
 def lines(wrong: Sequence[Wrong], width: int = 100) -> list[str]:
-    """Wrong rows for people."""
     told = []
     for one in wrong:
         text = " ".join(one.prompt.split())

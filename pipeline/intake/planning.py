@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pipeline.forecasting.cell import Card
 from pipeline.forecasting.rows import FastTokenizer
 from pipeline.forecasting.whole import Machine, Need, Whole, Work, machine_of, need, whole, with_reason
 from pipeline.intake.look import Look
-from pipeline.intake.project import GENERATION_TOKENS, ModelChoice, task_keys
+from pipeline.intake.project import GENERATION_TOKENS, task_keys
 from pipeline.measure import machine as hardware
 
 FIRST = ("zero_shot", "few_shot")
@@ -107,7 +107,7 @@ def check_techniques(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def make(seen: Look, model: ModelChoice, folder: Path | None, config: Path | None, card: Card, hours: float | None, techniques: Sequence[str] | None = None,
+def make(seen: Look, folder: Path | None, config: Path | None, card: Card, hours: float | None, techniques: Sequence[str] | None = None,
          rows: int | None = None, test_rows: int | None = None) -> Plan:
     """The largest comparison that fits the budget.
 
@@ -218,11 +218,7 @@ def _grown(base: Work, work: Work, names: list[str], costed: Any, limit: float, 
 
 def _work(seen: Look, folder: Path | None, config: Path | None) -> tuple[Work, bool, list[str], int]:
     """(the tokens of a row, whether the model has a chat template, notes on rows that are too long, most tokens of a row)."""
-    tokenizer = FastTokenizer(folder) if folder is not None and (folder / "tokenizer.json").exists() else None
-
-    def count(text: str) -> int:
-        return len(tokenizer(text)["input_ids"]) if tokenizer else max(1, round(len(text) / LETTERS_A_TOKEN))
-
+    tokenizer, count = _counting(folder)
     rows = random.Random(0).sample(seen.rows, min(SAMPLE, len(seen.rows)))
     fixed = count(re.sub(r"\{.*?\}", "", seen.prompt))
     whole_prompts = [fixed + sum(count(str(row.get(c, ""))) for c in seen.text) for row in rows]
@@ -248,6 +244,12 @@ def _work(seen: Look, folder: Path | None, config: Path | None) -> tuple[Work, b
     return Work(mean, sum(answers) / len(rows), choices, new, min(longest, length - 1), 0, 0, 0, 1.0, len(seen.labels)), chat, notes, length
 
 
+def _counting(folder: Path | None) -> tuple[FastTokenizer | None, Callable[[str], int]]:
+    """(a model's tokenizer, where it is here; how many tokens a text has, by it or by the text's letters)."""
+    tokenizer = FastTokenizer(folder) if folder is not None and (folder / "tokenizer.json").exists() else None
+    return tokenizer, lambda text: len(tokenizer(text)["input_ids"]) if tokenizer else max(1, round(len(text) / LETTERS_A_TOKEN))
+
+
 def _length(whole: Sequence[float], shots: float, config: Path | None) -> int:
     """Most tokens of a row, by those of rows with their answers: more than MAX_LENGTH for demonstrations alone, and no more than the model takes."""
     context = (read_object(config).get("max_position_embeddings") if config else None) or MAX_LENGTH
@@ -268,11 +270,7 @@ def work_of(cfg: DictConfig, folder: Path) -> Work:
     data, evaluate = Path(cfg.paths.data) / cfg.task.name, cfg.evaluate
     train, test = read_rows(data / "train.jsonl"), read_rows(data / "test.jsonl")
     train, test = train[: cfg.train_rows], test[: evaluate.test_rows]
-    tokenizer = FastTokenizer(folder) if (folder / "tokenizer.json").exists() else None
-
-    def count(text: str) -> int:
-        return len(tokenizer(text)["input_ids"]) if tokenizer else max(1, round(len(text) / LETTERS_A_TOKEN))
-
+    tokenizer, count = _counting(folder)
     rows = test[:SAMPLE] or train[:SAMPLE]
     prompts, answers = ([min(count(r["prompt"]), cfg.train.max_length - 1) for r in rows], [count(r["answer"]) for r in rows])
     listed = [r["choices"] or [] for r in rows]

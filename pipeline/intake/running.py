@@ -77,8 +77,7 @@ class Watch(Watcher):
         return str(identity.folder_of(cfg))
 
     def _finish(self, cfg: DictConfig) -> None:
-        row, path = self.rows[self._key(cfg)], identity.folder_of(cfg) / "result.json"
-        result = read_or_name(path) if path.exists() else None
+        row, result = self.rows[self._key(cfg)], read_or_name(identity.folder_of(cfg) / "result.json")
         if result is not None:
             row.state, row.result = "done" if result.status == "ok" else result.status, result
 

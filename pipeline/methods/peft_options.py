@@ -60,7 +60,6 @@ def start(config: Any) -> str:
 
 
 def has(config: Any, *options: str) -> bool:
-    """Whether the config sets one of these options."""
     return any(getattr(config, option, None) not in (None, False) for option in options)
 
 

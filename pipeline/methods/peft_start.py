@@ -53,7 +53,8 @@ def attached(base: Any, config: Any) -> Any:
         preprocess_corda(base, config, lambda: _forward(base, rows))
     model = get_peft_model(base, config)
     if kind == "eva":
-        eva.initialize_lora_eva_weights(model, _without_labels(batches), forward_fn=_at_most(MOST_PASSES), show_progress_bar=False)
+        texts = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+        eva.initialize_lora_eva_weights(model, texts, forward_fn=_at_most(MOST_PASSES), show_progress_bar=False)
     else:
         setattr(model, BEGUN, {name: w.detach().to("cpu", copy=True) for name, w in get_peft_model_state_dict(model).items()})
     return model
@@ -89,10 +90,6 @@ def _batches(base: Any, examples: Sequence[Example]) -> Iterator[dict[str, Any]]
         at, ends = torch.arange(ids.shape[1], device=base.device), torch.tensor([len(p) for p in part], device=base.device)[:, None]
         begins = ends - torch.tensor(lengths, device=base.device)[:, None]
         yield {"input_ids": ids, "attention_mask": (at < ends).long(), "labels": ids.where((at >= begins) & (at < ends), -100)}
-
-
-def _without_labels(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
 
 
 def _forward(base: Any, rows: Sequence[Any]) -> None:

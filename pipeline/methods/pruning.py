@@ -71,7 +71,6 @@ class Pruning(Method):
         return min(self.calibration_rows, train) if self.by == "wanda" else 0
 
     def prepare(self, examples: Sequence[Example], seed: int, base: Any) -> None:
-        """Prune the base in place."""
         from pipeline.models.blocks import calibrate, rows
 
         if self.by == "wanda":

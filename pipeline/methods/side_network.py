@@ -45,7 +45,6 @@ class SideNetwork(Method):
         return model.requires_grad_(False).eval(), None
 
     def _network(self, model: Any) -> Any:
-        """The side_networks.StateReader for this base."""
         raise NotImplementedError
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from pipeline.cell import grid as cell_grid
 from pipeline.cell import identity, inputs
 from pipeline.cell.child import Ended, Limit, Watcher, limited
+from pipeline.cell.launch import INTERRUPTED
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.progress import Progress
 from pipeline.fan.run import run as fan_out
@@ -175,7 +176,7 @@ class Seeds:
                     return self.journal.ended()
         if limit.reached:
             self._lost(what)
-        if code == 130:
+        if code == INTERRUPTED:
             raise KeyboardInterrupt
         return self.journal.ended()
 
@@ -197,7 +198,7 @@ class Seeds:
     def _entry(self, key: tuple[int, int, int], cfg: DictConfig, floor: float | None, seconds: float | None) -> Entry:
         arm, unit, again = key
         folder = identity.folder_of(cfg)
-        result = read_or_name(folder / "result.json") if (folder / "result.json").exists() else None
+        result = read_or_name(folder / "result.json")
         took = seconds if seconds is not None else result.phases.wall_s if result is not None and result.phases is not None else 0.0
         made = Entry(self.entrants[arm].name, unit, again, "failed", round(took, 3), str(folder))
         if result is None:
@@ -218,7 +219,7 @@ class Seeds:
 
     def _answers(self, folder: Path) -> np.ndarray | None:
         path = folder / "predictions.jsonl"
-        result = read_or_name(folder / "result.json") if (folder / "result.json").exists() else None
+        result = read_or_name(folder / "result.json")
         if result is None or not path.exists():
             return None
         values, statistic = by_row([row for row in read_jsonl(path) if row["split"] == "test"], result.metric)

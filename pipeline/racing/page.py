@@ -13,7 +13,7 @@ from pipeline.core.files import atomic_folder, write_json, write_text
 from pipeline.racing.drive import Driver
 from pipeline.racing.words import Told, markdown
 from pipeline.reporting import vega
-from pipeline.reporting.page import TEMPLATES, words
+from pipeline.reporting.page import TEMPLATES, template
 from pipeline.reporting.plot import scale
 from pipeline.reporting.vega import Axis, Chart, Dot, Spec, linear
 
@@ -24,16 +24,9 @@ def write(folder: Path, experiment: str, driver: Driver, told: Told, metric: str
     """Write folder/{index.html, race.md, race.json, charts/}; returns the page's path."""
     import dataclasses
 
-    import jinja2
-
     charts = {"course": course(driver)} | ({"price": price(told)} if any(hours is not None for _, hours in told.by_within) else {})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )
-    environment.filters |= {"words": words, "drawing": vega.inline}
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    template = environment.get_template("race.html")
-    page = template.render(experiment=experiment, told=told, metric=metric, css=css, course=charts["course"], price=charts.get("price"))
+    page = template("race.html").render(experiment=experiment, told=told, metric=metric, css=css, course=charts["course"], price=charts.get("price"))
     with atomic_folder(folder, "race.json") as beside:
         beside.mkdir()
         write_text(beside / "index.html", page)

@@ -82,7 +82,6 @@ class Action:
 class Left:
     """An arm that left the race: shown to be below `by` at a look, by the difference that was seen there (a fraction)."""
 
-    arm: int
     by: int
     seeds: int
     difference: float
@@ -185,7 +184,7 @@ class Race:
                     if q <= allowed:
                         self.cleared.add((leader, k))
                     if p <= allowed:
-                        self.left[k] = Left(k, leader, gap.seeds, float(difference), self.spent_s)
+                        self.left[k] = Left(leader, gap.seeds, float(difference), self.spent_s)
 
     @property
     def named(self) -> int | None:

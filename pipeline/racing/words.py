@@ -22,8 +22,6 @@ WITHINS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 
 @dataclass(frozen=True)
 class Line:
-    """A technique in the table."""
-
     name: str
     rank: int
     level: float | None
@@ -209,7 +207,6 @@ def _points(fraction: float) -> str:
 
 
 def markdown(experiment: str, one: Told) -> str:
-    """race.md."""
     lines = [f"# The race of {experiment}", "", f"**{one.statement.replace('`', '')}**", "",
              f"{one.spent_h:.3g} of {one.budget_h:g} hours were spent.", ""]
     lines += [f"- {note.replace('`', '')}" for note in [*one.without_model, *one.notes]]

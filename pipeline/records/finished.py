@@ -124,7 +124,9 @@ _named: set[Path] = set()
 
 
 def read_or_name(path: Path) -> Result | None:
-    """As results.read, but a file that is empty or no JSON is named, once, in a warning, and None."""
+    """As results.read, but None where there is no such file, or one that is empty or no JSON, which is named, once, in a warning."""
+    if not path.exists():
+        return None
     try:
         return read_result(path)
     except Damaged as error:

@@ -336,7 +336,6 @@ def _build(cls: Any, raw: dict, at: str) -> Any:
 
 
 def _fields(cls: Any, raw: dict, at: str) -> dict[str, Any]:
-    """The fields of a dataclass that are there, each of its type."""
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(raw) - set(hints))
     if unknown:

@@ -301,7 +301,6 @@ SHOWN_CELLS = 6
 
 
 def answer(advice: Advice) -> list[str]:
-    """The answer, line by line."""
     need, chosen = advice.need, advice.chosen
     asked = [f"{need.train_rows:,} training rows"]
     asked += [f"{need.gpu_memory_gb:g} GiB"] if need.gpu_memory_gb is not None else []

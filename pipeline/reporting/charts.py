@@ -187,12 +187,12 @@ def across(value: float, axis: Axis, width: float = FRAME.right - FRAME.left) ->
     return width * (move(value) - low) / (move(scale.high) - low)
 
 
-def back(pixel: float, axis: Axis, width: float = FRAME.right - FRAME.left) -> float:
+def back(pixel: float, axis: Axis) -> float:
     """The value at a pixel, by halving."""
     low, high = (0.0 if axis.scale.log and axis.scale.zero is not None else axis.scale.low), axis.scale.high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if across(middle, axis, width) < pixel else (low, middle)
+        low, high = (middle, high) if across(middle, axis) < pixel else (low, middle)
     return low
 
 

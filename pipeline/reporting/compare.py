@@ -308,7 +308,6 @@ def markdown(drift: Drift) -> str:
 
 
 def text(drift: Drift) -> str:
-    """The same for a terminal."""
     return markdown(drift).replace("## ", "").replace("# ", "", 1)
 
 

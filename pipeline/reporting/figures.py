@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.methods.base import QUANTISED
 from pipeline.records.evaluations import SAID, TITLES, Evaluations
 from pipeline.records.finished import Cell
 from pipeline.records.results import Result
@@ -27,7 +28,6 @@ CONTROLS = "controls"
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L", "exact_match": "exact match", "numeric": "right numbers",
            "token_f1": "token F1", "custom": "own metric"}
 COUNTERS = {"cpu_rss": "RSS", "gpu_reserved": "GPU"}
-QUANTISED = ("int8", "nf4")
 STANDINGS = {
     "take": "take",
     "no_training": "take: no training",
@@ -158,7 +158,6 @@ def _resumed(row: Row) -> str:
 
 
 def _merged(precision: str) -> Any:
-    """The column of a merge into this precision."""
     def small(row: Row) -> str:
         drift, verdict = (getattr(row, f"merged_{precision}_{what}") for what in ("drift", "verdict"))
         return "" if drift is None else f"drift {drift:.2g}{'; ' if verdict != 'kept' else ''}{SAID[verdict]}"
@@ -397,7 +396,6 @@ def columns(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
 
 
 def metric_name(rows: Sequence[Row]) -> str:
-    """The headline metric in words."""
     return METRICS.get(rows[0].metric, rows[0].metric)
 
 

@@ -33,6 +33,8 @@ class Line:
     family: str
     kind: str
     cells: dict[int, list[Measured]]
+    ends: tuple[int, int]
+    """The smallest and the largest number of rows that it is drawn for."""
     first: Estimate
     last: Estimate
     needed: RowsFor
@@ -102,8 +104,8 @@ def _measured(cell: Cell) -> Measured | None:
 
 def _line(curve: Curve, row: Row, measured: Sequence[Measured], target: float, smallest: int, largest: int) -> Line:
     cells = {n: [one for one in measured if (one.technique, one.rows) == (curve.technique, n)] for n in curve.sizes}
-    low, high = (smallest, largest) if curve.kind == "constant" else (curve.sizes[0], curve.sizes[-1])
-    return Line(curve, row.family, row.kind, cells, curve.at(low), curve.at(high), curve.rows_for(target))
+    ends = (smallest, largest) if curve.kind == "constant" else (curve.sizes[0], curve.sizes[-1])
+    return Line(curve, row.family, row.kind, cells, ends, curve.at(ends[0]), curve.at(ends[1]), curve.rows_for(target))
 
 
 def _halfway(base: str | None, start: float, best: Curve, largest: int) -> str:
@@ -223,27 +225,23 @@ def curves(grown: Growth, colour: dict[str, str], width: int, height: int) -> Sp
         chart.dashed((x.low, grown.target), (x.high, grown.target))
     dashed = dict(zip((one.name for one in grown.lines), plot.dashes([one.family for one in grown.lines]), strict=True))
     upwards = grown.lines[::-1]
+    drawn = {one.name: _along(one, STEPS if one.curve.kind == "power" else 1) for one in upwards}
     for one in upwards:
-        chart.band([(n, e.low, e.high) for n, e in ((n, one.curve.at(n)) for n in _along(one, x))], colour[one.family])
+        chart.band([(n, e.low, e.high) for n, e in ((n, one.curve.at(n)) for n in drawn[one.name])], colour[one.family])
     for one in upwards:
-        chart.line([(n, one.curve.value(n)) for n in _along(one, x)], colour[one.family], dashed[one.name])
+        chart.line([(n, one.curve.value(n)) for n in drawn[one.name]], colour[one.family], dashed[one.name])
     for one in upwards:
         _points(chart, one, colour[one.family])
-    beside(chart, [(_ends(one, x)[1], one.curve.value(_ends(one, x)[1]), one.name, colour[one.family]) for one in grown.lines])
+    beside(chart, [(one.ends[1], one.curve.value(one.ends[1]), one.name, colour[one.family]) for one in grown.lines])
     return chart.spec()
 
 
 def _levels(grown: Growth, height: float) -> Scale:
-    values = [v for one in grown.lines for n in _grid(one, grown) for v in (one.curve.at(n).low, one.curve.at(n).high)]
+    values = [v for one in grown.lines for n in _along(one, 8) for v in (one.curve.at(n).low, one.curve.at(n).high)]
     values += [c.accuracy for one in grown.lines for cells in one.cells.values() for c in cells]
     low, high = max(0.0, min(values)), min(1.0, max(values))
     room = 0.03 * (high - low) or 0.02
     return Scale(max(0.0, low - room), min(1.0, high + room), height, 0)
-
-
-def _grid(one: Line, grown: Growth, steps: int = 9) -> list[float]:
-    sizes = (grown.smallest, grown.largest) if one.curve.kind == "constant" else (one.curve.sizes[0], one.curve.sizes[-1])
-    return [sizes[0] * (sizes[1] / sizes[0]) ** (i / (steps - 1)) for i in range(steps)]
 
 
 def _apart(sizes: Sequence[int], x: Scale) -> list[int]:
@@ -255,13 +253,9 @@ def _apart(sizes: Sequence[int], x: Scale) -> list[int]:
     return shown
 
 
-def _ends(one: Line, x: Scale) -> tuple[float, float]:
-    return (x.low, x.high) if one.curve.kind == "constant" else (one.curve.sizes[0], one.curve.sizes[-1])
-
-
-def _along(one: Line, x: Scale) -> list[float]:
-    low, high = _ends(one, x)
-    return [low * (high / low) ** (i / STEPS) for i in range(STEPS + 1)][:: 1 if one.curve.kind == "power" else STEPS]
+def _along(one: Line, steps: int) -> list[float]:
+    low, high = one.ends
+    return [low * (high / low) ** (i / steps) for i in range(steps + 1)]
 
 
 def _points(chart: Chart, one: Line, colour: str) -> None:

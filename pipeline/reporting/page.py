@@ -45,16 +45,21 @@ NARROW = ("name", "test", "against_zero_shot", "train_s", "peak_bytes")
 def page(experiment: str, rows: Sequence[Row], missing: Sequence[str], grown: Growth | None = None, tunings: tuning.Tunings | None = None,
          data: Path | None = None) -> str:
     """The page. data: the folder of prepared tasks, for the texts of wrong rows."""
+    return template("report.html").render(
+        **_content(experiment, rows, missing, sentences(grown) if grown else ()), **_growth(rows, grown),
+        **tuning.part(rows, tunings or {}, colours(rows)), mistakes=of_report(rows, data),
+    )
+
+
+def template(name: str) -> Any:
+    """A page of templates/, in which a value that is not there is an error."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
     environment.filters |= {"words": words, "hyperparameter": f.hyperparameter, "anchor": f.anchor, "drawing": inline}
-    return environment.get_template("report.html").render(
-        **_content(experiment, rows, missing, sentences(grown) if grown else ()), **_growth(rows, grown),
-        **tuning.part(rows, tunings or {}, colours(rows)), mistakes=of_report(rows, data),
-    )
+    return environment.get_template(name)
 
 
 def drawings(rows: Sequence[Row], grown: Growth | None) -> dict[str, Spec]:

@@ -93,22 +93,16 @@ def dashes(families: Sequence[str]) -> list[str | None]:
 
 @dataclass(frozen=True)
 class Label:
-    """A placed label: the middle of its left edge, and whether it is far enough from its point to need a line to it."""
+    """A placed label: the middle of its left edge."""
 
     x: float
     y: float
     width: float
-    far: bool
 
 
 def text_width(text: str) -> float:
     """Estimated pixels of a text at 11 px."""
     return LETTER * len(text)
-
-
-def shorten(text: str, width: float) -> str:
-    """The text, or as much of it as the pixels hold and an ellipsis."""
-    return text if text_width(text) <= width else text[: int(width / LETTER) - 1] + "…"
 
 
 def place_labels(points: Sequence[tuple[float, float, str]], obstacles: Sequence[Sequence[Box]], frame: Box) -> list[Label | None]:
@@ -155,7 +149,7 @@ def _place(x: float, y: float, width: float, rings: Sequence[int], obstacles: Se
             angle = turn * math.pi / 8
             anchor_x, anchor_y = x + distance * math.cos(angle), y - distance * math.sin(angle)
             left = anchor_x - width * (1 - math.cos(angle)) / 2
-            label = Label(left, anchor_y, width, distance > 14)
+            label = Label(left, anchor_y, width)
             box = _box(label)
             inside = frame.left <= box.left and box.right <= frame.right and frame.top <= box.top and box.bottom <= frame.bottom
             if inside and not any(box.overlaps(o) for o in obstacles):

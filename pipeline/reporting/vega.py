@@ -102,22 +102,22 @@ class Chart:
         data = [{"x": one[0], "x2": other[0], "y": one[1], "y2": other[1]}]
         self._add({"type": "rule", "color": COLOUR["faint"], "strokeDash": list(dash)}, data, x2={"field": "x2"}, y2={"field": "y2"})
 
-    def dots(self, points: Sequence[Dot], size: float = 62, opacity: float = 1.0) -> None:
+    def dots(self, points: Sequence[Dot], size: float = 62) -> None:
         data = [{"x": d.x, "y": d.y, "c": COLOUR[d.colour], "fill": COLOUR["page" if d.hollow else d.colour], "tip": d.tip, "href": d.href} for d in points]
         links = {"href": {"field": "href"}} if any(d.href for d in points) else {}
-        self._add({"type": "point", "size": size, "strokeWidth": 1.8, "opacity": opacity, "aria": True}, data, stroke={"field": "c", "scale": None},
+        self._add({"type": "point", "size": size, "strokeWidth": 1.8, "opacity": 1.0, "aria": True}, data, stroke={"field": "c", "scale": None},
                   fill={"field": "fill", "scale": None}, description={"field": "tip"}, **links)
 
     def seeds(self, points: Sequence[tuple[float, float]], colour: str) -> None:
         """Small dots (x, y) behind the large ones."""
         self._add({"type": "point", "filled": True, "size": 11, "opacity": 0.5, "color": COLOUR[colour]}, [{"x": x, "y": y} for x, y in points])
 
-    def names(self, labels: Sequence[tuple[float, float, str, str]], align: str = "center", size: float = 11.5) -> None:
+    def names(self, labels: Sequence[tuple[float, float, str, str]], align: str = "center") -> None:
         """(x, y, text, colour) of texts, in the units of the axes; twice, so that a line behind them stops before them."""
         for around in (True, False):
             data = [{"x": x, "y": y, "text": text, "c": COLOUR[colour]} for x, y, text, colour in labels]
             stroke = {"stroke": COLOUR["page"], "strokeWidth": 3, "strokeJoin": "round"} if around else {}
-            self._add({"type": "text", "align": align, "baseline": "middle", "fontSize": size, **stroke}, data,
+            self._add({"type": "text", "align": align, "baseline": "middle", "fontSize": 11.5, **stroke}, data,
                       text={"field": "text"}, **({} if around else {"color": {"field": "c", "scale": None}}))
 
     def spec(self) -> Spec:

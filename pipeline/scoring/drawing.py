@@ -93,7 +93,6 @@ class Drawing:
         return kept, [values[: len(ids)] for values, ids in zip(nats, kept, strict=False)]
 
     def texts(self, drawn: Sequence[Sequence[int]]) -> list[str]:
-        """What was drawn, in words."""
         return [self.encoder.said(text) for text in self.encoder.tokenizer.batch_decode(drawn, skip_special_tokens=True)]
 
     def _generated(self, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:

@@ -43,7 +43,6 @@ def detach(model: Any) -> None:
 
 
 def has_head(model: Any) -> bool:
-    """Whether the model answers with rewards."""
     return hasattr(_inner(model), HEAD)
 
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from pipeline.cell import child, identity, inputs, locks
 from pipeline.cell import grid as cell_grid
+from pipeline.cell.launch import INTERRUPTED
 from pipeline.measure.clock import now
 from pipeline.search.space import at
 
@@ -29,7 +30,7 @@ def confirm(cfg: DictConfig, best: dict[str, Any], mirror: cell_grid.Mirror) -> 
             else:
                 shared = shared or inputs.preload([chosen])
                 code = max(code, child.run_cell(chosen, shared, now()))
-        if code == 130:
+        if code == INTERRUPTED:
             break
         if cell_grid.is_done(chosen):
             print(f"confirmed in {identity.folder_of(chosen)}")

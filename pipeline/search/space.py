@@ -137,7 +137,6 @@ class Space:
             yield self.point(study.ask(self.distributions).params)
 
     def point(self, values: Mapping[str, Any]) -> Point:
-        """The searched values in the order of the space."""
         return {key: values[key] for key in self.searched}
 
     def complete(self, point: Mapping[str, Any]) -> Point:

@@ -23,12 +23,13 @@ from pipeline.cell import grid as cell_grid
 from pipeline.cell import inputs, record
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
-from pipeline.cell.packing import INTERRUPTED, attempt, signals
+from pipeline.cell.launch import BAD_INPUT, INTERRUPTED, OUT_OF_MEMORY
+from pipeline.cell.packing import attempt
 from pipeline.cell.pool import AtOnce
 from pipeline.core import locks as core_locks
+from pipeline.core import signals
 from pipeline.core.files import Unsuited, UserError, read_json, write_json
 from pipeline.fan import jobs as fan_jobs
-from pipeline.fan.jobs import BAD_INPUT
 from pipeline.fan.run import cpu_share, gpu_share
 from pipeline.measure.clock import Phases, Stopwatch, now
 from pipeline.measure.machine import hardware, provenance
@@ -222,7 +223,7 @@ def run_trial(cfg: DictConfig, shared: inputs.Shared, scratch: Path, label: str,
         done = run_in_child(work, cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30), meanwhile)
         if done.out_of_memory:
             return record.oom_result(cfg, done.out_of_memory, hardware("cpu"))
-        if done.code == 130:
+        if done.code == INTERRUPTED:
             raise KeyboardInterrupt
         if done.code and count_errors and done.code not in NOT_ITS_OWN:
             why = "its settings do not suit the input" if done.code == UNSUITED else f"ended with code {done.code}"
@@ -290,7 +291,7 @@ class PackedTrials(Trials):
         pack = packing.open(self.slots, left, self._prune)
         print(f"{self.slots} trials at once", flush=True)
         try:
-            with signals(pack), self._heart():
+            with signals.handled(pack.stop), self._heart():
                 pack.run(self._take, self._done)
         finally:
             for running in self.running:
@@ -420,7 +421,7 @@ class RayTrials(fan_jobs.Queue):
             with tempfile.TemporaryDirectory() as arrived:
                 write_json(Path(arrived) / "result.json", value)
                 self.trials.ended(trial, chosen, results.read(arrived))
-        elif code == fan_jobs.OUT_OF_MEMORY:
+        elif code == OUT_OF_MEMORY:
             self.trials.ended(trial, chosen, record.oom_result(job.cells[0], "Ray ended its worker, since the machine was out of memory", hardware("cpu")))
         else:
             self.trials.study.fail(trial.number)

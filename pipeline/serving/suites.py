@@ -127,7 +127,6 @@ def _base_scores(harness: str, base: Base, manager: Any, suite: Suite, work: Pat
 
 
 def _asked(base: Base, model: Any, manager: Any, suite: Suite, artefact: Artefact) -> dict[str, Any]:
-    """What the library says of a model."""
     from lm_eval.evaluator import simple_evaluate
 
     asked = language_model(model, base, artefact.settings.evaluate.batch_tokens)

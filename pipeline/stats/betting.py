@@ -21,16 +21,8 @@ SHARES = tuple(1 - 0.5 ** (i / 4) for i in range(1, 33)) + tuple(0.15 * 0.6**i f
 """Shares of the capital that are put on the mean being above m, of what can be lost at most; a mixture with equal weights."""
 
 
-def log_capital(values: Sequence[float] | np.ndarray, mean: float) -> float:
-    """log E_t(mean), for values in [-1, 1]: evidence that their expectation is above `mean` (which is above -1)."""
-    bets = np.array(SHARES)[:, None] * (np.asarray(values, dtype=float)[None, :] - mean) / (1 + mean)
-    logs = np.log1p(bets).sum(1)
-    top = float(logs.max(initial=0.0))
-    return top + float(np.log(np.exp(logs - top).mean()))
-
-
 def ever(values: Sequence[float] | np.ndarray, mean: float) -> float:
-    """The largest log E_s(mean) of s = 1 … t: the evidence at the best moment, which Ville's inequality is about."""
+    """The largest log E_s(mean) of s = 1 … t, for values in [-1, 1] and a mean above -1: the evidence at the best moment, which Ville's inequality is about."""
     bets = np.array(SHARES)[:, None] * (np.asarray(values, dtype=float)[None, :] - mean) / (1 + mean)
     logs = np.log1p(bets).cumsum(1)
     top = logs.max(0, initial=0.0)

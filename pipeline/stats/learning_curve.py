@@ -56,8 +56,6 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class Spread:
-    """The spread of one technique over seeds."""
-
     slope: float
     parts: tuple[tuple[int, int, float], ...] = ()
     """(rows, degrees of freedom, variance) of every size with several seeds; none: one seed, nothing is known of it, and it counts as 0."""

@@ -9,10 +9,9 @@ from omegaconf import DictConfig
 
 from pipeline.core.settings import read
 from pipeline.data.rows import load_rows, read_rows
+from pipeline.data.splits import SPLITS
 from pipeline.scoring.reading import agrees
 from pipeline.teachers.base import Teacher
-
-SPLITS = ("train", "validation", "test")
 
 
 def wanted(cfg: DictConfig, data: Path) -> dict[str, list[dict]]:

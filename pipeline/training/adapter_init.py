@@ -75,7 +75,6 @@ class AdapterInitializer:
         return self.wrapped(dataclasses.replace(method, config=config))  # type: ignore[call-arg]
 
     def names(self, method: Method) -> set[str]:
-        """The modules that the method adapts."""
         return {name.removeprefix(PREFIX).removesuffix(A) for name in self._by_peft(method, 0).weights if name.endswith(A)}
 
     @contextlib.contextmanager

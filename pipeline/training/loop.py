@@ -8,17 +8,14 @@ step, all know the same losses, and the first validates and writes checkpoints.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import progress
+from pipeline.core import progress, signals
 from pipeline.core.files import atomic_path
 from pipeline.core.settings import Train
 from pipeline.data.rows import steps_in_epoch
@@ -127,7 +124,7 @@ class Loop:
         marks, state, saved = validation_steps(run.total, run.settings.validations), self.state, Stopwatch()
         times: list[float] = []
         progress.stage("train")
-        with turns.alone(), stop_on_signals(self._request_stop), self._bar() as bar, self.meter.phase("train"):
+        with turns.alone(), signals.handled(self._request_stop), self._bar() as bar, self.meter.phase("train"):
             self.energy.start()
             lap = Stopwatch(run.device)
             for step in range(state.step, run.total):
@@ -324,7 +321,7 @@ class Loop:
         if states["cuda"] is not None:
             torch.cuda.set_rng_state(states["cuda"], self.run.device)
 
-    def _request_stop(self) -> None:
+    def _request_stop(self, _: int) -> None:
         self._stop = True
 
     def _bar(self) -> Any:
@@ -334,17 +331,3 @@ class Loop:
             total=self.run.total, initial=self.state.step, unit="step", disable=not (self.run.settings.progress and self.run.ranks.leads), leave=False,
             mininterval=0.5 if sys.stderr.isatty() else 20, desc="train",
         )
-
-
-@contextlib.contextmanager
-def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `stop`, which ends a run after the step at hand; outside the main thread, where Python has no handlers, they do not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {s: signal.signal(s, lambda *_: stop()) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -40,8 +40,6 @@ class OnlineRun(Run):
 
 
 class OnlineLoop(Loop):
-    """The loop over drawn texts."""
-
     def __init__(self, run: Run, *args: Any) -> None:
         assert run.online is not None
         self.rollouts = Rollouts(run, run.online)

@@ -114,13 +114,15 @@ class Pack:
         self.active: dict[int, Running] = {}
         self.steps = 0
         self.stopped = False
-        """Set (by a signal handler) to end `run` after the current step with KeyboardInterrupt."""
         self._pending: list[tuple[torch.Tensor, list[tuple[Running, int]]]] = []
         for slot in range(slots):
             self.bound.buffer.clear(slot)
 
+    def stop(self, _: int) -> None:
+        """On a signal: `run` ends after the step at hand, with KeyboardInterrupt."""
+        self.stopped = True
+
     def warm(self) -> None:
-        """Capture the steps."""
         self.stepper.warm()
 
     def run(self, take: Callable[[int], list[Job]], done: Callable[[Running], None]) -> None:

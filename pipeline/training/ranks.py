@@ -157,7 +157,6 @@ class Ranks:
     # -- agreements
 
     def totals(self, values: Sequence[float]) -> list[float]:
-        """Sums over the ranks."""
         if self.count == 1:
             return list(values)
         import torch
@@ -166,10 +165,6 @@ class Ranks:
         sums = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(sums, group=self._control)
         return sums.tolist()
-
-    def all_agree(self, yes: bool) -> bool:
-        """Whether every rank says yes."""
-        return self.totals([not yes]) == [0]
 
     def from_first(self, value: Any) -> Any:
         """The first rank's value (plain data)."""

@@ -164,7 +164,6 @@ class Eager:
         return loss, tokens, padding
 
     def _loss(self, batch: Batch) -> Any:
-        """Of a micro-batch."""
         with autocast(self.run.device, self.run.dtype):
             return self.run.objective.loss(self.model, batch)
 

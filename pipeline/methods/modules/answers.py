@@ -48,7 +48,6 @@ def add(model: Any, ids: Sequence[int]) -> AnswerRows:
 
 
 def of(model: Any) -> AnswerRows:
-    """The model's AnswerRows."""
     return getattr(model.get_output_embeddings(), NAME)
 
 

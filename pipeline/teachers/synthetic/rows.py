@@ -119,7 +119,7 @@ def extra(cfg: DictConfig, labelled: Sequence[dict]) -> tuple[list[dict], Synthe
     if key not in about["sets"]:
         raise UserError(f"{folder} has no rows for seed {key}, only for {', '.join(about['sets'])}; run: {command} synthetic.row_seeds=[…,{key}]")
     rows = [row for row in read_jsonl(folder / "rows.jsonl") if row["set"] == key]
-    _check_shown(cfg, folder, rows, labelled)
+    _check_shown(folder, rows, labelled)
     number = count(len(labelled), settings.share)
     if number > len(rows):
         most = len(rows) / (len(rows) + len(labelled))
@@ -143,7 +143,7 @@ def draw(rows: Sequence[dict], number: int, seed: int) -> list[dict]:
     return [row for _, _, row in sorted(turns, key=lambda turn: turn[:2])][:number]
 
 
-def _check_shown(cfg: DictConfig, folder: Path, rows: Sequence[dict], labelled: Sequence[dict]) -> None:
+def _check_shown(folder: Path, rows: Sequence[dict], labelled: Sequence[dict]) -> None:
     """Every labelled row that the writer was shown must be one that the cell pays for."""
     known = {row["id"] for row in labelled}
     foreign = next((seed for row in rows for seed in row["seeds"] if seed not in known), None)
