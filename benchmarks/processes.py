@@ -33,12 +33,16 @@ def run(work: Callable[[], None], at: Sequence[str | None], watch: Any, limit_s:
     forked = [_forked(work, gpu) for gpu in at]
     crashes = CRASHES * len(at)
     try:
-        while any(one.is_alive() for one in forked) and watch.peek() < limit_s + grace_s:
-            wait([one.sentinel for one in forked if one.is_alive()], 1.0)
-            for place, one in enumerate(forked):
-                if not one.is_alive() and one.exitcode and crashes and watch.peek() < limit_s:
+        while watch.peek() < limit_s + grace_s:
+            codes = [one.exitcode for one in forked]  # looked at once: one that ends from here on is seen the next time
+            for place, code in enumerate(codes):
+                if code and crashes and watch.peek() < limit_s:
                     crashes -= 1
-                    forked[place] = _forked(work, at[place])
+                    forked[place], codes[place] = _forked(work, at[place]), None
+            alive = [one.sentinel for one, code in zip(forked, codes, strict=True) if code is None]
+            if not alive:
+                break
+            wait(alive, 1.0)
     finally:
         for one in forked:
             if one.is_alive():
