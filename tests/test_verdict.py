@@ -60,6 +60,15 @@ def test_what_is_told_apart_from_the_base_is_taken_and_the_cheapest_of_those_tha
     assert one.more_rows and "more test rows" in text
 
 
+def test_two_that_are_right_on_all_of_few_rows_may_still_differ():
+    """Without a row on which they differ the rows' variance counted as nought: 24 rows would have shown 5 points."""
+    one = verdict({"zero_shot": runs(12, 24), "full": runs(24, 24, 2), "lora": runs(24, 24, 2)})
+    text = " ".join(sentences(one))
+    assert one.kind == "take" and one.more_rows == 140 and "would have shown" not in text and "more test rows" in text
+    many = verdict({"zero_shot": runs(250, 500), "full": runs(500, 500, 2), "lora": runs(500, 500, 2)})
+    assert many.more_rows is None and "would have shown a difference of 5 points" in " ".join(sentences(many))
+
+
 def test_a_gap_that_is_larger_than_a_tie_and_not_confirmed_is_undecided():
     one = verdict({"zero_shot": runs(30, 60), "lora": runs(33, 60)})
     assert (one.kind, one.name, one.tied) == ("undecided", "lora", ("zero_shot",))

@@ -177,7 +177,8 @@ def _more(difference: Difference, gap: float, comparison: Comparison) -> tuple[i
 
     pairs = len(comparison.pairs) if len(comparison.means) <= FEW else 1
     allowed = (gap / float(ndtri(1 - SIGNIFICANT / pairs / 2) + ndtri(POWER))) ** 2
-    rows, seeds, per_row = comparison.rows, difference.seeds, difference.row_variance
+    rows, seeds = comparison.rows, difference.seeds
+    per_row = max(difference.row_variance, 1 / (rows + 2))  # alike on all of these rows is not alike: half a row more of each outcome (Agresti and Min, 2005)
     if difference.seed_variance is None:  # single runs: two more tell the spread over seeds, whatever it is
         return _further(per_row / allowed, rows), 2, False
     by_seed = difference.seed_variance * seeds
