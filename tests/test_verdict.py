@@ -69,6 +69,16 @@ def test_two_that_are_right_on_all_of_few_rows_may_still_differ():
     assert many.more_rows is None and "would have shown a difference of 5 points" in " ".join(sentences(many))
 
 
+def test_seeds_too_far_apart_for_any_number_are_not_said_to_be_enough():
+    """Both were "no more rows, no more seeds", and the words took the one for the other."""
+    wide = {"zero_shot": runs(40, 200), "full": {s: runs(right, 200)[0] for s, right in enumerate((196, 120))}, "lora": {s: runs(right, 200)[0] for s, right in
+            enumerate((128, 190))}}
+    one = verdict(wide)
+    text = " ".join(sentences(one))
+    assert (one.more_rows, one.more_seeds, one.enough) == (None, None, False)
+    assert "No reasonable number of rows or seeds would confirm" in text and "would have shown" not in text
+
+
 def test_a_gap_that_is_larger_than_a_tie_and_not_confirmed_is_undecided():
     one = verdict({"zero_shot": runs(30, 60), "lora": runs(33, 60)})
     assert (one.kind, one.name, one.tied) == ("undecided", "lora", ("zero_shot",))

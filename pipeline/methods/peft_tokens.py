@@ -58,7 +58,7 @@ def _row_by_row(model: Any) -> Any:
 
     flat: set[str] = set()
     base = model.get_base_model()
-    layers = [(name.rpartition(".")[2], module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    layers: list[tuple[str, Any]] = [(name.rpartition(".")[2], module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     hooks = [module.register_forward_pre_hook(lambda _, args, name=name: flat.add(name) if args[0].dim() < 3 else None) for name, module in layers]
     with torch.no_grad():
         base(**architecture.one_token(base))
