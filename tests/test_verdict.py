@@ -66,7 +66,7 @@ def test_two_that_are_right_on_all_of_few_rows_may_still_differ():
     text = " ".join(sentences(one))
     assert one.kind == "take" and one.more_rows == 140 and "would have shown" not in text and "more test rows" in text
     many = verdict({"zero_shot": runs(250, 500), "full": runs(500, 500, 2), "lora": runs(500, 500, 2)})
-    assert many.more_rows is None and "would have shown a difference of 5 points" in " ".join(sentences(many))
+    assert many.more_rows is None and "500 test rows are enough" in " ".join(sentences(many))
 
 
 def test_seeds_too_far_apart_for_any_number_are_not_said_to_be_enough():
