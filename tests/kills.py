@@ -90,11 +90,15 @@ class Command:
         return self.facts()
 
     def killed(self, draw: random.Random, kills: int, counts: Counts, wait_s: float) -> None:
-        """Start until it is through, kill up to so many times, and count what came of it."""
+        """Start until it is through, kill up to so many times, and count what came of it.
+
+        A delay of up to wait_s begins with the process (one in five), with its first words, or, of half of these, once it is at work: where cores are
+        shared a start takes longer than any delay, and all kills would hit starts.
+        """
         for _ in range(kills):
             said, pid = self.log.stat().st_size if self.log.exists() else 0, self.start()
-            at_once, delay = draw.random() < 0.2, draw.uniform(0, wait_s)
-            code = None if at_once else _until(pid, lambda said=said: self.log.exists() and self.log.stat().st_size > said)
+            at_once, late, delay = draw.random() < 0.2, draw.random() < 0.5, draw.uniform(0, wait_s)
+            code = None if at_once else _until(pid, lambda said=said, late=late: self._speaks(said) and (not late or self.at_work()))
             code = ended(pid, delay) if code is None else code
             if code is not None:
                 counts.bad_exits += code != 0
@@ -105,6 +109,9 @@ class Command:
             os.waitpid(pid, 0)
         code = ended(self.start(), HUNG_S)
         counts.bad_exits += code != 0
+
+    def _speaks(self, said: int) -> bool:
+        return self.log.exists() and self.log.stat().st_size > said
 
     def judge(self, wanted: dict[str, Any], counts: Counts) -> None:
         """Compare what is there with the unkilled run's, and look for what a kill could have left."""

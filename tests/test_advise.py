@@ -135,6 +135,21 @@ def test_a_single_seed_takes_an_assumed_spread(tmp_path):
     assert (actual.high - actual.low) / 2 > 1.959 * 0.03 * math.sqrt(2)
 
 
+def test_all_rows_right_in_every_run_is_not_certain(tmp_path):
+    for seed in (0, 1):
+        one = result("lora", 100, seed, 400)
+        keep(tmp_path, dataclasses.replace(one, scores={"test": dataclasses.replace(one.scores["test"], rows=24, accuracy=1.0)}), with_predictions=False)
+    actual = expected(of(tmp_path, 400), "lora")
+    assert actual.value == actual.high == 1.0 and 0.85 < actual.low < 0.95
+
+
+def test_the_command_names_the_task_only_where_conf_has_it(tmp_path):
+    """One that is written out in the experiment's file, as `alignscope try` does it, is no option."""
+    write(tmp_path / "own", (400,), task="reviews")
+    text = "\n".join(answer(of(tmp_path / "own", 400)))
+    assert "technique=lora train_rows=400" in text and "task=reviews" not in text
+
+
 def test_another_task_tells_of_the_choice_alone(root, capsys):
     actual = of(root, 400, task="unseen")
     assert actual.borrowed and actual.chosen and actual.task == "vader_movies"

@@ -116,6 +116,13 @@ def test_opening_states_the_numbers(tmp_path: Path) -> None:
     assert said[-1] == "The teacher `lexicon`, whose rationales the distilled techniques learn from, is right on 71.2% itself."
 
 
+def test_a_cost_that_is_nearly_the_same_is_no_claim(tmp_path: Path) -> None:
+    made = [dataclasses.replace(one := result(name, right), memory=dataclasses.replace(one.memory, peak_bytes=peak))
+            for name, right, peak in (("full", 217, 505 * 2**20), ("lora", 214, 494 * 2**20))]
+    said = " ".join(opening(list(rows_of(result("zero_shot", 195), *made, root=tmp_path).values())))
+    assert "trains fastest" in said and "least memory" not in said and "1.0 times" not in said
+
+
 def test_opening_when_nothing_beats_the_base(tmp_path: Path) -> None:
     rows = rows_of(result("zero_shot", 210), result("full", 200), result("lora", 212), root=tmp_path)
     said = opening(list(rows.values()))

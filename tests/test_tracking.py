@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -377,6 +378,33 @@ def test_an_interrupted_creation_leaves_no_half_database(tmp_path, capsys, monke
     records_mlflow.log_cell(write_cell(tmp_path), config(tmp_path))
     assert "No space left" in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if "mlflow.db" in p.name and p.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_tag_that_another_machine_inserts_at_the_same_moment_is_set_all_the_same(tmp_path, there):
+    """MLflow looks, then inserts: the database refuses the second of two (seen with eight writers over PostgreSQL). Any other refusal is one."""
+    tags: dict[str, str] = {}
+
+    class Client:
+        def get_experiment_by_name(self, name: str) -> Any:
+            return SimpleNamespace(experiment_id="1", tags={})
+
+        def get_experiment(self, experiment_id: str) -> Any:
+            return SimpleNamespace(experiment_id="1", tags=tags)
+
+        def set_experiment_tag(self, experiment_id: str, key: str, value: str) -> None:
+            if key not in tags:
+                tags.update({key: "the other machine's"} if there else {})
+                raise RuntimeError("duplicate key value violates unique constraint")
+            tags[key] = value
+
+    mirror = records_mlflow.Mirror(Client(), None, tmp_path / "lock", lock_is_enough=False)
+    if there:
+        mirror.note("quick", "ours")
+        assert tags[records_mlflow.NOTE].endswith("ours")
+    else:
+        with pytest.raises(RuntimeError, match="duplicate key"):
+            mirror.note("quick", "ours")
 
 
 def test_off_imports_nothing_of_mlflow(tmp_path):

@@ -60,6 +60,25 @@ def test_what_is_told_apart_from_the_base_is_taken_and_the_cheapest_of_those_tha
     assert one.more_rows and "more test rows" in text
 
 
+def test_two_that_are_right_on_all_of_few_rows_may_still_differ():
+    """Without a row on which they differ the rows' variance counted as nought: 24 rows would have shown 5 points."""
+    one = verdict({"zero_shot": runs(12, 24), "full": runs(24, 24, 2), "lora": runs(24, 24, 2)})
+    text = " ".join(sentences(one))
+    assert one.kind == "take" and one.more_rows == 140 and "would have shown" not in text and "more test rows" in text
+    many = verdict({"zero_shot": runs(250, 500), "full": runs(500, 500, 2), "lora": runs(500, 500, 2)})
+    assert many.more_rows is None and "500 test rows are enough" in " ".join(sentences(many))
+
+
+def test_seeds_too_far_apart_for_any_number_are_not_said_to_be_enough():
+    """Both were "no more rows, no more seeds", and the words took the one for the other."""
+    wide = {"zero_shot": runs(40, 200), "full": {s: runs(right, 200)[0] for s, right in enumerate((196, 120))}, "lora": {s: runs(right, 200)[0] for s, right in
+            enumerate((128, 190))}}
+    one = verdict(wide)
+    text = " ".join(sentences(one))
+    assert (one.more_rows, one.more_seeds, one.enough) == (None, None, False)
+    assert "No reasonable number of rows or seeds would confirm" in text and "would have shown" not in text
+
+
 def test_a_gap_that_is_larger_than_a_tie_and_not_confirmed_is_undecided():
     one = verdict({"zero_shot": runs(30, 60), "lora": runs(33, 60)})
     assert (one.kind, one.name, one.tied) == ("undecided", "lora", ("zero_shot",))

@@ -16,6 +16,7 @@ from pipeline.core.files import UserError
 from pipeline.data.rows import Example
 from pipeline.methods import peft_start
 from pipeline.methods.peft_adapter import PeftAdapter
+from pipeline.models import architecture
 from pipeline.models.base import load_tokenizer, most_tokens
 
 INPUT, ANSWER, BETWEEN = 2, 4, 1
@@ -37,7 +38,8 @@ class ALora(PeftAdapter):
 
     def wrap(self, model: Any) -> Any:
         examples = peft_start.taken(model)
-        return super().wrap(model) if self.config.alora_invocation_tokens else PeftAdapter(self._named(model, examples)).wrap(model)
+        named = self.config.alora_invocation_tokens
+        return _row_by_row(super().wrap(model) if named else PeftAdapter(self._named(model, examples)).wrap(model))
 
     def _named(self, model: Any, examples: Sequence[Example]) -> Any:
         tokenizer = load_tokenizer(Path(model.config._name_or_path))
@@ -47,6 +49,25 @@ class ALora(PeftAdapter):
             raise UserError("aLoRA begins at the words that all training prompts end with, and these end differently; name the words' tokens in "
                             "method.config.alora_invocation_tokens")
         return _with(self.config, alora_invocation_tokens=cue[::-1])
+
+
+def _row_by_row(model: Any) -> Any:
+    """The wrapped model, if all of its adapted layers are handed rows of tokens, [B, T, width]: where the adapter begins is a place in a row (not in OPT)."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    flat: set[str] = set()
+    base = model.get_base_model()
+    layers: list[tuple[str, Any]] = [(name.rpartition(".")[2], module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    hooks = [module.register_forward_pre_hook(lambda _, args, name=name: flat.add(name) if args[0].dim() < 3 else None) for name, module in layers]
+    with torch.no_grad():
+        base(**architecture.one_token(base))
+    for hook in hooks:
+        hook.remove()
+    if flat:
+        raise UserError(f"aLoRA begins at a place in a row, and {type(base).__name__} hands {', '.join(sorted(flat))} the tokens of all rows as one; "
+                        "name other layers in method.config.target_modules")
+    return model
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class Mirror:
             return
         text = f"[The runs by test figure, with training time, peak memory and r beside it]({_of_runs(found.experiment_id)})\n\n{text}"
         if found.tags.get(NOTE) != text:
-            self.client.set_experiment_tag(found.experiment_id, NOTE, text)
+            self._tag(found.experiment_id, NOTE, text)
 
     def put(self, run: Run, parent_id: str | None = None) -> str:
         """Find or create the one run of `run.cell` and bring it up to date. Returns its id.
@@ -248,7 +248,16 @@ class Mirror:
         experiment = self.client.get_experiment(self._experiment(run.experiment))
         for key, value in wanted.items():
             if experiment.tags.get(key) != value:
-                self.client.set_experiment_tag(experiment.experiment_id, key, value)
+                self._tag(experiment.experiment_id, key, value)
+
+    def _tag(self, experiment_id: str, key: str, value: str) -> None:
+        """Set an experiment's tag. MLflow looks for it, then inserts it: of two machines that do so at once the database refuses one, which finds it there."""
+        try:
+            self.client.set_experiment_tag(experiment_id, key, value)
+        except Exception:
+            if key not in self.client.get_experiment(experiment_id).tags:
+                raise
+            self.client.set_experiment_tag(experiment_id, key, value)
 
     def _model(self, run_id: str, run: Run) -> None:
         """Log the cell's artefact as a model that mlflow.pyfunc.load_model serves (serving/pyfunc.py)."""

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from pipeline.core.compose import ROOT
 from pipeline.core.files import UserError
 from pipeline.records.results import Result
 from pipeline.reporting import words as f
@@ -341,7 +342,8 @@ def failures(results: Sequence[Result], advice: Advice) -> list[str]:
 def _facts(chosen: Candidate, rows: int, task: str) -> list[str]:
     result = chosen.nearest.cell.result
     settings = ", ".join(f"{k} {v}" for k, v in result.hyperparameters.items())
-    how = f"python -m pipeline.train experiments={result.experiment} technique={result.technique} task={task} train_rows={rows}"
+    own = task == chosen.nearest.task and not (ROOT / "conf" / "task" / f"{task}.yaml").exists()  # written out in the experiment's file
+    how = f"python -m pipeline.train experiments={result.experiment} technique={result.technique}{'' if own else f' task={task}'} train_rows={rows}"
     varied = "+" in chosen.nearest.cell.label or result.tuning is not None
     cells = [str(s.cell.folder) for s in chosen.evidence]
     more = f" and {len(cells) - SHOWN_CELLS} more" if len(cells) > SHOWN_CELLS else ""

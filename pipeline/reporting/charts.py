@@ -1,7 +1,7 @@
 """The report's charts as Vega-Lite (vega.py): intervals of all techniques, quality against a cost with its Pareto front, quality against rows, training curves.
 
 Library of `python -m pipeline.report`. Drawings are about 380 pixels wide, which a phone shows at full size; colours are those of the page's style
-sheet (--f1 … --f10 by family). The page's script shows a point's description as a tooltip.
+sheet (--f1 … --f11 by family). The page's script shows a point's description as a tooltip.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Drawn:
 def colours(rows: Sequence[Row]) -> dict[str, str]:
     """The CSS class of every family."""
     families = dict.fromkeys(r.family for r in sorted(rows, key=lambda r: r.family) if not r.teacher)
-    return {family: f"f{1 + i % 10}" for i, family in enumerate(families)} | {r.family: "f0" for r in rows if r.teacher}
+    return {family: f"f{1 + i % 11}" for i, family in enumerate(families)} | {r.family: "f0" for r in rows if r.teacher}
 
 
 def tip(row: Row, *lines: str) -> str:

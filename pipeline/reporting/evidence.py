@@ -160,7 +160,8 @@ def _mean(cells: Sequence[Seen], spread: Spread, basis: str) -> Expected:
     value = statistics.fmean(s.accuracy for s in cells)
     same = len(cells) > 1 and all(s.accuracy == cells[0].accuracy for s in cells)
     sd = 0.0 if same or cells[0].cell.result.kind == "base" else spread.sd
-    rows = value * (1 - value) / cells[0].test_rows
+    share = (value * cells[0].test_rows + 2) / (cells[0].test_rows + 4)  # two right and two wrong rows more, all right is not certain (Agresti and Coull, 1998)
+    rows = share * (1 - share) / cells[0].test_rows
     half = spread.t * math.sqrt(sd**2 * (1 + 1 / len(cells)) + rows)
     return Expected(value, *bounded(value, half), f"{basis}, {_runs(len(cells))}")
 

@@ -106,6 +106,8 @@ def _cheapest(rows: list[Row], cost: Callable[[Row], float | None], show: Callab
     if len(known) < 2 or show(known[0][0]) == show(known[-1][0]):
         return None
     (low, cheap), (high, dear) = known[0], known[-1]
+    if f.times(high / low) == f.times(1):
+        return None
     return cheap, f"{claim} ({show(low)}; `{dear}`: {show(high)}, {f.times(high / low)} times as much)"
 
 

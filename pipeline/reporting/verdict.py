@@ -118,7 +118,7 @@ def further(verdict: Verdict, saying: Saying = Saying()) -> str:  # noqa: B008
     seeds = f"{verdict.more_seeds} more seed{'s' * (verdict.more_seeds > 1)}" if verdict.more_seeds and saying.rows == "test rows" else ""
     gap = f"a difference of {100 * evidence.gap:.3g} points between `{verdict.name}` and `{evidence.open}`"
     if not rows and not seeds:
-        enough = verdict.kind != "undecided" and abs(evidence.gap - WORTH) < 1e-9
+        enough = verdict.enough and verdict.kind != "undecided" and abs(evidence.gap - WORTH) < 1e-9
         return f"These data would have shown {gap} in most cases." if enough else f"No reasonable number of rows or seeds would confirm {gap}."
     if not evidence.covers_seeds:
         also = f"{', and' if rows else ';'} {seeds} would tell whether it is the technique's" if seeds else ""

@@ -84,6 +84,8 @@ class Verdict:
     more_seeds: int | None = None
     """Seeds beyond those there are that would decide, rows as they are; None likewise. With `both`, rows and seeds together."""
     both: bool = False
+    enough: bool = False
+    """Whether the rows and seeds there are find such a gap POWER of the time."""
     below_base: tuple[str, ...] = ()
     """Trained techniques below the untouched base, by more than SLACK or told apart: no verdict on them."""
     options: tuple[Option, ...] = ()
@@ -148,8 +150,9 @@ def _with_evidence(verdict: Verdict, others: Sequence[Option], comparison: Compa
         return replace(verdict, evidence=evidence)
     difference = comparison.between(name, unsettled)
     gap = max(abs(difference.difference), slack if verdict.kind == "undecided" else WORTH)
-    more_rows, more_seeds, both = _more(difference, gap, comparison)
-    return replace(verdict, evidence=replace(evidence, gap=gap), more_rows=more_rows, more_seeds=more_seeds, both=both)
+    more = _more(difference, gap, comparison)
+    rows, seeds, both = more or (None, None, False)
+    return replace(verdict, evidence=replace(evidence, gap=gap), more_rows=rows, more_seeds=seeds, both=both, enough=more is None)
 
 
 def _same(one: Option, other: Option, comparison: Comparison) -> bool:
@@ -171,18 +174,22 @@ def _chosen(alike: Sequence[Option], base: Option | None, comparison: Comparison
     return (min(sure, key=lambda one: one.cost), "take") if sure else (alike[0], "undecided")
 
 
-def _more(difference: Difference, gap: float, comparison: Comparison) -> tuple[int | None, int | None, bool]:
-    """(rows, seeds) beyond those there are that find a gap so large POWER of the time, each alone; both together where neither does alone."""
+def _more(difference: Difference, gap: float, comparison: Comparison) -> tuple[int | None, int | None, bool] | None:
+    """(rows, seeds, both) beyond those there are that find a gap so large POWER of the time, each alone; both together where neither does alone.
+
+    None: those there are do. (None, None, False): no reasonable number does.
+    """
     from scipy.special import ndtri
 
     pairs = len(comparison.pairs) if len(comparison.means) <= FEW else 1
     allowed = (gap / float(ndtri(1 - SIGNIFICANT / pairs / 2) + ndtri(POWER))) ** 2
-    rows, seeds, per_row = comparison.rows, difference.seeds, difference.row_variance
+    rows, seeds = comparison.rows, difference.seeds
+    per_row = max(difference.row_variance, 1 / (rows + 2))  # alike on all of these rows is not alike: half a row more of each outcome (Agresti and Min, 2005)
     if difference.seed_variance is None:  # single runs: two more tell the spread over seeds, whatever it is
         return _further(per_row / allowed, rows), 2, False
     by_seed = difference.seed_variance * seeds
     if per_row / rows + by_seed / seeds <= allowed:
-        return None, None, False
+        return None
     more_rows = _further(per_row / (allowed - by_seed / seeds), rows) if by_seed / seeds < allowed else None
     more_seeds = math.ceil(by_seed / (allowed - per_row / rows)) - seeds if per_row / rows < allowed and by_seed else None
     if more_seeds is not None and more_seeds + seeds > MOST_SEEDS:
