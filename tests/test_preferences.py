@@ -43,10 +43,10 @@ def a_model(tiny: Any, noise: float = 0.0) -> Any:
     return model
 
 
-def prepared(objective: Any, model: Any, encoder: Encoder) -> list:
-    examples = [[encoder.example(e) for e in objective.examples(row, TASK, None)] for row in ROWS]
+def prepared(objective: Any, model: Any, encoder: Encoder, rows: list[dict] = ROWS) -> list:
+    examples = [[encoder.example(e) for e in objective.examples(row, TASK, None)] for row in rows]
     settings: Any = SimpleNamespace(evaluate=SimpleNamespace(batch_tokens=64))
-    context: Any = TrainingContext(None, settings, model, encoder, ROWS, CPU, torch.float32, None)  # type: ignore[arg-type]
+    context: Any = TrainingContext(None, settings, model, encoder, rows, CPU, torch.float32, None)  # type: ignore[arg-type]
     return [e for row in objective.prepared(examples, context).examples for e in row]
 
 
@@ -183,20 +183,21 @@ def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, 
 # the fast engine
 
 
-def moved(tiny: Any, encoder: Encoder, objective: Any, method: str, engine: str, *words: str, micro: int = 4096, steps: int = 4, **more: Any) -> Any:
+def moved(tiny: Any, encoder: Encoder, objective: Any, method: str, engine: str, *words: str, micro: int = 4096, steps: int = 4,
+          rows: list[dict] = ROWS, **more: Any) -> Any:
     """(the engine, its losses, weights before and after) of a training from weights that are not the reference's."""
     model = build(compose([f"method={method}", *words]).method, "method")
     torch.manual_seed(0)
     wrapped = model.wrap(a_model(tiny))
-    flat = iter(prepared(objective, wrapped, encoder))
-    rows = [[next(flat) for _ in objective.examples(row, TASK, None)] for row in ROWS]
+    flat = iter(prepared(objective, wrapped, encoder, rows))
+    examples = [[next(flat) for _ in objective.examples(row, TASK, None)] for row in rows]
     generator = torch.Generator().manual_seed(3)
     trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
     for parameter in trained.values():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     before = {n: p.detach().clone() for n, p in trained.items()}
     settings = Train(1e-3, 1, 3, micro, engine=engine, **more)
-    run = stepping.Run(wrapped, model, objective, rows, settings, 0, steps, CPU, torch.float32, encoder.pad_id)
+    run = stepping.Run(wrapped, model, objective, examples, settings, 0, steps, CPU, torch.float32, encoder.pad_id)
     way = stepping.choose(run)
     made = [way.step(step, 1.0) for step in range(steps)]
     after = {n: p.detach().clone() for n, p in trained.items()}
@@ -223,6 +224,14 @@ def test_fast_steps_have_the_loss_and_the_gradient_of_the_eager_ones(tiny, encod
     assert fast[1] == pytest.approx(eager[1], rel=1e-4) and len(set(fast[1])) > 1 and fast[2] == eager[2]
     for name, weights in eager[4].items():
         assert float((fast[4][name] - weights).norm()) <= 1e-4 * float(weights.norm()), name
+
+
+def test_a_mismatched_sequence_may_be_longer_than_all_that_are_trained_on(tiny, encoder):
+    long = "film " * 20
+    rows = [{"id": "short", "prompt": "Review:", "answer": f"{long}positive", "choices": [f"{long}positive", f"{long}negative"], "fields": {}},
+            {"id": "long", "prompt": f"Review: {long}", "answer": "positive", "choices": ["positive", "negative"], "fields": {}}]
+    eager, fast = (moved(tiny, encoder, Kto(), "lora", engine, steps=2, rows=rows) for engine in ("eager", "fast"))
+    assert fast[0].engine == "handwritten" and fast[1] == pytest.approx(eager[1], rel=1e-4)
 
 
 def test_where_two_passes_would_draw_other_masks_the_eager_loop_remains(tiny, encoder):
