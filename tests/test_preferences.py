@@ -15,6 +15,7 @@ from pipeline.core.compose import build, compose
 from pipeline.core.files import UserError, read_jsonl, write_jsonl
 from pipeline.core.settings import Precision, Task, Train
 from pipeline.data.rows import Encoder
+from pipeline.models.architecture import has_dropout
 from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.base import TrainingContext
 from pipeline.objectives.preferences import Dpo, Kto, Orpo, log1mexp
@@ -239,6 +240,10 @@ def test_where_two_passes_would_draw_other_masks_the_eager_loop_remains(tiny, en
     wet = moved(tiny, encoder, Dpo(), "lora", "fast", "method.config.lora_dropout=0.3", steps=1)
     assert dry[0].engine == "handwritten"
     assert (wet[0].engine, wet[0].reason) == ("eager", "dropout draws anew in each of the two passes that a step of this objective takes")
+    model = a_model(tiny)
+    assert not has_dropout(model)
+    model.config.attention_dropout = 0.1  # of a function, in no module
+    assert has_dropout(model)
 
 
 # against TRL

@@ -330,7 +330,7 @@ class Llama:
     def nll(self, ids: Tensor, at: Tensor, targets: Tensor, dense: bool = False, stream: Stream | None = None) -> Tensor:
         """-log p of the targets [M] fp32, forward alone and without dropout; arguments as in step."""
         x, _ = self.hidden(ids, False, stream)
-        normed, _ = self.norm.forward(x if dense else x[at])
+        normed, _ = self.norm.forward(x if dense else x[at], exact=True)
         ones, chunk = torch.ones(len(normed), device=normed.device), logits_rows(self.head.shape[0])
         parts = [slice(lo, lo + chunk) for lo in range(0, len(normed), chunk)]
         return torch.cat([ops.cross_entropy_(normed[part] @ self.head.t(), targets[part], ones[part]) for part in parts])
