@@ -36,7 +36,7 @@ DECLARED: dict[type, dict[str, str]] = {
         "optimizer_groups": "own_optimizer_groups", "after_step": "acts_between_steps", "served": "changes_when_served", "merged": "merges",
     },
     PeftAdapter: {"load": "own_load"},
-    Objective: {"loss": "own_loss", "batches": "own_batches", "rows": "own_rows", "prepared": "prepares"},
+    Objective: {"loss": "own_loss", "batches": "own_batches", "rows": "own_rows", "prepared": "prepares", "sequence_loss": "of_sequences"},
 }
 """By base class: a hook, and what its override is declared by."""
 

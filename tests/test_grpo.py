@@ -59,7 +59,7 @@ def test_a_start_is_asked_for_by_name(overrides):
         cell_run.run(cfg)
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo", "kto", "logit_distillation", "reward_model"])
+@pytest.mark.parametrize("name", ["logit_distillation", "reward_model"])
 def test_the_fast_engine_and_packs_leave_such_objectives_alone(monkeypatch, name):
     objective = build(compose([f"technique={name}"]).objective, "objective")
     assert not objective.plain

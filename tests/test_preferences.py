@@ -15,10 +15,12 @@ from pipeline.core.compose import build, compose
 from pipeline.core.files import UserError, read_jsonl, write_jsonl
 from pipeline.core.settings import Precision, Task, Train
 from pipeline.data.rows import Encoder
+from pipeline.models.architecture import has_dropout
 from pipeline.models.base import load_model, load_tokenizer
 from pipeline.objectives.base import TrainingContext
 from pipeline.objectives.preferences import Dpo, Kto, Orpo, log1mexp
 from pipeline.serving import artefact as evaluate
+from pipeline.training import stepping
 
 CPU = torch.device("cpu")
 TASK = Task("t", "choice")
@@ -42,10 +44,10 @@ def a_model(tiny: Any, noise: float = 0.0) -> Any:
     return model
 
 
-def prepared(objective: Any, model: Any, encoder: Encoder) -> list:
-    examples = [[encoder.example(e) for e in objective.examples(row, TASK, None)] for row in ROWS]
+def prepared(objective: Any, model: Any, encoder: Encoder, rows: list[dict] = ROWS) -> list:
+    examples = [[encoder.example(e) for e in objective.examples(row, TASK, None)] for row in rows]
     settings: Any = SimpleNamespace(evaluate=SimpleNamespace(batch_tokens=64))
-    context: Any = TrainingContext(None, settings, model, encoder, ROWS, CPU, torch.float32, None)  # type: ignore[arg-type]
+    context: Any = TrainingContext(None, settings, model, encoder, rows, CPU, torch.float32, None)  # type: ignore[arg-type]
     return [e for row in objective.prepared(examples, context).examples for e in row]
 
 
@@ -177,6 +179,71 @@ def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, 
     assert result.test.accuracy >= 0.95 and result.family == "preferences" and result.objective == name
     stored = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
     assert [p["prediction"] for p in evaluate.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0]] == [p["prediction"] for p in stored]
+
+
+# the fast engine
+
+
+def moved(tiny: Any, encoder: Encoder, objective: Any, method: str, engine: str, *words: str, micro: int = 4096, steps: int = 4,
+          rows: list[dict] = ROWS, **more: Any) -> Any:
+    """(the engine, its losses, weights before and after) of a training from weights that are not the reference's."""
+    model = build(compose([f"method={method}", *words]).method, "method")
+    torch.manual_seed(0)
+    wrapped = model.wrap(a_model(tiny))
+    flat = iter(prepared(objective, wrapped, encoder, rows))
+    examples = [[next(flat) for _ in objective.examples(row, TASK, None)] for row in rows]
+    generator = torch.Generator().manual_seed(3)
+    trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    settings = Train(1e-3, 1, 3, micro, engine=engine, **more)
+    run = stepping.Run(wrapped, model, objective, examples, settings, 0, steps, CPU, torch.float32, encoder.pad_id)
+    way = stepping.choose(run)
+    made = [way.step(step, 1.0) for step in range(steps)]
+    after = {n: p.detach().clone() for n, p in trained.items()}
+    way.close()
+    return way, [float(loss) for loss, *_ in made], [m[1] for m in made], before, after
+
+
+ALL = [*KINDS, Dpo(beta=0.3, wrong_choices=None)]
+"""The last as technique sft_dpo has it."""
+DORA = "method.config.use_dora=true"
+
+
+@pytest.mark.parametrize(("objective", "method", "words", "engine", "more"), [
+    *((objective, method, [], "handwritten", {}) for objective in ALL for method in ("lora", "full")),
+    *((objective, "lora", [], "handwritten", {"micro": 40}) for objective in KINDS),
+    (KINDS[2], "lora", [], "handwritten", {"padding_free": "always"}),
+    (KINDS[0], "prompt_tuning", [], "handwritten", {}),
+    (KINDS[2], "lora", [DORA], "captured", {}),
+])
+def test_fast_steps_have_the_loss_and_the_gradient_of_the_eager_ones(tiny, encoder, objective, method, words, engine, more):
+    eager = moved(tiny, encoder, objective, method, "eager", *words, **{k: v for k, v in more.items() if k != "padding_free"})
+    fast = moved(tiny, encoder, objective, method, "fast", *words, **more)
+    assert fast[0].engine == engine and fast[0].streams == ("padding_free" in more), fast[0].reason
+    assert fast[1] == pytest.approx(eager[1], rel=1e-4) and len(set(fast[1])) > 1 and fast[2] == eager[2]
+    for name, weights in eager[4].items():
+        assert float((fast[4][name] - weights).norm()) <= 1e-4 * float(weights.norm()), name
+
+
+def test_a_mismatched_sequence_may_be_longer_than_all_that_are_trained_on(tiny, encoder):
+    long = "film " * 20
+    rows = [{"id": "short", "prompt": "Review:", "answer": f"{long}positive", "choices": [f"{long}positive", f"{long}negative"], "fields": {}},
+            {"id": "long", "prompt": f"Review: {long}", "answer": "positive", "choices": ["positive", "negative"], "fields": {}}]
+    eager, fast = (moved(tiny, encoder, Kto(), "lora", engine, steps=2, rows=rows) for engine in ("eager", "fast"))
+    assert fast[0].engine == "handwritten" and fast[1] == pytest.approx(eager[1], rel=1e-4)
+
+
+def test_where_two_passes_would_draw_other_masks_the_eager_loop_remains(tiny, encoder):
+    dry = moved(tiny, encoder, Dpo(), "lora", "fast", steps=1)
+    wet = moved(tiny, encoder, Dpo(), "lora", "fast", "method.config.lora_dropout=0.3", steps=1)
+    assert dry[0].engine == "handwritten"
+    assert (wet[0].engine, wet[0].reason) == ("eager", "dropout draws anew in each of the two passes that a step of this objective takes")
+    model = a_model(tiny)
+    assert not has_dropout(model)
+    model.config.attention_dropout = 0.1  # of a function, in no module
+    assert has_dropout(model)
 
 
 # against TRL

@@ -81,11 +81,12 @@ def test_qlora_steps_fast_over_the_same_four_bits(overrides, tmp_path):
     assert [h["loss"] for h in fast.history] == pytest.approx([h["loss"] for h in eager.history], rel=1e-3)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, dora):
+@pytest.mark.parametrize(("technique", "words", "engine"), [
+    ("lora", [], "handwritten"), ("lora", ["method.config.use_dora=true"], "captured"), ("kto", [], "handwritten")])
+def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, technique, words, engine):
     from pipeline.training.stepping import Fast
 
-    more = ["technique=lora", "train.engine=fast", "train.lr=1e-2", "train.validations=3", f"method.config.use_dora={str(dora).lower()}"]
+    more = [f"technique={technique}", "train.engine=fast", "train.lr=1e-2", "train.validations=3", *words]
     whole = run(overrides, tmp_path / "whole", *more)
     step = Fast.step
 
@@ -99,7 +100,7 @@ def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides,
         run(overrides, tmp_path / "parted", *more)
     monkeypatch.setattr(Fast, "step", step)
     assert run(overrides, tmp_path / "parted", *more).history == whole.history
-    assert read(tmp_path / "parted").work.resumed
+    assert read(tmp_path / "parted").work.resumed and whole.work.engine == engine
     one, other = ((tmp_path / name / "artefact/adapter_model.safetensors").read_bytes() for name in ("whole", "parted"))
     assert one == other
 

@@ -326,6 +326,15 @@ class Llama:
             self._inputs(ids, dx)
         return loss
 
+    @torch.no_grad()
+    def nll(self, ids: Tensor, at: Tensor, targets: Tensor, dense: bool = False, stream: Stream | None = None) -> Tensor:
+        """-log p of the targets [M] fp32, forward alone and without dropout; arguments as in step."""
+        x, _ = self.hidden(ids, False, stream)
+        normed, _ = self.norm.forward(x if dense else x[at], exact=True)
+        ones, chunk = torch.ones(len(normed), device=normed.device), logits_rows(self.head.shape[0])
+        parts = [slice(lo, lo + chunk) for lo in range(0, len(normed), chunk)]
+        return torch.cat([ops.cross_entropy_(normed[part] @ self.head.t(), targets[part], ones[part]) for part in parts])
+
     def _head(self, normed: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted nll [M] fp32, gradient [M, d]) of normed states [M, d]; the logits exist a chunk at a time."""
         to = self.dhead if self.dhead is not None else self.dembedding

@@ -26,13 +26,14 @@ class Static:
 
     ids [K·rows, width] int64 (a stream's: [K, width]); at, targets [K·labels] int64; weights [K·labels] fp32. at: labelled positions in the flattened
     [K·rows, virtual + width]; where there are fewer labels, the rest is the slot's first position with weight 0. stream: where a stream's rows are.
+    nll [K·labels] fp32: -log p of the targets as `Stepper.log_p` reads them.
     """
 
     def __init__(self, shape: Shape, slots: int, virtual: int, pad_id: int, device: Any) -> None:
         self.shape, self.slots, self.virtual, self.pad_id, self.device = shape, slots, virtual, pad_id, device
         size, marks = slots * shape.tokens, slots * shape.labels
         self._whole = torch.zeros(size + 2 * marks, dtype=torch.long, device=device)
-        self.weights = torch.zeros(marks, device=device)
+        self.weights, self.nll = torch.zeros(marks, device=device), torch.zeros(marks, device=device)
         self.ids = self._whole[:size].view(-1, shape.width)
         self.at, self.targets = self._whole[size : size + marks], self._whole[size + marks :]
         self.stream: Stream | None = None
@@ -126,6 +127,10 @@ class ByHand:
         self.buffer.accumulate()
         return loss
 
+    def nll(self, static: Static) -> torch.Tensor:
+        """-log p of the targets [K·labels] fp32."""
+        return self.llama.nll(static.ids, static.at, static.targets, static.shape.dense and not self.virtual, static.stream)
+
     def release(self) -> None:
         """Give the modules their weights back (Bound.release), and free what was reserved."""
         for layer in self.llama.layers:
@@ -181,12 +186,20 @@ class ByAutograd:
         """Nothing to do."""
 
     def run(self, static: Static) -> torch.Tensor:
-        at, width = static.at, static.shape.width
-        batch = Batch(static.ids, at // width, at % width, static.targets, static.weights, 0)
         with self.autocast():
-            loss = self.objective.loss(self.model, batch)
+            loss = self.objective.loss(self.model, self._batch(static))
         loss.backward()
         return loss.detach()[None]
+
+    def nll(self, static: Static) -> torch.Tensor:
+        """-log p of the targets [labels] fp32."""
+        with torch.no_grad(), self.autocast():
+            return self.objective.nll(self.model, self._batch(static))
+
+    @staticmethod
+    def _batch(static: Static) -> Batch:
+        at, width = static.at, static.shape.width
+        return Batch(static.ids, at // width, at % width, static.targets, static.weights, 0)
 
     def release(self) -> None:
         """Drop the gradients; the parameters keep their values."""
@@ -270,9 +283,10 @@ class Stepper:
         shapes: of all steps to come.
         pad_id: token that fills rows.
         ranks: of a training on several GPUs, which sum gradients between the captured passes and the captured update; None: one GPU.
+        reads: whether `log_p` is asked for, with one slot.
     """
 
-    def __init__(self, program: ByHand | ByAutograd, shapes: Shapes, pad_id: int, device: Any, ranks: Together | None = None) -> None:
+    def __init__(self, program: ByHand | ByAutograd, shapes: Shapes, pad_id: int, device: Any, ranks: Together | None = None, reads: bool = False) -> None:
         self.program, self.shapes, self.buffer, self.ranks = program, shapes, program.buffer, ranks
         self.split = ranks is not None and self.buffer.split(ranks.rank, ranks.count)
         """Whether each rank updates a part of the numbers."""
@@ -280,7 +294,9 @@ class Stepper:
         self.loss_sum, self.loss = torch.zeros(self.slots, device=device), torch.zeros(self.slots, device=device)
         self.graphs = Graphs(device)
         self.inputs = {s.width: Static(s, self.slots, program.virtual, pad_id, device) for s in shapes.all()}
+        self.reads = reads
         self._replay: dict[int, Callable[[], None]] = {}
+        self._read: dict[int, Callable[[], None]] = {}
         self._update: Callable[[], None] | None = None
         self._norms: Callable[[], None] = self.buffer.norms
 
@@ -302,6 +318,8 @@ class Stepper:
             self._clear_gradients()
             self.loss_sum.zero_()
             self._replay[width] = self.graphs.capture(functools.partial(self._forward_backward, static))
+            if self.reads:
+                self._read[width] = self.graphs.capture(functools.partial(self._forward, static))
             if firsts:
                 self._compare(width)
         self.program.check()
@@ -325,6 +343,12 @@ class Stepper:
         for what, (uncaptured, first, second) in zip(("loss", "gradient's norm"), zip(*runs, strict=True), strict=True):
             if not abs(first - uncaptured) <= max(APART * abs(uncaptured), 4 * abs(second - first)):  # NaN, too
                 raise RuntimeError(f"at width {width} its {what} was {first:.4g}, and {uncaptured:.4g} uncaptured")
+        if self.reads:
+            self._read[width]()
+            static, stepped = self.inputs[width], runs[-1][0]
+            read = float(static.nll @ static.weights)
+            if not abs(read - stepped) <= APART * max(1.0, abs(stepped)):  # nats, by other kernels
+                raise RuntimeError(f"at width {width} the loss of the pass before a step was {read:.4g}, and {stepped:.4g} in the step")
 
     def _outcome(self) -> tuple[float, float]:
         """(loss, norm of the gradient) since both were cleared, all slots together."""
@@ -355,6 +379,18 @@ class Stepper:
             self.ranks.gather_(self.buffer.compute[0])
         return self.loss.clone(), real, padding
 
+    def log_p(self, examples: Sequence[Encoded]) -> list[float]:
+        """Log-probability of each example's labelled tokens, their sum, nats, under the weights as they are; waits for the device."""
+        sums: dict[int, float] = {}
+        for micro in self.shapes.micro_batches([examples]):
+            static, (part, _) = self.inputs[micro.shape.width], micro.parts[0]
+            static.fill(micro)
+            self._read[micro.shape.width]()
+            ends = list(itertools.accumulate(map(labels, part), initial=0))
+            nll = static.nll.cpu().double()
+            sums |= {id(example): -float(nll[lo:hi].sum()) for example, lo, hi in zip(part, ends, ends[1:], strict=False)}
+        return [sums[id(example)] for example in examples]
+
     def _sum(self, ranks: Together) -> None:
         """Gradients and loss over the ranks; where they are split, of the former each rank its part, and their norm."""
         if self.split:
@@ -374,12 +410,16 @@ class Stepper:
     def close(self) -> None:
         """Free the graphs; parameters keep their values."""
         self._replay.clear()
+        self._read.clear()
         self._update = None
         self.graphs.close()
 
     def _forward_backward(self, static: Static) -> None:
         loss = self.program.run(static)
         self.loss_sum.add_(loss.view(self.slots, -1).sum(1))
+
+    def _forward(self, static: Static) -> None:
+        static.nll.copy_(self.program.nll(static))
 
     def _finish(self) -> None:
         if not self.split:

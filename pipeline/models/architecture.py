@@ -46,6 +46,14 @@ def has_encoder(model: Any) -> bool:
     return of(model) is ENCODER_DECODER
 
 
+def has_dropout(model: Any) -> bool:
+    """Whether a pass in training mode leaves out numbers that it draws: by a module, or by what the model's or an adapter's config says of a function."""
+    configs = [model.config.get_text_config(), *(getattr(model, "peft_config", None) or {}).values()]
+    said = {key: value for config in configs for key, value in vars(config).items() if "drop" in key and not key.startswith(("classifier", "summary"))}
+    modules = [m.p for m in model.modules() if "Dropout" in type(m).__name__ and hasattr(m, "p")]
+    return any(isinstance(share, float) and share > 0 for share in (*said.values(), *modules))
+
+
 def start_id(model: Any) -> int | None:
     """The token that a decoder behind an encoder begins with, as generation takes it; None: a decoder alone."""
     if not has_encoder(model):

@@ -150,6 +150,8 @@ class Objective:
     """`loss` is not the weighted cross-entropy."""
     own_batches: ClassVar[bool] = False
     """`batches` does not make batches of single rows."""
+    of_sequences: ClassVar[bool] = False
+    """`loss` is a function of the log-probabilities of a step's examples alone (`sequence_loss`), so that its gradient is that of a weighted cross-entropy."""
     own_rows: ClassVar[bool] = False
     """`rows` gives other rows than the task's, or fewer."""
     prepares: ClassVar[bool] = False
@@ -183,6 +185,11 @@ class Objective:
     def plain(self) -> bool:
         """Whether it is only a weighted cross-entropy of its examples' tokens, which the hand-written step and packs compute."""
         return not self.own_loss and not self.own_batches
+
+    @property
+    def stepped(self) -> Objective:
+        """The objective that an engine's step is made for: a cross-entropy, where it has this one's gradient."""
+        return Objective() if self.of_sequences else self
 
     @property
     def own_part(self) -> str | None:
@@ -241,14 +248,28 @@ class Objective:
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Scalar: sum over labelled positions of weight · cross-entropy, in fp32."""
-        import torch.nn.functional as F
-
         from pipeline.engine.ops import WeightedNll
 
-        logits = logits_of(model, batch)
-        if logits.device.type == "cpu":  # fewer passes over the logits
-            return WeightedNll.apply(logits, batch.targets, batch.weights)
-        return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
+        if batch.input_ids.device.type == "cpu":  # fewer passes over the logits
+            return WeightedNll.apply(logits_of(model, batch), batch.targets, batch.weights)
+        return (self.nll(model, batch) * batch.weights).sum()
+
+    def nll(self, model: Any, batch: Batch) -> torch.Tensor:
+        """[N]: -log p of a batch's targets, fp32."""
+        import torch.nn.functional as F
+
+        return F.cross_entropy(logits_of(model, batch), batch.targets, reduction="none")
+
+    def sequence_loss(self, log_p: torch.Tensor, examples: Sequence[Encoded], beside: torch.Tensor) -> torch.Tensor:
+        """The loss of a whole step, scalar, where it is `of_sequences`.
+
+        log_p [B]: log-probability of every example's labelled tokens, their sum, nats; beside: the same of `beside`'s, without a gradient.
+        """
+        raise NotImplementedError(f"{self.name} is no function of log-probabilities")
+
+    def beside(self, examples: Sequence[Encoded]) -> list[Encoded]:
+        """Sequences that the loss of a step's examples looks at besides them."""
+        return []
 
     def hyperparameters(self) -> dict[str, Any]:
         """What to show in the table and in MLflow."""

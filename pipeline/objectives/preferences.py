@@ -42,17 +42,38 @@ class WithReference(Encoded):
     mismatched: WithReference | None = None
 
 
-@dataclass
-class Pairs(Batch):
-    """Sequences in turn chosen and rejected: [B, T], B even. reference [B]: log-probabilities, nats; share: one over the step's pairs, [1]."""
+@dataclass(frozen=True)
+class Facts:
+    """What a loss of preferences reads of sequences, in turn chosen and rejected, besides their log-probabilities. reference [B]: log-probabilities, nats;
+    lengths [B]: labelled tokens; weights [B]: of each of them in a cross-entropy; share: one over the step's pairs, [1]."""
 
     reference: torch.Tensor
+    lengths: torch.Tensor
+    weights: torch.Tensor
     share: torch.Tensor
+
+    @classmethod
+    def of(cls, examples: Sequence[Encoded], tokens: int, pairs: int) -> Facts:
+        """tokens: of the chosen answers of the whole step; pairs: how many it has."""
+        import torch
+
+        lengths = torch.tensor([len(e.ids) - e.start for e in examples])
+        return cls(references(examples), lengths, torch.tensor([e.weight / tokens for e in examples]), torch.tensor([1 / pairs]))
+
+    def to(self, device: Any) -> Facts:
+        return Facts(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass
+class Pairs(Batch):
+    """Sequences in turn chosen and rejected: [B, T], B even."""
+
+    facts: Facts
     point: ReferencePoint
 
 
 class ReferencePoint:
-    """KTO's z0: how far the model is from the reference on a step's mismatched sequences, computed once a step."""
+    """KTO's z0 of a step, computed once from its mismatched sequences."""
 
     def __init__(self, batches: Sequence[Pairs]) -> None:
         self.batches = batches
@@ -62,15 +83,27 @@ class ReferencePoint:
         """Itself; its batches move when they are used."""
         return self
 
-    def of(self, model: Any, device: Any) -> torch.Tensor:
-        """max(0, mean of log π - log π_ref), no gradient. Scalar."""
+    def of(self, model: Any, device: Any) -> torch.Tensor | None:
+        """[1], no gradient; None: there are no such sequences."""
         import torch
 
-        if self.value is None:
+        if self.value is None and self.batches:
             with torch.no_grad():
                 batches = [batch.to(device) for batch in self.batches]
-                self.value = torch.cat([log_probabilities(model, b) - b.reference for b in batches]).mean().clamp(min=0)
+                self.value = drift(torch.cat([log_probabilities(model, b) for b in batches]), torch.cat([b.facts.reference for b in batches]))
         return self.value
+
+
+def drift(log_p: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """max(0, mean of log π - log π_ref) of sequences [B]. Scalar."""
+    return (log_p - reference).mean().clamp(min=0)
+
+
+def references(examples: Sequence[Encoded]) -> torch.Tensor:
+    """[B]: their log-probabilities under the reference, nats; 0 where there is none."""
+    import torch
+
+    return torch.tensor([getattr(e, "reference", 0.0) for e in examples])
 
 
 def log_probabilities(model: Any, batch: Batch) -> torch.Tensor:
@@ -125,28 +158,25 @@ class Preference(Objective):
         return [label, *(dataclasses.replace(label, prompt=asked, answer=answer, group=REJECTED, weight=0.0) for answer in wrong)]
 
     def batches(self, examples: Sequence[Encoded], settings: Train, pad_id: int) -> Iterator[Batch]:
-        pairs = list(zip(examples[::2], examples[1::2], strict=True))
-        counts = {CHOSEN: sum(len(e.ids) - e.start for e, _ in pairs), REJECTED: 1}
-        point = ReferencePoint([_batch([m for m in (e.mismatched for e in part) if m], counts, len(pairs), ReferencePoint([]), pad_id)
-                                for part in _parts(examples, settings) if getattr(part[0], "mismatched", None)])
+        pairs, tokens = list(zip(examples[::2], examples[1::2], strict=True)), chosen_tokens(examples)
+        beside = self.beside(examples)
+        parts = by_length([e.tokens for e in beside], settings.micro_batch_tokens)
+        point = ReferencePoint([_batch([beside[i] for i in part], tokens, len(pairs), ReferencePoint([]), pad_id) for part in parts])
         for indices in by_length([2 * max(a.tokens, b.tokens) for a, b in pairs], settings.micro_batch_tokens):
-            yield _batch([e for i in indices for e in pairs[i]], counts, len(pairs), point, pad_id)
+            yield _batch([e for i in indices for e in pairs[i]], tokens, len(pairs), point, pad_id)
 
     def hyperparameters(self) -> dict[str, Any]:
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: v for k, v in shown.items() if v is not None and not (k == "wrong_choices" and self.pairs)}
 
 
-def _parts(examples: Sequence[Any], settings: Train) -> Iterator[list[Any]]:
-    for part in by_length([e.tokens for e in examples], settings.micro_batch_tokens):
-        yield [examples[i] for i in part]
+def chosen_tokens(examples: Sequence[Encoded]) -> int:
+    """Labelled tokens of the chosen ones of pairs."""
+    return sum(len(e.ids) - e.start for e in examples[::2])
 
 
-def _batch(examples: Sequence[Any], counts: dict[str, int], pairs: int, point: ReferencePoint, pad_id: int) -> Pairs:
-    import torch
-
-    reference = torch.tensor([getattr(e, "reference", 0.0) for e in examples])
-    return Pairs(**vars(collate(examples, counts, pad_id)), reference=reference, share=torch.tensor([1 / pairs]), point=point)
+def _batch(examples: Sequence[Encoded], tokens: int, pairs: int, point: ReferencePoint, pad_id: int) -> Pairs:
+    return Pairs(**vars(collate(examples, {CHOSEN: tokens, REJECTED: 1}, pad_id)), facts=Facts.of(examples, tokens, pairs), point=point)
 
 
 def _read_pairs(path: Path, singles: bool) -> list[dict]:
@@ -194,10 +224,30 @@ def with_reference(examples: Sequence[Sequence[Encoded]], context: TrainingConte
 
 
 @dataclass(frozen=True)
-class Dpo(Preference):
-    """Direct preference optimisation (Rafailov et al., 2023, equation 7): -log σ(β · (Δ chosen - Δ rejected)), Δ = log π - log π_ref."""
+class Likelihoods(Preference):
+    """A loss of the log-probabilities of a step's sequences."""
 
     own_loss = True
+    of_sequences = True
+
+    def loss_of(self, log_p: torch.Tensor, facts: Facts, point: torch.Tensor | None) -> torch.Tensor:
+        """Of log-probabilities [B], a scalar. point: KTO's z0."""
+        raise NotImplementedError
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        assert isinstance(batch, Pairs)
+        point = batch.point.of(model, batch.input_ids.device)
+        return self.loss_of(log_probabilities(model, batch), batch.facts, point)
+
+    def sequence_loss(self, log_p: torch.Tensor, examples: Sequence[Encoded], beside: torch.Tensor) -> torch.Tensor:
+        point = drift(beside, references(self.beside(examples))) if len(beside) else None
+        return self.loss_of(log_p, Facts.of(examples, chosen_tokens(examples), len(examples) // 2), point)
+
+
+@dataclass(frozen=True)
+class Dpo(Likelihoods):
+    """Direct preference optimisation (Rafailov et al., 2023, equation 7): -log σ(β · (Δ chosen - Δ rejected)), Δ = log π - log π_ref."""
+
     prepares = True
 
     beta: Positive = 0.1
@@ -205,36 +255,29 @@ class Dpo(Preference):
     def prepared(self, examples: list[list[Encoded]], context: TrainingContext) -> PreparedExamples:
         return PreparedExamples(with_reference(examples, context))
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def loss_of(self, log_p: torch.Tensor, facts: Facts, point: torch.Tensor | None) -> torch.Tensor:
         import torch.nn.functional as F
 
-        assert isinstance(batch, Pairs)
-        delta = log_probabilities(model, batch) - batch.reference
-        return -(F.logsigmoid(self.beta * (delta[::2] - delta[1::2])) * batch.share).sum()
+        delta = log_p - facts.reference
+        return -(F.logsigmoid(self.beta * (delta[::2] - delta[1::2])) * facts.share).sum()
 
 
 @dataclass(frozen=True)
-class Orpo(Preference):
+class Orpo(Likelihoods):
     """Odds-ratio preference optimisation (Hong et al., 2024): cross-entropy of the chosen answer, and
     -weight · log σ(log odds(chosen) - log odds(rejected)), odds of a sequence's mean token probability (geometric). It needs no reference.
 
     The cross-entropy is the answer's, as in the paper; TRL's trainer includes the prompt's tokens.
     """
 
-    own_loss = True
-
     weight: Positive = 0.1
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        import torch
+    def loss_of(self, log_p: torch.Tensor, facts: Facts, point: torch.Tensor | None) -> torch.Tensor:
         import torch.nn.functional as F
 
-        assert isinstance(batch, Pairs)
-        tokens = torch.bincount(batch.rows, minlength=len(batch.input_ids))
-        nats = -F.cross_entropy(logits_of(model, batch), batch.targets, reduction="none")
-        mean = torch.zeros(len(tokens), device=nats.device).index_add(0, batch.rows, nats) / tokens
+        mean = log_p / facts.lengths
         odds = mean - log1mexp(mean)
-        return -(nats * batch.weights).sum() - (self.weight * F.logsigmoid(odds[::2] - odds[1::2]) * batch.share).sum()
+        return -(log_p * facts.weights).sum() - (self.weight * F.logsigmoid(odds[::2] - odds[1::2]) * facts.share).sum()
 
 
 def log1mexp(x: torch.Tensor) -> torch.Tensor:
@@ -248,13 +291,12 @@ def log1mexp(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Kto(Preference):
+class Kto(Likelihoods):
     """Kahneman-Tversky optimisation (Ethayarajh et al., 2024): 1 - σ(β · (Δ - z0)) of a desirable answer, 1 - σ(β · (z0 - Δ))
     of an undesirable one, Δ = log π - log π_ref, a mean over both. z0 is the mean Δ, at least 0 and without a gradient, of the step's prompts
     with other rows' answers, paired once before training (TRL pairs them within a batch of its data set).
     """
 
-    own_loss = True
     prepares = True
     takes_singles = True
 
@@ -268,15 +310,17 @@ class Kto(Preference):
         both = zip(with_reference(examples, context), with_reference(mismatched, context), strict=True)
         return PreparedExamples([[dataclasses.replace(e, mismatched=m) for e, m in zip(*rows, strict=True)] for rows in both])
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def beside(self, examples: Sequence[Encoded]) -> list[Encoded]:
+        return [e.mismatched for e in examples if isinstance(e, WithReference) and e.mismatched]
+
+    def loss_of(self, log_p: torch.Tensor, facts: Facts, point: torch.Tensor | None) -> torch.Tensor:
         import torch
 
-        assert isinstance(batch, Pairs)
-        z0 = batch.point.of(model, batch.input_ids.device)
-        delta = log_probabilities(model, batch) - batch.reference
-        desirable = self.desirable_weight * (1 - torch.sigmoid(self.beta * (delta[::2] - z0)))
-        undesirable = self.undesirable_weight * (1 - torch.sigmoid(self.beta * (z0 - delta[1::2])))
-        return ((desirable + undesirable) * batch.share).sum() / 2
+        assert point is not None
+        delta = log_p - facts.reference
+        desirable = self.desirable_weight * (1 - torch.sigmoid(self.beta * (delta[::2] - point)))
+        undesirable = self.undesirable_weight * (1 - torch.sigmoid(self.beta * (point - delta[1::2])))
+        return ((desirable + undesirable) * facts.share).sum() / 2
 
 
 def _with_answer_of(other: Encoded, example: Encoded) -> Encoded:

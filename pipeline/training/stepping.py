@@ -54,6 +54,12 @@ class Run:
         """This rank's part of them."""
         return self.ranks.share(self.step_examples(step))
 
+    def passed(self, step: int) -> list[list[Encoded]]:
+        """What goes through the model in a step: this rank's part, and what the loss looks at besides, if it does."""
+        share = self.share(step)
+        beside = self.objective.beside(share)
+        return [share, beside] if beside else [share]
+
     def batches(self, step: int) -> Iterator[Batch]:
         """The micro-batches of its part; the losses of all ranks' sum to the step's loss."""
         examples = self.step_examples(step)
@@ -208,17 +214,19 @@ class Fast:
         from pipeline.engine.parts import Unsupported
         from pipeline.engine.steps import ByAutograd, ByHand, Stepper
 
-        settings, objective = run.settings, run.objective
+        settings, stepped = run.settings, run.objective.stepped
         if not run.total:
             raise Unsupported("there is nothing to train")
         if run.method.acts_between_steps:
             raise Unsupported("the method acts between steps")
         if settings.checkpointing:
             raise Unsupported("activations are checkpointed")
-        if objective.own_batches:
+        if stepped.own_batches:
             raise Unsupported("the objective makes batches of its own")
         if architecture.has_encoder(run.model):
             raise Unsupported("an encoder reads the prompt")
+        if run.objective.of_sequences and architecture.has_dropout(run.model):
+            raise Unsupported("dropout draws anew in each of the two passes that a step of this objective takes")
         self.run = run
         self.notes: list[str] = []
         self.engine = "handwritten"
@@ -226,7 +234,7 @@ class Fast:
         buckets, streams = _shapes(run)
         groups = run.method.optimizer_groups(run.model, settings.learning_rate)
         try:
-            if not objective.plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.learning_rate:
+            if not stepped.plain or len(groups) != 1 or set(groups[0]) - {"params", "lr"} or groups[0]["lr"] != settings.learning_rate:
                 raise Unsupported("its loss or optimiser is its own")
             if run.method.corrects_gradients:
                 raise Unsupported("the method corrects its gradients")
@@ -236,11 +244,11 @@ class Fast:
             bound.serve(run.model)
             program: Any = ByHand(bound)
         except Unsupported as reason:
-            program, shapes = ByAutograd(run.model, objective, groups, settings.learning_rate, run.device, run.dtype), buckets
+            program, shapes = ByAutograd(run.model, stepped, groups, settings.learning_rate, run.device, run.dtype), buckets
             self.engine, self.reason = "captured", str(reason)
         program.buffer.weight_decay.fill_(settings.weight_decay)
         program.buffer.max_norm.fill_(settings.max_grad_norm)
-        self.stepper = Stepper(program, shapes, run.pad_id, run.device, run.ranks if run.ranks.count > 1 else None)
+        self.stepper = Stepper(program, shapes, run.pad_id, run.device, run.ranks if run.ranks.count > 1 else None, run.objective.of_sequences)
         self.program = program
         self.widths: list[int] | None = sorted(self.stepper.inputs)
         self.streams = shapes is streams
@@ -253,16 +261,41 @@ class Fast:
             return
         firsts: dict[int, Micro] = {}
         for step in range(self.run.total):
-            for micro in self.stepper.shapes.micro_batches([self.run.share(step)], [self.run.step_examples(step)]):
+            for micro in self._micro_batches(step):
                 firsts.setdefault(micro.shape.width, micro)
             if len(firsts) == len(self.stepper.inputs):
                 break
         self.stepper.warm(firsts)
 
+    def _micro_batches(self, step: int) -> Iterator[Micro]:
+        """Those of a step whose weights, if they are not known before it, are alike."""
+        run, shapes = self.run, self.stepper.shapes
+        if not run.objective.of_sequences:
+            yield from shapes.micro_batches([run.share(step)], [run.step_examples(step)])
+            return
+        for part in run.passed(step):
+            yield from shapes.micro_batches([[Encoded(e.ids, e.start) for e in part]])
+
     def step(self, step: int, factor: float) -> tuple[Any, int, int]:
         examples, rate = self.run.step_examples(step), self.run.settings.learning_rate * factor
+        own = None
+        if self.run.objective.of_sequences:
+            own, examples = self._by_cross_entropy(examples)
         loss, tokens, padding = self.stepper.step([self.run.ranks.share(examples)], [rate], [examples])
-        return loss[0], tokens, padding
+        return loss[0] if own is None else own, tokens, padding
+
+    def _by_cross_entropy(self, examples: Sequence[Encoded]) -> tuple[Any, list[Encoded]]:
+        """(the objective's loss of a step, its examples so weighted that their cross-entropy has the gradient of that loss): dL/dθ is the sum over
+        sequences of dL/d log p · d log p/dθ, and the first factor is a number."""
+        import torch
+
+        objective = self.run.objective
+        beside = objective.beside(examples)
+        log_p, looked_at = (torch.tensor(self.stepper.log_p(part), dtype=torch.float64) for part in (examples, beside))
+        loss = objective.sequence_loss(log_p.requires_grad_(), examples, looked_at)
+        (slopes,) = torch.autograd.grad(loss, log_p)
+        tokens = sum(len(e.ids) - e.start for e in examples)
+        return loss.detach(), [Encoded(e.ids, e.start, weight=-slope * tokens) for e, slope in zip(examples, slopes.tolist(), strict=True)]
 
     def gather(self) -> None:
         self.stepper.gather()
@@ -297,8 +330,8 @@ def _shapes(run: Run) -> tuple[Shapes, Streams | None]:
     has_kernel = run.device.type == "cuda" and run.dtype == torch.bfloat16
     streamable = not soft and (has_kernel or (settings.padding_free == "always" and run.device.type != "cuda"))
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-    shares = [run.share(step) for step in range(run.total)]
-    return shapes_of_run(shares, settings, [[step] for step in range(run.total)], run.total, streamable, layers, parameters(model)[1])
+    parts = [part for step in range(run.total) for part in run.passed(step)]
+    return shapes_of_run(parts, settings, [[number] for number in range(len(parts))], run.total, streamable, layers, parameters(model)[1])
 
 
 def checkpoint_activations(model: Any) -> None:
