@@ -270,12 +270,63 @@ def messy(tmp_path: Path) -> str:
 def test_labels_are_made_one_and_missing_ones_left_out(place, capsys):
     path = Path(messy(place)).name
     assert try_file.main([path, *FEW, "--plan"]) == 2
-    assert "2 rows without a value in 'label' (row 3, 4)" in capsys.readouterr().err
+    assert "2 rows without a value in 'label' (row 3, 4, written 'N/A')" in capsys.readouterr().err
     assert try_file.main([path, *FEW, "--plan", "--missing", "drop"]) == 2
     assert "spells 1 labels in several ways" in capsys.readouterr().err and not (place / "experiments/messy.yaml").exists()
     assert try_file.main([path, *FEW, "--plan", "--missing", "drop", "--normalise"]) == 0 and prepare.main(["experiments=messy"]) == 0
     answers = {json.loads(line)["answer"] for line in (place / "data/messy/train.jsonl").read_text().splitlines()}
     assert answers == {"positive", "negative"}
+
+
+def test_a_label_that_is_called_none_is_kept_where_that_is_said(place, capsys):
+    rows = [{**row, "label": ("none", row["label"], "")[n % 3]} for n, row in enumerate(ROWS)]
+    write(place / "stance.csv", csv_text(rows))
+    assert try_file.main(["stance.csv", *FEW, "--plan"]) == 2 and "where 'none' is an answer: --missing keep" in capsys.readouterr().err
+    assert try_file.main(["stance.csv", *FEW, "--plan", "--missing", "keep"]) == 0 and "30 rows without an answer are left out" in capsys.readouterr().out
+    assert prepare.main(["experiments=stance"]) == 0
+    prepared = [json.loads(line) for split in ("train", "validation", "test") for line in (place / f"data/stance/{split}.jsonl").read_text().splitlines()]
+    assert {row["answer"] for row in prepared} == {"none", "positive", "negative"} and len(prepared) <= 60
+
+
+def test_a_metric_is_asked_for_and_one_that_is_none_is_one_sentence(place, capsys, monkeypatch):
+    """By name, in a file and in a module of the folder that one is in, which the console script has not on its path."""
+    import sys
+
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(place))])
+    write(place / "reviews.csv", csv_text())
+    write(place / "measures_17.py", "def shorter(said, answer, row):\n    return float(len(said) <= len(answer))\n")
+    for metric in ("macro_f1", "measures_17:shorter", "measures_17.py:shorter"):
+        assert try_file.main(["reviews.csv", *FEW, "--plan", "--metric", metric]) == 0, capsys.readouterr().err
+        assert yaml.safe_load((place / "experiments/reviews.yaml").read_text())["task"]["metric"] == metric
+    for metric, said in (("acuracy", "did you mean 'accuracy'"), ("rouge_l", "needs task.scoring=generate"), ("measures_17:longer", "has no function 'longer'"),
+                         ("nowhere_17:f", "cannot be imported")):
+        capsys.readouterr()
+        assert try_file.main(["reviews.csv", *FEW, "--plan", "--name", "other", "--metric", metric]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1 and not (place / "experiments/other.yaml").exists()
+
+
+def test_an_experiment_that_is_written_is_planned_and_takes_no_other_settings(place, capsys):
+    write(place / "reviews.csv", csv_text())
+    assert try_file.main(["reviews.csv", *FEW, "--plan"]) == 0
+    before, _ = project.file_of("reviews").read_text(), capsys.readouterr()
+    assert try_file.main(["reviews", "--rows", "40"]) == 2
+    error = capsys.readouterr().err
+    assert "edit experiments/reviews.yaml" in error and "more reviews" in error and project.file_of("reviews").read_text() == before
+    assert try_file.main(["reviews", "--plan"]) == 0
+    assert "lora" in capsys.readouterr().out and not (place / "results").exists()
+
+
+def test_stages_that_were_written_by_hand_stay(place):
+    known = {"experiment": "mine", "task": "mine", "model": "smollm2_135m", "teacher": "none", "synthetic": None,
+             "grid": {"techniques": ["lora"], "seeds": [0], "train_rows": [16]}}
+    project.stages("mine", known, "mine.csv", None)
+    made = (place / "experiments/mine/dvc.yaml").read_text()
+    project.stages("mine", known, "other.csv", None)
+    assert (place / "experiments/mine/dvc.yaml").read_text() == made.replace("mine.csv", "other.csv")
+    write(place / "experiments/mine/params.yaml", "experiment: mine\n")
+    project.stages("mine", known, "mine.csv", None)
+    assert "other.csv" in (place / "experiments/mine/dvc.yaml").read_text() and (place / "experiments/mine/params.yaml").read_text() == "experiment: mine\n"
 
 
 # bad input, one sentence each

@@ -14,22 +14,32 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline.core.arguments import typed
 from pipeline.core.commands import call
 from pipeline.core.compose import compose, plain
 from pipeline.core.files import UserError, read_object
-from pipeline.forecasting.whole import need, whole
+from pipeline.core.settings import Task
+from pipeline.forecasting.whole import Machine, Whole, need, whole
 from pipeline.intake import look as looking
 from pipeline.intake import planning, project, running
 from pipeline.intake.known_models import known_config
 from pipeline.intake.look import Look
 from pipeline.intake.project import ModelChoice
+from pipeline.scoring import per_row
 
 
-def run(args: argparse.Namespace) -> int:
-    """The command: 0 once the answer is there, 130 where it was interrupted (what is done is kept)."""
+GOING_ON = ("hours", "json", "plan", "yes")
+"""What an experiment that is written already takes; all else stands in its file."""
+
+
+def run(args: argparse.Namespace, given: Sequence[str]) -> int:
+    """The command: 0 once the answer is there, 130 where it was interrupted (what is done is kept). given: the arguments that are not at their default."""
     path = project.file_of(args.data) if "/" not in args.data and "." not in args.data else None
     if path is not None and path.exists() and not Path(args.data).exists():
-        return go(args.data, args)
+        if wrong := next((name.replace("_", "-") for name in given if name not in GOING_ON), None):
+            raise UserError(f"--{wrong} is for a file of rows, and {args.data} is an experiment that is written already: edit {shown(path)}, or change its "
+                            f"numbers with {typed()} more {args.data}")
+        return go(args.data, args, args.plan)
     name = start(args)
     return 0 if args.plan or args.card else go(name, args)
 
@@ -40,11 +50,11 @@ def start(args: argparse.Namespace) -> str:
     text = tuple(part.strip() for part in (args.text or "").split(",") if part.strip())
     prompt = args.prompt.replace("\\n", "\n") if args.prompt else None
     seen = looking.look(args.data, text, args.label, prompt, args.normalise, args.missing, args.encoding, args.separator)
-    if args.name:
-        seen = dataclasses.replace(seen, name=looking.name_of(args.name))
+    seen = dataclasses.replace(seen, name=looking.name_of(args.name) if args.name else seen.name, metric=args.metric)
     say("\n".join(looking.lines(seen)))
     looking.check(seen)
     check_prompt(seen)
+    check_metric(seen)
     model = project.model_choice(args.model)
     card = planning.card_of(args.card)
     techniques = [t.strip() for t in args.techniques.split(",") if t.strip()] if args.techniques else None
@@ -76,6 +86,14 @@ def check_prompt(seen: Look) -> None:
         raise UserError(f"--prompt names {seen.label!r}, which holds the answer; take it out, or name another column with --label")
 
 
+def check_metric(seen: Look) -> None:
+    """Raise UserError where --metric names none that such answers have, or a function that cannot be had."""
+    keys = project.task_keys(seen, False)
+    task = Task(seen.name, keys["scoring"], keys["metric"])
+    task.check()
+    per_row.of(task)
+
+
 def files_of(model: ModelChoice) -> tuple[Path | None, Path | None]:
     """(the folder with a model's tokenizer, its config.json): as prepared, or where the user has it; None for what is not here."""
     for folder in (Path("models") / model.name, Path(model.source.get("path", ""))):
@@ -90,12 +108,17 @@ def show_plan(plan: planning.Plan, model: ModelChoice, say: Callable[[Any], None
     card = plan.machine.card
     say(f"plan for {planning.words_of(card)}, {model.name}: {plan.rows} rows to train on, {plan.test_rows} to test "
         f"on, {plan.epochs:g} epoch{'s' if plan.epochs != 1 else ''}; {total} of {plan.hours * 60:.0f} min")
-    say(running.grid(["technique", "training", "scoring", "together", "memory", ""], planning.table(plan)))
-    say(f"times: {plan.machine.basis}, within a factor of two; memory: forecast")
+    show_costs(plan.cells, plan.left_out, plan.machine, say)
     for reason, names in plan.unknown.items():
         say(f"note: no forecast of memory for {', '.join(names)} ({reason})")
     for note in plan.notes:
         say(f"note: {note}")
+
+
+def show_costs(cells: Sequence[Whole], left_out: Sequence[Whole], machine: Machine, say: Callable[[Any], None]) -> None:
+    """Print a line a technique, and what its figures rest on."""
+    say(running.grid(["technique", "training", "scoring", "together", "memory", ""], planning.table(cells, left_out)))
+    say(f"times: {machine.basis}, within a factor of two; memory: forecast")
 
 
 def shown(path: Path) -> str:
@@ -119,8 +142,8 @@ def make_console() -> Any:
     return console if console.is_terminal else Console(width=400)
 
 
-def go(name: str, args: argparse.Namespace) -> int:
-    """Prepare what is missing, run what is not done, answer."""
+def go(name: str, args: argparse.Namespace, plan: bool = False) -> int:
+    """Prepare what is missing, run what is not done, answer. plan: say what it takes in the place of running it."""
     from pipeline.cell import grid
     from pipeline.intake import answering
 
@@ -131,6 +154,10 @@ def go(name: str, args: argparse.Namespace) -> int:
     cells = [grid.compose_cell([*words, "train.progress=false"]) for words in grid.grid_overrides(overrides)]
     source = plain(cfg)["task"]["source"]
     project.stages(name, known, source.get("path"), (plain(cfg)["model"].get("source") or {}).get("path"))
+    if plan:
+        machine = planning.machine_of(planning.card_of(None))
+        show_costs(list(costs_of(cells, cfg, machine).values()), (), machine, _say(args))
+        return 0
     code, watch = compare(cells, cfg, args)
     return answering.answer(name, cfg, watch, code, args)
 
@@ -143,7 +170,7 @@ def compare(cells: Sequence[DictConfig], cfg: DictConfig, args: argparse.Namespa
     console.quiet = args.json
     budget = plain(cfg).get("budget") or {}
     hours = args.hours or budget.get("hours")
-    costs = costs_of(cells, cfg)
+    costs = costs_of(cells, cfg, planning.machine_of(planning.card_of(None)))
     log = Path(cfg.paths.work) / "logs" / f"{cfg.experiment}.log"
     watch = running.Watch(cells, costs, log, console, hours and hours * 3600)
     code = 0
@@ -155,10 +182,9 @@ def compare(cells: Sequence[DictConfig], cfg: DictConfig, args: argparse.Namespa
     return code, watch
 
 
-def costs_of(cells: Sequence[DictConfig], cfg: DictConfig) -> dict[str, Any]:
+def costs_of(cells: Sequence[DictConfig], cfg: DictConfig, machine: Machine) -> dict[str, Whole]:
     """What each technique takes by the plan, from the prepared rows."""
     folder = Path(cfg.paths.models) / cfg.model.name
-    machine = planning.machine_of(planning.card_of(None))
     costs = {}
     for cell in cells:
         if cell.technique.name not in costs:

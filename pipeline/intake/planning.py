@@ -286,12 +286,12 @@ def work_of(cfg: DictConfig, folder: Path) -> Work:
                 len(train), validation, len(test), cfg.train.epochs, max(map(len, listed)))
 
 
-def table(plan: Plan) -> list[list[str]]:
+def table(cells: Sequence[Whole], left_out: Sequence[Whole]) -> list[list[str]]:
     """[technique, training, scoring, together, memory, remark] a cell, for people."""
     lines = []
-    for cell in plan.cells:
+    for cell in cells:
         lines.append([cell.technique, *(duration(t) for t in (cell.train_s, cell.score_s, cell.total_s)), size(cell), ""])
-    return lines + [[cell.technique, "", "", duration(cell.total_s), size(cell), f"left out: {cell.reason}"] for cell in plan.left_out]
+    return lines + [[cell.technique, "", "", duration(cell.total_s), size(cell), f"left out: {cell.reason}"] for cell in left_out]
 
 
 def duration(seconds: float | None) -> str:

@@ -108,16 +108,17 @@ def task_keys(seen: Look, chat: bool) -> dict[str, Any]:
     """What conf/task/table.yaml leaves open. chat: whether the model has a template for what was written as a chat."""
     keys: dict[str, Any] = {"name": seen.name, "source": _source(seen)}
     keys |= {"messages": seen.shape, "prompt": "", "answer": None} if seen.shape in shapes.TURNS else {"prompt": seen.prompt, "answer": f"{{{seen.label}}}"}
-    keys["scoring"] = "choice" if seen.kind in ("choice", "pair") else "generate"
+    keys["scoring"], metric = "choice" if seen.kind in ("choice", "pair") else "generate", "accuracy"
     if seen.kind == "choice":
         keys["choices"] = sorted(seen.labels)
     elif seen.kind == "pair":
         keys["choices"] = "choices"
     else:
         lengths = sorted(len(str(row[seen.label])) for row in seen.rows)
-        keys["metric"] = "numeric" if seen.kind == "number" else "token_f1" if lengths[len(lengths) // 2] <= SHORT_TEXT else "rouge_l"
+        metric = "numeric" if seen.kind == "number" else "token_f1" if lengths[len(lengths) // 2] <= SHORT_TEXT else "rouge_l"
         keys["max_new_tokens"] = min(MOST_NUMBER if seen.kind == "number" else MOST_NEW, max(LEAST_NEW, 1 + _most_tokens(seen)))  # 1: the end
         keys |= {"stop": stop} if (stop := _stop(seen)) else {}
+    keys["metric"] = seen.metric or metric
     if seen.shape and (chat or seen.shape in shapes.TURNS):
         keys["format"] = "chat" if chat else "transcript"
     count = len(seen.rows)
@@ -147,7 +148,7 @@ def _source(seen: Look) -> dict[str, Any]:
         return {"type": "hub", "id": seen.path, "splits": {"train": "train"}}
     cleaning: dict[str, Any] = {"label": seen.label} if seen.normalise or seen.missing_rows else {}
     cleaning |= {"normalise": True} if seen.normalise else {}
-    cleaning |= {"missing": "drop"} if seen.missing_rows else {}
+    cleaning |= {"missing": seen.missing} if seen.missing_rows else {}
     return {"type": "table", "path": seen.path, **cleaning}
 
 
@@ -223,12 +224,15 @@ def is_made(path: Path) -> bool:
 
 
 def stages(name: str, known: dict[str, Any], reads: str | None, model_reads: str | None) -> None:
-    """Write what DVC runs for the project, experiments/<name>/{params,dvc}.yaml: quick's stages, and those of its own task and model.
+    """Write what DVC runs for the project, experiments/<name>/{params,dvc}.yaml: quick's stages, and those of its own task and model. What somebody
+    wrote there by hand stays as it is.
 
     Args:
         known: as grid.grid has it. reads: the file of rows; None: a hub's. model_reads: the folder of a local model; None: none.
     """
     folder = experiments() / name
+    if any(path.exists() and not is_made(path) for path in (folder / "dvc.yaml", folder / "params.yaml")):
+        return
     held = yaml.safe_load((ROOT / "experiments" / "quick" / "dvc.yaml").read_text(encoding="utf-8"))
     shared = f"experiments/{name}.yaml"
     grid = {**known["grid"], "techniques": list(known["grid"]["techniques"]), "after": [], "synthetic": []}
