@@ -317,6 +317,21 @@ def test_an_experiment_that_is_written_is_planned_and_takes_no_other_settings(pl
     assert "lora" in capsys.readouterr().out and not (place / "results").exists()
 
 
+def test_the_same_command_goes_on_with_what_was_edited_and_another_keeps_it(place, capsys, monkeypatch):
+    from pipeline.intake import flow
+
+    monkeypatch.setattr(flow, "go", lambda name, args: 0)
+    write(place / "reviews.csv", csv_text())
+    path = project.file_of("reviews")
+    assert try_file.main(["reviews.csv", *FEW]) == 0
+    edited = path.read_text().replace("test_rows: 16", "test_rows: 12")
+    path.write_text(edited)
+    capsys.readouterr()
+    assert try_file.main(["reviews.csv", *FEW]) == 0 and "going on with experiments/reviews.yaml" in capsys.readouterr().out and path.read_text() == edited
+    assert try_file.main(["reviews.csv", *FEW, "--metric", "macro_f1"]) == 0 and "macro_f1" in path.read_text()
+    assert "what stood there is in experiments/reviews.yaml.bak" in capsys.readouterr().out and path.with_suffix(".yaml.bak").read_text() == edited
+
+
 def test_stages_that_were_written_by_hand_stay(place):
     known = {"experiment": "mine", "task": "mine", "model": "smollm2_135m", "teacher": "none", "synthetic": None,
              "grid": {"techniques": ["lora"], "seeds": [0], "train_rows": [16]}}

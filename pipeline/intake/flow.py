@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,6 @@ from pipeline.intake.look import Look
 from pipeline.intake.project import ModelChoice
 from pipeline.scoring import per_row
 
-
 GOING_ON = ("hours", "json", "plan", "yes")
 """What an experiment that is written already takes; all else stands in its file."""
 
@@ -40,12 +40,19 @@ def run(args: argparse.Namespace, given: Sequence[str]) -> int:
             raise UserError(f"--{wrong} is for a file of rows, and {args.data} is an experiment that is written already: edit {shown(path)}, or change its "
                             f"numbers with {typed()} more {args.data}")
         return go(args.data, args, args.plan)
-    name = start(args)
+    name = start(args, command_of(args, given))
     return 0 if args.plan or args.card else go(name, args)
 
 
-def start(args: argparse.Namespace) -> str:
-    """Look at the file, plan, and write the experiment. Returns its name."""
+def command_of(args: argparse.Namespace, given: Sequence[str]) -> str:
+    """What was typed, without what decides nothing of the experiment."""
+    values = {f"--{name.replace('_', '-')}": getattr(args, name) for name in given if name not in ("yes", "json", "plan")}
+    options = [word for name, value in values.items() for word in ([name] if value is True else [name, str(value)])]
+    return shlex.join(["alignscope", "try", args.data, *options]).replace("\n", "\\n")  # a line
+
+
+def start(args: argparse.Namespace, command: str) -> str:
+    """Look at the file, plan, and write the experiment, unless the same command wrote it before. Returns its name."""
     say = _say(args)
     text = tuple(part.strip() for part in (args.text or "").split(",") if part.strip())
     prompt = args.prompt.replace("\\n", "\n") if args.prompt else None
@@ -55,6 +62,10 @@ def start(args: argparse.Namespace) -> str:
     looking.check(seen)
     check_prompt(seen)
     check_metric(seen)
+    path = project.file_of(seen.name)
+    if not args.plan and not args.card and project.is_of(path, command):
+        say(f"\ngoing on with {shown(path)}, which this command wrote before (remove it to begin anew)")
+        return seen.name
     model = project.model_choice(args.model)
     card = planning.card_of(args.card)
     techniques = [t.strip() for t in args.techniques.split(",") if t.strip()] if args.techniques else None
@@ -63,10 +74,11 @@ def start(args: argparse.Namespace) -> str:
     show_plan(plan, model, say)
     if not args.yes and not args.json and not args.plan and sys.stdin.isatty() and input("\nEnter to begin (n: stop here): ").strip().lower().startswith("n"):
         raise KeyboardInterrupt
-    written = project.text_of(seen, model, [c.technique for c in plan.cells], plan.rows, plan.test_rows, plan.epochs, plan.hours,
+    written = project.text_of(seen, model, command, [c.technique for c in plan.cells], plan.rows, plan.test_rows, plan.epochs, plan.hours,
                               args.card and f"{card.memory_bytes / 2**30:g}", plan.chat, args.encoding, args.separator,
                               plan.max_length)
-    say(f"\n{shown(project.write(seen.name, written))}: the task, the model, the techniques and the budget, to edit")
+    before = project.write(seen.name, written)
+    say(f"\n{shown(path)}: the task, the model, the techniques and the budget, to edit{f'; what stood there is in {shown(before)}' if before else ''}")
     if args.card:
         say(f"nothing is run for a card elsewhere; there: alignscope try {seen.name}")
     return seen.name

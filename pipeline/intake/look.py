@@ -277,8 +277,8 @@ def check(seen: Look) -> None:
     left = len(seen.rows)
     if seen.missing_rows and seen.missing == "error":
         which = ", ".join(map(str, seen.missing_rows[:SHOWN])) + (f" and {len(seen.missing_rows) - SHOWN} more" if len(seen.missing_rows) > SHOWN else "")
-        raise UserError(f"{seen.path} has {len(seen.missing_rows)} rows without a value in {seen.label!r} (row {which}{_written(seen)}); fill them in, or leave "
-                        f"them out with --missing drop{f'; where {seen.missing_words[0]!r} is an answer: --missing keep' if seen.missing_words else ''}")
+        raise UserError(f"{seen.path} has {len(seen.missing_rows)} rows without a value in {seen.label!r} (row {which}{_written(seen)}); fill them in, or "
+                        f"leave them out with --missing drop{f'; where {seen.missing_words[0]!r} is an answer: --missing keep' if seen.missing_words else ''}")
     if left < FEWEST_ROWS:
         raise UserError(f"{seen.path} has {left} rows with an answer, and comparing needs {FEWEST_ROWS} at least (some to train on, some to test on, some to "
                         "choose by); add rows")

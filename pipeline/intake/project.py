@@ -164,7 +164,7 @@ ABOUT = {
 }
 
 
-def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int, test_rows: int, epochs: float, hours: float, card: str | None,
+def text_of(seen: Look, model: ModelChoice, command: str, techniques: Sequence[str], rows: int, test_rows: int, epochs: float, hours: float, card: str | None,
             chat: bool, encoding: str | None = None, separator: str | None = None, max_length: int = 512) -> str:
     """The file: a comment on every line that one might change. encoding, separator: as they were asked for."""
     task = task_keys(seen, chat)
@@ -172,7 +172,7 @@ def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int
     task["source"] |= {key: value for key, value in (("encoding", encoding), ("separator", separator)) if value}
     lines = [
         "# @package _global_",
-        f"# What `alignscope try {seen.path}` understood and planned: the one file to edit. After a change: alignscope try {seen.name}",
+        f"{_head(command)}: the one file to edit. After a change: alignscope try {seen.name}",
         "defaults:",
         "  - override /task: table # its keys stand below",
         f"  - override /model: {model.config} # a file of conf/model/; hub or local: one of your own, below",
@@ -199,6 +199,15 @@ def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int
     return "\n".join(lines)
 
 
+def _head(command: str) -> str:
+    return f"# What `{command}` understood and planned"
+
+
+def is_of(path: Path, command: str) -> bool:
+    """Whether a file is there and this command wrote it; edited since or not."""
+    return path.exists() and path.read_text(encoding="utf-8").partition("\n")[2].startswith(f"{_head(command)}:")
+
+
 def _flow(key: str, value: Any) -> str:
     """key: value on one line, quoted as YAML wants it."""
     quoted = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, default_style='"' if isinstance(value, str) else None)
@@ -209,13 +218,16 @@ def file_of(name: str) -> Path:
     return experiments() / f"{check_name(name, 'the name of a project')}.yaml"
 
 
-def write(name: str, text: str) -> Path:
-    """Write the file. Raises UserError where another experiment has the name."""
+def write(name: str, text: str) -> Path | None:
+    """Write the file. Returns where another one that stood there is kept now. Raises UserError where another experiment has the name."""
     path = file_of(name)
     if (path.parent / name / "params.yaml").exists() and not is_made(path.parent / name / "params.yaml"):
         raise UserError(f"experiments/{name}/ is an experiment of the repository; give this one another name with --name")
+    before = path.with_suffix(".yaml.bak") if path.exists() and path.read_text(encoding="utf-8") != text else None
+    if before:
+        path.replace(before)
     write_text(path, text)
-    return path
+    return before
 
 
 def is_made(path: Path) -> bool:
