@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,20 @@ def test_the_entry_writes_a_file_a_cell(tmp_path):
     written = read_json(tmp_path / "quick" / f"{sorted(names)[0]}.json")
     assert set(written) == {"config", "code"}
     assert {"pipeline/cell/run.py", "pipeline/engine/ops.py", "pipeline/scoring/news.txt"} <= set(read_json(tmp_path / "quick/code.json"))
+
+
+@pytest.mark.parametrize(("params", "said"), [
+    (None, "alignscope try mine --plan writes experiments/mine/dvc.yaml"), ("experiment: quick", "set experiment: mine there"), ("experiment: mine # so", ""),
+])
+def test_make_says_what_to_fix_where_dvc_says_to_remove_a_stage(tmp_path, params, said):
+    folder = tmp_path / "experiments/mine"
+    if params is not None:
+        folder.mkdir(parents=True)
+        (folder / "dvc.yaml").write_text("")
+        (folder / "params.yaml").write_text(f"{params}\n")
+    words = ["make", "-f", str(ROOT / "Makefile"), "-C", str(tmp_path), "-o", ".venv/requirements.lock", "repro", "EXPERIMENT=mine", "OWN_LOCKS=false"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode and said in done.stderr and done.stderr.count("error: ") == bool(said)
 
 
 def test_params_that_name_another_task_are_refused(tmp_path, capsys):

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from conftest import make_rows
 
-from pipeline import deploy, errors, fit, more, prepare, try_file
+from pipeline import cells, deploy, errors, fit, more, prepare, report, try_file
+from pipeline.core.compose import ROOT
 from pipeline.core.files import UserError
 from pipeline.data import tables
 from pipeline.intake import look, project
@@ -166,6 +167,13 @@ def test_a_failed_technique_says_why_in_the_table_and_the_others_go_on(place, im
     line = next(line for line in out.splitlines() if line.startswith("bitfit"))
     assert code == 0 and "failed: " in line and "add_biases" in line
     assert any(line.startswith("lora  ") for line in out.splitlines())
+    assert cells.main(["experiments=reviews"]) == 2
+    closing = capsys.readouterr().out
+    assert "1 of 3 cells have no result: bitfit-s0-n16 (technique=bitfit" in closing and "python -m pipeline.report experiments=reviews" in closing
+    assert report.main(["experiments=reviews"]) == 0
+    assert any("not run: bitfit-s0-n16 (technique=bitfit" in line and "add_biases" in line for line in capsys.readouterr().out.splitlines())
+    assert "add_biases" in (place / "report/reviews/index.html").read_text()
+    assert cells.main(["experiments=reviews", "technique=bitfit", "method.add_biases=true"]) == 0 and not list((place / ".work/failed").rglob("*.json"))
 
 
 @pytest.mark.slow
@@ -333,6 +341,7 @@ def test_the_same_command_goes_on_with_what_was_edited_and_another_keeps_it(plac
 
 
 def test_stages_that_were_written_by_hand_stay(place):
+    write(project.file_of("mine"), "task: {name: mine}")
     known = {"experiment": "mine", "task": "mine", "model": "smollm2_135m", "teacher": "none", "synthetic": None,
              "grid": {"techniques": ["lora"], "seeds": [0], "train_rows": [16]}}
     project.stages("mine", known, "mine.csv", None)
@@ -342,6 +351,22 @@ def test_stages_that_were_written_by_hand_stay(place):
     write(place / "experiments/mine/params.yaml", "experiment: mine\n")
     project.stages("mine", known, "mine.csv", None)
     assert "other.csv" in (place / "experiments/mine/dvc.yaml").read_text() and (place / "experiments/mine/params.yaml").read_text() == "experiment: mine\n"
+
+
+def test_what_two_experiments_read_is_made_by_one_stage(place):
+    """DVC refuses every command where two stages write the same: a model that both take, a task of the repository's."""
+    shutil.copytree(ROOT / "experiments/shared", place / "experiments/shared")
+    grid = {"techniques": ["lora"], "seeds": [0], "train_rows": [16]}
+
+    def own(name: str, task: str) -> set[str]:
+        write(project.file_of(name), "model: {name: mine}")
+        project.stages(name, {"experiment": name, "task": task, "model": "mine", "teacher": "none", "synthetic": None, "grid": grid}, "a.csv", "m")
+        return set(yaml.safe_load((place / f"experiments/{name}/dvc.yaml").read_text())["stages"]) - {"plan", "train", "report"}
+
+    assert own("one", "one") == {"prepare", "rationales", "base_model"} and own("one", "one") == {"prepare", "rationales", "base_model"}
+    assert own("two", "two") == {"prepare", "rationales"} and own("three", "trec") == set()
+    made = yaml.safe_load((place / "experiments/one/dvc.yaml").read_text())["stages"]
+    assert made["base_model"]["params"] == [{"experiments/one.yaml": ["model"]}] and made["prepare"]["params"] == [], "keys that are not there are an error of DVC's"
 
 
 # bad input, one sentence each

@@ -165,7 +165,8 @@ def go(name: str, args: argparse.Namespace, plan: bool = False) -> int:
     prepare(cfg, overrides, _say(args))
     cells = [grid.compose_cell([*words, "train.progress=false"]) for words in grid.grid_overrides(overrides)]
     source = plain(cfg)["task"]["source"]
-    project.stages(name, known, source.get("path"), (plain(cfg)["model"].get("source") or {}).get("path"))
+    files = source.get("path") or source.get("folder") or source.get("files")
+    project.stages(name, known, files if isinstance(files, str) else None, (plain(cfg)["model"].get("source") or {}).get("path"))
     if plan:
         machine = planning.machine_of(planning.card_of(None))
         show_costs(list(costs_of(cells, cfg, machine).values()), (), machine, _say(args))

@@ -240,27 +240,53 @@ def stages(name: str, known: dict[str, Any], reads: str | None, model_reads: str
     wrote there by hand stays as it is.
 
     Args:
-        known: as grid.grid has it. reads: the file of rows; None: a hub's. model_reads: the folder of a local model; None: none.
+        known: as grid.grid has it. reads: the file or folder of rows; None: a hub's. model_reads: the folder of a local model; None: none.
     """
     folder = experiments() / name
     if any(path.exists() and not is_made(path) for path in (folder / "dvc.yaml", folder / "params.yaml")):
         return
     held = yaml.safe_load((ROOT / "experiments" / "quick" / "dvc.yaml").read_text(encoding="utf-8"))
-    shared = f"experiments/{name}.yaml"
     grid = {**known["grid"], "techniques": list(known["grid"]["techniques"]), "after": [], "synthetic": []}
     own: dict[str, Any] = {
         "prepare": {"wdir": "../..", "cmd": f"python -m pipeline.prepare experiments={name}", "deps": [*([reads] if reads else []), "plans/code/prepare.json"],
-                    "params": [{shared: ["task"]}], "outs": [f"data/{known['task']}"]},
+                    "params": _decided_by(name, "task", known["task"]), "outs": [f"data/{known['task']}"]},
         "rationales": {"wdir": "../..", "cmd": f"python -m pipeline.rationales experiments={name}", "deps": [f"data/{known['task']}"],
-                       "outs": [f"rationales/{known['task']}/none"]},
+                       "outs": [f"rationales/{known['task']}/{known['teacher']}"]},
+        "base_model": {"wdir": "../..", "cmd": f"python -m pipeline.base_model experiments={name}", "params": _decided_by(name, "model", known["model"]),
+                       "deps": [*([model_reads] if model_reads else []), "plans/code/base_model.json"], "outs": [f"models/{known['model']}"]},
     }
-    if model_reads is not None or not (CONF / "model" / f"{known['model']}.yaml").exists():
-        own["base_model"] = {"wdir": "../..", "cmd": f"python -m pipeline.base_model experiments={name}", "params": [{shared: ["model"]}],
-                             "deps": [*([model_reads] if model_reads else []), "plans/code/base_model.json"], "outs": [f"models/{known['model']}"]}
+    elsewhere = _made_elsewhere(folder)
+    own = {stage: keys for stage, keys in own.items() if not elsewhere & set(keys["outs"])}  # DVC takes an output from one stage alone
     for stage in ("train_synthetic", "train_after"):
         held["stages"].pop(stage, None)
     write_text(folder / "dvc.yaml", MADE.format(name=name) + yaml.safe_dump({"stages": own | held["stages"]}, sort_keys=False, width=150))
     write_text(folder / "params.yaml", MADE.format(name=name) + yaml.safe_dump({**known, "grid": grid}, sort_keys=False, width=150))
+
+
+def _decided_by(name: str, group: str, option: str) -> list[dict[str, Any]]:
+    """DVC's params of a task or model: its file below conf/, where it has one, and what the experiment's file says of it."""
+    held = yaml.safe_load(file_of(name).read_text(encoding="utf-8"))
+    own: list[dict[str, Any]] = [{f"experiments/{name}.yaml": [group]}] if group in held else []
+    return own + ([{f"conf/{group}/{option}.yaml": None}] if (CONF / group / f"{option}.yaml").exists() else [])
+
+
+def _made_elsewhere(folder: Path) -> set[str]:
+    """What the stages of all other experiments write, those that they share among them."""
+    outs: set[str] = set()
+    for path in experiments().glob("*/dvc.yaml"):
+        stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages") or {} if path.parent != folder else {}
+        for stage in stages.values():
+            cases = stage.get("foreach", [{}])
+            named = cases.items() if isinstance(cases, dict) else [(case, case) for case in cases]
+            for out in (stage.get("do") or stage).get("outs") or []:
+                outs |= {_filled(out, key, case) for key, case in named}
+    return outs
+
+
+def _filled(template: str, key: Any, case: Any) -> str:
+    """A path of a DVC stage for one of its cases."""
+    values = {"key": key, "item": case} | ({f"item.{name}": value for name, value in case.items()} if isinstance(case, dict) else {})
+    return re.sub(r"\$\{([\w.]+)\}", lambda found: str(values.get(found[1], found[0])), template)
 
 
 CHANGED = {"seeds": r"^(  seeds: )\[[^\]]*\]", "train_rows": r"^(  train_rows: )\[[^\]]*\]", "test_rows": r"(\btest_rows: )\d+", "hours": r"(\bhours: )[\d.]+"}
