@@ -146,12 +146,17 @@ def test_a_deployed_folder_answers_as_the_cell_did(place, imports, capsys, techn
 
 
 def deployed_answers_as_measured(technique: str, place: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    capsys.readouterr()
     assert deploy.main(["reviews", technique, "--to", "out"]) == 0, capsys.readouterr().err
+    assert ".partial" not in capsys.readouterr().out, "a folder that is gone"
     said = {p["id"]: p["prediction"] for line in (place / f"results/reviews/{technique}-s0-n16/predictions.jsonl").read_text().splitlines()
             if (p := json.loads(line))["split"] == "test"}
     rows = [json.loads(line) for line in (place / "data/reviews/test.jsonl").read_text().splitlines()][:4]
     script = (place / "out/predict.py").read_text()
     assert len(script.splitlines()) < 40
+    monkeypatch.setattr("sys.argv", ["predict.py"])
+    with pytest.raises(SystemExit, match="use: python predict.py text='…'"):
+        exec(compile(script, "predict.py", "exec"), {"__file__": str(place / "out/predict.py"), "__name__": "__main__"})
     for row in rows:
         capsys.readouterr()
         monkeypatch.setattr("sys.argv", ["predict.py", f"text={row['fields']['text']}"])
@@ -366,7 +371,7 @@ def test_what_two_experiments_read_is_made_by_one_stage(place):
     assert own("one", "one") == {"prepare", "rationales", "base_model"} and own("one", "one") == {"prepare", "rationales", "base_model"}
     assert own("two", "two") == {"prepare", "rationales"} and own("three", "trec") == set()
     made = yaml.safe_load((place / "experiments/one/dvc.yaml").read_text())["stages"]
-    assert made["base_model"]["params"] == [{"experiments/one.yaml": ["model"]}] and made["prepare"]["params"] == [], "keys that are not there are an error of DVC's"
+    assert made["base_model"]["params"] == [{"experiments/one.yaml": ["model"]}] and made["prepare"]["params"] == [], "a key that is not there is an error"
 
 
 # bad input, one sentence each

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import logging
+import os
 import re
 import shutil
 import sys
@@ -53,6 +54,7 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", beginning)
     for name, level in LOUD.items():
         logging.getLogger(name).setLevel(level)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's client sets its logger's level when it is imported
 
 
 def check_above_zero(args: argparse.Namespace, *names: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ here = Path(__file__).parent
 ask = json.loads((here / "prompt.json").read_text(encoding="utf-8"))
 tokenizer, model = AutoTokenizer.from_pretrained(here / "model"), AutoModelForCausalLM.from_pretrained(here / "model"){adapter}
 row = dict(word.split("=", 1) for word in sys.argv[1:])
-text = ask["before"] + re.sub(r"{{(.+?)}}", lambda column: row[column[1]], ask["prompt"])
+text = ask["before"] + re.sub(r"{{(.+?)}}", lambda found: row.get(found[1]) or sys.exit("use: python predict.py {example}"), ask["prompt"])
 if ask["format"] == "chat":
     text = tokenizer.apply_chat_template([{{"role": "user", "content": text}}], add_generation_prompt=True, tokenize=False)
 prompt = tokenizer(text, return_tensors="pt", add_special_tokens=ask["format"] != "chat")["input_ids"]
@@ -67,7 +69,8 @@ def deploy(cell: Cell, cfg: DictConfig, target: Path) -> int:
     with atomic_folder(target, "prompt.json", "cell") as beside:
         if reason is None:
             weights = beside / "model"
-            call("export", OmegaConf.merge(cfg, {"cell": str(cell.folder), "to": str(weights)}), [])  # type: ignore[arg-type]
+            with contextlib.redirect_stdout(io.StringIO()):  # it names a folder that has another name in the end
+                call("export", OmegaConf.merge(cfg, {"cell": str(cell.folder), "to": str(weights)}), [])  # type: ignore[arg-type]
         else:
             beside.mkdir(exist_ok=True)
             shutil.copytree(Path(config.paths.models) / config.model.name, beside / "model", ignore=shutil.ignore_patterns("manifest.json"))
