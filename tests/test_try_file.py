@@ -145,7 +145,23 @@ def test_a_deployed_folder_answers_as_the_cell_did(place, imports, capsys, techn
     deployed_answers_as_measured(technique, place, capsys, monkeypatch)
 
 
-def deployed_answers_as_measured(technique: str, place: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.role }} : {{ m.content }} . {% endfor %}{% if add_generation_prompt %}The{% endif %}"])
+@pytest.mark.parametrize("technique", ["zero_shot", "few_shot"])
+def test_a_deployed_folder_answers_conversations_as_the_cell_did(place, imports, capsys, technique, template, monkeypatch):
+    if template:
+        path = place / "models/smollm2_135m/tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    system = {"role": "system", "content": "The words are"}
+    said = [{"messages": [system, *one["messages"]]} for one in chats("messages", "role", "content", "user", "assistant")]
+    write(place / "reviews.jsonl", jsonl(said))
+    assert tried("reviews.jsonl", "--techniques", technique, capsys=capsys)[0] == 0
+    deployed_answers_as_measured(technique, place, capsys, monkeypatch, word="user", asked=lambda row: row["messages"][-1]["content"])
+    assert json.loads((place / "out/prompt.json").read_text())["system"] == "The words are"
+
+
+def deployed_answers_as_measured(technique: str, place: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, word: str = "text",
+                                 asked: Callable[[dict[str, Any]], str] = lambda row: row["fields"]["text"]) -> None:
     capsys.readouterr()
     assert deploy.main(["reviews", technique, "--to", "out"]) == 0, capsys.readouterr().err
     assert ".partial" not in capsys.readouterr().out, "a folder that is gone"
@@ -155,11 +171,11 @@ def deployed_answers_as_measured(technique: str, place: Path, capsys: Any, monke
     script = (place / "out/predict.py").read_text()
     assert len(script.splitlines()) < 40
     monkeypatch.setattr("sys.argv", ["predict.py"])
-    with pytest.raises(SystemExit, match="use: python predict.py text='…'"):
+    with pytest.raises(SystemExit, match=f"use: python predict.py {word}='…'"):
         exec(compile(script, "predict.py", "exec"), {"__file__": str(place / "out/predict.py"), "__name__": "__main__"})
     for row in rows:
         capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["predict.py", f"text={row['fields']['text']}"])
+        monkeypatch.setattr("sys.argv", ["predict.py", f"{word}={asked(row)}"])
         exec(compile(script, "predict.py", "exec"), {"__file__": str(place / "out/predict.py"), "__name__": "__main__"})
         assert capsys.readouterr().out.strip() == said[row["id"]]
     assert f"{technique} on smollm2_135m" in (place / "out/README.md").read_text()
