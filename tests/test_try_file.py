@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import make_rows
 
-from pipeline import cells, deploy, errors, fit, more, prepare, report, try_file
-from pipeline.core.compose import ROOT
+from pipeline import cells, fit, prepare, report, try_file
 from pipeline.core.files import UserError
 from pipeline.data import tables
 from pipeline.intake import look, project
@@ -83,16 +79,6 @@ FILES: dict[str, Callable[[Path], object]] = {
 """Six files of different kinds, by their names."""
 
 
-@pytest.fixture
-def place(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with experiments/ and models/ of its own and the tiny model among them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ALIGNSCOPE_ROOT", str(tmp_path))
-    shutil.copytree(tiny / "models" / "smollm2_135m", tmp_path / "models" / "smollm2_135m")
-    (tmp_path / "experiments").mkdir()
-    return tmp_path
-
-
 def untracked(name: str) -> None:
     """Keep MLflow out of an experiment's runs, which a user may do in the same place."""
     path = project.file_of(name)
@@ -115,70 +101,6 @@ def test_a_file_of_any_kind_leads_to_an_answer(place, imports, capsys, name):
     assert code == 0 and "zero_shot" in out and "test rows" in out and f"errors {look.name_of(name)}" in out, out
     assert (place / "report" / look.name_of(name) / "index.html").exists()
     assert [p.parent.name for p in (place / "results").rglob("result.json")] == ["zero_shot-s0-n16"]
-
-
-@pytest.mark.slow
-def test_what_follows_an_answer(place, imports, capsys, monkeypatch):
-    write(place / "reviews.csv", csv_text())
-    code, out = tried("reviews.csv", capsys=capsys)
-    assert code == 0 and any(word in out for word in ("Take", "Do not train", "Undecided")) and "rank reviews" in out
-    deployed_answers_as_measured("lora", place, capsys, monkeypatch)
-    assert errors.main(["reviews", "zero_shot"]) == 0
-    assert "test rows answered wrong" in capsys.readouterr().out
-    assert errors.main(["reviews", "lora", "--json"]) == 0
-    held = json.loads(capsys.readouterr().out)
-    predicted = [json.loads(line) for line in (place / "results/reviews/lora-s0-n16/predictions.jsonl").read_text().splitlines()]
-    wrong = [p for p in predicted if p["split"] == "test" and not p["correct"]]
-    assert held["rows"] == 16 and [w["id"] for w in held["wrong"]] == [p["id"] for p in wrong]
-    assert sum(pair["rows"] for pair in held["confusion"]) == 16
-    assert more.main(["reviews", "--seeds", "2", "--json"]) == 0
-    assert {c["cell"] for c in json.loads(capsys.readouterr().out)["cells"]} >= {"lora-s0-n16", "lora-s1-n16"}
-    assert "seeds: [0, 1] #" in project.file_of("reviews").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("technique", ["zero_shot", "few_shot", "prompt_tuning"])
-def test_a_deployed_folder_answers_as_the_cell_did(place, imports, capsys, technique, monkeypatch):
-    """predict.py, run as it is, gives what predictions.jsonl has: merged weights, the base, demonstrations, an adapter beside its base."""
-    write(place / "reviews.csv", csv_text())
-    assert tried("reviews.csv", "--techniques", technique, capsys=capsys)[0] == 0
-    deployed_answers_as_measured(technique, place, capsys, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.role }} : {{ m.content }} . {% endfor %}{% if add_generation_prompt %}The{% endif %}"])
-@pytest.mark.parametrize("technique", ["zero_shot", "few_shot"])
-def test_a_deployed_folder_answers_conversations_as_the_cell_did(place, imports, capsys, technique, template, monkeypatch):
-    if template:
-        path = place / "models/smollm2_135m/tokenizer_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
-    system = {"role": "system", "content": "The words are"}
-    said = [{"messages": [system, *one["messages"]]} for one in chats("messages", "role", "content", "user", "assistant")]
-    write(place / "reviews.jsonl", jsonl(said))
-    assert tried("reviews.jsonl", "--techniques", technique, capsys=capsys)[0] == 0
-    deployed_answers_as_measured(technique, place, capsys, monkeypatch, word="user", asked=lambda row: row["messages"][-1]["content"])
-    assert json.loads((place / "out/prompt.json").read_text())["system"] == "The words are"
-
-
-def deployed_answers_as_measured(technique: str, place: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, word: str = "text",
-                                 asked: Callable[[dict[str, Any]], str] = lambda row: row["fields"]["text"]) -> None:
-    capsys.readouterr()
-    assert deploy.main(["reviews", technique, "--to", "out"]) == 0, capsys.readouterr().err
-    assert ".partial" not in capsys.readouterr().out, "a folder that is gone"
-    said = {p["id"]: p["prediction"] for line in (place / f"results/reviews/{technique}-s0-n16/predictions.jsonl").read_text().splitlines()
-            if (p := json.loads(line))["split"] == "test"}
-    rows = [json.loads(line) for line in (place / "data/reviews/test.jsonl").read_text().splitlines()][:4]
-    script = (place / "out/predict.py").read_text()
-    assert len(script.splitlines()) < 40
-    monkeypatch.setattr("sys.argv", ["predict.py"])
-    with pytest.raises(SystemExit, match=f"use: python predict.py {word}='…'"):
-        exec(compile(script, "predict.py", "exec"), {"__file__": str(place / "out/predict.py"), "__name__": "__main__"})
-    for row in rows:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["predict.py", f"{word}={asked(row)}"])
-        exec(compile(script, "predict.py", "exec"), {"__file__": str(place / "out/predict.py"), "__name__": "__main__"})
-        assert capsys.readouterr().out.strip() == said[row["id"]]
-    assert f"{technique} on smollm2_135m" in (place / "out/README.md").read_text()
 
 
 @pytest.mark.slow
@@ -317,79 +239,6 @@ def test_a_label_that_is_called_none_is_kept_where_that_is_said(place, capsys):
     assert {row["answer"] for row in prepared} == {"none", "positive", "negative"} and len(prepared) <= 60
 
 
-def test_a_metric_is_asked_for_and_one_that_is_none_is_one_sentence(place, capsys, monkeypatch):
-    """By name, in a file and in a module of the folder that one is in, which the console script has not on its path."""
-    import sys
-
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(place))])
-    write(place / "reviews.csv", csv_text())
-    write(place / "measures_17.py", "def shorter(said, answer, row):\n    return float(len(said) <= len(answer))\n")
-    for metric in ("macro_f1", "measures_17:shorter", "measures_17.py:shorter"):
-        assert try_file.main(["reviews.csv", *FEW, "--plan", "--metric", metric]) == 0, capsys.readouterr().err
-        assert yaml.safe_load((place / "experiments/reviews.yaml").read_text())["task"]["metric"] == metric
-    for metric, said in (("acuracy", "did you mean 'accuracy'"), ("rouge_l", "needs task.scoring=generate"), ("measures_17:longer", "has no function 'longer'"),
-                         ("nowhere_17:f", "cannot be imported")):
-        capsys.readouterr()
-        assert try_file.main(["reviews.csv", *FEW, "--plan", "--name", "other", "--metric", metric]) == 2
-        error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1 and not (place / "experiments/other.yaml").exists()
-
-
-def test_an_experiment_that_is_written_is_planned_and_takes_no_other_settings(place, capsys):
-    write(place / "reviews.csv", csv_text())
-    assert try_file.main(["reviews.csv", *FEW, "--plan"]) == 0
-    before, _ = project.file_of("reviews").read_text(), capsys.readouterr()
-    assert try_file.main(["reviews", "--rows", "40"]) == 2
-    error = capsys.readouterr().err
-    assert "edit experiments/reviews.yaml" in error and "more reviews" in error and project.file_of("reviews").read_text() == before
-    assert try_file.main(["reviews", "--plan"]) == 0
-    assert "lora" in capsys.readouterr().out and not (place / "results").exists()
-
-
-def test_the_same_command_goes_on_with_what_was_edited_and_another_keeps_it(place, capsys, monkeypatch):
-    from pipeline.intake import flow
-
-    monkeypatch.setattr(flow, "go", lambda name, args: 0)
-    write(place / "reviews.csv", csv_text())
-    path = project.file_of("reviews")
-    assert try_file.main(["reviews.csv", *FEW]) == 0
-    edited = path.read_text().replace("test_rows: 16", "test_rows: 12")
-    path.write_text(edited)
-    capsys.readouterr()
-    assert try_file.main(["reviews.csv", *FEW]) == 0 and "going on with experiments/reviews.yaml" in capsys.readouterr().out and path.read_text() == edited
-    assert try_file.main(["reviews.csv", *FEW, "--metric", "macro_f1"]) == 0 and "macro_f1" in path.read_text()
-    assert "what stood there is in experiments/reviews.yaml.bak" in capsys.readouterr().out and path.with_suffix(".yaml.bak").read_text() == edited
-
-
-def test_stages_that_were_written_by_hand_stay(place):
-    write(project.file_of("mine"), "task: {name: mine}")
-    known = {"experiment": "mine", "task": "mine", "model": "smollm2_135m", "teacher": "none", "synthetic": None,
-             "grid": {"techniques": ["lora"], "seeds": [0], "train_rows": [16]}}
-    project.stages("mine", known, "mine.csv", None)
-    made = (place / "experiments/mine/dvc.yaml").read_text()
-    project.stages("mine", known, "other.csv", None)
-    assert (place / "experiments/mine/dvc.yaml").read_text() == made.replace("mine.csv", "other.csv")
-    write(place / "experiments/mine/params.yaml", "experiment: mine\n")
-    project.stages("mine", known, "mine.csv", None)
-    assert "other.csv" in (place / "experiments/mine/dvc.yaml").read_text() and (place / "experiments/mine/params.yaml").read_text() == "experiment: mine\n"
-
-
-def test_what_two_experiments_read_is_made_by_one_stage(place):
-    """DVC refuses every command where two stages write the same: a model that both take, a task of the repository's."""
-    shutil.copytree(ROOT / "experiments/shared", place / "experiments/shared")
-    grid = {"techniques": ["lora"], "seeds": [0], "train_rows": [16]}
-
-    def own(name: str, task: str) -> set[str]:
-        write(project.file_of(name), "model: {name: mine}")
-        project.stages(name, {"experiment": name, "task": task, "model": "mine", "teacher": "none", "synthetic": None, "grid": grid}, "a.csv", "m")
-        return set(yaml.safe_load((place / f"experiments/{name}/dvc.yaml").read_text())["stages"]) - {"plan", "train", "report"}
-
-    assert own("one", "one") == {"prepare", "rationales", "base_model"} and own("one", "one") == {"prepare", "rationales", "base_model"}
-    assert own("two", "two") == {"prepare", "rationales"} and own("three", "trec") == set()
-    made = yaml.safe_load((place / "experiments/one/dvc.yaml").read_text())["stages"]
-    assert made["base_model"]["params"] == [{"experiments/one.yaml": ["model"]}] and made["prepare"]["params"] == [], "a key that is not there is an error"
-
-
 # bad input, one sentence each
 
 
@@ -465,35 +314,6 @@ def test_what_is_no_model_is_one_sentence(place, capsys, name):
     assert try_file.main(["reviews.csv", "--yes", "--model", "m/b.gguf" if file == "b.gguf" else "m"]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not list((place / "experiments").iterdir())
-
-
-def test_a_label_that_yaml_would_misread_stays_what_it_is(place, capsys):
-    words = ["reverted_card_payment?", "yes", "no: never", "#1", "null", "1e3"]
-    random.seed(0)
-    rows = [{"text": f"a film of number {n}", "label": words[n % len(words)]} for n in range(120)]
-    write(place / "odd.jsonl", jsonl(rows))
-    assert try_file.main(["odd.jsonl", *FEW, "--plan", "--missing", "drop"]) == 0
-    held = yaml.safe_load((place / "experiments/odd.yaml").read_text())
-    assert held["task"]["choices"] == sorted(set(words) - {"null"})
-
-
-def test_a_broken_experiment_file_is_one_sentence(place, capsys):
-    write(place / "reviews.csv", csv_text())
-    assert try_file.main(["reviews.csv", *FEW, "--plan"]) == 0
-    path = project.file_of("reviews")
-    path.write_text(path.read_text().replace('  scoring: "choice"', "  scoring: [choice?: {"))
-    capsys.readouterr()
-    assert try_file.main(["reviews"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "reviews.yaml" in error
-
-
-def test_a_plan_for_a_card_elsewhere_runs_nothing(place, capsys):
-    write(place / "reviews.csv", csv_text())
-    assert try_file.main(["reviews.csv", "--model", "Qwen/Qwen3-0.6B", "--hours", "2", "--card", "24GB", "--yes"]) == 0
-    out = capsys.readouterr().out
-    assert "a card of 24 GiB" in out and "a guess" in out and "nothing is run" in out and not (place / "results").exists()
-    assert yaml.safe_load((place / "experiments/reviews.yaml").read_text())["model"]["source"] == {"repository": "Qwen/Qwen3-0.6B"}
 
 
 # fit
