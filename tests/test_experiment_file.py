@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sys
@@ -111,3 +112,14 @@ def test_a_plan_for_a_card_elsewhere_runs_nothing(place, capsys):
     out = capsys.readouterr().out
     assert "a card of 24 GiB" in out and "a guess" in out and "nothing is run" in out and not (place / "results").exists()
     assert yaml.safe_load((place / "experiments/reviews.yaml").read_text())["model"]["source"] == {"repository": "Qwen/Qwen3-0.6B"}
+
+
+def test_texts_that_the_models_context_cuts_are_counted_before_anything_runs(place, capsys):
+    """Of a context below the usual most tokens of a row, too: with four demonstrations all are cut, and no row alone is."""
+    path = place / "models/smollm2_135m/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 32}))
+    write(place / "reviews.csv", csv_text())
+    assert try_file.main(["reviews.csv", *FEW, "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "100% of the texts with few_shot's examples are longer than 32 tokens" in out and "of the texts are longer" not in out
+    assert yaml.safe_load((place / "experiments/reviews.yaml").read_text())["train"]["max_length"] == 32

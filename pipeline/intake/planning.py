@@ -252,9 +252,10 @@ def _counting(folder: Path | None) -> tuple[FastTokenizer | None, Callable[[str]
 
 def _length(whole: Sequence[float], shots: float, config: Path | None) -> int:
     """Most tokens of a row, by those of rows with their answers: more than MAX_LENGTH for demonstrations alone, and no more than the model takes."""
-    context = (read_object(config).get("max_position_embeddings") if config else None) or MAX_LENGTH
-    if max(whole) > MAX_LENGTH:
-        return MAX_LENGTH
+    held = read_object(config) if config else {}
+    context = int(held.get("max_position_embeddings") or held.get("n_positions") or MAX_LENGTH)
+    if max(whole) > MAX_LENGTH or context < MAX_LENGTH:
+        return min(MAX_LENGTH, context)
     fits = (n for n in (MAX_LENGTH, *LONGER) if n <= context and sum(shots + w > n for w in whole) <= ALL_BUT * len(whole))
     return next(fits, MAX_LENGTH)
 
