@@ -91,7 +91,9 @@ def deploy(cell: Cell, cfg: DictConfig, target: Path) -> int:
 
 
 def usual_system(data: Path) -> str | None:
-    """The system turn of most of a task's prepared test rows; None: most have none."""
+    """The system turn of most of a task's prepared test rows; None: most have none, or the rows are not here."""
+    if not (data / "test.jsonl").exists():
+        return None
     said = Counter(turns[0]["content"] if turns[0]["role"] == "system" else None for row in read_jsonl(data / "test.jsonl") if (turns := row.get("messages")))
     return said.most_common(1)[0][0] if said else None
 
