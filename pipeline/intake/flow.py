@@ -183,7 +183,7 @@ def compare(cells: Sequence[DictConfig], cfg: DictConfig, args: argparse.Namespa
     console.quiet = args.json
     budget = plain(cfg).get("budget") or {}
     hours = args.hours or budget.get("hours")
-    costs = costs_of(cells, cfg, planning.machine_of(planning.card_of(None)))
+    costs = costs_of(cells, cfg)
     log = Path(cfg.paths.work) / "logs" / f"{cfg.experiment}.log"
     watch = running.Watch(cells, costs, log, console, hours and hours * 3600)
     code = 0
@@ -195,8 +195,9 @@ def compare(cells: Sequence[DictConfig], cfg: DictConfig, args: argparse.Namespa
     return code, watch
 
 
-def costs_of(cells: Sequence[DictConfig], cfg: DictConfig, machine: Machine) -> dict[str, Whole]:
-    """What each technique takes by the plan, from the prepared rows."""
+def costs_of(cells: Sequence[DictConfig], cfg: DictConfig, machine: Machine | None = None) -> dict[str, Whole]:
+    """What each technique takes by the plan, from the prepared rows. machine: None: the one at hand."""
+    machine = machine or planning.machine_of(planning.card_of(None))
     folder = Path(cfg.paths.models) / cfg.model.name
     costs = {}
     for cell in cells:
