@@ -24,6 +24,8 @@ from pipeline.core.compose import CONF, WRONG_CONFIG, check_places, compose, exp
 from pipeline.core.files import UserError
 from pipeline.core.settings import check_top
 
+INTERRUPTED = 130
+
 Run = Callable[[DictConfig, list[str]], int | None]
 """(the composed config, the overrides that composed it) -> the exit code; None: 0."""
 
@@ -37,7 +39,7 @@ def entry(run: Run) -> Callable[..., int]:
             return 0
         quiet()
         try:
-            return (_command_line(run) if argv is None else _in_process(run, argv)) or 0
+            code = (_command_line(run) if argv is None else _in_process(run, argv)) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -45,8 +47,10 @@ def entry(run: Run) -> Callable[..., int]:
             print(f"error: {explain(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
+            code = INTERRUPTED
+        if code == INTERRUPTED:  # also where a child took the signal and saved what it had
             print("interrupted; run the same command again to resume", file=sys.stderr)
-            return 130
+        return code
 
     return main
 
