@@ -22,7 +22,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from pipeline.cell.grid import grid, run_missing
-from pipeline.cell.pool import INTERRUPTED
+from pipeline.cell.launch import INTERRUPTED
 from pipeline.core.commands import entry
 from pipeline.core.compose import by_key
 from pipeline.forecasting.sharing import limit

@@ -24,8 +24,6 @@ from pipeline.core.compose import CONF, WRONG_CONFIG, check_places, compose, exp
 from pipeline.core.files import UserError
 from pipeline.core.settings import check_top
 
-INTERRUPTED = 130
-
 Run = Callable[[DictConfig, list[str]], int | None]
 """(the composed config, the overrides that composed it) -> the exit code; None: 0."""
 
@@ -47,8 +45,8 @@ def entry(run: Run) -> Callable[..., int]:
             print(f"error: {explain(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            code = INTERRUPTED
-        if code == INTERRUPTED:  # also where a child took the signal and saved what it had
+            code = 130
+        if code == 130:  # also where a child took the signal and saved what it had
             print("interrupted; run the same command again to resume", file=sys.stderr)
         return code
 
