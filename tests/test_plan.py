@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_tune import example
 
 from pipeline import plan as entry
+from pipeline.cell import grid as cell_grid
 from pipeline.cell.grid import entries, grid, grid_overrides, own_grid
 from pipeline.cell.identity import plan, reads
 from pipeline.core import settings
-from pipeline.core.compose import CONF, ROOT, SUFFIX, build, compose
+from pipeline.core.compose import CONF, ROOT, SUFFIX, build, by_key, compose
 from pipeline.core.files import read_json
+from pipeline.records import tuned
 from pipeline.records.finished import name as cell_name
 from pipeline.search.space import at, declared
 
@@ -213,6 +216,16 @@ def test_the_entry_writes_a_file_a_cell(tmp_path):
     written = read_json(tmp_path / "quick" / f"{sorted(names)[0]}.json")
     assert set(written) == {"config", "code"}
     assert {"pipeline/cell/run.py", "pipeline/engine/ops.py", "pipeline/scoring/news.txt"} <= set(read_json(tmp_path / "quick/code.json"))
+
+
+def test_tuned_cells_of_what_is_tuned_run_and_the_others_are_named(tmp_path, monkeypatch, capsys):
+    tuned.write(tmp_path / "quick/lora-n160.yaml", example())
+    axes = {"techniques": ["few_shot", "lora"], "seeds": [0, 1], "train_rows": [160]}
+    monkeypatch.setattr(cell_grid, "grid", lambda name: {"grid": axes})
+    words = ["experiments=quick", "tuned=true", f"paths.tuning={tmp_path}"]
+    assert [(by_key(w)["technique"], by_key(w)["seed"]) for w in cell_grid.tuned_already(grid_overrides(words))] == [("lora", "0"), ("lora", "1")]
+    assert "not tuned yet, and left out: few_shot-n160; python -m pipeline.tune experiments=quick" in capsys.readouterr().out
+    assert len(cell_grid.tuned_already(grid_overrides([*words, "technique=few_shot"]))) == 2, "none is tuned: they say so when they are composed"
 
 
 @pytest.mark.parametrize(("params", "said"), [

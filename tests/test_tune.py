@@ -21,7 +21,7 @@ from pipeline.cell import grid, identity, inputs, record
 from pipeline.cell.grid import compose_cell
 from pipeline.cell.identity import fingerprint
 from pipeline.core import compose as core_compose
-from pipeline.core.compose import by_key, compose, spelled_out
+from pipeline.core.compose import compose, spelled_out
 from pipeline.core.files import UserError
 from pipeline.records import tuned
 from pipeline.records.finished import Cell
@@ -366,15 +366,6 @@ def test_the_grid_s_tuned_cells_are_those_that_search(monkeypatch, capsys):
     actual = grid.grid_overrides(["experiments=quick", "tuned=true"])
     assert [word.partition("=")[2] for words in actual for word in words if word.startswith("technique=")] == ["few_shot", "lora"]
     assert "nothing is searched for zero_shot: the untuned cell stands" in capsys.readouterr().out
-
-
-def test_tuned_cells_of_what_is_tuned_run_and_the_others_are_named(tuning, monkeypatch, capsys):
-    axes = {"techniques": ["few_shot", "lora"], "seeds": [0, 1], "train_rows": [160]}
-    monkeypatch.setattr(grid, "grid", lambda name: {"grid": axes})
-    words = ["experiments=quick", "tuned=true", f"paths.tuning={tuning}"]
-    assert [(by_key(w)["technique"], by_key(w)["seed"]) for w in grid.tuned_already(grid.grid_overrides(words))] == [("lora", "0"), ("lora", "1")]
-    assert "not tuned yet, and left out: few_shot-n160; python -m pipeline.tune experiments=quick" in capsys.readouterr().out
-    assert len(grid.tuned_already(grid.grid_overrides([*words, "technique=few_shot"]))) == 2, "none is tuned: they say so when they are composed"
 
 
 def test_a_cell_s_plan_changes_with_its_tuned_settings_and_with_nothing_else_of_the_file(tmp_path, tuning):
