@@ -22,13 +22,19 @@ try: $(VENV) ## from a file of rows to an answer: make try DATA=reviews.csv
 	@test -n "$(DATA)" || { echo "which file? make try DATA=reviews.csv"; exit 2; }
 	@$(BIN)/python -m pipeline try "$(DATA)"
 
+# What DVC says of these names no fix.
+CHOSEN := test -f experiments/$(EXPERIMENT)/dvc.yaml || { echo "error: params.yaml names the experiment $(EXPERIMENT), which has no stages; alignscope try $(EXPERIMENT) --plan writes experiments/$(EXPERIMENT)/dvc.yaml from experiments/$(EXPERIMENT).yaml" >&2; exit 2; }; \
+  grep -q '^experiment: *$(EXPERIMENT) *\(\#.*\)*$$' experiments/$(EXPERIMENT)/params.yaml || { echo "error: experiments/$(EXPERIMENT)/params.yaml is of another experiment; set experiment: $(EXPERIMENT) there" >&2; exit 2; }
+
 repro: $(VENV) ## bring the experiment that params.yaml names up to date, print its table
+	@$(CHOSEN)
 	@$(OWN_LOCKS)
 	@$(BIN)/dvc repro
 	@cat report/$(EXPERIMENT)/table.md
 	@echo "report: report/$(EXPERIMENT)/index.html"
 
 adopt: $(VENV) ## take the results of `python -m pipeline.cells` into DVC as they are
+	@$(CHOSEN)
 	@$(OWN_LOCKS)
 	@$(BIN)/dvc repro --quiet experiments/$(EXPERIMENT)/dvc.yaml:plan
 	@$(BIN)/python -m pipeline.plan experiments=$(EXPERIMENT) adopt=true

@@ -103,6 +103,17 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return totals
 
 
+def table(totals: dict[str, Any]) -> str:
+    """A `summary` as docs/advice.md has it."""
+    lines = ["| hidden | cases | no answer | mean regret, points | largest | runs inside their intervals | mean width, points |",
+             "| --- | --: | --: | --: | --: | --: | --: |"]
+    for kind, one in totals.items():
+        inside = f"{round(one['coverage'] * one['runs'])} of {one['runs']}"
+        figures = (one["lines"], one["without_answer"], one["mean_regret"], one["largest_regret"], inside, one["mean_width"])
+        lines.append(f"| a {kind} | {' | '.join(map(str, figures))} |")
+    return "\n".join(lines)
+
+
 def run(words: Sequence[str]) -> int:
     """Judge, write, print."""
     roots = [Path(w) for w in words if "=" not in w]

@@ -14,6 +14,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,9 @@ def run(words: Sequence[str]) -> int:
         return 0
     os.environ["ALIGNSCOPE_ROOT"] = str(FOLDER)
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the hints find alignscope
-    (FOLDER / "experiments").mkdir(parents=True, exist_ok=True)
+    for made in ("experiments", "data", "results", "report"):  # of a run before this one, which the command would go on with
+        shutil.rmtree(FOLDER / made, ignore_errors=True)
+    (FOLDER / "experiments").mkdir(parents=True)
     (ROOT / "models").mkdir(exist_ok=True)  # in a fresh clone there are none yet
     models = FOLDER / "models"
     if not models.is_symlink():

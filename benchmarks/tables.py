@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import choices, online_rl, parallel, race_replay, race_simulate, rounding, scale, speed_files, throughput, tiers
+from benchmarks import advice, choices, online_rl, parallel, race_replay, race_simulate, rounding, scale, speed_files, throughput, tiers
 from benchmarks.rates import lines
 from benchmarks.speed_files import FOLDER
 from pipeline.core.commands import key_values, words_entry
@@ -32,6 +32,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: speed_files.table(FOLDER),
     "speed, short": lambda: speed_files.table(FOLDER, speed_files.README_COLUMNS, speed_files.README),
     "speed of every workload": lambda: speed_files.grid(FOLDER),
+    "advice": lambda: advice.table(read_json(FOLDER / "advice.json")["summary"]),
     "choices": lambda: choices.table(FOLDER / "choices.json"),
     "race, simulated": lambda: race_simulate.table(read_json(FOLDER / "race_simulated.json")["settings"]),
     "race, replayed": lambda: race_replay.table(read_json(FOLDER / "race_replayed.json")["lines"]),

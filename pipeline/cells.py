@@ -17,17 +17,34 @@ share the cells. `dvc commit` adopts the result files.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline.cell.grid import run_missing
+from pipeline.cell.grid import grid, run_missing
+from pipeline.cell.launch import INTERRUPTED
 from pipeline.core.commands import entry
+from pipeline.core.compose import by_key
 from pipeline.forecasting.sharing import limit
+from pipeline.records import failed
+from pipeline.records.finished import names
+
+SHOWN = 10
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
-    """Run what is missing, in the grid's order."""
-    return run_missing(overrides, limit)
+    """Run what is missing, in the grid's order, and say what has no result and what comes next."""
+    code = run_missing(overrides, limit)
+    if code != INTERRUPTED and not {"experiment", "tuned", "variant"} & by_key(overrides).keys():
+        root = Path(cfg.paths.results) / cfg.experiment
+        every = names(grid(cfg.experiment)["grid"])
+        missing = [cell for cell in every if not (root / cell / "result.json").exists()]
+        if missing:
+            told = "; ".join(failed.named(cfg.paths.work, cfg.experiment, missing[:SHOWN])) + ("; …" if len(missing) > SHOWN else "")
+            print(f"{len(missing)} of {len(every)} cells have no result: {told}")
+        if len(missing) < len(every):
+            print(f"the table and the verdict: python -m pipeline.report experiments={cfg.experiment}")
+    return code
 
 
 main = entry(run)

@@ -18,14 +18,14 @@ import sys
 
 from omegaconf import DictConfig
 
-from pipeline.cell.grid import compose_cells, grid_overrides
+from pipeline.cell.grid import compose_cells, grid_overrides, tuned_already
 from pipeline.core.commands import entry
 from pipeline.fan.run import run as fan_out
 from pipeline.forecasting.sharing import limit
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
-    return fan_out(compose_cells(grid_overrides(overrides)), limit)
+    return fan_out(compose_cells(tuned_already(grid_overrides(overrides))), limit)
 
 
 main = entry(run)

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from pipeline.cell.grid import grid
 from pipeline.core.commands import entry
 from pipeline.core.files import atomic_folder, write_json, write_text
-from pipeline.records import tuned
+from pipeline.records import failed, tuned
 from pipeline.records.finished import select
 from pipeline.records.mlflow import log_note
 from pipeline.reporting import tuning, vega
@@ -38,6 +38,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> None:
     rows = make_rows(cells, Path(cfg.paths.evaluations))
     grown = growth(rows, cfg.report.target)
     tunings = tuned.read_all(Path(cfg.paths.tuning) / cfg.experiment)
+    missing = failed.named(cfg.paths.work, cfg.experiment, missing)
     text = markdown(cfg.experiment, rows, missing, [*summary(grown), *tuning.summary(rows, tunings)])
     files = {
         "index.html": page(cfg.experiment, rows, missing, grown, tunings, Path(cfg.paths.data)),

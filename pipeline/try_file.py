@@ -26,7 +26,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", help="the column that holds the answer (default: guessed)")
     parser.add_argument("--prompt", help='what the model reads, for example "Review: {text}\\nSentiment:" (default: made of the columns\' names)')
     parser.add_argument("--normalise", action="store_true", help="make labels one that differ in case and spaces alone")
-    parser.add_argument("--missing", choices=("error", "drop"), default="error", help="rows without an answer: an error, or left out (default: error)")
+    parser.add_argument("--missing", choices=("error", "drop", "keep"), default="error",
+                        help="rows whose answer is empty, or none, N/A and the like: an error, left out, or such words kept as answers (default: error)")
+    parser.add_argument("--metric", help="what ranks the techniques: accuracy, macro_f1, exact_match, numeric, token_f1, rouge_l, or a function of yours, "
+                        "module:function or folder/file.py:function (default: by the kind of answer)")
     parser.add_argument("--encoding", help="of a text file (default: told by its content)")
     parser.add_argument("--separator", help="between the columns of a CSV (default: told by its content)")
     parser.add_argument("--model", default=MODEL, help=f"a name of conf/model/, a folder, or a repository of the hub (default: {MODEL})")
@@ -46,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.intake import flow
 
     check_above_zero(args, "rows", "test-rows", "hours")
-    return flow.run(args)
+    usual = vars(main.parser().parse_args([args.data]))
+    return flow.run(args, [name for name, value in vars(args).items() if value != usual[name]])
 
 
 main = argument_entry("try", __doc__, add, run)

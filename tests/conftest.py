@@ -118,6 +118,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def place(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with experiments/ and models/ of its own and the tiny model among them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALIGNSCOPE_ROOT", str(tmp_path))
+    shutil.copytree(tiny / "models" / "smollm2_135m", tmp_path / "models" / "smollm2_135m")
+    (tmp_path / "experiments").mkdir()
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database without runs, to copy: making one takes a second, and mlflow's import here spares forked children two more."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 import subprocess
 from pathlib import Path
 
@@ -32,6 +33,20 @@ def test_a_folder_replaces_the_one_before_it(tmp_path):
             (beside / name).touch()
             write_json(beside / "artefact.json", {"cell": name})
     assert names(tmp_path / "artefact") == ["artefact.json", "new"] and names(tmp_path) == ["artefact"]
+
+
+def test_weights_that_their_owner_alone_may_read_are_shared_as_the_folder_is(tmp_path):
+    """safetensors writes 0600 files whatever the umask says."""
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "of", "a.json") as beside:
+            (beside / "deep").mkdir(parents=True)
+            for name in ("a.json", "deep/model.safetensors"):
+                (beside / name).write_text("{}")
+                (beside / name).chmod(0o600)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "of").rglob("*") if p.is_file()} == {0o640}
 
 
 def test_who_is_killed_while_a_folder_is_replaced_leaves_no_half_of_one(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
-from test_try_file import csv_text, place, write  # noqa: F401
+from test_try_file import csv_text, write
 
 from pipeline import base_model, fit, try_file
 
@@ -51,18 +51,18 @@ def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def test_fit_says_why_the_hub_gives_no_shape(place, refused, capsys):  # noqa: F811
+def test_fit_says_why_the_hub_gives_no_shape(place, refused, capsys):
     assert fit.main(["--model", "org/base"]) == 2
     assert refused in one_sentence(capsys)
 
 
-def test_fetching_a_base_says_why_there_is_none(place, refused, capsys):  # noqa: F811
+def test_fetching_a_base_says_why_there_is_none(place, refused, capsys):
     assert base_model.main(["model=hub", "model.name=base", "model.source.repository=org/base", f"paths.models={place}/models"]) == 2
     assert refused in one_sentence(capsys)
     assert not (place / "models/base").exists()
 
 
-def test_try_says_it_before_anything_is_trained(place, refused, capsys):  # noqa: F811
+def test_try_says_it_before_anything_is_trained(place, refused, capsys):
     write(Path(place) / "reviews.csv", csv_text())
     words = ["reviews.csv", "--yes", "--model", "org/base", "--rows", "16", "--test-rows", "16", "--techniques", "zero_shot"]
     assert try_file.main(words) == 2

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from test_tune import example
 
 from pipeline import plan as entry
+from pipeline.cell import grid as cell_grid
 from pipeline.cell.grid import entries, grid, grid_overrides, own_grid
 from pipeline.cell.identity import plan, reads
 from pipeline.core import settings
-from pipeline.core.compose import CONF, ROOT, SUFFIX, build, compose
+from pipeline.core.compose import CONF, ROOT, SUFFIX, build, by_key, compose
 from pipeline.core.files import read_json
+from pipeline.records import tuned
 from pipeline.records.finished import name as cell_name
 from pipeline.search.space import at, declared
 
@@ -212,6 +216,30 @@ def test_the_entry_writes_a_file_a_cell(tmp_path):
     written = read_json(tmp_path / "quick" / f"{sorted(names)[0]}.json")
     assert set(written) == {"config", "code"}
     assert {"pipeline/cell/run.py", "pipeline/engine/ops.py", "pipeline/scoring/news.txt"} <= set(read_json(tmp_path / "quick/code.json"))
+
+
+def test_tuned_cells_of_what_is_tuned_run_and_the_others_are_named(tmp_path, monkeypatch, capsys):
+    tuned.write(tmp_path / "quick/lora-n160.yaml", example())
+    axes = {"techniques": ["few_shot", "lora"], "seeds": [0, 1], "train_rows": [160]}
+    monkeypatch.setattr(cell_grid, "grid", lambda name: {"grid": axes})
+    words = ["experiments=quick", "tuned=true", f"paths.tuning={tmp_path}"]
+    assert [(by_key(w)["technique"], by_key(w)["seed"]) for w in cell_grid.tuned_already(grid_overrides(words))] == [("lora", "0"), ("lora", "1")]
+    assert "not tuned yet, and left out: few_shot-n160; python -m pipeline.tune experiments=quick" in capsys.readouterr().out
+    assert len(cell_grid.tuned_already(grid_overrides([*words, "technique=few_shot"]))) == 2, "none is tuned: they say so when they are composed"
+
+
+@pytest.mark.parametrize(("params", "said"), [
+    (None, "alignscope try mine --plan writes experiments/mine/dvc.yaml"), ("experiment: quick", "set experiment: mine there"), ("experiment: mine # so", ""),
+])
+def test_make_says_what_to_fix_where_dvc_says_to_remove_a_stage(tmp_path, params, said):
+    folder = tmp_path / "experiments/mine"
+    if params is not None:
+        folder.mkdir(parents=True)
+        (folder / "dvc.yaml").write_text("")
+        (folder / "params.yaml").write_text(f"{params}\n")
+    words = ["make", "-f", str(ROOT / "Makefile"), "-C", str(tmp_path), "-o", ".venv/requirements.lock", "repro", "EXPERIMENT=mine", "OWN_LOCKS=false"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode and said in done.stderr and done.stderr.count("error: ") == bool(said)
 
 
 def test_params_that_name_another_task_are_refused(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -198,3 +199,20 @@ def test_pip_runs_nothing_of_an_sdist(tmp_path, monkeypatch):
 def test_importing_the_sources_is_light():
     code = "import sys, pipeline.prepare, pipeline.rationales; sys.exit(bool({'datasets', 'pandas', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("header", [b"GGUF\x03\0\0\0" + (5).to_bytes(8, "little") + (9).to_bytes(8, "little"), b"GGUF" + bytes(range(200, 250)), b"GGUF\x03"])
+def test_a_damaged_gguf_file_is_one_sentence(tmp_path, header):
+    from pipeline.models.sources import Local
+
+    (tmp_path / "own.gguf").write_bytes(header)
+    with pytest.raises(UserError, match=r"own\.gguf cannot be read as a model \(.*\); fetch it again"):
+        Local(str(tmp_path / "own.gguf")).load(tmp_path, False, False)
+
+
+def test_libraries_say_nothing_that_nobody_asked_for():
+    """The hub's client, which sets its logger's level when it is imported, after the command began; torch, as Hydra has the root logger tell all."""
+    code = ("import logging; from pipeline.core.arguments import quiet; quiet(); logging.basicConfig(level=logging.INFO); import huggingface_hub; "
+            "print(min(logging.getLogger('huggingface_hub').level, 10 + logging.getLogger('torch._subclasses.fake_tensor').level))")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={k: v for k, v in os.environ.items() if "HF_" not in k})
+    assert int(said.stdout) >= 40

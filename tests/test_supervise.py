@@ -22,6 +22,7 @@ from pipeline.cell import child, grid, identity, inputs, record
 from pipeline.cell.child import Outcome, run_in_child
 from pipeline.cell.pool import AtOnce
 from pipeline.core import progress
+from pipeline.core.commands import entry
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError
 from pipeline.measure import machine
@@ -76,6 +77,11 @@ def test_an_interrupt_in_the_child_is_code_130(capfd):
 
     assert run_in_child(work) == Outcome(130)
     assert capfd.readouterr().err == ""
+
+
+def test_a_command_whose_child_took_the_signal_says_how_to_go_on(capsys):
+    assert entry(lambda cfg, overrides: 130)(["experiments=quick"]) == 130
+    assert capsys.readouterr().err == "interrupted; run the same command again to resume\n"
 
 
 def test_what_the_child_prints_is_not_lost_and_not_doubled(capfd):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import make_rows
 
-from pipeline import deploy, errors, fit, more, prepare, try_file
+from pipeline import cells, fit, prepare, report, try_file
 from pipeline.core.files import UserError
 from pipeline.data import tables
 from pipeline.intake import look, project
@@ -82,16 +79,6 @@ FILES: dict[str, Callable[[Path], object]] = {
 """Six files of different kinds, by their names."""
 
 
-@pytest.fixture
-def place(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with experiments/ and models/ of its own and the tiny model among them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ALIGNSCOPE_ROOT", str(tmp_path))
-    shutil.copytree(tiny / "models" / "smollm2_135m", tmp_path / "models" / "smollm2_135m")
-    (tmp_path / "experiments").mkdir()
-    return tmp_path
-
-
 def untracked(name: str) -> None:
     """Keep MLflow out of an experiment's runs, which a user may do in the same place."""
     path = project.file_of(name)
@@ -117,55 +104,19 @@ def test_a_file_of_any_kind_leads_to_an_answer(place, imports, capsys, name):
 
 
 @pytest.mark.slow
-def test_what_follows_an_answer(place, imports, capsys, monkeypatch):
-    write(place / "reviews.csv", csv_text())
-    code, out = tried("reviews.csv", capsys=capsys)
-    assert code == 0 and any(word in out for word in ("Take", "Do not train", "Undecided")) and "rank reviews" in out
-    deployed_answers_as_measured("lora", place, capsys, monkeypatch)
-    assert errors.main(["reviews", "zero_shot"]) == 0
-    assert "test rows answered wrong" in capsys.readouterr().out
-    assert errors.main(["reviews", "lora", "--json"]) == 0
-    held = json.loads(capsys.readouterr().out)
-    predicted = [json.loads(line) for line in (place / "results/reviews/lora-s0-n16/predictions.jsonl").read_text().splitlines()]
-    wrong = [p for p in predicted if p["split"] == "test" and not p["correct"]]
-    assert held["rows"] == 16 and [w["id"] for w in held["wrong"]] == [p["id"] for p in wrong]
-    assert sum(pair["rows"] for pair in held["confusion"]) == 16
-    assert more.main(["reviews", "--seeds", "2", "--json"]) == 0
-    assert {c["cell"] for c in json.loads(capsys.readouterr().out)["cells"]} >= {"lora-s0-n16", "lora-s1-n16"}
-    assert "seeds: [0, 1] #" in project.file_of("reviews").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("technique", ["zero_shot", "few_shot", "prompt_tuning"])
-def test_a_deployed_folder_answers_as_the_cell_did(place, imports, capsys, technique, monkeypatch):
-    """predict.py, run as it is, gives what predictions.jsonl has: merged weights, the base, demonstrations, an adapter beside its base."""
-    write(place / "reviews.csv", csv_text())
-    assert tried("reviews.csv", "--techniques", technique, capsys=capsys)[0] == 0
-    deployed_answers_as_measured(technique, place, capsys, monkeypatch)
-
-
-def deployed_answers_as_measured(technique: str, place: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert deploy.main(["reviews", technique, "--to", "out"]) == 0, capsys.readouterr().err
-    said = {p["id"]: p["prediction"] for line in (place / f"results/reviews/{technique}-s0-n16/predictions.jsonl").read_text().splitlines()
-            if (p := json.loads(line))["split"] == "test"}
-    rows = [json.loads(line) for line in (place / "data/reviews/test.jsonl").read_text().splitlines()][:4]
-    script = (place / "out/predict.py").read_text()
-    assert len(script.splitlines()) < 40
-    for row in rows:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["predict.py", f"text={row['fields']['text']}"])
-        exec(compile(script, "predict.py", "exec"), {"__file__": str(place / "out/predict.py"), "__name__": "__main__"})
-        assert capsys.readouterr().out.strip() == said[row["id"]]
-    assert f"{technique} on smollm2_135m" in (place / "out/README.md").read_text()
-
-
-@pytest.mark.slow
 def test_a_failed_technique_says_why_in_the_table_and_the_others_go_on(place, imports, capsys):
     write(place / "reviews.csv", csv_text())
     code, out = tried("reviews.csv", "--techniques", "zero_shot,bitfit,lora", capsys=capsys)
     line = next(line for line in out.splitlines() if line.startswith("bitfit"))
     assert code == 0 and "failed: " in line and "add_biases" in line
     assert any(line.startswith("lora  ") for line in out.splitlines())
+    assert cells.main(["experiments=reviews"]) == 2
+    closing = capsys.readouterr().out
+    assert "1 of 3 cells have no result: bitfit-s0-n16 (technique=bitfit" in closing and "python -m pipeline.report experiments=reviews" in closing
+    assert report.main(["experiments=reviews"]) == 0
+    assert any("not run: bitfit-s0-n16 (technique=bitfit" in line and "add_biases" in line for line in capsys.readouterr().out.splitlines())
+    assert "add_biases" in (place / "report/reviews/index.html").read_text()
+    assert cells.main(["experiments=reviews", "technique=bitfit", "method.add_biases=true"]) == 0 and not list((place / ".work/failed").rglob("*.json"))
 
 
 @pytest.mark.slow
@@ -270,12 +221,22 @@ def messy(tmp_path: Path) -> str:
 def test_labels_are_made_one_and_missing_ones_left_out(place, capsys):
     path = Path(messy(place)).name
     assert try_file.main([path, *FEW, "--plan"]) == 2
-    assert "2 rows without a value in 'label' (row 3, 4)" in capsys.readouterr().err
+    assert "2 rows without a value in 'label' (row 3, 4, written 'N/A')" in capsys.readouterr().err
     assert try_file.main([path, *FEW, "--plan", "--missing", "drop"]) == 2
     assert "spells 1 labels in several ways" in capsys.readouterr().err and not (place / "experiments/messy.yaml").exists()
     assert try_file.main([path, *FEW, "--plan", "--missing", "drop", "--normalise"]) == 0 and prepare.main(["experiments=messy"]) == 0
     answers = {json.loads(line)["answer"] for line in (place / "data/messy/train.jsonl").read_text().splitlines()}
     assert answers == {"positive", "negative"}
+
+
+def test_a_label_that_is_called_none_is_kept_where_that_is_said(place, capsys):
+    rows = [{**row, "label": ("none", row["label"], "")[n % 3]} for n, row in enumerate(ROWS)]
+    write(place / "stance.csv", csv_text(rows))
+    assert try_file.main(["stance.csv", *FEW, "--plan"]) == 2 and "where 'none' is an answer: --missing keep" in capsys.readouterr().err
+    assert try_file.main(["stance.csv", *FEW, "--plan", "--missing", "keep"]) == 0 and "30 rows without an answer are left out" in capsys.readouterr().out
+    assert prepare.main(["experiments=stance"]) == 0
+    prepared = [json.loads(line) for split in ("train", "validation", "test") for line in (place / f"data/stance/{split}.jsonl").read_text().splitlines()]
+    assert {row["answer"] for row in prepared} == {"none", "positive", "negative"} and len(prepared) <= 60
 
 
 # bad input, one sentence each
@@ -353,35 +314,6 @@ def test_what_is_no_model_is_one_sentence(place, capsys, name):
     assert try_file.main(["reviews.csv", "--yes", "--model", "m/b.gguf" if file == "b.gguf" else "m"]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not list((place / "experiments").iterdir())
-
-
-def test_a_label_that_yaml_would_misread_stays_what_it_is(place, capsys):
-    words = ["reverted_card_payment?", "yes", "no: never", "#1", "null", "1e3"]
-    random.seed(0)
-    rows = [{"text": f"a film of number {n}", "label": words[n % len(words)]} for n in range(120)]
-    write(place / "odd.jsonl", jsonl(rows))
-    assert try_file.main(["odd.jsonl", *FEW, "--plan", "--missing", "drop"]) == 0
-    held = yaml.safe_load((place / "experiments/odd.yaml").read_text())
-    assert held["task"]["choices"] == sorted(set(words) - {"null"})
-
-
-def test_a_broken_experiment_file_is_one_sentence(place, capsys):
-    write(place / "reviews.csv", csv_text())
-    assert try_file.main(["reviews.csv", *FEW, "--plan"]) == 0
-    path = project.file_of("reviews")
-    path.write_text(path.read_text().replace('  scoring: "choice"', "  scoring: [choice?: {"))
-    capsys.readouterr()
-    assert try_file.main(["reviews"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "reviews.yaml" in error
-
-
-def test_a_plan_for_a_card_elsewhere_runs_nothing(place, capsys):
-    write(place / "reviews.csv", csv_text())
-    assert try_file.main(["reviews.csv", "--model", "Qwen/Qwen3-0.6B", "--hours", "2", "--card", "24GB", "--yes"]) == 0
-    out = capsys.readouterr().out
-    assert "a card of 24 GiB" in out and "a guess" in out and "nothing is run" in out and not (place / "results").exists()
-    assert yaml.safe_load((place / "experiments/reviews.yaml").read_text())["model"]["source"] == {"repository": "Qwen/Qwen3-0.6B"}
 
 
 # fit

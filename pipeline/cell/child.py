@@ -23,6 +23,7 @@ from pipeline.core.files import UserError, check_writable
 from pipeline.data import recipe
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.memory import child_rss, kernel_oom_kills, out_of_memory
+from pipeline.records import failed
 from pipeline.records.finished import name as cell_name
 from pipeline.records.results import Result
 from pipeline.scoring.answers import headline
@@ -281,6 +282,8 @@ class CellRun:
             write = record.write_oom if done.out_of_memory else functools.partial(record.write_oom, device=launch.device_of(cfg))
             done = run_in_child(lambda: print(summary(write(cfg, reason))) or 0, log=self.watcher.log)  # its imports stay out of this process
         self.watcher.ends(cfg, done.code, told.reason if told else "")
+        if done.code != launch.INTERRUPTED:
+            failed.note(cfg, told.reason if told and done.code else "")
         if done.code > 128 and done.code != launch.INTERRUPTED:
             what = f"gave up: {told.reason}" if told and told.reason else f"was ended by signal {done.code - 128}"
             raise Ended(f"cell {cell_name(cfg)} {what}; run the same command again, it resumes from its last checkpoint")

@@ -62,7 +62,7 @@ Limit = Callable[[Sequence[DictConfig]], AtOnce]
 
 def run_missing(overrides: Sequence[str], limit: Limit | None = None) -> int:
     """Compose every cell of the grid and run the missing ones. Returns 0 if all have a result. limit: as run_cells has it."""
-    every = grid_overrides(overrides)
+    every = tuned_already(grid_overrides(overrides))
     check_ahead(compose_cell(every[0]))
     return run_cells(compose_cells(every), limit=limit)
 
@@ -319,6 +319,22 @@ def entries(axes: Mapping[str, Any], chosen: Mapping[str, str]) -> list[list[str
     own, plain = f"variant={chosen['variant']}", {words.removesuffix(SUFFIX) for (words,) in techniques}
     known = [entry for entry in variants if entry[1] == own and ("technique" not in chosen or entry[0].removesuffix(SUFFIX) in plain)]
     return known or [[*entry, own] for entry in techniques]
+
+
+def tuned_already(every: list[list[str]]) -> list[list[str]]:
+    """The cells that can be composed: of tuned ones those that pipeline.tune has done, the others named; all where it has done none."""
+    if by_key(every[0]).get("tuned", "").lower() != "true":
+        return every
+    paths: dict[tuple[str, ...], Path] = {}
+    for words in every:
+        alike = tuple(without(words, "seed"))
+        if alike not in paths:
+            paths[alike] = tuned.path_of(compose(words))
+    waits = {alike: path.stem for alike, path in paths.items() if not path.exists()}
+    if not waits or len(waits) == len(paths):
+        return every
+    print(f"not tuned yet, and left out: {', '.join(waits.values())}; python -m pipeline.tune experiments={by_key(every[0])['experiments']} tunes all")
+    return [words for words in every if tuple(without(words, "seed")) not in waits]
 
 
 def _searched(every: Iterable[Sequence[str]], rest: Sequence[str]) -> list[list[str]]:

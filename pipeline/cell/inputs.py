@@ -29,7 +29,7 @@ from pipeline.models import architecture, rates
 from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, most_tokens, resolve
 from pipeline.objectives.base import Objective
 from pipeline.records.results import Synthetic
-from pipeline.scoring import answers
+from pipeline.scoring import answers, per_row
 from pipeline.scoring.probes import Probing
 from pipeline.serving.artefact import started
 from pipeline.teachers.synthetic import rows as synthetic
@@ -172,6 +172,7 @@ def check_ahead(cfg: DictConfig) -> None:
     """Raise UserError for what a cell lacks, or what does not go together, as far as that can be told without torch, in a blink."""
     settings, method = read_settings(cfg), class_of(plain(cfg)["method"], "method")
     check_prepared(Path(cfg.paths.data) / cfg.task.name, cfg.task.name)
+    per_row.of(settings.task)
     if not method.answers_without_model:
         manifest(Path(cfg.paths.models) / cfg.model.name)
     _check_batch(cfg, settings, method)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import logging
+import os
 import re
 import shutil
 import sys
@@ -42,9 +43,10 @@ NOISE = ("`is_gradient_checkpointing` is deprecated", "Position ids are not supp
          r"Unsupported layer type '<class '[\w.]*Norm")
 """How warnings begin (patterns) that PEFT (0.21), not a user, can fix: it asks transformers 5 by an old name, says what it passes over in every pass, and knows
 no norm of transformers' own, which ln_tuning trains all the same."""
-LOUD = {"huggingface_hub": logging.ERROR, "absl": logging.WARNING, "bitsandbytes.backends.cpu.ops": logging.ERROR}
+LOUD = {"huggingface_hub": logging.ERROR, "absl": logging.WARNING, "bitsandbytes.backends.cpu.ops": logging.ERROR,
+        "torch._subclasses.fake_tensor": logging.WARNING}
 """Loggers, and the least they may say: rouge_score tells at every start which tokenizer it takes, bitsandbytes on some CPUs that kernels which this project
-does not use are not installed, the hub's client each time that it tries again."""
+does not use are not installed, the hub's client each time that it tries again, torch at the end of a process that was interrupted how its caches did."""
 
 
 def quiet() -> None:
@@ -53,6 +55,7 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", beginning)
     for name, level in LOUD.items():
         logging.getLogger(name).setLevel(level)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's client sets its logger's level when it is imported
 
 
 def check_above_zero(args: argparse.Namespace, *names: str) -> None:

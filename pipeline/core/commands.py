@@ -37,7 +37,7 @@ def entry(run: Run) -> Callable[..., int]:
             return 0
         quiet()
         try:
-            return (_command_line(run) if argv is None else _in_process(run, argv)) or 0
+            code = (_command_line(run) if argv is None else _in_process(run, argv)) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -45,8 +45,10 @@ def entry(run: Run) -> Callable[..., int]:
             print(f"error: {explain(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
+            code = 130
+        if code == 130:  # also where a child took the signal and saved what it had
             print("interrupted; run the same command again to resume", file=sys.stderr)
-            return 130
+        return code
 
     return main
 

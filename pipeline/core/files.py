@@ -84,6 +84,7 @@ def atomic_folder(path: str | Path, manifest: str, *keys: str) -> Iterator[Path]
     with _written_beside(path) as beside:
         yield beside
         _check_replaceable(path, manifest, keys)
+        _share(beside)
         _sync(beside)
         before = beside.with_name(f"{beside.name}-before")
         _remove(before)
@@ -174,6 +175,14 @@ def _is_alive(pid: int) -> bool:
         return not poll.poll(0)
     finally:
         os.close(descriptor)
+
+
+def _share(folder: Path) -> None:
+    """Let who may enter the folder read its files: safetensors writes weights that their owner alone may read, whatever the umask."""
+    wanted = folder.stat().st_mode & 0o444
+    for member in folder.rglob("*"):
+        if member.is_file() and not member.is_symlink():
+            member.chmod(member.stat().st_mode & 0o7777 | wanted)
 
 
 def _sync(path: Path) -> None:

@@ -79,7 +79,8 @@ class Task:
 
     def check(self) -> None:
         if self.own_metric and self.metric != CUSTOM and not OWN.fullmatch(self.metric):
-            raise UserError(f"config key 'task.metric' is {self.metric!r}; choose one of {', '.join(METRICS)}, or name a function of your own: module:function")
+            raise UserError(f"config key 'task.metric' is {self.metric!r}{closest(self.metric, METRICS)}; choose one of {', '.join(METRICS)}, or name a "
+                            "function of your own: module:function")
         needs = METRICS.get(self.metric) or self.scoring
         if needs != self.scoring:
             raise UserError(f"task.metric={self.metric} needs task.scoring={needs}, not {self.scoring}; change one of them")

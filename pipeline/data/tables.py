@@ -31,8 +31,9 @@ NO_TABLE = {
 }
 """First bytes -> what such a file is."""
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-MISSING = ("", "n/a", "na", "nan", "null", "none", "-", "?")
-"""What stands, in any case, where a label is missing."""
+MISSING = ("n/a", "na", "nan", "null", "none", "-", "?")
+"""What stands, in any case, where a label is missing, or is an answer of its own (missing=keep)."""
+Missing = Literal["error", "drop", "keep"]
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class Table:
     Args:
         label: the column that normalise and missing are about.
         normalise: spellings of a label that differ in case and spaces alone become its commonest one.
-        missing: error, or drop: leave out rows whose label is empty, N/A or the like.
+        missing: error; drop: leave out rows whose label is empty, N/A or the like; keep: such words are labels, and empty ones left out.
         encoding, separator: null tells them by the content.
     """
 
     path: str = ""
     label: str | None = None
     normalise: bool = False
-    missing: Literal["error", "drop"] = "error"
+    missing: Missing = "error"
     encoding: str | None = None
     separator: str | None = None
 
@@ -80,14 +81,15 @@ class Table:
         if self.label is not None:
             if rows and self.label not in rows[0]:
                 raise UserError(f"{self.path} has no column {self.label!r}{closest(self.label, rows[0])}; there are: {', '.join(map(str, rows[0]))}")
-            rows = [row for row in rows if self.missing == "error" or not is_missing(row.get(self.label))]
+            rows = [row for row in rows if self.missing == "error" or not is_missing(row.get(self.label), self.missing)]
             rows = normalised(rows, self.label) if self.normalise else rows
         return Loaded({"train": rows}, {"kind": "table", "sha256": {Path(self.path).name: sha256(self.path)}}, {"train": self.path})
 
 
-def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing, or a word that says so."""
-    return value is None or str(value).strip().casefold() in MISSING
+def is_missing(value: Any, missing: Missing = "error") -> bool:
+    """Whether a cell holds nothing, or (but with missing=keep) a word that says so."""
+    word = "" if value is None else str(value).strip().casefold()
+    return not word or missing != "keep" and word in MISSING
 
 
 def spelling(value: Any) -> str:

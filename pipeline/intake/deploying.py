@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.core.commands import call
-from pipeline.core.files import UserError, atomic_folder, folder_bytes, read_object, write_json, write_text
+from pipeline.core.files import UserError, atomic_folder, folder_bytes, read_jsonl, read_object, write_json, write_text
+from pipeline.data.conversations import USER_TURN
 from pipeline.models import architecture
 from pipeline.records.finished import Cell, cell_config
 from pipeline.records.results import Result
@@ -27,9 +31,13 @@ here = Path(__file__).parent
 ask = json.loads((here / "prompt.json").read_text(encoding="utf-8"))
 tokenizer, model = AutoTokenizer.from_pretrained(here / "model"), AutoModelForCausalLM.from_pretrained(here / "model"){adapter}
 row = dict(word.split("=", 1) for word in sys.argv[1:])
-text = ask["before"] + re.sub(r"{{(.+?)}}", lambda column: row[column[1]], ask["prompt"])
+text = ask["before"] + re.sub(r"{{(.+?)}}", lambda found: row.get(found[1]) or sys.exit("use: python predict.py {example}"), ask["prompt"])
+system = row.get("system", ask["system"])
+turns = [{{"role": "system", "content": system}}] * bool(system) + [{{"role": "user", "content": text}}]
 if ask["format"] == "chat":
-    text = tokenizer.apply_chat_template([{{"role": "user", "content": text}}], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+elif ask["format"] == "transcript":
+    text = "\\n".join([*(f"{{turn['role'].capitalize()}}: {{turn['content']}}" for turn in turns), "Assistant:"])
 prompt = tokenizer(text, return_tensors="pt", add_special_tokens=ask["format"] != "chat")["input_ids"]
 
 @torch.no_grad()
@@ -43,7 +51,7 @@ if ask["choices"]:
 else:
     written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=ask["max_new_tokens"], do_sample=False)
     said = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True).split(ask["stop"])[0].strip()
-    found = re.findall(ask["answer_pattern"], said) if ask["answer_pattern"] else said.splitlines()[:1]
+    found = re.findall(ask["answer_pattern"], said) if ask["answer_pattern"] else said.splitlines()[:1] if ask["first_line"] else [said]
     print(found[-1] if found else "")
 '''
 END_OF_TEXT = "\0"
@@ -67,13 +75,14 @@ def deploy(cell: Cell, cfg: DictConfig, target: Path) -> int:
     with atomic_folder(target, "prompt.json", "cell") as beside:
         if reason is None:
             weights = beside / "model"
-            call("export", OmegaConf.merge(cfg, {"cell": str(cell.folder), "to": str(weights)}), [])  # type: ignore[arg-type]
+            with contextlib.redirect_stdout(io.StringIO()):  # it names a folder that has another name in the end
+                call("export", OmegaConf.merge(cfg, {"cell": str(cell.folder), "to": str(weights)}), [])  # type: ignore[arg-type]
         else:
             beside.mkdir(exist_ok=True)
             shutil.copytree(Path(config.paths.models) / config.model.name, beside / "model", ignore=shutil.ignore_patterns("manifest.json"))
         if as_adapter:
             shutil.copytree(cell.folder / "artefact", beside / "adapter", ignore=shutil.ignore_patterns("artefact.json"))
-        asked = prompt_of(result, served, in_prompt)
+        asked = prompt_of(result, served, in_prompt, usual_system(Path(config.paths.data) / config.task.name))
         write_json(beside / "prompt.json", {**asked, "cell": f"{result.experiment}/{result.cell}"})
         example = " ".join(f"{column}='…'" for column in asked["columns"])
         write_text(beside / "predict.py", PREDICT.format(example=example.replace('"', "'"), adapter=ADAPTER if as_adapter else ""))
@@ -81,21 +90,34 @@ def deploy(cell: Cell, cfg: DictConfig, target: Path) -> int:
     return folder_bytes(target)
 
 
-def prompt_of(result: Result, served: Artefact, in_prompt: bool) -> dict[str, Any]:
-    """How the model is asked: before (demonstrations), the prompt's template, what stands before an answer, the choices."""
+def usual_system(data: Path) -> str | None:
+    """The system turn of most of a task's prepared test rows; None: most have none, or the rows are not here."""
+    if not (data / "test.jsonl").exists():
+        return None
+    said = Counter(turns[0]["content"] if turns[0]["role"] == "system" else None for row in read_jsonl(data / "test.jsonl") if (turns := row.get("messages")))
+    return said.most_common(1)[0][0] if said else None
+
+
+def prompt_of(result: Result, served: Artefact, in_prompt: bool, system: str | None) -> dict[str, Any]:
+    """How the model is asked: before (demonstrations), the prompt's template, what stands before an answer, the choices; of conversations the user's turn
+    and the system's, which is that of most test rows unless another one is given."""
     from pipeline.data.recipe import columns_of
 
     task = result.config["task"]
+    turns = bool(task.get("messages"))
+    form = "chat" if turns and task.get("format") != "transcript" else task.get("format", "plain")
+    template = "{user}" if turns else task["prompt"]
     before = ""
     if in_prompt and served.method.own_prompt:
         state = served.method.load(None, served.folder)[1]
         before = served.method.prompt("", state)
     choices = task.get("choices")
     return {
-        "before": before, "prompt": served.objective.prompt(task["prompt"]), "columns": columns_of(task["prompt"], "task.prompt"),
-        "separator": "" if task.get("format") == "chat" else task.get("separator", " "), "format": task.get("format", "plain"),
+        "before": before, "prompt": served.objective.prompt(template), "columns": columns_of(template, "task.prompt"),
+        "separator": "" if form == "chat" else task.get("separator", " "), "format": form, "system": system if turns else task.get("system"),
         "choices": list(choices) if isinstance(choices, (list, tuple)) else None, "max_new_tokens": task.get("max_new_tokens", 32),
-        "answer_pattern": task.get("answer_pattern"), "stop": task.get("stop") or END_OF_TEXT,
+        "answer_pattern": task.get("answer_pattern"), "stop": task.get("stop") or (USER_TURN if form == "transcript" else END_OF_TEXT),
+        "first_line": result.metric == "accuracy",
     }
 
 

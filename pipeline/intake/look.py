@@ -69,13 +69,17 @@ class Look:
     hub: bool = False
     missing_rows: tuple[int, ...] = ()
     """Numbers, from 1, of rows without an answer."""
+    missing_words: tuple[str, ...] = ()
+    """What stands there in the place of an answer, the commonest first; nothing: an empty cell."""
     duplicates: int = 0
     contradicting: list[tuple[str, str, str]] = field(default_factory=list)
     """(text, its label, its other label)."""
     near: list[list[str]] = field(default_factory=list)
     """Spellings of one label."""
     normalise: bool = False
-    missing: Literal["error", "drop"] = "error"
+    missing: tables.Missing = "error"
+    metric: str | None = None
+    """What was asked for; None: by the kind of answer."""
 
 
 def name_of(path: str) -> str:
@@ -92,7 +96,7 @@ def is_hub(word: str) -> bool:
 
 
 def look(path: str, text: Sequence[str] = (), label: str | None = None, prompt: str | None = None, normalise: bool = False,
-         missing: Literal["error", "drop"] = "error", encoding: str | None = None, separator: str | None = None, work: Path = Path(".work")) -> Look:
+         missing: tables.Missing = "error", encoding: str | None = None, separator: str | None = None, work: Path = Path(".work")) -> Look:
     """Read a file and guess what is to be learnt from it.
 
     Args:
@@ -109,8 +113,10 @@ def look(path: str, text: Sequence[str] = (), label: str | None = None, prompt: 
     columns = [_column(name, rows) for name in dict.fromkeys(key for row in rows for key in row)]
     _check_columns(path, columns, (*text, *([label] if label else [])))
     label = label or ("answer" if shape in (*shapes.TURNS, *shapes.PAIRED) else _guess_label(path, columns, rows, text))
-    missing_rows = tuple(n for n, row in enumerate(rows, 1) if tables.is_missing(row.get(label)))
-    left = [row for row in rows if not tables.is_missing(row.get(label))]
+    absent = [tables.is_missing(row.get(label), missing) for row in rows]
+    missing_rows = tuple(n for n, is_absent in enumerate(absent, 1) if is_absent)
+    left = [row for row, is_absent in zip(rows, absent, strict=True) if not is_absent]
+    said = Counter(str(row.get(label)).strip() for row, is_absent in zip(rows, absent, strict=True) if is_absent and row.get(label) is not None)
     kind: Kind = "pair" if shape in shapes.PAIRED else _kind(left, label, next(c for c in columns if c.name == label))
     labels = Counter(str(row[label]).strip() for row in left) if kind == "choice" else Counter()
     near = [sorted(group, key=lambda w: -labels[w]) for group in _near(labels)]
@@ -127,6 +133,7 @@ def look(path: str, text: Sequence[str] = (), label: str | None = None, prompt: 
             other.setdefault(key, (str(row.get(taken[0], ""))[:60], first[key], answer))
     return Look(
         path, name_of(path), form, shape, len(rows), left, columns, taken, label, kind, template, labels, hub, missing_rows,
+        tuple(word for word, _ in said.most_common() if word),
         len(keyed) - len(first), list(other.values()) if kind == "choice" else [], near, normalise, missing,
     )
 
@@ -139,13 +146,19 @@ def lines(seen: Look) -> list[str]:
     told += [f"  unused  {', '.join(others[:8])}{' and others' if len(others) > 8 else ''}"] if others else []
     notes = []
     if seen.missing_rows:
-        notes.append(f"{len(seen.missing_rows)} rows without an answer{' are left out' if seen.missing == 'drop' else ''}")
+        notes.append(f"{len(seen.missing_rows)} rows without an answer{_written(seen)}{' are left out' if seen.missing != 'error' else ''}")
     notes += [f"{seen.duplicates} texts stand there again; the first of each is kept"] if seen.duplicates else []
     if seen.contradicting:
         text, one, other = seen.contradicting[0]
         notes.append(f"{len(seen.contradicting)} of these with another answer (first: {text!r} is {one!r} and {other!r})")
-    notes += [f"spelt in several ways: {'; '.join(', '.join(group) for group in seen.near[:SHOWN])}"] if seen.near else []
+    if seen.near:
+        rest = f"; and {len(seen.near) - SHOWN} more" if len(seen.near) > SHOWN else ""
+        notes.append(f"spelt in several ways: {'; '.join(', '.join(group) for group in seen.near[:SHOWN])}{rest}")
     return told + [f"  note    {note}" for note in notes]
+
+
+def _written(seen: Look) -> str:
+    return f", written {', '.join(map(repr, seen.missing_words[:SHOWN]))}" if seen.missing_words else ""
 
 
 def _answers(seen: Look) -> str:
@@ -264,8 +277,8 @@ def check(seen: Look) -> None:
     left = len(seen.rows)
     if seen.missing_rows and seen.missing == "error":
         which = ", ".join(map(str, seen.missing_rows[:SHOWN])) + (f" and {len(seen.missing_rows) - SHOWN} more" if len(seen.missing_rows) > SHOWN else "")
-        raise UserError(f"{seen.path} has {len(seen.missing_rows)} rows without a value in {seen.label!r} (row {which}); fill them in, or leave them out "
-                        "with --missing drop")
+        raise UserError(f"{seen.path} has {len(seen.missing_rows)} rows without a value in {seen.label!r} (row {which}{_written(seen)}); fill them in, or "
+                        f"leave them out with --missing drop{f'; where {seen.missing_words[0]!r} is an answer: --missing keep' if seen.missing_words else ''}")
     if left < FEWEST_ROWS:
         raise UserError(f"{seen.path} has {left} rows with an answer, and comparing needs {FEWEST_ROWS} at least (some to train on, some to test on, some to "
                         "choose by); add rows")

@@ -252,9 +252,10 @@ def _counting(folder: Path | None) -> tuple[FastTokenizer | None, Callable[[str]
 
 def _length(whole: Sequence[float], shots: float, config: Path | None) -> int:
     """Most tokens of a row, by those of rows with their answers: more than MAX_LENGTH for demonstrations alone, and no more than the model takes."""
-    context = (read_object(config).get("max_position_embeddings") if config else None) or MAX_LENGTH
-    if max(whole) > MAX_LENGTH:
-        return MAX_LENGTH
+    held = read_object(config) if config else {}
+    context = int(held.get("max_position_embeddings") or held.get("n_positions") or MAX_LENGTH)
+    if max(whole) > MAX_LENGTH or context < MAX_LENGTH:
+        return min(MAX_LENGTH, context)
     fits = (n for n in (MAX_LENGTH, *LONGER) if n <= context and sum(shots + w > n for w in whole) <= ALL_BUT * len(whole))
     return next(fits, MAX_LENGTH)
 
@@ -286,12 +287,12 @@ def work_of(cfg: DictConfig, folder: Path) -> Work:
                 len(train), validation, len(test), cfg.train.epochs, max(map(len, listed)))
 
 
-def table(plan: Plan) -> list[list[str]]:
+def table(cells: Sequence[Whole], left_out: Sequence[Whole]) -> list[list[str]]:
     """[technique, training, scoring, together, memory, remark] a cell, for people."""
     lines = []
-    for cell in plan.cells:
+    for cell in cells:
         lines.append([cell.technique, *(duration(t) for t in (cell.train_s, cell.score_s, cell.total_s)), size(cell), ""])
-    return lines + [[cell.technique, "", "", duration(cell.total_s), size(cell), f"left out: {cell.reason}"] for cell in plan.left_out]
+    return lines + [[cell.technique, "", "", duration(cell.total_s), size(cell), f"left out: {cell.reason}"] for cell in left_out]
 
 
 def duration(seconds: float | None) -> str:

@@ -108,16 +108,17 @@ def task_keys(seen: Look, chat: bool) -> dict[str, Any]:
     """What conf/task/table.yaml leaves open. chat: whether the model has a template for what was written as a chat."""
     keys: dict[str, Any] = {"name": seen.name, "source": _source(seen)}
     keys |= {"messages": seen.shape, "prompt": "", "answer": None} if seen.shape in shapes.TURNS else {"prompt": seen.prompt, "answer": f"{{{seen.label}}}"}
-    keys["scoring"] = "choice" if seen.kind in ("choice", "pair") else "generate"
+    keys["scoring"], metric = "choice" if seen.kind in ("choice", "pair") else "generate", "accuracy"
     if seen.kind == "choice":
         keys["choices"] = sorted(seen.labels)
     elif seen.kind == "pair":
         keys["choices"] = "choices"
     else:
         lengths = sorted(len(str(row[seen.label])) for row in seen.rows)
-        keys["metric"] = "numeric" if seen.kind == "number" else "token_f1" if lengths[len(lengths) // 2] <= SHORT_TEXT else "rouge_l"
+        metric = "numeric" if seen.kind == "number" else "token_f1" if lengths[len(lengths) // 2] <= SHORT_TEXT else "rouge_l"
         keys["max_new_tokens"] = min(MOST_NUMBER if seen.kind == "number" else MOST_NEW, max(LEAST_NEW, 1 + _most_tokens(seen)))  # 1: the end
         keys |= {"stop": stop} if (stop := _stop(seen)) else {}
+    keys["metric"] = seen.metric or metric
     if seen.shape and (chat or seen.shape in shapes.TURNS):
         keys["format"] = "chat" if chat else "transcript"
     count = len(seen.rows)
@@ -147,7 +148,7 @@ def _source(seen: Look) -> dict[str, Any]:
         return {"type": "hub", "id": seen.path, "splits": {"train": "train"}}
     cleaning: dict[str, Any] = {"label": seen.label} if seen.normalise or seen.missing_rows else {}
     cleaning |= {"normalise": True} if seen.normalise else {}
-    cleaning |= {"missing": "drop"} if seen.missing_rows else {}
+    cleaning |= {"missing": seen.missing} if seen.missing_rows else {}
     return {"type": "table", "path": seen.path, **cleaning}
 
 
@@ -163,7 +164,7 @@ ABOUT = {
 }
 
 
-def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int, test_rows: int, epochs: float, hours: float, card: str | None,
+def text_of(seen: Look, model: ModelChoice, command: str, techniques: Sequence[str], rows: int, test_rows: int, epochs: float, hours: float, card: str | None,
             chat: bool, encoding: str | None = None, separator: str | None = None, max_length: int = 512) -> str:
     """The file: a comment on every line that one might change. encoding, separator: as they were asked for."""
     task = task_keys(seen, chat)
@@ -171,7 +172,7 @@ def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int
     task["source"] |= {key: value for key, value in (("encoding", encoding), ("separator", separator)) if value}
     lines = [
         "# @package _global_",
-        f"# What `alignscope try {seen.path}` understood and planned: the one file to edit. After a change: alignscope try {seen.name}",
+        f"{_head(command)}: the one file to edit. After a change: alignscope try {seen.name}",
         "defaults:",
         "  - override /task: table # its keys stand below",
         f"  - override /model: {model.config} # a file of conf/model/; hub or local: one of your own, below",
@@ -198,6 +199,15 @@ def text_of(seen: Look, model: ModelChoice, techniques: Sequence[str], rows: int
     return "\n".join(lines)
 
 
+def _head(command: str) -> str:
+    return f"# What `{command}` understood and planned"
+
+
+def is_of(path: Path, command: str) -> bool:
+    """Whether a file is there and this command wrote it; edited since or not."""
+    return path.exists() and path.read_text(encoding="utf-8").partition("\n")[2].startswith(f"{_head(command)}:")
+
+
 def _flow(key: str, value: Any) -> str:
     """key: value on one line, quoted as YAML wants it."""
     quoted = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, default_style='"' if isinstance(value, str) else None)
@@ -208,13 +218,16 @@ def file_of(name: str) -> Path:
     return experiments() / f"{check_name(name, 'the name of a project')}.yaml"
 
 
-def write(name: str, text: str) -> Path:
-    """Write the file. Raises UserError where another experiment has the name."""
+def write(name: str, text: str) -> Path | None:
+    """Write the file. Returns where another one that stood there is kept now. Raises UserError where another experiment has the name."""
     path = file_of(name)
     if (path.parent / name / "params.yaml").exists() and not is_made(path.parent / name / "params.yaml"):
         raise UserError(f"experiments/{name}/ is an experiment of the repository; give this one another name with --name")
+    before = path.with_suffix(".yaml.bak") if path.exists() and path.read_text(encoding="utf-8") != text else None
+    if before:
+        path.replace(before)
     write_text(path, text)
-    return path
+    return before
 
 
 def is_made(path: Path) -> bool:
@@ -223,28 +236,57 @@ def is_made(path: Path) -> bool:
 
 
 def stages(name: str, known: dict[str, Any], reads: str | None, model_reads: str | None) -> None:
-    """Write what DVC runs for the project, experiments/<name>/{params,dvc}.yaml: quick's stages, and those of its own task and model.
+    """Write what DVC runs for the project, experiments/<name>/{params,dvc}.yaml: quick's stages, and those of its own task and model. What somebody
+    wrote there by hand stays as it is.
 
     Args:
-        known: as grid.grid has it. reads: the file of rows; None: a hub's. model_reads: the folder of a local model; None: none.
+        known: as grid.grid has it. reads: the file or folder of rows; None: a hub's. model_reads: the folder of a local model; None: none.
     """
     folder = experiments() / name
+    if any(path.exists() and not is_made(path) for path in (folder / "dvc.yaml", folder / "params.yaml")):
+        return
     held = yaml.safe_load((ROOT / "experiments" / "quick" / "dvc.yaml").read_text(encoding="utf-8"))
-    shared = f"experiments/{name}.yaml"
     grid = {**known["grid"], "techniques": list(known["grid"]["techniques"]), "after": [], "synthetic": []}
     own: dict[str, Any] = {
         "prepare": {"wdir": "../..", "cmd": f"python -m pipeline.prepare experiments={name}", "deps": [*([reads] if reads else []), "plans/code/prepare.json"],
-                    "params": [{shared: ["task"]}], "outs": [f"data/{known['task']}"]},
+                    "params": _decided_by(name, "task", known["task"]), "outs": [f"data/{known['task']}"]},
         "rationales": {"wdir": "../..", "cmd": f"python -m pipeline.rationales experiments={name}", "deps": [f"data/{known['task']}"],
-                       "outs": [f"rationales/{known['task']}/none"]},
+                       "outs": [f"rationales/{known['task']}/{known['teacher']}"]},
+        "base_model": {"wdir": "../..", "cmd": f"python -m pipeline.base_model experiments={name}", "params": _decided_by(name, "model", known["model"]),
+                       "deps": [*([model_reads] if model_reads else []), "plans/code/base_model.json"], "outs": [f"models/{known['model']}"]},
     }
-    if model_reads is not None or not (CONF / "model" / f"{known['model']}.yaml").exists():
-        own["base_model"] = {"wdir": "../..", "cmd": f"python -m pipeline.base_model experiments={name}", "params": [{shared: ["model"]}],
-                             "deps": [*([model_reads] if model_reads else []), "plans/code/base_model.json"], "outs": [f"models/{known['model']}"]}
+    elsewhere = _made_elsewhere(folder)
+    own = {stage: keys for stage, keys in own.items() if not elsewhere & set(keys["outs"])}  # DVC takes an output from one stage alone
     for stage in ("train_synthetic", "train_after"):
         held["stages"].pop(stage, None)
     write_text(folder / "dvc.yaml", MADE.format(name=name) + yaml.safe_dump({"stages": own | held["stages"]}, sort_keys=False, width=150))
     write_text(folder / "params.yaml", MADE.format(name=name) + yaml.safe_dump({**known, "grid": grid}, sort_keys=False, width=150))
+
+
+def _decided_by(name: str, group: str, option: str) -> list[dict[str, Any]]:
+    """DVC's params of a task or model: its file below conf/, where it has one, and what the experiment's file says of it."""
+    held = yaml.safe_load(file_of(name).read_text(encoding="utf-8"))
+    own: list[dict[str, Any]] = [{f"experiments/{name}.yaml": [group]}] if group in held else []
+    return own + ([{f"conf/{group}/{option}.yaml": None}] if (CONF / group / f"{option}.yaml").exists() else [])
+
+
+def _made_elsewhere(folder: Path) -> set[str]:
+    """What the stages of all other experiments write, those that they share among them."""
+    outs: set[str] = set()
+    for path in experiments().glob("*/dvc.yaml"):
+        stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages") or {} if path.parent != folder else {}
+        for stage in stages.values():
+            cases = stage.get("foreach", [{}])
+            named = cases.items() if isinstance(cases, dict) else [(case, case) for case in cases]
+            for out in (stage.get("do") or stage).get("outs") or []:
+                outs |= {_filled(out, key, case) for key, case in named}
+    return outs
+
+
+def _filled(template: str, key: Any, case: Any) -> str:
+    """A path of a DVC stage for one of its cases."""
+    values = {"key": key, "item": case} | ({f"item.{name}": value for name, value in case.items()} if isinstance(case, dict) else {})
+    return re.sub(r"\$\{([\w.]+)\}", lambda found: str(values.get(found[1], found[0])), template)
 
 
 CHANGED = {"seeds": r"^(  seeds: )\[[^\]]*\]", "train_rows": r"^(  train_rows: )\[[^\]]*\]", "test_rows": r"(\btest_rows: )\d+", "hours": r"(\bhours: )[\d.]+"}

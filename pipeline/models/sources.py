@@ -103,12 +103,19 @@ def _pretrained(folder: str, shown: str, trust_remote_code: bool, allow_pickle: 
 
 
 def _dequantised(gguf: Path) -> tuple[Any, Any]:
+    """Raises UserError: a file that is damaged, or of an architecture or version that transformers does not read."""
+    import struct
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (ValueError, struct.error) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{gguf} cannot be read as a model ({reason}); fetch it again if it may be damaged, or take the model's safetensors weights") from error
     vars(model.config).pop("quantization_config", None)  # it is a plain fp32 model now, and is saved as one
     vars(model).update(hf_quantizer=None, is_quantized=False, quantization_method=None)
     return model, tokenizer

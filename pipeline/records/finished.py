@@ -72,6 +72,13 @@ class Cell:
         return {r["id"]: bool(r["correct"]) for r in self.predictions()}
 
 
+def names(grid: dict[str, Any]) -> list[str]:
+    """Those of a grid's cells, in the order in which they run."""
+    labels = [*grid["techniques"], *(variant_label(one["technique"], one["variant"]) for one in grid.get("variants") or [])]
+    axes = itertools.product(grid["train_rows"], labels, grid["seeds"])
+    return [f"{label}-s{seed}-n{'all' if rows is None else rows}" for rows, label, seed in axes]
+
+
 def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:
     """The cells below results/<experiment>/ that the grid holds, and the names of those that have no result.
 
@@ -80,13 +87,8 @@ def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:
     Raises:
         UserError: a result of the grid is broken or of another schema; none is there.
     """
-    variants = grid.get("variants") or []
-    labels = [*grid["techniques"], *(variant_label(one["technique"], one["variant"]) for one in variants)]
-    wanted = [
-        f"{label}-s{seed}-n{'all' if rows is None else rows}"
-        for rows, label, seed in itertools.product(grid["train_rows"], labels, grid["seeds"])
-    ]
-    techniques = (*grid["techniques"], *(one["technique"].removesuffix(SUFFIX) for one in variants), FROM_FILES)
+    wanted = names(grid)
+    techniques = (*grid["techniques"], *(one["technique"].removesuffix(SUFFIX) for one in grid.get("variants") or []), FROM_FILES)
     cells = cells_below(root, lambda parts: parts[0] in wanted or (parts["variant"] and parts["technique"] in techniques))
     by_name = {cell.folder.name: cell for cell in cells}
     if not by_name:

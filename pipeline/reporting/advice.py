@@ -343,7 +343,8 @@ def _facts(chosen: Candidate, rows: int, task: str) -> list[str]:
     result = chosen.nearest.cell.result
     settings = ", ".join(f"{k} {v}" for k, v in result.hyperparameters.items())
     own = task == chosen.nearest.task and not (ROOT / "conf" / "task" / f"{task}.yaml").exists()  # written out in the experiment's file
-    how = f"python -m pipeline.train experiments={result.experiment} technique={result.technique}{'' if own else f' task={task}'} train_rows={rows}"
+    how = f"python -m pipeline.train experiments={result.experiment} technique={result.technique}"
+    how += f" train_rows={rows}" if own else f" task={task} train_rows={rows}"
     varied = "+" in chosen.nearest.cell.label or result.tuning is not None
     cells = [str(s.cell.folder) for s in chosen.evidence]
     more = f" and {len(cells) - SHOWN_CELLS} more" if len(cells) > SHOWN_CELLS else ""

@@ -12,6 +12,7 @@ import importlib.util
 import math
 import re
 import string
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,6 +108,7 @@ def _imported(metric: str) -> Any:
     if metric == CUSTOM:
         raise UserError("the metric of this result is a function of its user's own, which no result names; give it again: task.metric=module:function")
     module, _, name = metric.rpartition(":")
+    _look_here()
     try:
         found = _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
     except (ImportError, OSError, SyntaxError) as error:
@@ -116,6 +118,12 @@ def _imported(metric: str) -> Any:
     if not callable(function):
         raise UserError(f"task.metric={metric}: {module} has no function {name!r}; it takes (prediction, answer, row) and gives a number from 0 to 1")
     return function
+
+
+def _look_here() -> None:
+    """Have Python find modules in the folder that one is in, last: python -m does so by itself, a console script does not."""
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append(str(Path.cwd()))
 
 
 def _from_file(path: Path) -> Any:
@@ -131,6 +139,7 @@ def source_of(metric: str) -> Path | None:
     module = metric.rpartition(":")[0]
     if not module or module.endswith(".py"):
         return Path(module) if module else None
+    _look_here()
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
