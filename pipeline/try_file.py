@@ -41,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="of the experiment (default: the file's)")
     parser.add_argument("--yes", "-y", action="store_true", help="accept what was understood and planned without asking")
     parser.add_argument("--plan", action="store_true", help="stop after the plan")
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON, nothing else")
+    parser.add_argument("--json", action="store_true", help="print the answer (with --plan or --card: the plan) as JSON, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:

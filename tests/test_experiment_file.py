@@ -54,6 +54,16 @@ def test_the_same_command_goes_on_with_what_was_edited_and_another_keeps_it(plac
     assert try_file.main(["reviews.csv", *FEW]) == 0 and "going on with experiments/reviews.yaml" in capsys.readouterr().out and path.read_text() == edited
     assert try_file.main(["reviews.csv", *FEW, "--metric", "macro_f1"]) == 0 and "macro_f1" in path.read_text()
     assert "what stood there is in experiments/reviews.yaml.bak" in capsys.readouterr().out and path.with_suffix(".yaml.bak").read_text() == edited
+    second = path.read_text()
+    assert try_file.main(["reviews.csv", *FEW]) == 0 and path.with_suffix(".yaml.bak").read_text() == edited
+    assert path.with_suffix(".yaml.bak1").read_text() == second
+
+
+def test_a_plan_is_told_to_programs(place, capsys):
+    write(place / "reviews.csv", csv_text())
+    assert try_file.main(["reviews.csv", *FEW, "--plan", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["experiment"] == "reviews" and plan["test_rows"] == 16 and [cell["technique"] for cell in plan["cells"]][:1] == ["zero_shot"]
 
 
 def test_stages_that_were_written_by_hand_stay(place):

@@ -81,6 +81,8 @@ def start(args: argparse.Namespace, command: str) -> str:
     say(f"\n{shown(path)}: the task, the model, the techniques and the budget, to edit{f'; what stood there is in {shown(before)}' if before else ''}")
     if args.card:
         say(f"nothing is run for a card elsewhere; there: alignscope try {seen.name}")
+    if args.json and (args.card or args.plan):
+        print(json.dumps(planning.as_json(seen.name, model.name, plan), indent=1, ensure_ascii=False))
     return seen.name
 
 

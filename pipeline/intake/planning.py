@@ -81,6 +81,13 @@ class Plan:
         return None if None in times else START_S + sum(t for t in times if t is not None)
 
 
+def as_json(name: str, model: str, plan: Plan) -> dict[str, Any]:
+    """What --json prints of a plan that is not run. Seconds, bytes, hours; null: not known."""
+    cells = {key: [dataclasses.asdict(cell) for cell in some] for key, some in (("cells", plan.cells), ("left_out", plan.left_out))}
+    return {"experiment": name, "model": model, "machine": words_of(plan.machine.card), "train_rows": plan.rows, "test_rows": plan.test_rows,
+            "epochs": plan.epochs, "hours": plan.hours, "total_s": plan.total_s, "notes": plan.notes, **cells}
+
+
 def card_of(word: str | None) -> Card:
     """The machine at hand, or a card of so many GiB elsewhere. Raises UserError for a word that is no size."""
     if word is None:

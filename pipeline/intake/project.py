@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -223,8 +224,10 @@ def write(name: str, text: str) -> Path | None:
     path = file_of(name)
     if (path.parent / name / "params.yaml").exists() and not is_made(path.parent / name / "params.yaml"):
         raise UserError(f"experiments/{name}/ is an experiment of the repository; give this one another name with --name")
-    before = path.with_suffix(".yaml.bak") if path.exists() and path.read_text(encoding="utf-8") != text else None
-    if before:
+    before = None
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        names = (path.with_suffix(f".yaml.bak{number or ''}") for number in itertools.count())
+        before = next(one for one in names if not one.exists())
         path.replace(before)
     write_text(path, text)
     return before
