@@ -107,6 +107,15 @@ def test_bad_input_is_one_sentence(overrides, big, tmp_path, capsys):
     assert forecast.main([*overrides, f"paths.models={tmp_path}/none", GPU]) == 2 and "forecast.model_config" in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_here_is_forecast_by_its_known_shape(big, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["technique=lora", "model=hub", "model.source.repository=Qwen/Qwen3-8B", f"paths.models={tmp_path}/none", *big[1:]]
+    assert forecast.main([*words, "forecast.gpu_memory_gb=80"]) == 0
+    said = capsys.readouterr().out
+    assert "ships with alignscope" in said and "8,190,735,360 parameters" in said and "fits; the largest batch" in said
+    assert forecast.main([*words, "forecast.gpu_memory_gb=24"]) == 0 and "gives back what it holds unused" in capsys.readouterr().out
+
+
 def test_a_setting_of_the_method_that_is_none_is_named(big, capsys):
     assert forecast.main([*big, "technique=lora", "++method.config.target_modules=5"]) == 2
     assert "config key 'method.config.target_modules' is 5; it takes" in capsys.readouterr().err

@@ -162,7 +162,8 @@ def _timed(cfg: DictConfig, base: Any, rows: list[Encoded], train: Train, device
 
     method, objective = build(cfg.method, "method"), build(cfg.objective, "objective")
     tokens = sum(len(e.ids) + 8 for e in rows)
-    settings = dataclasses.replace(train, batch_size=len(rows), micro_batch_tokens=tokens, padding_free="never")
+    rate = train.lr or train.reference_lr  # a step takes as long at any
+    settings = dataclasses.replace(train, lr=rate, batch_size=len(rows), micro_batch_tokens=tokens, padding_free="never")
     torch.manual_seed(0)
     try:
         model = method.wrap(base)

@@ -43,6 +43,8 @@ def _cards(estimate: Forecast) -> str:
 def verdict(estimate: Forecast) -> str:
     """Whether it fits, and the largest batch that does."""
     words = "fits" if estimate.fits else "does not fit"
+    if estimate.fits and estimate.memory is not None and estimate.memory.total > estimate.card.memory_bytes:
+        words = "fits, though a larger card would be used up to that peak: PyTorch gives back what it holds unused once this one is full"
     rows = "" if estimate.largest_batch is None else f"; the largest batch in one pass is {estimate.largest_batch:,} rows of {estimate.longest} tokens"
     return f"{words}{rows if estimate.largest_batch != 0 else '; not even one row does'}"
 
