@@ -256,10 +256,11 @@ def test_a_full_disk_while_saving_the_artefact(refuse, small_disk):
 
 
 def test_a_full_disk_while_saving_a_checkpoint(refuse, small_disk):
-    error = refuse("technique=full", "train.steps=2", f"paths.work={small_disk}", "train.checkpoint_every_s=0")
-    assert f"cannot write {small_disk}/checkpoints/" in error and "no space left on the disk" in error
-    left = [p for p in small_disk.rglob("*") if p.is_file() and p.suffix != ".lock"]
-    assert {p.relative_to(small_disk).parts[0] for p in left} <= {"failed"}, "nothing but why the cell ended, for the report"
+    work = small_disk / "work"
+    error = refuse("technique=full", "train.steps=2", f"paths.work={work}", "train.checkpoint_every_s=0")
+    assert f"cannot write {work}/checkpoints/" in error and "no space left on the disk" in error
+    left = [p for p in work.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    assert {p.relative_to(work).parts[0] for p in left} <= {"failed"}, "nothing but why the cell ended, for the report"
 
 
 @pytest.mark.parametrize("file", ["predictions.jsonl", "result.json"])
