@@ -58,6 +58,7 @@ def test_a_model_loads_with_the_attention_that_it_has(folder_of, kind, attention
         assert model(input_ids=torch.tensor([[2, 3, 4]])).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_result_says_which_attention(overrides, folder_of):
     found = cell(models(overrides, folder_of("gemma2")), "technique=lora")
     assert (found.size.attention, found.size.quantised_share, found.size.reached_share) == ("eager", None, pytest.approx(1.0))

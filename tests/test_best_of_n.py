@@ -48,6 +48,7 @@ def test_the_answer_of_the_highest_reward_is_given():
     assert one["drawn"] == [[0.1, 0], [0.5, 1], [0.2, 0]]
 
 
+@pytest.mark.slow
 def test_the_best_is_better_than_what_it_is_drawn_from_and_is_served_alike(overrides):
     for words in (["technique=full", "train.lr=1e-3", "train.epochs=1"], ["technique=reward_model", "train.lr=1e-2", "train.epochs=3"]):
         cfg = compose([*overrides, *SHORT, *words])

@@ -81,6 +81,7 @@ def test_another_seed_takes_the_figures_over_and_says_from_whom(words):
     assert grid.run_cells([second]) == 0 and taken_from(second) is None, "figures of a cell that is no more are nobody's"
 
 
+@pytest.mark.slow
 def test_the_key_holds_all_that_the_figures_depend_on(words, monkeypatch):
     asked: list[tuple[str | None, str]] = []
 

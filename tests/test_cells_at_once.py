@@ -83,6 +83,7 @@ def _hold(path: Path, until: Path) -> None:
         time.sleep(1)
 
 
+@pytest.mark.slow
 def test_cells_that_were_done_before_a_kill_reach_mlflow_at_the_next_start(words, mirrored, tmp_path, capfd):
     assert grid.run_cells(seeds(words)) == 0 and runs(tmp_path) == []
     assert grid.run_cells(seeds(mirrored)) == 0

@@ -70,6 +70,7 @@ def greedy(path: Path, log: Path, rounds: int) -> None:
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_who_takes_a_lock_over_and_over_lets_others_in_between(tmp_path):
     processes = [FORK.Process(target=greedy, args=(tmp_path / "a.lock", tmp_path / "log", 15)) for _ in range(3)]
     for process in processes:

@@ -148,8 +148,8 @@ def test_what_a_suite_cannot_ask_is_one_sentence(cell_of, tmp_path, capsys):
     words, _ = cell_of("technique=lora")
     assert evaluate.main([*words, "suite=x", f"suite_path={tmp_path}/gone"]) == 2
     assert "is no folder; name one that holds task files" in capsys.readouterr().err
-    far = {"task": "far", "dataset_path": "nobody/nothing_here", "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "a",
-           "doc_to_choice": ["b"], "doc_to_target": 0}
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/gone.jsonl"}}}  # a hub's would be asked for again and again
+    far = {"task": "far", **data, "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "a", "doc_to_choice": ["b"], "doc_to_target": 0}
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "far.yaml").write_text(json.dumps(far))
     assert evaluate.main([*words, "suite=far", f"suite_path={tmp_path}/far"]) == 2

@@ -98,6 +98,7 @@ def test_few_techniques_are_corrected_by_holm_and_many_by_benjamini_and_hochberg
     assert correct(raw, FEW + 1) == pytest.approx([0.04, 0.16 / 3, 0.16 / 3, 0.9])  # 4p / rank, not above what follows
 
 
+@pytest.mark.slow
 def test_a_technique_far_behind_is_told_apart_among_many_with_one_seed_each():
     several = {f"s{i}": runs(0.55, 0.56, 0.565, seed=i) for i in range(6)}
     single = {f"o{i}": runs(0.56, seed=20 + i) for i in range(24)} | {"behind": runs(0.25, seed=50)}
