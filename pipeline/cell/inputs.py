@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.core.compose import build, plain
-from pipeline.core.files import Unsuited, UserError, read_json
+from pipeline.core.files import Unsuited, UserError, read_object
 from pipeline.core.names import class_of
 from pipeline.core.settings import Settings, Task
 from pipeline.core.settings import read as read_settings
@@ -235,7 +235,7 @@ def named(parts: Parts) -> Iterator[None]:
     except UserError as error:
         if not (parts.model / "manifest.json").exists():
             raise
-        kind = read_json(parts.model / "config.json")["model_type"]
+        kind = read_object(parts.model / "config.json").get("model_type", "a model without model_type")
         raise UserError(f"technique={parts.cfg.technique.name} on {kind}: {error}") from error
 
 
