@@ -28,6 +28,8 @@ def test_norms_that_are_added_to_a_residual(n, d, plus, exact):
     from pipeline.engine import ops
 
     x, w, residual, dy = numbers(n, d, apart=8), numbers(d), numbers(n, d, apart=4), numbers(n, d, apart=16)
+    if not exact:
+        w[1] = -float(plus)  # multiplies by 0
     cpu = [t.cpu() for t in (x, w, residual)]
     y, rstd = ops.rmsnorm(x, w, 1e-6, exact=exact, plus=plus, residual=residual)
     expected, scale = ops.rmsnorm(cpu[0], cpu[1], 1e-6, plus=plus, residual=cpu[2])
@@ -52,8 +54,11 @@ def test_norms_of_heads_and_rotations_of_a_part(heads, groups, e, turned, plus):
     angles = torch.randn(t, turned // 2, device="cuda").repeat(1, 2)
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     ours, theirs = qkv.clone(), qkv.cpu()
-    scale = ops.head_norms_(ours.view(rows * t, -1, e), wq, wk, 1e-6, heads, groups, plus=plus)
-    expected = ops.head_norms_(theirs.view(rows * t, -1, e), wq.cpu(), wk.cpu(), 1e-6, heads, groups, plus=plus)
+    wq[3], wk[5], wk[e - 1] = -float(plus), -float(plus), -float(plus)  # multiply by 0, as some of Gemma 3 270M's do
+    before, before_theirs = (qkv.new_empty(rows * t, heads + groups, e, device=device) for device in ("cuda", "cpu"))
+    scale = ops.head_norms_(ours.view(rows * t, -1, e), wq, wk, 1e-6, heads, groups, plus=plus, before=before)
+    expected = ops.head_norms_(theirs.view(rows * t, -1, e), wq.cpu(), wk.cpu(), 1e-6, heads, groups, plus=plus, before=before_theirs)
+    assert torch.equal(before, qkv.view(rows * t, -1, e)[:, : heads + groups]) and torch.equal(before_theirs, before.cpu())
     near(ours, theirs.cuda())
     near(scale, expected.cuda())
     ops.rotate_(ours.view(rows * t, -1, e), cos, sin, heads + groups)
@@ -64,8 +69,8 @@ def test_norms_of_heads_and_rotations_of_a_part(heads, groups, e, turned, plus):
     dtheirs = ops.unrotate(*(part.cpu() for part in parts), cos.cpu(), sin.cpu(), 8)
     near(dqkv, dtheirs.cuda())
     dw, dw_theirs = ([torch.empty(e, device=device) for _ in range(2)] for device in ("cuda", "cpu"))
-    ops.head_norms_backward_(dqkv, ours, scale, wq, wk, cos, sin, heads, plus, *dw)
-    ops.head_norms_backward_(dtheirs, ours.cpu(), expected, wq.cpu(), wk.cpu(), cos.cpu(), sin.cpu(), heads, plus, *dw_theirs)
+    ops.head_norms_backward_(dqkv, before, scale, wq, wk, heads, plus, *dw)
+    ops.head_norms_backward_(dtheirs, before_theirs, expected, wq.cpu(), wk.cpu(), heads, plus, *dw_theirs)
     near(dqkv, dtheirs.cuda(), 8e-3)
     for one, other in zip(dw, dw_theirs, strict=True):
         near(one, other.cuda(), 8e-3)

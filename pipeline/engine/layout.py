@@ -21,6 +21,7 @@ MOST_WIDTHS = 6
 LOGITS_AT_ONCE = 2**28  # numbers of the [chunk, V] logits that exist at a time, roughly
 ROWS_AT_ONCE = 16  # rows of logits that plain torch works on at a time, so that a CPU still has them in its cache
 NORM_PROGRAMS = 264  # programs of the norm's backward kernel where its weight is trained
+NEARLY_ZERO = 2.0**-40  # a norm's weight of 0: its output adds nothing that a sum could hold, and divided by it is still the norm's input
 SUMMED_FP32 = 2**28  # trained numbers up to which several GPUs sum gradients in fp32; above, a step of one pass sums them as they are, half the bytes
 SAMPLED = 256  # steps that are drawn to choose widths where the steps are not known
 

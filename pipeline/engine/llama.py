@@ -122,10 +122,10 @@ class Layer:
     def forward(self, x: Tensor, angles: Angles, attend: AttentionForward, save: bool, exact: bool = False) -> tuple[Tensor, tuple]:
         """(output [N, d], what backward needs) of x [N, d], which becomes the output; N is a multiple of the angles' T.
         save: whether backward follows. exact: as in ops.rmsnorm."""
-        to1, to2, to3, to4 = [tensor[: len(x)] for tensor in self.reserved] if save and self.reserved else [None] * 4
+        to1, to2, to3, to4, to5 = [tensor[: len(x)] for tensor in self.reserved] if save and self.reserved else [None] * 5
         n1, r1 = self.norm1.forward(x, self.qkv.room, to1, exact)
         qkv, xa_qkv = self.qkv.forward(n1, to=to2)
-        scales = self._place(qkv.view(len(qkv), -1, self.heads.width), angles, exact)
+        placed = self._place(qkv.view(len(qkv), -1, self.heads.width), angles, save, to5, exact)
         merged, attended = attend.forward(self.heads, qkv, save)
         x2, xa_out, added1 = self._add(self.out, merged, x, self.after1, exact)
         n2, r2 = self.norm2.forward(x2, self.gate_up.room, to3, exact)
@@ -133,16 +133,19 @@ class Layer:
         y, xa_down, added2 = self._add(self.down, ops.swiglu(gu, self.down.room, self.gelu, exact), x2, self.after2, exact)
         if not save:
             return y, ()
-        return y, (n1, r1, xa_qkv, qkv, scales, attended, xa_out, added1, n2, r2, xa_gu, gu, gu if to4 is None else to4, xa_down, added2)
+        return y, (n1, r1, xa_qkv, placed, attended, xa_out, added1, n2, r2, xa_gu, gu, gu if to4 is None else to4, xa_down, added2)
 
-    def _place(self, qkv: Tensor, angles: Angles, exact: bool) -> Tensor | None:
-        """Norms of heads and rotation, in place in qkv [N, H + 2G, e]; what the norms' backward needs."""
-        heads, scales = self.heads, None
+    def _place(self, qkv: Tensor, angles: Angles, save: bool, to: Tensor | None, exact: bool) -> tuple[Tensor, Tensor] | None:
+        """Norms of heads and rotation, in place in qkv [N, H + 2G, e]; what the norms' backward needs: their input (in `to`) and 1 / rms."""
+        heads, placed = self.heads, None
+        both = heads.queries + heads.groups
         if self.q_norm and self.k_norm:
             q = self.q_norm
-            scales = ops.head_norms_(qkv, q.weight, self.k_norm.weight, q.eps, heads.queries, heads.groups, exact, q.plus)
-        ops.rotate_(qkv, *angles[self.rotation], heads.queries + heads.groups)
-        return scales
+            before = (to if to is not None else qkv.new_empty(len(qkv), both * heads.width)).view(len(qkv), both, -1) if save else None
+            scales = ops.head_norms_(qkv, q.weight, self.k_norm.weight, q.eps, heads.queries, heads.groups, exact, q.plus, before)
+            placed = (before, scales) if before is not None else None
+        ops.rotate_(qkv, *angles[self.rotation], both)
+        return placed
 
     @staticmethod
     def _add(linears: Linears, x: Tensor, residual: Tensor, after: Norm | None, exact: bool) -> tuple[Tensor, Tensor | None, tuple | None]:
@@ -154,14 +157,15 @@ class Layer:
 
     def reserve(self, tokens: int, inner: int, like: Tensor) -> None:
         """Reserve memory for `tokens` tokens, once: memory that is allocated and freed at every step fragments. inner: the feed-forward width f."""
-        d = self.norm1.weight.shape[0]
-        widths = (d + self.qkv.room, (self.heads.queries + 2 * self.heads.groups) * self.heads.width, d + self.gate_up.room, 2 * inner + self.gate_up.under)
+        d, (queries, groups, width) = self.norm1.weight.shape[0], (self.heads.queries, self.heads.groups, self.heads.width)
+        normed = (queries + groups) * width if self.q_norm else 0
+        widths = (d + self.qkv.room, (queries + 2 * groups) * width, d + self.gate_up.room, 2 * inner + self.gate_up.under, normed)
         self.reserved = [like.new_zeros(tokens, width) for width in widths]
 
     def backward(self, dy: Tensor, saved: tuple, angles: Angles, attend: Attention, wanted: bool, side: SideStream, room: int) -> Tensor | None:
         """dx [N, d + room] (None unless wanted) of dy [N, d + beside], whose last columns are overwritten; gradients of what is trained are written,
         by `side`. dx's last columns are zeros, for the layer below to write to."""
-        n1, r1, xa_qkv, qkv, scales, attended, xa_out, added1, n2, r2, xa_gu, gu, wide, xa_down, added2 = saved
+        n1, r1, xa_qkv, placed, attended, xa_out, added1, n2, r2, xa_gu, gu, wide, xa_down, added2 = saved
         d = self.norm1.weight.shape[0]
         dadded = self.after2.backward(dy, added2[0], added2[1], None, self.down.under) if self.after2 and added2 else dy
         dh, dxa = self.down.backward_input(dadded)
@@ -184,16 +188,16 @@ class Layer:
         dq, dk, dv = attend.backward(self.heads, attended, dmerged)
         dqkv = ops.unrotate(dq, dk, dv, *angles[self.rotation], self.qkv.under)
         del dq, dk, dv, dadded
-        if scales is not None:
-            self._head_norms_backward(dqkv, qkv, scales, angles)
+        if placed is not None:
+            self._head_norms_backward(dqkv, *placed)
         dn, dxa = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
         side.do(self.qkv, dqkv, n1, xa_qkv, dxa)
         return self.norm1.backward(dn, n1, r1, dx2[:, :d], room) if dn is not None else None
 
-    def _head_norms_backward(self, dqkv: Tensor, qkv: Tensor, scales: Tensor, angles: Angles) -> None:
+    def _head_norms_backward(self, dqkv: Tensor, before: Tensor, scales: Tensor) -> None:
         q, k = self.q_norm, self.k_norm
         assert q is not None and k is not None
-        ops.head_norms_backward_(dqkv, qkv, scales, q.weight, k.weight, *angles[self.rotation], self.heads.queries, q.plus, q.dweight, k.dweight)
+        ops.head_norms_backward_(dqkv, before, scales, q.weight, k.weight, self.heads.queries, q.plus, q.dweight, k.dweight)
 
     def _activation_backward(self, dh: Tensor, gu: Tensor, xa: Tensor | None, dxa: Tensor | None, side: SideStream) -> tuple[Tensor | None, Tensor | None]:
         """(h, d gu), which the weight gradients of down, gate and up are made of; gu becomes d gu.

@@ -10,10 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
+from pipeline.engine import layout
 from pipeline.engine.layout import NORM_PROGRAMS
 from pipeline.engine.misc import blocked, clear, width
 
 Tensor = torch.Tensor
+NEARLY_ZERO = tl.constexpr(layout.NEARLY_ZERO)
 
 
 @triton.jit
@@ -22,16 +24,21 @@ def _rmsnorm(x, w, y, r, res, d, room, x_stride, stride, res_stride, eps, PLUS: 
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     v = tl.load(x + row * x_stride + col, col < d, 0.0).to(tl.float32)
-    _normed(v, tl.sum(v * v, 0) / d, w, y, r, res, row, col, d, room, stride, res_stride, eps, PLUS, HAS_RES, ROOM)
+    _normed(v, tl.sum(v * v, 0) / d, w, y, r, res, row, col, d, room, stride, res_stride, eps, PLUS, True, HAS_RES, ROOM)
 
 
 @triton.jit
-def _normed(v, mean, w, y, r, res, row, col, d, room, stride, res_stride, eps, PLUS: tl.constexpr, HAS_RES: tl.constexpr, ROOM: tl.constexpr):
+def _normed(v, mean, w, y, r, res, row, col, d, room, stride, res_stride, eps, PLUS: tl.constexpr, VISIBLE: tl.constexpr, HAS_RES: tl.constexpr,
+            ROOM: tl.constexpr):
     rstd = tl.rsqrt(mean + eps)
     tl.store(r + row, rstd)
     weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
     kind = y.dtype.element_ty
-    normed = ((v * rstd) * (1.0 + weight)).to(kind) if PLUS else ((v * rstd).to(kind).to(tl.float32) * weight).to(kind)
+    if PLUS:
+        weight += 1.0
+    if VISIBLE:
+        weight = tl.where(weight == 0.0, NEARLY_ZERO, weight)
+    normed = ((v * rstd) * weight).to(kind) if PLUS else ((v * rstd).to(kind).to(tl.float32) * weight).to(kind)
     tl.store(y + row * stride + col, normed, col < d)
     if HAS_RES:
         to = res + row * res_stride + col
@@ -57,7 +64,7 @@ def _rmsnorm_exact(x, w, y, r, res, d, factor, room, x_stride, stride, res_strid
         squares = low + high
     col = tl.arange(0, BLOCK)
     v = tl.load(x + row * x_stride + col, col < d, 0.0).to(tl.float32)
-    _normed(v, tl.sum(squares, 0) * factor, w, y, r, res, row, col, d, room, stride, res_stride, eps, PLUS, HAS_RES, ROOM)
+    _normed(v, tl.sum(squares, 0) * factor, w, y, r, res, row, col, d, room, stride, res_stride, eps, PLUS, False, HAS_RES, ROOM)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, y: Tensor, exact: bool, plus: bool, residual: Tensor | None) -> Tensor:
@@ -126,7 +133,8 @@ def _rmsnorm_backward(dy, y, w, r, dres, dx, dw, n, d, room, dy_stride, y_stride
     weight = tl.load(w + col, col < d, 0.0).to(tl.float32)
     if PLUS:
         weight += 1.0
-    inverse = tl.where(weight != 0.0, 1.0 / weight, 0.0)
+    weight = tl.where(weight == 0.0, NEARLY_ZERO, weight)
+    inverse = 1.0 / weight
     total = tl.zeros((BLOCK,), tl.float32)
     for step in range(ROWS):
         row = first + step
@@ -177,12 +185,15 @@ def _head_weight(wq, wk, col, heads, head, live, PLUS: tl.constexpr):
 
 
 @triton.jit
-def _head_norms(qkv, wq, wk, r, stride, heads, both, e, eps, PLUS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def _head_norms(qkv, wq, wk, r, before, stride, heads, both, e, eps, PLUS: tl.constexpr, KEEP: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     head, col = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
     live = (head < both) & (col < e)
     at = qkv + row * stride + head * e + col
-    v = tl.load(at, live, 0.0).to(tl.float32)
+    raw = tl.load(at, live, 0.0)
+    if KEEP:
+        tl.store(before + (row * both + head) * e + col, raw, live)
+    v = raw.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(v * v, 1) / e + eps)
     number = tl.arange(0, HEADS)
     tl.store(r + row * both + number, rstd, number < both)
@@ -193,72 +204,56 @@ def _head_norms(qkv, wq, wk, r, stride, heads, both, e, eps, PLUS: tl.constexpr,
     tl.store(at, normed * weight, live)
 
 
-def head_norms_(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, heads: int, groups: int, plus: bool) -> Tensor:
+def head_norms_(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, heads: int, groups: int, plus: bool, before: Tensor | None) -> Tensor:
     """As ops.head_norms_: qkv [N, H + 2G, e], whose tokens may lie apart."""
     n, _, e = qkv.shape
     both = heads + groups
     rstd = torch.empty(n, both, device=qkv.device)
     _, warps = width(triton.next_power_of_2(both) * e)
     _head_norms[(n,)](
-        qkv, q_weight, k_weight, rstd, qkv.stride(0), heads, both, e, eps, PLUS=plus, HEADS=triton.next_power_of_2(both),
-        BLOCK=triton.next_power_of_2(e), num_warps=warps,
+        qkv, q_weight, k_weight, rstd, rstd if before is None else before, qkv.stride(0), heads, both, e, eps, PLUS=plus, KEEP=before is not None,
+        HEADS=triton.next_power_of_2(both), BLOCK=triton.next_power_of_2(e), num_warps=warps,
     )
     return rstd
 
 
 @triton.jit
-def _head_norms_backward(dqkv, qkv, wq, wk, r, cos, sin, dw, n, t, heads, both, e, turned, d_stride, stride, ROWS: tl.constexpr, PLUS: tl.constexpr,
-                         HAS_DW: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def _head_norms_backward(dqkv, before, wq, wk, r, dw, n, heads, both, e, d_stride, ROWS: tl.constexpr, PLUS: tl.constexpr, HAS_DW: tl.constexpr,
+                         HEADS: tl.constexpr, BLOCK: tl.constexpr):
     head, col = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
-    turns = col < turned
-    # columns in pairs: those that were rotated together, then what the rotation leaves
-    low_at, high_at = tl.where(turns, col, col + turned), tl.where(turns, col + turned, col + e // 2)
-    inside = (head < both) & (col < e // 2)
-    w_low, w_high = _head_weight(wq, wk, low_at, heads, head, inside, PLUS), _head_weight(wq, wk, high_at, heads, head, inside, PLUS)
-    inv_low, inv_high = tl.where(w_low != 0.0, 1.0 / w_low, 0.0), tl.where(w_high != 0.0, 1.0 / w_high, 0.0)
-    sum_low, sum_high = tl.zeros((HEADS, BLOCK), tl.float32), tl.zeros((HEADS, BLOCK), tl.float32)
+    inside = (head < both) & (col < e)
+    weight = _head_weight(wq, wk, col, heads, head, inside, PLUS)
+    total = tl.zeros((HEADS, BLOCK), tl.float32)
     for step in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + step
         live = inside & (row < n)
-        angle = (row % t) * (2 * turned) + col + 0 * head
-        c, s = tl.load(cos + angle, live & turns, 1.0).to(tl.float32), tl.load(sin + angle, live & turns, 0.0).to(tl.float32)
-        at = qkv + row * stride + head * e
-        low, high = tl.load(at + low_at, live, 0.0).to(tl.float32), tl.load(at + high_at, live, 0.0).to(tl.float32)
-        size = c * c + s * s  # 1 but for rounding and scaled rotations
-        x_low, x_high = (low * c + high * s) / size * inv_low, (high * c - low * s) / size * inv_high
-        to = dqkv + row * d_stride + head * e
-        g_low, g_high = tl.load(to + low_at, live, 0.0).to(tl.float32), tl.load(to + high_at, live, 0.0).to(tl.float32)
-        if HAS_DW:
-            sum_low += g_low * x_low
-            sum_high += g_high * x_high
-        g_low, g_high = g_low * w_low, g_high * w_high
-        mean = (tl.sum(g_low * x_low, 1) + tl.sum(g_high * x_high, 1))[:, None] / e
         rstd = tl.load(r + row * both + head, (head < both) & (row < n), 0.0)
-        tl.store(to + low_at, rstd * (g_low - x_low * mean), live)
-        tl.store(to + high_at, rstd * (g_high - x_high * mean), live)
+        normed = tl.load(before + (row * both + head) * e + col, live, 0.0).to(tl.float32) * rstd
+        to = dqkv + row * d_stride + head * e + col
+        g = tl.load(to, live, 0.0).to(tl.float32)
+        if HAS_DW:
+            total += g * normed
+        g = g * weight
+        tl.store(to, rstd * (g - normed * (tl.sum(g * normed, 1)[:, None] / e)), live)
     if HAS_DW:
         one = tl.arange(0, BLOCK)
-        first, second = tl.where(one < turned, one, one + turned), tl.where(one < turned, one + turned, one + e // 2)
-        mine = dw + tl.program_id(0) * 2 * e
-        some = one < e // 2
-        tl.store(mine + first, tl.sum(tl.where(head < heads, sum_low, 0.0), 0), some)
-        tl.store(mine + second, tl.sum(tl.where(head < heads, sum_high, 0.0), 0), some)
-        tl.store(mine + e + first, tl.sum(tl.where(head >= heads, sum_low, 0.0), 0), some)
-        tl.store(mine + e + second, tl.sum(tl.where(head >= heads, sum_high, 0.0), 0), some)
+        mine = dw + tl.program_id(0) * 2 * e + one
+        tl.store(mine, tl.sum(tl.where(head < heads, total, 0.0), 0), one < e)
+        tl.store(mine + e, tl.sum(tl.where(head >= heads, total, 0.0), 0), one < e)
 
 
-def head_norms_backward_(dqkv: Tensor, qkv: Tensor, rstd: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, plus: bool,
+def head_norms_backward_(dqkv: Tensor, before: Tensor, rstd: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, plus: bool,
                          dq_weight: Tensor | None, dk_weight: Tensor | None) -> None:
     """As ops.head_norms_backward_; the weights' gradients are summed over at most 264 programs' tokens, then over programs."""
-    (n, both), e = rstd.shape, q_weight.shape[0]
+    n, both, e = before.shape
     rows = 1 if dq_weight is None else max(1, -(-n // NORM_PROGRAMS))
     programs = -(-n // rows)
-    partial = torch.empty(programs, 2, e, device=qkv.device) if dq_weight is not None else rstd
-    high = triton.next_power_of_2(both)
+    partial = torch.empty(programs, 2, e, device=before.device) if dq_weight is not None else rstd
+    high, block = triton.next_power_of_2(both), triton.next_power_of_2(e)
     _, warps = width(high * e)
     _head_norms_backward[(programs,)](
-        dqkv, qkv, q_weight, k_weight, rstd, cos, sin, partial, n, cos.shape[0], heads, both, e, cos.shape[1] // 2, dqkv.stride(0), qkv.stride(0),
-        ROWS=rows, PLUS=plus, HAS_DW=dq_weight is not None, HEADS=high, BLOCK=triton.next_power_of_2(e // 2), num_warps=warps,
+        dqkv, before, q_weight, k_weight, rstd, partial, n, heads, both, e, dqkv.stride(0), ROWS=rows, PLUS=plus, HAS_DW=dq_weight is not None,
+        HEADS=high, BLOCK=block, num_warps=warps,
     )
     if dq_weight is not None and dk_weight is not None:
         sums = partial.sum(0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipeline.engine.layout import ROWS_AT_ONCE
+from pipeline.engine.layout import NEARLY_ZERO, ROWS_AT_ONCE
 
 Tensor = torch.Tensor
 TWICE_ROOT_2_PI = 2.0 * math.sqrt(2.0 / math.pi)
@@ -34,7 +34,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | 
 
     The last `room` columns are zeros. out: a tensor to write into, x itself if it is one. exact: the mean is summed in the order of torch's reduction,
     so that every bit is that of transformers' module. plus: 1 + weight is applied, and nothing rounded before (Gemma). residual [N, d]: the norm is
-    added to it, too, in place.
+    added to it, too, in place. But for `exact`, a weight of 0 counts as 2^-40: nothing in the output's sums, and the backward can still read the input.
     """
     y = x.new_empty(len(x), x.shape[1] + room) if out is None else out
     if x.is_cuda:
@@ -43,7 +43,9 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, room: int = 0, out: Tensor | 
         return y, norm.rmsnorm(x, weight, eps, y, exact, plus, residual)
     rstd = torch.rsqrt(x.float().square().mean(-1) + eps)
     normed = x.float() * rstd[:, None]
-    y[:, : x.shape[1]] = normed * (1.0 + weight.float()) if plus else weight * normed.to(x.dtype)
+    w = weight.float() + plus
+    w = w if exact else torch.where(w == 0, NEARLY_ZERO, w)
+    y[:, : x.shape[1]] = normed * w if plus else w.to(weight.dtype) * normed.to(x.dtype)
     y[:, x.shape[1] :] = 0.0
     if residual is not None:
         residual.add_(y[:, : x.shape[1]])
@@ -63,7 +65,8 @@ def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: 
 
         return norm.rmsnorm_backward(dy, y, weight, rstd, dres, dweight, dx, plus)
     w = weight.float() + plus
-    normed = torch.where(w != 0, y.float() / w, 0.0)
+    w = torch.where(w == 0, NEARLY_ZERO, w)
+    normed = y.float() / w
     if dweight is not None:
         dweight.copy_((dy.float() * normed).sum(0))
     scaled = dy.float() * w
@@ -73,15 +76,18 @@ def rmsnorm_backward(dy: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, dres: 
     return dx
 
 
-def head_norms_(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, heads: int, groups: int, exact: bool = False, plus: bool = False) -> Tensor:
+def head_norms_(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, heads: int, groups: int, exact: bool = False, plus: bool = False,
+                before: Tensor | None = None) -> Tensor:
     """RMSNorm of each of H query heads by one weight [e] and of G key heads by another, in place in qkv [N, H + 2G, e]; 1 / rms [N, H + G] fp32.
 
-    exact, plus: as in rmsnorm.
+    exact, plus: as in rmsnorm. before [N, H + G, e]: takes the heads as they were, for the backward.
     """
     if qkv.is_cuda and not exact:
         from pipeline.engine import norm
 
-        return norm.head_norms_(qkv, q_weight, k_weight, eps, heads, groups, plus)
+        return norm.head_norms_(qkv, q_weight, k_weight, eps, heads, groups, plus, before)
+    if before is not None:
+        before.copy_(qkv[:, : heads + groups])
     scales = []
     for part, weight in zip(qkv[:, : heads + groups].split((heads, groups), 1), (q_weight, k_weight), strict=True):  # as transformers' modules do
         wide = part.float()
@@ -91,24 +97,20 @@ def head_norms_(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, hea
     return torch.cat(scales, 1)
 
 
-def head_norms_backward_(dqkv: Tensor, qkv: Tensor, rstd: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
-                         plus: bool = False, dq_weight: Tensor | None = None, dk_weight: Tensor | None = None) -> None:
+def head_norms_backward_(dqkv: Tensor, before: Tensor, rstd: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, plus: bool = False,
+                         dq_weight: Tensor | None = None, dk_weight: Tensor | None = None) -> None:
     """Gradients through the norms of `head_norms_`, in place in the first (H + G)·e columns of dqkv [N, ..].
 
-    qkv [N, (H + 2G)·e] as it is after the norms and `rotate_` by cos, sin [T, ..]: turned back, it is the norms' output, which need not be saved.
-    dq_weight, dk_weight [e]: take the weights' gradients; None: they are frozen.
+    before [N, H + G, e], contiguous: the norms' input. It is not read off their output: real weights hold zeros (Gemma 3 270M's), and a rotation mixes a
+    small column with the large one beside it. dq_weight, dk_weight [e]: take the weights' gradients; None: they are frozen.
     """
     if dqkv.is_cuda:
         from pipeline.engine import norm
 
-        return norm.head_norms_backward_(dqkv, qkv, rstd, q_weight, k_weight, cos, sin, heads, plus, dq_weight, dk_weight)
-    (n, both), e = rstd.shape, q_weight.shape[0]
-    c, s = (v.float().repeat(n // len(v), 1)[:, None] for v in (cos, sin))
-    y, gradient = (part[:, : both * e].view(n, both, e).float() for part in (qkv, dqkv))
-    y = y.clone()
-    y[..., : c.shape[-1]] = _turned_back(y[..., : c.shape[-1]], c, s) / (c * c + s * s)
+        return norm.head_norms_backward_(dqkv, before, rstd, q_weight, k_weight, heads, plus, dq_weight, dk_weight)
+    n, both, e = before.shape
+    gradient, normed = dqkv[:, : both * e].view(n, both, e).float(), before.float() * rstd[..., None]
     w = torch.cat([weight.float().expand(count, -1) for weight, count in ((q_weight, heads), (k_weight, both - heads))]) + plus
-    normed = torch.where(w != 0, y / w, 0.0)
     if dq_weight is not None and dk_weight is not None:
         sums = (gradient * normed).sum(0)
         dq_weight.copy_(sums[:heads].sum(0))

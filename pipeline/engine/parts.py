@@ -95,11 +95,11 @@ class Parts:
                 built.after1, built.after2 = (norm(getattr(layer, name)) for name in family.after)
             if family.head_norms:
                 built.q_norm, built.k_norm = (norm(getattr(layer.self_attn, name)) for name in HEAD_NORMS)
-                for one in (built.q_norm, built.k_norm):
-                    if bool((one.weight.float() + one.plus == 0).any()):  # its backward reads the norm's input off its output
-                        raise Unsupported("a norm of its heads multiplies a number by zero, from which the step's backward cannot be made")
             layers.append(built)
-        return Llama(embedding, layers, norm(self.model.norm), head, self.angles, config.intermediate_size, self.scale, lowest)
+        last = norm(self.model.norm)
+        if bool((last.weight.float() + last.plus == 0).any()):  # it is `exact`: its backward could not read its input off its output
+            raise Unsupported("its last norm multiplies a number by zero")
+        return Llama(embedding, layers, last, head, self.angles, config.intermediate_size, self.scale, lowest)
 
     def frozen_build(self, groups: dict[tuple[int, int], Linears], lowest: int) -> Llama:
         """As `build`, with norms, embedding and head frozen."""

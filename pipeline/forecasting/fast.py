@@ -84,6 +84,7 @@ class ByHand:
                 i, o = self.sizes[index]
                 o += self.under[index] if index == GATE_UP else 0
                 self.saved += [self.new(tokens * (i + self.room[index]), self.z), self.new(tokens * o, self.z)]
+            self.saved.append(self.new(tokens * (self.s.heads + self.s.groups) * self.s.head if self.head_norms else 0, self.z))
 
     def try_attention(self, rows: int, width: int) -> None:
         """programs.fastest_attention: two kernels are captured and timed at the run's shape."""
