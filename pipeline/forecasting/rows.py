@@ -5,6 +5,7 @@ Library of cell.py. The tokenizer is read with the library that transformers' ow
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from pipeline.teachers.synthetic import rows as synthetic
 
 MOST_ROWS = 1024
 """Rows whose tokens are counted; what more rows would add is not worth the wait."""
+TEXTS = 1 << 14
+"""Texts whose tokens are remembered: techniques of one grid ask for the same."""
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""What FastTokenizer reads."""
 LABELS = 8
 """Labelled tokens of a row, where nothing says how many and an answer is not generated."""
 
@@ -54,9 +59,10 @@ class FastTokenizer:
         chat = folder / "chat_template.jinja"
         self.chat_template = chat.read_text(encoding="utf-8") if chat.exists() else config.get("chat_template")
         self._config = config
+        self._ids = functools.lru_cache(TEXTS)(lambda text, special: self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+        return {"input_ids": list(self._ids(text, add_special_tokens))}
 
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool) -> str:
         """The prompt in the model's own template (transformers renders it with jinja2 too)."""
@@ -64,6 +70,22 @@ class FastTokenizer:
 
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(str(self.chat_template))
         return template.render(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=self._config.get("bos_token") or "", eos_token="")
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path, changed: tuple[int, ...]) -> FastTokenizer:
+    """Read once for the techniques of a grid. changed: when its files did."""
+    return FastTokenizer(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _rows(path: Path, changed: tuple[int, ...]) -> list[dict]:
+    """Likewise."""
+    return read_rows(path)
+
+
+def _changed(*paths: Path) -> tuple[int, ...]:
+    return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
 
 
 def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
@@ -74,7 +96,7 @@ def training_rows(cfg: DictConfig, settings: Settings) -> TrainingRows:
     data, model = Path(cfg.paths.data) / cfg.task.name, Path(cfg.paths.models) / cfg.model.name
     if cfg.forecast.length is not None or not (data / "train.jsonl").exists() or not (model / "tokenizer.json").exists():
         return _as_configured(cfg, settings, objective)
-    rows = read_rows(data / "train.jsonl")
+    rows = list(_rows(data / "train.jsonl", _changed(data / "train.jsonl")))
     random.Random(cfg.seed).shuffle(rows)  # as pipeline.data.rows.load_rows draws them
     rows = rows[: cfg.train_rows]
     rows += synthetic.extra(cfg, rows)[0]
@@ -90,7 +112,7 @@ def _encoded(cfg: DictConfig, settings: Settings, objective: Objective, rows: li
         if not (folder / "rationales.jsonl").exists():
             raise NoForecast(f"no forecast for objective {objective.name}: {folder} holds no teacher's text yet")
         rationales = load_rationales(folder)
-    encoder = Encoder(FastTokenizer(model), settings.task, settings.train.max_length, "truncate")
+    encoder = Encoder(_tokenizer(model, _changed(*(model / name for name in FILES))), settings.task, settings.train.max_length, "truncate")
     return [[encoder.example(e) for e in objective.examples(row, settings.task, rationales.get(row["id"]))] for row in rows]
 
 
