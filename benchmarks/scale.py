@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from benchmarks.speed_files import FOLDER
 from pipeline.cell import grid, identity, locks, record
 from pipeline.cell.child import run_in_child
-from pipeline.cell.pool import AtOnce
+from pipeline.cell.room import AtOnce
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.compose import ROOT
 from pipeline.core.files import UserError, read_json, write_json

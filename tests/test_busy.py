@@ -23,7 +23,8 @@ from pipeline.cell import grid, identity, requests
 from pipeline.cell import run as cell_run
 from pipeline.cell.child import Ended, Watcher
 from pipeline.cell.inputs import Shared
-from pipeline.cell.pool import AtOnce, Pool
+from pipeline.cell.pool import Pool
+from pipeline.cell.room import AtOnce
 from pipeline.core.compose import ROOT, compose
 from pipeline.forecasting import sharing
 from pipeline.forecasting.cell import Card

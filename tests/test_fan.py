@@ -16,7 +16,7 @@ from test_dvc import Clone
 
 from pipeline.cell import grid, identity
 from pipeline.cell.child import run_in_child
-from pipeline.cell.pool import AtOnce
+from pipeline.cell.room import AtOnce
 from pipeline.core.compose import ROOT, compose
 from pipeline.fan import jobs, parcels, run, slurm
 from pipeline.fan.cluster import LARGEST_FILE, left_out
@@ -186,7 +186,7 @@ def test_the_checks_come_first_and_stop_all(words, capfd):
 
 DRIVER = """
 import sys
-from pipeline.cell.pool import AtOnce
+from pipeline.cell.room import AtOnce
 from pipeline.core.compose import compose
 from pipeline.fan import run
 

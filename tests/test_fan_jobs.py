@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import report_cells
 
-from pipeline.cell.pool import AtOnce
+from pipeline.cell.room import AtOnce
 from pipeline.core.compose import compose
 from pipeline.fan import host, jobs, run
 from pipeline.fan.host import Kept

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from pipeline import train
 from pipeline.cell import child, grid, identity, inputs, record
 from pipeline.cell.child import Outcome, run_in_child
-from pipeline.cell.pool import AtOnce
+from pipeline.cell.room import AtOnce
 from pipeline.core import progress
 from pipeline.core.commands import entry
 from pipeline.core.compose import compose

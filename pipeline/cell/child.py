@@ -21,6 +21,7 @@ from pipeline.cell import run as cell_run
 from pipeline.core import progress, settings, signals
 from pipeline.core.files import UserError, check_writable
 from pipeline.data import recipe
+from pipeline.measure import turns
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.memory import child_rss, kernel_oom_kills, out_of_memory
 from pipeline.records import failed
@@ -177,15 +178,6 @@ def run_in_child(work: Callable[[], int], memory_limit_bytes: int | None = None,
     return outcome
 
 
-def run_in_children(works: Sequence[Callable[[], int]]) -> int:
-    """Run all of it at once, each in a child of its own; the highest exit code."""
-    children = [Child(work) for work in works]
-    with handed_on(lambda: children):
-        while not all(child.poll() for child in children):
-            pause()
-    return max((child.outcome.code for child in children if child.outcome), default=0)
-
-
 def pause() -> None:
     """Until it is time to look again."""
     threading.Event().wait(POLL_S)
@@ -253,7 +245,7 @@ class CellRun:
         self.cfg, self.watcher, self.channel, self.place = cfg, watcher, progress.Channel(), place
 
         def run(**more: Any) -> int:
-            if _rounds_nothing(cfg):
+            if rounds_nothing(cfg):
                 inputs.import_peft()
             print(progress.fresh_line() + summary(cell_run.run(cfg, shared=shared, folder=folder, started=started, **more)))
             return 0
@@ -262,7 +254,8 @@ class CellRun:
             if place is not None:
                 return _of_torchrun(cfg, run, place)
             count = launch.ranks_of(cfg)
-            return launch.run_ranks(functools.partial(_as_rank, cfg, run), count) if count else run()
+            with turns.behind(shared.gate if shared else None):
+                return launch.run_ranks(functools.partial(_as_rank, cfg, run), count) if count else run()
 
         with progress.watched(self.channel):
             self.child = Child(work, cfg.memory_limit_gb and int(cfg.memory_limit_gb * 2**30), watcher.log)
@@ -308,7 +301,7 @@ def _of_torchrun(cfg: DictConfig, run: Callable[..., int], place: Place) -> int:
         return launch.OUT_OF_MEMORY
 
 
-def _rounds_nothing(cfg: DictConfig) -> bool:
+def rounds_nothing(cfg: DictConfig) -> bool:
     """Whether no model that the cell may load is rounded, its start and teachers among them, and a method of PEFT's is trained."""
     rounded = cfg.precision.name in inputs.QUANTISED or cfg.train.optimizer != "adamw"
     return "config" in cfg.method and not rounded and not cfg.start and not identity.reads(cfg)

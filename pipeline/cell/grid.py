@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import signal
@@ -17,10 +16,12 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from pipeline.cell import identity, locks, packing, preflight
-from pipeline.cell.child import Child, Outcome, Watcher, handed_on, pause, run_cell, run_in_child, run_in_children
+from pipeline.cell import identity, locks, packing
+from pipeline.cell.ahead import Checks
+from pipeline.cell.child import Child, Outcome, Watcher, handed_on, pause, run_cell, run_in_child
 from pipeline.cell.inputs import Shared, check_ahead, preload
-from pipeline.cell.pool import INTERRUPTED, AtOnce, Pool
+from pipeline.cell.pool import INTERRUPTED, Pool
+from pipeline.cell.room import AtOnce
 from pipeline.core.compose import SUFFIX, by_key, compose, experiments, explain, without
 from pipeline.core.files import UserError, closest
 from pipeline.measure.clock import now
@@ -87,16 +88,14 @@ def run_cells(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]]
     for cfg in missing:
         if cfg.pack is None:
             cfg.pack = cfg.share
-    with asked(limit, missing) as answer:
-        shared = preload(missing)
-        at_once = answer()
-    if cells[0].preflight:
-        groups = preflight.unchecked(missing)
-        parts = [[cfg for group in groups[start :: at_once.cells] for cfg in group] for start in range(min(at_once.cells, len(groups)))]
-        code = run_in_children([functools.partial(preflight.ahead, part, shared) for part in parts])
-        if code:
-            return code
-    return run_here(missing, shared, mirror, watcher, at_once)
+    with contextlib.ExitStack() as stack, asked(limit, missing) as answer:
+        checks: list[Checks] = []
+
+        def begin_checks(shared: Shared) -> None:
+            checks.append(stack.enter_context(Checks(missing, shared, answer())))
+
+        shared = preload(missing, begin_checks) if cells[0].preflight else preload(missing)
+        return run_here(missing, shared, mirror, watcher, answer(), *checks)
 
 
 @contextlib.contextmanager
@@ -140,14 +139,22 @@ def begin(cells: Sequence[DictConfig], warn: Callable[[Sequence[DictConfig]], No
     return missing, mirror
 
 
-def run_here(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watcher: Watcher | None = None, at_once: AtOnce | None = None) -> int:
+def run_here(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watcher: Watcher | None = None, at_once: AtOnce | None = None,
+             checks: Checks | None = None) -> int:
     """Run cells in children of this process, packs first; those that another process computes at this moment come last.
 
-    at_once: how many cells may be under way; None: one.
+    Args:
+        at_once: how many cells may be under way; None: one.
+        checks: what may still run of the checks before them; cells load meanwhile where several may be under way, and nothing is packed.
     """
     watcher, at_once = watcher or Watcher(), at_once or AtOnce()
     at_once = dataclasses.replace(at_once, cells=min(at_once.cells, len(missing)))
-    for group in packing.groups(missing, ("seed", "train_rows")):
+    packs = packing.groups(missing, ("seed", "train_rows"))
+    if checks and (packs or at_once.cells == 1):
+        if code := checks.wait():
+            return code
+        checks = None
+    for group in packs:
         with locks.free(group) as members:
             packing.train([cfg for cfg in members if not is_done(cfg)], shared)
     shown = bool(missing[0].train.progress) and watcher.log is None
@@ -159,9 +166,13 @@ def run_here(missing: Sequence[DictConfig], shared: Shared, mirror: Mirror, watc
             threads = shared.threads and max(1, shared.threads // at_once.cells)
             shared = dataclasses.replace(shared, at_once=at_once.cells, turns=turns, threads=threads)
         mirrored = mirror.put if at_once.cells == 1 else mirror.begin
-        pool = Pool(missing, shared, watcher, at_once, is_done, lambda cfg: mirrored([cfg]), shown)
+        if checks:
+            shared = dataclasses.replace(shared, gate=checks.gate.path)
+        pool = Pool(missing, shared, watcher, at_once, is_done, lambda cfg: mirrored([cfg]), shown, checks)
         code = pool.run()
     mirror.finish()
+    if pool.checks:  # they have not passed
+        return code
     for cfg in pool.elsewhere:
         if code == INTERRUPTED:
             return code

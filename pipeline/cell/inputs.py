@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -51,6 +51,8 @@ class Shared:
     """How many cells may be under way on the device, this one among them."""
     turns: Path | None = None
     """The folder by which they take turns (measure/turns.py); None: they do not."""
+    gate: Path | None = None
+    """The gate (measure/turns.py) that a cell which has loaded waits at, before it is asked or trained; None: there is none."""
 
     def preload(self, folder: Path, trust_remote_code: bool) -> None:
         """Read a base model and its tokenizer on the CPU, and import what every cell imports."""
@@ -58,9 +60,12 @@ class Shared:
         self.stored[folder] = load_stored(folder, trust_remote_code)
 
 
-def preload(missing: Sequence[DictConfig]) -> Shared:
-    """Import and read what the cells share, on one thread and without touching a GPU: forked children start clean."""
-    import sklearn.metrics  # noqa: F401
+def preload(missing: Sequence[DictConfig], read: Callable[[Shared], object] = lambda _: None) -> Shared:
+    """Import and read what the cells share, on one thread and without touching a GPU: forked children start clean.
+
+    Args:
+        read: is called once base and tokenizer are there, for work in other processes that needs no more; the rest is imported meanwhile.
+    """
     import torch
 
     shared = Shared(threads=torch.get_num_threads())
@@ -69,8 +74,10 @@ def preload(missing: Sequence[DictConfig]) -> Shared:
     trial = _tried(task) if torch.version.cuda else None
     for folder, trusted in {Path(c.paths.models) / c.model.name: read_settings(c).model.trust_remote_code for c in missing}.items():
         shared.preload(folder, trusted)
+    read(shared)
     if trial is None:
         import peft  # noqa: F401
+        import sklearn.metrics  # noqa: F401
     elif _passed(trial):
         _import_all(task)
     return shared

@@ -24,6 +24,7 @@ from pipeline.core.files import UserError, write_json
 from pipeline.data.rows import Encoded, Encoder, Rows
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.memory import out_of_memory
+from pipeline.methods.base import QUANTISED
 from pipeline.objectives.base import Objective
 from pipeline.scoring.scorer import Scorer
 from pipeline.training.stepping import Run
@@ -39,22 +40,38 @@ LIMITLESS = 1 << 30
 
 def ahead(cells: Sequence[DictConfig], shared: Shared) -> int:
     """Check what these cells are the first of: exit code 0, or 2 where a check fails, which is then printed. Runs in a process of its own."""
-    new = {key: group for key, group in _groups(cells).items() if not _memory(group[0], key).exists()}
+    new = unchecked(cells)
     if not new:
         return 0
     watch = Stopwatch()
-    failed = []
-    for key, group in new.items():
+    failed = [line for lines in look(new, shared) for line in lines]
+    return told(len(new), watch.lap(), failed)
+
+
+def look(groups: Sequence[Sequence[DictConfig]], shared: Shared) -> Iterator[list[str]]:
+    """Check group by group: what failed of each. What passed is remembered. The last one takes the shared base for its own."""
+    for number, group in enumerate(groups, 1):
         try:
-            results = list(findings(group, shared))
+            results = list(findings(group, shared if number == len(groups) else _copied(shared, group[0])))
         except Exception as error:  # noqa: BLE001 (what ends a check ends the cell, which keeps its trace; the others need not wait for that)
             print(f"preflight: {group[0].technique.name} could not be checked ({type(error).__name__}: {error})", file=sys.stderr)
+            yield []
             continue
         wrong = [finding for finding in results if not finding.ok]
-        failed += [f"{group[0].technique.name}: {finding.check}: {finding.said}" for finding in wrong]
         if not wrong:
-            write_json(_memory(group[0], key), [dataclasses.asdict(finding) for finding in results])
-    print(f"preflight: {len(new)} techniques checked on this model and task in {watch.lap():.0f} s, {len(failed)} checks failed", flush=True)
+            write_json(_memory(group[0], key_of(group[0])), [dataclasses.asdict(finding) for finding in results])
+        yield [f"{group[0].technique.name}: {finding.check}: {finding.said}" for finding in wrong]
+
+
+def _copied(shared: Shared, cfg: DictConfig) -> Shared:
+    """With a base of the cell's own, where one is read: rounded weights are read from the disk."""
+    base = Path(cfg.paths.models) / cfg.model.name
+    return dataclasses.replace(shared, stored={k: v if cfg.precision.name in QUANTISED else copy.deepcopy(v) for k, v in shared.stored.items() if k == base})
+
+
+def told(count: int, seconds: float, failed: Sequence[str]) -> int:
+    """Say how the checks of so many techniques went: exit code 0, or 2 where some failed."""
+    print(f"preflight: {count} techniques checked on this model and task in {seconds:.0f} s, {len(failed)} checks failed", flush=True)
     for line in failed:
         print(f"preflight: {line}", file=sys.stderr)
     if failed:
@@ -79,11 +96,16 @@ def _groups(cells: Iterable[DictConfig]) -> dict[str, list[DictConfig]]:
     """Cells that the same checks are for, by what those depend on: seeds of one technique."""
     groups: dict[str, list[DictConfig]] = {}
     for cfg in cells:
-        config = {key: value for key, value in identity.decides(cfg).items() if key not in NO_PART}
-        inputs = identity.inputs(cfg)
-        key = json.dumps([config, inputs["data"], inputs["model"], cfg.train_rows, cfg.device], sort_keys=True, default=str)
-        groups.setdefault(hashlib.sha256(key.encode()).hexdigest()[:24], []).append(cfg)
+        groups.setdefault(key_of(cfg), []).append(cfg)
     return groups
+
+
+def key_of(cfg: DictConfig) -> str:
+    """Hash of what the checks of a cell depend on."""
+    config = {key: value for key, value in identity.decides(cfg).items() if key not in NO_PART}
+    inputs = identity.inputs(cfg)
+    key = json.dumps([config, inputs["data"], inputs["model"], cfg.train_rows, cfg.device], sort_keys=True, default=str)
+    return hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
 def _memory(cfg: DictConfig, key: str) -> Path:
@@ -91,7 +113,7 @@ def _memory(cfg: DictConfig, key: str) -> Path:
 
 
 def findings(group: Sequence[DictConfig], shared: Shared) -> Iterator[Finding]:
-    """What the checks find of cells that differ in their seeds alone.
+    """What the checks find of cells that differ in their seeds alone. The shared base is changed.
 
     A refusal is a finding, too; memory that does not suffice is none, since the cell will say so.
     """
@@ -117,7 +139,7 @@ def _rows(parts: Parts, cfg: DictConfig) -> Rows:
 
 def _of_model(parts: Parts, every: Sequence[Rows], shared: Shared) -> Iterator[Finding]:
     rows = every[0]
-    base = load_base(parts, dataclasses.replace(shared, stored={k: copy.deepcopy(v) for k, v in shared.stored.items() if k == parts.model}))
+    base = load_base(parts, shared)
     encoder = load_encoder(parts, shared, base)
     yield checks.tokenizer(encoder.tokenizer, base.get_input_embeddings().weight.shape[0], [f"{r['prompt']} {r['answer']}" for r in rows.train[:ROWS]])
     with named(parts):

@@ -77,6 +77,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
         with meter.phase("load"):
             inputs = load_inputs(parts, shared, meter)
         if parts.method.answers_without_model:
+            turns.passed()
             trained, size = Trained(Work(), None, [], []), Size(0, 0, 0)
             scored = score_answers(parts, inputs.rows, meter)
         else:
@@ -90,6 +91,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
     except (MemoryError, RuntimeError) as error:
         if ranks.joined or not out_of_memory(error):
             raise
+        turns.passed()
         result, predictions = record.oom_result(cfg, str(error).splitlines()[0], machine.hardware(meter.device)), []
     finally:
         turns.leave()
@@ -197,10 +199,12 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
     """Train what there is to train. When this returns, nothing holds the optimiser's state or what the objective prepared."""
     method, objective, scorer, rows = parts.method, parts.objective, wrapped.scorer, inputs.rows
     if not method.trains:
+        turns.passed()
         return Trained(Work(), None, [], [])
     with meter.phase("load"):
         with turns.away():
             examples = encoded(parts, inputs.encoder, rows.train, rows.rationales)
+        turns.passed()
         scorer.notes += filter(None, [inputs.encoder.check("the training rows")])
         total = total_steps(parts.settings.train, len(examples))
         method.before_training(scorer.model, total)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.cell import identity, launch, packing, preflight, record
 from pipeline.cell.child import run_in_child
 from pipeline.cell.grid import Limit, Mirror, asked, begin, clear, is_done
-from pipeline.cell.pool import AtOnce
+from pipeline.cell.room import AtOnce
 from pipeline.core.files import UserError
 from pipeline.fan import jobs as fan_jobs
 from pipeline.fan.jobs import LOST, Job, Queue

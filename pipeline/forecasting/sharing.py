@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline.cell.pool import AtOnce
+from pipeline.cell.room import AtOnce
 from pipeline.core.compose import plain
 from pipeline.core.names import class_of
 from pipeline.forecasting.cell import Card, card_at_hand

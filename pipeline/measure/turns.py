@@ -2,7 +2,8 @@
 
 Library of `pipeline.cells`, which has several cells under way at once. Two files are locked with flock, which the kernel ends with the process that
 holds it: `device` (shared by who works beside others, exclusive to who is timed) and `next` (held by who waits to be alone, so that nobody comes in
-before it). Where nobody shares the device (`join` was not called) all of it costs nothing.
+before it). Where nobody shares the device (`join` was not called) all of it costs nothing. A third one is the gate that cells wait at, loaded, until
+the checks of all have passed.
 """
 
 from __future__ import annotations
@@ -129,8 +130,27 @@ class Turns:
             self.waited_s += time.perf_counter() - at
 
 
+class Gate:
+    """A file that is locked until what must come first is through; others wait at it in `passed`. It opens by itself when the process ends.
+
+    Args:
+        path: a file that nobody else uses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def open(self) -> None:
+        """Let through all that wait, and all that come."""
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
 _turns: Turns | None = None
 _beside = False
+_gate: Path | None = None
+_gate_s = 0.0
 
 
 def join(folder: Path | None, device: Any) -> None:
@@ -159,7 +179,36 @@ def crowded() -> bool:
 
 def waited_s() -> float:
     """Seconds that this process has waited for others."""
-    return _turns.waited_s if _turns is not None else 0.0
+    return _gate_s + (_turns.waited_s if _turns is not None else 0.0)
+
+
+@contextlib.contextmanager
+def behind(gate: Path | None) -> Iterator[None]:
+    """This process does not go on beyond `passed` before that gate opens, nor does an error leave it; None: there is no gate."""
+    global _gate
+    _gate = gate
+    try:
+        yield
+    except Exception:
+        passed()
+        raise
+    finally:
+        _gate = None
+
+
+def passed() -> None:
+    """Wait until the gate is open."""
+    global _gate, _gate_s
+    if _gate is None:
+        return
+    with away():
+        at, file = time.perf_counter(), os.open(_gate, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        finally:
+            os.close(file)
+        _gate, waited = None, time.perf_counter() - at
+        _gate_s += waited
 
 
 def beside() -> None:

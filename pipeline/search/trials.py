@@ -25,7 +25,7 @@ from pipeline.cell import run as cell_run
 from pipeline.cell.child import run_in_child
 from pipeline.cell.launch import BAD_INPUT, INTERRUPTED, OUT_OF_MEMORY
 from pipeline.cell.packing import attempt
-from pipeline.cell.pool import AtOnce
+from pipeline.cell.room import AtOnce
 from pipeline.core import locks as core_locks
 from pipeline.core import signals
 from pipeline.core.files import Unsuited, UserError, read_json, write_json
