@@ -207,6 +207,7 @@ def test_merged_is_attached(load, tokenizer, rows):
         found = checks.merged(made, model, [flat], 1, CPU, torch.float32, "fp32")
         assert found.ok == ok, found.said
     assert "method.merge=false" in found.said
+    assert checks._compared([1.0] * 4, [1.0] * 3 + [1.2], "bf16")[2] and not checks._compared([1.0] * 4, [1.15] * 4, "bf16")[2]
 
 
 @pytest.mark.parametrize("engine", ["eager", "fast"])
