@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from pipeline.models.base import int8_scales
+
 
 class Live(TorchDispatchMode):
     """Counts the storages of every operation's outputs until they are gone. base: of the model, before. peak: the most at a time."""
@@ -24,6 +26,8 @@ class Live(TorchDispatchMode):
             self._take(tensor.data)
             for constant in _constants(tensor):
                 self._take(constant)
+        for scale in int8_scales(model):
+            self._take(scale)
         self.base = self.peak = self.now
 
     def reset(self) -> None:
@@ -52,10 +56,8 @@ class Live(TorchDispatchMode):
 
 
 def _constants(parameter: Any) -> list[torch.Tensor]:
-    """What bitsandbytes keeps beside a quantised weight."""
-    state, scales = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
-    constants = [] if scales is None else [scales]
-    if state is not None:
-        constants += [state.absmax, state.code]
-        constants += [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
-    return constants
+    """What bitsandbytes keeps beside a 4-bit weight."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return []
+    return [state.absmax, state.code, *([state.state2.absmax, state.state2.code, state.offset] if state.nested else [])]

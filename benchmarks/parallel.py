@@ -151,6 +151,7 @@ def measure(case: Case, setting: Setting, ranks: Ranks) -> dict[str, Any]:
 
     from benchmarks.speed_ours import our_model
     from pipeline.measure.memory import PeakMemory
+    from pipeline.methods.base import Method
     from pipeline.methods.full import Full
     from pipeline.objectives.labels import Labels
     from pipeline.training.sharded import Sharded
@@ -163,7 +164,7 @@ def measure(case: Case, setting: Setting, ranks: Ranks) -> dict[str, Any]:
     model = our_model(workload, device)
     settings = train_settings(workload, case, setting)
     examples = rows(workload)
-    method: Any = Full() if workload.trains_base else _Adapter()
+    method = Full() if workload.trains_base else Method()  # the model has its adapter already
     within = ranks if ranks.count > 1 or case.way == "fsdp" else ALONE
     step_run = Run(model, method, Labels(), examples, settings, 0, total, device, workload.torch_dtype(), 0, within)
     loaded_s = lap.lap()
@@ -211,18 +212,6 @@ def rows(workload: Workload) -> list[list[Any]]:
     from pipeline.data.rows import Encoded
 
     return [[Encoded(tuple(row), 1)] for ids in workload.batches(workload.total) for row in ids.tolist()]
-
-
-class _Adapter:
-    """What a stepping asks of a method whose adapter the model has already."""
-
-    acts_between_steps = False
-
-    def optimizer_groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
-        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
-
-    def after_step(self, model: Any, step: int) -> None:
-        """Nothing."""
 
 
 def forecast(case: Case, setting: Setting, batch: int, count: int) -> int | None:

@@ -22,6 +22,12 @@ from typing import Any
 FORK = multiprocessing.get_context("fork")
 HUNG_S = 300
 """A start that takes longer hangs."""
+WORK = ("work", "results", "sweeps", "tuning", "mlflow.db*")
+"""Below a command's root: where its work is written."""
+AT_START = 1 / 16
+"""The share of kills that may hit a start before it has written anything."""
+SPREAD = 2.0
+"""The longest delay: this times the work of an unkilled run, over the kills of a round. On average the kills of a round let all of the work pass once."""
 LEFT = ("*.partial*", "*.damaged", ".trial", "checkpoints/*", "*-journal")
 """Files that only work that is not through has."""
 
@@ -32,7 +38,7 @@ class Counts:
 
     kills: int = 0
     at_work: int = 0
-    """Of these, after the first checkpoint, cell or trial of their round."""
+    """Of these, after the killed start had written a first file of its work."""
     in_mlflow: int = 0
     """Of these, while MLflow's lock was held."""
     lost: int = 0
@@ -60,6 +66,15 @@ def table(counts: dict[str, Counts]) -> str:
     return "\n".join(lines + [f"| {label} | {' | '.join(str(getattr(c, n)) for n in names)} |" for label, c in {**counts, "total": total}.items()])
 
 
+@dataclass(frozen=True)
+class Unkilled:
+    """A run that nobody kills: its facts, and the seconds before its first file and from there to its end."""
+
+    facts: dict[str, Any]
+    start_s: float
+    work_s: float
+
+
 @dataclass
 class Command:
     """What is killed. root: all that it writes lies below it.
@@ -67,7 +82,7 @@ class Command:
     Args:
         start: starts it and returns the id of its process, which leads a process group of its own.
         facts: what it has to leave, by name: digests, figures. runs: the cells and trials that MLflow has to have, each once.
-        doubled: names of what is there more than once.
+        doubled: names of what is there more than once. work: patterns of what it writes when it works.
     """
 
     root: Path
@@ -75,7 +90,7 @@ class Command:
     facts: Callable[[], dict[str, Any]]
     runs: Callable[[], list[str]]
     doubled: Callable[[], list[str]]
-    at_work: Callable[[], bool]
+    work: tuple[str, ...] = WORK
     notes: list[str] = field(default_factory=list)
     """What was wrong, in words."""
 
@@ -83,35 +98,44 @@ class Command:
     def log(self) -> Path:
         return self.root / "log.txt"
 
-    def unkilled(self) -> dict[str, Any]:
-        """The facts of a run that nobody kills."""
+    def unkilled(self) -> Unkilled:
+        """Run it to its end."""
+        clock, began = time.monotonic(), time.time_ns()
         pid = self.start()
+        assert _until(pid, lambda: self._works(began)) is None, self.log.read_text()
+        worked = time.monotonic()
         assert ended(pid, HUNG_S) == 0, self.log.read_text()
-        return self.facts()
+        return Unkilled(work_s=time.monotonic() - worked, start_s=worked - clock, facts=self.facts())
 
-    def killed(self, draw: random.Random, kills: int, counts: Counts, wait_s: float) -> None:
-        """Start until it is through, kill up to so many times, and count what came of it.
+    def killed(self, draw: random.Random, kills: int, each: int, unkilled: Unkilled, counts: Counts) -> None:
+        """Start until it is through, kill up to so many times, about `each` a round, and count what came of it.
 
-        A delay of up to wait_s begins with the process (one in five), with its first words, or, of half of these, once it is at work: where cores are
-        shared a start takes longer than any delay, and all kills would hit starts.
+        Nearly every delay begins with the first file that this start writes, and is drawn from the time that the unkilled run worked: however long a
+        start takes on this machine, kills hit work, and each lets some of it pass.
         """
         for _ in range(kills):
-            said, pid = self.log.stat().st_size if self.log.exists() else 0, self.start()
-            at_once, late, delay = draw.random() < 0.2, draw.random() < 0.5, draw.uniform(0, wait_s)
-            code = None if at_once else _until(pid, lambda said=said, late=late: self._speaks(said) and (not late or self.at_work()))
-            code = ended(pid, delay) if code is None else code
+            at_start, share, began = draw.random() < AT_START, draw.random(), time.time_ns()
+            pid = self.start()
+            code = None if at_start else _until(pid, lambda began=began: self._works(began))
+            longest = unkilled.start_s if at_start else SPREAD * unkilled.work_s / each
+            code = ended(pid, share * longest) if code is None else code
             if code is not None:
                 counts.bad_exits += code != 0
                 return
-            counts.kills, counts.at_work = counts.kills + 1, counts.at_work + self.at_work()
+            counts.kills, counts.at_work = counts.kills + 1, counts.at_work + self._works(began)
             counts.in_mlflow += is_locked(self.root / "mlflow.db.lock")
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        code = ended(self.start(), HUNG_S)
+        pid = self.start()
+        code = ended(pid, HUNG_S)
         counts.bad_exits += code != 0
+        if code is None:  # it hangs: look at it with py-spy before this
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
-    def _speaks(self, said: int) -> bool:
-        return self.log.exists() and self.log.stat().st_size > said
+    def _works(self, began: int) -> bool:
+        """Whether a file of its work was written since a time in ns."""
+        return any(written(path) > began for pattern in self.work for place in self.root.glob(pattern) for path in [place, *place.rglob("*")])
 
     def judge(self, wanted: dict[str, Any], counts: Counts) -> None:
         """Compare what is there with the unkilled run's, and look for what a kill could have left."""
@@ -172,11 +196,19 @@ def _until(pid: int, condition: Callable[[], bool]) -> int | None:
     """Wait until something is so; the exit code, if the process ends first."""
     end = time.monotonic() + HUNG_S
     while not condition():
-        code = ended(pid, 0.005)
+        code = ended(pid, 0.01)
         if code is not None:
             return code
         assert time.monotonic() < end, "it hangs"
     return None
+
+
+def written(path: Path) -> int:
+    """When, in ns; 0 of what is gone meanwhile."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def is_locked(path: Path) -> bool:

@@ -387,6 +387,7 @@ def test_slurm_jobs_leave_what_a_serial_run_leaves(words, tmp_path):
 
 
 DYING = """
+    import psutil
     from pipeline.fan import slurm
 
     waited, killed = slurm._wait, []
@@ -394,7 +395,9 @@ DYING = """
     def dying(handed, *rest):
         if not killed:
             killed.append(handed[0])
-            handed[0]._process.kill()
+            job = psutil.Process(handed[0]._process.pid)
+            for one in [job, *job.children(recursive=True)]:  # what the job has started works on without it
+                one.kill()
         return waited(handed, *rest)
 
     slurm._wait = dying

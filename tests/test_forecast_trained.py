@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.speed_workloads import SHAPES
 from pipeline.core.compose import CONF, build, compose, plain
+from pipeline.data.rows import Example
 from pipeline.forecasting.shape import NoForecast, matrix_parts, nf4_parts, read_shape, shape_of, tensors
 from pipeline.forecasting.trained import parameter_sizes, trained
 from pipeline.intake import known_models
@@ -22,6 +23,7 @@ QWEN2_HALF = {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24
 ADAPTER = "peft_adapter"
 FAST = ("lora", "full", "ia3", "ln_tuning", "prompt_tuning_random", "lokr", "oft", "p_tuning", "bitfit_added")
 TECHNIQUES = sorted(p.stem for p in CONF.glob("technique/*.yaml") if p.stem not in ("peft_config", "retrieval_documents"))
+EXAMPLES = [Example(f"Review: the {word} plot . Sentiment :", answer) for word, answer in [("good", "positive"), ("bad", "negative")] * 8]
 NEEDED = {"top_layers": ["method.top_layers=1"], "prompt_tuning_text": ["method.config.prompt_tuning_init=RANDOM"]}
 
 
@@ -81,12 +83,15 @@ def test_four_bit_bytes_are_those_of_bitsandbytes_tensors(size, double):
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_a_quantised_models_bytes_are_the_real_ones(tiny, precision):
     from pipeline.core.settings import Precision
+    from pipeline.models.architecture import one_token
     from pipeline.models.base import device_of, load_model, memory_bytes
 
     folder = tiny / "models" / "smollm2_135m"
     model = load_model(folder, Precision(precision), device_of("cpu"))
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    assert sum(size for *_, size in tensors(read_shape(folder / "config.json"), precision, compute=4)) == memory_bytes(model) - buffers
+    actual, buffers = memory_bytes(model), sum(b.numel() * b.element_size() for b in model.buffers())
+    assert sum(size for *_, size in tensors(read_shape(folder / "config.json"), precision, compute=4)) == actual - buffers
+    model(**one_token(model))
+    assert memory_bytes(model) == actual, "a layer that was used has its scales elsewhere"
 
 
 def test_int8_keeps_a_scale_a_row():
@@ -108,6 +113,8 @@ def test_a_technique_trains_as_many_numbers_as_the_arithmetic_says(tiny, techniq
         pytest.skip(str(reason))
     method = build(cfg.method, "method")
     base = load_stored(folder).requires_grad_(False)
+    if method.prepares:
+        method.prepare(EXAMPLES, 0, base)
     try:
         model = PeftAdapter.wrap(method, base) if technique == "loftq" else method.wrap(base)
     except UserError:
@@ -130,6 +137,8 @@ def test_other_architectures_have_no_forecast(config, reason):
     ({"type": "bottleneck"}, "method bottleneck"),
     ({"type": ADAPTER, "config": {"type": "XLoraConfig"}}, "method xlora"),
     ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "modules_to_save": ["lm_head"]}}, "modules_to"),
+    ({"type": "alora", "config": {"type": "LoraConfig", "r": 8, "alora_invocation_tokens": []}}, "alora_invocation_tokens"),
+    ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "monteclora_config": {}}}, "monteclora_config"),
     ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "alora_invocation_tokens": [3, 4]}}, "alora_invocation_tokens"),
     ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "init_lora_weights": "mica"}}, "mica"),
     ({"type": ADAPTER, "config": {"type": "LoraConfig", "r": 8, "target_modules": "q.*"}}, "pattern"),

@@ -28,7 +28,7 @@ from pipeline import cells, sweep, train, tune
 from pipeline.cell import grid
 from pipeline.records import mlflow, tuned
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SEED = 20261129
 TECHNIQUES = ["zero_shot", "full", "lora", "prompt_tuning", "step_by_step", "dora"]
 TUNED = ["lora", "prompt_tuning"]
@@ -74,7 +74,6 @@ def cells_command(root: Path, words: list[str]) -> Command:
     return Command(
         root, lambda: forked(cells.main, words, root / "log.txt"), lambda: cell_facts(folder),
         lambda: [f"quick/{path.parent.name}" for path in folder.rglob("result.json")], again,
-        lambda: any((root / "work/checkpoints").glob("*.pt")) or any(folder.rglob("result.json")),
     )
 
 
@@ -114,26 +113,25 @@ def search_command(main: Callable[[list[str]], int], root: Path, words: list[str
     return Command(
         root, lambda: forked(main, words, root / "log.txt"), facts, runs,
         lambda: [name for name, times in Counter(name for name, _ in answers(root)).items() if times > 1],
-        lambda: any(row["status"] != "died" for _, row in trials(root)) or any(root.glob("sweeps/*/*/.trial")),
     )
 
 
-def kill_often(name: str, make: Callable[[Path], Command], tmp_path: Path, wanted: int, each: int, wait_s: float) -> None:
-    """Rounds of `each` kills until there are as many as wanted; everything that is wrong is shown."""
+def kill_often(name: str, make: Callable[[Path], Command], tmp_path: Path, wanted: int, each: int) -> None:
+    """Rounds of about `each` kills until there are as many as wanted; everything that is wrong is shown."""
     counts, draw = counted.setdefault(name, Counts()), random.Random(f"{SEED} {name}")
     reference, notes = make(tmp_path / "unkilled").unkilled(), []
     for number in itertools.count():
-        if counts.kills >= wanted:
+        if counts.kills >= wanted or counts.bad_exits:
             break
         command = make(tmp_path / f"round{number}")
-        command.killed(draw, min(each, wanted - counts.kills), counts, wait_s)
-        command.judge(reference, counts)
+        command.killed(draw, min(each, wanted - counts.kills), each, reference, counts)
+        command.judge(reference.facts, counts)
         notes += command.notes or ([command.log.read_text()[-3000:]] if counts.bad_exits else [])
-    assert not counts.faults and reference, (counts, notes)
+    assert not counts.faults and reference.facts, (counts, notes)
 
 
 def test_cells(words, tmp_path):
-    kill_often("pipeline.cells", lambda root: cells_command(root, [*words(root), *LONGER]), tmp_path, 48, 16, 3.0)
+    kill_often("pipeline.cells", lambda root: cells_command(root, [*words(root), *LONGER]), tmp_path, 48, 16)
 
 
 def test_a_sweep(words, tmp_path):
@@ -142,12 +140,12 @@ def test_a_sweep(words, tmp_path):
     def make(root: Path) -> Command:
         return search_command(sweep.main, root, [w for w in words(root) if not w.startswith("experiments=")] + more)
 
-    kill_often("pipeline.sweep", make, tmp_path, 28, 14, 2.5)
+    kill_often("pipeline.sweep", make, tmp_path, 28, 14)
 
 
 def test_tuning(words, tmp_path):
     more = [f"tune.techniques=[{','.join(TUNED)}]", f"tune.trials={TRIALS}", *SHORTER]
-    kill_often("pipeline.tune", lambda root: search_command(tune.main, root, [*words(root), *more]), tmp_path, 24, 12, 3.0)
+    kill_often("pipeline.tune", lambda root: search_command(tune.main, root, [*words(root), *more]), tmp_path, 24, 12)
 
 
 @pytest.mark.parametrize("name", ["train", "cells", "sweep", "tune"])
@@ -200,12 +198,11 @@ def test_dvc_repro(tiny, tmp_path, warm):
         results = root / "results"
         return Command(
             root, lambda: forked(clones[-1].become, ["repro"], root / "log.txt"), lambda: cell_facts(results),
-            lambda: [f"kills/{path.parent.name}" for path in results.rglob("result.json")], list,
-            lambda: any((root / ".work/checkpoints").glob("*.pt")) or any(results.rglob("result.json")),
+            lambda: [f"kills/{path.parent.name}" for path in results.rglob("result.json")], list, (".work", "results", "mlflow.db*"),
         )
 
     try:
-        kill_often("dvc repro", make, tmp_path, 12, 12, 6.0)
+        kill_often("dvc repro", make, tmp_path, 12, 12)
     finally:
         for clone in clones:
             clone.close()
@@ -214,4 +211,4 @@ def test_dvc_repro(tiny, tmp_path, warm):
 def test_the_table(capsys):
     with capsys.disabled():
         print(f"\n{kills.table(counted)}")
-    assert sum(c.kills for c in counted.values()) >= 100 and sum(c.at_work for c in counted.values()) >= 80
+    assert sum(c.kills for c in counted.values()) >= 100 and all(c.at_work >= 0.8 * c.kills for c in counted.values())

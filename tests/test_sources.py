@@ -69,6 +69,18 @@ def test_tabs_are_read_without_quoting(tmp_path):
     assert read_table(path, ["id", "mean", "text"]) == rows
 
 
+def test_a_parquet_file_with_damaged_pages_is_refused_in_one_sentence(tmp_path):
+    from datasets import Dataset
+
+    path = tmp_path / "a.parquet"
+    Dataset.from_list([{"text": "a fine film", "label": number} for number in range(50)]).to_parquet(path)
+    data = bytearray(path.read_bytes())
+    data[4:24] = bytes(20)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="a.parquet cannot be read as Parquet"):
+        read_table(path)
+
+
 def test_parquet_and_jsonl_keep_types(tmp_path):
     from datasets import Dataset
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import multiprocessing
 import os
 import re
 import signal
@@ -299,3 +300,26 @@ def test_one_bar_stands_for_all_cells_with_the_time_that_is_left(overrides, impo
 ])
 def test_a_cells_share_counts_training_and_scoring(stage, done, share):
     assert progress.Progress(stage, done).share(0.6) == pytest.approx(share)
+
+
+def test_a_child_that_is_killed_as_it_draws_a_bar_does_not_stop_the_bars_of_others():
+    """It holds tqdm's lock, which tqdm shares between a process and those it forks."""
+    from tqdm import tqdm
+
+    class Own(tqdm):
+        """Such as transformers and huggingface_hub have."""
+
+    def draws() -> int:
+        with tqdm.get_lock(), Own.get_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    tqdm(disable=True)
+    Own.set_lock(tqdm.get_lock())
+    assert run_in_child(draws).code == 128 + signal.SIGKILL
+    lock = multiprocessing.get_context("fork").Process(target=lambda: tqdm(disable=True))
+    lock.start()
+    lock.join(10)
+    stuck = lock.is_alive()
+    lock.kill()
+    assert not stuck

@@ -68,13 +68,18 @@ def identity(cfg: Any) -> dict[str, Any]:
 def fakes(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
     """Overrides of a fast sweep below `root`, with the cell and what it loads replaced."""
     (root / "work").mkdir()
+    stand_in(monkeypatch)
+    folders = [f"paths.{name}={root}/{name}" for name in ("data", "models", "results", "sweeps", "work")]
+    return [*folders, "technique=lora", "tracking=none", "experiment=tried", "train_rows=64"]
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that answers at once, and nothing is loaded."""
     monkeypatch.setattr(cell_run, "run", fake_cell)
     monkeypatch.setattr(inputs, "preload", lambda missing: inputs.Shared())
     monkeypatch.setattr(grid, "preload", lambda missing: inputs.Shared())
     monkeypatch.setattr(inputs, "check_ahead", lambda cfg: None)
     monkeypatch.setattr(child, "POLL_S", 0.01)
-    folders = [f"paths.{name}={root}/{name}" for name in ("data", "models", "results", "sweeps", "work")]
-    return [*folders, "technique=lora", "tracking=none", "experiment=tried", "train_rows=64"]
 
 
 @pytest.fixture
@@ -158,13 +163,10 @@ def test_killed_at_trial_4_of_6_it_goes_on_and_tries_the_dead_rank_again(words, 
         import os, signal, sys
         from pathlib import Path
         sys.path.insert(0, {str(ROOT / "tests")!r})
+        import pytest
         import test_sweep
         from pipeline import sweep
-        from pipeline.cell import inputs
-        from pipeline.cell import identity as cell_identity
         from pipeline.cell import run as cell_run
-        from pipeline.search import trials as search_trials
-        from pipeline.cell import child as supervise
 
         def fake(cfg, **more):
             result = test_sweep.fake_cell(cfg, **more)
@@ -174,7 +176,8 @@ def test_killed_at_trial_4_of_6_it_goes_on_and_tries_the_dead_rank_again(words, 
                 signal.pause()
             return result
 
-        cell_run.run, inputs.preload = fake, lambda missing: inputs.Shared()
+        test_sweep.stand_in(pytest.MonkeyPatch())
+        cell_run.run = fake
         sys.exit(sweep.main(sys.argv[2:]))
     """
     command = [sys.executable, "-c", textwrap.dedent(driver), str(tmp_path / "killed"), *words]

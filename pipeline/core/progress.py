@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import json
 import mmap
+import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -165,6 +167,22 @@ class CellsBar:
 def fresh_line() -> str:
     """What begins a line of output where a bar may stand in it."""
     return "\r\x1b[K" if sys.stdout.isatty() and sys.stderr.isatty() else ""
+
+
+def _own_locks() -> None:
+    """Of a process that was forked: a lock of its own for tqdm's bars. tqdm shares the one that was there with the parent and all of its children, and a
+    child that is killed while it draws has it for ever: the next bar of any of them would wait without end."""
+    module = sys.modules.get("tqdm")
+    if module is None:
+        return
+    bars, lock = [module.tqdm], threading.RLock()
+    for bar in bars:
+        bars += bar.__subclasses__()
+        if bar is module.tqdm or "_lock" in vars(bar):
+            bar.set_lock(lock)
+
+
+os.register_at_fork(after_in_child=_own_locks)
 
 
 def _threadless() -> Any:

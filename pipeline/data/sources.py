@@ -211,7 +211,7 @@ def parquet_rows(path: Path, data: bytes) -> list[dict[str, Any]]:
 
     try:
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # damaged pages are an OSError, though no file is read here
         raise UserError(f"{path} cannot be read as Parquet ({_reason(error)}); get it anew") from error
     return rows
 

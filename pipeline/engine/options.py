@@ -33,9 +33,12 @@ def changed(config: Any) -> dict[str, Any]:
 
 
 def switched_on(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a PEFT config's file, whose defaults are not known without PEFT, that are neither empty nor off."""
+    """The options of a PEFT config's file, whose defaults are not known without PEFT, that are neither empty nor off.
+
+    An empty `…_config` is on, at its own defaults (`monteclora_config: {}`).
+    """
     off: tuple[Any, ...] = (None, False, "none", [], {}, ())
-    return {name: value for name, value in config.items() if value not in off}
+    return {name: value for name, value in config.items() if value not in off or value == {} and name.endswith("_config")}
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -57,6 +57,8 @@ def trained(method: dict[str, Any], shape: Shape) -> Trained:
     if owner == "from_file":
         path = Path(method["path"])
         return _adapter(read_json(path / "adapter_config.json" if path.is_dir() else path), shape, True)
+    if owner == "alora":  # it names its tokens when it has read the rows
+        raise NoForecast("no forecast for LoRA with alora_invocation_tokens")
     declared = class_of(method, "method")
     if declared.peft and not declared.corrects_gradients:
         kind = name_of(method["config"], "peft", "method.config").removesuffix("Config")

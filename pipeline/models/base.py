@@ -288,8 +288,13 @@ def memory_bytes(model: Any) -> int:
     """Bytes of parameters and buffers, quantisation constants included."""
     constants = quantisation_bytes(model)
     weights = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
-    scales = sum(_bytes(p.SCB) for p in model.parameters() if getattr(p, "SCB", None) is not None)  # int8: one a row
-    return weights + scales + constants["constants"] + constants["tables"]
+    return weights + sum(map(_bytes, int8_scales(model))) + constants["constants"] + constants["tables"]
+
+
+def int8_scales(model: Any) -> list[Any]:
+    """The scale a row of every LLM.int8() weight: bitsandbytes has it with the weight until the layer is used first, then in the layer's state."""
+    holders = [*model.parameters(), *(getattr(module, "state", None) for module in model.modules())]
+    return [holder.SCB for holder in holders if getattr(holder, "SCB", None) is not None]
 
 
 def parameters(model: Any) -> tuple[int, int]:
