@@ -22,9 +22,9 @@ from typing import Any
 FORK = multiprocessing.get_context("fork")
 HUNG_S = 300
 """A start that takes longer hangs."""
-WORK = ("work", "results", "sweeps", "tuning", "mlflow.db*")
-"""Below a command's root: where its work is written."""
-AT_START = 1 / 16
+WORK, MIRROR = ("work", "results", "sweeps", "tuning"), ("mlflow.db*",)
+"""Below a command's root: where its work is written, and where that is mirrored."""
+AT_START = 1 / 24
 """The share of kills that may hit a start before it has written anything."""
 SPREAD = 2.0
 """The longest delay: this times the work of an unkilled run, over the kills of a round. On average the kills of a round let all of the work pass once."""
@@ -102,7 +102,7 @@ class Command:
         """Run it to its end."""
         clock, began = time.monotonic(), time.time_ns()
         pid = self.start()
-        assert _until(pid, lambda: self._works(began)) is None, self.log.read_text()
+        assert _until(pid, lambda: self._wrote(began, self.work)) is None, self.log.read_text()
         worked = time.monotonic()
         assert ended(pid, HUNG_S) == 0, self.log.read_text()
         return Unkilled(work_s=time.monotonic() - worked, start_s=worked - clock, facts=self.facts())
@@ -111,18 +111,19 @@ class Command:
         """Start until it is through, kill up to so many times, about `each` a round, and count what came of it.
 
         Nearly every delay begins with the first file that this start writes, and is drawn from the time that the unkilled run worked: however long a
-        start takes on this machine, kills hit work, and each lets some of it pass.
+        start takes on this machine, kills hit work, and each lets some of it pass. Of every second one the mirror does not count as a first file: a
+        start mirrors first what a kill has left unmirrored, and most kills would hit that alone.
         """
         for _ in range(kills):
             at_start, share, began = draw.random() < AT_START, draw.random(), time.time_ns()
-            pid = self.start()
-            code = None if at_start else _until(pid, lambda began=began: self._works(began))
+            first, pid = draw.choice([self.work, self.work + MIRROR]), self.start()
+            code = None if at_start else _until(pid, lambda began=began, first=first: self._wrote(began, first))
             longest = unkilled.start_s if at_start else SPREAD * unkilled.work_s / each
             code = ended(pid, share * longest) if code is None else code
             if code is not None:
                 counts.bad_exits += code != 0
                 return
-            counts.kills, counts.at_work = counts.kills + 1, counts.at_work + self._works(began)
+            counts.kills, counts.at_work = counts.kills + 1, counts.at_work + self._wrote(began, self.work + MIRROR)
             counts.in_mlflow += is_locked(self.root / "mlflow.db.lock")
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -133,9 +134,9 @@ class Command:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
-    def _works(self, began: int) -> bool:
-        """Whether a file of its work was written since a time in ns."""
-        return any(written(path) > began for pattern in self.work for place in self.root.glob(pattern) for path in [place, *place.rglob("*")])
+    def _wrote(self, began: int, patterns: tuple[str, ...]) -> bool:
+        """Whether a file of these was written since a time in ns."""
+        return any(written(path) > began for pattern in patterns for place in self.root.glob(pattern) for path in [place, *place.rglob("*")])
 
     def judge(self, wanted: dict[str, Any], counts: Counts) -> None:
         """Compare what is there with the unkilled run's, and look for what a kill could have left."""
