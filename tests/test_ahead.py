@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -112,6 +113,39 @@ def test_a_check_that_fails_ends_the_cells_that_loaded_beside_it(words, places, 
     assert "2 techniques checked" in said.out and "1 checks failed" in said.out and "[1/2]" not in said.out
     assert not (places / "too-early").exists() and not any((identity.folder_of(cfg) / "result.json").exists() for cfg in every)
     assert grid.run_cells([compose([*words, "technique=zero_shot", "preflight=false"])], limit=two) == 0, "no lock is left"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_cells_wait_at_the_gate_ends_them_and_the_checks(words, places, monkeypatch, number):
+    def findings(group: Any, _: Any) -> Any:
+        (places / f"check-{os.getpid()}").touch()
+        threading.Event().wait(LONGEST_S)
+        yield Finding("engine", True, "")
+
+    passed = turns.passed
+
+    def at_gate() -> None:
+        (places / f"cell-{os.getpid()}").touch()
+        passed()
+
+    monkeypatch.setattr(preflight, "findings", findings)
+    monkeypatch.setattr(turns, "passed", at_gate)
+    monkeypatch.setattr(AtOnce, "places", 4)
+    every = cells(words)
+    command = FORK.Process(target=grid.run_cells, args=(every,), kwargs={"limit": two})
+    command.start()
+    watch = time.monotonic()
+    while not (list(places.glob("check-*")) and list(places.glob("cell-*"))):
+        assert command.is_alive() and time.monotonic() - watch < LONGEST_S
+        time.sleep(0.05)
+    os.kill(command.pid or 0, number)
+    command.join(30)
+    assert command.exitcode is not None, "it went on"
+    time.sleep(0.2)
+    for path in [*places.glob("check-*"), *places.glob("cell-*")]:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name.split("-")[1]), 0)
+    assert not any((identity.folder_of(cfg) / "result.json").exists() for cfg in every)
 
 
 def test_what_the_checks_find_is_not_said_by_the_cells_too(words, places, monkeypatch, capfd):
