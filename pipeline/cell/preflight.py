@@ -201,7 +201,7 @@ def _of_training(parts: Parts, encoder: Encoder, rows: Rows, model: Any) -> Iter
     alone = checks.losses(model, [[e] for e in flat], *where)
     yield checks.neighbours(alone, checks.losses(model, [flat], *where), precision, parts.method.mixes_rows)
     if parts.method.merges and hasattr(model, "peft_config"):
-        yield checks.merged(parts.method, model, [[e] for e in flat], *where, precision)
+        yield checks.merged(parts.method, model, [[e] for e in flat], *where, parts.precision if parts.precision in QUANTISED else precision)
 
 
 def _precision(parts: Parts) -> str:
