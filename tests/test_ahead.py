@@ -115,7 +115,7 @@ def test_a_check_that_fails_ends_the_cells_that_loaded_beside_it(words, places, 
     assert grid.run_cells([compose([*words, "technique=zero_shot", "preflight=false"])], limit=two) == 0, "no lock is left"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_while_cells_wait_at_the_gate_ends_them_and_the_checks(words, places, monkeypatch, number):
     def findings(group: Any, _: Any) -> Any:
         (places / f"check-{os.getpid()}").touch()
