@@ -26,6 +26,7 @@ import dataclasses
 import glob
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -45,6 +46,7 @@ from pipeline.core.files import UserError, write_json
 from pipeline.measure.clock import Stopwatch
 
 OWN = {"plan": "", "limit_s": "inf", "out": "", "state": "", "forget": ""}
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 LAST_WORDS_S, GRACE_S, PACK_S, MARGIN_S, LEFT_S = 12.0, 8.0, 90.0, 15.0, 25.0
 """Before the slot's end commands are interrupted; after that they are killed; between packings; the least that one is begun for; what {left} leaves."""
 
@@ -77,20 +79,13 @@ def read(path: Path) -> Plan:
     """Raises UserError: a plan that is not there or not one."""
     try:
         document = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such plan") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a plan ({error.strerror})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(document, dict) or not isinstance(document.get("queues"), dict):
         raise UserError(f"{path}: a plan has `queues`, a list of commands each; benchmarks/lease.py says how one looks")
-    known = {field.name for field in dataclasses.fields(Command)}
-    queues = {}
-    for queue, entries in document["queues"].items():
-        for entry in entries or []:
-            if not isinstance(entry, dict) or not {"name", "run"} <= entry.keys() <= known:
-                raise UserError(f"{path}: queue {queue}: {entry!r} must have name and run, and of {', '.join(sorted(known - {'name', 'run'}))} what it needs")
-        queues[queue] = [Command(**entry) for entry in entries or []]
-    plan = Plan(queues, document.get("keep", []))
+    plan = Plan({queue: [_command(path, queue, entry) for entry in entries or []] for queue, entries in document["queues"].items()}, document.get("keep", []))
     names = [command.name for command in plan.commands]
     for name in names:
         if names.count(name) > 1:
@@ -101,12 +96,27 @@ def read(path: Path) -> Plan:
     return plan
 
 
+def _command(path: Path, queue: str, entry: Any) -> Command:
+    known = {field.name for field in dataclasses.fields(Command)}
+    if not isinstance(entry, dict) or not {"name", "run"} <= entry.keys() <= known:
+        raise UserError(f"{path}: queue {queue}: {entry!r} must have name and run, and of {', '.join(sorted(known - {'name', 'run'}))} what it needs")
+    if not NAME.fullmatch(str(entry["name"])):
+        raise UserError(f"{path}: queue {queue}: {entry['name']!r} names a file; write letters, digits, _, - and . alone")
+    return Command(**entry | {key: _seconds(entry[key], f"{path}: {entry['name']}: {key}") for key in ("limit_s", "least_s") if key in entry})
+
+
+def _seconds(value: Any, what: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what} is {value!r}; write seconds") from error
+
+
 class Slot:
     """A plan's commands for as long as the machine is lent."""
 
     def __init__(self, plan: Plan, state: Path, limit_s: float, words: Sequence[str] = (), out: Path | None = None) -> None:
         self.plan, self.state, self.limit_s, self.words, self.out, self.watch = plan, state, limit_s, words, out, Stopwatch()
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
         state.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -124,12 +134,17 @@ class Slot:
         for thread in threads:
             thread.start()
         packed = 0.0
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(0.2)
-            if self.watch.peek() - packed > PACK_S:
-                packed = self.watch.peek()
-                self.pack()
-        self.pack()
+        try:
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.2)
+                if self.watch.peek() - packed > PACK_S:
+                    packed = self.watch.peek()
+                    self.pack()
+        finally:  # an interrupt is the slot's end
+            self.limit_s = min(self.limit_s, self.watch.peek())
+            for thread in threads:
+                thread.join()
+            self.pack()
 
     def _queue(self, commands: Sequence[Command]) -> None:
         for command in commands:
@@ -177,11 +192,15 @@ class Slot:
         patterns = [str(self.state / "*"), *self.plan.keep]
         paths = sorted({path for pattern in patterns for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)})
         part = self.out / "part.tar.xz"
-        with tarfile.open(part, "w:xz", preset=1) as archive:
-            for path in paths:
-                with contextlib.suppress(FileNotFoundError):  # an unfinished file of a command that is running
-                    archive.add(path)
-        part.replace(self.out / "all.tar.xz")
+        try:
+            with tarfile.open(part, "w:xz", preset=1) as archive:
+                for path in paths:
+                    with contextlib.suppress(FileNotFoundError):  # an unfinished file of a command that is running
+                        archive.add(path)
+            part.replace(self.out / "all.tar.xz")
+        except OSError as error:  # the commands go on, and the archive of before stands
+            part.unlink(missing_ok=True)
+            print(f"{part}: not packed ({error.strerror}); make room there", file=sys.stderr, flush=True)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -206,7 +225,7 @@ def run(words: Sequence[str]) -> int:
             raise UserError(f"benchmarks.lease {command} needs {key}=…")
     plan, state = read(Path(given["plan"])), Path(given["state"])
     out = Path(given["out"]) if command == "run" else None
-    slot = Slot(plan, state, float(given["limit_s"]), list(words[split + 1 :]), out)
+    slot = Slot(plan, state, _seconds(given["limit_s"], "limit_s"), list(words[split + 1 :]), out)
     if command == "run":
         assert out is not None
         out.mkdir(parents=True, exist_ok=True)

@@ -89,9 +89,38 @@ def test_a_command_that_the_time_does_not_suffice_for_is_not_begun(slot):
     ("queues: {a: [{name: x, run: y, gpu: 1}]}", "must have name and run"),
     ("queues: {a: [{name: x, run: y}], b: [{name: x, run: y}]}", "two commands are named x"),
     ("queues: {a: [{name: x, run: y, after: [z]}]}", "x comes after z, which the plan has not"),
+    ("queues: {a: [{name: x/y, run: y}]}", "'x/y' names a file"),
+    ("queues: {a: [{name: '', run: y}]}", "'' names a file"),
+    ("queues: {a: [{name: x, run: y, limit_s: soon}]}", "limit_s is 'soon'; write seconds"),
 ])
 def test_a_plan_that_is_none_is_one_sentence(document, said, tmp_path, capsys):
     (tmp_path / "plan.yaml").write_text(document)
     assert lease.main(["run", f"plan={tmp_path}/plan.yaml", f"out={tmp_path}/out", f"state={tmp_path}/state"]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "state").exists()
+
+
+def test_an_archive_without_room_stops_no_command(slot, tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile, "open", full)
+    code, said = slot({"a": [{"name": "one", "run": "true"}]})
+    assert code == 0 and "not packed (No space left on device)" in said and not (tmp_path / "out" / "part.tar.xz").exists()
+
+
+def test_an_interrupt_ends_the_commands(slot, tmp_path, monkeypatch):
+    beats = tmp_path / "beats"
+
+    def interrupted(seconds: float) -> None:
+        if beats.exists():
+            raise KeyboardInterrupt
+        sleep(seconds)
+
+    sleep = time.sleep
+    monkeypatch.setattr(lease.time, "sleep", lambda s: interrupted(s) if lease.threading.current_thread() is lease.threading.main_thread() else sleep(s))
+    code, said = slot({"a": [{"name": "long", "run": f"while true; do echo . >> {beats}; sleep 0.05; done"}]})
+    assert code == 130
+    size = beats.stat().st_size
+    sleep(0.3)
+    assert beats.stat().st_size == size
