@@ -210,7 +210,7 @@ def test_merged_is_attached(load, tokenizer, rows):
 
 
 def test_an_adapter_larger_than_its_base_is_merged_rightly_in_16_bits(load, tokenizer, rows):
-    """Its rounding is not the merge's: each of PEFT's tuners whose merges are right failed the check at times."""
+    """Its rounding is not the merge's: right merges of some of PEFT's tuners failed the check in bf16."""
     flat = encoded(encoder_of(tokenizer), rows)
     for made, ok in ((build(compose(["technique=lora"]).method, "method"), True), (ForgetsTheAdapter(), False)):
         model = wrapped(load).bfloat16()
@@ -218,7 +218,7 @@ def test_an_adapter_larger_than_its_base_is_merged_rightly_in_16_bits(load, toke
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=2.0)
         found = checks.merged(made, model, [flat], 1, CPU, torch.bfloat16, "bf16")
-        assert found.ok == ok, found.said
+        assert found.ok == ok and "tolerance 0.0025, 0.001" in found.said, found.said  # in bf16 they are 0.009 nats apart
 
 
 @pytest.mark.parametrize("engine", ["eager", "fast"])
