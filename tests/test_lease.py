@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -109,18 +112,17 @@ def test_an_archive_without_room_stops_no_command(slot, tmp_path, monkeypatch):
     assert code == 0 and "not packed (No space left on device)" in said and not (tmp_path / "out" / "part.tar.xz").exists()
 
 
-def test_an_interrupt_ends_the_commands(slot, tmp_path, monkeypatch):
+def test_an_interrupt_ends_the_commands(tmp_path):
     beats = tmp_path / "beats"
-
-    def interrupted(seconds: float) -> None:
-        if beats.exists():
-            raise KeyboardInterrupt
-        sleep(seconds)
-
-    sleep = time.sleep
-    monkeypatch.setattr(lease.time, "sleep", lambda s: interrupted(s) if lease.threading.current_thread() is lease.threading.main_thread() else sleep(s))
-    code, said = slot({"a": [{"name": "long", "run": f"while true; do echo . >> {beats}; sleep 0.05; done"}]})
-    assert code == 130
+    queues = {"a": [{"name": "long", "run": f"while true; do echo . >> {beats}; sleep 0.05; done"}]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"queues": queues}))
+    words = [f"plan={tmp_path}/plan.yaml", f"out={tmp_path}/out", f"state={tmp_path}/state", "limit_s=60"]
+    command = subprocess.Popen([sys.executable, "-m", "benchmarks.lease", "run", *words], cwd=Path(lease.__file__).parent.parent)
+    while not beats.exists():
+        assert command.poll() is None
+        time.sleep(0.05)
+    command.send_signal(signal.SIGINT)
+    assert command.wait(30) == 130
     size = beats.stat().st_size
-    sleep(0.3)
+    time.sleep(0.3)
     assert beats.stat().st_size == size
