@@ -122,7 +122,7 @@ def test_an_interrupt_ends_the_commands(tmp_path):
         assert command.poll() is None
         time.sleep(0.05)
     command.send_signal(signal.SIGINT)
-    assert command.wait(30) == 130
+    assert command.wait(30) == -signal.SIGINT
     size = beats.stat().st_size
     time.sleep(0.3)
     assert beats.stat().st_size == size
