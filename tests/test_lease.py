@@ -117,7 +117,8 @@ def test_an_interrupt_ends_the_commands(tmp_path):
     queues = {"a": [{"name": "long", "run": f"while true; do echo . >> {beats}; sleep 0.05; done"}]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"queues": queues}))
     words = [f"plan={tmp_path}/plan.yaml", f"out={tmp_path}/out", f"state={tmp_path}/state", "limit_s=60"]
-    command = subprocess.Popen([sys.executable, "-m", "benchmarks.lease", "run", *words], cwd=Path(lease.__file__).parent.parent)
+    command = subprocess.Popen([sys.executable, "-m", "benchmarks.lease", "run", *words], cwd=Path(lease.__file__).parent.parent,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # what a shell begins in the background ignores it
     while not beats.exists():
         assert command.poll() is None
         time.sleep(0.05)
