@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.attention import causal, masked_attention, windowed
+from pipeline.engine import invariant
+from pipeline.engine.attention import AttentionForward, causal, masked_attention, windowed
 from pipeline.engine.bind import answering, bound_to
 from pipeline.engine.families import Heads
 from pipeline.engine.linear import Linears
@@ -49,6 +50,10 @@ class Forward:
         """
         return self.llama.logits(self.hidden(ids, rows, cols, attention_mask, position_ids, past_key_values))
 
+    def log_p(self, ids: Tensor, rows: Tensor, cols: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities [N] fp32 of the targets [N] after (rows, cols) [N] of ids [R, T], in the operations of a training step."""
+        return -self.llama.nll_after(self.hidden(ids, rows, cols), targets)
+
     def states(self, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """What the output layer is given [N, d] at (rows, cols) [N] of ids [R, T]."""
         return self.llama.norm.forward(self.hidden(ids, rows, cols), exact=True)[0]
@@ -67,7 +72,9 @@ class Forward:
         else:
             longest = attention_mask.shape[-1] if attention_mask is not None else width
             angles = rows_of(self.tables(longest), position_ids.reshape(-1))
-        attends = [MaskedAttention(width, attention_mask, past_key_values, layer) for layer in range(len(self.llama.layers))]
+        attends: list[AttentionForward] = [MaskedAttention(width, attention_mask, past_key_values, layer) for layer in range(len(self.llama.layers))]
+        if self.llama.invariant and attention_mask is None and past_key_values is None:
+            attends = [invariant.Rows(width)] * len(attends)
         return self.llama.answer(ids.reshape(-1), angles, attends).view(count, width, -1)[rows, cols]
 
 
@@ -78,7 +85,7 @@ def without_adapters(llama: Llama) -> Llama:
         if linears.a is None:
             return linears
         rows, columns = len(linears.weight()) - linears.under, linears.a.shape[2]
-        return Linears(lambda: linears.weight()[:rows, :columns], linears.bias)
+        return Linears(lambda: linears.weight()[:rows, :columns], linears.bias, invariant=linears.invariant)
 
     layers = [dataclasses.replace(x, qkv=bare(x.qkv), out=bare(x.out), gate_up=bare(x.gate_up), down=bare(x.down), reserved=None) for x in llama.layers]
     return dataclasses.replace(llama, layers=layers, noise=None)

@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from pipeline.data.choices import LEAD
 from pipeline.data.rows import pad
-from pipeline.engine import answering
+from pipeline.engine import answering, invariant, ops
 from pipeline.engine.answering import Forward
 from pipeline.engine.attention import AttentionForward, masked_attention, single_query_attention, windowed
 from pipeline.engine.families import Heads
@@ -213,17 +213,37 @@ class Handwritten(Decoder):
                  temperature: float | None = None) -> None:
         super().__init__(rows, width, new, end, pad_id, device, temperature=temperature)
         self.llama = forward.llama
-        self.tables = forward.tables(width + new)
+        self.tables, self.starts = forward.tables(width + new), torch.zeros_like(self.at)
         self.caches = [self.llama.embedding.new_zeros(rows, 2 * one.heads.groups, width + new, one.heads.width) for one in self.llama.layers]
 
+    def fill(self, prompts: Sequence[list[int]]) -> None:
+        super().fill(prompts)
+        self.starts.copy_(self.width - self.at)
+
     def first(self) -> torch.Tensor:
+        if self.llama.invariant:
+            return self._logits(self.ids, self.positions.view(-1), self._in_order(torch.arange(self.width, device=self.device)))
         biases = self._biases(lambda window: windowed(self.mask[..., : self.width], window))
         return self._logits(self.ids, self.positions.view(-1), [PromptAttention(*one) for one in zip(self.caches, biases, strict=True)])
 
     def next(self) -> torch.Tensor:
+        if self.llama.invariant:
+            return self._logits(self.token, self.at, self._in_order(self.column))
         column, columns = self.column, torch.arange(self.visible.shape[-1], device=self.device)
         biases = self._biases(lambda window: self.visible & (columns > column - window) if window else self.visible)
         return self._logits(self.token, self.at, [NextTokenAttention(*one, column) for one in zip(self.caches, biases, strict=True)])
+
+    def _in_order(self, columns: torch.Tensor) -> list[AttentionForward]:
+        return [invariant.CachedRows(cache, self.starts, columns) for cache in self.caches]
+
+    def _drawn(self, logits: torch.Tensor) -> torch.Tensor:
+        """As Decoder's, with log p by the operations of a training step where these give a token the same bits in any company."""
+        if not self.llama.invariant or self.temperature != 1.0:
+            return super()._drawn(logits)
+        drawn = (logits - torch.empty_like(logits).exponential_().log()).argmax(-1, keepdim=True)
+        ones = torch.ones(len(drawn), device=self.device)
+        self.nats.index_copy_(1, self.slot, -ops.cross_entropy_(logits.to(self.llama.head.dtype), drawn[:, 0], ones)[:, None])
+        return drawn
 
     def _biases(self, mask: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
         """By layer: `mask` of its window as a bias; layers of one window have one tensor."""

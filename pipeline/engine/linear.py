@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from pipeline.engine import ops
+from pipeline.engine import invariant, ops
 from pipeline.engine.ops import Tensor
 
 
@@ -44,6 +44,7 @@ class Linears:
     under: with one slot, rows of W beyond `out`, which hold A: one product gives dx from a dy with dxa in as many columns beyond `out`
         (zeros before). 0: A has a product of its own in backward.
     noise: dropout of A's input, drawn per member; None: no dropout.
+    invariant: forward, a token's numbers do not depend on what is computed with it (invariant.py); of one slot.
     """
 
     weight: Callable[[], Tensor]
@@ -57,6 +58,7 @@ class Linears:
     room: int = 0
     under: int = 0
     noise: ops.Noise | None = None
+    invariant: bool = False
 
     @property
     def single(self) -> bool:
@@ -74,13 +76,7 @@ class Linears:
             width, rank = self.a.shape[2], self.a.shape[1]
             xa = self._down(x[:, :width], x[None, :, width : width + rank])
             xa = xa if lasts else xa.clone()
-        w = self._weight()
-        if residual is not None:
-            y = residual.addmm_(x, w.t())
-        elif to is None:
-            y = F.linear(x, w, self.bias)
-        else:
-            y = torch.mm(x, w.t(), out=to) if self.bias is None else torch.addmm(self.bias, x, w.t(), out=to)
+        y = self._product(x, self._weight(), self.bias if residual is None else residual, to if residual is None else residual)
         if self.a is None or self.room:
             return y, xa
         slots = self.a.shape[0]
@@ -88,7 +84,8 @@ class Linears:
         out = y.view(slots, -1, y.shape[1])
         for columns, pair in self._members():
             if slots == 1:
-                y[:, pair.lo : pair.hi].addmm_(xa[0, :, columns], pair.b[0].t())
+                part = y[:, pair.lo : pair.hi]
+                self._product(xa[0, :, columns], pair.b[0], part, part)
             else:
                 out[:, :, pair.lo : pair.hi].baddbmm_(xa[:, :, columns], pair.b.transpose(1, 2))
         return y, xa
@@ -104,10 +101,20 @@ class Linears:
         assert self.a is not None
         for columns, a, dropped in self._inputs(x):
             if len(a) == 1:
-                torch.mm(dropped, a[0].t(), out=to[0, :, columns])
+                self._product(dropped, a[0], None, to[0, :, columns])
             else:
                 torch.bmm(dropped.view(len(a), -1, dropped.shape[1]), a.transpose(1, 2), out=to[:, :, columns])
         return to
+
+    def _product(self, x: Tensor, w: Tensor, added: Tensor | None, to: Tensor | None) -> Tensor:
+        """x wᵀ + `added` ([N, out], or a bias [out]), written into `to`, which may be `added`; None: into new memory."""
+        if self.invariant:
+            return invariant.product(x, w, added, to)
+        if to is None:
+            return F.linear(x, w, added)
+        if added is None:
+            return torch.mm(x, w.t(), out=to)
+        return to.addmm_(x, w.t()) if to is added else torch.addmm(added, x, w.t(), out=to)
 
     def _inputs(self, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(columns of xa, A [K, columns, in], its input [N, in]): all members at once, or one by one where each has dropout of its own."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipeline.engine import ops
+from pipeline.engine import invariant, ops
 from pipeline.engine.attention import Attention, AttentionForward, Rows, Stream
 from pipeline.engine.families import Heads
 from pipeline.engine.layout import logits_rows
@@ -243,6 +243,8 @@ class Llama:
     """The adapters' dropout, the same object in all Linears."""
     backends: list[Any] | None = None
     """The attention kernels to choose from (torch.nn.attention.SDPBackend); None: torch's own order."""
+    invariant: bool = False
+    """Forward, a token's numbers do not depend on what is computed with it (`keep_order`)."""
     side_stream: Any = None
     """A CUDA stream on which weight gradients are made while backward runs; None: they are made in turn."""
 
@@ -250,6 +252,14 @@ class Llama:
     def virtual(self) -> int:
         """Soft tokens before every row."""
         return self.prompt.shape[1] if self.prompt is not None else 0
+
+    def keep_order(self) -> bool:
+        """From now on, where invariant.py allows it, a token has the same log p, bit for bit, in a step, in `nll`, and in answers without a mask."""
+        self.invariant = self.prompt is None and all(invariant.suits(self.embedding.dtype, layer.heads) for layer in self.layers)
+        for layer in self.layers:
+            for linears in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                linears.invariant = self.invariant
+        return self.invariant
 
     def hidden(self, ids: Tensor, save: bool, stream: Stream | None = None) -> tuple[Tensor, list[tuple]]:
         """(hidden states before the last norm [R·(n + T), d], what backward needs by layer) of ids [R, T] int64.
@@ -266,7 +276,7 @@ class Llama:
             self.noise.tokens, self.noise.on, self.noise.stream = x.shape[1], save, (stream.row, stream.position) if stream else None
         x, saved = x.reshape(-1, x.shape[-1]), []
         for index, layer in enumerate(self.layers):
-            x, needed = layer.forward(x, angles, attend, save and index >= self.lowest, not save)
+            x, needed = layer.forward(x, angles, attend, save and index >= self.lowest, not save and not self.invariant)
             saved.append(needed)
         return x, saved
 
@@ -277,7 +287,7 @@ class Llama:
     def _positions(self, t: int, stream: Stream | None) -> tuple[Angles, Attention]:
         """(rotations, attention) of rows of t tokens, or of a stream."""
         if stream is None:
-            return self.angles(t), Rows(t, self.backends)
+            return self.angles(t), invariant.Rows(t) if self.invariant else Rows(t, self.backends)
         return rows_of(self.angles(stream.longest), stream.position), stream
 
     def answer(self, ids: Tensor, angles: Angles, attends: Sequence[AttentionForward]) -> Tensor:
@@ -289,12 +299,18 @@ class Llama:
             self.noise.on = False
         x = self._embed(ids)
         for layer, attend in zip(self.layers, attends, strict=True):
-            x, _ = layer.forward(x, angles, attend, False, True)
+            x, _ = layer.forward(x, angles, attend, False, not self.invariant)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [M, V] fp32 of hidden states before the last norm [M, d]."""
-        return (self.norm.forward(hidden, exact=True)[0] @ self.head.t()).float()
+        return self._vocabulary(self.norm.forward(hidden.contiguous(), exact=not self.invariant)[0]).float()
+
+    def _vocabulary(self, normed: Tensor, to: Tensor | None = None) -> Tensor:
+        """Logits [M, V] of normed states [M, d], written into `to`; None: into new memory."""
+        if self.invariant:
+            return invariant.product(normed, self.head, None, to)
+        return normed @ self.head.t() if to is None else torch.mm(normed, self.head.t(), out=to)
 
     def reserve(self, tokens: int) -> None:
         """Reserve memory in every layer that has a backward, for batches of at most `tokens` tokens (virtual ones counted)."""
@@ -334,10 +350,14 @@ class Llama:
     def nll(self, ids: Tensor, at: Tensor, targets: Tensor, dense: bool = False, stream: Stream | None = None) -> Tensor:
         """-log p of the targets [M] fp32, forward alone and without dropout; arguments as in step."""
         x, _ = self.hidden(ids, False, stream)
-        normed, _ = self.norm.forward(x if dense else x[at], exact=True)
+        return self.nll_after(x if dense else x[at], targets)
+
+    def nll_after(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """-log p of the targets [M] fp32 after hidden states before the last norm [M, d]."""
+        normed, _ = self.norm.forward(hidden, exact=not self.invariant)
         ones, chunk = torch.ones(len(normed), device=normed.device), logits_rows(self.head.shape[0])
         parts = [slice(lo, lo + chunk) for lo in range(0, len(normed), chunk)]
-        return torch.cat([ops.cross_entropy_(normed[part] @ self.head.t(), targets[part], ones[part]) for part in parts])
+        return torch.cat([ops.cross_entropy_(self._vocabulary(normed[part]), targets[part], ones[part]) for part in parts])
 
     def _head(self, normed: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted nll [M] fp32, gradient [M, d]) of normed states [M, d]; the logits exist a chunk at a time."""
@@ -347,7 +367,7 @@ class Llama:
         every = normed.new_empty(min(chunk, len(normed)), self.head.shape[0])
         for lo in range(0, len(normed), chunk):
             hi = min(len(normed), lo + chunk)
-            logits = torch.mm(normed[lo:hi], self.head.t(), out=every[: hi - lo])
+            logits = self._vocabulary(normed[lo:hi], every[: hi - lo])
             losses.append(ops.cross_entropy_(logits, targets[lo:hi], weights[lo:hi]))
             torch.mm(logits, self.head, out=dnormed[lo:hi])
             if to is not None and lo == 0:

@@ -8,7 +8,8 @@ step: a run that was killed resumes with the draws that it would have made.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,12 @@ from pipeline.training.stepping import Run
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.engine.answering import Forward
+
 WATCHED = 32
 """Steps, evenly spread, at which what costs a pass is looked at."""
+APART = 1e-3
+"""Nats between a drawn token's log p and the one that training has, from which a note says so."""
 SEEN = {"reward": "no sampled answer earned anything, so nothing was learnt; begin at a fine-tuned cell: start=<cell>"}
 """A figure of the curve -> what it means if it is never above 0."""
 
@@ -53,6 +58,9 @@ class OnlineLoop(Loop):
         for key, note in SEEN.items():
             known = [point[key] for point in trained.history if point.get(key) is not None]
             trained.notes.extend([note] if known and max(known) <= 0 else [])
+        gap = max((point["sampling_gap"] for point in trained.history if point.get("sampling_gap") is not None), default=0.0)
+        if gap > APART:
+            trained.notes.append(f"a drawn token's log p was up to {gap:.2g} nats from the one that training has: by other kernels (docs/techniques.md)")
         return trained
 
     def _ready(self) -> None:
@@ -140,7 +148,7 @@ class DrawingPolicy:
         self.watched, self.seen, self._nats = watched, {}, nats
 
     def log_p(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
-        values = self._values(samples, self.written or functools.partial(logits_at, self.run.model))
+        values = self._values(samples, self.written)
         if self._nats:
             self.seen["sampling_gap"] = max(abs(a - b) for one, drawn in zip(values, self._nats, strict=True) for a, b in zip(one.tolist(), drawn, strict=True))
         return values
@@ -148,22 +156,26 @@ class DrawingPolicy:
     def reference(self, samples: Sequence[Sample]) -> list[torch.Tensor] | None:
         if not self.adapted:
             return None
-        if self._before:
+        with nullcontext() if self._before else self.run.model.disable_adapter():
             return self._values(samples, self._before)
-        with self.run.model.disable_adapter():
-            return self._values(samples, functools.partial(logits_at, self.run.model))
 
-    def _values(self, samples: Sequence[Sample], forward: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    def _values(self, samples: Sequence[Sample], written: Forward | None) -> list[torch.Tensor]:
         import torch
-        import torch.nn.functional as F
 
+        log_p = written.log_p if written and self.online.temperature == 1.0 else functools.partial(self._log_p, written)
         values: dict[Encoded, torch.Tensor] = {}
         run, counts, once = self.run, {"label": 1}, list(dict.fromkeys(s.example for s in samples))
         with torch.no_grad(), autocast(run.device, run.dtype):
             for part in by_length([len(e.ids) for e in once], self.online.batch_tokens):
                 mine = [once[i] for i in part]
                 batch = collate(mine, counts, run.pad_id).to(run.device)
-                logits = forward(batch.input_ids, batch.rows, batch.cols) / self.online.temperature
-                nats = -F.cross_entropy(logits, batch.targets, reduction="none")
+                nats = log_p(batch.input_ids, batch.rows, batch.cols, batch.targets)
                 values |= zip(mine, nats.cpu().split([len(e.ids) - e.start for e in mine]), strict=True)
         return [values[s.example] for s in samples]
+
+    def _log_p(self, written: Forward | None, ids: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """As Forward's, at the temperature of drawing; without a hand-written forward pass by the model's own."""
+        import torch.nn.functional as F
+
+        logits = written(ids, rows, cols) if written else logits_at(self.run.model, ids, rows, cols)
+        return -F.cross_entropy(logits / self.online.temperature, targets, reduction="none")
