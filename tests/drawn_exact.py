@@ -18,7 +18,7 @@ PAD = 0
 
 @dataclasses.dataclass
 class Drawer:
-    """Draws texts from a bound model by captured decoding (which a CPU calls anew), `new` tokens after each prompt, of which the r-th keeps some."""
+    """Draws texts from a bound model by captured decoding (which a CPU calls anew): `new` tokens after each prompt, of which some are kept."""
 
     bound: bind.Bound
     prompts: Sequence[list[int]]
@@ -37,7 +37,7 @@ class Drawer:
         """(texts: each prompt and what was drawn after it, log p of the latter)."""
         with torch.no_grad():
             tokens, nats = self.sampler.draw(self.prompts, seed)
-        kept = [1 + (5 * r + seed) % self.new for r in range(len(tokens))]
+        kept = [1 + (self.new - 1) * ((r + seed) % 4) // 3 for r in range(len(tokens))]
         return [[*p, *ids[:k]] for p, ids, k in zip(self.prompts, tokens, kept, strict=True)], [n[:k] for n, k in zip(nats, kept, strict=True)]
 
 
@@ -81,12 +81,12 @@ def traced(model: llama.Llama) -> Iterator[Seen]:
     seen: Seen = []
     with contextlib.ExitStack() as stack:
 
-        def patch(owner: Any, name: str, label: Any, of: Any = lambda out: out) -> None:
+        def patch(owner: Any, name: str, label: Any, of: Any = lambda args, out: out) -> None:
             inner = getattr(owner, name)
 
             def outer(*args: Any, **named: Any) -> Any:
                 out = inner(*args, **named)
-                seen.append((label(args), of(out).clone()))
+                seen.append((label(args), of(args, out).clone()))
                 return out
 
             setattr(owner, name, outer)
@@ -95,11 +95,13 @@ def traced(model: llama.Llama) -> Iterator[Seen]:
         def after(what: str) -> Any:
             return lambda _: " ".join([*seen[-1][0].split()[:2], what])
 
-        patch(llama.Norm, "forward", lambda args: names.get(id(args[0]), "norm"), lambda out: out[0])
-        patch(llama.Linears, "forward", lambda args: names.get(id(args[0]), "linear"), lambda out: out[0])
+        patch(llama.Norm, "forward", lambda args: names.get(id(args[0]), "norm"), lambda _, out: out[0])
+        patch(llama.Linears, "forward", lambda args: names.get(id(args[0]), "linear"), lambda _, out: out[0])
         patch(llama.Llama, "_vocabulary", lambda _: "logits")
         patch(ops, "swiglu", after("activation"))
-        patch(invariant, "attention", after("attention"), lambda out: out[0])
+        patch(ops, "rotate_", after("rotation"), lambda args, _: args[0])
+        patch(ops, "head_norms_", after("norms of heads"), lambda args, _: args[0])
+        patch(invariant, "attention", after("attention"), lambda _, out: out[0])
         yield seen
 
 
@@ -141,14 +143,14 @@ def explained(drawer: Drawer, texts: Sequence[list[int]]) -> str:
             if name in ("last norm", "logits"):
                 mine, drawn = values[ends[r] : ends[r] + len(said[r])], first[number][1][r : r + 1]
             else:
-                mine, drawn = values.view(rows, len(values) // rows, -1)[r, len(prompt) - 1 : len(text) - 1], first[number][1].view(rows, width, -1)[r]
-                pairs.append((f"text {r}, prompt", values.view(rows, len(values) // rows, -1)[r, : len(prompt)], drawn[start:]))
+                mine, drawn = values.reshape(rows, len(values) // rows, -1)[r, len(prompt) - 1 : len(text) - 1], first[number][1].reshape(rows, width, -1)[r]
+                pairs.append((f"text {r}, prompt", values.reshape(rows, len(values) // rows, -1)[r, : len(prompt)], drawn[start:]))
                 drawn = drawn[-1:]
-            later = [seen[number][1].view(rows, -1)[r] for seen in steps[: len(said[r]) - 1]]
+            later = [seen[number][1].reshape(rows, -1)[r] for seen in steps[: len(said[r]) - 1]]
             pairs.append((f"text {r}, drawn", mine.reshape(len(said[r]), -1), torch.stack([drawn.reshape(-1), *later])))
         apart = [(where, int((one != other).sum()), float((one.float() - other.float()).abs().max())) for where, one, other in pairs]
         bad = [one for one in apart if one[1]]
         if bad:
-            most = max(bad, key=lambda one: one[2])
-            lines.append(f"{name}: {sum(count for _, count, _ in bad)} numbers in {len(bad)} of {len(apart)} places, first {bad[0][0]}, at most {most[2]:.3g} ({most[0]})")
+            most, count = max(bad, key=lambda one: one[2]), sum(count for _, count, _ in bad)
+            lines.append(f"{name}: {count} numbers in {len(bad)} of {len(apart)} places, first {bad[0][0]}, at most {most[2]:.3g} ({most[0]})")
     return "\n".join(lines[:20]) or "all parts of the model are equal: what is left is log p of given logits, or the capture"

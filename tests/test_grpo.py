@@ -93,19 +93,20 @@ ROWS: list[dict] = [
 ]
 
 
-def a_run(tiny: Any, encoder: Encoder, asked: Online, *words: str, **more: Any) -> stepping.Run:
+def a_run(tiny: Any, encoder: Encoder, asked: Online, *words: str, precision: str = "fp32", **more: Any) -> stepping.Run:
     """Of LoRA whose B is no longer zero."""
     cfg = compose(["technique=grpo", "train.engine=eager", "train.batch_size=4", *words])
     torch.manual_seed(0)
     method = build(cfg.method, "method")
-    model = method.wrap(load_model(tiny / "models" / "smollm2_135m", Precision("fp32"), CPU))
+    model = method.wrap(load_model(tiny / "models" / "smollm2_135m", Precision(precision), CPU))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.3)
     examples = [[encoder.example(Example(row["prompt"], row["answer"]))] for row in ROWS]
     later = drawn_later(examples, asked.samples, asked.longest)
     settings = dataclasses.replace(read_if_there(cfg).train, lr=0.1)
-    return stepping.Run(model, method, build(cfg.objective, "objective"), later, settings, 0, 3, CPU, torch.float32, encoder.pad_id, online=asked, **more)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    return stepping.Run(model, method, build(cfg.objective, "objective"), later, settings, 0, 3, CPU, dtype, encoder.pad_id, online=asked, **more)
 
 
 def begun(run: stepping.Run) -> Rollouts:
@@ -143,6 +144,24 @@ def test_texts_are_drawn_with_the_probabilities_that_training_has_and_the_base_s
     again = begun(run)
     assert [s.example for s in again._samples(0)] == [s.example for s in samples], "a function of weights, seed and step"
     assert [s.example for s in again._samples(1)] != [s.example for s in samples]
+
+
+def test_in_bf16_log_p_as_drawn_is_that_of_training_bit_for_bit(tiny, encoder, monkeypatch):
+    monkeypatch.setattr(answering, "STATIC", ("cpu",))
+
+    def judge(samples: Any, policy: DrawingPolicy) -> Any:
+        mine, before = policy.log_p(samples), policy.reference(samples)
+        assert before is not None and any(not torch.equal(one, other) for one, other in zip(mine, before, strict=True))
+        return [s.example for s in samples], {}
+
+    asked = dataclasses.replace(online(encoder), judge=judge)
+    run = a_run(tiny, encoder, asked, "train.engine=fast", precision="bf16")
+    rollouts = Rollouts(run, asked)
+    stepped = stepping.choose(OnlineRun(**vars(run), rollouts=rollouts))
+    assert stepped.engine == "handwritten"
+    rollouts.begin([])
+    losses = [float(stepped.step(step, 1.0)[0]) for step in range(3)]
+    assert [rollouts.seen[step + 1]["sampling_gap"] for step in range(3)] == [0.0] * 3 and losses[2] < losses[0]
 
 
 def test_what_is_drawn_follows_the_model_s_distribution(tiny, encoder):
