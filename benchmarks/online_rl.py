@@ -1,9 +1,9 @@
 """Steps a second of reinforcement learning on drawn texts: our loop with captured decoding against TRL's own loop.
 
-    python -m benchmarks.online_rl [shape=135m] [algorithm=rloo] [beta=0.0] [batch=8] [samples=8] [prompt=64] [new=32] [steps=40] [warmup=5] [sides=ours,trl]
+    python -m benchmarks.online_rl [shape=135m] [algorithm=rloo] [beta=0.0] [batch=8] [samples=8] [prompt=64] [new=32] [steps=40] [warmup=5] [sides=ours,exact,trl]
 
 Both sides train LoRA (r 16, all linear layers) on the same seeded random base (benchmarks/speed_workloads.py) and the same prompts, with the same rate,
-clipping and samples a step. A text's reward is the share of its tokens with an even number: 0.5 at the start, and higher as a side learns, so that equal
+clipping and samples a step (exact: ours with objective.exact=true). A text's reward is the share of its tokens with an even number: 0.5 at the start, and higher as a side learns, so that equal
 learning shows as equal rewards. TRL runs as its documentation has it: GRPOTrainer or RLOOTrainer, bf16, transformers' generate, fused AdamW. Timed are
 `steps` steps after `warmup`, device synchronised at both ends; ours captures in its warm-up, whose seconds are told. Prints a line a side and keeps
 all in benchmarks/results/online_rl.json.
@@ -12,6 +12,7 @@ all in benchmarks/results/online_rl.json.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ class Work:
     new: int = 32
     steps: int = 40
     warmup: int = 5
-    sides: str = "ours,trl"
+    sides: str = "ours,exact,trl"
 
     @property
     def total(self) -> int:
@@ -97,7 +98,7 @@ class Side:
     """Most nats by which a drawn token's log p differs between decoding and training's forward pass."""
 
 
-def ours(work: Work, device: Any) -> Side:
+def ours(work: Work, device: Any, exact: bool = False) -> Side:
     """Our loop."""
     import torch
 
@@ -125,7 +126,7 @@ def ours(work: Work, device: Any) -> Side:
 
     prompts = work.prompts()
     rows = [{"id": str(i), "prompt": "", "choices": None} for i in range(len(prompts))]
-    online = Online(encoder, rows, work.samples, 1.0, work.new, 1 << 16, judge)
+    online = Online(encoder, rows, work.samples, 1.0, work.new, 1 << 16, judge, exact)
     later = drawn_later([[Encoded((*ids, 0), len(ids))] for ids in prompts], work.samples, work.new)
     settings = Train(LR, 1, work.batch, work.batch * work.samples * (work.prompt + work.new + 8), engine="auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -195,20 +196,20 @@ def trl_s(work: Work, device: Any) -> Side:
     return Side(clock.timed_s / work.steps, clock.warmup_s, rewards, memory.stop().peak_bytes, "trl")
 
 
-SIDES: dict[str, Callable[[Work, Any], Side]] = {"ours": ours, "trl": trl_s}
+SIDES: dict[str, Callable[[Work, Any], Side]] = {"ours": ours, "exact": functools.partial(ours, exact=True), "trl": trl_s}
 
 
 def table(path: Path) -> str:
     """Markdown: of every measurement that has both sides, steps a second, their ratio and the rewards."""
     made = ["| loop | texts a step | ours | TRL | times as many steps | reward, ours | reward, TRL | memory, ours and TRL | log p apart, nats | device |",
             "| --- | --- | --: | --: | --: | --- | --- | --- | --: | --- |"]
-    for one in (one for one in read_json(path).values() if {"ours", "trl"} <= set(one)):
-        work, sides = Work(**{key: value for key, value in one["work"].items() if key not in ("lora", "lr")}), (one["ours"], one["trl"])
+    for one, mine in ((one, mine) for one in read_json(path).values() for mine in ("ours", "exact") if {mine, "trl"} <= set(one)):
+        work, sides = Work(**{key: value for key, value in one["work"].items() if key not in ("lora", "lr")}), (one[mine], one["trl"])
         steps = [f"{1000 * side['step_s']:.0f} ms" for side in sides]
         rewards = ["{:.3f} to {:.3f}".format(*_ends(side["rewards"])) for side in sides]
         peaks = " and ".join(f"{side['peak_bytes'] / 2**30:.1f}" if side["peak_bytes"] else "not measured" for side in sides) + " GiB"
         texts = f"{work.batch} x {work.samples} of {work.prompt} + {work.new} tokens"
-        columns = [f"{work.algorithm.upper()}, {work.shape}", texts, *steps, f"{sides[1]['step_s'] / sides[0]['step_s']:.1f}x", *rewards, peaks,
+        columns = [f"{work.algorithm.upper()}, {work.shape}{', exact' if mine == 'exact' else ''}", texts, *steps, f"{sides[1]['step_s'] / sides[0]['step_s']:.1f}x", *rewards, peaks,
                    f"{sides[0]['sampling_gap']:.3f}", one["hardware"].get("gpu") or one["hardware"]["cpu"]]
         made.append(f"| {' | '.join(columns)} |")
     return "\n".join(made)
@@ -236,8 +237,8 @@ def run(words: Sequence[str]) -> int:
         gap = f", drawn and trained log p at most {side.sampling_gap:.2g} nats apart" if side.sampling_gap is not None else ""
         print(f"{name:5} ({side.engine}) {1000 * side.step_s:8.1f} ms a step ({1 / side.step_s:.2f} steps/s), warm-up {side.warmup_s:.1f} s, "
               f"reward {first:.3f} -> {last:.3f}, peak {peak}{gap}", flush=True)
-    if {"ours", "trl"} <= set(kept):
-        print(f"ours makes {kept['trl']['step_s'] / kept['ours']['step_s']:.1f} times as many steps a second")
+    for name in {"ours", "exact"} & kept.keys() if "trl" in kept else ():
+        print(f"{name} makes {kept['trl']['step_s'] / kept[name]['step_s']:.1f} times as many steps a second")
     every = read_json(RESULTS) if RESULTS.exists() else {}
     write_json(RESULTS, every | {f"{work.name}-{device.type}": kept})
     return 0

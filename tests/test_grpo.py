@@ -154,7 +154,7 @@ def test_in_bf16_log_p_as_drawn_is_that_of_training_bit_for_bit(tiny, encoder, m
         assert before is not None and any(not torch.equal(one, other) for one, other in zip(mine, before, strict=True))
         return [s.example for s in samples], {}
 
-    asked = dataclasses.replace(online(encoder), judge=judge)
+    asked = dataclasses.replace(online(encoder), judge=judge, exact=True)
     run = a_run(tiny, encoder, asked, "train.engine=fast", precision="bf16")
     rollouts = Rollouts(run, asked)
     stepped = stepping.choose(OnlineRun(**vars(run), rollouts=rollouts))

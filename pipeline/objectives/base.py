@@ -80,6 +80,7 @@ class Online:
     """How texts are drawn for an objective that learns from them (`trainer` is online).
 
     rows: those to train on; samples: of a row in a step; longest: most tokens of one; batch_tokens: most tokens of a pass without gradients.
+    exact: draw and train by one order of sums, where the step is by hand, so that log p as drawn is log p as trained, bit for bit.
     """
 
     encoder: Encoder
@@ -89,6 +90,7 @@ class Online:
     longest: int
     batch_tokens: int
     judge: Judge
+    exact: bool = False
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ class Grpo(Objective):
     """Weight of the KL to the model as training starts with it; above 0 only for an adapter."""
     reward: str | None = None
     """A finished reward model: a technique of the same experiment, seed and rows, or results/<experiment>/<cell>. null: the right answer earns 1."""
+    exact: bool = False
+    """Draw and train by one order of sums (engine/invariant.py). Written, but not run on a GPU yet, so it is to be asked for."""
     unproven: Literal["refuse", "use"] = "refuse"
     """What to do with a reward model that is not above chance on held-out pairs."""
 
@@ -73,7 +75,7 @@ class Grpo(Objective):
             proxy = context.rewards(self.reward, context.cfg, self.unproven == "use", context.encoder.tokenizer)
         room = room_for(context.rows, context.encoder)
         online = Online(context.encoder, context.rows, self.num_generations, self.temperature, room, context.settings.evaluate.batch_tokens,
-                        lambda samples, policy: self._judged(samples, policy, context.encoder.task, proxy))
+                        lambda samples, policy: self._judged(samples, policy, context.encoder.task, proxy), self.exact)
         return PreparedExamples(drawn_later(examples, self.num_generations, room), online=online)
 
     def _judged(self, samples: Sequence[Sample], policy: Policy, task: Task, proxy: RewardReader | None) -> tuple[list[Encoded], dict[str, float]]:

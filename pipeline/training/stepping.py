@@ -241,7 +241,7 @@ class Fast:
             shapes = streams or buckets
             wide = run.ranks.count > 1 and parameters(run.model)[0] <= SUMMED_FP32
             bound = bind(run.model, run.dtype, accumulate=shapes.accumulates or wide, seed=run.ranks.seed(run.seed))
-            if run.online is not None:
+            if run.online is not None and run.online.exact:
                 bound.llama.keep_order()
             bound.serve(run.model)
             program: Any = ByHand(bound)
