@@ -1,11 +1,13 @@
 """Steps a second of reinforcement learning on drawn texts: our loop with captured decoding against TRL's own loop.
 
-    python -m benchmarks.online_rl [shape=135m] [algorithm=rloo] [beta=0.0] [batch=8] [samples=8] [prompt=64] [new=32] [steps=40] [warmup=5] [sides=ours,exact,trl]
+    python -m benchmarks.online_rl [shape=135m] [algorithm=rloo] [beta=0.0] [batch=8] [samples=8] [prompt=64] [new=32] [steps=40] [warmup=5]
+                                   [sides=ours,exact,trl]
 
 Both sides train LoRA (r 16, all linear layers) on the same seeded random base (benchmarks/speed_workloads.py) and the same prompts, with the same rate,
-clipping and samples a step (exact: ours with objective.exact=true). A text's reward is the share of its tokens with an even number: 0.5 at the start, and higher as a side learns, so that equal
-learning shows as equal rewards. TRL runs as its documentation has it: GRPOTrainer or RLOOTrainer, bf16, transformers' generate, fused AdamW. Timed are
-`steps` steps after `warmup`, device synchronised at both ends; ours captures in its warm-up, whose seconds are told. Prints a line a side and keeps
+clipping and samples a step (exact: ours with objective.exact=true). A text's reward is the share of its tokens with an even number: 0.5 at the
+start, and higher as a side learns, so that equal learning shows as equal rewards. TRL runs as its documentation has it: GRPOTrainer or
+RLOOTrainer, bf16, transformers' generate, fused AdamW. Timed are `steps` steps after `warmup`, device synchronised at both ends; ours captures in
+its warm-up, whose seconds are told. Prints a line a side and keeps
 all in benchmarks/results/online_rl.json.
 """
 
@@ -209,7 +211,8 @@ def table(path: Path) -> str:
         rewards = ["{:.3f} to {:.3f}".format(*_ends(side["rewards"])) for side in sides]
         peaks = " and ".join(f"{side['peak_bytes'] / 2**30:.1f}" if side["peak_bytes"] else "not measured" for side in sides) + " GiB"
         texts = f"{work.batch} x {work.samples} of {work.prompt} + {work.new} tokens"
-        columns = [f"{work.algorithm.upper()}, {work.shape}{', exact' if mine == 'exact' else ''}", texts, *steps, f"{sides[1]['step_s'] / sides[0]['step_s']:.1f}x", *rewards, peaks,
+        name = f"{work.algorithm.upper()}, {work.shape}{', exact' if mine == 'exact' else ''}"
+        columns = [name, texts, *steps, f"{sides[1]['step_s'] / sides[0]['step_s']:.1f}x", *rewards, peaks,
                    f"{sides[0]['sampling_gap']:.3f}", one["hardware"].get("gpu") or one["hardware"]["cpu"]]
         made.append(f"| {' | '.join(columns)} |")
     return "\n".join(made)

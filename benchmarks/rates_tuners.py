@@ -20,11 +20,11 @@ from benchmarks.rates_fit import RMS, Grids, fit, grids
 
 RATES = 5
 MIDDLE = {
-    "adamss": 3e-3, "adaption_prompt": 1e-2, "alora": 1e-3, "bdlora": 1e-3, "beft": 3e-3, "c3a": 3e-1, "cartridge": 1e-2, "corda": 3e-4, "cpt": 1e-2,
-    "deft": 1e-3, "delora": 1e-3, "eva": 1e-3, "fourierft": 1e-2, "frod": 3e-3, "glora": 1e-3, "gralora": 3e-3, "hira": 1e-2, "hra": 3e-3, "kasa": 1e-3,
-    "lily": 1e-3, "lora_fa": 1e-3, "lora_ga": 3e-4, "lora_riemannian": 1e-3, "mica": 1e-3, "miss": 3e-4, "monteclora": 1e-3, "osf": 1e-4, "peanut": 1e-3,
+    "adamss": 1e-2, "adaption_prompt": 1e-2, "alora": 1e-3, "bdlora": 1e-3, "beft": 3e-2, "c3a": 3e-1, "cartridge": 1e-2, "corda": 3e-4, "cpt": 1e-2,
+    "deft": 1e-3, "delora": 1e-3, "eva": 1e-3, "fourierft": 3e-2, "frod": 3e-3, "glora": 1e-3, "gralora": 3e-3, "hira": 1e-2, "hra": 3e-3, "kasa": 1e-3,
+    "lily": 3e-3, "lora_fa": 1e-3, "lora_ga": 3e-4, "lora_riemannian": 1e-3, "mica": 1e-3, "miss": 3e-4, "monteclora": 1e-3, "osf": 1e-4, "peanut": 1e-3,
     "poly": 1e-2, "psoft": 1e-3, "pvera": 3e-2, "randlora": 1e-3, "road": 1e-2, "shadow": 1e-3, "shira": 1e-3, "supertuning": 3e-3, "tinylora": 1e-2,
-    "trainable_tokens": 1e-2, "unilora": 3e-3, "vblora": 3e-3, "velora": 1e-3, "waveft": 3e-4,
+    "trainable_tokens": 1e-2, "unilora": 3e-2, "vblora": 3e-3, "velora": 1e-3, "waveft": 1e-3,
 }
 """The middle of each one's five rates on SmolLM2-135M; on another base it moves with the size of the weights by the technique's lr_power."""
 TECHNIQUES = Path("conf/technique")

@@ -4,6 +4,7 @@ learns; what is computed here (LoRA-FA's and Riemannian LoRA's gradients, the to
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pipeline.core.compose import CONF, ROOT, build, compose
 from pipeline.core.files import UserError, read_jsonl
 from pipeline.core.settings import Precision
 from pipeline.data.rows import Example
-from pipeline.methods import peft_options
+from pipeline.methods import peft_options, peft_start
 from pipeline.models.base import load_model, load_tokenizer, parameters
 from pipeline.serving import artefact as serving
 
@@ -181,6 +182,19 @@ def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, 
     stored = [p for p in read_jsonl(tmp_path / "cell" / "predictions.jsonl") if p["split"] == "test"]
     for one, other in zip(serving.score_artefact(cfg, tmp_path / "cell" / "artefact", "test")[0], stored, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+
+
+def test_what_is_made_of_training_rows_before_the_first_step_is_training_time(overrides, tmp_path, monkeypatch):
+    """EVA took 47 s to find its directions on a GPU, and was said to cost least."""
+    attached, seconds = peft_start.attached, 1.5
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(seconds)
+        return attached(*given)
+
+    monkeypatch.setattr(peft_start, "attached", slowly)
+    result = cell_run.run(compose([*overrides, "technique=eva", "train_rows=16", "train.steps=2"]), folder=tmp_path / "cell")
+    assert result.phases.train_s >= seconds
 
 
 # gradients that are corrected

@@ -155,8 +155,9 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     model_bytes, attention, whole = memory_bytes(base), attention_of(base), block_weights(base)
     dtype = base.dtype
     with named(parts):
-        state = method.prepare([parts.objective.label_example(row, settings.task) for row in rows.train], parts.cfg.seed, base)
-        model = method.wrap(base)
+        with _learning(meter) if method.prepares else contextlib.nullcontext():
+            state = method.prepare([parts.objective.label_example(row, settings.task) for row in rows.train], parts.cfg.seed, base)
+            model = method.wrap(base)
         if parts.objective.scalar_head:
             rewards.attach(model)
     trainable, total = parameters(model)
@@ -177,6 +178,14 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
     with turns.away():
         scorer.notes += scorer.check({split: asked for split, asked in rows.scored.items() if parts.wants(split.partition("/")[0])})
     return Wrapped(scorer, state, dtype, size)
+
+
+@contextlib.contextmanager
+def _learning(meter: Meter) -> Iterator[None]:
+    """What is made of training rows before the first step (EVA's directions, calibrated ranks) is training, and is timed as it is."""
+    turns.passed()
+    with turns.alone(), meter.phase("train"):
+        yield
 
 
 def passed_over(base: Any, size: Size) -> list[str]:

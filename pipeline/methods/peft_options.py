@@ -49,6 +49,8 @@ DECODER_ONLY = {
     "CARTRIDGE": "it compresses a text that a decoder has read",
 }
 """Adapters that an encoder-decoder cannot have -> why."""
+DELORA_SHARE = 15 / math.sqrt(32 * 3072)
+"""Of a weight's norm, by which DeLoRA has changed it after its first step, whatever the rate: lambda / sqrt(r * width). As in PEFT's own experiment."""
 BASE = "base"
 """In a config's tokenizer_name_or_path: the base model's own."""
 
@@ -151,6 +153,8 @@ def fitted(config: Any, model: Any) -> Any:
             setattr(config, key, None)
         _fit_prompt(config, model)
     _check_fit(config, model)
+    if kind == "DELORA" and not config.delora_lambda:
+        config.delora_lambda = DELORA_SHARE * math.sqrt(config.r * model.config.get_text_config().hidden_size)
     if kind == "ADAPTION_PROMPT" and config.adapter_layers is None:
         config.adapter_layers = model.config.get_text_config().num_hidden_layers
     if kind in ("IA3", "LN_TUNING") and config.target_modules is None:

@@ -116,12 +116,13 @@ def comparison_of(rows: Sequence[Row]) -> tiers.Comparison | None:
 
 
 def options(rows: Sequence[Row]) -> list[Option]:
-    """The rows as what can be chosen, the base in the experiment's own precision first. Memory counts where one counter measured it."""
+    """The rows as what can be chosen, the base in the experiment's own precision first. Memory counts where one counter measured it, time where it is
+    a run's own."""
     kinds = {r.memory_kind for r in rows if r.peak_bytes is not None}
     one_counter = len(kinds) == 1
     return [
         Option(r.technique, r.test or 0.0, r.kind == "base", r.kind == "trained" or r.begins,
-               r.peak_bytes if one_counter and r.timing not in OTHER_MEMORY else None, r.made_s or r.train_s or None)
+               r.peak_bytes if one_counter and r.timing not in OTHER_MEMORY else None, None if r.timing else r.made_s or r.train_s or None)
         for r in sorted(rows, key=lambda r: (r.precision in QUANTISED, r.name))
     ]
 
