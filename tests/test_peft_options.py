@@ -326,7 +326,8 @@ def test_the_share_of_adapted_weights(model_of):
 @pytest.mark.parametrize("rank", [2, 8])
 def test_delora_s_first_step_changes_a_weight_by_a_twentieth_of_it_at_any_rank(model_of, rank):
     """PEFT's 15, set for a width of 3072 and rank 32, was a fifth of a small base's weights: it forgot all it knew in a step."""
-    model = PeftAdapter(peft.DeloraConfig(task_type="CAUSAL_LM", r=rank, delora_lambda=0, target_modules=["q_proj", "up_proj"])).wrap(copy.deepcopy(model_of("llama")))
+    config = peft.DeloraConfig(task_type="CAUSAL_LM", r=rank, delora_lambda=0, target_modules=["q_proj", "up_proj"])
+    model = PeftAdapter(config).wrap(copy.deepcopy(model_of("llama")))
     for layer in model.modules():
         if hasattr(layer, "delora_B"):
             layer.delora_B["default"].data.normal_()
