@@ -45,10 +45,10 @@ QUICK, SLOW = 16, 4
 """Seeds of a job: where they are packed or a run takes little; where a run takes long, so that no process has much left when the others are through."""
 TECHNIQUES: dict[str, int] = {
     "zero_shot": QUICK, "few_shot": QUICK, "lora": QUICK, "rslora": QUICK, "prompt_tuning": QUICK, "prompt_tuning_text": QUICK, "full": QUICK, "qlora": QUICK,
-    "pissa": QUICK, "olora": QUICK, "lora_int8": QUICK, "prompt_tuning_random": QUICK, "head_only": QUICK, "top_layers": QUICK, "bitfit_added": QUICK,
+    "pissa": QUICK, "olora": QUICK, "prompt_tuning_random": QUICK, "head_only": QUICK, "top_layers": QUICK, "bitfit_added": QUICK,
     "ln_tuning": QUICK, "frozen_embeddings": QUICK, "ia3": 8, "lora_plus": 8, "adapter_parallel": 8, "adapter_pfeiffer": 8,
     "adapter_houlsby": 8, "prefix_tuning": 8, "compacter": 8, "p_tuning": 8, "loftq": 8, "lokr": SLOW, "vera": SLOW, "loha": SLOW, "oft": SLOW, "dora": SLOW,
-    "ladder": SLOW, "step_by_step_lora": QUICK, "step_by_step": QUICK, "qdora": SLOW, "adalora": SLOW, "boft": SLOW,
+    "ladder": SLOW, "step_by_step_lora": QUICK, "step_by_step": QUICK, "qdora": SLOW, "adalora": SLOW, "boft": SLOW, "lora_int8": SLOW,
 }
 """What `techniques=all` means, the cheap ones first (experiments/rates has seconds), and seeds of a job. step_by_step asks for a teacher."""
 

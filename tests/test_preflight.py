@@ -221,6 +221,14 @@ def test_an_adapter_larger_than_its_base_is_merged_rightly_in_16_bits(load, toke
         assert found.ok == ok and "tolerance 0.0025, 0.001" in found.said, found.said  # in bf16 they are 0.009 nats apart
 
 
+def test_a_layer_that_remembers_its_dtype_is_merged_in_fp32_too(load, tokenizer, rows):
+    """AdaMSS's casts its input to the dtype that the base had: its check ended in an error on every base in bf16."""
+    made = build(compose(["technique=adamss"]).method, "method")
+    model = made.wrap(load().bfloat16())
+    found = checks.merged(made, model, [encoded(encoder_of(tokenizer), rows)], 1, CPU, torch.bfloat16, "bf16")
+    assert found.ok, found.said
+
+
 @pytest.mark.parametrize("engine", ["eager", "fast"])
 def test_the_engine_s_first_loss_is_that_of_the_rows(load, tokenizer, rows, monkeypatch, engine):
     flat = encoded(encoder_of(tokenizer), rows[:4])

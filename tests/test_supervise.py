@@ -147,6 +147,25 @@ def test_a_signal_to_one_child_is_not_handed_to_those_that_run_beside_it():
     assert children[1].outcome == Outcome(128 + signal.SIGTERM) and first is None
 
 
+FORKED: list[Callable[[], object]] = []
+os.register_at_fork(after_in_child=lambda: [hook() for hook in FORKED])
+
+
+def test_a_signal_that_comes_while_a_child_is_forked_is_the_childs_own(capfd):
+    """It ran its parent's handler, which sent it to the cells beside it, or ended in a trace where one was gone."""
+    beside = child.Child(lambda: time.sleep(0.5) or 0)
+    FORKED.append(lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        with child.handed_on(lambda: [beside]):
+            late = child.Child(lambda: time.sleep(20) or 0)
+    finally:
+        FORKED.clear()
+    while not (late.poll() and beside.poll()):
+        child.pause()
+    assert late.outcome == Outcome(130) and beside.outcome == Outcome(0), capfd.readouterr().err
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_parent_is_handed_to_the_child_and_the_parents_handler_comes_back(number, tmp_path):
     def work() -> int:

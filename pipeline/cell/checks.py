@@ -217,7 +217,7 @@ def merged(method: Method, model: Any, parts: Sequence[Sequence[Encoded]], pad_i
     import torch
 
     if precision == "bf16":
-        model, dtype, precision = model.float(), torch.float32, "fp32"
+        model, dtype, precision = _in_fp32(model), torch.float32, "fp32"
     attached = losses(model, parts, pad_id, device, dtype)
     folded = losses(method.merged(model), parts, pad_id, device, dtype)
     apart, mean, ok, limits = _compared(attached, folded, precision)
@@ -225,6 +225,16 @@ def merged(method: Method, model: Any, parts: Sequence[Sequence[Encoded]], pad_i
         said = f"merged into the base the adapter's losses are {apart:.3g} nats a token apart from those beside it, {mean:.3g} in the mean ({limits})"
         return Finding("merged", False, f"{said}; set method.merge=false and serve it attached, or choose other method.config.target_modules")
     return Finding("merged", True, f"attached and merged are {apart:.1g} nats a token apart at most ({limits})")
+
+
+def _in_fp32(model: Any) -> Any:
+    """The model, its weights fp32, and so what a layer remembers of its dtype (AdaMSS's casts its input to it)."""
+    import torch
+
+    for module in model.float().modules():
+        if isinstance(vars(module).get("dtype"), torch.dtype):
+            module.dtype = torch.float32
+    return model
 
 
 def engine(run: Run, examples: Sequence[Sequence[Encoded]], precision: str) -> Finding:

@@ -128,9 +128,10 @@ class Child:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        self.pid = launch.fork()
-        if self.pid == 0:
-            _become_child(work, parent, log)
+        with signals.held_back():
+            self.pid = launch.fork()
+            if self.pid == 0:
+                _become_child(work, parent, log)
 
     def poll(self) -> Outcome | None:
         """How it ended; None: it runs. One that has grown beyond its limit is ended."""
