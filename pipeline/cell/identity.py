@@ -7,7 +7,6 @@ new key changes no cell; comments, docstrings and blank lines of code are no par
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import hashlib
@@ -19,6 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline.cell import source
 from pipeline.core import names, settings
 from pipeline.core.compose import ROOT, build, plain
 from pipeline.core.files import UserError, discard, discard_folder, sha256
@@ -138,7 +138,9 @@ def _key(value: Any) -> str:
 
 def code(cfg: DictConfig) -> dict[str, str]:
     """Digest of every file that the cell runs, by its path below the project: what all cells run, its method's and its objective's."""
-    return common_code() | own_code(deciding(plain(cfg)))
+    digests = common_code() | own_code(deciding(plain(cfg)))
+    source.keep()
+    return digests
 
 
 def common_code() -> dict[str, str]:
@@ -167,18 +169,7 @@ def digests(paths: Iterable[Path]) -> dict[str, str]:
 @functools.cache
 def digest(path: Path) -> str:
     """sha256 of what a Python file does (its syntax tree without docstrings: comments and layout do not count); of another file's bytes."""
-    if path.suffix != ".py":
-        return sha256(path)[:16]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body:
-            node.body = [part for part in body if not _is_text(part)] or [ast.Pass()]  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
-
-
-def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return source.look(path).digest if path.suffix == ".py" else sha256(path)[:16]
 
 
 @functools.cache
@@ -192,28 +183,8 @@ def closure(module: str) -> tuple[Path, ...]:
         if path is None or path in seen or one.startswith(NO_PART):
             continue
         seen[path] = None
-        todo += _imported(path)
+        todo += source.look(path).imports
     return tuple(seen)
-
-
-@functools.cache
-def _imported(path: Path) -> tuple[str, ...]:
-    modules = []
-    for node in _run_nodes(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return tuple(name for name in modules if name.startswith("pipeline."))
-
-
-def _run_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that type checkers alone read."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and getattr(child.test, "id", None) == "TYPE_CHECKING":
-            continue
-        yield child
-        yield from _run_nodes(child)
 
 
 def _file(module: str) -> Path | None:
