@@ -15,11 +15,12 @@ from typing import IO, Any
 from omegaconf import DictConfig
 
 from pipeline.cell import preflight
-from pipeline.cell.child import Child, handed_on, pause, rounds_nothing
-from pipeline.cell.inputs import Shared, import_peft
+from pipeline.cell.child import Child, handed_on, pause
+from pipeline.cell.inputs import Shared, rounds_nothing
 from pipeline.cell.room import AtOnce
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.turns import Gate
+from pipeline.models.imports import import_peft
 from pipeline.records.finished import name as cell_name
 
 Groups = Sequence[Sequence[DictConfig]]

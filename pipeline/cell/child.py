@@ -246,8 +246,6 @@ class CellRun:
         self.cfg, self.watcher, self.channel, self.place = cfg, watcher, progress.Channel(), place
 
         def run(**more: Any) -> int:
-            if rounds_nothing(cfg):
-                inputs.import_peft()
             print(progress.fresh_line() + summary(cell_run.run(cfg, shared=shared, folder=folder, started=started, **more)))
             return 0
 
@@ -300,12 +298,6 @@ def _of_torchrun(cfg: DictConfig, run: Callable[..., int], place: Place) -> int:
             raise
         print(summary(record.write_oom(cfg, f"rank {place.rank} of {place.count}: {str(error).splitlines()[0]}", launch.device_of(cfg))))
         return launch.OUT_OF_MEMORY
-
-
-def rounds_nothing(cfg: DictConfig) -> bool:
-    """Whether no model that the cell may load is rounded, its start and teachers among them, and a method of PEFT's is trained."""
-    rounded = cfg.precision.name in inputs.QUANTISED or cfg.train.optimizer != "adamw"
-    return "config" in cfg.method and not rounded and not cfg.start and not identity.reads(cfg)
 
 
 def run_cell(cfg: DictConfig, shared: inputs.Shared | None, started: float | None, watcher: Watcher | None = None,

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -15,6 +16,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline.cell import identity
+from pipeline.core.collector import uncollected
 from pipeline.core.compose import build, plain
 from pipeline.core.files import Unsuited, UserError, read_object
 from pipeline.core.names import class_of
@@ -26,17 +29,14 @@ from pipeline.measure import turns
 from pipeline.measure.clock import Meter
 from pipeline.methods.base import QUANTISED, Method
 from pipeline.models import architecture, rates
-from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, most_tokens, resolve
+from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, most_tokens, quiet, resolve
+from pipeline.models.imports import import_peft, import_transformers
 from pipeline.objectives.base import Objective
 from pipeline.records.results import Synthetic
 from pipeline.scoring import answers, per_row
 from pipeline.scoring.probes import Probing
 from pipeline.serving.artefact import started
 from pipeline.teachers.synthetic import rows as synthetic
-
-KNOWN_BNB = (("peft.import_utils", "is_bnb_available"), ("peft.import_utils", "is_bnb_4bit_available"),
-             ("transformers.utils.import_utils", "is_bitsandbytes_available"), ("accelerate.utils.imports", "is_bnb_available"))
-"""Functions that remember whether bitsandbytes can be imported."""
 
 
 @dataclass
@@ -72,41 +72,23 @@ def preload(missing: Sequence[DictConfig], read: Callable[[Shared], object] = la
     torch.set_num_threads(1)
     task = read_settings(missing[0]).task
     trial = _tried(task) if torch.version.cuda else None
-    for folder, trusted in {Path(c.paths.models) / c.model.name: read_settings(c).model.trust_remote_code for c in missing}.items():
-        shared.preload(folder, trusted)
+    with uncollected():
+        import_transformers()
+        for folder, trusted in {Path(c.paths.models) / c.model.name: read_settings(c).model.trust_remote_code for c in missing}.items():
+            shared.preload(folder, trusted)
     read(shared)
-    if trial is None:
-        import peft  # noqa: F401
-        import sklearn.metrics  # noqa: F401
-    elif _passed(trial):
-        _import_all(task)
+    with uncollected():
+        if trial is None:
+            import peft  # noqa: F401
+            import sklearn.metrics  # noqa: F401
+        elif _passed(trial):
+            _import_all(task)
     return shared
 
 
 def _import_all(task: Task) -> None:
     import_peft()
     answers.preload(task)
-
-
-def import_peft() -> None:
-    """Import PEFT without bitsandbytes, which takes a second and, with a GPU build, starts CUDA: no process that is forked later could use it then.
-
-    PEFT and transformers import bitsandbytes when a model is rounded, and so they still do.
-    """
-    import transformers.modeling_utils  # noqa: F401  (what it makes of bitsandbytes at its own import, it shall)
-
-    if {"peft", "bitsandbytes"} & sys.modules.keys():
-        return
-    modules: dict[str, Any] = sys.modules
-    modules["bitsandbytes"] = None  # an import of it fails
-    try:
-        import peft  # noqa: F401
-    finally:
-        del sys.modules["bitsandbytes"]
-    for module, function in KNOWN_BNB:
-        clear = getattr(getattr(sys.modules.get(module), function, None), "cache_clear", None)
-        if clear:
-            clear()
 
 
 def _tried(task: Task) -> BaseProcess:
@@ -134,6 +116,12 @@ def _start_gpu() -> None:
 def _passed(trial: BaseProcess) -> bool:
     trial.join()
     return trial.exitcode == 0
+
+
+def rounds_nothing(cfg: DictConfig) -> bool:
+    """Whether no model that the cell may load is rounded, its start and teachers among them, and a method of PEFT's is trained."""
+    rounded = cfg.precision.name in QUANTISED or cfg.train.optimizer != "adamw"
+    return "config" in cfg.method and not rounded and not cfg.start and not identity.reads(cfg)
 
 
 @dataclass(frozen=True)
@@ -274,8 +262,7 @@ def load_inputs(parts: Parts, shared: Shared, meter: Meter) -> Inputs:
     rows, labelled, mixed = training_rows(parts, rows)
     turns.beside()
     meter.device = parts.device  # which a meter waits for, and so starts
-    base = load_base(parts, shared)
-    encoder = load_encoder(parts, shared, base)
+    base, encoder = load_pair(parts, shared)
     notes, probing = [cfg.model.get("note"), *draw_notes(rows, parts.method.takes_rows)], None
     torch.manual_seed(cfg.seed)
     if parts.wants("forgetting") and parts.settings.evaluate.forgetting and not parts.objective.scalar_head:
@@ -330,15 +317,34 @@ def training_rows(parts: Parts, rows: Rows) -> tuple[Rows, int, Synthetic | None
     return dataclasses.replace(rows, train=train), len(labelled), mixed
 
 
-def load_base(parts: Parts, shared: Shared) -> Any:
-    """The untouched base model on its device, frozen."""
+def load_pair(parts: Parts, shared: Shared) -> tuple[Any, Encoder]:
+    """The base and its encoder: the tokenizer is read while the weights move to their device."""
+    with quiet(), ThreadPoolExecutor(1) as reader:
+        tokenizer: list[Future[Any]] = []
+        base = load_base(parts, shared, lambda: tokenizer.append(reader.submit(_load_tokenizer, parts, shared)))
+        return base, _encoder(parts, tokenizer[0].result(), base)
+
+
+def load_base(parts: Parts, shared: Shared, meanwhile: Callable[[], object] = lambda: None) -> Any:
+    """The untouched base model on its device, frozen. meanwhile: is called before the weights move, or are rounded, which leaves Python to others."""
+    trusted, stored = parts.settings.model.trust_remote_code, shared.stored.get(parts.model)
     with named(parts):
-        return load_model(parts.model, parts.settings.precision, parts.device, shared.stored.get(parts.model), parts.settings.model.trust_remote_code)
+        if stored is None and parts.precision not in QUANTISED:
+            stored = load_stored(parts.model, trusted)
+        meanwhile()
+        return load_model(parts.model, parts.settings.precision, parts.device, stored, trusted)
 
 
 def load_encoder(parts: Parts, shared: Shared, base: Any) -> Encoder:
-    train, trusted = parts.settings.train, parts.settings.model.trust_remote_code
-    tokenizer = shared.tokenizers.get(parts.model) or load_tokenizer(parts.model, trusted)
+    return _encoder(parts, _load_tokenizer(parts, shared), base)
+
+
+def _load_tokenizer(parts: Parts, shared: Shared) -> Any:
+    return shared.tokenizers.get(parts.model) or load_tokenizer(parts.model, parts.settings.model.trust_remote_code)
+
+
+def _encoder(parts: Parts, tokenizer: Any, base: Any) -> Encoder:
+    train = parts.settings.train
     return Encoder(tokenizer, parts.settings.task, most_tokens(base, train.max_length), train.too_long, architecture.start_id(base))
 
 

@@ -19,15 +19,17 @@ from omegaconf import DictConfig
 from pipeline.cell import record
 from pipeline.cell.evaluation import evaluate, score_answers, validate
 from pipeline.cell.identity import answers_of, checkpoint_of, discard_training, packed_of
-from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, encoded, load_inputs, named
+from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, encoded, load_inputs, named, rounds_nothing
+from pipeline.core.collector import uncollected
 from pipeline.measure import machine, turns
 from pipeline.measure.clock import Meter
 from pipeline.measure.memory import Memory, out_of_memory
 from pipeline.models.base import attention_of, memory_bytes, parameters
+from pipeline.models.imports import import_peft, import_transformers
 from pipeline.models.reach import block_weights, has_experts, quantised_weights, share
 from pipeline.objectives.base import TrainingContext
 from pipeline.records.results import Result, Size, Work
-from pipeline.scoring import answers, rewards
+from pipeline.scoring import answers, per_row, rewards
 from pipeline.scoring.scorer import Scorer
 from pipeline.serving.artefact import reward_reader, scorer_of, selecting
 from pipeline.training.checkpoint import load_state
@@ -36,6 +38,8 @@ from pipeline.training.online import OnlineLoop
 from pipeline.training.ranks import ALONE, Ranks
 from pipeline.training.stepping import Run
 
+MEASURED_WITH_IMPORTS = ("cpu",)
+"""Devices whose memory is the process's: what is imported while they train would count as training's."""
 WHOLE = 0.95
 """Of the weights of the blocks, a share above it needs no note."""
 LOOPS: dict[str, type[Loop]] = {"loop": Loop, "online": OnlineLoop}
@@ -66,7 +70,10 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
     meter, shared = Meter(started), shared or Shared()
     meter.waited = turns.waited_s
     try:
-        with meter.phase("startup"), _woken("cpu" if shared.turns or ranks.joined else cfg.device):  # turns start it in one, a rank has its own
+        # turns start the GPU in one process at a time, and a rank has its own
+        with meter.phase("startup"), uncollected(), _woken("cpu" if shared.turns or ranks.joined else cfg.device):
+            if rounds_nothing(cfg):
+                import_peft()
             parts = build_parts(cfg, splits)
             check(parts)
             if not (ranks.leads or parts.method.trains):
@@ -79,6 +86,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
         if parts.method.answers_without_model:
             turns.passed()
             trained, size = Trained(Work(), None, [], []), Size(0, 0, 0)
+            import_scoring(parts, meter)
             scored = score_answers(parts, inputs.rows, meter)
         else:
             with meter.phase("load"):
@@ -86,6 +94,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
             turns.point()
             trained = train(parts, inputs, wrapped, folder, meter, ranks)
             size = save(parts, wrapped, folder, meter)
+            import_scoring(parts, meter)
             scored = evaluate(parts, inputs, wrapped.scorer, meter, answers_of(cfg) if folder is not None else None)
         result, predictions = record.assemble(parts, inputs, trained, size, scored, meter, about, shared), scored.predictions
     except (MemoryError, RuntimeError) as error:
@@ -123,16 +132,24 @@ def _woken(device: str) -> Iterator[None]:
 
 
 def set_up(parts: Parts, shared: Shared) -> dict[str, Any]:
-    """Import and set up what the cell needs anyway, so that it is booked to start-up. Returns the process's provenance."""
+    """Import and set up what the cell needs before its first step, so that it is booked to start-up. Returns the process's provenance."""
     about = machine.provenance()
-    import transformers  # noqa: F401
-
-    answers.preload(parts.settings.task)
+    if not parts.method.answers_without_model:
+        import_transformers()
+    per_row.of(parts.settings.task)  # it may be refused
+    if shared.at_once > 1 or parts.device.type in MEASURED_WITH_IMPORTS:
+        answers.preload(parts.settings.task)
     if shared.threads:
         import torch
 
         torch.set_num_threads(shared.threads)
     return about
+
+
+def import_scoring(parts: Parts, meter: Meter) -> None:
+    """Import what scores answers, before the first are scored: a second or more, which no step waits for. Booked to start-up, as all imports are."""
+    with meter.phase("startup"):
+        answers.preload(parts.settings.task)
 
 
 @dataclass(frozen=True)
@@ -167,6 +184,7 @@ def wrap(parts: Parts, inputs: Inputs, meter: Meter) -> Wrapped:
                     [*inputs.notes, *passed_over(base, size)], parts.objective.reasoning)
 
     def validated(candidate: Any) -> tuple[float, float | None]:
+        import_scoring(parts, meter)
         scorer.prompt = _prompt(parts, candidate)
         return validate(scorer, rows.validation)
 
@@ -221,13 +239,17 @@ def train(parts: Parts, inputs: Inputs, wrapped: Wrapped, folder: Path | None, m
             prepared = objective.prepared(examples, TrainingContext(
                 parts.cfg, parts.settings, scorer.model, inputs.encoder, rows.train, parts.device, parts.dtype, scorer_of, reward_reader))
         scorer.notes += prepared.notes
+    def validated() -> tuple[float, float | None]:
+        import_scoring(parts, meter)
+        return validate(scorer, rows.validation)
+
     trained = take_packed(parts, scorer.model, meter) if folder is not None else None
     if trained is None:
         with meter.phase("load"):
             loop = LOOPS[objective.trainer](
                 Run(scorer.model, method, objective, prepared.examples, parts.settings.train, parts.cfg.seed, total, parts.device, parts.dtype,
                     inputs.encoder.pad_id, ranks, prepared.online),
-                functools.partial(validate, scorer, rows.validation), checkpoint_of(parts.cfg) if folder is not None else None, meter)
+                validated, checkpoint_of(parts.cfg) if folder is not None else None, meter)
         trained = loop.train()
     ranks.leave()
     if not ranks.leads:

@@ -19,6 +19,7 @@ from pipeline.methods import peft_options, peft_start
 from pipeline.methods.base import QUANTISED, Method
 from pipeline.models import architecture
 from pipeline.models.base import autocast, dequantised, untie
+from pipeline.models.imports import spared
 from pipeline.models.reach import adapted_weights
 
 SHOWN = {
@@ -121,7 +122,8 @@ class PeftAdapter(Method):
         from peft import get_peft_model
 
         attach = peft_start.attached if hasattr(model, peft_start.EXAMPLES) else get_peft_model
-        return prompts_on_device(attach(model, config))
+        with spared(model, config):
+            return prompts_on_device(attach(model, config))
 
     def wrap(self, model: Any) -> Any:
         name, config = type(model).__name__, peft_options.fitted(self.config, model)
@@ -197,7 +199,8 @@ class PeftAdapter(Method):
             return model.to(base.device).eval(), None
         from peft import PeftModel
 
-        return prompts_on_device(PeftModel.from_pretrained(base, folder)).eval(), None
+        with spared(base, self.config):
+            return prompts_on_device(PeftModel.from_pretrained(base, folder)).eval(), None
 
     def merged(self, model: Any) -> Any:
         """The adapter's plain model. A quantised base is dequantised first, so the sum is not rounded again; a tied output layer that has an adapter,

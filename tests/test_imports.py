@@ -1,0 +1,227 @@
+"""What a cell imports before its first step, what it leaves for later, and what of it is remembered."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import throughput
+from pipeline.cell import inputs, source
+from pipeline.core.collector import uncollected
+from pipeline.core.compose import ROOT, compose
+from pipeline.core.files import UserError
+
+SHORT = ["train_rows=16", "train.batch_size=8", "train.steps=1", "train.validations=1", "evaluate.test_rows=4", "seed=0", "precision=fp32"]
+LATER = ("evaluate", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "bitsandbytes", "torch._inductor.compile_fx", "torchvision", "mlflow", "optuna")
+"""Not before the first step: scoring takes some of them, the compiler and rounding others, and some nothing here."""
+
+
+def python(code: str) -> str:
+    """What a process of its own prints: this one has imported it all."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("technique", ["lora", pytest.param("full", marks=pytest.mark.slow), pytest.param("ia3", marks=pytest.mark.slow)])
+def test_a_gpus_cell_imports_nothing_heavy_before_its_first_step_that_it_does_not_need(overrides, technique):
+    """On the CPU, told not to measure its own memory, which is what makes it import early there."""
+    words = [*overrides, *SHORT, f"technique={technique}"]
+    found, status = python(f"""
+import sys
+from pipeline.cell import run
+from pipeline.core.compose import compose
+from pipeline.training.stepping import Eager
+run.MEASURED_WITH_IMPORTS = ()
+begin, found = Eager.step, []
+def step(self, *args):
+    found.extend(name for name in {LATER!r} if name in sys.modules)
+    return begin(self, *args)
+Eager.step = step
+print(found, run.run(compose({words!r})).status)
+""").rsplit(maxsplit=1)
+    assert (found, status) == ("[]", "ok")
+
+
+def test_scoring_is_imported_before_training_where_training_is_measured_with_it(overrides, monkeypatch):
+    asked: list[Any] = []
+    parts = inputs.build_parts(compose([*overrides, "technique=lora"]))
+    monkeypatch.setattr("pipeline.scoring.answers.preload", asked.append)
+    from pipeline.cell import run
+
+    run.set_up(parts, inputs.Shared())
+    assert asked == [parts.settings.task]
+    monkeypatch.setattr(run, "MEASURED_WITH_IMPORTS", ())
+    run.set_up(parts, inputs.Shared())
+    assert len(asked) == 1, "a step that waits for it"
+    run.set_up(parts, inputs.Shared(at_once=2))
+    assert len(asked) == 2, "others would wait for it while this cell has the device"
+
+
+def test_an_own_metric_that_cannot_be_had_is_refused_before_anything_is_loaded(overrides, tmp_path, monkeypatch):
+    from pipeline.cell import run
+
+    parts = inputs.build_parts(compose([*overrides, "technique=lora", f"task.metric={tmp_path}/none.py:f"]))
+    monkeypatch.setattr(run, "MEASURED_WITH_IMPORTS", ())
+    with pytest.raises(UserError):
+        run.set_up(parts, inputs.Shared())
+
+
+# PEFT and bitsandbytes
+
+
+@pytest.mark.slow
+def test_only_what_rounds_has_bitsandbytes_when_peft_wraps_it(tiny):
+    done = python(f"""
+import sys
+from pathlib import Path
+import torch
+from pipeline.core.settings import Precision
+from pipeline.models import imports
+from pipeline.models.base import load_model
+imports.import_peft()
+import peft
+base = load_model(Path({str(tiny)!r}) / "models/smollm2_135m", Precision("fp32"), torch.device("cpu"))
+config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+with imports.spared(base, config):
+    peft.get_peft_model(base, config).unload()
+print("bitsandbytes" in sys.modules, "scipy" in sys.modules)
+with imports.spared(base, peft.LoraConfig(init_lora_weights="loftq", loftq_config=peft.LoftQConfig())):
+    print(peft.import_utils.is_bnb_available())
+print(peft.import_utils.is_bnb_available())
+from scipy.optimize import linear_sum_assignment
+import transformers
+print(transformers.utils.is_scipy_available())
+""")
+    assert done.split() == ["False", "False", "True", "True", "True"]
+
+
+# the collector
+
+
+def test_the_collector_rests_while_imports_are_made_and_works_afterwards():
+    before = gc.get_freeze_count()
+    with uncollected():
+        assert not gc.isenabled()
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() > before
+    with pytest.raises(ZeroDivisionError), uncollected():
+        1 / 0  # noqa: B018
+    assert gc.isenabled()
+    gc.unfreeze()
+
+
+def test_what_is_forked_while_cells_are_prepared_collects(overrides):
+    states: list[bool] = []
+    inputs.preload([compose([*overrides, "technique=lora"])], lambda _: states.append(gc.isenabled()))
+    assert states == [True] and gc.isenabled()
+
+
+# base and tokenizer at once
+
+
+def test_the_tokenizer_is_read_while_the_weights_move(overrides, monkeypatch):
+    from transformers.utils import logging
+
+    read, before, load = threading.Event(), logging.get_verbosity(), inputs.load_model
+    tokenize = inputs.load_tokenizer
+
+    def tokenizer(*args: Any) -> Any:
+        made = tokenize(*args)
+        read.set()
+        return made
+
+    def model(*args: Any) -> Any:
+        assert read.wait(30), "it is read afterwards"
+        return load(*args)
+
+    monkeypatch.setattr(inputs, "load_tokenizer", tokenizer)
+    monkeypatch.setattr(inputs, "load_model", model)
+    parts = inputs.build_parts(compose([*overrides, "technique=lora"]))
+    base, encoder = inputs.load_pair(parts, inputs.Shared())
+    assert base.config.vocab_size == len(encoder.tokenizer) and logging.get_verbosity() == before
+    monkeypatch.setattr(inputs, "load_tokenizer", lambda *_: (_ for _ in ()).throw(UserError("it has none")))
+    with pytest.raises(UserError, match="it has none"):
+        inputs.load_pair(parts, inputs.Shared())
+
+
+# what code does, remembered
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where digests are kept, with nothing known yet."""
+    path = tmp_path / "notes.json"
+    monkeypatch.setattr(source, "_place", lambda: path)
+    monkeypatch.setattr(source, "_found", {})
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    yield path
+    forget()
+
+
+def forget() -> None:
+    source.look.cache_clear()
+    source._kept.cache_clear()
+
+
+def test_a_files_digest_is_remembered_by_its_content(notes, tmp_path, monkeypatch):
+    path = tmp_path / "some.py"
+    path.write_text("import pipeline.core\nX = 1\n")
+    forget()
+    first = source.look(path)
+    source.keep()
+    assert json.loads(notes.read_text()) and first.imports == ["pipeline.core"]
+    forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "_look", None)
+        assert source.look(path) == first
+    path.write_text("import pipeline.core\nX = 2\n")
+    forget()
+    assert source.look(path).digest != first.digest
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{\"a\": 1}", "{\"a\": [1, 2, 3]}", "null"])
+def test_damaged_notes_are_none(notes, tmp_path, damage):
+    notes.write_text(damage)
+    (tmp_path / "some.py").write_text("X = 1\n")
+    forget()
+    assert source.look(tmp_path / "some.py").imports == []
+    source.keep()
+    assert len(json.loads(notes.read_text())) == 1
+
+
+def test_notes_are_few_and_are_none_where_python_writes_none(notes, tmp_path, monkeypatch):
+    (tmp_path / "some.py").write_text("X = 1\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    forget()
+    source.look(tmp_path / "some.py")
+    source.keep()
+    assert not notes.exists()
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    notes.write_text(json.dumps({str(i): ["0", []] for i in range(source.MOST)}))
+    forget()
+    source.look(tmp_path / "some.py")
+    source.keep()
+    assert len(json.loads(notes.read_text())) == 1
+
+
+# the benchmark
+
+
+@pytest.mark.slow
+def test_the_benchmark_says_when_a_second_process_trains(overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "cells_of", lambda *_: [{"technique": "lora", "train_rows": 16, "seed": 0}])
+    monkeypatch.setattr(throughput, "_machine", dict)
+    options = throughput.OPTIONS | {"work": str(tmp_path / "work")}
+    line = throughput.start(options, [*(w for w in overrides if not w.startswith("paths.results")), "train.batch_size=8"])
+    assert SimpleNamespace(**line).trains_after_s > 1
