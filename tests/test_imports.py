@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import marshal
-import os
 import subprocess
 import sys
 import threading
@@ -20,7 +18,6 @@ from pipeline.cell import inputs, source
 from pipeline.core.collector import uncollected
 from pipeline.core.compose import ROOT, compose
 from pipeline.core.files import UserError
-from pipeline.models import zoo
 
 SHORT = ["train_rows=16", "train.batch_size=8", "train.steps=1", "train.validations=1", "evaluate.test_rows=4", "seed=0", "precision=fp32"]
 LATER = ("evaluate", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "bitsandbytes", "torch._inductor.compile_fx", "torchvision", "mlflow", "optuna")
@@ -216,78 +213,6 @@ def test_notes_are_few_and_are_none_where_python_writes_none(notes, tmp_path, mo
     source.look(tmp_path / "some.py")
     source.keep()
     assert len(json.loads(notes.read_text())) == 1
-
-
-# what transformers' models define, remembered
-
-
-@pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    monkeypatch.setattr(sys, "pycache_prefix", None)
-    folder = tmp_path / "site-packages" / "transformers" / "models"
-    (folder / "llama").mkdir(parents=True)
-    (folder / "__init__.py").touch()
-    return folder
-
-
-def scanned(models: Path) -> tuple[Any, list[Any]]:
-    """The function of a new process, and the folders that it has read."""
-    read: list[Any] = []
-    structure = {"llama": {frozenset({"torch"}): {"modeling_llama": {"LlamaModel"}}}}
-    return zoo._remembered(lambda path: (read.append(path), structure)[1], models), read
-
-
-def test_the_files_of_all_models_are_read_once_a_release(models, monkeypatch):
-    first, read = scanned(models)
-    structure = first(models)
-    again, none = scanned(models)
-    assert again(models) == again(models / "__init__.py") == structure and (len(read), none) == (1, [])
-    again(models)["llama"].clear()
-    assert again(models) == structure, "whoever is given it may change it"
-    again(models / "llama")
-    assert none == [models / "llama"]
-    monkeypatch.setattr("importlib.metadata.version", lambda _: "6.0")
-    scanned(models)[0](models)
-    later, read = scanned(models)
-    os.utime(models / "__init__.py", ns=(0, 0))
-    later(models)
-    assert read == [models]
-
-
-@pytest.mark.parametrize("damage", [b"", b"(", b"\xe9", marshal.dumps(1), marshal.dumps(("key", {}))])
-def test_what_was_remembered_and_is_damaged_is_read_again(models, damage):
-    scanned(models)[0](models)
-    (kept,) = models.glob("__pycache__/*.found")
-    kept.write_bytes(damage)
-    again, read = scanned(models)
-    assert again(models)["llama"] and read == [models]
-
-
-def test_nothing_is_remembered_of_a_checkout_or_where_python_writes_nothing(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    scanned(models)[0](models)
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    checkout = tmp_path / "transformers" / "models"
-    checkout.mkdir(parents=True)
-    (checkout / "__init__.py").touch()
-    scanned(checkout)[0](checkout)
-    assert not [*tmp_path.rglob("*.found")]
-
-
-@pytest.mark.slow
-def test_transformers_is_as_without_it():
-    code = """
-import sys
-{first}
-import transformers, transformers.models
-from transformers.utils import import_utils
-print(sorted(transformers.__all__) == sorted(set(transformers.__all__)), len(transformers.__all__), len(sys.modules["transformers.models"].__all__))
-print(import_utils.create_import_structure_from_path.__module__, transformers.LlamaForCausalLM, any("zoo" in repr(f) for f in sys.meta_path))
-"""
-    plain, ours = (python(code.format(first=first)).splitlines() for first in ("", "from pipeline.models import zoo; zoo.remember()"))
-    assert plain[0] == ours[0]
-    assert ours[1] == plain[1].replace(zoo.MODULE, zoo.__name__, 1), "a release that reads its files elsewhere: see zoo.FUNCTION"
 
 
 # the benchmark

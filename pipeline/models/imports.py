@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.models import zoo
 from pipeline.models.base import quantised
 
 KNOWN = (("peft.import_utils", "is_bnb_available"), ("peft.import_utils", "is_bnb_4bit_available"),
@@ -23,7 +22,6 @@ KNOWN = (("peft.import_utils", "is_bnb_available"), ("peft.import_utils", "is_bn
 
 def import_transformers() -> None:
     """Import what all models of transformers rest on."""
-    zoo.remember()
     import transformers
 
     if f"{transformers.__name__}.modeling_utils" not in sys.modules:
