@@ -193,8 +193,8 @@ def _phases(folder: Path, done: set[Path]) -> dict[str, float]:
     sums: dict[str, float] = {}
     for path in done:
         result = json.loads(path.read_text())
-        waited = (result.get("neighbours") or {}).get("waited_s")
-        for key, value in {**(result.get("phases") or {}), "waited_s": waited}.items():
+        beside = {key: (result.get("neighbours") or {}).get(key) for key in ("waited_s", "alone_s")}
+        for key, value in {**(result.get("phases") or {}), **beside}.items():
             sums[key] = round(sums.get(key, 0.0) + (value or 0.0), 2)
     return sums
 

@@ -161,7 +161,8 @@ def test_cells_under_way_at_once_have_the_results_of_cells_one_after_another(wor
     assert grid.run_cells(alone) == 0 and grid.run_cells(beside, limit=two) == 0
     for one, other in zip(map(result_of, alone), map(result_of, beside), strict=True):
         assert one.scores == other.scores and one.history == other.history and one.neighbours is None
-        assert other.neighbours == Neighbours(2, True, other.neighbours.waited_s) and other.neighbours.waited_s >= 0
+        assert other.neighbours == Neighbours(2, True, other.neighbours.waited_s, other.neighbours.alone_s) and other.neighbours.waited_s >= 0
+        assert other.phases.train_s <= other.neighbours.alone_s <= other.phases.wall_s, "it trained alone"
         assert other.phases.wall_s == pytest.approx(sum(v for k, v in vars(other.phases).items() if k != "wall_s"), abs=0.01)
 
 

@@ -88,5 +88,5 @@ def test_a_job_that_shares_a_gpu_takes_turns_on_it(overrides, tmp_path, monkeypa
                    "evaluate.test_rows=8", "evaluate.forgetting=false"])
     assert host.run_one([cfg], {"at_once": 2, "threads": 1}, Kept()) == 0
     result = read(Path(cfg.paths.results) / "tried" / "zero_shot-s0-n16")
-    assert result.neighbours == Neighbours(2, True, result.neighbours.waited_s)
+    assert result.neighbours == Neighbours(2, True, result.neighbours.waited_s, result.neighbours.alone_s)
     assert [folder.name for folder in tmp_path.glob("alignscope-turns-*/*")] == ["1"]

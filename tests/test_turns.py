@@ -56,6 +56,7 @@ def test_who_works_beside_lets_who_is_timed_in_at_its_next_point_and_waits_meanw
         (tmp_path / "stop").touch()
         process.join(0.2)
         assert process.exitcode is None, "the other one stands still while this one is alone"
+    assert 0.2 <= mine.alone_s < 5, "once, however often it was asked for"
     process.join(10)
     assert process.exitcode == 0
 

@@ -15,7 +15,7 @@ from pipeline.cell.inputs import Inputs, Parts, Shared
 from pipeline.core.compose import build, plain
 from pipeline.core.files import atomic_folder, folder_bytes, read_json, sha256, write_json, write_jsonl, write_text
 from pipeline.core.settings import Settings
-from pipeline.measure import machine
+from pipeline.measure import machine, turns
 from pipeline.measure.clock import Meter
 from pipeline.methods.base import Method
 from pipeline.models import rates
@@ -79,7 +79,7 @@ def neighbours(shared: Shared, meter: Meter) -> Neighbours | None:
     if shared.at_once == 1:
         return None
     taken = shared.turns is not None
-    return Neighbours(shared.at_once, taken, round(meter.waited_s, 4) if taken else None)
+    return Neighbours(shared.at_once, taken, *((round(meter.waited_s, 4), round(turns.alone_s(), 4)) if taken else ()))
 
 
 def diverged(work: Work, finite: bool) -> str | None:

@@ -32,6 +32,8 @@ class Turns:
         self.device = device
         self.waited_s = 0.0
         """Seconds spent waiting for others, since `join`."""
+        self.alone_s = self._since = 0.0
+        """Seconds for which this process had the device alone; when that last began."""
         self._device, self._next = (os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC) for name in FILES)
         self._here = self._is_alone = False
 
@@ -88,10 +90,12 @@ class Turns:
         with self._waiting(), self._in_line():
             fcntl.flock(self._device, fcntl.LOCK_EX)
         self._here = self._is_alone = True
+        self._since = time.perf_counter()
 
     def _give(self) -> None:
         self._is_alone = False
         self.leave()
+        self.alone_s += time.perf_counter() - self._since
 
     @contextlib.contextmanager
     def away(self, waiting: bool = False) -> Iterator[None]:
@@ -180,6 +184,11 @@ def crowded() -> bool:
 def waited_s() -> float:
     """Seconds that this process has waited for others."""
     return _gate_s + (_turns.waited_s if _turns is not None else 0.0)
+
+
+def alone_s() -> float:
+    """Seconds for which this process has had the device alone."""
+    return _turns.alone_s if _turns is not None else 0.0
 
 
 @contextlib.contextmanager

@@ -136,6 +136,8 @@ class Neighbours:
     False (share=true): none of the cell's times is its own."""
     waited_s: float | None = None
     """Seconds of waiting for the device, no part of the wall clock."""
+    alone_s: float | None = None
+    """Seconds for which it had the device to itself, while the others waited."""
 
 
 @dataclass(frozen=True)
