@@ -8,6 +8,7 @@
     python -m benchmarks.race synthetic out=work/synthetic.jsonl  a cache that is drawn, not measured
     OMP_NUM_THREADS=1 python -m benchmarks.race replay cells=FILE.jsonl.xz processes=32     benchmarks/results/race_replayed.json: all policies on a cache,
                                                                             2,000 times a task and base; out=, to=, limit_s= as above
+    python -m benchmarks.race means cells=FILE.jsonl.xz model=smollm2_135m against=lora     techniques over seeds (against=: means and spreads)
     python -m benchmarks.race table                               the tables of docs/race.md (python -m benchmarks.tables writes them there)
 """
 
@@ -25,6 +26,7 @@ from pipeline.core.files import UserError, read_json, write_json
 from pipeline.measure import machine
 
 FOLDER = Path(__file__).parent / "results"
+CELLS = Path(__file__).parent.parent / "experiments/race/cells.jsonl.xz"
 SIMULATED, REPLAYED = FOLDER / "race_simulated.json", FOLDER / "race_replayed.json"
 
 
@@ -33,7 +35,7 @@ def run(words: Sequence[str]) -> int:
     split = list(words).index("--") if "--" in words else len(words)
     command, rest = (words[0] if words else ""), list(words[1:split])
     known = {"simulate": simulate, "fill": lambda given: fill(given, list(words[split + 1 :])), "package": package,
-             "synthetic": synthetic, "replay": replay, "table": tables}
+             "synthetic": synthetic, "replay": replay, "means": means, "table": tables}
     if command not in known:
         raise UserError(f"benchmarks.race takes one of {', '.join(known)}, not {command!r}")
     known[command](rest)
@@ -124,6 +126,13 @@ def replay(words: Sequence[str]) -> None:
     lines = race_replay.summary(race_blocks.ends(path))
     write_json(given["to"], _about("replay") | {"cells": Path(given["cells"]).name, "lines": lines})
     print(race_replay.table(lines))
+
+
+def means(words: Sequence[str]) -> None:
+    from benchmarks import race_means
+
+    given = {"cells": str(CELLS), "model": "smollm2_135m", "against": ""} | key_values(words, ("cells", "model", "against"), "benchmarks.race means")
+    print(race_means.table(Path(given["cells"]), given["model"], given["against"]))
 
 
 def tables(words: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import advice, choices, online_rl, parallel, race_replay, race_simulate, rounding, scale, speed_files, throughput, tiers
+from benchmarks import advice, choices, online_rl, parallel, race_means, race_replay, race_simulate, rounding, scale, speed_files, throughput, tiers
 from benchmarks.rates import lines
 from benchmarks.speed_files import FOLDER
 from pipeline.core.commands import key_values, words_entry
@@ -36,6 +36,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "choices": lambda: choices.table(FOLDER / "choices.json"),
     "race, simulated": lambda: race_simulate.table(read_json(FOLDER / "race_simulated.json")["settings"]),
     "race, replayed": lambda: race_replay.table(read_json(FOLDER / "race_replayed.json")["lines"]),
+    **{f"race, {name} {model}": functools.partial(race_means.table, ROOT / "experiments/race/cells.jsonl.xz", model, against)
+       for name, against in (("means", ""), ("differences", "lora")) for model in ("smollm2_135m", "qwen2_0_5b")},
     "rounding": lambda: rounding.table(FOLDER / "rounding.json"),
     "quick, result": lambda: markdown_tables(QUICK)[0],
     "quick, cost": lambda: markdown_tables(QUICK)[1],
