@@ -24,7 +24,7 @@ def run(overrides: list[str], *more: str, folder: Path | None = None) -> Result:
     return cell_run.run(compose([*overrides, *more]), folder=folder)
 
 
-@pytest.mark.parametrize("technique", RATES)
+@pytest.mark.parametrize("technique", [pytest.param(t, marks=pytest.mark.slow) if t in EPOCHS else t for t in RATES])
 def test_a_separable_task_is_learnt(overrides, technique):
     result = run(overrides, f"technique={technique}", f"train.lr={RATES[technique]}", *LEARN, f"train.epochs={EPOCHS.get(technique, 12)}")
     assert result.status == "ok"

@@ -177,7 +177,7 @@ LEARNT = {
     "p_tuning": ["train.lr=1e-2", "train.epochs=30"],
     "multitask_prompt": ["train.lr=0.1", "train.epochs=30"],
 }
-FAST = {"bitfit_added", "multitask_prompt"}
+FAST = {"bitfit_added"}
 """One of every code path of ours; the others differ in PEFT's own code."""
 
 

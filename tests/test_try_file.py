@@ -77,6 +77,8 @@ FILES: dict[str, Callable[[Path], object]] = {
     "table.parquet": lambda p: parquet(p, ROWS),
 }
 """Six files of different kinds, by their names."""
+LIKE_ANOTHER = ("book.xlsx", "table.parquet")
+"""Tables, which go the way of semicolons.csv once they are read."""
 
 
 def untracked(name: str) -> None:
@@ -94,7 +96,7 @@ def tried(path: str, *words: str, capsys: Any) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_ANOTHER else n for n in FILES])
 def test_a_file_of_any_kind_leads_to_an_answer(place, imports, capsys, name):
     FILES[name](place / name)
     code, out = tried(name, "--techniques", "zero_shot", capsys=capsys)
