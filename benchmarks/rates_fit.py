@@ -99,11 +99,16 @@ def grids(rows: Sequence[dict[str, Any]], rates: int) -> Grids:
     return Grids({t: {p: g for p, g in pairs.items() if len(g) == rates} for t, pairs in by.items()}, untrained)
 
 
-def fit(data: Grids, technique: str, power: float, feature: dict[str, float], pairs: set[Pair]) -> tuple[float, float]:
-    """(mean regret, the rate for SmolLM2-135M) of the best rule rate · (feature / SmolLM2's)^power over these pairs."""
+def regrets(data: Grids, technique: str, power: float, feature: dict[str, float], pairs: set[Pair]) -> dict[float, float]:
+    """Mean regret of the rule over these pairs by its rate for SmolLM2-135M, the lowest rate first."""
     reference = feature[MODELS[0]]
     mine = [pair for pair in data.by[technique] if pair in pairs]
-    costs = {base: statistics.mean(min(MOST, data.regret(technique, p, base * (feature[p[0]] / reference) ** power)) for p in mine) for base in BASES}
+    return {base: statistics.mean(min(MOST, data.regret(technique, p, base * (feature[p[0]] / reference) ** power)) for p in mine) for base in BASES}
+
+
+def fit(data: Grids, technique: str, power: float, feature: dict[str, float], pairs: set[Pair]) -> tuple[float, float]:
+    """(mean regret, the rate for SmolLM2-135M) of the best rule rate · (feature / SmolLM2's)^power over these pairs."""
+    costs = regrets(data, technique, power, feature, pairs)
     least = min(costs.values())
     good = [base for base, cost in costs.items() if cost <= least + FLAT]
     return least, good[len(good) // 2]
