@@ -188,6 +188,30 @@ def test_the_timed_parts_of_two_cells_do_not_overlap(words, tmp_path, monkeypatc
     assert all(one[1] <= other[0] or one[2] == other[2] for one, other in zip(times, times[1:], strict=False))
 
 
+def test_while_requests_get_warm_and_adapters_are_copied_or_merged_another_cell_may_be_timed(words, tmp_path, monkeypatch):
+    from pipeline.measure import turns
+    from pipeline.methods.peft_adapter import PeftAdapter
+    from pipeline.scoring import sharing as served
+
+    alone: dict[str, list[bool]] = {"_answer": [], "_copy": [], "merged": []}
+
+    def noted(name: str, real: Any) -> Any:
+        def call(*given: Any) -> Any:
+            assert turns._turns is not None
+            alone[name].append(turns._turns._is_alone)
+            return real(*given)
+
+        return call
+
+    for place, name in ((served, "_answer"), (served, "_copy"), (PeftAdapter, "merged")):
+        monkeypatch.setattr(place, name, noted(name, getattr(place, name)))
+    result = cell_run.run(*seeds(words, 1), shared=Shared(at_once=2, turns=tmp_path))
+    assert result.inference.adapters and result.inference.merged_latency_s
+    assert not any(alone["_copy"]) and alone["_copy"] and alone["merged"] == [False]
+    timed = alone["_answer"]
+    assert timed[:2] == [False, True] and timed.count(False) == 4, "the first of each of two batches, by one adapter and by several"
+
+
 def test_a_cell_that_runs_out_of_memory_beside_others_is_run_again_by_itself(words, monkeypatch, capfd):
     def crowded(parts: Any, *rest: Any, **more: Any) -> Any:
         from pipeline.measure import turns

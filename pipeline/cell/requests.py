@@ -145,7 +145,7 @@ def _requests(parts: Parts, scorer: Scorer, asked: Sequence[dict]) -> tuple[floa
     """Median seconds of a one-row request to the model as it stands, and the peak memory of answering some."""
     memory = PeakMemory(parts.device)
     memory.start()
-    latency = clock.latency_s(lambda row: scorer.predict([row]), list(asked), parts.device)
+    latency = clock.latency_s(lambda row: scorer.predict([row]), list(asked), parts.device, untimed=turns.between)
     return latency, memory.stop().peak_bytes
 
 
@@ -161,6 +161,7 @@ def _merged(parts: Parts, scorer: Scorer, asked: Sequence[dict], inference: Infe
         return inference
     if not hasattr(scorer.model, "peft_config"):
         return dataclasses.replace(inference, merged_latency_s=inference.latency_s, merged_request_peak_bytes=inference.request_peak_bytes)
-    scorer.model = parts.method.merged(scorer.model)
+    with turns.between():
+        scorer.model = parts.method.merged(scorer.model)
     latency, request_bytes = _requests(parts, scorer, asked)
     return dataclasses.replace(inference, merged_latency_s=latency, merged_request_peak_bytes=request_bytes)

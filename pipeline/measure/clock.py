@@ -103,18 +103,21 @@ class Meter:
         return Phases(wall_s=round(self._mark - self._begin, 4), **values)
 
 
-def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any, enough_s: float = math.inf) -> float | None:
+def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any, enough_s: float = math.inf,
+              untimed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext) -> float | None:
     """Median seconds of `call(item)`, one item at a time, once warm: a GPU has had each item before (the first request of a length takes three times as
     long, while kernels are loaded and chosen for it), a CPU the first. None without items.
 
     Args:
         enough_s: no more items are timed once those that were took so long.
+        untimed: the context in which they are made warm.
     """
     if not items:
         return None
     distinct = {id(item): item for item in items}.values() if str(device).startswith("cuda") else items[:1]
-    for item in distinct:
-        call(item)
+    with untimed():
+        for item in distinct:
+            call(item)
     times: list[float] = []
     for item in items:
         synchronise(device)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.measure import clock
+from pipeline.measure import clock, turns
 from pipeline.methods.base import Method
 from pipeline.scoring import scorer as scoring
 
@@ -47,7 +47,9 @@ def shared_latency(scorer: scoring.Scorer, method: Method, rows: Sequence[dict],
         return Shared(dict(one_adapter), one_adapter, together)
     if not together:
         return Shared(_one_by_one(scorer, rows, counts), one_adapter, together)
-    with copied(model, max(counts)) as names:
+    with contextlib.ExitStack() as stack:
+        with turns.between():
+            names = stack.enter_context(copied(model, max(counts)))
         adapters = {str(n): _seconds(functools.partial(_answer, scorer, batch, names[:n]), scorer.device) for n, batch in many.items()}
     return Shared(adapters, one_adapter, together)
 
@@ -62,7 +64,7 @@ def _answer(scorer: scoring.Scorer, rows: Sequence[dict], owners: Sequence[str])
 
 def _seconds(call: Callable[[], None], device: Any) -> float:
     """Of a batch: the median of `REPEATS`, or of as many as take `ENOUGH_S`."""
-    seconds = clock.latency_s(lambda _: call(), [None] * REPEATS, device, ENOUGH_S)
+    seconds = clock.latency_s(lambda _: call(), [None] * REPEATS, device, ENOUGH_S, turns.between)
     assert seconds is not None
     return seconds
 
