@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.compose import ROOT
+
 MODELS = ("smollm2_135m", "gemma3_270m", "qwen2_0_5b")
 TASKS = ("cqa", "trec", "vader_movies_5", "svamp")
 RMS = {"smollm2_135m": 0.188, "gemma3_270m": 0.0389, "qwen2_0_5b": 0.0158}
@@ -186,7 +188,7 @@ def defaults(technique: str, model: str) -> float:
     """The rate that conf/technique/ gives as it stands."""
     import yaml
 
-    train = yaml.safe_load((Path("conf/technique") / f"{technique}.yaml").read_text())["train"]
+    train = yaml.safe_load((ROOT / "conf" / "technique" / f"{technique}.yaml").read_text(encoding="utf-8"))["train"]
     return train.get("lr") or train["reference_lr"] * (RMS[model] / RMS[MODELS[0]]) ** train.get("lr_power", 0.0)
 
 

@@ -3,8 +3,9 @@
     python -m pipeline.advise train_rows=500 gpu_memory_gb=16 hours=2
     python -m pipeline.advise train_rows=500 metric_floor=0.5 task=vader_movies_5 model=smollm2_135m results=results/data_size
 
-Keys: train_rows; gpu_memory_gb, hours (of training one cell), metric_floor (a fraction), task, model, results (a folder, results). Exit codes: 0 there
-is an answer, 1 no evidence fits, 2 bad input. docs/advice.md has the rules and how well they did.
+Keys: train_rows; gpu_memory_gb, hours (of training one cell), metric_floor (a fraction), task, model, results (a folder, results). A task or a model that
+nothing was measured on is answered from others, as far as they tell. Exit codes: 0 there is an answer, 1 no evidence fits, 2 bad input. docs/advice.md has the
+rules and how well they did.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError
-from pipeline.reporting.advice import Need, advise, answer, failures
+from pipeline.reporting.advice import Need, advise
+from pipeline.reporting.advice_text import answer, failures
 from pipeline.reporting.evidence import gather, without_accuracy
 
 KEYS = ("train_rows", "gpu_memory_gb", "hours", "metric_floor", "task", "model", "results")

@@ -1,6 +1,7 @@
 """Which technique to take, from the cells on disk: expected accuracy at a number of training rows, memory, time, and what they rest on.
 
-Library of `python -m pipeline.advise`; docs/advice.md states the rules, `python -m benchmarks.advice` how they did where a size or a task was hidden.
+Library of `python -m pipeline.advise` (advice_text.py has the words); docs/advice.md states the rules, `python -m benchmarks.advice` how they did where a size,
+a task or a base was hidden.
 """
 
 from __future__ import annotations
@@ -8,14 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipeline.core.compose import ROOT
 from pipeline.core.files import UserError
-from pipeline.records.results import Result
-from pipeline.reporting import words as f
 from pipeline.reporting.evidence import (
     Expected,
     Seen,
@@ -23,17 +21,20 @@ from pipeline.reporting.evidence import (
     expected_accuracy,
     expected_memory,
     expected_time,
-    other_task,
+    own_spreads,
     paired_apart,
     pooled_spread,
     sizes_in_words,
     takes_no_rows,
 )
 from pipeline.reporting.figures import CONTROLS
-from pipeline.reporting.verdict import Saying, sentences
 from pipeline.stats import learning_curve, tiers
 from pipeline.stats.tiers import Comparison, Difference
-from pipeline.stats.verdict import Option, Verdict, decide
+from pipeline.stats.transfer import Level, Transfer, transfer
+from pipeline.stats.verdict import SLACK, Option, Verdict, decide
+
+Place = tuple[str, str]
+"""(task, model)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Candidate:
     standing: str = ""
     """To the verdict, in words; empty for what is out."""
     by_task: dict[str, float] = field(default_factory=dict)
-    """Borrowed advice: what is expected on every task with evidence, fractions."""
+    """Borrowed advice: what is expected on every task with evidence (the mean over bases; of a single task by base), fractions."""
+    gap: tuple[float, float, float] | None = None
+    """Borrowed advice: (mean, low, high) of what is expected beyond the recommended one, fractions."""
 
     @property
     def nearest(self) -> Seen:
@@ -83,25 +86,41 @@ class Advice:
     """Why none; empty where there is a verdict."""
     verdict: Verdict | None = None
     """On those that are not out; its `name` is chosen (of an undecided one the leader)."""
-    borrowed: bool = False
-    """Nothing was measured on the task that was asked for; `task` names the ones with evidence, and intervals hold the spread between tasks."""
+    borrowed: tuple[Place, ...] = ()
+    """Nothing was measured on the task with the model: the places whose evidence stands in for it. Intervals hold the spread between places."""
+    elsewhere: list[Candidate] = field(default_factory=list)
+    """Trained techniques that were measured on other tasks or models alone, the highest first; the verdict does not know them."""
 
 
 def advise(seen: Sequence[Seen], need: Need) -> Advice:
-    """The advice of evidence on the task and model that are asked for; where there is none on the task, of the others with that model.
+    """The advice of evidence on the task and model that are asked for; where there is none, of other tasks and models.
 
     Raises:
-        UserError: there is no evidence on the model (the message names what there is), or nothing is named and there are several.
+        UserError: there is no evidence at all, or nothing is named and there are several tasks or models.
     """
-    borrowed = need.task is not None and not any(s.task == need.task for s in seen if need.model in (None, s.model))
-    if borrowed and any(need.model in (None, s.model) for s in seen):
-        return _borrowed(seen, need)
-    task, model = _pair(seen, need)
-    advice = Advice(need, task, model, _candidates([s for s in seen if (s.task, s.model) == (task, model)], need))
+    task, model = place = _place(seen, need)
+    here = [s for s in seen if (s.task, s.model) == place]
+    if not here:
+        return _borrowed(seen, need, place)
+    advice = Advice(need, task, model, _candidates(here, need))
     for one in advice.candidates:
-        _limits(one, need)
+        _limits(one, need, model)
     _choose(advice)
+    advice.elsewhere = _elsewhere(advice, _Others(seen, need, place))
     return advice
+
+
+def _elsewhere(advice: Advice, others: _Others) -> list[Candidate]:
+    """What is expected of trained techniques that were measured on other places alone; nothing where no trained one was measured on this one."""
+    here = {c.technique for c in advice.candidates if c.accuracy and not takes_no_rows(c.nearest)}
+    names = [name for name in others.trained if name not in here]
+    if not here or not names:
+        return []
+    carried = others.carried(names)
+    found = [others.candidate(name, carried) for name in names]
+    for one in found:
+        _limits(one, advice.need, advice.model)
+    return sorted((one for one in found if one.out is None), key=lambda c: -_value(c))
 
 
 def _candidates(seen: Sequence[Seen], need: Need) -> list[Candidate]:
@@ -114,64 +133,121 @@ def _candidates(seen: Sequence[Seen], need: Need) -> list[Candidate]:
     return [_candidate(name, cells, need, spreads[takes_no_rows(cells[0])], curves.get(name)) for name, cells in by_technique.items()]
 
 
-def _borrowed(seen: Sequence[Seen], need: Need) -> Advice:
-    """Advice on a task that nothing was measured on, from all others with the model."""
-    model = _only_model(seen, need)
-    of_model = [s for s in seen if s.model == model]
-    tasks = sorted({s.task for s in of_model})
-    spreads = {kind: pooled_spread([s for s in of_model if takes_no_rows(s) is kind]) for kind in (False, True)}
-    by_technique: dict[str, list[Candidate]] = defaultdict(list)
-    for task in tasks:
-        for one in _candidates([s for s in of_model if s.task == task], need):
-            by_technique[one.technique].append(one)
-    common = _common_tasks(by_technique.values())
-    advice = Advice(need, ", ".join(tasks), model, [_over_tasks(name, some, common, need, spreads) for name, some in by_technique.items()], borrowed=True)
-    most = len(common)
+class _Others:
+    """What was measured anywhere, for one place: techniques' expected accuracies by place, and what they say of it. Techniques that are trained and those that
+    take no rows have nothing in common here: where a base knows little, training may gain much."""
+
+    def __init__(self, seen: Sequence[Seen], need: Need, place: Place) -> None:
+        self.need, self.place = need, place
+        self.places = sorted({(s.task, s.model) for s in seen})
+        kinds = {kind: [s for s in seen if takes_no_rows(s) is kind] for kind in (False, True)}
+        self.own = {name: variance for some in kinds.values() for name, variance in own_spreads(some, pooled_spread(some)).items()}
+        self.by_technique: dict[str, list[Candidate]] = defaultdict(list)
+        for at in self.places:
+            for one in _candidates([s for s in seen if (s.task, s.model) == at], need):
+                self.by_technique[one.technique].append(one)
+        known = [name for name, some in self.by_technique.items() if any(c.accuracy for c in some)]
+        self.trained, self.rowless = ([name for name in known if takes_no_rows(self.by_technique[name][0].nearest) is kind] for kind in (False, True))
+        self.common = _common_places(self.by_technique.values())
+
+    def carried(self, names: Sequence[str]) -> Transfer | None:
+        """What these techniques, all trained or all without rows, are expected to score on the place; None of none. What takes no rows counts on the places
+        that all are ranked over, so that an easy task on which nothing was trained lifts none."""
+        rowless = bool(set(names) & set(self.rowless))
+        cells = [(name, c, c.accuracy) for name in (self.rowless if rowless else self.trained) for c in self.by_technique[name] if c.accuracy]
+        cells = [one for one in cells if not rowless or _at(one[1]) in self.common] or cells
+        levels = [Level(*_at(c), name, expected.value, (expected.error or 0.0) ** 2) for name, c, expected in cells]
+        return transfer(levels, [(*self.place, name) for name in names]) if levels else None
+
+    def candidate(self, name: str, carried: Transfer | None) -> Candidate:
+        """A technique by what is carried over, with its cells on the places that all are ranked over; on its own where it has none of these."""
+        expected = [c for c in self.by_technique[name] if c.accuracy]
+        expected = [c for c in expected if _at(c) in self.common] or expected
+        if not expected or carried is None:
+            return self.by_technique[name][0]
+        cells = _nearest_first([s for c in expected for s in c.evidence], self.need, self.place)
+        target = (*self.place, name)
+        value, low, high = (min(1.0, max(0.0, end)) for end in (carried.value(target), *carried.interval(target, self.run_variance(name))))
+        tasks, models = (len({one[part] for one in self.places}) for part in (0, 1))
+        basis = f"carried over from {tasks} task{'s' if tasks > 1 else ''} on {models} model{'s' if models > 1 else ''}"
+        return Candidate(name, cells, Expected(value, low, high, basis, carried=True), by_task=_by_task(expected))
+
+    def run_variance(self, name: str) -> float:
+        """Of one new run around what is expected of the technique: its seed (an untouched base has none), and the test rows."""
+        cells = [s for c in self.by_technique[name] for s in c.evidence]
+        share = statistics.fmean(s.accuracy for s in cells)
+        seed = 0.0 if cells[0].cell.result.kind == "base" else self.own[name]
+        return seed + share * (1 - share) / statistics.median(s.test_rows for s in cells)
+
+
+def _borrowed(seen: Sequence[Seen], need: Need, place: Place) -> Advice:
+    """Advice on a task and a model that nothing was measured on together."""
+    others = _Others(seen, need, place)
+    carried, rowless = others.carried(others.trained), others.carried(others.rowless)
+    candidates = [others.candidate(name, rowless if name in others.rowless else carried) for name in others.by_technique]
+    advice = Advice(need, *place, candidates, borrowed=tuple(others.places))
+    most = len(others.common)
     for one in advice.candidates:
-        if one.out is None and len(common & set(one.by_task)) < most:
-            one.out = f"was measured on {len(common & set(one.by_task))} of the {most} tasks that the others were measured on"
-        _limits(one, need)
-    if most <= 1 and need.metric_floor is not None:
-        advice.reason = f"nothing was measured on {need.task}, and one other task does not tell whether {100 * need.metric_floor:g}% is reached"
+        there = len(others.common & {_at(c) for c in others.by_technique[one.technique] if c.accuracy})
+        if one.out is None and there < most:
+            one.out = f"was measured on {there} of the {most} tasks and models that the others were measured on"
+        _limits(one, need, place[1])
+    if need.metric_floor is not None and not any(c.accuracy and c.accuracy.told for c in advice.candidates if c.out is None):
+        floor = f"{100 * need.metric_floor:g}%"
+        advice.reason = f"nothing was measured on {place[0]} with {place[1]}, and what was elsewhere does not tell whether {floor} is reached"
         return advice
     _choose(advice)
+    name = advice.chosen.technique if advice.chosen else ""
+    for one in advice.candidates:
+        if carried and name in others.trained and one.technique in others.trained and one.technique != name:
+            one.gap = carried.gap((*place, one.technique), (*place, name))
     return advice
 
 
-def _only_model(seen: Sequence[Seen], need: Need) -> str:
-    there = sorted({s.model for s in seen if need.model in (None, s.model)})
-    if len(there) > 1:
-        raise UserError(f"there is evidence on several models ({', '.join(there)}); name one with model=")
-    return there[0]
+def above(one: Candidate, other: Candidate) -> bool:
+    """Whether so much more is expected of it that it is worth a try."""
+    return _value(one) > _value(other) + SLACK
 
 
-def _common_tasks(techniques: Iterable[Sequence[Candidate]]) -> frozenset[str]:
-    """The tasks that techniques are ranked over: as many as any that is trained was measured on, of such sets the one that most have (then by name)."""
-    sets = [frozenset(c.nearest.task for c in some if c.accuracy) for some in techniques if not takes_no_rows(some[0].nearest)]
+def _at(candidate: Candidate) -> Place:
+    return candidate.nearest.task, candidate.nearest.model
+
+
+def _by_task(expected: Sequence[Candidate]) -> dict[str, float]:
+    """Expected accuracy task by task, the mean over models; of a single task model by model."""
+    single = len({_at(c)[0] for c in expected}) == 1
+    values: dict[str, list[float]] = defaultdict(list)
+    for one in expected:
+        task, model = _at(one)
+        values[model if single and len(expected) > 1 else task].append(_value(one))
+    return {name: statistics.fmean(some) for name, some in values.items()}
+
+
+def _common_places(techniques: Iterable[Sequence[Candidate]]) -> frozenset[Place]:
+    """The places that techniques are ranked over: as many as any that is trained was measured on, of such sets the one that most have (then by name)."""
+    sets = [frozenset(_at(c) for c in some if c.accuracy) for some in techniques if not takes_no_rows(some[0].nearest)]
     return max(sets, key=lambda one: (len(one), sum(one <= other for other in sets), sorted(one, reverse=True)), default=frozenset())
 
 
-def _over_tasks(name: str, some: list[Candidate], common: frozenset[str], need: Need, spreads: dict[bool, Spread]) -> Candidate:
-    """A technique over the tasks that all are ranked over; over its own where it has none of these."""
-    expected = [c for c in some if c.accuracy]
-    expected = [c for c in expected if c.nearest.task in common] or expected
-    if not expected:
-        return some[0]
-    cells = _nearest_first([s for c in expected for s in c.evidence], need)
-    by_task = {c.nearest.task: c.accuracy.value for c in expected if c.accuracy}
-    return Candidate(name, cells, other_task(by_task, spreads[takes_no_rows(cells[0])]), by_task=by_task)
-
-
-def _pair(seen: Sequence[Seen], need: Need) -> tuple[str, str]:
-    there = sorted({(s.task, s.model) for s in seen if need.task in (None, s.task) and need.model in (None, s.model)})
-    if len(there) == 1:
-        return there[0]
-    every = ", ".join(f"task={t} model={m}" for t, m in (there or sorted({(s.task, s.model) for s in seen}))) or "nothing at all"
-    if there:
+def _place(seen: Sequence[Seen], need: Need) -> Place:
+    """The task and model that are asked for; what is not named must be the only one."""
+    there = sorted({(s.task, s.model) for s in seen})
+    if not there:
+        asked = " ".join(f"{k}={v}" for k, v in (("task", need.task), ("model", need.model)) if v)
+        raise UserError(f"no finished cell is evidence on {asked or 'any task'}; run an experiment on it first, such as "
+                        "python -m pipeline.cells experiments=data_size_quick, or ask for what is published: alignscope fit --model Qwen/Qwen3-8B --card 16GB")
+    fits = [(t, m) for t, m in there if need.task in (None, t) and need.model in (None, m)]
+    if len(fits) == 1:
+        return fits[0]
+    every = ", ".join(f"task={t} model={m}" for t, m in fits or there)
+    if fits:
         raise UserError(f"there is evidence on several tasks or models ({every}); name one with task= and model=")
-    asked = " ".join(f"{k}={v}" for k, v in (("task", need.task), ("model", need.model)) if v)
-    raise UserError(f"no finished cell is evidence on {asked or 'any task'} (there is {every}); run an experiment on it first, such as "
-                    "python -m pipeline.cells experiments=data_size_quick, or ask for what is published: alignscope fit --model Qwen/Qwen3-8B --card 16GB")
+    tasks, models = (sorted({one[part] for one in there}) for part in (0, 1))
+    if need.task is None and len(tasks) > 1 or need.model is None and len(models) > 1:
+        named, lacks = (f"task={need.task}", "model") if need.task else (f"model={need.model}", "task")
+        raise UserError(f"no finished cell is evidence on {named} (there is {every}); name the {lacks}, too, and what was measured elsewhere is carried "
+                        f"over: {lacks}=…")
+    return need.task or tasks[0], need.model or models[0]
 
 
 def _curves(seen: Sequence[Seen]) -> dict[str, learning_curve.Curve]:
@@ -180,8 +256,10 @@ def _curves(seen: Sequence[Seen]) -> dict[str, learning_curve.Curve]:
     return learning_curve.fit(measured) if measured else {}
 
 
-def _nearest_first(cells: Sequence[Seen], need: Need) -> list[Seen]:
-    return sorted(cells, key=lambda s: (abs(math.log(s.rows / need.train_rows)), s.task, s.seed))
+def _nearest_first(cells: Sequence[Seen], need: Need, place: Place | None = None) -> list[Seen]:
+    """By number of rows, of the same model first, then of the same task."""
+    task, model = place or ("", "")
+    return sorted(cells, key=lambda s: (s.model != model, s.task != task, abs(math.log(s.rows / need.train_rows)), s.task, s.model, s.seed))
 
 
 def _candidate(name: str, cells: list[Seen], need: Need, spread: Spread, curve: learning_curve.Curve | None) -> Candidate:
@@ -191,21 +269,21 @@ def _candidate(name: str, cells: list[Seen], need: Need, spread: Spread, curve: 
     return candidate
 
 
-def _limits(candidate: Candidate, need: Need) -> None:
-    """Fill in memory and time, and rule the candidate out where it exceeds a limit."""
+def _limits(candidate: Candidate, need: Need, model: str) -> None:
+    """Fill in memory and time with the model, and rule the candidate out where it exceeds a limit."""
     if candidate.accuracy is None:
         return
     if candidate.nearest.cell.result.family == CONTROLS:
         candidate.out = "is a control, made to gain nothing"
-    candidate.memory, fits = expected_memory(candidate.evidence, need.train_rows, need.gpu_memory_gb)
-    candidate.train_s = expected_time(candidate.evidence, need.train_rows)
+    candidate.memory, fits = expected_memory(candidate.evidence, need.train_rows, need.gpu_memory_gb, model)
+    candidate.train_s = expected_time(candidate.evidence, need.train_rows, model)
     if candidate.out is not None:
         return
     if fits is False and candidate.memory:
         candidate.out = f"needs {candidate.memory.value / 2**30:.1f} GiB of {need.gpu_memory_gb:g} ({candidate.memory.basis})"
     elif need.hours is not None and candidate.train_s and candidate.train_s.value > 3600 * need.hours:
         candidate.out = f"trains {candidate.train_s.value / 3600:.1f} h of {need.hours:g} ({candidate.train_s.basis})"
-    elif need.metric_floor is not None and (candidate.accuracy.value < need.metric_floor):
+    elif need.metric_floor is not None and candidate.accuracy.told and candidate.accuracy.value < need.metric_floor:
         candidate.out = f"is expected at {100 * candidate.accuracy.value:.1f}%, below {100 * need.metric_floor:g}%"
 
 
@@ -231,7 +309,10 @@ def _choose(advice: Advice) -> None:
 
 def _options(live: Sequence[Candidate]) -> list[Option]:
     """What can be chosen. Memory is what is expected; where that is not known of all, what one counter measured, as in the report."""
-    measured = {c.technique: [r.memory for s in c.evidence if (r := s.cell.result).memory and r.memory.peak_bytes and s.rows == c.nearest.rows] for c in live}
+    measured = {
+        c.technique: [r.memory for s in c.evidence if (r := s.cell.result).memory and r.memory.peak_bytes
+                      and (s.rows, s.model) == (c.nearest.rows, c.nearest.model)] for c in live
+    }
     kinds = {memory.kind for some in measured.values() for memory in some if memory}
     peaks = {name: statistics.fmean(m.peak_bytes for m in some if m and m.peak_bytes) for name, some in measured.items() if some and len(kinds) == 1}
     known = all(c.memory for c in live if c.nearest.cell.result.kind == "trained")
@@ -256,7 +337,8 @@ def _value(candidate: Candidate) -> float:
 def _compared(live: Sequence[Candidate]) -> Comparison:
     """All that are not out, compared as the report compares: on the test rows that they answered at the nearest size that all were measured at.
 
-    What has no such answers is told apart where the expected accuracies' intervals part; several other tasks, where the tasks do. `rows` is then 0.
+    What has no such answers is told apart where the expected accuracies' intervals part; several other tasks, where the tasks do. `rows` is then 0, and
+    there are no letters.
     """
     by_rows = _on_rows(live)
     if by_rows is not None and len(by_rows.means) == len(live):
@@ -270,9 +352,7 @@ def _compared(live: Sequence[Candidate]) -> Comparison:
         else:
             p = 0.0 if _part(one, other) else 1.0
             pairs[one.technique, other.technique] = Difference(gap, gap, gap, p, p)
-    apart = [names for names, pair in pairs.items() if pair.significant]
-    order = [c.technique for c in live]
-    return Comparison({c.technique: _value(c) for c in live}, pairs, tiers.letters(order, apart), 0, by_rows.covers_seeds if by_rows else True)
+    return Comparison({c.technique: _value(c) for c in live}, pairs, {}, 0, by_rows.covers_seeds if by_rows else True)
 
 
 def _on_rows(live: Sequence[Candidate]) -> Comparison | None:
@@ -296,87 +376,3 @@ def _part(one: Candidate, other: Candidate) -> bool:
     high, low = sorted((one, other), key=lambda c: -_value(c))
     assert high.accuracy and low.accuracy
     return low.accuracy.high is not None and high.accuracy.low is not None and low.accuracy.high < high.accuracy.low
-
-
-SHOWN_CELLS = 6
-
-
-def answer(advice: Advice) -> list[str]:
-    need, chosen = advice.need, advice.chosen
-    asked = [f"{need.train_rows:,} training rows"]
-    asked += [f"{need.gpu_memory_gb:g} GiB"] if need.gpu_memory_gb is not None else []
-    asked += [f"{need.hours:g} h"] if need.hours is not None else []
-    asked += [f"at least {100 * need.metric_floor:g}%"] if need.metric_floor is not None else []
-    lines = [f"{need.task or advice.task} with {advice.model}: {', '.join(asked)}", ""]
-    if advice.borrowed:
-        lines += [f"Nothing was measured on {need.task}. What follows is of {advice.task}: it tells which technique to try first.", ""]
-    if chosen is None:
-        lines.append(f"No evidence fits: {advice.reason}.")
-    else:
-        assert advice.verdict
-        rows = "test rows" if advice.verdict.evidence and advice.verdict.evidence.rows else ""
-        lines += [*(text.replace("`", "") for text in sentences(advice.verdict, Saying("expected accuracy" if not rows else "accuracy", rows))),
-                  "", *_facts(chosen, need.train_rows, need.task or chosen.nearest.task)]
-    others = [c for c in advice.candidates if c is not chosen and c.out is None]
-    if others:
-        lines += ["", "Others:", *(f"  {_line(c)}" for c in others)]
-    gone = [c for c in advice.candidates if c.out is not None]
-    if gone:
-        lines += ["", "Ruled out:", *(f"  {c.technique}: {c.out}" for c in gone)]
-    return lines
-
-
-def failures(results: Sequence[Result], advice: Advice) -> list[str]:
-    """Cells of the advice's task that ended out of memory or diverged: a result, but none of accuracy."""
-    lines = []
-    for status, heading in (("oom", "Ended out of memory"), ("diverged", "Diverged")):
-        groups = Counter(
-            (r.technique, r.train_rows, str(r.hardware.get("gpu") or r.hardware.get("cpu"))) for r in results
-            if r.status == status and r.model == advice.model and r.task in (advice.need.task, *advice.task.split(", "))
-        )
-        lines += ["", f"{heading} (so without an accuracy):"] if groups else []
-        lines += [f"  {name} at {rows:,} rows on {machine}: {count} cell{'s' if count > 1 else ''}" for (name, rows, machine), count in sorted(groups.items())]
-    return lines
-
-
-def _facts(chosen: Candidate, rows: int, task: str) -> list[str]:
-    result = chosen.nearest.cell.result
-    settings = ", ".join(f"{k} {v}" for k, v in result.hyperparameters.items())
-    own = task == chosen.nearest.task and not (ROOT / "conf" / "task" / f"{task}.yaml").exists()  # written out in the experiment's file
-    how = f"python -m pipeline.train experiments={result.experiment} technique={result.technique}"
-    how += f" train_rows={rows}" if own else f" task={task} train_rows={rows}"
-    varied = "+" in chosen.nearest.cell.label or result.tuning is not None
-    cells = [str(s.cell.folder) for s in chosen.evidence]
-    more = f" and {len(cells) - SHOWN_CELLS} more" if len(cells) > SHOWN_CELLS else ""
-    assert chosen.accuracy
-    return [
-        f"  expected accuracy   {_percent(chosen.accuracy)} of a new run ({chosen.accuracy.basis})",
-        f"  memory              {_size(chosen.memory)}",
-        f"  training time       {_duration(chosen.train_s)}",
-        f"  settings            {settings or 'none'}",
-        f"  to run it           {how}{' with the settings above' if varied else ''}",
-        f"  evidence            {', '.join(cells[:SHOWN_CELLS])}{more}",
-    ]
-
-
-def _line(one: Candidate) -> str:
-    assert one.accuracy
-    return f"{one.technique}: {_percent(one.accuracy)}, memory {_size(one.memory)}, training {_duration(one.train_s)}; {one.standing}"
-
-
-def _percent(value: Expected) -> str:
-    if value.low is None or value.high is None:
-        return f"{100 * value.value:.1f}% [no interval]"
-    return f"{100 * value.value:.1f}% [{100 * value.low:.1f} to {100 * value.high:.1f}]"
-
-
-def _duration(value: Expected | None) -> str:
-    return "—" if value is None else f"{f.duration(value.value)}{_range(value, f.duration)} ({value.basis})"
-
-
-def _size(value: Expected | None) -> str:
-    return "— (neither forecast nor measured on a GPU)" if value is None else f"{f.size(value.value)}{_range(value, f.size)} ({value.basis})"
-
-
-def _range(value: Expected, show: Callable[[float], str]) -> str:
-    return " [one run tells no interval]" if value.low is None or value.high is None else f" [{show(value.low)} to {show(value.high)}]"

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.compose import ROOT
-from pipeline.core.files import read_json
+from pipeline.core.compose import ROOT, compose, plain
+from pipeline.core.files import UserError, read_json
 from pipeline.core.settings import Train
 from pipeline.records.finished import Cell, cells_below, read_all
 from pipeline.records.results import Result
@@ -26,6 +26,10 @@ from pipeline.training.loop import total_steps
 
 NEAR = 1.25
 """Sizes that differ by no more than this factor count as the same."""
+WIDEST = 0.35
+"""An accuracy whose interval is wider, in fractions, is not known."""
+SHRUNK = 4
+"""A technique's own variance over seeds is drawn towards that of all as if they had so many degrees of freedom more."""
 UNKNOWN_SPREAD = 0.03
 """Taken for the spread over seeds where no technique has two: the largest that is usual (0.5 to 3 points)."""
 LEFT_OUT = ("best",)
@@ -55,6 +59,15 @@ class Expected:
     low: float | None
     high: float | None
     basis: str
+    error: float | None = None
+    """The standard error of the value itself; the interval is of a new run."""
+    carried: bool = False
+    """Nothing was measured there: carried over from other tasks or bases."""
+
+    @property
+    def told(self) -> bool:
+        """Whether it says anything: what is carried over with an interval wider than WIDEST, or without one, does not."""
+        return not self.carried or self.low is not None and self.high is not None and self.high - self.low <= WIDEST
 
 
 def gather(roots: Iterable[Path]) -> list[Seen]:
@@ -114,14 +127,23 @@ class Spread:
 
 
 def pooled_spread(seen: Sequence[Seen]) -> Spread:
-    """Within tasks, techniques and sizes with several seeds; what is not random (all seeds alike) says nothing about those that are."""
-    groups: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    """Within tasks, models, techniques and sizes with several seeds; what is not random (all seeds alike) says nothing about those that are."""
+    groups: dict[tuple[str, str, str, int], list[float]] = defaultdict(list)
     for one in seen:
-        groups[one.task, one.technique, one.rows].append(one.accuracy)
+        groups[one.task, one.model, one.technique, one.rows].append(one.accuracy)
     random = [values for values in groups.values() if any(v != values[0] for v in values)]
     df = sum(len(values) - 1 for values in random)
     squares = math.fsum(statistics.variance(values) * (len(values) - 1) for values in random)
     return Spread(math.sqrt(squares / df), df) if df else Spread(UNKNOWN_SPREAD, 0)
+
+
+def own_spreads(seen: Sequence[Seen], pooled: Spread) -> dict[str, float]:
+    """Variance of a run's accuracy over seeds, technique by technique, drawn towards the pooled one."""
+    by_technique: dict[str, list[Seen]] = defaultdict(list)
+    for one in seen:
+        by_technique[one.technique].append(one)
+    own = {name: pooled_spread(cells) for name, cells in by_technique.items()}
+    return {name: (one.df * one.sd**2 + SHRUNK * pooled.sd**2) / (one.df + SHRUNK) for name, one in own.items()}
 
 
 def takes_no_rows(one: Seen) -> bool:
@@ -141,7 +163,8 @@ def expected_accuracy(cells: Sequence[Seen], rows: int, spread: Spread, curve: l
     if not at and curve is not None and curve.sizes[0] <= rows <= curve.sizes[-1] and curve.fits:
         on = curve.at(rows)
         half = math.hypot((on.high - on.low) / 2, spread.t * spread.sd)
-        return Expected(on.value, *bounded(on.value, half), f"learning curve through {len(curve.sizes)} sizes, {sizes_in_words(curve.sizes)} rows")
+        basis = f"learning curve through {len(curve.sizes)} sizes, {sizes_in_words(curve.sizes)} rows"
+        return Expected(on.value, *bounded(on.value, half), basis, (on.high - on.low) / 2 / 1.959964)
     at = at or [s for s in cells if max(s.rows, rows) <= NEAR * min(s.rows, rows)]
     if at:
         nearest = min({s.rows for s in at}, key=lambda n: abs(math.log(n / rows)))
@@ -153,7 +176,8 @@ def expected_accuracy(cells: Sequence[Seen], rows: int, spread: Spread, curve: l
     low, high = (_mean([s for s in cells if s.rows == n], spread, "") for n in (below, above))
     assert low.low is not None and high.low is not None and low.high is not None and high.high is not None
     value = low.value + math.log(rows / below) / math.log(above / below) * (high.value - low.value)
-    return Expected(value, min(low.low, high.low), max(low.high, high.high), f"between {below:,} and {above:,} rows, even in the logarithm")
+    ends, error = (min(low.low, high.low), max(low.high, high.high)), max(low.error or 0.0, high.error or 0.0)
+    return Expected(value, *ends, f"between {below:,} and {above:,} rows, even in the logarithm", error)
 
 
 def _mean(cells: Sequence[Seen], spread: Spread, basis: str) -> Expected:
@@ -163,21 +187,12 @@ def _mean(cells: Sequence[Seen], spread: Spread, basis: str) -> Expected:
     share = (value * cells[0].test_rows + 2) / (cells[0].test_rows + 4)  # two right and two wrong rows more, all right is not certain (Agresti and Coull, 1998)
     rows = share * (1 - share) / cells[0].test_rows
     half = spread.t * math.sqrt(sd**2 * (1 + 1 / len(cells)) + rows)
-    return Expected(value, *bounded(value, half), f"{basis}, {_runs(len(cells))}")
+    return Expected(value, *bounded(value, half), f"{basis}, {_runs(len(cells))}", math.sqrt(sd**2 / len(cells) + rows))
 
 
 def bounded(value: float, half: float) -> tuple[float, float]:
     """value ± half, within 0 and 1."""
     return max(0.0, value - half), min(1.0, value + half)
-
-
-def other_task(by_task: Mapping[str, float], spread: Spread) -> Expected:
-    """A new task's accuracy from those expected on others; without an interval from one alone."""
-    count, mean = len(by_task), statistics.fmean(by_task.values())
-    if count == 1:
-        return Expected(mean, None, None, f"that of {next(iter(by_task))}; one task does not tell how far another lies from it")
-    half = _t(count - 1) * math.sqrt(statistics.variance(by_task.values()) * (1 + 1 / count) + spread.sd**2)
-    return Expected(mean, *bounded(mean, half), f"from {count} other tasks, with the spread between tasks")
 
 
 def paired_apart(best: Mapping[str, float], one: Mapping[str, float]) -> bool:
@@ -195,21 +210,39 @@ def _t(df: int) -> float:
 SUMMARY = ROOT / "experiments" / "forecast" / "summary.json"
 
 
-def expected_memory(ordered: Sequence[Seen], rows: int, card_gb: float | None) -> tuple[Expected | None, bool | None]:
-    """(bytes at the peak, whether they fit the card; None: not known). Measured: the mean of the nearest size's runs, with their range.
+def expected_memory(ordered: Sequence[Seen], rows: int, card_gb: float | None, model: str) -> tuple[Expected | None, bool | None]:
+    """(bytes at the peak, whether they fit the card; None: not known). Measured: the mean of the nearest size's runs, with their range; of another model none.
 
     Args:
-        ordered: a technique's cells, the nearest size first.
+        ordered: a technique's cells, the nearest first.
         card_gb: GiB of the card that is asked for; None: no limit.
+        model: that is asked for.
     """
-    forecast = _forecast(ordered[0].cell.result, rows, card_gb)
-    if forecast is not None:
-        return forecast
+    result = _on_model(ordered[0].cell.result, model)
+    forecast = _forecast(result, rows, card_gb) if result else None
+    if forecast is not None or ordered[0].model != model:
+        return forecast or (None, None)
     peaks = [float(r.memory.peak_bytes) for r in _nearest(ordered) if r.memory and r.memory.peak_bytes and r.memory.kind.startswith("gpu")]
     if not peaks:
         return None, None
     basis = f"measured at {ordered[0].rows:,} rows of {ordered[0].task} on {ordered[0].cell.result.hardware.get('gpu')}, range of {_runs(len(peaks))}"
     return Expected(statistics.fmean(peaks), min(peaks), max(peaks), basis), None if card_gb is None else max(peaks) <= card_gb * 2**30
+
+
+def _on_model(result: Result, model: str) -> Result | None:
+    """The cell as it would be with another model; None where conf/ has no such model."""
+    if result.model == model:
+        return result
+    config = _config_of(model)
+    return dataclasses.replace(result, model=model, config={**result.config, "model": config}) if config else None
+
+
+@functools.cache
+def _config_of(model: str) -> dict[str, Any] | None:
+    try:
+        return plain(compose([f"model={model}"]).model)
+    except UserError:
+        return None
 
 
 def _forecast(result: Result, rows: int, card_gb: float | None) -> tuple[Expected, bool | None] | None:
@@ -232,13 +265,14 @@ def _forecast_error() -> float | None:
     return float(read_json(SUMMARY)["p95_error"]) if SUMMARY.exists() else None
 
 
-def expected_time(ordered: Sequence[Seen], rows: int) -> Expected | None:
-    """Seconds of training at the nearest size, in proportion to the optimiser steps; None where nothing is trained or no time stands by itself.
+def expected_time(ordered: Sequence[Seen], rows: int, model: str) -> Expected | None:
+    """Seconds of training at the nearest size, in proportion to the optimiser steps; None where nothing is trained, no time stands by itself, or all are of
+    another model.
 
     The interval is a prediction interval of the times' logarithms: mean ± t(S-1) · sd · sqrt(1 + 1/S), S the runs; a single run has none.
     """
     times = [r.phases.train_s for one, r in zip(ordered, _nearest(ordered), strict=False) if r.phases and r.phases.train_s > 0 and not one.cell.timing]
-    if not times or takes_no_rows(ordered[0]):
+    if not times or takes_no_rows(ordered[0]) or ordered[0].model != model:
         return None
     result = ordered[0].cell.result
     machine = result.hardware.get("gpu") or result.hardware.get("cpu") or "an unknown machine"
@@ -264,7 +298,8 @@ def _steps_ratio(result: Result, measured: int, asked: int) -> tuple[float, str]
 
 
 def _nearest(ordered: Sequence[Seen]) -> list[Result]:
-    return [s.cell.result for s in ordered if (s.rows, s.task) == (ordered[0].rows, ordered[0].task)]
+    first = ordered[0]
+    return [s.cell.result for s in ordered if (s.rows, s.task, s.model) == (first.rows, first.task, first.model)]
 
 
 def _runs(count: int) -> str:

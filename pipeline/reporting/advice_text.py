@@ -1,0 +1,134 @@
+"""Advice in words: the answer of `python -m pipeline.advise`, line by line.
+
+Library; advice.py decides.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from pipeline.core.compose import ROOT
+from pipeline.records.results import Result
+from pipeline.reporting import words as f
+from pipeline.reporting.advice import Advice, Candidate, above
+from pipeline.reporting.evidence import Expected
+from pipeline.reporting.verdict import Saying, sentences
+
+SHOWN_CELLS = 6
+
+
+def answer(advice: Advice) -> list[str]:
+    need, chosen = advice.need, advice.chosen
+    asked = [f"{need.train_rows:,} training rows"]
+    asked += [f"{need.gpu_memory_gb:g} GiB"] if need.gpu_memory_gb is not None else []
+    asked += [f"{need.hours:g} h"] if need.hours is not None else []
+    asked += [f"at least {100 * need.metric_floor:g}%"] if need.metric_floor is not None else []
+    lines = [f"{need.task or advice.task} with {advice.model}: {', '.join(asked)}", ""]
+    if advice.borrowed:
+        there = ", ".join(f"{task} with {model}" for task, model in advice.borrowed)
+        lines += [f"Nothing was measured on {advice.task} with {advice.model}. What follows is of {there}: it tells which technique to try first.", ""]
+    if chosen is None:
+        lines.append(f"No evidence fits: {advice.reason}.")
+    else:
+        lines += [*(text.replace("`", "") for text in _verdict(advice, chosen)), "", *_facts(advice, chosen)]
+    others = [c for c in advice.candidates if c is not chosen and c.out is None]
+    if others:
+        lines += ["", "Others:", *(f"  {_line(c)}" for c in others)]
+    if advice.elsewhere:
+        lines += ["", "Not measured here, expected from other tasks and models, and no part of the verdict:", *(f"  {_expected(c)}" for c in advice.elsewhere)]
+        first = advice.elsewhere[0]
+        if chosen and above(first, chosen):
+            lines += [f"  {first.technique} is expected above {chosen.technique}; try it: {_command(first, advice)}"]
+    gone = [c for c in advice.candidates if c.out is not None]
+    if gone:
+        lines += ["", "Ruled out:", *(f"  {c.technique}: {c.out}" for c in gone)]
+    return lines
+
+
+def _verdict(advice: Advice, chosen: Candidate) -> list[str]:
+    """The report's sentences; where the level is not known, what is expected of the differences."""
+    verdict = advice.verdict
+    assert verdict and chosen.accuracy
+    rows = "test rows" if verdict.evidence and verdict.evidence.rows else ""
+    saying = Saying("expected accuracy" if not rows else "accuracy", rows)
+    if chosen.accuracy.told:
+        return sentences(verdict, saying)
+    further = sentences(replace(verdict, below_base=()), saying)[1:]  # not the figures of the first one, nor of what would lie below the base
+    if verdict.kind == "do_not_train":
+        return [f"Do not train yet: {chosen.technique} is expected to be as good. How well it will answer is not known.", *further]
+    base = verdict.base
+    gap = f", {f.points(chosen.accuracy.value - base.value)} points beyond the untouched base" if base else ""
+    return [f"Try {chosen.technique} first: it is expected among the best{gap}. How well it will answer is not known; one run tells.", *further]
+
+
+def failures(results: Sequence[Result], advice: Advice) -> list[str]:
+    """Cells of the advice's task that ended out of memory or diverged: a result, but none of accuracy."""
+    lines = []
+    for status, heading in (("oom", "Ended out of memory"), ("diverged", "Diverged")):
+        groups = Counter(
+            (r.technique, r.train_rows, str(r.hardware.get("gpu") or r.hardware.get("cpu"))) for r in results
+            if r.status == status and (r.task, r.model) in ((advice.task, advice.model), *advice.borrowed)
+        )
+        lines += ["", f"{heading} (so without an accuracy):"] if groups else []
+        lines += [f"  {name} at {rows:,} rows on {machine}: {count} cell{'s' if count > 1 else ''}" for (name, rows, machine), count in sorted(groups.items())]
+    return lines
+
+
+def _facts(advice: Advice, chosen: Candidate) -> list[str]:
+    result = chosen.nearest.cell.result
+    settings = ", ".join(f"{k} {v}" for k, v in result.hyperparameters.items())
+    varied = "+" in chosen.nearest.cell.label or result.tuning is not None
+    cells = [str(s.cell.folder) for s in chosen.evidence]
+    more = f" and {len(cells) - SHOWN_CELLS} more" if len(cells) > SHOWN_CELLS else ""
+    assert chosen.accuracy
+    told = [] if chosen.accuracy.told else [f"  what would tell     a run of {chosen.technique} there: the others are expected from it"]
+    return [
+        f"  expected accuracy   {_percent(chosen.accuracy)} of a new run ({chosen.accuracy.basis})",
+        *told,
+        f"  memory              {_size(chosen.memory)}",
+        f"  training time       {_duration(chosen.train_s)}",
+        f"  settings            {settings or 'none'}",
+        f"  to run it           {_command(chosen, advice)}{' with the settings above' if varied else ''}",
+        f"  evidence            {', '.join(cells[:SHOWN_CELLS])}{more}",
+    ]
+
+
+def _command(one: Candidate, advice: Advice) -> str:
+    """What trains the technique on what was asked for."""
+    result, rows = one.nearest.cell.result, advice.need.train_rows
+    own = advice.task == one.nearest.task and not (ROOT / "conf" / "task" / f"{advice.task}.yaml").exists()  # written out in the experiment's file
+    task = "" if own else f" task={advice.task}"
+    model = "" if advice.model == one.nearest.model else f" model={advice.model}"
+    return f"python -m pipeline.train experiments={result.experiment} technique={result.technique}{task}{model} train_rows={rows}"
+
+
+def _expected(one: Candidate) -> str:
+    assert one.accuracy
+    gap = "" if one.gap is None else f" ({f.points(one.gap[0])} points, {f.points(one.gap[1])} to {f.points(one.gap[2])})"
+    return f"{one.technique}: {_percent(one.accuracy)}{gap}, memory {_size(one.memory)}, training {_duration(one.train_s)}"
+
+
+def _line(one: Candidate) -> str:
+    return f"{_expected(one)}; {one.standing}"
+
+
+def _percent(value: Expected) -> str:
+    if value.low is None or value.high is None:
+        return "not known"
+    if not value.told:
+        return f"not known [{100 * value.low:.0f} to {100 * value.high:.0f}%]"
+    return f"{100 * value.value:.1f}% [{100 * value.low:.1f} to {100 * value.high:.1f}]"
+
+
+def _duration(value: Expected | None) -> str:
+    return "—" if value is None else f"{f.duration(value.value)}{_range(value, f.duration)} ({value.basis})"
+
+
+def _size(value: Expected | None) -> str:
+    return "— (neither forecast nor measured on a GPU)" if value is None else f"{f.size(value.value)}{_range(value, f.size)} ({value.basis})"
+
+
+def _range(value: Expected, show: Callable[[float], str]) -> str:
+    return " [one run tells no interval]" if value.low is None or value.high is None else f" [{show(value.low)} to {show(value.high)}]"
