@@ -104,6 +104,8 @@ def stopping(monkeypatch, at, number=signal.SIGTERM, rank=1):
     (FULL, FSDP, ["train.parallel=fsdp", "train.gpus=1"]),
     pytest.param(FULL, ["train.parallel=fsdp", "train.gpus=1"], FSDP, marks=pytest.mark.slow),
     pytest.param(FULL, FSDP, ["train.parallel=fsdp", "train.gpus=3"], marks=pytest.mark.slow),
+    pytest.param([*FULL, "train.batch_size=8", "train_rows=48"], ["train.parallel=fsdp", "train.gpus=4"], FSDP, marks=pytest.mark.slow),
+    pytest.param([*FULL, "train.batch_size=8", "train_rows=48"], ["train.parallel=fsdp", "train.gpus=4"], ["train.parallel=fsdp", "train.gpus=8"], marks=pytest.mark.slow),
     pytest.param(LORA, DDP, [], marks=pytest.mark.slow),
     pytest.param([*FULL, "train.engine=fast"], DDP, [], marks=pytest.mark.slow),
     pytest.param(LORA, [], DDP, marks=pytest.mark.slow),
