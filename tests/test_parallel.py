@@ -29,6 +29,8 @@ from pipeline.training.stepping import Eager, Fast
 SHORT = ["train.epochs=1", "train.batch_size=6", "train_rows=32", "train.validations=2", "precision=fp32", "evaluate.latency_rows=0"]
 DDP, FSDP = (["train.parallel=ddp", "train.gpus=2"], ["train.parallel=fsdp", "train.gpus=2"])
 LORA, FULL = ["technique=lora", "train.lr=1e-2"], ["technique=full", "train.lr=1e-3"]
+WIDE = [*FULL, "train.batch_size=8", "train_rows=48"]
+"""As many rows in a step as there are ranks at most."""
 pytestmark = pytest.mark.usefixtures("imports")
 
 
@@ -104,8 +106,8 @@ def stopping(monkeypatch, at, number=signal.SIGTERM, rank=1):
     (FULL, FSDP, ["train.parallel=fsdp", "train.gpus=1"]),
     pytest.param(FULL, ["train.parallel=fsdp", "train.gpus=1"], FSDP, marks=pytest.mark.slow),
     pytest.param(FULL, FSDP, ["train.parallel=fsdp", "train.gpus=3"], marks=pytest.mark.slow),
-    pytest.param([*FULL, "train.batch_size=8", "train_rows=48"], ["train.parallel=fsdp", "train.gpus=4"], FSDP, marks=pytest.mark.slow),
-    pytest.param([*FULL, "train.batch_size=8", "train_rows=48"], ["train.parallel=fsdp", "train.gpus=4"], ["train.parallel=fsdp", "train.gpus=8"], marks=pytest.mark.slow),
+    pytest.param(WIDE, [FSDP[0], "train.gpus=4"], FSDP, marks=pytest.mark.slow),
+    pytest.param(WIDE, [FSDP[0], "train.gpus=4"], [FSDP[0], "train.gpus=8"], marks=pytest.mark.slow),
     pytest.param(LORA, DDP, [], marks=pytest.mark.slow),
     pytest.param([*FULL, "train.engine=fast"], DDP, [], marks=pytest.mark.slow),
     pytest.param(LORA, [], DDP, marks=pytest.mark.slow),
