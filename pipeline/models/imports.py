@@ -1,13 +1,14 @@
 """transformers and PEFT without what they import and nothing here asks for.
 
-Library. transformers takes scipy's optimisers for the losses of object detection. PEFT takes bitsandbytes at its own import and whenever it wraps a
-model's layers, rounded or not: it brings torch's compiler with it, takes as long as torch, and with a GPU build starts CUDA (a process that is forked
-later could not use it then).
+Library. transformers takes scipy's optimisers for the losses of object detection and, in 5.17, scikit-learn with all of scipy and pandas for assisted
+generation: as long as torch itself. PEFT takes bitsandbytes at its own import and whenever it wraps a model's layers, rounded or not: it brings torch's
+compiler with it, takes as long as torch, and with a GPU build starts CUDA (a process that is forked later could not use it then).
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,17 +17,18 @@ from pipeline.models.base import quantised
 
 KNOWN = (("peft.import_utils", "is_bnb_available"), ("peft.import_utils", "is_bnb_4bit_available"),
          ("transformers.utils.import_utils", "is_bitsandbytes_available"), ("accelerate.utils.imports", "is_bnb_available"),
-         ("transformers.utils.import_utils", "is_scipy_available"))
+         ("transformers.utils.import_utils", "is_scipy_available"), ("transformers.utils.import_utils", "is_sklearn_available"))
 """Functions that remember whether a package can be imported."""
+EVERY = ("transformers.modeling_utils", "transformers.generation.utils")
+"""What every language model inherits from."""
 
 
 def import_transformers() -> None:
     """Import what all models of transformers rest on."""
-    import transformers
-
-    if f"{transformers.__name__}.modeling_utils" not in sys.modules:
-        with _absent("scipy"):
-            import transformers.modeling_utils  # noqa: F401
+    if not sys.modules.keys() >= {*EVERY}:
+        with _absent("scipy"), _absent("sklearn"):
+            for module in EVERY:
+                importlib.import_module(module)
 
 
 def import_peft() -> None:
