@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.cell import record
 from pipeline.cell.evaluation import evaluate, score_answers, validate
 from pipeline.cell.identity import answers_of, checkpoint_of, discard_training, packed_of
 from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, encoded, load_inputs, named, rounds_nothing
+from pipeline.cell.waking import woken
 from pipeline.core.collector import uncollected
 from pipeline.measure import machine, turns
 from pipeline.measure.clock import Meter
@@ -71,7 +71,7 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
     meter.waited = turns.waited_s
     try:
         # turns start the GPU in one process at a time, and a rank has its own
-        with meter.phase("startup"), uncollected(), _woken("cpu" if shared.turns or ranks.joined else cfg.device):
+        with meter.phase("startup"), uncollected(), woken("cpu" if shared.turns or ranks.joined else cfg.device):
             if rounds_nothing(cfg):
                 import_peft()
             parts = build_parts(cfg, splits)
@@ -108,27 +108,6 @@ def run(cfg: DictConfig, *, shared: Shared | None = None, splits: tuple[str, ...
         record.write(folder, cfg, result, predictions)
         discard_training(cfg)
     return result
-
-
-@contextlib.contextmanager
-def _woken(device: str) -> Iterator[None]:
-    """Start the GPU, which takes a second or more, beside the imports that are made inside."""
-    import torch
-
-    if torch.version.cuda is None or device == "cpu":
-        yield
-        return
-
-    def wake() -> None:
-        with contextlib.suppress(Exception):  # whatever is wrong with it, whoever needs it will say
-            torch.zeros(1, device="cuda")
-
-    thread = threading.Thread(target=wake)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
 
 
 def set_up(parts: Parts, shared: Shared) -> dict[str, Any]:
