@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.core import commands, settings
 from pipeline.core import compose as compose_module
-from pipeline.core import settings
 from pipeline.core.compose import CONF, ROOT, build, compose, plain
 from pipeline.core.files import UserError
 from pipeline.core.peft_files import DEFAULTS
@@ -119,6 +121,23 @@ def test_composed_by_parts_is_what_hydra_composes(words):
     whole = said(compose_module._by_hydra)
     for _ in range(2):
         assert said(compose_module._by_parts) == whole
+
+
+@pytest.mark.parametrize("words", [[], AS_HYDRA[1], AS_HYDRA[4]], ids=" ".join)
+def test_a_command_line_without_flags_is_composed_once_as_hydra_composes_it_twice(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    taken: list[object] = []
+
+    def run(cfg: DictConfig, overrides: list[str]) -> int:
+        root = logging.getLogger()
+        taken.append((OmegaConf.to_container(cfg), OmegaConf.is_struct(cfg), OmegaConf.is_readonly(cfg), overrides, root.level, len(root.handlers)))
+        return 3
+
+    for composing in (commands._by_hydra, lambda run: commands._composed_once(run, words)):
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        assert composing(run) == 3
+    assert taken[0] == taken[1]
 
 
 def test_a_yaml_that_changes_is_composed_anew_and_a_config_that_is_changed_spoils_no_other(tmp_path, monkeypatch):

@@ -17,10 +17,11 @@ from pathlib import Path
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.core.utils import configure_log
+from omegaconf import DictConfig, open_dict, read_write
 
 from pipeline.core.arguments import overrides_help, quiet
-from pipeline.core.compose import CONF, WRONG_CONFIG, check_places, compose, explain, spelled_out
+from pipeline.core.compose import CONF, WRONG_CONFIG, check_places, compose, explain, names_hydra, spelled_out
 from pipeline.core.files import UserError
 from pipeline.core.settings import check_top
 
@@ -59,7 +60,22 @@ def _in_process(run: Run, argv: Sequence[str]) -> int | None:
     return run(cfg, spelled_out(argv))
 
 
-def _command_line(run: Run) -> int:
+def _command_line(run: Run) -> int | None:
+    words = sys.argv[1:]
+    return _by_hydra(run) if any(word.startswith("-") or names_hydra(word) for word in words) else _composed_once(run, words)
+
+
+def _composed_once(run: Run, words: Sequence[str]) -> int | None:
+    """What `_by_hydra` does where no flag and no key of Hydra's is given: Hydra composes a config twice, the first time to look whether it is a sweep."""
+    cfg = compose(words, hydra_config=True)
+    configure_log(cfg.hydra.job_logging, cfg.hydra.verbose)
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+    check_top(cfg)
+    return run(cfg, spelled_out(words))
+
+
+def _by_hydra(run: Run) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that `explain` words it
     code = 0
     refused: list[UserError] = []

@@ -46,12 +46,17 @@ def compose(overrides: Sequence[str] = (), hydra_config: bool = False) -> DictCo
     """
     try:
         words = spelled_out(overrides)
-        about_hydra = hydra_config or any(word.lstrip("+~").startswith(("hydra.", "hydra/")) for word in words)
+        about_hydra = hydra_config or any(map(names_hydra, words))
         cfg = _by_hydra(words, hydra_config) if about_hydra else _by_parts(words)
         check_places(cfg, overrides)
         return cfg
     except WRONG_CONFIG as error:
         raise UserError(explain(error)) from error
+
+
+def names_hydra(word: str) -> bool:
+    """Whether an override is one of Hydra's own settings."""
+    return word.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
 def _by_hydra(words: Sequence[str], hydra_config: bool = False) -> DictConfig:
