@@ -55,20 +55,38 @@ except ImportError:
 sys.exit(grid.run_cells(cells, limit=limit))
 """
 """What `pipeline.cells` does, for cells that are no whole grid; runs in this checkout and in older ones."""
+PARTS = {
+    "pipeline.cell.run": ("run", "import_peft", "build_parts", "set_up", "load_inputs", "wrap", "encoded", "import_scoring"),
+    "pipeline.cell.inputs": ("load_task", "load_stored", "load_model", "_load_tokenizer"),
+    "pipeline.training.stepping": ("Fast", "_fast"),
+}
+"""What `start` times of a cell before it trains, by module."""
 WATCHED = """
-import runpy, sys
+import functools, importlib, json, runpy, sys
 from pathlib import Path
 from pipeline.core import progress
 from pipeline.measure.clock import now, process_start
-began, begin, path = process_start(), progress.stage, Path(sys.argv.pop(1))
+began, begin, path, parts, times = process_start(), progress.stage, Path(sys.argv.pop(1)), json.loads(sys.argv.pop(1)), {}
+def timed(work, name):
+    @functools.wraps(work)
+    def call(*args, **more):
+        times[name] = [now() - began, None]
+        try:
+            return work(*args, **more)
+        finally:
+            times[name][1] = now() - began
+    return call
+for module, names in parts.items():
+    for name in names:
+        setattr(importlib.import_module(module), name, timed(getattr(importlib.import_module(module), name), name))
 def stage(name):
     if name == "train":
-        path.write_text(str(now() - began))
+        path.write_text(json.dumps({**times, "train": [now() - began, None]}))
     begin(name)
 progress.stage = stage
 runpy.run_module("pipeline.train", run_name="__main__", alter_sys=True)
 """
-"""`pipeline.train`, which writes down how many seconds after its start the training loop begins."""
+"""`pipeline.train`, which writes down when, in seconds after its start, the training loop and each of these parts of a cell begin and end."""
 
 
 def cells_of(name: str, count: int | None) -> list[dict[str, Any]]:
@@ -135,21 +153,36 @@ def measure(stack: str, options: dict[str, str], more: Sequence[str]) -> dict[st
 
 
 def start(options: dict[str, str], more: Sequence[str]) -> dict[str, Any]:
-    """Run one LoRA cell of the set's experiment by `pipeline.train` twice; of the second, which finds all caches warm, seconds until training begins."""
+    """Run one LoRA cell of the set's experiment by `pipeline.train` twice; of the second, which finds all caches warm, seconds until training begins.
+
+    parts_s: of these `begins` (imports of the command, its config, checks), `torch` (its import), `import_peft` (with transformers), `gpu` (waiting for it
+    once all is imported), and what other functions of a cell took: load_stored, load_model (its move to the device) and _load_tokenizer, which overlaps
+    it, are within load_inputs; `Fast` (the engine's own imports and buffers) and the captures make up _fast.
+    """
     folder = (Path(options["work"]) / "start").resolve()
     cell = next(c for c in cells_of(options["set"], None) if c["technique"] == "lora")
     words = [*(f"{key}={value}" for key, value in cell.items()), *_places(options), f"paths.work={folder}/work", "tracking=none", "train.progress=false",
              "train.steps=4", "train.validations=0", "evaluate.test_rows=8", "evaluate.forgetting=false", "evaluate.latency_rows=0", *more]
     phases: dict[str, float] = {}
-    trains = folder / "trains_after_s"
+    trains = folder / "trains.json"
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton")}
     for number in ("first", "second"):
         results = folder / f"{number}-{datetime.now(UTC):%H%M%S}"
-        subprocess.run([sys.executable, "-c", WATCHED, str(trains), *words, f"paths.results={results}"], cwd=ROOT, env=environment, check=True)
+        command = [sys.executable, "-c", WATCHED, str(trains), json.dumps(PARTS), *words, f"paths.results={results}"]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
         phases = json.loads(next(results.glob("*/*/result.json")).read_text())["phases"]
     parts = {key: phases[key] for key in ("startup_s", "load_s", "warmup_s")}  # start-up also holds what is imported after training
-    return {"stack": "start", "set": options["set"], "trains_after_s": round(float(trains.read_text()), 2), **parts, "commit": _commit(ROOT), **_machine()}
+    times = json.loads(trains.read_text())
+    return {"stack": "start", "set": options["set"], "trains_after_s": round(times["train"][0], 2), **parts, "parts_s": _parts_s(times),
+            "commit": _commit(ROOT), **_machine()}
+
+
+def _parts_s(times: dict[str, list[float]]) -> dict[str, float]:
+    """Seconds of each part, of what WATCHED wrote: (begin, end) by name, in the order of their beginnings; a part that has not ended has none of its own."""
+    names = list(times)
+    gaps = {"begins": times["run"][0], "torch": times[names[1]][0] - times["run"][0], "gpu": times["load_inputs"][0] - times["set_up"][1]}
+    return {name: round(seconds, 3) for name, seconds in {**gaps, **{n: end - at for n, (at, end) in times.items() if end is not None}}.items()}
 
 
 def _places(options: dict[str, str]) -> list[str]:
