@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from benchmarks import throughput
 from pipeline.cell import inputs, source, waking
-from pipeline.core.collector import uncollected
+from pipeline.core.collector import collected_once, uncollected
 from pipeline.core.compose import ROOT, compose
 from pipeline.core.files import UserError
 
@@ -191,6 +192,22 @@ def test_the_collector_rests_while_imports_are_made_and_works_afterwards():
         1 / 0  # noqa: B018
     assert gc.isenabled()
     gc.unfreeze()
+
+
+def test_a_tokenizer_is_read_without_collections_and_what_was_let_go_is_freed_at_the_end(overrides, monkeypatch):
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    monkeypatch.setattr(inputs, "load_tokenizer", lambda *_: (gc.isenabled(), weakref.ref(Cycle())))
+    before = gc.get_freeze_count()
+    collects, let_go = inputs._load_tokenizer(inputs.build_parts(compose([*overrides, "technique=lora"])), inputs.Shared())
+    assert not collects and let_go() is None and gc.isenabled() and gc.get_freeze_count() == before
+    gc.disable()
+    with collected_once():
+        pass
+    assert not gc.isenabled(), "whoever has it rest goes on"
+    gc.enable()
 
 
 def test_what_is_forked_while_cells_are_prepared_collects(overrides):

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.cell import identity
-from pipeline.core.collector import uncollected
+from pipeline.core.collector import collected_once, uncollected
 from pipeline.core.compose import build, plain
 from pipeline.core.files import Unsuited, UserError, read_object
 from pipeline.core.names import class_of
@@ -340,7 +340,10 @@ def load_encoder(parts: Parts, shared: Shared, base: Any) -> Encoder:
 
 
 def _load_tokenizer(parts: Parts, shared: Shared) -> Any:
-    return shared.tokenizers.get(parts.model) or load_tokenizer(parts.model, parts.settings.model.trust_remote_code)
+    if parts.model in shared.tokenizers:
+        return shared.tokenizers[parts.model]
+    with collected_once():
+        return load_tokenizer(parts.model, parts.settings.model.trust_remote_code)
 
 
 def _encoder(parts: Parts, tokenizer: Any, base: Any) -> Encoder:
