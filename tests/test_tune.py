@@ -263,6 +263,17 @@ def test_at_the_edge_the_rest_of_the_same_budget_goes_beyond(tmp_path, overrides
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("choices", [[1e-4, 1e-3, 1e-2], [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]])
+def test_a_budget_that_is_spent_or_choices_that_go_on_nowhere_are_one_part(tmp_path, overrides, monkeypatch, imports, choices):
+    runs = Runs(monkeypatch, lambda lr, r: min(1.0, 0.5 + (math.log10(lr) + 6) / 10))
+    seen = []
+    monkeypatch.setattr(search_tuning, "_sweep", lambda *given, own=search_tuning._sweep: seen.append(given[2]) or own(*given))
+    budget = 2 if len(choices) == 3 else 7
+    assert tune.main([*words_in(tmp_path, overrides), f"tune.trials={budget}", f"+search={{train.lr: {{choices: {choices}}}}}", "tune.only=[train.lr]"]) == 0
+    assert len(runs.seen) == budget and seen[0] == budget and {t["part"] for t in tuned_file(tmp_path).trials} == {"declared"}
+
+
+@pytest.mark.slow
 def test_trials_that_fail_are_counted_and_not_replaced(tmp_path, overrides, monkeypatch, imports, capsys):
     outcomes = iter([None, "error", 0.0, 0.7, None, "error"])
     runs = Runs(monkeypatch, lambda lr, r: next(outcomes))

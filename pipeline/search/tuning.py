@@ -87,7 +87,7 @@ def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
         print(f"{label}: skipped, it trains nothing and names nothing else to search")
         return None
     print(f"{label}: {budget} trials over {', '.join(space.searched)}", flush=True)
-    first = math.ceil(budget * FIRST_SHARE)
+    first = math.ceil(budget * FIRST_SHARE) if _widens(space) else budget
     try:
         trials = _part("declared", cfg, space, first, shared)
         added, edges = widened(space, trials)
@@ -95,7 +95,7 @@ def tune(cfg: DictConfig, budget: int, shared: Shared) -> tuned.Tuned | None:
         for e in edges:
             then = f"{left} trials go to {e.widened}" if e.widened else "there is no room to widen it"
             print(f"{label}: the best {e.key}, {number(e.value)}, is at the {e.side} edge; {then}", flush=True)
-        if any(e.widened for e in edges):
+        if left and any(e.widened for e in edges):
             trials += _part("widened", cfg, added, left, shared)
             edges = [replace(e, still=_still(e, added, trials)) for e in edges]
         else:
@@ -191,6 +191,11 @@ def edge_of(parameter: Parameter, value: Any, tried: Sequence[Any]) -> str | Non
     if place <= OUTER and value <= min(tried):
         return "low"
     return "high" if place >= 1 - OUTER and value >= max(tried) else None
+
+
+def _widens(space: Space) -> bool:
+    """Whether anything could be added at an edge; where not, the whole budget is one part, which a pack can begin at once."""
+    return any(_beyond(one, end, side) for one in space.searched.values() for end in one.extremes if (side := edge_of(one, end, [end])))
 
 
 def _still(edge: Edge, added: Space, trials: Sequence[dict[str, Any]]) -> bool:
