@@ -4,11 +4,13 @@
     python -m benchmarks.slot plan experiments=step_by_step_cqa        what there is to do, and what is done
     … techniques=full,lora sizes=0,1        those techniques (lora+r8: a variant), those of the grid's numbers of training rows, by their place
 
-The words after -- are Hydra's, for every job. Jobs come in this order: tuning, then cells, the fewest training rows first; of these the first technique of
-every experiment, then the second. A cell whose technique is not tuned yet waits for that. Cells that packs train (seeds of an adapter) are one job, others
-one each. Every result says that it shared the GPU (share=true): accuracies count, times and memory do not; measure those with pipeline.cells.
-A job is locked by its process, which a kill undoes. Artefacts are deleted as soon as a cell is done (artefacts=keep: not), so that a disk holds hundreds of
-cells. limit_s counts from the command's start; it ends some ten seconds later. Exit codes: 0 nothing is missing, 1 something is, 2 bad input.
+The words after -- are Hydra's, for every job; stale=keep among them: what is of older code alone stands (without it a commit between two slots runs all again).
+Jobs come in this order: tuning, then cells, the fewest training rows first; of these the first technique of every experiment, then the second. A cell whose
+technique is not tuned yet waits for that. Cells that packs train (seeds of an adapter) are one job, others one each; an untouched base and a teacher, whose
+answers no seed changes, have the first seed alone. Every result says that it shared the GPU (share=true): accuracies count, times and memory do not; measure
+those with pipeline.cells. A job is locked by its process, which a kill undoes. Artefacts are deleted as soon as a cell is done (artefacts=keep: not), so that a
+disk holds hundreds of cells. limit_s counts from the command's start; it ends some ten seconds later.
+Exit codes: 0 nothing is missing, 1 something is, 2 bad input.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from benchmarks import processes
-from pipeline.cell import grid, identity, inputs, packing, pool
+from pipeline.cell import grid, identity, inputs, packing, pool, record
+from pipeline.cell.child import GRACE_S as CELL_GRACE_S
 from pipeline.cell.child import limited, pause
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.compose import SUFFIX, by_key, compose, without
@@ -37,6 +40,7 @@ from pipeline.core.files import UserError, discard_folder
 from pipeline.core.locks import Busy, held
 from pipeline.measure.clock import Stopwatch
 from pipeline.records import tuned
+from pipeline.records.finished import SEEDLESS
 from pipeline.search import tuning
 
 OWN = {"techniques": "", "sizes": "", "gpus": "", "processes": "1", "limit_s": "inf", "artefacts": "drop"}
@@ -66,7 +70,7 @@ class Job:
         if not self.cells:
             return tuned.path_of(_composed(self.words)).exists()
         cells = self.configs()
-        return cells is not None and all(map(grid.is_done, cells))
+        return cells is not None and all(map(grid.stands, cells))
 
     @property
     def lock(self) -> Path:
@@ -106,13 +110,14 @@ def jobs(experiments: Sequence[str], words: Sequence[str], techniques: Sequence[
         tuned_at = compose(own).tune.rows
         for at, entry in chosen:
             plain = (*own, entry[0].removesuffix(SUFFIX), *entry[1:])
-            packs = packing.packs(_composed(plain)) and len(axes["seeds"]) > 1
+            packs, seedless = packing.packs(_composed(plain)) and len(axes["seeds"]) > 1, record.kind_of(_composed(plain)) in SEEDLESS
             for size in sizes or range(len(axes["train_rows"])):
                 rows = axes["train_rows"][size]
                 tuning_words = (*plain, f"train_rows={rows if tuned_at is None else tuned_at}")
                 if entry[0].endswith(SUFFIX):
                     first.append((at, Job(f"{experiment}.{_label(entry)}.tune.{by_key(tuning_words)['train_rows']}", tuning_words)))
-                every = tuple((*without(own, "seed"), *entry, f"seed={seed}", f"train_rows={rows}") for seed in axes["seeds"])
+                seeds = axes["seeds"][:1] if seedless else axes["seeds"]
+                every = tuple((*without(own, "seed"), *entry, f"seed={seed}", f"train_rows={rows}") for seed in seeds)
                 for cells in [every] if packs else [(one,) for one in every]:
                     name = f"{experiment}.{_label(entry)}.n{rows}" + ("" if packs else f".s{by_key(cells[0])['seed']}")
                     then.append(((size, at), Job(name, tuning_words, cells)))
@@ -139,7 +144,7 @@ class Slot:
     keep: bool
 
     def over(self, parent: int) -> bool:
-        return self.watch.peek() > self.limit_s or os.getppid() != parent  # nobody is left to wait for it
+        return self.watch.peek() > self.limit_s - CELL_GRACE_S or os.getppid() != parent  # what begins is asked to end at once; nobody is left to wait for it
 
     def work(self) -> None:
         """Take jobs that nobody else does until none is left or the time is up."""
@@ -238,7 +243,7 @@ def tell(every: Sequence[Job]) -> int:
     for job in every:
         at = by_key(job.words)["experiments"], "cells" if job.cells else "tunings"
         whole[at] += len(job.cells) or 1
-        done[at] += sum(map(grid.is_done, job.configs() or [])) if job.cells else job.done
+        done[at] += sum(map(grid.stands, job.configs() or [])) if job.cells else job.done
     for (experiment, kind), count in whole.items():
         print(f"{experiment}: {done[experiment, kind]} of {count} {kind} are done")
     return int(done != whole)

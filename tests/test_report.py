@@ -137,6 +137,17 @@ def test_a_cell_out_of_memory_has_no_metric_that_could_differ(home: Path) -> Non
     assert run(home) == 0 and set(table(home)) == {"full", "step_by_step"}
 
 
+def test_one_cell_of_what_no_seed_changes_is_all_of_them(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The untouched base and the teacher answer alike whatever the seed, so benchmarks.slot runs them once."""
+    write_grid(home, {"techniques": ["zero_shot", "teacher", "few_shot"], "seeds": [0, 1], "train_rows": [200, 300]})
+    for name in ("zero_shot", "teacher", "few_shot"):
+        keep(home / "results", result(name, 195))
+    assert run(home) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if "not run" in line)
+    assert set(said.partition("not run: ")[2].split(", ")) == {
+        *(f"{name}-s{seed}-n300" for name in ("zero_shot", "teacher", "few_shot") for seed in (0, 1)), "few_shot-s1-n200"}
+
+
 def test_missing_and_lost_cells_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_experiment(home / "results")
     run(home)

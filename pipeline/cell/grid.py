@@ -398,6 +398,12 @@ def is_done(cfg: DictConfig) -> bool:
     return there is not None and not there[1] and counts_here(there[0], cfg)
 
 
+def stands(cfg: DictConfig) -> bool:
+    """Whether the cell need not run: it is done, or but for older code it is, and stale=keep."""
+    there = identity.standing(cfg)
+    return there is not None and not there[1].other and (cfg.stale == "keep" or not there[1].code) and counts_here(there[0], cfg)
+
+
 def counts_here(result: Result, cfg: DictConfig) -> bool:
     """Whether a result says what this machine would: one that ran out of memory, of its own hardware and limit alone."""
     if result.status != "oom":

@@ -114,6 +114,11 @@ def _named(cfg: DictConfig, settings: Settings, method: Method, objective: Objec
     }
 
 
+def kind_of(cfg: DictConfig) -> str:
+    """One of results.KINDS, of a cell that may not have run."""
+    return _kind(build(cfg.method, "method"), build(cfg.objective, "objective"))
+
+
 def _kind(method: Method, objective: Objective) -> str:
     """One of results.KINDS."""
     if method.answers_without_model:

@@ -21,6 +21,8 @@ from pipeline.records.results import read as read_result
 FROM_FILES = "peft_config"  # python -m pipeline.peft_configs adds such cells to any experiment
 COMPARABLE = ("task", "model", "metric")
 """What cells that are ranked together have in common."""
+SEEDLESS = ("base", "teacher")
+"""Kinds of technique whose answers no seed changes."""
 NAME = re.compile(r"(?P<technique>[^+]+?)(\+(?P<variant>.+))?-s(?P<seed>\d+)-n(?P<rows>\d+|all)")
 
 
@@ -80,7 +82,7 @@ def names(grid: dict[str, Any]) -> list[str]:
 
 
 def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:
-    """The cells below results/<experiment>/ that the grid holds, and the names of those that have no result.
+    """The cells below results/<experiment>/ that the grid holds, and the names of those that have no result; of a technique that no seed changes, one is all.
 
     Cells that were taken out of the grid stay on disk unread. A variant (a sweep's confirm cell) comes with its technique.
 
@@ -93,7 +95,14 @@ def select(root: Path, grid: dict[str, Any]) -> tuple[list[Cell], list[str]]:
     by_name = {cell.folder.name: cell for cell in cells}
     if not by_name:
         raise UserError(f"{root} holds none of the grid's {len(wanted)} cells; run: python -m pipeline.cells experiments={root.name}")
-    return list(by_name.values()), [name for name in wanted if name not in by_name]
+    seedless = {(cell.label, cell.rows) for cell in cells if cell.result.kind in SEEDLESS}
+    return list(by_name.values()), [name for name in wanted if name not in by_name and _place(name) not in seedless]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """A cell's label and number of rows, by its name."""
+    label, _, rest = name.rpartition("-s")
+    return label, rest.partition("-n")[2]
 
 
 def variant_label(technique: str, variant: str) -> str:
