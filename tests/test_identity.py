@@ -197,6 +197,18 @@ def test_another_task_or_model_is_not_replaced(done, tiny, tmp_path, capsys):
     assert "holds another cell (other data)" in capsys.readouterr().err
 
 
+def test_a_base_with_the_same_weights_is_the_same_wherever_it_came_from(done, tiny, tmp_path):
+    """A lent machine made it from a local file; every cell of before counted as another one's and stopped the command."""
+    shutil.copytree(tiny / "models", tmp_path / "models")
+    path = tmp_path / "models/smollm2_135m/manifest.json"
+    about = read_json(path)
+    elsewhere = compose([*done, f"paths.models={tmp_path}/models"])
+    write_json(path, {**about, "source": {"type": "local", "path": "elsewhere.gguf"}})
+    assert grid.is_done(elsewhere)
+    write_json(path, {**about, "sha256": "0" * 64})
+    assert identity.standing(elsewhere)[1].inputs == ["model"]
+
+
 def test_the_same_cell_is_run_again_and_elsewhere_is_the_same(done, tiny, tmp_path):
     assert train.main(done) == 0
     shutil.copytree(tiny / "data", tmp_path / "moved")

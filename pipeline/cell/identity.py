@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from pipeline.cell import source
 from pipeline.core import names, settings
 from pipeline.core.compose import ROOT, build, plain
-from pipeline.core.files import UserError, discard, discard_folder, sha256
+from pipeline.core.files import UserError, discard, discard_folder, read_object, sha256
 from pipeline.data.recipe import Recipe
 from pipeline.records.finished import cell_at, name, read_or_name
 from pipeline.records.results import Result
@@ -227,10 +227,16 @@ def difference(result: Result, cfg: DictConfig) -> Difference:
     keys = [key for key in sorted(theirs.keys() | mine.keys()) if theirs.get(key) != mine.get(key)]
     config = [f"{key} {_shown(theirs.get(key))} -> {_shown(mine.get(key))}" for key in keys]
     there, here = _inputs_of(result), inputs(cfg)
-    moved = [key for key in sorted(there) if there[key] != here.get(key)]
+    moved = [key for key in sorted(there) if there[key] != here.get(key) and not (key == "model" and _same_weights(result, cfg))]
     recorded, now = result.provenance.get("code"), code(cfg)
     older = ["all"] if not isinstance(recorded, dict) else [path for path in sorted(recorded.keys() | now.keys()) if recorded.get(path) != now.get(path)]
     return Difference(config, moved, older)
+
+
+def _same_weights(result: Result, cfg: DictConfig) -> bool:
+    """Whether a base is the same though its manifest, which also says where it came from, is another."""
+    path, theirs = Path(cfg.paths.models) / cfg.model.name / "manifest.json", result.provenance.get("model_sha256")
+    return theirs is not None and path.exists() and read_object(path).get("sha256") == theirs
 
 
 def _inputs_of(result: Result) -> dict[str, Any]:
