@@ -1,22 +1,28 @@
-"""Commands on a machine that is lent for some minutes at a time: queues of them, in slots that each go on where the one before ended.
+"""Fill the time that a GPU machine is lent for: a plan's commands, in slots that a kill between two of them does not hurt.
 
-    python -m benchmarks.lease run plan=benchmarks/plans/tuners.yaml limit_s=560 out=FOLDER state=/tmp/lease -- paths.models=/tmp/models tracking=none
-    python -m benchmarks.lease show plan=benchmarks/plans/tuners.yaml state=/tmp/lease       what there is to do, and what is done
+    python -m benchmarks.lease run plan=benchmarks/plans/rest.yaml limit_s=560 out=$OUT -- paths.data=/tmp/data …      again in every slot
+    python -m benchmarks.lease show plan=benchmarks/plans/rest.yaml        what of it is done
+    python -m benchmarks.lease carry plan=benchmarks/plans/rest.yaml to=.carry shared=../shared       what must travel there (benchmarks/lease_carry.py)
 
-A plan is YAML: `queues`, each a list of commands that run one after another, queues beside each other, and `keep`, the files to bring back:
+    further words: root=/tmp (the folder for everything there), state=ROOT/lease, gpus=0,1 (those that there are), forget=NAME,…, all=true
 
-    keep: ["/tmp/results/**/result.json"]
-    queues:
-      gpu0:
-        - {name: cells, run: "python -m pipeline.cells experiments=quick {words}", gpus: "0", limit_s: 300, least_s: 40, after: [rates]}
+A plan is YAML: `commands`, the most valuable first, and `keep`, patterns of files to bring back. {root} stands for the root in both.
 
-    gpus: CUDA_VISIBLE_DEVICES; without it the machine's. limit_s: of the command, in all slots: after it the command counts as done, "cut".
-    least_s: a slot with less time left does not begin it. after: names, in any queue, that must be done. If one of those failed, it is not begun.
-    {words}: what stands after -- here. {left}: whole seconds until the slot ends, less 25.
+    name: tuners
+    run: python -m pipeline.cells experiments=tuners share=true {words}
+    gpus: 1                   GPUs that it has to itself, or all; CUDA_VISIBLE_DEVICES for it, and {gpus} in `run`. Without: none
+    limit_s: 300, least_s: 60 what it may take in all; a slot with less time left does not begin it
+    after: [rates], needs: [ray]      what must be over before, whatever became of it; what must have gone well
 
-A command that the slot's end interrupts (SIGINT; after 8 s SIGKILL to its whole group) is begun again in the next slot, so it must resume by itself. One that
-fails is done, too: forget=NAME,… begins it anew. Output goes to STATE/NAME.log, what became of a command to STATE/NAME.json. Every 90 s and at the end the logs
-and what `keep` matches are put into out/all.tar.xz, atomically. Exit codes: 0 all commands are done, 1 some are missing or failed, 2 bad input.
+    {words}: what stands after -- here. {left}: whole seconds until the slot or its own limit ends, less 25.
+
+A command begins when GPUs enough are free; until then none that comes later takes one, so a plan for two GPUs also runs on one. What wants more than there are
+and what needs one that failed or was passed over is passed over, with a sentence. A command that the slot's end interrupts (SIGINT; after 8 s SIGKILL to its
+whole group) is begun again in the next slot, so it must resume by itself; so is one that was told {left} and ends with 1 (something is missing) in the last
+minute. Another one that fails is done, too: forget=NAME begins it anew. Output goes to STATE/NAME.log, what became of a command to STATE/NAME.json.
+Every 90 s and at the end the logs and of what `keep` matches that which is new since the slot began (all=true: all of it, where an archive did not arrive) are
+put into out/all.tar.xz; above 15 MiB into all.tar.xz.0, .1, … of at most so much. Unpack either by: cat all.tar.xz* | tar xJ -C FOLDER (results come before
+predictions, so that the first parts alone are of use). Exit codes: 0 all commands are done, 1 some are missing or failed, 2 bad input.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import contextlib
 import dataclasses
 import glob
 import json
+import math
 import os
 import re
 import shlex
@@ -44,65 +51,71 @@ import yaml
 from pipeline.core.commands import key_values, words_entry
 from pipeline.core.files import UserError, write_json
 from pipeline.measure.clock import Stopwatch
+from pipeline.measure.machine import visible_gpus
 
-OWN = {"plan": "", "limit_s": "inf", "out": "", "state": "", "forget": ""}
+OWN = {"plan": "", "limit_s": "inf", "out": "", "state": "", "forget": "", "all": "false", "root": "/tmp", "gpus": ""}
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-LAST_WORDS_S, GRACE_S, PACK_S, MARGIN_S, LEFT_S = 12.0, 8.0, 90.0, 15.0, 25.0
-"""Before the slot's end commands are interrupted; after that they are killed; between packings; the least that one is begun for; what {left} leaves."""
+LAST_WORDS_S, GRACE_S, PACK_S, MARGIN_S, LEFT_S, ENDS_S = 12.0, 8.0, 90.0, 15.0, 25.0, 60.0
+"""Before the slot's end commands are interrupted; after that they are killed; between packings; the least that one is begun for; what {left} leaves; before the
+end one that heeds {left} may say that something is missing."""
+POLL_S = 0.2
+PART_BYTES = 15 * 2**20
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a plan, as the module says."""
+    """One command of a plan, as the module says. gpus: how many; None: all there are."""
 
     name: str
     run: str
-    gpus: str | None = None
-    limit_s: float = float("inf")
+    gpus: int | None = 0
+    limit_s: float = math.inf
     least_s: float = 0.0
     after: Sequence[str] = ()
+    needs: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """queues: by name, commands in their order. keep: patterns of files to bring back, ** for any folders."""
+    """commands: the most valuable first. keep: patterns of files to bring back, ** for any folders. carry: as benchmarks/lease_carry.py says."""
 
-    queues: Mapping[str, Sequence[Command]]
+    commands: Sequence[Command]
     keep: Sequence[str]
-
-    @property
-    def commands(self) -> list[Command]:
-        return [command for queue in self.queues.values() for command in queue]
+    carry: Mapping[str, Any]
 
 
-def read(path: Path) -> Plan:
+def read(path: Path, root: str = "/tmp") -> Plan:
     """Raises UserError: a plan that is not there or not one."""
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_text().replace("{root}", root))
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a plan ({error.strerror})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(document, dict) or not isinstance(document.get("queues"), dict):
-        raise UserError(f"{path}: a plan has `queues`, a list of commands each; benchmarks/lease.py says how one looks")
-    plan = Plan({queue: [_command(path, queue, entry) for entry in entries or []] for queue, entries in document["queues"].items()}, document.get("keep", []))
+    if not isinstance(document, dict) or not isinstance(document.get("commands"), list):
+        raise UserError(f"{path}: a plan has `commands`, a list; benchmarks/lease.py says how one looks")
+    plan = Plan([_command(path, entry) for entry in document["commands"]], document.get("keep", []), document.get("carry", {}))
     names = [command.name for command in plan.commands]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{path}: two commands are named {name}; a name is its log's and its state's")
     for command in plan.commands:
-        if unknown := [name for name in command.after if name not in names]:
+        if unknown := [name for name in (*command.after, *command.needs) if name not in names]:
             raise UserError(f"{path}: {command.name} comes after {', '.join(unknown)}, which the plan has not")
     return plan
 
 
-def _command(path: Path, queue: str, entry: Any) -> Command:
+def _command(path: Path, entry: Any) -> Command:
     known = {field.name for field in dataclasses.fields(Command)}
     if not isinstance(entry, dict) or not {"name", "run"} <= entry.keys() <= known:
-        raise UserError(f"{path}: queue {queue}: {entry!r} must have name and run, and of {', '.join(sorted(known - {'name', 'run'}))} what it needs")
+        raise UserError(f"{path}: {entry!r} must have name and run, and of {', '.join(sorted(known - {'name', 'run'}))} what it needs")
     if not NAME.fullmatch(str(entry["name"])):
-        raise UserError(f"{path}: queue {queue}: {entry['name']!r} names a file; write letters, digits, _, - and . alone")
-    return Command(**entry | {key: _seconds(entry[key], f"{path}: {entry['name']}: {key}") for key in ("limit_s", "least_s") if key in entry})
+        raise UserError(f"{path}: {entry['name']!r} names a file; write letters, digits, _, - and . alone")
+    gpus = entry.get("gpus", 0)
+    if gpus != "all" and not (isinstance(gpus, int) and gpus >= 0):
+        raise UserError(f"{path}: {entry['name']}: gpus is {gpus!r}; write how many, or all")
+    seconds = {key: _seconds(entry[key], f"{path}: {entry['name']}: {key}") for key in ("limit_s", "least_s") if key in entry}
+    return Command(**entry | seconds | {"gpus": None if gpus == "all" else gpus})
 
 
 def _seconds(value: Any, what: str) -> float:
@@ -112,59 +125,86 @@ def _seconds(value: Any, what: str) -> float:
         raise UserError(f"{what} is {value!r}; write seconds") from error
 
 
-class Slot:
-    """A plan's commands for as long as the machine is lent."""
+def outcome_of(state: Path, name: str) -> dict[str, Any] | None:
+    """What became of a command that is done: code (None: it was cut), seconds."""
+    path = state / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
-    def __init__(self, plan: Plan, state: Path, limit_s: float, words: Sequence[str] = (), out: Path | None = None) -> None:
-        self.plan, self.state, self.limit_s, self.words, self.out, self.watch = plan, state, limit_s, words, out, Stopwatch()
+
+class Slot:
+    """A plan's commands for as long as the machine is lent. gpus: the machine's. whole: whether what was made before comes back, too."""
+
+    def __init__(self, plan: Plan, state: Path, limit_s: float, words: Sequence[str] = (), out: Path | None = None, gpus: Sequence[str] = ("0",),
+                 whole: bool = True) -> None:
+        self.plan, self.state, self.limit_s, self.words, self.out, self.gpus, self.watch = plan, state, limit_s, words, out, gpus, Stopwatch()
         state.mkdir(parents=True, exist_ok=True)
+        self.since = 0.0 if whole else time.time()
+        self.passed: set[str] = set()
 
     @property
     def left(self) -> float:
         return self.limit_s - self.watch.peek()
 
     def outcome(self, name: str) -> dict[str, Any] | None:
-        """What became of a command that is done: code (None: it was cut), seconds."""
-        path = self.state / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return outcome_of(self.state, name)
 
     def work(self) -> None:
         """Run until everything is done or the time is up."""
-        threads = [threading.Thread(target=self._queue, args=(queue,), daemon=True) for queue in self.plan.queues.values()]
-        for thread in threads:
-            thread.start()
+        waiting = [command for command in self.plan.commands if not self.outcome(command.name)]
+        running: dict[threading.Thread, Sequence[str]] = {}
         packed = 0.0
         try:
-            while any(thread.is_alive() for thread in threads):
-                time.sleep(0.2)
+            while self._begin(waiting, running) or running:
+                time.sleep(POLL_S)
+                for thread in [one for one in running if not one.is_alive()]:
+                    del running[thread]
                 if self.watch.peek() - packed > PACK_S:
                     packed = self.watch.peek()
                     self.pack()
         finally:  # an interrupt is the slot's end
             self.limit_s = min(self.limit_s, self.watch.peek())
-            for thread in threads:
+            for thread in running:
                 thread.join()
             self.pack()
 
-    def _queue(self, commands: Sequence[Command]) -> None:
-        for command in commands:
-            if self.outcome(command.name):
+    def _begin(self, waiting: list[Command], running: dict[threading.Thread, Sequence[str]]) -> bool:
+        """Begin what may begin, in the plan's order, and pass over what never will. Returns whether there was any."""
+        free = [gpu for gpu in self.gpus if not any(gpu in taken for taken in running.values())]
+        before = len(waiting)
+        for command in list(waiting):
+            wanted = len(self.gpus) if command.gpus is None else command.gpus
+            if reason := self._hindered(command, wanted):
+                print(f"{command.name}: not begun, because {reason}", flush=True)
+                waiting.remove(command)
+                self.passed.add(command.name)
+            elif not all(self.outcome(name) or name in self.passed for name in (*command.after, *command.needs)) or self.left < max(command.least_s, MARGIN_S):
                 continue
-            while not all(self.outcome(name) for name in command.after):
-                if self.left < max(command.least_s, MARGIN_S):
-                    return
-                time.sleep(0.2)
-            if bad := [name for name in command.after if (self.outcome(name) or {})["code"]]:
-                print(f"{command.name}: not begun, because {', '.join(bad)} failed", flush=True)
-                continue
-            if self.left < max(command.least_s, MARGIN_S):
-                return
-            self._run(command)
+            elif wanted > len(free):
+                free = []
+            else:
+                gpus, free = free[:wanted], free[wanted:]
+                thread = threading.Thread(target=self._run, args=(command, gpus), daemon=True)
+                running[thread] = gpus
+                waiting.remove(command)
+                thread.start()
+        return len(waiting) < before
 
-    def _run(self, command: Command) -> None:
+    def _hindered(self, command: Command, wanted: int) -> str:
+        """Why a command will not run in this slot; empty: it may."""
+        if failed := [name for name in command.needs if (self.outcome(name) or {"code": 0})["code"]]:
+            return f"{', '.join(failed)} failed"
+        if missing := [name for name in command.needs if name in self.passed]:
+            return f"{', '.join(missing)} was not"
+        if wanted > len(self.gpus):
+            return f"it needs {wanted} GPUs and there {'is' if len(self.gpus) == 1 else 'are'} {len(self.gpus)}"
+        return ""
+
+    def _run(self, command: Command, gpus: Sequence[str]) -> None:
         watch, before = Stopwatch(), self._spent(command)
-        environment = dict(os.environ) | ({} if command.gpus is None else {"CUDA_VISIBLE_DEVICES": str(command.gpus)})
-        line = command.run.replace("{words}", shlex.join(self.words)).replace("{left}", str(max(0, int(self.left - LEFT_S)) if self.left < 1e9 else 10**6))
+        environment = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+        left = min(self.left, command.limit_s - before)
+        line = command.run.replace("{words}", shlex.join(self.words)).replace("{gpus}", ",".join(gpus))
+        line = line.replace("{left}", str(max(0, int(left - LEFT_S)) if left < 1e9 else 10**6))
         with (self.state / f"{command.name}.log").open("ab") as log:
             process = subprocess.Popen(["bash", "-c", line], stdout=log, stderr=log, env=environment, start_new_session=True)
             while process.poll() is None and self.left > LAST_WORDS_S and before + watch.peek() < command.limit_s:
@@ -172,9 +212,11 @@ class Slot:
             cut = process.poll() is None
             _end(process)
         seconds = before + watch.peek()
-        whole = not cut or seconds >= command.limit_s
+        own = command.limit_s - seconds
+        late = not cut and process.returncode == 1 and "{left}" in command.run and min(self.left, own) < ENDS_S
+        whole = own < ENDS_S if late else own <= 0 if cut else True
         if whole:
-            write_json(self.state / f"{command.name}.json", {"code": None if cut else process.returncode, "seconds": round(seconds, 1)})
+            write_json(self.state / f"{command.name}.json", {"code": None if cut or late else process.returncode, "seconds": round(seconds, 1)})
         else:
             (self.state / f"{command.name}.spent").write_text(str(seconds))
         told = _told(self.outcome(command.name)) if whole else f"interrupted, {seconds:.0f} s"
@@ -186,21 +228,45 @@ class Slot:
         return float(path.read_text()) if path.exists() else 0.0
 
     def pack(self) -> None:
-        """The logs and what is to be kept as one file."""
+        """The logs and what is to be kept as one file, or as parts of one."""
         if self.out is None:
             return
-        patterns = [str(self.state / "*"), *self.plan.keep]
-        paths = sorted({path for pattern in patterns for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)})
+        kept = {path for pattern in self.plan.keep for path in glob.glob(pattern, recursive=True) if _changed(path) >= self.since}
+        kept |= {str(path) for path in self.state.iterdir() if path.is_file()}
+        paths = sorted(kept, key=lambda path: (path.endswith("predictions.jsonl"), path))
         part = self.out / "part.tar.xz"
         try:
             with tarfile.open(part, "w:xz", preset=1) as archive:
                 for path in paths:
                     with contextlib.suppress(FileNotFoundError):  # an unfinished file of a command that is running
                         archive.add(path)
-            part.replace(self.out / "all.tar.xz")
+            _split(part, self.out / "all.tar.xz")
         except OSError as error:  # the commands go on, and the archive of before stands
             part.unlink(missing_ok=True)
             print(f"{part}: not packed ({error.strerror}); make room there", file=sys.stderr, flush=True)
+
+
+def _changed(path: str) -> float:
+    """When a file was written last; of what is none, or is one no more (a running command's unfinished one), minus infinity."""
+    try:
+        return os.path.getmtime(path) if os.path.isfile(path) else -math.inf
+    except FileNotFoundError:
+        return -math.inf
+
+
+def _split(whole: Path, to: Path) -> None:
+    """Put a file where it belongs, in parts where it is large; those of before go."""
+    names = [to] if (size := whole.stat().st_size) <= PART_BYTES else [to.with_name(f"{to.name}.{at}") for at in range(-(-size // PART_BYTES))]
+    parts = [whole] if len(names) == 1 else [name.with_name(f"part.{name.name}") for name in names]
+    if len(names) > 1:
+        with whole.open("rb") as source:
+            for part in parts:
+                part.write_bytes(source.read(PART_BYTES))
+        whole.unlink()
+    for part, name in zip(parts, names, strict=True):  # at once, since parts of two archives are none
+        part.replace(name)
+    for stale in {to, *to.parent.glob(f"{to.name}.*")} - set(names):
+        stale.unlink(missing_ok=True)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -217,26 +283,35 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def run(words: Sequence[str]) -> int:
     """One of the commands above."""
     split = list(words).index("--") if "--" in words else len(words)
-    command, given = (words[0] if words else ""), OWN | key_values(list(words[1:split]), tuple(OWN), "benchmarks.lease")
+    command, more = (words[0] if words else ""), list(words[split + 1 :])
+    if command == "carry":
+        from benchmarks import lease_carry
+
+        return lease_carry.run(words[1:])
+    given = OWN | key_values(list(words[1:split]), tuple(OWN), "benchmarks.lease")
     if command not in ("run", "show"):
-        raise UserError(f"benchmarks.lease takes run or show, not {command!r}")
-    for key in ("plan", "state", *(["out"] if command == "run" else [])):
+        raise UserError(f"benchmarks.lease takes run, show or carry, not {command!r}")
+    for key in ("plan", *(["out"] if command == "run" else [])):
         if not given[key]:
             raise UserError(f"benchmarks.lease {command} needs {key}=…")
-    plan, state = read(Path(given["plan"])), Path(given["state"])
-    out = Path(given["out"]) if command == "run" else None
-    slot = Slot(plan, state, _seconds(given["limit_s"], "limit_s"), list(words[split + 1 :]), out)
+    plan, state = read(Path(given["plan"]), given["root"]), Path(given["state"] or f"{given['root']}/lease")
     if command == "run":
-        assert out is not None
+        out, limit_s = Path(given["out"]), _seconds(given["limit_s"], "limit_s")
         out.mkdir(parents=True, exist_ok=True)
         for name in filter(None, given["forget"].split(",")):
             for suffix in ("json", "spent"):
                 (state / f"{name}.{suffix}").unlink(missing_ok=True)
-        slot.work()
-    outcomes = {one.name: slot.outcome(one.name) for one in plan.commands}
+        Slot(plan, state, limit_s, more, out, _gpus(given["gpus"]), given["all"] == "true").work()
+    outcomes = {one.name: outcome_of(state, one.name) for one in plan.commands}
     for name, outcome in outcomes.items():
         print(f"{name}: {_told(outcome)}")
     return 0 if all(outcome and not outcome["code"] for outcome in outcomes.values()) else 1
+
+
+def _gpus(word: str) -> list[str]:
+    """The GPUs of a slot; a machine without any has one in name, so that a plan can be tried there."""
+    listed = word or os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [one for one in listed.split(",") if one] or [str(at) for at in range(max(1, visible_gpus()))]
 
 
 def _told(outcome: dict[str, Any] | None) -> str:

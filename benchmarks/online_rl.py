@@ -1,14 +1,13 @@
 """Steps a second of reinforcement learning on drawn texts: our loop with captured decoding against TRL's own loop.
 
     python -m benchmarks.online_rl [shape=135m] [algorithm=rloo] [beta=0.0] [batch=8] [samples=8] [prompt=64] [new=32] [steps=40] [warmup=5]
-                                   [sides=ours,exact,trl]
+                                   [sides=ours,exact,trl] [out=benchmarks/results/online_rl.json]
 
 Both sides train LoRA (r 16, all linear layers) on the same seeded random base (benchmarks/speed_workloads.py) and the same prompts, with the same rate,
 clipping and samples a step (exact: ours with objective.exact=true). A text's reward is the share of its tokens with an even number: 0.5 at the
 start, and higher as a side learns, so that equal learning shows as equal rewards. TRL runs as its documentation has it: GRPOTrainer or
 RLOOTrainer, bf16, transformers' generate, fused AdamW. Timed are `steps` steps after `warmup`, device synchronised at both ends; ours captures in
-its warm-up, whose seconds are told. Prints a line a side and keeps
-all in benchmarks/results/online_rl.json.
+its warm-up, whose seconds are told. Prints a line a side and keeps its figures as soon as it has ended.
 """
 
 from __future__ import annotations
@@ -228,7 +227,8 @@ def run(words: Sequence[str]) -> int:
     from pipeline.models.base import device_of
 
     types = {name: type(value) for name, value in dataclasses.asdict(Work()).items()}
-    values = key_values(words, types, "benchmarks.online_rl")
+    values = key_values(words, (*types, "out"), "benchmarks.online_rl")
+    out = Path(values.pop("out", RESULTS))
     work, device = Work(**{key: types[key](value) for key, value in values.items()}), device_of("auto")
     kept: dict[str, Any] = {"work": dataclasses.asdict(work) | {"lora": [RANK, ALPHA], "lr": LR}, "hardware": hardware(device.type)}
     print(f"{work.name}: {work.batch * work.samples} texts a step; {kept['hardware'].get('gpu') or 'CPU'}", flush=True)
@@ -240,10 +240,10 @@ def run(words: Sequence[str]) -> int:
         gap = f", drawn and trained log p at most {side.sampling_gap:.2g} nats apart" if side.sampling_gap is not None else ""
         print(f"{name:5} ({side.engine}) {1000 * side.step_s:8.1f} ms a step ({1 / side.step_s:.2f} steps/s), warm-up {side.warmup_s:.1f} s, "
               f"reward {first:.3f} -> {last:.3f}, peak {peak}{gap}", flush=True)
+        every = read_json(out) if out.exists() else {}
+        write_json(out, every | {f"{work.name}-{device.type}": kept})
     for name in {"ours", "exact"} & kept.keys() if "trl" in kept else ():
         print(f"{name} makes {kept['trl']['step_s'] / kept[name]['step_s']:.1f} times as many steps a second")
-    every = read_json(RESULTS) if RESULTS.exists() else {}
-    write_json(RESULTS, every | {f"{work.name}-{device.type}": kept})
     return 0
 
 

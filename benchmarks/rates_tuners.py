@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from benchmarks.rates_fit import RMS, Grids, grids, regrets
+from pipeline.core.files import write_text
 
 RATES = 5
 NOISE = 1.0
@@ -76,8 +77,8 @@ def write(out: Path, rows: Sequence[dict[str, Any]], techniques: Path = TECHNIQU
         path = techniques / f"{one.technique}.yaml"
         value = f"reference_lr: {one.rate:.1e}, lr_power: {one.power:g}" if one.power else f"lr: {one.rate:.1e}"
         comment = COMMENT.format(runs=one.runs, models=" and ".join(one.models), tasks=" and ".join(one.tasks), device=device)
-        path.write_text(TRAIN.sub(lambda _, value=value, comment=comment: f"\n{comment}\ntrain: {{{value}", path.read_text()))  # type: ignore[misc]
-    out.with_suffix(".md").write_text(table(data, choices))
+        write_text(path, TRAIN.sub(lambda _, value=value, comment=comment: f"\n{comment}\ntrain: {{{value}", path.read_text()))  # type: ignore[misc]
+    write_text(out.with_suffix(".md"), table(data, choices))
     return choices
 
 
