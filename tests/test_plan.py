@@ -40,6 +40,12 @@ def one_cell_a_technique(name: str) -> list[list[str]]:
     return grid_overrides([f"experiments={name}", "seed=0", f"train_rows={grid(name)['grid']['train_rows'][0]}"])
 
 
+def test_plan_and_report_depend_on_the_tuned_files_and_a_cell_on_its_plan():
+    known = stages("experiments/quick/dvc.yaml")
+    assert "tuning" in known["plan"]["deps"] and "tuning" in known["report"]["deps"] and (ROOT / "tuning").is_dir()
+    assert "plans/${experiment}/${item.technique}-s${item.seed}-n${item.rows}.json" in known["train"]["deps"]
+
+
 def test_there_is_one_dvc_yaml_for_all_experiments():
     assert len({(ROOT / f"experiments/{name}/dvc.yaml").read_text() for name in EXPERIMENTS}) == 1
     assert {p.stem for p in ROOT.glob("experiments/*.yaml")} == {*EXPERIMENTS, *ONE_FILE}

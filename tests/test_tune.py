@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from omegaconf import DictConfig
 from report_cells import result
 
@@ -20,7 +19,6 @@ from pipeline import tune
 from pipeline.cell import grid, identity, inputs, record
 from pipeline.cell.grid import compose_cell
 from pipeline.cell.identity import fingerprint
-from pipeline.core import compose as core_compose
 from pipeline.core.compose import compose, spelled_out
 from pipeline.core.files import UserError
 from pipeline.records import tuned
@@ -263,12 +261,11 @@ def test_at_the_edge_the_rest_of_the_same_budget_goes_beyond(tmp_path, overrides
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choices", [[1e-4, 1e-3, 1e-2], [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]])
-def test_a_budget_that_is_spent_or_choices_that_go_on_nowhere_are_one_part(tmp_path, overrides, monkeypatch, imports, choices):
+@pytest.mark.parametrize(("budget", "choices"), [(2, [1e-4, 1e-3, 1e-2]), (7, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2])])
+def test_a_budget_that_is_spent_or_choices_that_go_on_nowhere_are_one_part(tmp_path, overrides, monkeypatch, imports, budget, choices):
     runs = Runs(monkeypatch, lambda lr, r: min(1.0, 0.5 + (math.log10(lr) + 6) / 10))
     seen = []
     monkeypatch.setattr(search_tuning, "_sweep", lambda *given, own=search_tuning._sweep: seen.append(given[2]) or own(*given))
-    budget = 2 if len(choices) == 3 else 7
     assert tune.main([*words_in(tmp_path, overrides), f"tune.trials={budget}", f"+search={{train.lr: {{choices: {choices}}}}}", "tune.only=[train.lr]"]) == 0
     assert len(runs.seen) == budget and seen[0] == budget and {t["part"] for t in tuned_file(tmp_path).trials} == {"declared"}
 
@@ -389,12 +386,6 @@ def test_a_cell_s_plan_changes_with_its_tuned_settings_and_with_nothing_else_of_
     assert planned() == before
     tuned.write(path, example(settings={"train.lr": 4e-3, "method.config.r": 16}))
     assert planned()["config"]["train"]["lr"] == 4e-3
-
-
-def test_dvc_s_plan_and_report_depend_on_the_tuned_files_and_a_cell_on_its_plan():
-    stages = yaml.safe_load((core_compose.ROOT / "experiments/quick/dvc.yaml").read_text())["stages"]
-    assert "tuning" in stages["plan"]["deps"] and "tuning" in stages["report"]["deps"] and (core_compose.ROOT / "tuning").is_dir()
-    assert "plans/${experiment}/${item.technique}-s${item.seed}-n${item.rows}.json" in stages["train"]["deps"]
 
 
 def test_cells_of_every_size_take_what_was_tuned_at_tune_rows(tuning):
