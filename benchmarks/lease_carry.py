@@ -36,7 +36,7 @@ CALL_S, SLOT_S = 600, 575
 """A call's longest; of it, what the set-up and the slot may take: the rest is for the archive."""
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_28", "_2_27", "_2_24", "_2_17", "2014")]
 ENVIRONMENT = """\
-export PATH={root}/bin:$PATH PYTHONPATH={root}/site${{PYTHONPATH:+:$PYTHONPATH}} HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTHONUNBUFFERED=1
+export PATH={root}/bin:$PATH PYTHONPATH={root}/site-packages${{PYTHONPATH:+:$PYTHONPATH}} HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTHONUNBUFFERED=1
 unset PYTHONDONTWRITEBYTECODE  # what is imported is compiled once, not in every process
 [ -w "$(python3 -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')" ] || export PYTHONPYCACHEPREFIX={root}/bytecode
 """
@@ -45,7 +45,8 @@ set -eu
 mkdir -p {root}/bin
 command -v python >/dev/null || {{ printf '#!/bin/sh\nexec %s "$@"\n' "$(command -v python3)" > {root}/bin/python; chmod +x {root}/bin/python; }}
 if ls {root}/wheels/*.whl >/dev/null 2>&1; then
-  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target {root}/site {root}/wheels/*.whl
+  # its name matters: dill takes modules in a folder that is not called so for the users own and packs them, which pyarrow does not bear
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target {root}/site-packages {root}/wheels/*.whl
 fi
 . {root}/env.sh
 begun=""
