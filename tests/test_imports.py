@@ -83,7 +83,7 @@ def test_scikit_learn_cannot_be_had_while_assisted_generation_is_imported_and_ca
     done = python("""
 import sys
 from importlib.abc import MetaPathFinder
-from pipeline.models import imports
+from pipeline.core import imports
 found = []
 class Watch(MetaPathFinder):
     def find_spec(self, name, path, target=None):
@@ -105,9 +105,10 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.core.settings import Precision
+from pipeline.core.imports import import_peft
 from pipeline.models import imports
 from pipeline.models.base import load_model
-imports.import_peft()
+import_peft()
 import peft
 base = load_model(Path({str(tiny)!r}) / "models/smollm2_135m", Precision("fp32"), torch.device("cpu"))
 config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -175,6 +176,17 @@ def test_without_a_gpu_that_works_nothing_is_started_and_nothing_said(cuda, monk
     monkeypatch.setattr(waking.threading, "Thread", None)
     with waking.woken("cpu"):
         pass
+
+
+def test_a_technique_is_made_of_its_config_without_bitsandbytes():
+    """It starts CUDA where there is a GPU, which a process that is forked later cannot use then: benchmarks.slot asks whether a technique packs, and forks."""
+    done = python("""
+import sys
+from pipeline.cell.packing import packs
+from pipeline.core.compose import compose
+print(packs(compose(["technique=lora"])), "bitsandbytes" in sys.modules)
+""")
+    assert done.split() == ["True", "False"]
 
 
 # the collector

@@ -18,9 +18,9 @@ from pipeline.cell import preflight
 from pipeline.cell.child import Child, handed_on, pause
 from pipeline.cell.inputs import Shared, rounds_nothing
 from pipeline.cell.room import AtOnce
+from pipeline.core.imports import import_peft
 from pipeline.measure.clock import Stopwatch
 from pipeline.measure.turns import Gate
-from pipeline.models.imports import import_peft
 from pipeline.records.finished import name as cell_name
 
 Groups = Sequence[Sequence[DictConfig]]

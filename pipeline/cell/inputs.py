@@ -20,6 +20,7 @@ from pipeline.cell import identity
 from pipeline.core.collector import collected_once, uncollected
 from pipeline.core.compose import build, plain
 from pipeline.core.files import Unsuited, UserError, read_object
+from pipeline.core.imports import import_peft, import_transformers
 from pipeline.core.names import class_of
 from pipeline.core.settings import Settings, Task
 from pipeline.core.settings import read as read_settings
@@ -30,7 +31,6 @@ from pipeline.measure.clock import Meter
 from pipeline.methods.base import QUANTISED, Method
 from pipeline.models import architecture, rates
 from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, most_tokens, quiet, resolve
-from pipeline.models.imports import import_peft, import_transformers
 from pipeline.objectives.base import Objective
 from pipeline.records.results import Synthetic
 from pipeline.scoring import answers, per_row

@@ -21,11 +21,11 @@ from pipeline.cell.identity import answers_of, checkpoint_of, discard_training, 
 from pipeline.cell.inputs import Inputs, Parts, Shared, build_parts, check, encoded, load_inputs, named, rounds_nothing
 from pipeline.cell.waking import woken
 from pipeline.core.collector import uncollected
+from pipeline.core.imports import import_peft, import_transformers
 from pipeline.measure import machine, turns
 from pipeline.measure.clock import Meter
 from pipeline.measure.memory import Memory, out_of_memory
 from pipeline.models.base import attention_of, memory_bytes, parameters
-from pipeline.models.imports import import_peft, import_transformers
 from pipeline.models.reach import block_weights, has_experts, quantised_weights, share
 from pipeline.objectives.base import TrainingContext
 from pipeline.records.results import Result, Size, Work

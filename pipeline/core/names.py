@@ -12,6 +12,7 @@ import typing
 from typing import Any
 
 from pipeline.core.files import UserError, closest
+from pipeline.core.imports import import_peft
 from pipeline.core.schema import checked
 
 TABLE: dict[str, dict[str, str]] = {
@@ -187,6 +188,7 @@ def _check_plain(value: Any, key: str) -> None:
 
 
 def _peft(name: str, key: str) -> Any:
+    import_peft()
     import peft
 
     config = getattr(peft, name, None) if name.endswith("Config") else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import UserError, closest, read_object
+from pipeline.core.imports import import_peft
 
 ADAPTER = "adapter_config.json"
 TRAINING = "training_params.json"
@@ -30,6 +31,7 @@ def read_adapter(path: str) -> Any:
     Raises:
         UserError: no such file, not JSON, an unknown peft_type, or values that PEFT refuses.
     """
+    import_peft()
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
