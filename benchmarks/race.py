@@ -10,6 +10,8 @@
                                                                             2,000 times a task and base; out=, to=, limit_s= as above
     python -m benchmarks.race means cells=FILE.jsonl.xz model=smollm2_135m against=lora     techniques over seeds (against=: means and spreads)
     python -m benchmarks.race table                               the tables of docs/race.md (python -m benchmarks.tables writes them there)
+
+Exit codes: 0 done, 1 fill has left seeds missing, 2 bad input.
 """
 
 from __future__ import annotations
@@ -38,8 +40,7 @@ def run(words: Sequence[str]) -> int:
              "synthetic": synthetic, "replay": replay, "means": means, "table": tables}
     if command not in known:
         raise UserError(f"benchmarks.race takes one of {', '.join(known)}, not {command!r}")
-    known[command](rest)
-    return 0
+    return known[command](rest) or 0
 
 
 def simulate(words: Sequence[str]) -> None:
@@ -74,7 +75,7 @@ CACHE = {"known": "", "models": "smollm2_135m,qwen2_0_5b", "tasks": "all", "tech
 """Of fill and package: a package whose runs are taken as they are; what is wanted; whether what ended with an error is tried again."""
 
 
-def fill(words: Sequence[str], overrides: list[str]) -> None:
+def fill(words: Sequence[str], overrides: list[str]) -> int:
     from benchmarks import race_fill
 
     own = {"gpus": "", "processes": "1", "limit_s": "inf", "grace_s": "20"}
@@ -84,6 +85,7 @@ def fill(words: Sequence[str], overrides: list[str]) -> None:
     missing = race_fill.fill(race_fill.Asked(jobs, store, overrides, gpus, int(given["processes"]), float(given["limit_s"]), float(given["grace_s"])))
     print(race_fill.lacks(store, jobs))
     print(f"{missing} seeds are missing" if missing else "nothing is missing")
+    return 1 if missing else 0
 
 
 def package(words: Sequence[str]) -> None:

@@ -120,9 +120,9 @@ with imports.spared(base, peft.LoraConfig(init_lora_weights="loftq", loftq_confi
 print(peft.import_utils.is_bnb_available())
 from scipy.optimize import linear_sum_assignment
 import transformers
-print(transformers.utils.is_scipy_available())
+print(transformers.utils.is_scipy_available(), transformers.utils.is_sklearn_available())
 """)
-    assert done.split() == ["False", "False", "True", "True", "True"]
+    assert done.split() == ["False", "False", "True", "True", "True", "True"]
 
 
 # the GPU

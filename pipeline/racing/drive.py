@@ -27,7 +27,7 @@ from pipeline.methods.base import Method
 from pipeline.racing.entrants import Asked, Entrant
 from pipeline.racing.journal import Entry, Journal, Screened
 from pipeline.racing.policy import Action, Arm, Race, Rules
-from pipeline.records.finished import read_or_name
+from pipeline.records.finished import SEEDLESS, read_or_name
 from pipeline.scoring.answers import by_row, headline
 from pipeline.search.space import at
 from pipeline.stats.bootstrap import mean
@@ -96,7 +96,7 @@ class Driver:
         for (arm, _), tried in sorted(entries.items()):
             seconds = sum(entry.seconds for entry in tried)
             if arm not in self.race.refused and tried[-1].status == "ok" and (right := self.runner.answers(tried[-1])) is not None:
-                self.race.add(arm, right, seconds, fixed=tried[-1].kind in ("base", "teacher"))
+                self.race.add(arm, right, seconds, fixed=tried[-1].kind in SEEDLESS)
             else:
                 self.race.spend(arm, seconds)
                 self.race.drop(arm)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.records import evaluations
-from pipeline.records.finished import Cell, check_comparable
+from pipeline.records.finished import SEEDLESS, Cell, check_comparable
 from pipeline.records.results import HISTORY, csv_text
 from pipeline.reporting import evaluated
 from pipeline.reporting.figures import CONTROLS, FIGURES, OTHER_MEMORY, QUANTISED, RESUMED, SHARED, Row, finished, notes_of
@@ -112,7 +112,7 @@ def comparison_of(rows: Sequence[Row]) -> tiers.Comparison | None:
         by_seed = {c.result.seed: by_row(c.predictions(), row.metric) for c in finished(row.cells)}
         answers[row.technique] = {seed: values for seed, (values, _) in by_seed.items()}
         statistic = statistic or next((one for values, one in by_seed.values() if values), None)
-    return tiers.compare(answers, [r.technique for r in rows if r.kind in ("teacher", "base")], statistic)
+    return tiers.compare(answers, [r.technique for r in rows if r.kind in SEEDLESS], statistic)
 
 
 def options(rows: Sequence[Row]) -> list[Option]:
