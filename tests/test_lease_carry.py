@@ -74,6 +74,30 @@ def test_the_calls_carry_the_pieces_set_up_and_run_the_plan_in_slots(carried, tm
     assert done.returncode == 0 and (tmp_path / "there/made/two").exists()
 
 
+def test_what_another_plan_carried_before_does_not_travel_again(carried, tmp_path):
+    carried(PLAN)
+    assert (tmp_path / "carry/stage/given/hub.yaml").exists()
+    carried({"commands": []})
+    assert {path.name for path in (tmp_path / "carry/stage").iterdir()} == {"env.sh", "setup.sh", "slot.sh"}
+
+
+def test_prepared_tasks_travel_and_are_prepared_once(carried, tmp_path, monkeypatch):
+    made = []
+
+    def python(*words: str) -> None:
+        made.append(words)
+        places = dict(word.split("=", 1) for word in words if "=" in word)
+        folder = Path(places["paths.rationales"], "cqa", "stored") if "teacher" in places else Path(places["paths.data"], "cqa")
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(lease_carry, "_python", python)
+    for _ in range(2):
+        carried({"commands": [], "carry": {"tasks": {"cqa": "stored"}}})
+        assert (tmp_path / "carry/stage/data/cqa/manifest.json").exists() and (tmp_path / "carry/stage/rationales/cqa/stored/manifest.json").exists()
+    assert [words[1] for words in made] == ["pipeline.prepare", "pipeline.rationales"]
+
+
 def test_a_piece_that_did_not_arrive_is_told_and_nothing_runs(carried, tmp_path):
     calls, _ = carried(PLAN, "piece_mb=0.3")
     for one in (*calls[:-3], calls[-2]):
