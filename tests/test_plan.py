@@ -122,7 +122,7 @@ def test_what_does_not_decide_an_outcome_is_not_in_the_plan(change, unchanged):
 
 def test_the_plan_has_the_code_of_the_cell_s_own_method_and_objective():
     code = plan(compose(["experiments=quick", "technique=step_by_step", "method=lora", "train_rows=200"]))["code"]
-    adapter = {"pipeline/models/kinds.py", *(f"pipeline/methods/peft_{name}.py" for name in ("adapter", "options", "start"))}
+    adapter = {"pipeline/models/kinds.py", "pipeline/models/imports.py", *(f"pipeline/methods/peft_{name}.py" for name in ("adapter", "options", "start"))}
     assert set(code) == {*adapter, "pipeline/objectives/step_by_step.py"}
 
 
