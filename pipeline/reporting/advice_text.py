@@ -99,9 +99,10 @@ def _command(one: Candidate, advice: Advice) -> str:
     """What trains the technique on what was asked for."""
     result, rows = one.nearest.cell.result, advice.need.train_rows
     own = advice.task == one.nearest.task and not (ROOT / "conf" / "task" / f"{advice.task}.yaml").exists()  # written out in the experiment's file
-    task = "" if own else f" task={advice.task}"
-    model = "" if advice.model == one.nearest.model else f" model={advice.model}"
-    return f"python -m pipeline.train experiments={result.experiment} technique={result.technique}{task}{model} train_rows={rows}"
+    command = f"python -m pipeline.train experiments={result.experiment} technique={result.technique}"
+    command += "" if own else f" task={advice.task}"
+    command += "" if advice.model == one.nearest.model else f" model={advice.model}"
+    return command + f" train_rows={rows}"
 
 
 def _expected(one: Candidate) -> str:
