@@ -79,6 +79,7 @@ def test_an_own_metric_that_cannot_be_had_is_refused_before_anything_is_loaded(o
 # transformers, PEFT and bitsandbytes
 
 
+@pytest.mark.slow
 def test_scikit_learn_cannot_be_had_while_assisted_generation_is_imported_and_can_afterwards():
     done = python("""
 import sys

@@ -59,7 +59,8 @@ def _verdict(advice: Advice, chosen: Candidate) -> list[str]:
     if verdict.kind == "do_not_train":
         return [f"Do not train yet: {chosen.technique} is expected to be as good. How well it will answer is not known.", *further]
     base = verdict.base
-    gap = f", {f.points(chosen.accuracy.value - base.value)} points beyond the untouched base" if base else ""
+    ahead = chosen.accuracy.value - base.value if base else 0.0
+    gap = f", {f.percent(abs(ahead))} points {'above' if ahead >= 0 else 'below'} the untouched base" if base else ""
     return [f"Try {chosen.technique} first: it is expected among the best{gap}. How well it will answer is not known; one run tells.", *further]
 
 
