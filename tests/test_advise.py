@@ -256,6 +256,14 @@ def test_another_base_is_answered_from_those_that_there_are():
     assert "model=new" in "\n".join(answer(actual))
 
 
+def test_what_was_not_trained_anywhere_or_cannot_be_judged_is_said():
+    """It said "do not train" where only zero-shot had been measured, and took what may not fit without a word."""
+    untrained = advise([s for s in grid() if s.technique == "zero_shot"], Need(400, task="new", model="one"))
+    assert untrained.chosen is None and untrained.reason.startswith("nothing was trained where there is evidence")
+    said = "\n".join(answer(advise(grid(), Need(400, gpu_memory_gb=1.0, hours=0.5, task="hard", model="new"))))
+    assert "whether it fits 1 GiB is not known" in said and "whether it ends within 0.5 h is not known" in said and "more test rows" not in said
+
+
 def test_one_run_tells_what_others_are_to_be_expected_and_which_is_worth_a_try():
     nothing = advise(grid(), Need(400, task="new", model="one"))
     assert nothing.chosen and not nothing.chosen.accuracy.told

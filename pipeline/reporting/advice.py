@@ -192,6 +192,9 @@ def _borrowed(seen: Sequence[Seen], need: Need, place: Place) -> Advice:
         if one.out is None and there < most:
             one.out = f"was measured on {there} of the {most} tasks and models that the others were measured on"
         _limits(one, need, place[1])
+    if all(takes_no_rows(c.nearest) for c in candidates):
+        advice.reason = "nothing was trained where there is evidence, and what was not says nothing of training"
+        return advice
     if need.metric_floor is not None and not any(c.accuracy and c.accuracy.told for c in advice.candidates if c.out is None):
         floor = f"{100 * need.metric_floor:g}%"
         advice.reason = f"nothing was measured on {place[0]} with {place[1]}, and what was elsewhere does not tell whether {floor} is reached"

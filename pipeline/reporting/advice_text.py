@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from pipeline.core.compose import ROOT
 from pipeline.records.results import Result
 from pipeline.reporting import words as f
 from pipeline.reporting.advice import Advice, Candidate, above
 from pipeline.reporting.evidence import Expected
-from pipeline.reporting.verdict import Saying, sentences
+from pipeline.reporting.verdict import Saying, alike, sentences
 
 SHOWN_CELLS = 6
 
@@ -28,7 +27,8 @@ def answer(advice: Advice) -> list[str]:
     lines = [f"{need.task or advice.task} with {advice.model}: {', '.join(asked)}", ""]
     if advice.borrowed:
         there = ", ".join(f"{task} with {model}" for task, model in advice.borrowed)
-        lines += [f"Nothing was measured on {advice.task} with {advice.model}. What follows is of {there}: it tells which technique to try first.", ""]
+        use = f"What follows is of {there}: it tells which technique to try first." if chosen else f"There is evidence on {there}."
+        lines += [f"Nothing was measured on {advice.task} with {advice.model}. {use}", ""]
     if chosen is None:
         lines.append(f"No evidence fits: {advice.reason}.")
     else:
@@ -55,13 +55,12 @@ def _verdict(advice: Advice, chosen: Candidate) -> list[str]:
     saying = Saying("expected accuracy" if not rows else "accuracy", rows)
     if chosen.accuracy.told:
         return sentences(verdict, saying)
-    further = sentences(replace(verdict, below_base=()), saying)[1:]  # not the figures of the first one, nor of what would lie below the base
     if verdict.kind == "do_not_train":
-        return [f"Do not train yet: {chosen.technique} is expected to be as good. How well it will answer is not known.", *further]
+        return [f"Do not train yet: {chosen.technique} is expected to be as good. How well it will answer is not known.", *alike(verdict)]
     base = verdict.base
     ahead = chosen.accuracy.value - base.value if base else 0.0
     gap = f", {f.percent(abs(ahead))} points {'above' if ahead >= 0 else 'below'} the untouched base" if base else ""
-    return [f"Try {chosen.technique} first: it is expected among the best{gap}. How well it will answer is not known; one run tells.", *further]
+    return [f"Try {chosen.technique} first: it is expected among the best{gap}. How well it will answer is not known; one run tells.", *alike(verdict)]
 
 
 def failures(results: Sequence[Result], advice: Advice) -> list[str]:
@@ -77,8 +76,12 @@ def failures(results: Sequence[Result], advice: Advice) -> list[str]:
     return lines
 
 
+def _unsettled(figure: Expected | None, limit: float | None, what: str) -> str:
+    return f"; whether it {what.format(limit)} is not known" if figure is None and limit is not None else ""
+
+
 def _facts(advice: Advice, chosen: Candidate) -> list[str]:
-    result = chosen.nearest.cell.result
+    result, need = chosen.nearest.cell.result, advice.need
     settings = ", ".join(f"{k} {v}" for k, v in result.hyperparameters.items())
     varied = "+" in chosen.nearest.cell.label or result.tuning is not None
     cells = [str(s.cell.folder) for s in chosen.evidence]
@@ -88,8 +91,8 @@ def _facts(advice: Advice, chosen: Candidate) -> list[str]:
     return [
         f"  expected accuracy   {_percent(chosen.accuracy)} of a new run ({chosen.accuracy.basis})",
         *told,
-        f"  memory              {_size(chosen.memory)}",
-        f"  training time       {_duration(chosen.train_s)}",
+        f"  memory              {_size(chosen.memory)}{_unsettled(chosen.memory, need.gpu_memory_gb, 'fits {:g} GiB')}",
+        f"  training time       {_duration(chosen.train_s)}{_unsettled(chosen.train_s, need.hours, 'ends within {:g} h')}",
         f"  settings            {settings or 'none'}",
         f"  to run it           {_command(chosen, advice)}{' with the settings above' if varied else ''}",
         f"  evidence            {', '.join(cells[:SHOWN_CELLS])}{more}",
@@ -113,7 +116,7 @@ def _expected(one: Candidate) -> str:
 
 
 def _line(one: Candidate) -> str:
-    return f"{_expected(one)}; {one.standing}"
+    return "; ".join(filter(None, (_expected(one), one.standing)))
 
 
 def _percent(value: Expected) -> str:

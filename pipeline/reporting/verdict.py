@@ -39,9 +39,14 @@ def sentences(verdict: Verdict, saying: Saying = Saying()) -> list[str]:  # noqa
     """The verdict: what lies below the untouched base first, then what to do, what it rests on and what would decide what is open."""
     if verdict.name is None or verdict.evidence is None:
         return ["Undecided: no two techniques have answers to the same rows, so nothing can be compared."]
-    said = [below(verdict, saying), _lead(verdict, saying), _higher(verdict), _tied(verdict), further(verdict, saying)]
+    said = [below(verdict, saying), _lead(verdict, saying), *alike(verdict), further(verdict, saying)]
     said += [ONE_SEED] if not verdict.evidence.covers_seeds and len(verdict.options) > 1 and saying.rows == "test rows" else []
     return [text for text in said if text]
+
+
+def alike(verdict: Verdict) -> list[str]:
+    """Who is higher than the one that is taken, and who is not told apart from it."""
+    return [text for text in (_higher(verdict), _tied(verdict)) if text]
 
 
 def below(verdict: Verdict, saying: Saying) -> str:
