@@ -2,7 +2,7 @@
 
     python -m benchmarks.lease run plan=benchmarks/plans/rest.yaml limit_s=560 out=$OUT -- paths.data=/tmp/data …      again in every slot
     python -m benchmarks.lease show plan=benchmarks/plans/rest.yaml        what of it is done
-    python -m benchmarks.lease carry plan=benchmarks/plans/rest.yaml to=.carry shared=../shared       what must travel there (benchmarks/lease_carry.py)
+    python -m benchmarks.lease carry plan=benchmarks/plans/rest.yaml to=carried shared=../shared       what must travel there (benchmarks/lease_carry.py)
 
     further words: root=/tmp (the folder for everything there), state=ROOT/lease, gpus=0,1 (those that there are), forget=NAME,…, all=true
 

@@ -1,6 +1,6 @@
 """What a plan needs on a lent machine that nothing can be fetched from, in pieces that may travel, and the calls that bring it there and run the plan.
 
-    python -m benchmarks.lease carry plan=benchmarks/plans/rest.yaml to=.carry shared=../shared
+    python -m benchmarks.lease carry plan=benchmarks/plans/rest.yaml to=carried shared=../shared
 
     further words: root=/tmp (there), earlier=FOLDER (where earlier slots' archives were unpacked: what they did is not done again),
     without=ray,gemma3_270m (of what the plan names), python=3.12 (there), piece_mb=55 (of a call's 64 MiB, beside the working tree)
@@ -32,7 +32,7 @@ from pipeline.core.commands import key_values
 from pipeline.core.compose import CONF, ROOT
 from pipeline.core.files import UserError, write_json
 
-OWN = {"plan": "", "to": ".carry", "shared": "../shared", "root": "/tmp", "earlier": "", "without": "", "python": "3.12", "piece_mb": "55"}
+OWN = {"plan": "", "to": "carried", "shared": "../shared", "root": "/tmp", "earlier": "", "without": "", "python": "3.12", "piece_mb": "55"}
 CALL_S, SLOT_S = 600, 575
 """A call's longest; of it, what the set-up and the slot may take: the rest is for the archive."""
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_28", "_2_27", "_2_24", "_2_17", "2014")]
@@ -73,26 +73,46 @@ def run(words: Sequence[str]) -> int:
         raise UserError("benchmarks.lease carry needs plan=…")
     to, root = Path(given["to"]), given["root"].rstrip("/")
     plan = lease.read(Path(given["plan"]), root)
-    _check_ignored(to)
+    wanted, most = _wanted(plan.carry, [name for name in given["without"].split(",") if name]), _bytes(given["piece_mb"])
+    _own(to)
     stage = Stage(to, Path(given["shared"]), root, given["python"])
-    stage.fill(_wanted(plan.carry, given["without"].split(",")))
+    stage.fill(wanted)
     if given["earlier"]:
         stage.take(Path(given["earlier"]) / root.lstrip("/"))
     stage.scripts(given["plan"])
-    pieces = cut(stage.folder, to / "p", int(float(given["piece_mb"]) * 1e6))
+    pieces = cut(stage.folder, to / "p", most)
     calls = list(_calls(pieces, root))
     write_json(to / "calls.json", calls)
     print(_told(calls, pieces, to))
     return 0
 
 
-def _check_ignored(to: Path) -> None:
-    if to.resolve().is_relative_to(ROOT) and subprocess.run(["git", "check-ignore", "-q", str(to)], cwd=ROOT).returncode:
-        raise UserError(f"git does not ignore {to}, so that every call would carry all of it; add /{to}/ to .git/info/exclude")
+def _own(to: Path) -> None:
+    """Take the folder, of which parts are deleted later: a new or empty one, or one that this command took before."""
+    if to.resolve().is_relative_to(ROOT) and subprocess.run(["git", "check-ignore", "-q", f"{to}/"], cwd=ROOT).returncode:
+        raise UserError(f"git does not ignore {to}, so that every call would carry all of it; name another folder: to=carried")
+    mark = to / "made_by_lease_carry"
+    if to.exists() and (not to.is_dir() or any(to.iterdir()) and not mark.exists()):
+        raise UserError(f"{to} is there and was not made by benchmarks.lease carry; name a folder that is new or empty: to=carried")
+    to.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def _bytes(megabytes: str) -> int:
+    try:
+        most = int(float(megabytes) * 1e6)
+    except ValueError:
+        most = 0
+    if most < 1:
+        raise UserError(f"piece_mb={megabytes} is no number of megabytes; piece_mb=55 leaves room for the working tree in a call of 64 MiB")
+    return most
 
 
 def _wanted(carry: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
     kept: dict[str, Any] = {"tasks": {}, "models": [], "wheels": [], "files": {}, "unpacked": []} | dict(carry)
+    if unknown := set(without) - {*kept["tasks"], *kept["models"], *kept["wheels"]}:
+        there = ", ".join([*kept["tasks"], *kept["models"], *kept["wheels"]])
+        raise UserError(f"without={','.join(sorted(unknown))} is nothing that the plan carries; it carries {there}")
     kept["tasks"] = {task: teacher for task, teacher in kept["tasks"].items() if task not in without}
     return kept | {key: [one for one in kept[key] if one not in without] for key in ("models", "wheels")}
 

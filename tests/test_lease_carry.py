@@ -110,6 +110,8 @@ def test_a_piece_that_did_not_arrive_is_told_and_nothing_runs(carried, tmp_path)
     ({"models": ["qwen2_0_5b"]}, (), "qwen2_0_5b is made by"),
     ({"wheels": ["ray"]}, (), "offline_bundle.py, which is not there; set shared=FOLDER"),
     ({}, ("earlier=/no/such",), "earlier= names the folder in which archives of earlier slots were unpacked"),
+    ({"models": ["qwen2_0_5b"]}, ("without=qwen",), "without=qwen is nothing that the plan carries; it carries qwen2_0_5b"),
+    ({}, ("piece_mb=many",), "piece_mb=many is no number of megabytes"),
     ({}, ("pieces=3",), "benchmarks.lease carry does not take 'pieces=3'"),
 ])
 def test_what_cannot_be_carried_is_one_sentence(carried, carry, more, said):
@@ -125,3 +127,15 @@ def test_a_folder_that_git_would_send_along_is_refused(tmp_path, capsys):
     (tmp_path / "plan.yaml").write_text("commands: []")
     assert lease.main(["carry", f"plan={tmp_path}/plan.yaml", f"to={ROOT}/not_ignored"]) == 2
     assert "git does not ignore" in capsys.readouterr().err and not (ROOT / "not_ignored").exists()
+
+
+def test_a_folder_of_somebody_else_is_refused_and_nothing_in_it_is_touched(tmp_path, capsys):
+    """Its `stage` and `p` were deleted."""
+    (tmp_path / "plan.yaml").write_text("commands: []")
+    kept = [tmp_path / "mine" / name / "file" for name in ("stage", "p")]
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    assert lease.main(["carry", f"plan={tmp_path}/plan.yaml", f"to={tmp_path}/mine"]) == 2
+    assert "was not made by benchmarks.lease carry; name a folder that is new or empty" in capsys.readouterr().err
+    assert all(path.read_text() == "mine" for path in kept)
