@@ -105,7 +105,7 @@ def cached(path: Path) -> tuple[list[Seen], list[Seen]]:
     """(evidence, truth) of a cache of runs; raises UserError where it holds none."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for line in read(path):
-        if "test" in line:
+        if line.get("test", {}).get("rows") and "right" in line["test"]:
             groups[line["model"], line["task"], line["technique"]].append(line)
     evidence, truth = [], []
     for (model, _, technique), lines in sorted(groups.items()):
@@ -190,6 +190,9 @@ def run(words: Sequence[str]) -> int:
     """Judge, write, print."""
     roots = [Path(w) for w in words if "=" not in w]
     keys = key_values([w for w in words if "=" in w], ("out", "domains", "processes"), "benchmarks.advice")
+    processes = keys.get("processes", "1")
+    if not processes.isdecimal() or int(processes) < 1:
+        raise UserError(f"processes={processes} is no number of processes; write processes=2")
     if missing := next((r for r in roots if not r.exists()), None):
         raise UserError(f"{missing} does not exist; name folders of results, or caches of runs")
     seen = gather([r for r in roots if r.is_dir()])
@@ -198,7 +201,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("there is no finished cell in what was named; run: python -m pipeline.cells experiments=data_size_quick")
     lines = [*by_size(seen), *elsewhere([*seen, *(domains(seen) if keys.get("domains") != "no" else [])])]
     jobs = [(path, technique) for path, truth in caches.items() for technique in [None, *sorted({s.technique for s in truth if not takes_no_rows(s)})]]
-    with ProcessPoolExecutor(int(keys.get("processes", "1"))) as pool:
+    with ProcessPoolExecutor(int(processes)) as pool:
         lines += [line for some in pool.map(_of_cache, *zip(*jobs, strict=True)) for line in some] if jobs else []
     machines = [s.cell.result.hardware for s in [*seen, *itertools.chain(*caches.values())]]
     hardware = sorted({machine.get("gpu") or machine.get("cpu") or "unknown" for machine in machines})

@@ -74,13 +74,16 @@ def run(words: Sequence[str]) -> int:
     to, root = Path(given["to"]), given["root"].rstrip("/")
     plan = lease.read(Path(given["plan"]), root)
     wanted, most = _wanted(plan.carry, [name for name in given["without"].split(",") if name]), _bytes(given["piece_mb"])
-    _own(to)
-    stage = Stage(to, Path(given["shared"]), root, given["python"])
-    stage.fill(wanted)
-    if given["earlier"]:
-        stage.take(Path(given["earlier"]) / root.lstrip("/"))
-    stage.scripts(given["plan"])
-    pieces = cut(stage.folder, to / "p", most)
+    try:
+        _own(to)
+        stage = Stage(to, Path(given["shared"]), root, given["python"])
+        stage.fill(wanted)
+        if given["earlier"]:
+            stage.take(Path(given["earlier"]) / root.lstrip("/"))
+        stage.scripts(given["plan"])
+        pieces = cut(stage.folder, to / "p", most)
+    except OSError as error:
+        raise UserError(f"{to} cannot be filled ({error.strerror or error}); free space or fix the path, then run again") from error
     calls = list(_calls(pieces, root))
     write_json(to / "calls.json", calls)
     print(_told(calls, pieces, to))

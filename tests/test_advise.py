@@ -287,7 +287,9 @@ def test_a_cache_of_runs_is_evidence_of_its_first_seeds(tmp_path):
     evidence, truth = judge.cached(path)
     assert (len(evidence), len(truth)) == (6, 10) and {s.seed for s in evidence} == {0, 1, 2}, "of two rates the one nearest to the default"
     assert {s.technique: s.cell.result.kind for s in truth} == {"lora": "trained", "zero_shot": "base"}
-    assert judge.main([str(tmp_path / "none.jsonl")]) == 2
+    assert judge.main([str(tmp_path / "none.jsonl")]) == 2 and judge.main([str(path), "processes=two"]) == 2
+    path.write_text(json.dumps({**about, "technique": "lora", "seed": 0, "lr": None, "test": {}}))
+    assert judge.main([str(path)]) == 2, "a run that answered nothing"
 
 
 FEWER = "was measured on 1 of the 2 tasks and models that the others were measured on"

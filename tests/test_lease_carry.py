@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -139,3 +140,13 @@ def test_a_folder_of_somebody_else_is_refused_and_nothing_in_it_is_touched(tmp_p
     assert lease.main(["carry", f"plan={tmp_path}/plan.yaml", f"to={tmp_path}/mine"]) == 2
     assert "was not made by benchmarks.lease carry; name a folder that is new or empty" in capsys.readouterr().err
     assert all(path.read_text() == "mine" for path in kept)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "plan.yaml").write_text("commands: []\ncarry: {files: {requirements.lock: x}}")
+    monkeypatch.setattr("shutil.copy2", full)
+    assert lease.main(["carry", f"plan={tmp_path}/plan.yaml", f"to={tmp_path}/carry", f"shared={tmp_path}/shared"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/carry cannot be filled (No space left on device); free space or fix the path, then run again\n"
