@@ -298,7 +298,10 @@ def run(words: Sequence[str]) -> int:
     if command == "run":
         out, limit_s = Path(given["out"]), _seconds(given["limit_s"], "limit_s")
         out.mkdir(parents=True, exist_ok=True)
-        for name in filter(None, given["forget"].split(",")):
+        forgotten = [name for name in given["forget"].split(",") if name]
+        if unknown := set(forgotten) - {one.name for one in plan.commands}:
+            raise UserError(f"forget={','.join(sorted(unknown))} is no command of {given['plan']}")
+        for name in forgotten:
             for suffix in ("json", "spent"):
                 (state / f"{name}.{suffix}").unlink(missing_ok=True)
         Slot(plan, state, limit_s, more, out, _gpus(given["gpus"]), given["all"] == "true").work()

@@ -114,6 +114,13 @@ def test_what_failed_stops_what_comes_after_it_until_it_is_forgotten(slot, tmp_p
     assert slot(commands, 20, "forget=bad")[0] == 0
 
 
+def test_what_is_to_be_forgotten_is_a_command_of_the_plan(slot, tmp_path):
+    """forget=../mine deleted mine.json beside the state."""
+    (tmp_path / "mine.json").write_text("{}")
+    code, said = slot([{"name": "one", "run": "true"}], 20, "forget=../mine")
+    assert code == 2 and "forget=../mine is no command of " in said and (tmp_path / "mine.json").exists()
+
+
 def test_a_command_that_the_time_does_not_suffice_for_is_not_begun_and_holds_up_nothing(slot):
     code, said = slot([{"name": "long", "run": "true", "least_s": 50, "gpus": 1}, {"name": "short", "run": "true", "gpus": 1}], 5)
     assert code == 1 and "long: to do" in said and "short: done" in said
