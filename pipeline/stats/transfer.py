@@ -25,6 +25,7 @@ PRIOR = {"task": 0.25, "base": 0.25, "place": 0.15, "technique": 0.10, "with_tas
 """The scale that a part's standard deviation is thought to have before anything is measured, a fraction."""
 FREEDOM = 3
 SPREADS = FREEDOM * np.array(list(PRIOR.values())) ** 2
+"""What a variance is divided by in that prior's density."""
 SCALE = 0.5
 """The standard deviation of the logarithm of a place's scale."""
 LEVEL = 0.3
@@ -65,7 +66,7 @@ class Transfer:
         return float(self.means[:, self.targets.index(target)].mean())
 
     def interval(self, target: Target, variance: float, level: float = 0.95) -> tuple[float, float]:
-        """Of a measured value with `variance` of its own around what is expected there."""
+        """Of a measured value with `variance` (a fraction squared) of its own around what is expected there."""
         at = self.targets.index(target)
         return _quantiles(self.means[:, at], self.covariances[:, at, at] + variance, level)
 
