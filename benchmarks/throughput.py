@@ -55,6 +55,34 @@ except ImportError:
 sys.exit(grid.run_cells(cells, limit=limit))
 """
 """What `pipeline.cells` does, for cells that are no whole grid; runs in this checkout and in older ones."""
+TIMELINE = """
+import contextlib, json, os, sys, time
+from pipeline.measure import clock, turns
+out = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def told(name, begun, ended):
+    os.write(out, (json.dumps([os.getpid(), name, round(begun, 3), round(ended, 3)]) + chr(10)).encode())
+def caller():
+    frame = sys._getframe(2)
+    while frame and frame.f_code.co_filename.endswith(("turns.py", "contextlib.py")):
+        frame = frame.f_back
+    return frame.f_code.co_name if frame else "none"
+def take(self, work=turns.Turns._take):
+    at = time.time()
+    work(self)
+    self.begun = (caller(), time.time())
+    told("waits " + self.begun[0], at, self.begun[1])
+def give(self, work=turns.Turns._give):
+    work(self)
+    told("alone " + self.begun[0], self.begun[1], time.time())
+def phase(self, name, work=clock.Meter.phase):
+    at = time.time()
+    with work(self, name) as inside:
+        yield inside
+    told("phase " + name, at, time.time())
+turns.Turns._take, turns.Turns._give, clock.Meter.phase = take, give, contextlib.contextmanager(phase)
+"""
+"""Before RUNNER, in this checkout: argv[2] gets a line for each phase of a cell, each time that it has the device alone, and each wait for that
+(process, what, begin and end in seconds since 1970)."""
 PARTS = {
     "pipeline.cell.run": ("run", "import_peft", "build_parts", "set_up", "load_inputs", "wrap", "encoded", "import_scoring"),
     "pipeline.cell.inputs": ("load_task", "load_stored", "load_model", "_load_tokenizer"),
@@ -202,7 +230,8 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
 def _commands(stack: str, cells: Sequence[dict[str, Any]], words: Sequence[str], folder: Path) -> list[list[str]]:
     every = [[*(f"{key}={value}" for key, value in cell.items()), *words] for cell in cells]
     if stack != "plain":
-        return [[sys.executable, "-c", RUNNER, json.dumps(every)]]
+        before = TIMELINE if stack == "ours" else ""
+        return [[sys.executable, "-c", before + RUNNER, json.dumps(every), str(folder / "timeline.jsonl")]]
     missing = [(cell, words) for cell, words in zip(cells, every, strict=True) if not (folder / "plain" / _file(cell)).exists()]
     return [[sys.executable, "-m", "benchmarks.throughput_plain", str(folder / "plain" / _file(cell)), *words] for cell, words in missing]
 

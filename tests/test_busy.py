@@ -336,6 +336,9 @@ def test_a_stack_runs_its_cells_and_does_not_run_them_again(stack, tiny, tmp_pat
     first, again = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert (first["ended"], first["cells"], first["resumed"]) == ("done", 3, False), (tmp_path / "work").rglob("log.txt")
     assert (again["ended"], again["cells"], again["resumed"]) == ("done", 0, True) and first["phases_s"]["train_s"] > 0
+    if stack == "ours":
+        timeline = [json.loads(line) for path in (tmp_path / "work").rglob("timeline.jsonl") for line in path.read_text().splitlines()]
+        assert {"phase train", "phase evaluate"} <= {what for _, what, *_ in timeline} and all(begun <= ended for *_, begun, ended in timeline)
 
 
 # imports
