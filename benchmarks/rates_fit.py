@@ -84,7 +84,7 @@ class Grids:
 
 
 def grids(rows: Sequence[dict[str, Any]], rates: int) -> Grids:
-    """From the lines of cells.jsonl; a run that diverged answers nothing right."""
+    """From the lines of cells.jsonl, of grids with so many rates or more; a run that diverged answers nothing right."""
     by: dict[str, dict[Pair, dict[float, tuple[float, str]]]] = {}
     untrained = {}
     for row in rows:
@@ -98,7 +98,7 @@ def grids(rows: Sequence[dict[str, Any]], rates: int) -> Grids:
             untrained[pair] = outcome
         else:
             by.setdefault(row["technique"], {}).setdefault(pair, {})[row["lr"]] = outcome
-    return Grids({t: {p: g for p, g in pairs.items() if len(g) == rates} for t, pairs in by.items()}, untrained)
+    return Grids({t: {p: g for p, g in pairs.items() if len(g) >= rates} for t, pairs in by.items()}, untrained)
 
 
 def regrets(data: Grids, technique: str, power: float, feature: dict[str, float], pairs: set[Pair]) -> dict[float, float]:

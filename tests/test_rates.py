@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_cell import run
 
-from benchmarks import rates_fit
+from benchmarks import rates_fit, rates_tuners
 from benchmarks.rates import MIDDLE, Grid, rates_of
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError
@@ -100,6 +100,24 @@ def lines(law: dict[str, float], technique: str = "lora") -> list[dict]:
                 bits = int("1" + "1" * right + "0" * (200 - right), 2)
                 made.append({"model": model, "task": task, "technique": technique, "lr": rate, "test": {"bits": f"{bits:x}"}})
     return made
+
+
+def test_a_grid_with_further_rates_counts_and_one_with_fewer_does_not():
+    law = dict.fromkeys(rates_fit.MODELS, 2e-3)
+    rows = lines(law)
+    further = [{**row, "lr": 7.0} for row in rows if row["lr"]]
+    assert all(len(grid) == 8 for grid in rates_fit.grids([*rows, *further], 7).by["lora"].values())
+    assert not rates_fit.grids(rows, 8).by["lora"]
+
+
+def test_the_tuners_have_the_rates_that_their_runs_choose():
+    """As `benchmarks.rates defaults` would write them."""
+    rows = [json.loads(line) for line in Path("experiments/tuners/rates.jsonl").read_text().splitlines()]
+    made = rates_tuners.chosen(rows)
+    assert len(made) == len({row["technique"] for row in rows if row["lr"] is not None}) == len(rates_tuners.MIDDLE)
+    for choice in made:
+        train = yaml.safe_load(Path(f"conf/technique/{choice.technique}.yaml").read_text())["train"]
+        assert f"{choice.rate:.1e}" == f"{train.get('reference_lr', train.get('lr')):.1e}", choice
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])

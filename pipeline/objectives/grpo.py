@@ -49,8 +49,8 @@ class Grpo(Objective):
     """Weight of the KL to the model as training starts with it; above 0 only for an adapter."""
     reward: str | None = None
     """A finished reward model: a technique of the same experiment, seed and rows, or results/<experiment>/<cell>. null: the right answer earns 1."""
-    exact: bool = False
-    """Draw and train by one order of sums (engine/invariant.py). Written, but not run on a GPU yet, so it is to be asked for."""
+    exact: bool = True
+    """Draw and train by one order of sums where the step is by hand and in bf16 (engine/invariant.py)."""
     unproven: Literal["refuse", "use"] = "refuse"
     """What to do with a reward model that is not above chance on held-out pairs."""
 
