@@ -32,7 +32,7 @@ MIDDLE = {
 }
 """The middle of each one's five rates on SmolLM2-135M; on another base it moves with the size of the weights by the technique's lr_power."""
 TECHNIQUES = Path("conf/technique")
-COMMENT = "# Fitted on {runs} runs of {models} on {tasks} ({device}, experiments/tuners/README.md): one rate of five or more, half a decade apart, one seed each."
+COMMENT = "# Fitted on {runs} runs of {models} on {tasks} ({device}, experiments/tuners/README.md): one of five rates or more, half a decade apart, one seed."
 TRAIN = re.compile(r"\n(#[^\n]*\n)+train: \{(lr: [^,}]+|reference_lr: [^,}]+, lr_power: [^,}]+)")
 
 
@@ -66,7 +66,8 @@ def _choice(data: Grids, technique: str) -> Choice:
     rate, regret = next((rate, cost) for rate, cost in costs.items() if cost <= min(costs.values()) + NOISE)
     tried = [lr / (RMS[model] / RMS["smollm2_135m"]) ** power for model, task in pairs for lr in data.by[technique][model, task]]
     rate = min(max(rate, min(tried)), max(tried))  # where all rates are equally good, one that was run
-    return Choice(technique, rate, power, regret, tuple(sorted({m for m, _ in pairs})), tuple(sorted({t for _, t in pairs})), sum(map(len, data.by[technique].values())))
+    runs = sum(len(grid) for grid in data.by[technique].values())
+    return Choice(technique, rate, power, regret, tuple(sorted({m for m, _ in pairs})), tuple(sorted({t for _, t in pairs})), runs)
 
 
 def write(out: Path, rows: Sequence[dict[str, Any]], techniques: Path = TECHNIQUES) -> list[Choice]:
