@@ -218,7 +218,7 @@ def test_page_is_self_contained_and_well_formed(home: Path, drawn: None) -> None
     ids = [a["id"] for _, a in page.tags if "id" in a]
     inner = {a["href"][1:] for t, a in page.tags if t == "a" and a["href"].startswith("#")}
     assert len(ids) == len(set(ids)) and inner and inner <= set(ids), "every point and every name leads to its cells"
-    assert html.count("tags.`alignscope.cell` = 'lora-s0-n200'") == 1 and "train:" in html, "command, MLflow run and config of every cell"
+    assert html.count("tags.`alignscope.cell` = 'quick/lora-s0-n200'") == 1 and "train:" in html, "command, MLflow run and config of every cell"
     assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html and 'name="viewport"' in html
     sorts = [a["aria-sort"] for t, a in page.tags if t == "th" and "aria-sort" in a]
     assert sorts == ["descending"]

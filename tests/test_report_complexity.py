@@ -18,7 +18,7 @@ from pipeline.reporting import rows as report_rows
 from pipeline.reporting.charts import colours
 from pipeline.reporting.figures import Row
 from pipeline.reporting.mistakes import mistakes
-from pipeline.reporting.page import page
+from pipeline.reporting.page import page, template
 from pipeline.reporting.rows import make_rows
 
 PROBED = "100 news sentences, 500 agreement pairs, 200 LAMBADA passages"
@@ -77,7 +77,16 @@ def test_what_was_not_measured_or_lies_too_far_is_named(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, probed("zero_shot", 150, 100.0), *trained, probed("step_by_step", 220, 50_000.0), bare)
     chart = forgetting.charts(rows, colours(rows))[0]
     assert [text.partition(" ")[0] for text in chart.left_out] == ["step_by_step", "dora"]
-    assert "forgot +49900.0%, learned +28.0" in chart.left_out[0] and "not measured" in chart.left_out[1]
+    assert "perplexity ×500, learned +28.0" in chart.left_out[0] and "not measured" in chart.left_out[1]
+
+
+def test_of_many_techniques_those_that_no_other_beats_at_learning_and_keeping_are_named(tmp_path: Path) -> None:
+    many = [probed(f"t{i:02}", 200 + i % 7, 110.0 + i) for i in range(30)]
+    rows = rows_of(tmp_path, probed("zero_shot", 150, 100.0), *many)
+    chart = forgetting.charts(rows, colours(rows))[0]
+    names = [one["text"] for layer in chart.spec["layer"] if layer["mark"]["type"] == "text" for one in layer["data"]["values"]]
+    assert chart.front_alone and set(names) == {"zero_shot", *(f"t{i:02}" for i in range(7))}
+    assert len(chart.spec["layer"][-1]["data"]["values"]) == 31, "all have their dots"
 
 
 def test_learning_is_counted_from_the_base_in_the_experiments_own_precision(tmp_path: Path) -> None:
@@ -137,9 +146,16 @@ def test_wrong_answers_stand_beside_the_right_ones_with_their_texts(tmp_path: Pa
     theirs = listed.mistakes(row.cells[0], tmp_path / "data/vader_movies")
     assert [w.prompt for w in theirs.wrong] == [f"text number {i}" for i in (1, 2, 4, 5)] and theirs.confusion["good", "bad"] == 3
     assert one.matrix and {(c["right"], c["said"]): c["n"] for c in one.matrix["data"]["values"]}["good", "bad"] == 3
+    across = one.matrix["layer"][0]["encoding"]["x"]["axis"]
+    assert across["labelOverlap"] is False, "every column says which answer it is"
+    assert "text number 1" in template("mistakes.html").render(mistakes=[one], task="vader_movies")
     write_json(tmp_path / "data/vader_movies/manifest.json", {"other": 1})
     other = mistakes(row, tmp_path / "data")
     assert other and other.wrong[0].text == "", "the data are no longer those that were seen"
+    page = template("mistakes.html").render(mistakes=[other], task="vader_movies")
+    assert "cannot be shown: data/vader_movies" in page and "Test row" not in page and "<tbody>" not in page, "no column of dashes"
+    page = template("mistakes.html").render(mistakes=[dataclasses.replace(other, matrix=None, pairs=[])], task="vader_movies")
+    assert "Test row" not in page and '<td class="said">bad</td>' in page, "free texts: what was said beside what is right"
     with pytest.raises(UserError, match="does not hold the rows that .* answered; run: python -m pipeline.prepare task=vader_movies"):
         listed.mistakes(row.cells[0], tmp_path / "data/vader_movies")
 

@@ -19,7 +19,7 @@ from pipeline.records.results import Cost, Result, Score, Synthetic
 from pipeline.reporting import words as report_format
 from pipeline.reporting.charts import colours, costs, pareto, scatter
 from pipeline.reporting.figures import COLUMNS, FIGURES, SECTIONS, Row, columns, metrics, remarks
-from pipeline.reporting.plot import Box, place_labels, scale, stacked, text_width
+from pipeline.reporting.plot import Box, Label, leader, place_labels, scale, stacked, text_width
 from pipeline.reporting.rows import make_rows
 from pipeline.reporting.text import TABLES, markdown, opening, warnings
 from pipeline.scoring.answers import by_row
@@ -219,6 +219,8 @@ def test_numbers_as_text() -> None:
     assert [f.size(v) for v in (None, 0, 1_420, 9_787_976, 3.41e9)] == ["—", "0", "1.39 KiB", "9.33 MiB", "3.18 GiB"]
     assert [f.count(v) for v in (None, 0, 11_520, 2_442_240, 134_515_008)] == ["—", "0", "11,520", "2.44 M", "135 M"]
     assert [f.seconds(v) for v in (None, 0.0, 0.417, 4.21, 61.4, 1234)] == ["—", "0", "0.42", "4.2", "61", "1,234"]
+    assert [f.seconds(v) for v in (0.996, 9.96)] == ["1.0", "10"] and f.size(9.999 * 2**20) == "10.0 MiB" and f.rate(1165.37) == "1,165"
+    assert [f.growth(v) for v in (None, 0.0, 0.082, -0.021, 8.99, 51.9, 4950.965)] == ["—", "0.0%", "+8.2%", "−2.1%", "+899.0%", "×53", "×4,952"]
     assert [f.points(v) for v in (None, 0.0, -0.0001, 0.082, -0.068)] == ["—", "0.0", "0.0", "+8.2", "−6.8"]
     assert [f.p_value(v) for v in (None, 0.0004, 0.0391, 0.45)] == ["", "p < 0.001", "p = 0.039", "p = 0.45"]
 
@@ -238,6 +240,8 @@ def test_labels_do_not_collide() -> None:
     assert len(boxes) == 8
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in [*boxes[:i], *dots])
     assert place_labels([(5.0, 5.0, "too long for this frame")], [[]], Box(0, 0, 50, 50)) == [None]
+    assert leader(points[0][:2], Label(points[0][0] + 9, 100.0, 60)) is None, "a name beside its dot"
+    assert leader((100.0, 100.0), Label(140.0, 100.0, 60)) == (140.0, 100.0) and leader((100.0, 100.0), Label(70.0, 150.0, 60)) == (100.0, 143.5)
     levels = stacked([10.0, 11.0, 11.5, 80.0], 13)
     assert all(b - a >= 12.99 for a, b in zip(levels, levels[1:], strict=False)) and levels[3] == 80.0
 
@@ -281,6 +285,7 @@ def test_of_many_points_those_on_the_front_are_named(tmp_path: Path) -> None:
     few, many = (scatter(some, cost, colours(rows)) for some in (rows[:10], rows))
     assert few and many and len(of_layer(few.spec, "text")) == 10
     assert len(of_layer(many.spec, "point")) == 30 and 0 < len(of_layer(many.spec, "text")) < 30
+    assert many.front_alone and not few.front_alone, "the page says so"
 
 
 def test_what_begins_at_another_cell_has_no_training_cost_of_its_own(tmp_path: Path) -> None:

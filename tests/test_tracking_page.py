@@ -35,6 +35,15 @@ def test_the_experiments_note_is_the_reports_where_there_is_an_experiment(root):
     assert note.endswith("viewStateShareKey=alignscope&workflowType=machine_learning)\n\nTake lora.")
 
 
+def test_a_report_longer_than_a_note_may_be_is_cut_at_a_line_and_says_so(root, capsys):  # noqa: F811
+    """45 techniques: MLflow refused the whole note, with it the link to the runs."""
+    records_mlflow.log_cell(write_cell(root), config(root))
+    records_mlflow.log_note(config(root), "Take lora.\n\n" + "\n".join(f"| technique {i} | {'x' * 100} |" for i in range(300)))
+    note = client(root).get_experiment_by_name("quick").tags["mlflow.note.content"]
+    assert "warning" not in capsys.readouterr().err and 19_800 < len(note) <= 20_000
+    assert "viewStateShareKey=alignscope" in note and "x |\n\nToo long for a note of MLflow: all of it is in table.md of quick's report." in note
+
+
 def test_the_address_of_an_experiment_opens_its_runs_and_a_comparison_begins_with_the_headline(root, monkeypatch, capsys):  # noqa: F811
     """On model training: without what follows the port, MLflow's pages open on traces."""
     from pipeline import open_ui

@@ -33,6 +33,7 @@ KIND, NOTE, PRIMARY = "mlflow.experimentKind", "mlflow.note.content", "mlflow.ex
 WRITER = "alignscope.writer"
 """On a server: which lock its writer held, by machine and path. What such a writer left half-written is dead once another one holds that lock."""
 SQLITE = "sqlite:///"
+LONGEST_NOTE = 20_000  # characters of an experiment's tag that MLflow takes
 BATCH = 100  # params or tags that MLflow takes in one call; metrics: 1,000
 ENVIRONMENT = {  # what the user has set stays
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
@@ -172,6 +173,9 @@ class Mirror:
         if found is None:
             return
         text = f"[The runs by test figure, with training time, peak memory and r beside it]({_of_runs(found.experiment_id)})\n\n{text}"
+        if len(text) > LONGEST_NOTE:
+            rest = f"\n\nToo long for a note of MLflow: all of it is in table.md of {experiment}'s report."
+            text = text[: text.rfind("\n", 0, LONGEST_NOTE - len(rest) + 1)] + rest
         if found.tags.get(NOTE) != text:
             self._tag(found.experiment_id, NOTE, text)
 

@@ -68,6 +68,8 @@ class Drawn:
     title: str
     spec: Spec
     left_out: list[str]
+    front_alone: bool = False
+    """Whether only dots on the front are named."""
 
     @property
     def svg(self) -> Markup:
@@ -147,11 +149,10 @@ def scatter(rows: Sequence[Row], cost: Cost, colour: dict[str, str]) -> Drawn | 
     stairs = [(values[i], tests[i]) for i in front] + [(x.high, tests[front[-1]])]
     chart.line(stairs, "faint", step=True)
     chart.bars([(v, *bounds(r), colour[r.family]) for v, r in zip(values, shown, strict=True)])
-    named = range(len(shown)) if len(shown) <= MOST_NAMES else front
-    chart.names(placed([(values[i], tests[i], shown[i].technique) for i in named], list(zip(values, tests, strict=True)), chart, stairs))
+    name_dots(chart, [(value, test, r.technique) for value, test, r in zip(values, tests, shown, strict=True)], front, stairs)
     chart.dots([Dot(v, r.test or 0.0, colour[r.family], tip(r, cost.words(v)), link(r), i not in front)
                 for i, (v, r) in enumerate(zip(values, shown, strict=True))])
-    return Drawn(f"Against {cost.name}", chart.spec(), left_out)
+    return Drawn(f"Against {cost.name}", chart.spec(), left_out, len(shown) > MOST_NAMES)
 
 
 def _across(cost: Cost, x: Scale) -> Axis:
@@ -164,20 +165,24 @@ def percent(value: float) -> str:
     return f"{100 * value:g}"
 
 
-def placed(named: Sequence[tuple[float, float, str]], dots: Sequence[tuple[float, float]], chart: Chart,
-           stairs: Sequence[tuple[float, float]] = ()) -> list[tuple[float, float, str, str]]:
-    """Where the names of points (x, y, name) stand, in the units of the axes, clear of all dots, of each other and of stairs, if there is room."""
+def name_dots(chart: Chart, dots: Sequence[tuple[float, float, str]], front: Sequence[int], stairs: Sequence[tuple[float, float]] = ()) -> None:
+    """Write the names of dots (x, y, name) beside them, of many those on the front alone: clear of all dots, of each other and of stairs, if there is room.
+    A name that stands away from its dot gets a thin line to it."""
     def pixel(point: tuple[float, float]) -> tuple[float, float]:
         return across(point[0], chart.x), chart.height * (chart.y.scale.high - point[1]) / (chart.y.scale.high - chart.y.scale.low)
 
-    around = [Box(px - 6, py - 6, px + 6, py + 6) for px, py in map(pixel, dots)]
-    lines = [Box(px - 2, py - 30, px + 2, py + 30) for px, py in map(pixel, dots)]
-    corners = list(map(pixel, stairs))
-    level = [Box(one[0], one[1] - 2, other[0], one[1] + 2) for one, other in itertools.pairwise(corners)]
-    labels = plot.place_labels([(*pixel((px, py)), name) for px, py, name in named], [around, lines, level], Box(0, -8, chart.width + 10, chart.height - 2))
-    height = chart.y.scale.high - chart.y.scale.low
-    return [(back(one.x + one.width / 2, chart.x), chart.y.scale.high - one.y / chart.height * height, name, "ink")
-            for (_, _, name), one in zip(named, labels, strict=True) if one]
+    def value(px: float, py: float) -> tuple[float, float]:
+        return back(px, chart.x), chart.y.scale.high - py / chart.height * (chart.y.scale.high - chart.y.scale.low)
+
+    points = [pixel((x, y)) for x, y, _ in dots]
+    around = [Box(px - 6, py - 6, px + 6, py + 6) for px, py in points]
+    lines = [Box(px - 2, py - 30, px + 2, py + 30) for px, py in points]
+    level = [Box(one[0], one[1] - 2, other[0], one[1] + 2) for one, other in itertools.pairwise(map(pixel, stairs))]
+    named = range(len(dots)) if len(dots) <= MOST_NAMES else front
+    labels = plot.place_labels([(*points[i], dots[i][2]) for i in named], [around, lines, level], Box(0, -8, chart.width + 10, chart.height - 2))
+    shown = [(i, one) for i, one in zip(named, labels, strict=True) if one]
+    chart.leaders([(dots[i][:2], value(*end)) for i, one in shown if (end := plot.leader(points[i], one))])
+    chart.names([(*value(one.x + one.width / 2, one.y), dots[i][2], "ink") for i, one in shown])
 
 
 def across(value: float, axis: Axis, width: float = FRAME.right - FRAME.left) -> float:
@@ -290,7 +295,7 @@ def training_curves(rows: Sequence[Row], colour: dict[str, str]) -> list[tuple[s
             loss.line(_losses(cell), colour[row.family])
         parts = [loss.spec()]
         if checks:
-            y = linear("validation, %", plot.scale(checks, 0, CURVE[1] / 2, room=0.12), percent, 2)
+            y = linear("validation, %", plot.scale(checks, 0, CURVE[1] / 2, room=0.12), percent, 3)
             below = Chart(CURVE[0], CURVE[1] / 2, x, y, "")
             for cell in row.cells:
                 below.line(_points(cell, CHECK), colour[row.family], thin=True)

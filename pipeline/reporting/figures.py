@@ -140,10 +140,6 @@ def _kilojoules(joules: float | None) -> str:
     return f.DASH if joules is None else f"{joules / 1000:,.1f}" if joules >= 1000 else f"{joules / 1000:.2g}"
 
 
-def _growth(value: float | None) -> str:
-    return f.DASH if value is None else f"{f.signed(100 * value)}%"
-
-
 def _to_16bit(show: Callable[[float | None], str], key: str) -> Callable[[Row], str]:
     """What is below a column of forgetting: the change against the base in 16 bits, where the base is quantised."""
     def small(row: Row) -> str:
@@ -249,7 +245,7 @@ class Row:
         "synthetic.rows", "Synthetic rows", "Data", _whole, seeds=first, optional=True,
         about="Rows that a teacher wrote (pipeline.synthesize), trained on beside the labelled ones, which alone count as labelled.")
     train_s: float | None = _figure(
-        "phases.train_s", "Train, s", "Training", f.seconds, over=timed, mark=_resumed, single=True, for_dvc=True,
+        "phases.train_s", "Train, s", "Training", f.seconds, over=timed, mark=lambda r: _resumed(r) if r.train_s else "", single=True, for_dvc=True,
         about="Seconds in training steps alone: no start-up, validation or evaluation. "
         f"{RESUMED}: the run was resumed, packed with others, timed with others on the device, or shared by several GPUs; that is no single run's time, "
         "and no chart has it.")
@@ -306,9 +302,9 @@ class Row:
     merged_q8_0_verdict: str | None = _figure()
     """One of records.evaluations.SAID, of several seeds the worst."""
     perplexity_change: float | None = _figure(
-        values.growth_of("perplexity_base"), "Perplexity", "Forgetting", _growth, small=_to_16bit(_growth, "perplexity_change_16bit"),
+        values.growth_of("perplexity_base"), "Perplexity", "Forgetting", f.growth, small=_to_16bit(f.growth, "perplexity_change_16bit"),
         about="Change of the perplexity on unrelated text against the untouched base in the same precision "
-        "(above 0: forgotten); under it against the base in 16 bits, where the base is quantised.")
+        "(above 0: forgotten; ×53: 53 times the base's); under it against the base in 16 bits, where the base is quantised.")
     perplexity_change_16bit: float | None = _figure(values.growth_of("perplexity_base_16bit"))
     pairs_change: float | None = _figure(
         values.change_of("pairs", "pairs_base"), "Minimal pairs", "Forgetting", f.points, small=_to_16bit(f.points, "pairs_change_16bit"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.reporting import plot
 from pipeline.reporting import words as f
-from pipeline.reporting.charts import FRAME, Drawn, link, placed, tip
+from pipeline.reporting.charts import FRAME, MOST_NAMES, Drawn, link, name_dots, pareto, tip
 from pipeline.reporting.figures import QUANTISED, Row
 from pipeline.reporting.plot import Scale
 from pipeline.reporting.rows import zero_shot
@@ -37,7 +37,7 @@ class Axis:
     """Whether to the right is worse."""
 
     def words(self, value: float) -> str:
-        return f"{f.signed(100 * value)}{'%' if self.relative else ' points'}"
+        return f.growth(value) if self.relative else f"{f.points(value)} points"
 
 
 def _negative(value: float | None) -> float | None:
@@ -67,7 +67,8 @@ def _chart(rows: Sequence[Row], base: Row, axis: Axis, colour: dict[str, str]) -
     shown = [point for point in measured if point[1] <= limit]
     if len(shown) < 2 or len({r.technique for r, _, _ in shown}) < 2:
         return None
-    left_out = [f"{r.technique} (forgot {axis.words(lost)}, learned {f.points(gain)})" for r, lost, gain in measured if lost > limit]
+    left_out = [f"{r.technique} ({'perplexity' if axis.relative else 'forgot'} {axis.words(lost)}, learned {f.points(gain)})"
+                for r, lost, gain in measured if lost > limit]
     left_out += [f"{r.technique} (not measured)" for r, lost, _ in known if lost is None]
     x, y = _scales(shown, axis)
     about = f"Test result above zero-shot against: {axis.title}"
@@ -78,9 +79,10 @@ def _chart(rows: Sequence[Row], base: Row, axis: Axis, colour: dict[str, str]) -
         low, high = max(x.low, y.low), min(x.high, y.high)
         chart.dashed((low, low), (high, high))
     chart.spans([(gain, lost, end, colour[row.family]) for row, lost, gain in shown if (end := _in_16bit(row, axis)) is not None])
-    chart.names(placed([(lost, gain, row.technique) for row, lost, gain in shown], [(lost, gain) for _, lost, gain in shown], chart))
+    front = pareto([(lost if axis.lost else -lost, gain) for _, lost, gain in shown])
+    name_dots(chart, [(lost, gain, row.technique) for row, lost, gain in shown], front, [(x.low, 0.0), (x.high, 0.0)])
     chart.dots([Dot(lost, gain, colour[row.family], _tip(row, axis, lost, gain), link(row), row.precision in QUANTISED) for row, lost, gain in shown])
-    return Drawn(axis.heading, chart.spec(), left_out)
+    return Drawn(axis.heading, chart.spec(), left_out, len(shown) > MOST_NAMES)
 
 
 def _limit(lost: Sequence[float]) -> float:

@@ -105,7 +105,7 @@ def _matrix(name: str, labels: Sequence[str], counts: Counter[tuple[str, str]]) 
               "tip": f"{right} taken for {one} | {counts[right, one]} of {totals[right]} rows" if one != right else f"{right} | {counts[right, one]} of "
               f"{totals[right]} rows right"} for right in labels for one in said]
     size = 34 if len(said) <= 10 else 22
-    axis = {"labelFont": FONT, "titleFont": FONT, "labelColor": COLOUR["ink"], "grid": False, "domain": False, "labelLimit": 110}
+    axis = {"labelFont": FONT, "titleFont": FONT, "labelColor": COLOUR["ink"], "grid": False, "domain": False, "labelLimit": 110, "labelOverlap": False}
     x = {"field": "said", "type": "nominal", "sort": said, "axis": {**axis, "title": "said", "labelAngle": -40, "orient": "top"}}
     y = {"field": "right", "type": "nominal", "sort": list(labels), "axis": {**axis, "title": "right answer"}}
     shade = {"field": "share", "type": "quantitative", "scale": {"domain": [0, 1], "range": [COLOUR["band"], COLOUR["f1"]]}, "legend": None}

@@ -194,7 +194,7 @@ def _resources(result: Result) -> dict[str, str | None]:
         "Pruned, taken apart or adapted": _of_blocks(size.reached_share if size else None),
         "Latency and adapters": f"measured in {inference.requests_from}" if inference and inference.requests_from else None,
         "Beside other cells": _beside(result),
-        "Test rows a second": f"{inference.rows_per_s:,.1f}" if inference and inference.rows_per_s is not None else None,
+        "Test rows a second": f.rate(inference.rows_per_s) if inference and inference.rows_per_s is not None else None,
     }
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 DASHES = (None, "7 4", "2 4", "9 3 2 3")
 """Lines of a family share a colour and differ in the dashes."""
 LETTER = 6.2  # pixels: a generous mean width of a letter at 11 px, so that labels have room in any system font
+BESIDE = 16.0  # pixels: a label farther from its dot is no longer seen to be its own
 LINE = 13.0  # pixels: height of a line of text at 11 px
 
 
@@ -127,6 +128,13 @@ def place_labels(points: Sequence[tuple[float, float, str]], obstacles: Sequence
         if label:
             placed.append(_box(label))
     return [labels[i] for i in range(len(points))]
+
+
+def leader(dot: tuple[float, float], label: Label) -> tuple[float, float] | None:
+    """Where a line from a dot to its label ends: the nearest place of the label, or None where the label stands beside the dot."""
+    box = _box(label)
+    end = (min(max(dot[0], box.left), box.right), min(max(dot[1], box.top), box.bottom))
+    return end if math.dist(dot, end) > BESIDE else None
 
 
 def stacked(levels: Sequence[float], gap: float) -> list[float]:

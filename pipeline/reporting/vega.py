@@ -102,6 +102,11 @@ class Chart:
         data = [{"x": one[0], "x2": other[0], "y": one[1], "y2": other[1]}]
         self._add({"type": "rule", "color": COLOUR["faint"], "strokeDash": list(dash)}, data, x2={"field": "x2"}, y2={"field": "y2"})
 
+    def leaders(self, lines: Sequence[tuple[tuple[float, float], tuple[float, float]]]) -> None:
+        """Thin lines from dots to names that stand away from them: ((x, y), (x, y))."""
+        data = [{"x": one[0], "y": one[1], "x2": other[0], "y2": other[1]} for one, other in lines]
+        self._add({"type": "rule", "color": COLOUR["faint"], "strokeWidth": 0.7}, data, x2={"field": "x2"}, y2={"field": "y2"})
+
     def dots(self, points: Sequence[Dot], size: float = 62) -> None:
         data = [{"x": d.x, "y": d.y, "c": COLOUR[d.colour], "fill": COLOUR["page" if d.hollow else d.colour], "tip": d.tip, "href": d.href} for d in points]
         links = {"href": {"field": "href"}} if any(d.href for d in points) else {}

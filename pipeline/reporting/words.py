@@ -26,13 +26,20 @@ def signed(value: float) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
 
 
+def growth(fraction: float | None) -> str:
+    """A change in percent; from ten times as much on how many times as much: +8.0%, −2.1%, ×53, ×4,952."""
+    if fraction is None:
+        return DASH
+    return f"{signed(100 * fraction)}%" if fraction < 9 else f"×{times(1 + fraction)}"
+
+
 def seconds(value: float | None) -> str:
     """Seconds to two or three digits: 0.42, 4.2, 61, 1,234; a true zero is 0."""
     if value is None:
         return DASH
     if value == 0:
         return "0"
-    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+    return f"{value:.2f}" if value < 0.995 else f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
 
 
 def duration(value: float | None) -> str:
@@ -68,6 +75,11 @@ def count(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
+def rate(value: float) -> str:
+    """A number in a second to three digits or more: 4.21, 61.4, 1,165."""
+    return _three(value)
+
+
 def share(fraction: float | None) -> str:
     """A small part of a whole: 0.0086%, 1.8%, 13%, 100%; empty for none of it."""
     return "" if not fraction else f"{100 * fraction:.0f}%" if fraction >= 0.1 else f"{100 * fraction:.2g}%"
@@ -75,7 +87,7 @@ def share(fraction: float | None) -> str:
 
 def times(ratio: float) -> str:
     """How many times as much: 1.7, 54, 11,677."""
-    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:,.0f}"
+    return f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:,.0f}"
 
 
 def p_value(p: float | None) -> str:
@@ -108,4 +120,4 @@ def hyperparameter(value: Any) -> str:
 
 
 def _three(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 99.95 or value == int(value) else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
