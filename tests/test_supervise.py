@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import multiprocessing
@@ -52,6 +53,26 @@ def kill_self(number: int) -> Callable[[], int]:
 
 def resident() -> int:
     return child_rss(os.getpid()) or 0
+
+
+def test_a_child_with_a_log_waits_for_no_lock_of_who_draws_on_the_terminal(tmp_path, monkeypatch):
+    """rich's streams take a lock; a child that was forked while another thread drew hung for ever, and `alignscope try` with it."""
+    taken = threading.Lock()
+
+    class Drawing(io.StringIO):
+        def write(self, text: str) -> int:
+            with taken:
+                return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Drawing())
+    monkeypatch.setattr(sys, "stderr", Drawing())
+    with taken:
+        begun = child.Child(lambda: print("said", flush=True) or print("warned ✓", file=sys.stderr) or 0, log=tmp_path / "logs" / "cell.log")
+        end = time.monotonic() + 20
+        while begun.poll() is None and time.monotonic() < end:
+            child.pause()
+        begun.send(signal.SIGKILL)
+    assert begun.outcome == Outcome(0) and (tmp_path / "logs" / "cell.log").read_text() == "said\nwarned ✓\n"
 
 
 @pytest.mark.parametrize("code", [0, 3])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from conftest import make_rows
 from pipeline import cells, fit, prepare, report, try_file
 from pipeline.core.files import UserError
 from pipeline.data import tables
-from pipeline.intake import look, project
+from pipeline.intake import look, project, running
 
 ROWS = [{"text": r["fields"]["text"], "label": r["answer"]} for r in make_rows(90, 7, "row")]
 FEW = ["--rows", "16", "--test-rows", "16", "--techniques", "zero_shot,lora", "--yes"]
@@ -122,6 +124,17 @@ def test_a_failed_technique_says_why_in_the_table_and_the_others_go_on(place, im
 
 
 @pytest.mark.slow
+def test_the_growing_table_is_drawn_by_no_thread_that_cells_would_be_forked_beside(tmp_path):
+    from rich.console import Console
+
+    drawn, before = io.StringIO(), threading.active_count()
+    with running.Watch([], {}, tmp_path / "log", Console(force_terminal=True, file=drawn, width=80)) as watch:
+        assert threading.active_count() == before
+        for _ in range(20):
+            watch.runs(None)
+        assert drawn.getvalue().count("technique") <= 2, "several times a second it is told, a few times it draws"
+
+
 def test_an_answer_as_json_is_json_alone(place, imports, capsys):
     write(place / "reviews.csv", csv_text())
     assert tried("reviews.csv", "--techniques", "zero_shot", capsys=capsys)[0] == 0

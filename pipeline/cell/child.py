@@ -219,11 +219,13 @@ def _become_child(work: Callable[[], int], parent: int, log: Path | None) -> Non
 
 
 def _print_into(log: Path) -> None:
-    """What this process prints, also from C, goes to the end of a file."""
+    """What this process prints, also from C, goes to the end of a file. Who drew on the terminal before the fork may have put its own streams in the place
+    of Python's; these wait for a lock that nobody gives back here, if it was taken at the fork."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False) for stream in (1, 2))
 
 
 class CellRun:

@@ -50,6 +50,8 @@ class Row:
         return [self.technique, f"{100 * value:.1f}", shown, duration(phases.train_s), duration(phases.evaluate_s + phases.validate_s), size, ""]
 
 
+REDRAW_S = 0.25
+"""Seconds between two pictures of what runs."""
 HEAD = ["technique", "test, %", "95%", "training", "scoring", "memory", ""]
 
 
@@ -65,7 +67,7 @@ class Watch(Watcher):
     def __init__(self, cells: Sequence[DictConfig], costs: Mapping[str, Whole], log: Path, console: Any, limit_s: float | None = None) -> None:
         self.rows = {self._key(cfg): _row(cfg, costs.get(cfg.technique.name)) for cfg in cells}
         self.log, self.console, self.limit_s = log, console, limit_s
-        self.watch, self.cell = Stopwatch(), Stopwatch()
+        self.watch, self.cell, self.drawn = Stopwatch(), Stopwatch(), Stopwatch()
         self.current: Row | None = None
         self.done = 0.0
         self.live: Any = None
@@ -85,7 +87,7 @@ class Watch(Watcher):
         if self.console.is_terminal:
             from rich.live import Live
 
-            self.live = Live(self.picture(), console=self.console, refresh_per_second=4, transient=True)
+            self.live = Live(self.picture(), console=self.console, auto_refresh=False, transient=True)  # a thread of its own would be forked with every cell
             self.live.__enter__()
         return self
 
@@ -103,7 +105,8 @@ class Watch(Watcher):
     def runs(self, progress: Progress | None) -> None:
         if self.current is not None and progress is not None:
             self.done = progress.share(self.current.train_share)
-        self._draw()
+        if self.drawn.peek() >= REDRAW_S:
+            self._draw()
 
     def ends(self, cfg: DictConfig, code: int, reason: str) -> None:
         row = self.rows[self._key(cfg)]
@@ -158,7 +161,8 @@ class Watch(Watcher):
 
     def _draw(self) -> None:
         if self.live is not None:
-            self.live.update(self.picture())
+            self.live.update(self.picture(), refresh=True)
+        self.drawn.lap()
 
     def picture(self) -> Any:
         """The table with the bar below it, as rich draws them."""
