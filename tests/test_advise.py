@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,23 @@ def test_with_one_seed_told_apart_is_said_of_these_weights(tmp_path):
     for one, seeds in ((single, 1), (several, 3)):
         assert one.verdict and (one.verdict.kind, one.verdict.name) == ("take", "full") and one.verdict.tied == ()
         assert ("these weights" in "\n".join(answer(one))) is (seeds == 1)
-    assert "lora: 60.0%" in "\n".join(answer(single)) and "; told apart from full (these weights)" in "\n".join(answer(single))
+    said = "\n".join(answer(single))
+    assert re.search(r"^  technique .* from full \(these weights\)$", said, re.MULTILINE) and re.search(r"^  lora +60\.0% .*  told apart$", said, re.MULTILINE)
+
+
+def test_fifty_techniques_are_a_table_whose_ground_is_said_once_and_what_is_out_for_one_reason_one_line(tmp_path):
+    """Every line said where the memory was measured, with a range of one run from a figure to itself."""
+    memory = dataclasses.replace(result("t00", 100).memory, kind="gpu_reserved")
+    for number in range(50):
+        one = dataclasses.replace(result(f"t{number:02}", 200 - number % 5, 0, 200 if number < 25 else 2000), memory=memory)
+        keep(tmp_path, dataclasses.replace(one, hardware={"gpu": "NVIDIA H200"}))
+    said = answer(of(tmp_path, 200))
+    at = said.index("Others:")
+    assert said[at + 1].split()[:5] == ["technique", "expected", "accuracy", "memory", "training"] and len(said[at : at + 26]) == 26
+    assert max(map(len, said[at : at + 26])) <= 90 and not any("measured" in line or "GiB to" in line for line in said[at : at + 26])
+    out = " ".join("\n".join(said[said.index("Ruled out:") + 1 :]).split())
+    assert out.startswith("t25, t26, t27,") and out.count("measured at 2,000 training rows, which says nothing of 200") == 1
+    assert out.count("memory: measured at 200 rows of vader_movies on NVIDIA H200, 1 run") == 1
 
 
 def test_a_tie_with_the_untouched_base_is_do_not_train_and_agrees_with_the_report(tmp_path):

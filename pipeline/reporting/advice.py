@@ -61,7 +61,7 @@ class Candidate:
     train_s: Expected | None = None
     out: str | None = None
     standing: str = ""
-    """To the verdict, in words; empty for what is out."""
+    """To the technique that the verdict names, in words; empty for what is out."""
     by_task: dict[str, float] = field(default_factory=dict)
     """Borrowed advice: what is expected on every task with evidence (the mean over bases; of a single task by base), fractions."""
     gap: tuple[float, float, float] | None = None
@@ -283,9 +283,9 @@ def _limits(candidate: Candidate, need: Need, model: str) -> None:
     if candidate.out is not None:
         return
     if fits is False and candidate.memory:
-        candidate.out = f"needs {candidate.memory.value / 2**30:.1f} GiB of {need.gpu_memory_gb:g} ({candidate.memory.basis})"
+        candidate.out = f"needs {candidate.memory.value / 2**30:.3g} GiB of {need.gpu_memory_gb:g}"
     elif need.hours is not None and candidate.train_s and candidate.train_s.value > 3600 * need.hours:
-        candidate.out = f"trains {candidate.train_s.value / 3600:.1f} h of {need.hours:g} ({candidate.train_s.basis})"
+        candidate.out = f"trains {candidate.train_s.value / 3600:.3g} h of {need.hours:g}"
     elif need.metric_floor is not None and candidate.accuracy.told and candidate.accuracy.value < need.metric_floor:
         candidate.out = f"is expected at {100 * candidate.accuracy.value:.1f}%, below {100 * need.metric_floor:g}%"
 
@@ -329,8 +329,7 @@ def _options(live: Sequence[Candidate]) -> list[Option]:
 def _standing(one: Candidate, verdict: Verdict) -> str:
     if one.technique in verdict.below_base:
         return "below the untouched base: its settings do not suit, tune it first"
-    weights = "" if verdict.evidence is None or verdict.evidence.covers_seeds else " (these weights)"
-    return f"{'not told apart' if one.technique in verdict.tied else 'told apart'} from {verdict.name}{weights}"
+    return "not told apart" if one.technique in verdict.tied else "told apart"
 
 
 def _value(candidate: Candidate) -> float:

@@ -5,6 +5,7 @@ Library; advice.py decides.
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,7 @@ from pipeline.reporting.evidence import Expected
 from pipeline.reporting.verdict import Saying, alike, sentences
 
 SHOWN_CELLS = 6
+WIDTH = 100  # of lines that name many techniques
 
 
 def answer(advice: Advice) -> list[str]:
@@ -35,16 +37,17 @@ def answer(advice: Advice) -> list[str]:
         lines += [*(text.replace("`", "") for text in _verdict(advice, chosen)), "", *_facts(advice, chosen)]
     others = [c for c in advice.candidates if c is not chosen and c.out is None]
     if others:
-        lines += ["", "Others:", *(f"  {_line(c)}" for c in others)]
+        lines += ["", "Others:", *_table(others, advice)]
     if advice.elsewhere:
-        lines += ["", "Not measured here, expected from other tasks and models, and no part of the verdict:", *(f"  {_expected(c)}" for c in advice.elsewhere)]
+        lines += ["", "Not measured here, expected from other tasks and models, and no part of the verdict:", *_table(advice.elsewhere, advice)]
         first = advice.elsewhere[0]
         if chosen and above(first, chosen):
             lines += [f"  {first.technique} is expected above {chosen.technique}; try it: {_command(first, advice)}"]
     gone = [c for c in advice.candidates if c.out is not None]
     if gone:
-        lines += ["", "Ruled out:", *(f"  {c.technique}: {c.out}" for c in gone)]
-    return lines
+        lines += ["", "Ruled out:", *_ruled_out(gone)]
+    bases = _bases([*others, *advice.elsewhere, *gone])
+    return lines + (["", *bases] if bases else [])
 
 
 def _verdict(advice: Advice, chosen: Candidate) -> list[str]:
@@ -109,18 +112,47 @@ def _command(one: Candidate, advice: Advice) -> str:
     return command + f" train_rows={rows}"
 
 
-def _expected(one: Candidate) -> str:
-    assert one.accuracy
-    gap = "" if one.gap is None else f" ({f.points(one.gap[0])} points, {f.points(one.gap[1])} to {f.points(one.gap[2])})"
-    return f"{one.technique}: {_percent(one.accuracy)}{gap}, memory {_size(one.memory)}, training {_duration(one.train_s)}"
+def _table(some: Sequence[Candidate], advice: Advice) -> list[str]:
+    """A line a technique under a head: what is expected, beyond the recommended one where that is known better, memory, training, and the standing."""
+    gaps, stand = any(one.gap for one in some), any(one.standing for one in some)
+    name = advice.verdict.name if advice.verdict else ""
+    weights = " (these weights)" if advice.verdict and advice.verdict.evidence and not advice.verdict.evidence.covers_seeds else ""
+    head = ["technique", "expected accuracy", *[f"points above {name}"] * gaps, "memory", "training", f"from {name}{weights}" if stand else ""]
+    lines = [head, *([one.technique, _percent(one.accuracy), *[_gap(one)] * gaps, _ranged(one.memory, f.size), _ranged(one.train_s, f.duration), one.standing]
+                     for one in some if one.accuracy)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return ["  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def _line(one: Candidate) -> str:
-    return "; ".join(filter(None, (_expected(one), one.standing)))
+def _gap(one: Candidate) -> str:
+    return "" if one.gap is None else f"{f.points(one.gap[0])} [{f.points(one.gap[1])} to {f.points(one.gap[2])}]"
 
 
-def _percent(value: Expected) -> str:
-    if value.low is None or value.high is None:
+def _ruled_out(gone: Sequence[Candidate]) -> list[str]:
+    """Why each is out, those with the same reason in one line."""
+    by_reason: dict[str, list[str]] = {}
+    for one in gone:
+        by_reason.setdefault(str(one.out), []).append(one.technique)
+    lines = (f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)]
+
+
+def _bases(some: Sequence[Candidate]) -> list[str]:
+    """What the memory and the times of a table rest on: what most rest on first, and of which ones it is another."""
+    lines = []
+    for what, figures in (("memory", [(c.technique, c.memory) for c in some]), ("training time", [(c.technique, c.train_s) for c in some])):
+        names: dict[str, list[str]] = {}
+        for name, figure in figures:
+            if figure is not None:
+                names.setdefault(figure.basis, []).append(name)
+        most, *others = sorted(names, key=lambda basis: -len(names[basis])) or [""]
+        line = "; ".join(filter(None, [most, *(f"of {f.listed(names[basis])}: {basis}" for basis in others)]))
+        lines += textwrap.wrap(f"{what}: {line}", WIDTH, subsequent_indent="  ", break_on_hyphens=False) if line else []
+    return lines
+
+
+def _percent(value: Expected | None) -> str:
+    if value is None or value.low is None or value.high is None:
         return "not known"
     if not value.told:
         return f"not known [{100 * value.low:.0f} to {100 * value.high:.0f}%]"
@@ -128,12 +160,20 @@ def _percent(value: Expected) -> str:
 
 
 def _duration(value: Expected | None) -> str:
-    return "—" if value is None else f"{f.duration(value.value)}{_range(value, f.duration)} ({value.basis})"
+    if value is None:
+        return f.DASH
+    return f"{_ranged(value, f.duration)}{' [one run tells no interval]' if value.low is None else ''} ({value.basis})"
 
 
 def _size(value: Expected | None) -> str:
-    return "— (neither forecast nor measured on a GPU)" if value is None else f"{f.size(value.value)}{_range(value, f.size)} ({value.basis})"
+    return "— (neither forecast nor measured on a GPU)" if value is None else f"{_ranged(value, f.size)} ({value.basis})"
 
 
-def _range(value: Expected, show: Callable[[float], str]) -> str:
-    return " [one run tells no interval]" if value.low is None or value.high is None else f" [{show(value.low)} to {show(value.high)}]"
+def _ranged(value: Expected | None, show: Callable[[float], str]) -> str:
+    """A figure with its range, where it has one of any width."""
+    if value is None:
+        return f.DASH
+    if value.low is None or value.high is None:
+        return show(value.value)
+    low, high = show(value.low), show(value.high)
+    return show(value.value) + (f" [{low} to {high}]" if low != high else "")
