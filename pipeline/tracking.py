@@ -1,4 +1,4 @@
-"""MLflow as a mirror of the result files: one run a cell, one nested run a trial. The only file that imports mlflow.
+"""Put finished cells and sweeps into MLflow, a mirror of the result files: one run a cell, one nested run a trial.
 
     python -m pipeline.tracking backfill                     mirror every result and sweep on disk
     python -m pipeline.tracking backfill experiments=quick   those of one experiment

@@ -16,7 +16,7 @@ from conftest import make_rows
 from pipeline import cells, fit, prepare, report, try_file
 from pipeline.core.files import UserError
 from pipeline.data import tables
-from pipeline.intake import look, project, running
+from pipeline.intake import answering, look, project, running
 
 ROWS = [{"text": r["fields"]["text"], "label": r["answer"]} for r in make_rows(90, 7, "row")]
 FEW = ["--rows", "16", "--test-rows", "16", "--techniques", "zero_shot,lora", "--yes"]
@@ -124,6 +124,13 @@ def test_a_failed_technique_says_why_in_the_table_and_the_others_go_on(place, im
 
 
 @pytest.mark.slow
+def test_what_comes_next_stands_below_its_command_where_a_line_would_not_fit():
+    steps = [("alignscope more reviews --seeds 3", "more seeds"), ("alignscope rank reviews", "which rank of LoRA")]
+    assert answering.listed(steps, 80)[1] == "        alignscope rank reviews            which rank of LoRA"
+    assert answering.listed(steps, 60) == ["next    alignscope more reviews --seeds 3", "            more seeds", "        alignscope rank reviews",
+                                           "            which rank of LoRA"]
+
+
 def test_the_growing_table_is_drawn_by_no_thread_that_cells_would_be_forked_beside(tmp_path):
     from rich.console import Console
 

@@ -125,12 +125,17 @@ def overrides_help(module: str) -> str:
     keys = [found for line in lines if (found := re.fullmatch(r"(\w+): ([^#\s]\S*) *(?:# (.*))?", line))]
     groups = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in sorted(conf.iterdir()) if folder.is_dir()}
     groups = {"experiments": sorted(p.stem for p in (PACKAGE.parent / "experiments").glob("*.yaml"))} | groups
-    width = 100
+    width = _columns(122) - 22
     told = [docstring(module), "", "Arguments are key=value, in any order. Groups, each a YAML below conf/ (experiments: below experiments/):", ""]
     told += [f"  {name + '=':<14}{_short(', '.join(options), width)}" for name, options in groups.items() if options]
     told += ["", "Keys at the top, with their defaults (a group's own keys: --cfg job, or its YAML):", ""]
     told += [f"  {f'{key[1]}={key[2]}':<22}{_short(key[3] or '', width)}" for key in keys]
     return "\n".join([*told, "", f"  --cfg job   print the whole composed config    Example: {_example(module)}"])
+
+
+def _columns(most: int) -> int:
+    """Of the terminal, at most so many; as many where there is none."""
+    return max(60, min(most, shutil.get_terminal_size((most, 24)).columns))
 
 
 def _short(text: str, width: int) -> str:
@@ -152,12 +157,12 @@ GROUPS = {
 
 
 def overview() -> str:
-    known = commands()
+    known, width = commands(), _columns(130) - 15
     rest = [name for name in known if not any(name in names for names in GROUPS.values())]
     told = ["alignscope: compares ways to align a language model with a task: data needed, accuracy, cost", "", "    alignscope try reviews.csv", ""]
     for heading, names in {**GROUPS, "others": tuple(rest)}.items():
         first = {name: " ".join(docstring(known[name]).partition("\n\n")[0].split()) for name in names if name in known}
-        told += [heading, *(f"  {name:<13}{_short(line, 115)}" for name, line in first.items()), ""]
+        told += [heading, *(f"  {name:<13}{_short(line, width)}" for name, line in first.items()), ""]
     return "\n".join([*told, "alignscope COMMAND --help says what each takes; commands of key=value take Hydra's overrides (--cfg job prints the config)"])
 
 

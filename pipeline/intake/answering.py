@@ -43,12 +43,20 @@ def answer(name: str, cfg: DictConfig, watch: running.Watch, code: int, args: ar
         console.print(f"\ninterrupted; {done} of {len(watch.rows)} cells are done, and all that was done is kept. Go on with: {typed()} try {name}",
                       highlight=False, soft_wrap=True)
         return 130
-    console.print("\n" + "\n".join(sentences), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n" + "\n".join(sentences), highlight=False, markup=False, soft_wrap=not console.is_terminal)  # a terminal breaks lines at words
     if page:
         console.print(f"\nreport  {page}", highlight=False, soft_wrap=True)
-    width = max(len(command) for command, _ in steps)
-    console.print("next    " + "\n        ".join(f"{command:<{width}}  {what}" for command, what in steps), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(listed(steps, console.width)), highlight=False, markup=False, soft_wrap=True)
     return 0 if cells else 1
+
+
+def listed(steps: Sequence[tuple[str, str]], width: int) -> list[str]:
+    """The commands that come next, each with what it does: beside it, or below where some would not fit into the width."""
+    longest = max(len(command) for command, _ in steps)
+    beside = [f"{command:<{longest}}  {what}" for command, what in steps]
+    fits = max(map(len, beside)) + 8 <= width
+    lines = beside if fits else [line for command, what in steps for line in (command, f"    {what}")]
+    return [f"{'next' if not number else '':<8}{line}" for number, line in enumerate(lines)]
 
 
 def finished(name: str, cfg: DictConfig) -> list[Cell]:

@@ -145,7 +145,7 @@ def _say(args: argparse.Namespace) -> Callable[[Any], None]:
     if args.json:
         return lambda what: None
     console = make_console()
-    return lambda what: console.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
+    return lambda what: console.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str) and not console.is_terminal)
 
 
 def make_console() -> Any:

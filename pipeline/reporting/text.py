@@ -5,6 +5,7 @@ Library of `python -m pipeline.report`. A technique's name stands in backticks; 
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.reporting.rows import by_group, common_notes, tier_notes, timing_n
 from pipeline.reporting.verdict import saying_of, sentences
 from pipeline.stats.verdict import SLACK
 
+NO_STEP = re.compile(r"because .+ has(?= no hand-written step)")
 CURVES = 2  # sentences about learning curves in the opening
 MANY = 8  # names that are all said; of more, the first three
 
@@ -231,11 +233,15 @@ def _footnotes(rows: Sequence[Row], unmeasured: Sequence[str]) -> list[str]:
     notes += tier_notes(rows) + timing_notes(rows)
     if any(interval(r) for r in rows):
         notes.append("brackets after accuracy: 95% interval; with several seeds from the lowest to the highest bound of theirs")
-    by_note: dict[str, list[str]] = {}
+    return notes + common_notes(cells) + _notes_of_some(rows)
+
+
+def _notes_of_some(rows: Sequence[Row]) -> list[str]:
+    """Notes that not every row has, each once with whom it is of; of engines that were taken because each of several has no hand-written step, one."""
+    by_note: dict[str, dict[str, str]] = {}
     for row, note in ((r, n) for r in rows for n in [*r.own_notes, *(f"engine: {c.engine}" for c in r.cells if c.engine)]):
-        names = by_note.setdefault(note, [])
-        names.extend([row.name] if row.name not in names else [])
-    return notes + common_notes(cells) + [f"{', '.join(names)}: {note}" for note, names in by_note.items()]
+        by_note.setdefault(NO_STEP.sub("because they have", note), {}).setdefault(row.name, note)
+    return [f"{', '.join(of)}: {note if len(set(of.values())) > 1 else next(iter(of.values()))}" for note, of in by_note.items()]
 
 
 def _paragraph(sentences: Sequence[str], width: int = 110) -> list[str]:

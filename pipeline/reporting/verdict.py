@@ -92,8 +92,10 @@ def _against(verdict: Verdict) -> str:
     if not evidence.rows:
         return f", {f.percent(abs(one.difference))} points {way} `{evidence.against}`{', told apart from it' * one.significant}"
     other = "the untouched base " if verdict.option(evidence.against).base else ""
+    gap = f.percent(abs(one.difference))
+    far = f"{gap} points {way}" if gap != "0.0" else "as high as"
     how = f"95% interval {f.points(one.low)} to {f.points(one.high)}, {f.p_value(one.corrected)}"
-    return f", {f.percent(abs(one.difference))} points {way} {other}`{evidence.against}` ({how})"
+    return f", {far} {other}`{evidence.against}` ({how})"
 
 
 def _higher(verdict: Verdict) -> str:
@@ -126,7 +128,7 @@ def further(verdict: Verdict, saying: Saying = Saying()) -> str:  # noqa: B008
         enough = verdict.enough and verdict.kind != "undecided" and abs(evidence.gap - WORTH) < 1e-9
         return f"These data would have shown {gap} in most cases." if enough else f"No reasonable number of rows or seeds would confirm {gap}."
     if not evidence.covers_seeds:
-        also = f"{', and' if rows else ';'} {seeds} would tell whether it is the technique's" if seeds else ""
+        also = f"{', and' if rows else ';'} {seeds} would tell whether it is the techniques' or the seed's" if seeds else ""
         return f"To confirm {gap}, {rows or f'{evidence.rows:,} {saying.rows} are enough'}{' would be needed' if rows else ''}{also}."
     return f"To confirm {gap}, {(' and ' if verdict.both else ' or ').join(filter(None, (rows, seeds)))} would be needed."
 

@@ -34,11 +34,13 @@ def growth(fraction: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Seconds to two or three digits: 0.42, 4.2, 61, 1,234; a true zero is 0."""
+    """Seconds to two or three digits: < 0.01, 0.42, 4.2, 61, 1,234; a true zero is 0."""
     if value is None:
         return DASH
     if value == 0:
         return "0"
+    if value < 0.005:
+        return "< 0.01"
     return f"{value:.2f}" if value < 0.995 else f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
 
 
