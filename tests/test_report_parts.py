@@ -265,7 +265,8 @@ def test_engines_that_were_taken_for_want_of_a_hand_written_step_are_one_note(tm
 
     kinds = [of(name, f"{name.upper()} has no hand-written step") for name in ("vera", "road")]
     text = markdown("quick", list(rows_of(*kinds, of("lora_fa", "the method corrects its gradients"), root=tmp_path).values()), [])
-    assert text.count("no hand-written step") == 1 and re.search(r"^- (vera, road|road, vera): engine: .*because they have no hand-written step$", text, re.MULTILINE)
+    said = r"^- (vera, road|road, vera): engine: .*because they have no hand-written step$"
+    assert text.count("no hand-written step") == 1 and re.search(said, text, re.MULTILINE)
     assert "- lora_fa: engine: autograd, because the method corrects its gradients\n" in text
     alone = markdown("quick", list(rows_of(kinds[0], result("full", 190), root=tmp_path / "alone").values()), [])
     assert "because VERA has no hand-written step" in alone, "of one it is said why"

@@ -225,7 +225,7 @@ def _print_into(log: Path) -> None:
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False) for stream in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(one, "w", 1, "utf-8", "backslashreplace", closefd=False) for one in (1, 2))
 
 
 class CellRun:

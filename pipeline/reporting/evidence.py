@@ -225,7 +225,8 @@ def expected_memory(ordered: Sequence[Seen], rows: int, card_gb: float | None, m
     peaks = [float(r.memory.peak_bytes) for r in _nearest(ordered) if r.memory and r.memory.peak_bytes and r.memory.kind.startswith("gpu")]
     if not peaks:
         return None, None
-    basis = f"measured at {ordered[0].rows:,} rows of {ordered[0].task} on {ordered[0].cell.result.hardware.get('gpu')}, {'range of ' * (len(peaks) > 1)}{_runs(len(peaks))}"
+    runs = f"range of {_runs(len(peaks))}" if len(peaks) > 1 else _runs(1)
+    basis = f"measured at {ordered[0].rows:,} rows of {ordered[0].task} on {ordered[0].cell.result.hardware.get('gpu')}, {runs}"
     return Expected(statistics.fmean(peaks), min(peaks), max(peaks), basis), None if card_gb is None else max(peaks) <= card_gb * 2**30
 
 
