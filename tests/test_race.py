@@ -23,7 +23,7 @@ from pipeline.racing import words
 from pipeline.racing.drive import BudgetUsed, Driver, Seeds, Stops
 from pipeline.racing.entrants import Asked, Entrant
 from pipeline.racing.journal import Entry, Journal, Screened
-from pipeline.racing.page import write
+from pipeline.racing.page import course, write
 from pipeline.racing.policy import Arm, Race, Rules, rows_needed, weights
 from pipeline.racing.screen import ladder, order
 
@@ -206,6 +206,25 @@ def test_what_is_open_says_which_and_what_it_would_take(tmp_path):
     end = words.told(driver, [], "accuracy")
     assert end.kind == "open" and end.statement.startswith("Undecided: ") and end.spent_h <= end.budget_h
     assert re.search(r"more hours would be needed|test rows would be needed", end.statement)
+
+
+def test_who_did_not_run_has_no_line_in_the_course_and_a_dash_in_the_table(tmp_path, drawn):
+    """Techniques that the budget did not hold were drawn to the end of the race, like those that ran."""
+    nobody, _ = driver_of(tmp_path / "nobody", asked=replace(ASKED, budget_s=25.0))
+    nobody.go()
+    page = write(tmp_path / "none", "quick", nobody, words.told(nobody, [], "accuracy"), "accuracy").read_text()
+    assert "A line a technique" not in page and "not run: the budget did not hold it" in page
+    driver, _ = driver_of(tmp_path, asked=replace(ASKED, budget_s=45.0))
+    race = driver.go()
+    ran = {race.arms[k].name for k in range(len(race.arms)) if race.answers.runs[k]}
+    end = words.told(driver, [], "accuracy")
+    assert 0 < len(ran) < len(race.arms) and {line.name for line in end.lines if line.level is not None} == ran
+    dots = course(driver)["layer"][-1]["data"]["values"]
+    assert {one["tip"].partition(" | ")[0] for one in dots} == ran
+    missing = next(line for line in end.lines if line.name not in ran)
+    page = write(tmp_path / "report", "quick", driver, end, "accuracy").read_text()
+    assert re.search(rf"{missing.name}</th><td class=.number.>\d</td><td class=.number.>—</td>", page)
+    assert f"| {missing.name} | {missing.rank} | — | 0 |" in (tmp_path / "report" / "race.md").read_text()
 
 
 def test_a_run_that_can_only_collapse_is_stopped_midway():

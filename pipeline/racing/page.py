@@ -17,16 +17,16 @@ from pipeline.reporting.page import TEMPLATES, template
 from pipeline.reporting.plot import scale
 from pipeline.reporting.vega import Axis, Chart, Dot, Spec, linear
 
-WIDTH, LINE = 560, 20
+WIDTH, LINE = 380, 20  # which a phone shows at full size
 
 
 def write(folder: Path, experiment: str, driver: Driver, told: Told, metric: str) -> Path:
     """Write folder/{index.html, race.md, race.json, charts/}; returns the page's path."""
     import dataclasses
 
-    charts = {"course": course(driver)} | ({"price": price(told)} if any(hours is not None for _, hours in told.by_within) else {})
+    charts = ({"course": course(driver)} if any(driver.race.answers.runs) else {}) | ({"price": price(told)} if any(hours is not None for _, hours in told.by_within) else {})
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    page = template("race.html").render(experiment=experiment, told=told, metric=metric, css=css, course=charts["course"], price=charts.get("price"))
+    page = template("race.html").render(experiment=experiment, told=told, metric=metric, css=css, course=charts.get("course"), price=charts.get("price"))
     with atomic_folder(folder, "race.json") as beside:
         beside.mkdir()
         write_text(beside / "index.html", page)
@@ -39,9 +39,9 @@ def write(folder: Path, experiment: str, driver: Driver, told: Told, metric: str
 
 
 def course(driver: Driver) -> Spec:
-    """A line a technique over the hours of the race: a dot a seed, a ring where it left; the names at the left."""
+    """A line a technique that ran over the hours of the race: a dot a seed, a ring where it left; the names at the left."""
     race = driver.race
-    order = [*race.alive, *sorted(race.left, key=lambda k: -race.left[k].spent_s)]
+    order = [k for k in (*race.alive, *sorted(race.left, key=lambda k: -race.left[k].spent_s)) if race.answers.runs[k]]
     last = max([race.spent_s, 1e-9]) / 3600
     rows = {k: len(order) - place for place, k in enumerate(order)}
     height = max(60.0, LINE * len(order))

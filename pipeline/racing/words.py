@@ -169,7 +169,7 @@ def _state(driver: Driver, arm: int, named: int | None) -> str:
         return "no usable result"
     if arm in race.left:
         one = race.left[arm]
-        return (f"left after {one.seeds} seed{'s' if one.seeds > 1 else ''} at {one.spent_s / 3600:.2g} h: {100 * one.difference:.1f} points below "
+        return (f"left at {one.spent_s / 3600:.2g} h, told apart by {one.seeds} seed{'s' if one.seeds > 1 else ''}: {100 * one.difference:.1f} points below "
                 f"{race.arms[one.by].name}")
     if named is not None and (named, arm) in race.cleared:
         return f"not more than {100 * race.rules.within:g} points better than {race.arms[named].name}"
@@ -210,10 +210,10 @@ def markdown(experiment: str, one: Told) -> str:
     lines = [f"# The race of {experiment}", "", f"**{one.statement.replace('`', '')}**", "",
              f"{one.spent_h:.3g} of {one.budget_h:g} hours were spent.", ""]
     lines += [f"- {note.replace('`', '')}" for note in [*one.without_model, *one.notes]]
-    lines += ["", "| technique | screening | metric, % | seeds | collapsed | hours | |", "| --- | --: | --: | --: | --: | --: | --- |"]
+    lines += ["", "| technique | rank in screening | metric, % | seeds | collapsed | hours | |", "| --- | --: | --: | --: | --: | --: | --- |"]
     for line in one.lines:
-        level = "" if line.level is None else f"{100 * line.level:.1f}"
-        lines.append(f"| {line.name} | {line.rank or ''} | {level} | {line.seeds} | {line.collapsed} | {line.hours:.3g} | {line.state} |")
+        level = "—" if line.level is None else f"{100 * line.level:.1f}"
+        lines.append(f"| {line.name} | {line.rank or '—'} | {level} | {line.seeds} | {line.collapsed} | {line.hours:.3g} | {line.state} |")
     for title, rows in (("error at most", [(f"{e:g}", h) for e, h in one.by_error]), ("within, points", [(f"{w:g}", h) for w, h in one.by_within])):
         if rows:
             lines += ["", "What more certainty would cost, hours beyond those spent (as far as what was seen tells; —: no number of seeds would do):", "",
