@@ -24,7 +24,8 @@ def write(folder: Path, experiment: str, driver: Driver, told: Told, metric: str
     """Write folder/{index.html, race.md, race.json, charts/}; returns the page's path."""
     import dataclasses
 
-    charts = ({"course": course(driver)} if any(driver.race.answers.runs) else {}) | ({"price": price(told)} if any(hours is not None for _, hours in told.by_within) else {})
+    charts = {"course": course(driver)} if any(driver.race.answers.runs) else {}
+    charts |= {"price": price(told)} if any(hours is not None for _, hours in told.by_within) else {}
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     page = template("race.html").render(experiment=experiment, told=told, metric=metric, css=css, course=charts.get("course"), price=charts.get("price"))
     with atomic_folder(folder, "race.json") as beside:
