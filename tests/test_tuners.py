@@ -156,7 +156,7 @@ def rows_ids(tiny) -> None:
 
 
 LEARNT = {
-    "adamss": ["train.lr=1.5e-2"], "c3a": [], "deft": ["train.lr=5e-3"], "delora": [], "fourierft": [], "glora": ["train.lr=5e-3"], "gralora": [], "hira": [],
+    "adamss": ["train.lr=1.5e-2"], "c3a": [], "deft": ["train.lr=5e-3"], "delora": [], "fourierft": ["train.lr=3e-2"], "glora": ["train.lr=5e-3"], "gralora": [], "hira": [],
     "hra": ["train.lr=1e-2"], "lily": [], "miss": ["train.lr=3e-3"], "osf": ["train.lr=5e-4"], "peanut": ["train.lr=5e-3"], "poly": [], "psoft": [],
     "pvera": ["train.lr=3e-2"], "randlora": ["train.lr=1e-3"], "road": ["train.lr=3e-2"], "shadow": ["train.lr=3e-3"], "shira": [],
     "unilora": ["train.lr=1.5e-2"], "vblora": ["train.lr=1e-2"], "waveft": [], "cartridge": ["train.lr=3e-2", "train.epochs=40"],
