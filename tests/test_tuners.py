@@ -156,12 +156,12 @@ def rows_ids(tiny) -> None:
 
 
 LEARNT = {
-    "adamss": ["train.lr=1.5e-2"], "c3a": [], "deft": ["train.lr=5e-3"], "delora": [], "fourierft": ["train.lr=3e-2"], "glora": ["train.lr=5e-3"], "gralora": [], "hira": [],
-    "hra": ["train.lr=1e-2"], "lily": [], "miss": ["train.lr=3e-3"], "osf": ["train.lr=5e-4"], "peanut": ["train.lr=5e-3"], "poly": [], "psoft": [],
-    "pvera": ["train.lr=3e-2"], "randlora": ["train.lr=1e-3"], "road": ["train.lr=3e-2"], "shadow": ["train.lr=3e-3"], "shira": [],
+    "adamss": ["train.lr=1.5e-2"], "c3a": [], "deft": ["train.lr=5e-3"], "delora": [], "fourierft": ["train.lr=3e-2"], "glora": ["train.lr=5e-3"],
+    "gralora": [], "hira": [], "hra": ["train.lr=1e-2"], "lily": [], "miss": ["train.lr=3e-3"], "osf": ["train.lr=5e-4"], "peanut": ["train.lr=5e-3"],
+    "poly": [], "psoft": [], "pvera": ["train.lr=3e-2"], "randlora": ["train.lr=1e-3"], "road": ["train.lr=3e-2"], "shadow": ["train.lr=3e-3"], "shira": [],
     "unilora": ["train.lr=1.5e-2"], "vblora": ["train.lr=1e-2"], "waveft": [], "cartridge": ["train.lr=3e-2", "train.epochs=40"],
-    "cpt": ["train.lr=0.1", "train.epochs=30", "method.epsilon=20", "method.format_epsilon=20"], "eva": [],
-    "corda": ["train.lr=5e-3"], "lora_ga": ["train.lr=5e-3"], "alora": [], "bdlora": [], "kasa": [], "mica": ["train.lr=3e-3"], "monteclora": [], "velora": [],
+    "cpt": ["train.lr=0.1", "train.epochs=30", "method.epsilon=20", "method.format_epsilon=20"], "eva": [], "corda": ["train.lr=5e-3"],
+    "lora_ga": ["train.lr=5e-3"], "alora": [], "bdlora": [], "kasa": [], "mica": ["train.lr=3e-3"], "monteclora": [], "velora": [],
     "lora_fa": ["train.lr=5e-3"], "lora_riemannian": [],
 }  # fmt: skip
 LESS = {"adaption_prompt": ["train.lr=3e-2", "train.epochs=30"], "beft": ["train.lr=3e-2", "train.epochs=20"], "frod": ["train.lr=1e-2", "train.epochs=20"],
