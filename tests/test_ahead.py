@@ -183,7 +183,7 @@ def test_checks_have_as_many_processes_as_the_machine_and_the_device_hold(words,
     assert sizes(AtOnce(1, dict.fromkeys(names, 10), 30), 8) == [2, 2, 1], "three of them fill the device"
     assert sizes(AtOnce(2, {}, 30), 8) == [3, 2], "what is not known is not more than before"
     monkeypatch.setattr(machine, "cpu_count", lambda: 32)
-    assert AtOnce(4, {}, 30).places == 16 and AtOnce(20, {}, 30).places == 20 and AtOnce(1).places == 1
+    assert AtOnce(4, {}, 30).places == 24 and AtOnce(30, {}, 30).places == 30 and AtOnce(1).places == 1
 
 
 def test_a_cell_beside_checks_needs_room_and_a_place(words, monkeypatch):

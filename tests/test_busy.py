@@ -28,6 +28,7 @@ from pipeline.cell.room import AtOnce
 from pipeline.core.compose import ROOT, compose
 from pipeline.forecasting import sharing
 from pipeline.forecasting.cell import Card
+from pipeline.measure import machine
 from pipeline.records import finished
 from pipeline.records.results import Neighbours, Result, read
 from pipeline.scoring.sharing import copied
@@ -272,6 +273,17 @@ def test_a_training_without_a_forecast_is_taken_for_half_as_much_again_as_the_la
     assert [needs[finished.name(cfg)] for cfg in cells] == [10, 10, 60, 40]
     known.clear()
     assert sharing.limit(cells).needs == {}, "each has the device alone"
+
+
+@pytest.mark.parametrize(("cpus", "gpus", "cells"), [(2, 1, 4), (4, 1, 4), (8, 1, 4), (12, 1, 6), (16, 1, 8), (32, 2, 8), (16, 2, 4), (128, 8, 8), (128, 1, 8)])
+def test_as_many_cells_take_turns_as_a_gpu_has_cpus_for(words, cpus, gpus, cells, monkeypatch):
+    """Four at least: one is timed while the others load and capture. What is asked for stands, and share=true has its own number."""
+    monkeypatch.setattr(sharing, "card_at_hand", lambda cfg: Card(True, "a card", 1000))
+    monkeypatch.setattr(sharing, "_need", lambda cfg, card: 1)
+    monkeypatch.setattr(machine, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(machine, "visible_gpus", lambda: gpus)
+    assert sharing.limit(seeds(words, 1)).cells == cells
+    assert sharing.limit(seeds(words, 1, "at_once=3")).cells == 3 and sharing.limit(seeds(words, 1, "share=true")).cells == 8
 
 
 def test_a_training_over_several_gpus_has_nobody_beside_it(words):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import json
@@ -19,6 +18,7 @@ from omegaconf import DictConfig
 from pipeline.cell import identity, locks, packing
 from pipeline.cell.ahead import Checks
 from pipeline.cell.child import Child, Outcome, Watcher, handed_on, pause, run_cell, run_in_child
+from pipeline.cell.composing import compose_cell, compose_cells
 from pipeline.cell.inputs import Shared, check_ahead, preload
 from pipeline.cell.pool import INTERRUPTED, Pool
 from pipeline.cell.room import AtOnce
@@ -33,28 +33,6 @@ from pipeline.records.results import Result
 from pipeline.teachers.synthetic import rows as synthetic
 
 NO_ANSWER = 3  # exit code of a child that mirrors: nobody is there to write to
-
-
-def compose_cell(overrides: Sequence[str]) -> DictConfig:
-    """The config of a cell: with its tuned settings, if it has tuned=true. Raises UserError as `compose` and `tuned.applied` do."""
-    return tuned.applied(compose(overrides), overrides)
-
-
-def compose_cells(every: Sequence[Sequence[str]]) -> list[DictConfig]:
-    """The configs of cells; those that differ in their seed alone are composed once, which is most of the time that a large grid takes to begin."""
-    first: dict[tuple[str, ...], DictConfig] = {}
-    cells = []
-    for words in every:
-        rest, seed = tuple(without(words, "seed")), by_key(words).get("seed", "")
-        if not seed.isdecimal():
-            cells.append(compose_cell(words))
-            continue
-        if rest not in first:
-            first[rest] = compose_cell(words)
-        cfg = copy.deepcopy(first[rest])
-        cfg.seed = int(seed)
-        cells.append(cfg)
-    return cells
 
 
 Limit = Callable[[Sequence[DictConfig]], AtOnce]

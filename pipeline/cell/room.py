@@ -20,8 +20,8 @@ class AtOnce:
 
     @property
     def places(self) -> int:
-        """How many processes may work at once, checks among them: half as many as the machine has CPUs, where it is known what the device holds."""
-        return self.cells if self.room is None else max(self.cells, (machine.cpu_count() or 1) // 2)
+        """How many processes may work at once, checks among them: three for four CPUs of the machine, where it is known what the device holds."""
+        return self.cells if self.room is None else max(self.cells, (machine.cpu_count() or 1) * 3 // 4)
 
     def holds(self, needs: Sequence[int | None]) -> bool:
         """Whether the device has room for processes that need so many bytes; None: as much as there is."""

@@ -32,7 +32,8 @@ class Ray:
     cpus: Annotated[float, Within(0, above=True)] | None = None
     """CPUs of a cell; null: of a cell on a GPU as many as there are for each, else one."""
     gpus: Annotated[float, Within(0, 1)] | None = None
-    """GPUs of a cell; null: the share of one that its forecast asks for, a quarter at least (with train.parallel: train.gpus). Cells on one GPU take turns."""
+    """GPUs of a cell; null: the share of one that its forecast asks for, a quarter at least, an eighth with 16 CPUs a GPU (with train.parallel: train.gpus).
+    Cells on one GPU take turns."""
     retries: AtLeast0 = 2
     """How often a cell is tried again on another worker after its own died or it ended with an error."""
     store: Literal["shared", "objects"] = "shared"

@@ -12,6 +12,7 @@ from pipeline.core.compose import plain
 from pipeline.core.names import class_of
 from pipeline.forecasting.cell import Card, card_at_hand
 from pipeline.forecasting.text import told
+from pipeline.measure import machine
 from pipeline.records.finished import name as cell_name
 
 RESERVE = 0.9
@@ -19,9 +20,9 @@ RESERVE = 0.9
 MOST = 8
 """More at once than these gain nothing: each waits for the others' kernels."""
 WAITING = 4
-"""Cells under way that take turns: one is timed while the others load and capture."""
-
-
+"""Cells under way that take turns, at least: one is timed while the others load and capture."""
+CPUS_EACH = 2
+"""With more CPUs than twice WAITING one for each two of them, MOST at most: what is not timed is mostly Python's work, a CPU for each cell."""
 WEIGHTS_TIMES = 4
 """Bytes that a cell without a forecast (it trains nothing) is taken to need, by those of its base's files."""
 BESIDES = 2 * 2**30
@@ -34,12 +35,12 @@ others is run again by itself."""
 def limit(missing: Sequence[DictConfig]) -> AtOnce:
     """How many of these cells `pipeline.cells` may have under way (`pipeline.fanout`: on each GPU), with what each needs; what will not fit is warned of.
 
-    One on a CPU, where there is nothing to overlap. At most MOST with share=true, else WAITING: more only wait for their turn.
+    One on a CPU, where there is nothing to overlap. At most MOST with share=true, else as many as `in_turns` says: more only wait for their turn.
     """
     cfg = missing[0]
     card = card_at_hand(cfg)
     together = any(cell.train.parallel != "none" for cell in missing)  # a cell that several GPUs train has all of them to itself
-    cells = 1 if together else cfg.at_once or (1 if not card.gpu else MOST if cfg.share else WAITING)
+    cells = 1 if together else cfg.at_once or (1 if not card.gpu else MOST if cfg.share else in_turns())
     needs: dict[str, int] = {}
     first: dict[tuple[str, int | None], int | None] = {}
     for cell in missing:
@@ -51,6 +52,11 @@ def limit(missing: Sequence[DictConfig]) -> AtOnce:
         need = first[cell.technique.name, cell.train_rows]
         needs[cell_name(cell)] = int(UNKNOWN_TIMES * max(known)) if need is None else need
     return AtOnce(cells, needs, int(card.memory_bytes * RESERVE) if card.gpu else None)
+
+
+def in_turns() -> int:
+    """How many cells may take turns on one of this machine's GPUs, by the CPUs that it has for each."""
+    return max(WAITING, min(MOST, (machine.cpu_count() or 1) // max(1, machine.visible_gpus()) // CPUS_EACH))
 
 
 def _need(cfg: DictConfig, card: Card) -> int | None:
