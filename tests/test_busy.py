@@ -213,6 +213,26 @@ def test_while_requests_get_warm_and_adapters_are_copied_or_merged_another_cell_
     assert timed[:2] == [False, True] and timed.count(False) == 4, "the first of each of two batches, by one adapter and by several"
 
 
+def test_the_device_is_had_alone_for_nothing_but_what_is_timed(words, tmp_path, monkeypatch):
+    """Each time the others stop first, for a third of a second on an H200."""
+    from pipeline.measure.turns import Turns
+    from pipeline.scoring.scorer import Scorer
+    from pipeline.training.stepping import Eager
+
+    done: list[str] = []
+
+    def noted(place: Any, name: str) -> None:
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given, **more: (done.append(name), real(*given, **more))[1])
+
+    for place, name in ((Turns, "_take"), (Turns, "_give"), (Eager, "step"), (Scorer, "log_likelihoods")):
+        noted(place, name)
+    cell_run.run(*seeds(words, 1, "train.validations=2", "evaluate.adapters=[1, 2]"), shared=Shared(at_once=2, turns=tmp_path))
+    begun = [at for at, what in enumerate(done) if what == "_take"]
+    assert all(done[at + 1] in ("step", "log_likelihoods") for at in begun)
+    assert len(begun) == 2 + 1 + 1 + 4 + 1, "training until its first validation and after it, test rows, requests, two counts of adapters of each kind, merged"
+
+
 def test_a_cell_that_runs_out_of_memory_beside_others_is_run_again_by_itself(words, monkeypatch, capfd):
     def crowded(parts: Any, *rest: Any, **more: Any) -> Any:
         from pipeline.measure import turns

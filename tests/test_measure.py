@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,6 +137,19 @@ def test_a_gpu_has_had_each_request_before_it_is_timed_and_what_takes_long_is_no
     del seen[:]
     assert measure_clock.latency_s(call, ["a"] * 4, "cuda", enough_s=1.5) == 1.0
     assert len(seen) == 3
+
+
+def test_what_makes_requests_warm_and_what_times_them_have_contexts_of_their_own(clock):
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def noted(name: str) -> Iterator[None]:
+        seen.append(name)
+        yield
+        seen.append(f"end of {name}")
+
+    measure_clock.latency_s(seen.append, ["a", "b"], "cpu", untimed=lambda: noted("warm"), timed=lambda: noted("timed"))
+    assert seen == ["warm", "a", "end of warm", "timed", "a", "b", "end of timed"]
 
 
 def test_latency_without_items_is_null():

@@ -79,6 +79,44 @@ def test_what_is_not_timed_lets_another_be_timed_meanwhile_and_goes_on_alone(tmp
     assert late.exitcode == 0
 
 
+def test_after_what_is_not_timed_nobody_waits_to_be_alone_again_where_nothing_timed_is_left(tmp_path):
+    mine = Turns(tmp_path, "cpu")
+    with mine.alone():
+        with mine.between(again=False):
+            process = other(tmp_path, "alone")
+            mine.leave()  # as at a point
+            wait_for(tmp_path / "begun")
+        taken, waited = mine.alone_s, mine.waited_s
+        assert process.is_alive(), "this one goes on though another is alone"
+        (tmp_path / "stop").touch()
+    process.join(10)
+    assert process.exitcode == 0 and mine.alone_s == taken and mine.waited_s == waited and not mine._here
+
+
+def test_at_a_point_no_more_is_queued_than_since_the_point_before(tmp_path, monkeypatch):
+    events: list[str] = []
+
+    class Mark:
+        def __init__(self) -> None:
+            self.number = sum(event.startswith("mark") for event in events) + 1
+            events.append(f"mark {self.number}")
+
+        def synchronize(self) -> None:
+            events.append(f"wait {self.number}")
+
+    monkeypatch.setattr(turns, "marked", lambda device: Mark())
+    mine = Turns(tmp_path, "cpu")
+    mine.point()
+    assert events == [], "without the device nothing is queued"
+    mine.beside()
+    for _ in range(3):
+        mine.point()
+    assert events == ["mark 1", "mark 2", "wait 1", "mark 3", "wait 2"]
+    with mine.alone():
+        mine.point()
+    assert len(events) == 5, "nothing is waited for where it is timed"
+
+
 def test_nobody_comes_in_while_one_is_alone_and_a_killed_one_lets_go(tmp_path):
     process = other(tmp_path, "alone")
     wait_for(tmp_path / "begun")

@@ -133,19 +133,18 @@ def _is_computed(parts: Parts, cell: str) -> bool:
 
 
 def _measured(parts: Parts, scorer: Scorer, asked: Sequence[dict], inference: Inference, tried: Tried) -> Inference:
-    with turns.alone():
-        latency, request_bytes = _requests(parts, scorer, asked)
-        alone = dataclasses.replace(inference, latency_s=latency, request_peak_bytes=request_bytes)
-        shared = tried("adapters", alone, lambda: _many_adapters(parts, scorer, asked, alone))
-        measured: Inference = tried("merged_latency_s", shared, lambda: _merged(parts, scorer, asked, shared))
-        return measured
+    latency, request_bytes = _requests(parts, scorer, asked)
+    alone = dataclasses.replace(inference, latency_s=latency, request_peak_bytes=request_bytes)
+    shared = tried("adapters", alone, lambda: _many_adapters(parts, scorer, asked, alone))
+    measured: Inference = tried("merged_latency_s", shared, lambda: _merged(parts, scorer, asked, shared))
+    return measured
 
 
 def _requests(parts: Parts, scorer: Scorer, asked: Sequence[dict]) -> tuple[float | None, int | None]:
     """Median seconds of a one-row request to the model as it stands, and the peak memory of answering some."""
     memory = PeakMemory(parts.device)
     memory.start()
-    latency = clock.latency_s(lambda row: scorer.predict([row]), list(asked), parts.device, untimed=turns.between)
+    latency = clock.latency_s(lambda row: scorer.predict([row]), list(asked), parts.device, timed=turns.alone)
     return latency, memory.stop().peak_bytes
 
 
@@ -161,7 +160,6 @@ def _merged(parts: Parts, scorer: Scorer, asked: Sequence[dict], inference: Infe
         return inference
     if not hasattr(scorer.model, "peft_config"):
         return dataclasses.replace(inference, merged_latency_s=inference.latency_s, merged_request_peak_bytes=inference.request_peak_bytes)
-    with turns.between():
-        scorer.model = parts.method.merged(scorer.model)
+    scorer.model = parts.method.merged(scorer.model)
     latency, request_bytes = _requests(parts, scorer, asked)
     return dataclasses.replace(inference, merged_latency_s=latency, merged_request_peak_bytes=request_bytes)

@@ -23,6 +23,17 @@ def synchronise(device: Any) -> None:
         torch.cuda.synchronize(device)
 
 
+def marked(device: Any) -> Any:
+    """A mark behind all that the device was given to do, whose `synchronize` waits for it without computing; None on the CPU, which is through."""
+    if getattr(device, "type", device) != "cuda":
+        return None
+    import torch
+
+    mark = torch.cuda.Event(blocking=True)
+    mark.record(torch.cuda.current_stream(device))
+    return mark
+
+
 def process_start() -> float:
     """Unix time, in seconds, at which this process started (10 ms steps).
 
@@ -104,13 +115,14 @@ class Meter:
 
 
 def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any, enough_s: float = math.inf,
-              untimed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext) -> float | None:
+              untimed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+              timed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext) -> float | None:
     """Median seconds of `call(item)`, one item at a time, once warm: a GPU has had each item before (the first request of a length takes three times as
     long, while kernels are loaded and chosen for it), a CPU the first. None without items.
 
     Args:
         enough_s: no more items are timed once those that were took so long.
-        untimed: the context in which they are made warm.
+        untimed, timed: the contexts in which they are made warm, and timed.
     """
     if not items:
         return None
@@ -119,14 +131,15 @@ def latency_s(call: Callable[[Any], Any], items: list[Any], device: Any, enough_
         for item in distinct:
             call(item)
     times: list[float] = []
-    for item in items:
-        synchronise(device)
-        at = time.perf_counter()
-        call(item)
-        synchronise(device)
-        times.append(time.perf_counter() - at)
-        if sum(times) >= enough_s:
-            break
+    with timed():
+        for item in items:
+            synchronise(device)
+            at = time.perf_counter()
+            call(item)
+            synchronise(device)
+            times.append(time.perf_counter() - at)
+            if sum(times) >= enough_s:
+                break
     return statistics.median(times)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.measure.clock import synchronise
+from pipeline.measure.clock import marked, synchronise
 
 FILES = ("device", "next")
 
@@ -36,6 +36,8 @@ class Turns:
         """Seconds for which this process had the device alone; when that last began."""
         self._device, self._next = (os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC) for name in FILES)
         self._here = self._is_alone = False
+        self._queued: Any = None
+        """What the device had been given to do at the last point."""
 
     def beside(self) -> None:
         """Begin to use the device, beside others that are not timed."""
@@ -52,8 +54,13 @@ class Turns:
             self._here = False
 
     def point(self) -> None:
-        """Let who waits to be alone go first: to be called often where nothing is timed."""
-        if self._here and not self._is_alone and self._wanted():
+        """Let who waits to be alone go first: to be called often where nothing is timed. The device is no further behind than one point."""
+        if not self._here or self._is_alone:
+            return
+        before, self._queued = self._queued, marked(self.device)
+        if before is not None:
+            before.synchronize()
+        if self._wanted():
             self.leave()
             self.beside()
 
@@ -68,13 +75,17 @@ class Turns:
         try:
             yield
         finally:
-            self._give()
+            if self._is_alone:
+                self._give()
             if before:
                 self.beside()
+            else:
+                self.leave()
 
     @contextlib.contextmanager
-    def between(self) -> Iterator[None]:
-        """Within `alone`, work that is not timed: beside others inside, who may have the device alone meanwhile; alone again after it."""
+    def between(self, again: bool = True) -> Iterator[None]:
+        """Within `alone`, work that is not timed: beside others inside, who may have the device alone meanwhile; alone again after it, unless nothing
+        that is timed is left (`again`)."""
         if not self._is_alone:
             yield
             return
@@ -83,7 +94,8 @@ class Turns:
         try:
             yield
         finally:
-            self._take()
+            if again:
+                self._take()
 
     def _take(self) -> None:
         self.leave()
@@ -237,9 +249,9 @@ def alone() -> contextlib.AbstractContextManager[None]:
     return _turns.alone() if _turns is not None else contextlib.nullcontext()
 
 
-def between() -> contextlib.AbstractContextManager[None]:
-    """Work inside `alone` that is not timed, beside others."""
-    return _turns.between() if _turns is not None else contextlib.nullcontext()
+def between(again: bool = True) -> contextlib.AbstractContextManager[None]:
+    """Work inside `alone` that is not timed, beside others; again: whether something that is timed comes after it."""
+    return _turns.between(again) if _turns is not None else contextlib.nullcontext()
 
 
 def away(waiting: bool = False) -> contextlib.AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from pipeline.core import progress
 from pipeline.core.settings import Task
 from pipeline.data.choices import MANY, Contest, Items, Reads, arrange
 from pipeline.data.rows import Batch, Encoder, Source, by_length, pad
+from pipeline.measure import turns
 from pipeline.models import architecture
 from pipeline.models.base import autocast
 from pipeline.scoring import rewards
@@ -231,6 +232,10 @@ class Scorer:
 
     def items(self, rows: Sequence[dict]) -> list[tuple[list[int], list[list[int]]]]:
         """(prompt ids, [choice ids, …]) a row, the prompt cut so that its answer, and reasoning still to come, fit; no choices where it is generated."""
+        with turns.away():
+            return self._items(rows)
+
+    def _items(self, rows: Sequence[dict]) -> list[tuple[list[int], list[list[int]]]]:
         items = []
         choices_of = [row["choices"] if self.task.scoring == "choice" else [] for row in rows]
         prompts = [self.prompt(row["prompt"]) for row in rows]

@@ -42,15 +42,14 @@ def shared_latency(scorer: scoring.Scorer, method: Method, rows: Sequence[dict],
     experts = any(getattr(config, "target_parameters", None) for config in getattr(model, "peft_config", {}).values())
     together = method.sharing == "together" and not experts  # PEFT's layers for experts take no mixed batch
     many = {n: [dict(rows[i % len(rows)]) for i in range(n)] for n in counts}
-    one_adapter = {str(n): _seconds(functools.partial(_answer, scorer, batch, scoring.WHOLE), scorer.device) for n, batch in many.items()}
+    one_adapter = {str(n): _seconds(functools.partial(_answer, scorer, batch, scoring.WHOLE), scorer) for n, batch in many.items()}
     if not wrapped:
         return Shared(dict(one_adapter), one_adapter, together)
     if not together:
         return Shared(_one_by_one(scorer, rows, counts), one_adapter, together)
     with contextlib.ExitStack() as stack:
-        with turns.between():
-            names = stack.enter_context(copied(model, max(counts)))
-        adapters = {str(n): _seconds(functools.partial(_answer, scorer, batch, names[:n]), scorer.device) for n, batch in many.items()}
+        names = stack.enter_context(copied(model, max(counts)))
+        adapters = {str(n): _seconds(functools.partial(_answer, scorer, batch, names[:n]), scorer) for n, batch in many.items()}
     return Shared(adapters, one_adapter, together)
 
 
@@ -62,22 +61,37 @@ def _answer(scorer: scoring.Scorer, rows: Sequence[dict], owners: Sequence[str])
         scorer.texts(items, owners)
 
 
-def _seconds(call: Callable[[], None], device: Any) -> float:
+def _seconds(call: Callable[[], None], scorer: scoring.Scorer) -> float:
     """Of a batch: the median of `REPEATS`, or of as many as take `ENOUGH_S`."""
-    seconds = clock.latency_s(lambda _: call(), [None] * REPEATS, device, ENOUGH_S, turns.between)
+    seconds = clock.latency_s(lambda _: call(), [None] * REPEATS, scorer.device, ENOUGH_S, functools.partial(_giving_way, scorer.model), turns.alone)
     assert seconds is not None
     return seconds
+
+
+@contextlib.contextmanager
+def _giving_way(model: Any) -> Iterator[None]:
+    """Within, who waits to have the device alone goes first before each of the model's layers: 64 adapters take seconds for one pass, which is not captured."""
+    from torch.nn import ModuleList
+
+    layers = [layer for module in model.modules() if isinstance(module, ModuleList) for layer in module]
+    hooks = [layer.register_forward_pre_hook(lambda *_: turns.point()) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _one_by_one(scorer: scoring.Scorer, rows: Sequence[dict], counts: Sequence[int]) -> dict[str, float]:
     """Requests one after another, the adapter chosen anew before each: seconds until so many were answered. More than there are rows are those again,
     and take as long again."""
     spent = [0.0]
-    watch = clock.Stopwatch(scorer.device)
-    for row in rows[: max(counts)]:
-        scorer.model.set_adapter(scorer.model.active_adapter)
-        _answer(scorer, [row], scoring.WHOLE)
-        spent.append(spent[-1] + watch.lap())
+    with turns.alone():
+        watch = clock.Stopwatch(scorer.device)
+        for row in rows[: max(counts)]:
+            scorer.model.set_adapter(scorer.model.active_adapter)
+            _answer(scorer, [row], scoring.WHOLE)
+            spent.append(spent[-1] + watch.lap())
     return {str(n): n // len(rows) * spent[-1] + spent[n % len(rows)] for n in counts}
 
 
@@ -93,6 +107,7 @@ def copied(model: Any, count: int) -> Iterator[list[str]]:
     held = [place for layer in model.modules() if hasattr(layer, "adapter_layer_names") for place in _places(layer) if name in place]
     try:
         for copy_name in names[1:]:
+            turns.point()
             for place in held:
                 place[copy_name] = _copy(place[name])
             model.peft_config[copy_name] = copy.deepcopy(model.peft_config[name])

@@ -201,7 +201,8 @@ class Loop:
         """Score validation and keep the weights if they are the best so far (ties: the lower nll)."""
         self.memory.pause()
         self.energy.pause()
-        with turns.between(), self.meter.phase("validate"):
+        ends = self.state.step == self.run.total  # nothing is timed any more then
+        with turns.between(again=not ends), self.meter.phase("validate"):
             with self.stepping.whole():
                 scored = self.validate() if self.run.ranks.leads else None
             metric, nll = self.run.ranks.from_first(scored)
@@ -212,10 +213,15 @@ class Loop:
                 own = self.run.ranks.leads or self.stepping.shards is not None
                 self.state.best_weights = self._weights() if own and self.state.step < self.run.total else {}
         self.memory.resume()
-        self.energy.resume()
+        if not ends:
+            self.energy.resume()
 
     def _weights(self) -> dict[str, Any]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.trainable.items()}
+        weights = {}
+        for name, p in self.trainable.items():
+            turns.point()
+            weights[name] = p.detach().to("cpu", copy=True)
+        return weights
 
     def _put(self, weights: dict[str, Any]) -> None:
         """Give the trained parameters these values."""
