@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.core import exports
+
 KNOWN = (("peft.import_utils", "is_bnb_available"), ("peft.import_utils", "is_bnb_4bit_available"),
          ("transformers.utils.import_utils", "is_bitsandbytes_available"), ("accelerate.utils.imports", "is_bnb_available"),
          ("transformers.utils.import_utils", "is_scipy_available"), ("transformers.utils.import_utils", "is_sklearn_available"))
@@ -24,7 +26,7 @@ EVERY = ("transformers.modeling_utils", "transformers.generation.utils")
 def import_transformers() -> None:
     """Import what all models of transformers rest on."""
     if not sys.modules.keys() >= {*EVERY}:
-        with absent("scipy"), absent("sklearn"):
+        with absent("scipy"), absent("sklearn"), exports.remembered():
             for module in EVERY:
                 importlib.import_module(module)
 
