@@ -15,6 +15,7 @@ import torch
 
 from pipeline.engine import ops, options
 from pipeline.engine.buffer import ParameterBuffer, Region
+from pipeline.engine.dora import Magnitudes
 from pipeline.engine.families import WIDE
 from pipeline.engine.layout import padded
 from pipeline.engine.linear import Linears, LoraPair
@@ -97,13 +98,15 @@ def bind(model: Any, dtype: Any, slots: int = 1, rank: int | None = None, accumu
     Raises:
         Unsupported: another architecture, adapter or option.
     """
-    base, kind = _base(model)
+    base, kind = _base(model, slots != 1)
     parts = Parts(base, dtype)
     if kind != "lora" and parts.family.large and dtype == torch.bfloat16:
         raise Unsupported("bf16 loses too much of its residual stream, which autocast keeps in fp32")
     if kind == "lora":
-        _check_trained(model, {f"base_model.model.{name}.lora_{x}.default.weight" for name in _adapters(parts) for x in "AB"})
-        bound = _lora(parts, dtype, slots, rank, accumulate)
+        dora = bool(model.active_peft_config.use_dora)
+        trained = ["lora_A", "lora_B", *(["lora_magnitude_vector"] if dora else [])]
+        _check_trained(model, {f"base_model.model.{name}.{x}.default.weight" for name in _adapters(parts, dora) for x in trained})
+        bound = _lora(parts, dtype, slots, rank, accumulate, dora)
         p = model.active_peft_config.lora_dropout
         if p or dropout:
             _set_dropout(bound, p, seed)
@@ -162,12 +165,13 @@ def _adapted(linears: Linears, modules: list[tuple[str, Any]], spans: list[tuple
     return linears
 
 
-def _base(model: Any) -> tuple[Any, str]:
+def _base(model: Any, shared: bool = False) -> tuple[Any, str]:
+    """(the base, full, lora or prompt). shared: as in options.refused."""
     config = getattr(model, "active_peft_config", None)
     if config is None:
         return model, "full"
     kind = config.peft_type.value
-    if reason := options.refused(kind, options.changed(config)):
+    if reason := options.refused(kind, options.changed(config), shared):
         raise Unsupported(reason)
     if model.active_adapters != ["default"] if kind == "LORA" else list(model.peft_config) != ["default"]:
         raise Unsupported("its adapter is not PEFT's default one alone")
@@ -182,14 +186,15 @@ def _check_trained(model: Any, known: set[str]) -> None:
         raise Unsupported(f"{what} has {'no' if other in trained else 'a'} hand-written step")
 
 
-def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bool) -> Bound:
-    adapted = _adapters(parts)
+def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bool, dora: bool) -> Bound:
+    adapted = _adapters(parts, dora)
     ranks = {m.r["default"] for m in adapted.values()}
     scales = {m.scaling["default"] for m in adapted.values()}
     if len(ranks) != 1 or len(scales) != 1:
         raise Unsupported("LoRA with several ranks or scales has no hand-written step")
     wide = rank or ranks.pop()
-    regions = [Region(sum(wide * m.in_features for m in adapted.values())), Region(sum(wide * m.out_features for m in adapted.values()), scaled=True)]
+    rows = sum(m.out_features for m in adapted.values())
+    regions = [Region(sum(wide * m.in_features for m in adapted.values())), Region(wide * rows, scaled=True), *([Region(rows)] if dora else [])]
     buffer = ParameterBuffer(slots, regions, next(iter(adapted.values())).weight.device, dtype, accumulate=accumulate)
     groups, pairs, copies = {}, {}, []
     at_a, at_b = 0, buffer.regions[0].size
@@ -230,15 +235,26 @@ def _lora(parts: Parts, dtype: Any, slots: int, rank: int | None, accumulate: bo
         groups[layer, index] = linears
     buffer.scatter = ops.Scatter(copies)
     buffer.scale.fill_(scales.pop())
+    if dora:
+        _magnitudes(buffer, [g for g in groups.values() if g.pairs], [adapted[name].lora_magnitude_vector["default"].weight for name in pairs], wide)
     buffer.sync()
     lowest = min(layer for (layer, _), linears in groups.items() if linears.trained)
     return Bound(parts.frozen_build(groups, lowest), buffer, pairs, parts.moved)
 
 
-def _adapters(parts: Parts) -> dict[str, Any]:
-    """Name -> module with LoRA. Raises Unsupported for LoRA on any other module."""
+def _magnitudes(buffer: ParameterBuffer, stacks: list[Linears], parameters: list[Any], rank: int) -> None:
+    """Bind DoRA's magnitudes, the buffer's third region, which follow one another as the rows of B do."""
+    at_b, at_m = buffer.regions[0].size, buffer.regions[0].size + buffer.regions[1].size
+    m, dm = buffer.master[0, at_m:], buffer.raw[0, at_m:]
+    for parameter, view in zip(parameters, m.split([len(p) for p in parameters]), strict=True):
+        _adopt(parameter, view)
+    buffer.renew = Magnitudes(stacks, m, dm, buffer.compute[0, at_b:at_m].view(-1, rank)).renew
+
+
+def _adapters(parts: Parts, dora: bool = False) -> dict[str, Any]:
+    """Name -> module with LoRA (or DoRA). Raises Unsupported for LoRA on any other module, and for its variants."""
     adapted = {name: module for _, _, modules in parts.groups() for name, module in modules if hasattr(module, "lora_A")}
-    if variant := next((v for m in adapted.values() for v in m.lora_variant.values()), None):
+    if variant := next((v for m in adapted.values() for v in m.lora_variant.values() if not (dora and type(v).__name__ == "DoraLinearVariant")), None):
         raise Unsupported(f"{type(variant).__name__} has no hand-written step")
     others = [n for n, m in parts.base.named_modules() if hasattr(m, "lora_A") and n not in adapted]
     if others:

@@ -7,7 +7,7 @@ of `master`, so saving, validating and checkpointing see the trained values with
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,8 @@ class ParameterBuffer:
         """The numbers that this rank updates (`split`); None: all."""
         self.scatter = ops.Scatter([])
         """Copies of parts of `compute` to where products read them; repeated whenever it changes."""
+        self.renew: Callable[[], None] = lambda: None
+        """Computes again what else follows from the numbers (DoRA's factors), after the copies."""
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -71,6 +73,7 @@ class ParameterBuffer:
                 master = self.master[:, lo:hi]
                 self.compute[:, lo:hi].copy_(master * self.scale[:, None] if region.scaled else master)
         self.scatter.copy()
+        self.renew()
 
     def accumulate(self) -> None:
         """Add the micro-batch's gradients to the step's (a part of the captured step)."""
@@ -113,6 +116,7 @@ class ParameterBuffer:
                 root.sqrt(), clip * self.scale if region.scaled else clip, self.scale if region.scaled else None, BETAS, EPS,
             )
         self.scatter.copy()
+        self.renew()
         if self.sum is not None:
             self.sum.zero_()
         elif self.compute is self.master:

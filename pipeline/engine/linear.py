@@ -45,6 +45,8 @@ class Linears:
         (zeros before). 0: A has a product of its own in backward.
     noise: dropout of A's input, drawn per member; None: no dropout.
     invariant: forward, a token's numbers do not depend on what is computed with it (invariant.py); of one slot.
+    g: with one slot, DoRA's factors [out + under] fp32: y = g ⊙ z + bias, where z is the above without the bias (dora.py); None: there are none.
+    magnitudes: (columns of y, their norms, the gradient of their magnitudes), fp32 but the last.
     """
 
     weight: Callable[[], Tensor]
@@ -59,30 +61,45 @@ class Linears:
     under: int = 0
     noise: ops.Noise | None = None
     invariant: bool = False
+    g: Tensor | None = None
+    magnitudes: list[tuple[slice, Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def single(self) -> bool:
         """Whether it has the adapters of one run, without dropout at present."""
         return self.a is not None and len(self.a) == 1 and (self.noise is None or not self.noise.on)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, lasts: bool = True, to: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(y [N, out], xa for backward, None without adapters) of x [N, in + room], whose last columns are zeros and become xa.
+    def forward(self, x: Tensor, residual: Tensor | None = None, lasts: bool = True, to: Tensor | None = None, keep: bool = False
+                ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(y [N, out], xa for backward, None without adapters, z [N, out] likewise) of x [N, in + room], whose last columns are zeros and become xa.
 
         residual: [N, out], added to y in place. lasts: whether x stays as it is until backward; else xa, where it is a view of x, is copied.
-        to: a tensor to write y into (without a residual).
+        to: a tensor to write y into (without a residual). keep: z is kept where there are factors; else it is None.
         """
+        if self.g is None:
+            return *self._sum(x, self.bias if residual is None else residual, to if residual is None else residual, lasts), None
+        z, xa = self._sum(x, None, None if keep or residual is not None else to, lasts)
+        g = self.g[: z.shape[1]]
+        if residual is not None:
+            return residual.addcmul_(z, g), xa, z if keep else None
+        y = z if not keep else z.new_empty(z.shape) if to is None else to
+        torch.mul(z, g, out=y) if self.bias is None else torch.addcmul(self.bias, z, g, out=y)
+        return y, xa, z if keep else None
+
+    def _sum(self, x: Tensor, added: Tensor | None, to: Tensor | None, lasts: bool) -> tuple[Tensor, Tensor | None]:
+        """(x Wᵀ + Σ (x Aᵀ) Bᵀ + `added` as _product takes it, xa)."""
         xa = None
         if self.room and self.a is not None:
             width, rank = self.a.shape[2], self.a.shape[1]
             xa = self._down(x[:, :width], x[None, :, width : width + rank])
             xa = xa if lasts else xa.clone()
-        y = self._product(x, self._weight(), self.bias if residual is None else residual, to if residual is None else residual)
+        y = self._product(x, self._weight(), added, to)
         if self.a is None or self.room:
             return y, xa
         slots = self.a.shape[0]
         xa = self._down(x, x.new_empty(slots, len(x) // slots, self.a.shape[1]))
         out = y.view(slots, -1, y.shape[1])
-        for columns, pair in self._members():
+        for columns, pair in self.members():
             if slots == 1:
                 part = y[:, pair.lo : pair.hi]
                 self._product(xa[0, :, columns], pair.b[0], part, part)
@@ -90,7 +107,7 @@ class Linears:
                 out[:, :, pair.lo : pair.hi].baddbmm_(xa[:, :, columns], pair.b.transpose(1, 2))
         return y, xa
 
-    def _members(self) -> Iterator[tuple[slice, LoraPair]]:
+    def members(self) -> Iterator[tuple[slice, LoraPair]]:
         """(columns of xa, pair) of each member."""
         for j, pair in enumerate(self.pairs):
             rank = pair.b.shape[2]
@@ -122,7 +139,7 @@ class Linears:
         if self.noise is None or not self.noise.on:
             yield slice(0, self.a.shape[1]), self.a, x
             return
-        for columns, pair in self._members():
+        for columns, pair in self.members():
             yield columns, self.a[:, columns], ops.drop(x, self.noise, pair.member)
 
     def _add_down(self, dx: Tensor, dxa: Tensor) -> Tensor:
@@ -130,7 +147,7 @@ class Linears:
         assert self.a is not None
         slots = len(self.a)
         if self.noise is not None:
-            for columns, pair in self._members():
+            for columns, pair in self.members():
                 part = torch.bmm(dxa[:, :, columns], self.a[:, columns]).view(len(dx), -1)
                 dx.add_(ops.drop(part, self.noise, pair.member))
             return dx
@@ -138,6 +155,19 @@ class Linears:
             return dx.addmm_(dxa[0], self.a[0])
         dx.view(slots, -1, dx.shape[1]).baddbmm_(dxa, self.a)
         return dx
+
+    def unscaled(self, y: Tensor) -> Tensor | None:
+        """z of y [N, out], of maps without biases, in new memory; None where there are no factors."""
+        return None if self.g is None else torch.div(y, self.g[: y.shape[1]], out=y.new_empty(y.shape))
+
+    def backward_factors(self, dy: Tensor, z: Tensor | None, own: bool) -> Tensor:
+        """dz [N, ..], the gradient of z [N, out], of dy [N, out] or more columns; the magnitudes' gradients are written. own: dz takes dy's memory."""
+        if self.g is None or z is None:
+            return dy
+        sums = (dy[:, : z.shape[1]] * z).sum(0, dtype=torch.float32)
+        for columns, norms, dm in self.magnitudes:
+            torch.div(sums[columns], norms, out=dm)
+        return torch.mul(dy, self.g[: dy.shape[1]], out=dy if own else dy.new_empty(dy.shape))
 
     def backward_input(self, dy: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """(dx [N, in], dxa) of dy [N, out] or [N, out + under], whose last columns are overwritten; dx is None unless wanted, dxa without adapters."""
@@ -157,7 +187,7 @@ class Linears:
     def _through_b(self, dy: Tensor, dxa: Tensor) -> Tensor:
         """dy B of dy [N, out] or more columns, written into dxa."""
         dys = dy.view(len(dxa), -1, dy.shape[1])
-        for columns, pair in self._members():
+        for columns, pair in self.members():
             part, to = dys[:, :, pair.lo : pair.hi], dxa[:, :, columns]
             if len(dxa) == 1:
                 torch.mm(part[0], pair.b[0], out=to[0])
@@ -214,7 +244,7 @@ class Linears:
             begin = self.pairs[0].lo
             ops.thin_(self.db.t(), xa[0], dy[:, begin : self.pairs[-1].hi], [pair.hi - begin for pair in self.pairs])
             return
-        for columns, pair in self._members():
+        for columns, pair in self.members():
             assert pair.db is not None
             if slots == 1:
                 torch.mm(dy[:, pair.lo : pair.hi].t(), xa[0, :, columns], out=pair.db[0])

@@ -124,16 +124,17 @@ class Layer:
         save: whether backward follows. exact: as in ops.rmsnorm."""
         to1, to2, to3, to4, to5 = [tensor[: len(x)] for tensor in self.reserved] if save and self.reserved else [None] * 5
         n1, r1 = self.norm1.forward(x, self.qkv.room, to1, exact)
-        qkv, xa_qkv = self.qkv.forward(n1, to=to2)
+        qkv, xa_qkv, z_qkv = self.qkv.forward(n1, to=to2, keep=save)
         placed = self._place(qkv.view(len(qkv), -1, self.heads.width), angles, save, to5, exact)
         merged, attended = attend.forward(self.heads, qkv, save)
-        x2, xa_out, added1 = self._add(self.out, merged, x, self.after1, exact)
+        x2, xa_out, z_out, added1 = self._add(self.out, merged, x, self.after1, exact, save)
         n2, r2 = self.norm2.forward(x2, self.gate_up.room, to3, exact)
-        gu, xa_gu = self.gate_up.forward(n2, to=None if to4 is None else to4[:, : to4.shape[1] - self.gate_up.under])
-        y, xa_down, added2 = self._add(self.down, ops.swiglu(gu, self.down.room, self.gelu, exact), x2, self.after2, exact)
+        gu, xa_gu, _ = self.gate_up.forward(n2, to=None if to4 is None else to4[:, : to4.shape[1] - self.gate_up.under])
+        y, xa_down, z_down, added2 = self._add(self.down, ops.swiglu(gu, self.down.room, self.gelu, exact), x2, self.after2, exact, save)
         if not save:
             return y, ()
-        return y, (n1, r1, xa_qkv, placed, attended, xa_out, added1, n2, r2, xa_gu, gu, gu if to4 is None else to4, xa_down, added2)
+        before = (z_qkv, z_out, z_down)
+        return y, (n1, r1, xa_qkv, placed, attended, xa_out, added1, n2, r2, xa_gu, gu, gu if to4 is None else to4, xa_down, added2, before)
 
     def _place(self, qkv: Tensor, angles: Angles, save: bool, to: Tensor | None, exact: bool) -> tuple[Tensor, Tensor] | None:
         """Norms of heads and rotation, in place in qkv [N, H + 2G, e]; what the norms' backward needs: their input (in `to`) and 1 / rms."""
@@ -148,12 +149,13 @@ class Layer:
         return placed
 
     @staticmethod
-    def _add(linears: Linears, x: Tensor, residual: Tensor, after: Norm | None, exact: bool) -> tuple[Tensor, Tensor | None, tuple | None]:
-        """(residual with linears(x), or with a norm over that, added in place; xa; what the norm's backward needs)."""
+    def _add(linears: Linears, x: Tensor, residual: Tensor, after: Norm | None, exact: bool, save: bool
+             ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple | None]:
+        """(residual with linears(x), or with a norm over that, added in place; xa; z; what the norm's backward needs)."""
         if after is None:
-            return *linears.forward(x, residual, lasts=False), None
-        y, xa = linears.forward(x, lasts=False)
-        return residual, xa, after.forward(y, out=y, exact=exact, residual=residual)
+            return *linears.forward(x, residual, lasts=False, keep=save), None
+        y, xa, z = linears.forward(x, lasts=False, keep=save)
+        return residual, xa, z, after.forward(y, out=y, exact=exact, residual=residual)
 
     def reserve(self, tokens: int, inner: int, like: Tensor) -> None:
         """Reserve memory for `tokens` tokens, once: memory that is allocated and freed at every step fragments. inner: the feed-forward width f."""
@@ -165,20 +167,25 @@ class Layer:
     def backward(self, dy: Tensor, saved: tuple, angles: Angles, attend: Attention, wanted: bool, side: SideStream, room: int) -> Tensor | None:
         """dx [N, d + room] (None unless wanted) of dy [N, d + beside], whose last columns are overwritten; gradients of what is trained are written,
         by `side`. dx's last columns are zeros, for the layer below to write to."""
-        n1, r1, xa_qkv, placed, attended, xa_out, added1, n2, r2, xa_gu, gu, wide, xa_down, added2 = saved
+        n1, r1, xa_qkv, placed, attended, xa_out, added1, n2, r2, xa_gu, gu, wide, xa_down, added2, before = saved
+        z_qkv, z_out, z_down = before
         d = self.norm1.weight.shape[0]
         dadded = self.after2.backward(dy, added2[0], added2[1], None, self.down.under) if self.after2 and added2 else dy
+        dadded = self.down.backward_factors(dadded, z_down, self.after2 is not None)
         dh, dxa = self.down.backward_input(dadded)
         assert dh is not None
         side.join()  # the layer above
+        z_gu = self.gate_up.unscaled(gu)
         h, dgu = self._activation_backward(dh, gu, xa_gu, dxa, side)
         side.do(self.down, dadded, h, xa_down, dxa)
+        self.gate_up.backward_factors(wide, z_gu, True)
         dn, dxa = self.gate_up.backward_input(wide)
         assert dn is not None
         side.do(self.gate_up, dgu, n2, xa_gu, dxa)
         dx2 = self.norm2.backward(dn, n2, r2, dy[:, :d], 0 if self.after1 else self.out.under)
-        del dn, gu, dgu, wide, dadded
+        del dn, gu, dgu, wide, dadded, z_gu
         dadded = self.after1.backward(dx2, added1[0], added1[1], None, self.out.under) if self.after1 and added1 else dx2
+        dadded = self.out.backward_factors(dadded, z_out, self.after1 is not None)
         dmerged, dxa = self.out.backward_input(dadded)
         assert dmerged is not None
         side.join()
@@ -190,6 +197,7 @@ class Layer:
         del dq, dk, dv, dadded
         if placed is not None:
             self._head_norms_backward(dqkv, *placed)
+        self.qkv.backward_factors(dqkv, z_qkv, True)
         dn, dxa = self.qkv.backward_input(dqkv, wanted or self.norm1.dweight is not None)
         side.do(self.qkv, dqkv, n1, xa_qkv, dxa)
         return self.norm1.backward(dn, n1, r1, dx2[:, :d], room) if dn is not None else None
@@ -209,6 +217,8 @@ class Layer:
         if not together or db is None or len(db) != gu.shape[1] or da is None or xa is None or dxa is None:
             return ops.swiglu_backward_(dh, gu, self.gelu)
         ops.swiglu_backward_thin_(dh, gu, xa[0], dxa[0], db, da[0], self.gelu)
+        if self.gate_up.g is not None:  # d gu is that of y, and B's gradient is z's
+            db.mul_(self.gate_up.g[: len(db), None])
         return None, None
 
 

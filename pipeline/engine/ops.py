@@ -326,6 +326,13 @@ def thin_(out: Tensor, p: Tensor, x: Tensor, ends: list[int]) -> None:
         torch.mm(p[:, j * rank : (j + 1) * rank].t(), x[:, lo:hi], out=out[:, lo:hi])
 
 
+def wide_product(x: Tensor, w: Tensor) -> Tensor:
+    """x wᵀ [N, M] of x [N, k] and w [M, k] in any dtype, summed and kept in fp32."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, w.t(), out_dtype=torch.float32)
+    return x.float() @ w.float().t()
+
+
 class Scatter:
     """Repeats copies at once, in one launch on CUDA: every first tensor [m, r], contiguous, into the second, whose rows may lie apart.
 

@@ -14,7 +14,7 @@ INFORMATION = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_m
                "tokenizer_kwargs")
 """What says nothing about the arithmetic."""
 READ = {
-    "LORA": ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "LORA": ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
              "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"),
     "PROMPT_TUNING": ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init",
                       "prompt_tuning_init_text"),
@@ -74,5 +74,9 @@ def refused(kind: str, options: Mapping[str, Any], shared: bool = False) -> str 
         return f"{kind} has no hand-written step"
     if option := unknown(kind, options):
         return f"{NAMES[kind]} with {option} has no hand-written step"
+    if options.get("use_dora") and options.get("lora_dropout"):  # PEFT drops of what the frozen weights read, too
+        return "LoRA with use_dora and lora_dropout has no hand-written step"
+    if options.get("use_dora") and shared:
+        return "LoRA with use_dora has a hand-written step for one run alone"
     start = _start(options)
     return f"init_lora_weights={start} changes the base, of which a pack has one" if shared and start.startswith(CHANGES_BASE) else None

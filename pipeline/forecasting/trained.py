@@ -129,7 +129,7 @@ def _adapter(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
 
 def _lora(config: dict[str, Any], shape: Shape, one_rate: bool) -> Trained:
     rank, targets = config["r"], _targets(config, shape)
-    if odd := options.unknown("LORA", options.switched_on({**config, "use_dora": False})):
+    if odd := options.unknown("LORA", options.switched_on(config)):
         raise NoForecast(f"no forecast for LoRA with {odd}")
     count = shape.layers * sum(rank * sum(shape.linear(name)) for name in targets)
     if config.get("use_dora"):
