@@ -66,7 +66,7 @@ def test_a_damaged_training_of_a_pack_is_set_aside_and_its_cell_trains_alone(wor
 def test_what_cannot_be_packed_trains_alone_and_says_why(words, capfd):
     both = seeds(words, "pack=true", "method.config.use_dora=true", "train.epochs=1")[:2]
     assert grid.run_cells(both) == 0
-    assert "one after another, because LoRA with use_dora has no hand-written step: lora-s0-n32, lora-s1-n32" in capfd.readouterr().out
+    assert "one after another, because LoRA with use_dora has a hand-written step for one run alone: lora-s0-n32, lora-s1-n32" in capfd.readouterr().out
     assert not any(read(identity.folder_of(cfg)).packed for cfg in both)
 
 

@@ -7,34 +7,32 @@ import copy
 import pytest
 import torch
 from family_models import FAMILIES, WINDOW, family
-from test_fast_llama import R, T, batch, close, lora, packed, reference, together
+from test_fast_llama import R, T, batch, close, gradient, lora, packed, reference, together
 
 from pipeline.engine import bind
 from pipeline.engine.attention import Stream
 from pipeline.engine.parts import Unsupported
 
 
-def lora_gradients_agree(bound, gradients):
-    factor = bound.buffer.scale
-    for name, (a, b) in bound.pairs.items():
-        for view, key, times in ((a, "lora_A", 1.0), (b, "lora_B", factor)):
-            start, size = view.storage_offset(), view[0].numel()
-            close(times * bound.buffer.raw[0, start : start + size].view(view.shape[1:]), gradients[f"base_model.model.{name}.{key}.default.weight"], 1e-4)
+def lora_gradients_agree(model, bound, gradients):
+    assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, expected in gradients.items():
+        close(gradient(bound, name, model.get_parameter(name)), expected, 1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("reserved", [True, False])
-def test_lora_gradients_are_autograds(name, reserved):
+@pytest.mark.parametrize(("reserved", "dora"), [(True, False), (False, False), (True, True), (False, True)])
+def test_lora_gradients_are_autograds(name, reserved, dora):
     ids, rows, cols, targets, weights, at = batch()
     assert T > WINDOW
-    model = lora(family(name))
+    model = lora(family(name), dora=dora)
     expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
     bound = bind.bind(model, torch.float32)
     if reserved:
         bound.llama.reserve(R * T)
     close(bound.llama.step(ids, at, targets, weights), expected)
     assert len(bound.pairs) == 3 * (4 if name.startswith("phi3") else 7)
-    lora_gradients_agree(bound, gradients)
+    lora_gradients_agree(model, bound, gradients)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -81,10 +79,10 @@ def test_slots_are_runs_of_their_own(name):
             close(grad[: ranks[k]], gradients[f"base_model.model.{key}.lora_A.default.weight"], 1e-4)
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_rows_in_a_stream_are_rows_of_their_own(name):
+@pytest.mark.parametrize(("name", "dora"), [("mistral", False), ("gemma3", False), ("gemma3", True)])
+def test_rows_in_a_stream_are_rows_of_their_own(name, dora):
     ids, rows, cols, targets, weights, at = batch()
-    bound = bind.bind(lora(family(name)), torch.float32)
+    bound = bind.bind(lora(family(name), dora=dora), torch.float32)
     expected = bound.llama.step(ids, at, targets, weights)
     gradients = bound.buffer.raw.clone()
     place = torch.arange(R * T)
@@ -94,17 +92,18 @@ def test_rows_in_a_stream_are_rows_of_their_own(name):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "gemma3"])
-def test_four_bit_weights_are_dequantised_into_the_same_step(imports, name):
+@pytest.mark.parametrize("dora", [False, True])
+def test_four_bit_weights_are_dequantised_into_the_same_step(imports, name, dora):
     from benchmarks.speed_workloads import quantise
 
     base = family(name, hidden_size=64, intermediate_size=64)
     quantise(base, torch.float32)
-    model = lora(base)
+    model = lora(base, dora=dora)
     ids, rows, cols, targets, weights, at = batch()
     expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
     bound = bind.bind(model, torch.float32)
     close(bound.llama.step(ids, at, targets, weights), expected)
-    lora_gradients_agree(bound, gradients)
+    lora_gradients_agree(model, bound, gradients)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3", "llama"])
@@ -167,7 +166,7 @@ def test_rotations_that_are_scaled(name, scaled):
     expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
     bound = bind.bind(model, torch.float32)
     close(bound.llama.step(ids, at, targets, weights), expected)
-    lora_gradients_agree(bound, gradients)
+    lora_gradients_agree(model, bound, gradients)
 
 
 def test_an_option_of_a_later_transformers_is_refused_where_it_is_set():

@@ -44,14 +44,17 @@ def reference(model, ids, rows, cols, targets, weights):
     return losses.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def lora(model, r: int = 4, alpha: int = 8, targets="all-linear", seed: int = 1):
+def lora(model, r: int = 4, alpha: int = 8, targets="all-linear", seed: int = 1, dora: bool = False):
+    """`model` with LoRA or DoRA, as it may be in the middle of a training."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets))
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets, use_dora=dora))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        elif "magnitude" in name:
+            parameter.data.mul_(1 + 0.2 * torch.randn_like(parameter))
     return wrapped
 
 
@@ -59,32 +62,37 @@ def close(ours, theirs, tolerance: float = 2e-5) -> None:
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=tolerance * theirs.abs().max().item() + 1e-8), (ours - theirs).abs().max() / theirs.abs().max()
 
 
+def gradient(bound, name, parameter):
+    """What a step has written for a trained parameter."""
+    start, times = parameter.data.storage_offset(), bound.buffer.scale if "lora_B" in name else 1
+    return times * bound.buffer.raw[0, start : start + parameter.numel()].view(parameter.shape)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"], r".*layers\.[12]\..*(up|o)_proj"])
-def test_lora_gradients_are_autograds(targets):
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_gradients_are_autograds(targets, dora):
     ids, rows, cols, targets_, weights, at = batch()
-    model = lora(base(), targets=targets)
+    model = lora(base(), targets=targets, dora=dora)
     expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets_, weights)
     bound = bind.bind(model, torch.float32)
     close(bound.llama.step(ids, at, targets_, weights), expected)
-    factor = bound.buffer.scale
-    for name, (a, b) in bound.pairs.items():
-        for view, key in ((a, "lora_A"), (b, "lora_B")):
-            assert view.untyped_storage().data_ptr() == bound.buffer.master.untyped_storage().data_ptr()
-            start, size = view.storage_offset(), view[0].numel()
-            ours = bound.buffer.raw[0, start : start + size].view(view.shape[1:]) * (factor if key == "lora_B" else 1)
-            close(ours, gradients[f"base_model.model.{name}.{key}.default.weight"])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == gradients.keys() and len(trained) == (3 if dora else 2) * len(bound.pairs)
+    for name, parameter in trained.items():
+        assert parameter.data.untyped_storage().data_ptr() == bound.buffer.master.untyped_storage().data_ptr()
+        close(gradient(bound, name, parameter), gradients[name])
     lowest = min(int(n.split(".")[2]) for n in bound.pairs)
     assert bound.llama.lowest == lowest
 
 
-@pytest.mark.parametrize("reserved", [True, False])
-def test_columns_left_beside_an_adapter_add_nothing(monkeypatch, reserved):
+@pytest.mark.parametrize(("reserved", "dora"), [(True, False), (False, False), (True, True)])
+def test_columns_left_beside_an_adapter_add_nothing(monkeypatch, reserved, dora):
     """Room of whole tiles (wide models) for a rank far below it; fresh memory holds NaN, so that a column that nobody clears is seen."""
     monkeypatch.setattr(layout, "LONG", 1)
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **options: empty(self, *size, **options).fill_(float("nan")))
     ids, rows, cols, targets, weights, at = batch()
-    model = lora(base(), r=3)
+    model = lora(base(), r=3, dora=dora)
     expected, gradients = reference(copy.deepcopy(model), ids, rows, cols, targets, weights)
     bound = bind.bind(model, torch.float32)
     layer = bound.llama.layers[0]
@@ -94,10 +102,8 @@ def test_columns_left_beside_an_adapter_add_nothing(monkeypatch, reserved):
     other = batch(7)
     bound.llama.step(other[0], other[5], other[3], other[4])  # leaves its numbers in reserved memory
     close(bound.llama.step(ids, at, targets, weights), expected)
-    for name, views in bound.pairs.items():
-        for view, key, factor in zip(views, ("lora_A", "lora_B"), (1.0, float(bound.buffer.scale)), strict=True):
-            start, size = view.storage_offset(), view[0].numel()
-            close(factor * bound.buffer.raw[0, start : start + size].view(view.shape[1:]), gradients[f"base_model.model.{name}.{key}.default.weight"])
+    for name, expected in gradients.items():
+        close(gradient(bound, name, model.get_parameter(name)), expected)
 
 
 @pytest.mark.parametrize(("tied", "groups"), [(True, 2), (False, 4)])
@@ -332,7 +338,8 @@ def test_what_it_does_not_know_it_names():
             bind.bind(model, torch.float32, **options)
         return str(caught.value)
 
-    assert "use_dora" in reason(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", use_dora=True)))
+    assert "use_dora has a hand-written step for one run alone" in reason(lora(base(), dora=True), slots=2, rank=4)
+    assert "lora_dropout" in reason(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", use_dora=True, lora_dropout=0.1)))
     with_tokens = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[3, 4]))
     assert "alora_invocation_tokens" in reason(with_tokens)
     assert "velora_config" in reason(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", velora_config={"num_groups": 4})))

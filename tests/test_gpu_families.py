@@ -117,7 +117,7 @@ def test_attention_within_a_window_forward_and_backward(queries, groups, e, scal
         near(one, other.cuda(), 2e-2)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_in_16_bits_are_those_of_autograd_in_32(name, method):
     import torch
@@ -129,7 +129,7 @@ def test_gradients_in_16_bits_are_those_of_autograd_in_32(name, method):
         pytest.skip("in bf16 it is trained with autograd")
     ids, rows, cols, targets, weights, at = batch(rows=64)
     half = on_device(name, window=5, initializer_range=0.03)  # larger weights make rounding's part larger
-    model = lora(half) if method == "lora" else half.float().requires_grad_(True)
+    model = half.float().requires_grad_(True) if method == "full" else lora(half, dora=method == "dora")
     theirs = copy.deepcopy(model).float()
     expected, gradients = reference(theirs, *(t.cuda() for t in (ids, rows, cols, targets, weights)))
     bound = bind.bind(model, torch.bfloat16)

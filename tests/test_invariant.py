@@ -61,13 +61,13 @@ def model_of(name: str):
 PROMPTS = [[7, 9, 11], [5] * 12, list(range(2, 20)), [3], [8, 4], list(range(2, 12)), [6] * 7]
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "lora") for name in FAMILIES), ("llama", "full"), ("qwen2", "full"), ("llama", "nf4"), ("llama", "thin")])
+@pytest.mark.parametrize(("name", "kind"), [*((name, "lora") for name in FAMILIES), ("llama", "full"), ("qwen2", "full"), ("llama", "nf4"), ("llama", "thin"), ("gemma3", "dora")])
 def test_log_p_as_drawn_is_log_p_as_trained(name, kind):
     """Bit for bit, before and after optimiser steps, whichever texts are trained together."""
     model = model_of(name)
     if kind == "nf4":
         quantise(model, torch.bfloat16)
-    model = model.float().requires_grad_(True) if kind == "full" else lora(model, r=3 if kind == "thin" else 4)
+    model = model.float().requires_grad_(True) if kind == "full" else lora(model, r=3 if kind == "thin" else 4, dora=kind == "dora")
     bound = bind.bind(model, torch.bfloat16)
     assert bound.llama.keep_order()
     drawer = Drawer(bound, PROMPTS, 11)

@@ -216,7 +216,8 @@ DORA = "method.config.use_dora=true"
     *((objective, "lora", [], "handwritten", {"micro": 40}) for objective in KINDS),
     (KINDS[2], "lora", [], "handwritten", {"padding_free": "always"}),
     (KINDS[0], "prompt_tuning", [], "handwritten", {}),
-    (KINDS[2], "lora", [DORA], "captured", {}),
+    (KINDS[2], "lora", [DORA], "handwritten", {}),
+    (KINDS[2], "ia3", [], "captured", {}),
 ])
 def test_fast_steps_have_the_loss_and_the_gradient_of_the_eager_ones(tiny, encoder, objective, method, words, engine, more):
     eager = moved(tiny, encoder, objective, method, "eager", *words, **{k: v for k, v in more.items() if k != "padding_free"})

@@ -40,7 +40,8 @@ def stepped(result):
 @pytest.mark.parametrize(("technique", "more", "way"), [
     pytest.param("lora", ["train.lr=1e-2"], "handwritten", marks=pytest.mark.slow),
     ("lora", ["train.lr=1e-2", "train.micro_batch_tokens=40", "train.weight_decay=0.1"], "handwritten"),
-    ("lora", ["train.lr=1e-2", "method.config.use_dora=true"], "use_dora"),
+    ("lora", ["train.lr=1e-2", "method.config.use_dora=true", "train.micro_batch_tokens=40", "train.weight_decay=0.1"], "handwritten"),
+    ("ia3", ["train.lr=1e-2"], "IA3 has no hand-written step"),
     pytest.param("full", ["train.lr=1e-3"], "handwritten", marks=pytest.mark.slow),
     ("prompt_tuning", ["train.lr=1e-2"], "handwritten"),
     pytest.param("step_by_step", ["train.lr=1e-3"], "handwritten", marks=pytest.mark.slow),
@@ -82,7 +83,7 @@ def test_qlora_steps_fast_over_the_same_four_bits(overrides, tmp_path):
 
 
 @pytest.mark.parametrize(("technique", "words", "engine"), [
-    ("lora", [], "handwritten"), ("lora", ["method.config.use_dora=true"], "captured"), ("kto", [], "handwritten")])
+    ("lora", [], "handwritten"), ("lora", ["method.config.use_dora=true"], "handwritten"), ("ia3", [], "captured"), ("kto", [], "handwritten")])
 def test_a_stopped_fast_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, technique, words, engine):
     from pipeline.training.stepping import Fast
 

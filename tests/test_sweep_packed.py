@@ -152,7 +152,7 @@ def test_tpe_asks_while_others_run_and_the_pruner_is_told(words, tmp_path):
     (["sweep.pruner=best"], "choose one of median"),
     (["sweep.pruner=median", "sweep.executor=sequential"], "sweep.pruner needs packed trials"),
     (["sweep.pruner=median", "sweep.executor=auto"], "sweep.pruner needs packed trials, but there is no GPU here"),
-    (["method.config.use_dora=true"], "sweep.executor=packed, but LoRA with use_dora has no hand-written step; choose auto or sequential"),
+    (["method.config.use_dora=true"], "sweep.executor=packed, but LoRA with use_dora has a hand-written step for one run alone; choose auto or sequential"),
     (["+sweep.space={train.max_length: {choices: [64, 128]}}"], "the runs differ in train.max_length"),
 ])
 def test_what_is_refused_is_one_sentence(words, capfd, more, message):

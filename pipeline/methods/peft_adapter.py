@@ -132,6 +132,7 @@ class PeftAdapter(Method):
             for parameter in wrapped.parameters():
                 if parameter.requires_grad and parameter.is_floating_point():
                     parameter.data = parameter.data.float()  # copies of a bf16 base's own, such as LN tuning's norms, too
+            _begin_magnitudes(wrapped)
             _answer_once(wrapped)
         except UserError:
             raise
@@ -241,6 +242,14 @@ def _prefix_of_decoder(prompt: Callable[..., Any], *args: Any, **more: Any) -> A
     from transformers import DynamicCache, EncoderDecoderCache
 
     return EncoderDecoderCache(prompt(*args, **more), DynamicCache())
+
+
+def _begin_magnitudes(model: Any) -> None:
+    """DoRA's magnitudes of the fp32 adapter: PEFT rounds them to a bf16 base's dtype, so that every row would begin up to 0.3% longer or shorter than it is."""
+    for module in model.modules():
+        for name, variant in getattr(module, "lora_variant", {}).items():
+            if "Dora" in type(variant).__name__:
+                variant.init(module, name)
 
 
 def _answer_once(model: Any) -> None:
