@@ -78,7 +78,8 @@ def test_customers_share_a_base_on_the_gpu(overrides, tiny, tmp_path, technique)
     ("prompt_tuning precision=fp32", "handwritten"),  # in bf16 the first steps' signs are rounding's
     ("lora train.padding_free=always", "streams"), ("full train.padding_free=always", "streams"),
     ("qlora train.padding_free=always train.micro_batch_tokens=256", "streams"),
-    ("lora method.config.use_dora=true", "handwritten"), ("qlora method.config.use_dora=true", "handwritten"), ("ia3", "captured"), ("lora method.config.lora_dropout=0.1", "handwritten"),
+    ("lora method.config.use_dora=true", "handwritten"), ("qlora method.config.use_dora=true", "handwritten"),
+    ("ia3", "captured"), ("lora method.config.lora_dropout=0.1", "handwritten"),
     ("dpo", "handwritten"), ("kto", "handwritten"), ("orpo train.padding_free=always", "streams"), ("dpo method.config.use_dora=true", "handwritten"),
     ("lora method.config.use_dora=true train.padding_free=always", "streams"), ("dpo method=ia3", "captured"),
 ])

@@ -61,7 +61,9 @@ def model_of(name: str):
 PROMPTS = [[7, 9, 11], [5] * 12, list(range(2, 20)), [3], [8, 4], list(range(2, 12)), [6] * 7]
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "lora") for name in FAMILIES), ("llama", "full"), ("qwen2", "full"), ("llama", "nf4"), ("llama", "thin"), ("gemma3", "dora")])
+@pytest.mark.parametrize(("name", "kind"), [
+    *((name, "lora") for name in FAMILIES), ("llama", "full"), ("qwen2", "full"), ("llama", "nf4"), ("llama", "thin"), ("gemma3", "dora"),
+])
 def test_log_p_as_drawn_is_log_p_as_trained(name, kind):
     """Bit for bit, before and after optimiser steps, whichever texts are trained together."""
     model = model_of(name)
