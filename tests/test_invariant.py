@@ -62,7 +62,7 @@ PROMPTS = [[7, 9, 11], [5] * 12, list(range(2, 20)), [3], [8, 4], list(range(2, 
 
 
 @pytest.mark.parametrize(("name", "kind"), [
-    *((name, "lora") for name in FAMILIES), ("llama", "full"), ("qwen2", "full"), ("llama", "nf4"), ("llama", "thin"), ("gemma3", "dora"),
+    *((name, "lora") for name in FAMILIES), ("llama", "full"), ("qwen2", "full"), ("llama", "nf4"), ("llama", "thin"), ("qwen2", "dora"), ("gemma3", "dora"),
 ])
 def test_log_p_as_drawn_is_log_p_as_trained(name, kind):
     """Bit for bit, before and after optimiser steps, whichever texts are trained together."""
