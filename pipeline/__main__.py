@@ -17,6 +17,7 @@ from pipeline.core import arguments
 from pipeline.core.files import closest
 
 
+@arguments.to_a_reader
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command that the first word names."""
     words = list(sys.argv[1:] if argv is None else argv)

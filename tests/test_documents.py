@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -209,6 +210,24 @@ def test_a_wrong_word_is_one_sentence(words, said, capsys):
     assert console.main(words) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [("pipeline", "--help"), ("pipeline", "train", "--help"), ("benchmarks.race", "--help")])
+def test_whoever_reads_may_leave(words):
+    reader, writer = os.pipe()
+    os.close(reader)  # as head has done
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_an_error():
+    @arguments.to_a_reader
+    def main(argv: Any = None) -> int:
+        raise BrokenPipeError("a worker's")
+
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        main()
 
 
 def test_the_shell_completes_commands_and_options(capsys):

@@ -1,16 +1,18 @@
 """The frame of commands with ordinary arguments: help in plain words, defaults, did-you-mean, bad input in one sentence.
 
 Library. A command is `main = argument_entry("errors", __doc__, add, run)`; `python -m pipeline.errors …` and `alignscope errors …` are the same.
-Exit codes as in commands.py: 0 done, 2 bad input, 130 interrupted. `shown_help` prints the same kind of help for commands of Hydra's overrides.
+Exit codes as in commands.py: 0 done, 2 bad input, 130 interrupted, 141 whoever read the output has gone. `shown_help` prints the same kind of help for commands of Hydra's overrides.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import logging
 import os
 import re
+import select
 import shutil
 import sys
 import warnings
@@ -66,6 +68,26 @@ def check_above_zero(args: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name} {value:g} is no number above 0")
 
 
+def to_a_reader(main: Callable[..., int]) -> Callable[..., int]:
+    """A command's main that ends quietly with 141 (128 + SIGPIPE) where whoever read its output has gone, as `head` does once it has its lines."""
+
+    @functools.wraps(main)
+    def whole(argv: Sequence[str] | None = None) -> int:
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            output = select.poll()
+            output.register(sys.stdout.fileno(), 0)
+            if output.poll(0):  # an error: nobody reads it any more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's end
+                return 141
+            raise  # another pipe's
+
+    return whole
+
+
 def argument_entry(name: str, about: str | None, add: Callable[[argparse.ArgumentParser], None], run: Callable[[argparse.Namespace], int]) -> Any:
     """The `main(argv=None)` of a command, which returns the exit code; `main.parser()` is its parser."""
 
@@ -74,6 +96,7 @@ def argument_entry(name: str, about: str | None, add: Callable[[argparse.Argumen
         add(made)
         return made
 
+    @to_a_reader
     def main(argv: Sequence[str] | None = None) -> int:
         quiet()
         try:

@@ -3,7 +3,7 @@
 A command is `main = entry(run)`; `python -m pipeline.<command> key=value …` then takes Hydra's overrides and flags
 (`--cfg job`, `--help`), and `main(["key=value"])` runs it in this process. `run(cfg, overrides)` gets the composed config and the overrides that
 composed it, for composing further cells like it. Commands that compose no config take words: `words_entry`.
-Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted; other errors show their trace.
+Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted, 141 whoever read the output has gone (`| head`); other errors show their trace.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, open_dict, read_write
 
-from pipeline.core.arguments import overrides_help, quiet
+from pipeline.core.arguments import overrides_help, quiet, to_a_reader
 from pipeline.core.compose import CONF, WRONG_CONFIG, check_places, compose, explain, names_hydra, spelled_out
 from pipeline.core.files import UserError
 from pipeline.core.settings import check_top
@@ -32,6 +32,7 @@ Run = Callable[[DictConfig, list[str]], int | None]
 def entry(run: Run) -> Callable[..., int]:
     """The `main(argv=None)` of a command, which returns the exit code."""
 
+    @to_a_reader
     def main(argv: Sequence[str] | None = None) -> int:
         if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
             print(overrides_help(run.__module__.rpartition(".")[2] if run.__module__ != "__main__" else Path(sys.argv[0]).stem))
@@ -118,6 +119,7 @@ def key_values(words: Sequence[str], known: Iterable[str], command: str) -> dict
 def words_entry(run: Callable[[list[str]], int]) -> Callable[..., int]:
     """The `main` of a command that takes plain words: run's exit code; a UserError is one sentence on stderr and exit code 2."""
 
+    @to_a_reader
     def main(argv: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if argv is None else argv)
         if {"-h", "--help"} & set(words):
