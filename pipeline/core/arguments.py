@@ -1,7 +1,8 @@
 """The frame of commands with ordinary arguments: help in plain words, defaults, did-you-mean, bad input in one sentence.
 
 Library. A command is `main = argument_entry("errors", __doc__, add, run)`; `python -m pipeline.errors …` and `alignscope errors …` are the same.
-Exit codes as in commands.py: 0 done, 2 bad input, 130 interrupted, 141 whoever read the output has gone. `shown_help` prints the same kind of help for commands of Hydra's overrides.
+Exit codes as in commands.py: 0 done, 2 bad input, 130 interrupted, 141 whoever read the output has gone.
+`shown_help` prints the same kind of help for commands of Hydra's overrides.
 """
 
 from __future__ import annotations
