@@ -161,13 +161,13 @@ def measure(options: dict[str, str], overrides: list[str]) -> None:
         words = [*WORDS, *overrides, f"task={task}", f"technique={technique}", f"teacher={TEACHERS.get(task, 'none')}"]
         cfg = compose([*words, "train.lr=1.0e-4"])
         model = cfg.model.name
-        done = {r["lr"] for r in lines(out) if (r["model"], r["task"], r["technique"]) == (model, task, technique)}
+        done = {r["lr"] for r in lines(out) if (r["model"], r["task"], r["technique"], r["seed"]) == (model, task, technique, cfg.seed)}
         rates = [None] if technique == UNTRAINED else rates_of(technique, Path(cfg.paths.models) / model)
         asked = [lr for lr in rates if lr not in done]
         if not asked:
             continue
         watch, runs, grid = Stopwatch(), 0, None
-        for lr in filter(asked.__contains__, _claimed(out, f"{model}-{task}-{technique}", rates, int(options.get("chunk", RATES)))):
+        for lr in filter(asked.__contains__, _claimed(out, f"{model}-{task}-{technique}-{cfg.seed}", rates, int(options.get("chunk", RATES)))):
             if whole.peek() > float(options.get("limit_s", "inf")):
                 return
             if about is None:

@@ -84,21 +84,26 @@ class Grids:
 
 
 def grids(rows: Sequence[dict[str, Any]], rates: int) -> Grids:
-    """From the lines of cells.jsonl, of grids with so many rates or more; a run that diverged answers nothing right."""
-    by: dict[str, dict[Pair, dict[float, tuple[float, str]]]] = {}
-    untrained = {}
+    """From the lines of cells.jsonl, of grids with so many rates or more; a run that diverged answers nothing right. Where a grid was run with several seeds,
+    an accuracy is their mean at the rates that all of them have, and which rows were right those of all, one seed's after the other's."""
+    answers: dict[tuple[str, Pair], dict[int, dict[float, str]]] = {}
+    untrained: dict[Pair, str] = {}
     for row in rows:
         if "error" in row:
             continue
-        counts = [row[split] for split in ("validation", "test") if split in row]
-        bits = "".join(f"{int(part['bits'], 16):b}"[1:] for part in counts)
-        outcome = (100 * bits.count("1") / len(bits), bits) if bits else (0.0, "")
-        pair = row["model"], row["task"]
+        bits, pair = "".join(f"{int(row[split]['bits'], 16):b}"[1:] for split in ("validation", "test") if split in row), (row["model"], row["task"])
         if row["lr"] is None:
-            untrained[pair] = outcome
+            untrained[pair] = bits
         else:
-            by.setdefault(row["technique"], {}).setdefault(pair, {})[row["lr"]] = outcome
-    return Grids({t: {p: g for p, g in pairs.items() if len(g) >= rates} for t, pairs in by.items()}, untrained)
+            answers.setdefault((row["technique"], pair), {}).setdefault(row.get("seed", 0), {})[row["lr"]] = bits
+    by: dict[str, dict[Pair, dict[float, tuple[float, str]]]] = {technique: {} for technique, _ in answers}
+    for (technique, pair), seeds in answers.items():
+        whole = [grid for _, grid in sorted(seeds.items()) if len(grid) >= rates]
+        count = max((len(bits) for grid in whole for bits in grid.values()), default=0)
+        for lr in set.intersection(*map(set, whole)) if whole else ():
+            bits = "".join(grid[lr] or (len(whole) > 1) * count * "0" for grid in whole)
+            by[technique].setdefault(pair, {})[lr] = (100 * bits.count("1") / len(bits) if bits else 0.0, bits)
+    return Grids(by, {pair: (100 * bits.count("1") / len(bits), bits) for pair, bits in untrained.items()})
 
 
 def regrets(data: Grids, technique: str, power: float, feature: dict[str, float], pairs: set[Pair]) -> dict[float, float]:
@@ -179,6 +184,7 @@ def worse(one: str, other: str) -> bool:
 
     if not one:
         return True
+    other *= len(one) // len(other)  # of several seeds
     lost = sum(a < b for a, b in zip(one, other, strict=True))
     won = sum(a > b for a, b in zip(one, other, strict=True))
     return lost > won and bool(binomtest(won, won + lost).pvalue < 0.05)

@@ -110,6 +110,19 @@ def test_a_grid_with_further_rates_counts_and_one_with_fewer_does_not():
     assert not rates_fit.grids(rows, 8).by["lora"]
 
 
+def test_several_seeds_of_a_grid_count_as_their_mean():
+    def row(seed: int, lr: float | None, bits: str) -> dict:
+        test = {"test": {"bits": f"{int('1' + bits, 2):x}"}} if bits else {}
+        return {"model": "smollm2_135m", "task": "cqa", "technique": "lora", "lr": lr, "seed": seed, **test}
+
+    pair = ("smollm2_135m", "cqa")
+    first = [row(0, None, "0000"), row(0, 1e-3, "1111"), row(0, 1e-2, "1000")]
+    data = rates_fit.grids([*first, row(1, 1e-3, "1100"), row(1, 1e-2, "")], 2)
+    assert data.by["lora"][pair] == {1e-3: (75.0, "11111100"), 1e-2: (12.5, "10000000")}  # one that diverged answers nothing right
+    assert data.regret("lora", pair, 1e-2) == 62.5 and rates_fit.worse("0" * 16, "1" * 8) and not rates_fit.worse("1" * 16, "1" * 8)
+    assert rates_fit.grids([*first, row(1, 1e-3, "1100")], 2).by["lora"][pair][1e-3] == (100.0, "1111")  # the second seed's grid is not whole
+
+
 def test_the_tuners_have_the_rates_that_their_runs_choose():
     """As `benchmarks.rates defaults` would write them."""
     rows = [json.loads(line) for line in Path("experiments/tuners/rates.jsonl").read_text().splitlines()]
