@@ -59,18 +59,20 @@ class Job:
     words: tuple[str, ...]
     cells: tuple[tuple[str, ...], ...] = ()
 
-    def configs(self) -> list[DictConfig] | None:
-        """The composed cells; None: their technique is not tuned yet."""
-        if self.cells and SUFFIX in by_key(self.cells[0])["technique"] and not tuned.path_of(_composed(self.words)).exists():
-            return None
-        return copy.deepcopy(_cells_of(self.cells))
+    @property
+    def ready(self) -> bool:
+        """Whether it can begin: the technique of its cells is tuned, if it has to be."""
+        return not self.cells or SUFFIX not in by_key(self.cells[0])["technique"] or tuned.path_of(_composed(self.words)).exists()
+
+    def configs(self) -> list[DictConfig]:
+        """The composed cells of one that is ready; they are everybody's, and stay as they are."""
+        return _cells_of(self.cells)
 
     @property
     def done(self) -> bool:
         if not self.cells:
             return tuned.path_of(_composed(self.words)).exists()
-        cells = self.configs()
-        return cells is not None and all(map(grid.stands, cells))
+        return self.ready and all(map(grid.stands, self.configs()))
 
     @property
     def lock(self) -> Path:
@@ -88,12 +90,19 @@ def _composed(words: tuple[str, ...]) -> DictConfig:
     return compose(words)
 
 
-@functools.cache
-def _cells_of(cells: tuple[tuple[str, ...], ...]) -> list[DictConfig]:
-    configs = grid.compose_cells(cells)
-    for cfg in configs:
-        cfg.pack = len(configs) > 1
-    return configs
+CELLS: dict[tuple[tuple[str, ...], ...], list[DictConfig]] = {}
+"""What cells' words compose, as far as somebody asked."""
+
+
+def _cells_of(*several: tuple[tuple[str, ...], ...]) -> list[DictConfig]:
+    """The configs of some cells, or of several such. What was not asked for before is composed at once: on all CPUs, and once for all seeds."""
+    new = [cells for cells in dict.fromkeys(several) if cells not in CELLS]
+    configs = iter(grid.compose_cells([words for cells in new for words in cells]) if new else ())
+    for cells in new:
+        CELLS[cells] = [next(configs) for _ in cells]
+        for cfg in CELLS[cells]:
+            cfg.pack = len(cells) > 1
+    return [cfg for cells in several for cfg in CELLS[cells]]
 
 
 def jobs(experiments: Sequence[str], words: Sequence[str], techniques: Sequence[str] = (), sizes: Sequence[int] = ()) -> list[Job]:
@@ -158,7 +167,7 @@ class Slot:
                     if job.note.exists() or tried[job.name] == ATTEMPTS or job.done:
                         job.note.touch()
                         del left[job]
-                    elif not job.cells or job.configs() is not None:
+                    elif job.ready:
                         tried[job.name] += 1
                         self.do(job)
             if sum(tried.values()) > begun:
@@ -184,7 +193,7 @@ class Slot:
         tuning.tune(cfg, tuning.budget_of(cfg), tuning.Shared(cfg.model.name, self.shared, grid.Mirror.silent()))
 
     def cells(self, job: Job) -> None:
-        missing = grid.to_run(job.configs() or [])
+        missing = grid.to_run(copy.deepcopy(job.configs()))
         if missing:
             grid.run_here(missing, self.shared, grid.Mirror.silent())
         for cfg in missing:
@@ -218,6 +227,7 @@ def _listed(word: str) -> list[str]:
 
 def fill(every: Sequence[Job], watch: Stopwatch, gpus: Sequence[str], count: int, limit_s: float, keep: bool) -> None:
     """Do what is missing, `count` processes on each GPU. watch: from which the limit counts."""
+    _cells_of(*(job.cells for job in every if job.cells and job.ready))
     left = [job for job in every if not job.done]
     if not left:
         return
@@ -240,10 +250,11 @@ def _sharing(shared: inputs.Shared, at_once: int) -> inputs.Shared:
 def tell(every: Sequence[Job]) -> int:
     """Print what is done of each experiment. Returns 1 if anything is missing."""
     done, whole = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    _cells_of(*(job.cells for job in every if job.cells and job.ready))
     for job in every:
         at = by_key(job.words)["experiments"], "cells" if job.cells else "tunings"
         whole[at] += len(job.cells) or 1
-        done[at] += sum(map(grid.stands, job.configs() or [])) if job.cells else job.done
+        done[at] += sum(map(grid.stands, job.configs() if job.ready else [])) if job.cells else job.done
     for (experiment, kind), count in whole.items():
         print(f"{experiment}: {done[experiment, kind]} of {count} {kind} are done")
     return int(done != whole)

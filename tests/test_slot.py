@@ -32,7 +32,7 @@ def words(tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "experiments" / "mine.yaml").write_text(EXPERIMENT)
     monkeypatch.setenv("ALIGNSCOPE_ROOT", str(tmp_path))
     slot._composed.cache_clear()
-    slot._cells_of.cache_clear()
+    slot.CELLS.clear()
     return [*(w for w in overrides if not w.startswith(("evaluate.latency", "evaluate.adapters"))), f"paths.tuning={tmp_path}/tuning"]
 
 
@@ -44,7 +44,7 @@ def test_tuning_comes_first_then_the_fewest_rows_and_packs_are_one_job(words):
     ]
     (packed, *_) = slot.jobs(["mine"], words, ["lora+r1"], [1])[1:]
     assert [by_key(cell)["train_rows"] for cell in packed.cells] == ["32", "32"] and by_key(packed.words)["train_rows"] == "16", "tuned at tune.rows"
-    assert packed.configs() is None and not packed.done, "not tuned yet"
+    assert not packed.ready and not packed.done, "not tuned yet"
     assert {by_key(cell)["seed"] for job in slot.jobs(["mine"], words) for cell in job.cells} == {"0", "1"}
     with pytest.raises(UserError, match="has none of the techniques dora; it has zero_shot, full, lora"):
         slot.jobs(["mine"], words, ["dora"])
