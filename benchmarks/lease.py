@@ -1,8 +1,8 @@
 """Fill the time that a GPU machine is lent for: a plan's commands, in slots that a kill between two of them does not hurt.
 
-    python -m benchmarks.lease run plan=benchmarks/plans/rest.yaml limit_s=560 out=$OUT -- paths.data=/tmp/data …      again in every slot
-    python -m benchmarks.lease show plan=benchmarks/plans/rest.yaml        what of it is done
-    python -m benchmarks.lease carry plan=benchmarks/plans/rest.yaml to=carried shared=../shared       what must travel there (benchmarks/lease_carry.py)
+    python -m benchmarks.lease run plan=benchmarks/plans/published.yaml limit_s=560 out=$OUT -- paths.data=/tmp/data …      again in every slot
+    python -m benchmarks.lease show plan=benchmarks/plans/published.yaml        what of it is done
+    python -m benchmarks.lease carry plan=benchmarks/plans/published.yaml to=carried shared=../shared       what must travel there (benchmarks/lease_carry.py)
 
     further words: root=/tmp (the folder for everything there), state=ROOT/lease, gpus=0,1 (those that there are), forget=NAME,…, all=true
 
@@ -324,7 +324,7 @@ def _end_mps(folder: Path, client: Mapping[str, str], log: IO[bytes]) -> None:
 def _control(words: Sequence[str], said: bytes, client: Mapping[str, str], log: IO[bytes]) -> str:
     """Start the daemon, or tell it something. Returns why that failed; empty: it did not. No pipe is read, since the daemon would keep it open."""
     try:
-        done = subprocess.run(words, input=said, stdout=log, stderr=log, env=_without_mps() | client, timeout=MPS_S)
+        done = subprocess.run(words, input=said, stdout=log, stderr=log, env={**_without_mps(), **client}, timeout=MPS_S)
     except OSError as error:
         return f"{MPS} cannot be run ({error.strerror})"
     except subprocess.TimeoutExpired:

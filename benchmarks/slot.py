@@ -265,7 +265,8 @@ def run(words: Sequence[str]) -> int:
         own = key_values(part, ("experiments", "techniques", "sizes", *OWN), "benchmarks.slot")
         if "experiments" not in own:
             raise UserError("name the experiments: experiments=step_by_step_cqa,step_by_step_svamp")
-        groups.append(Group(*(_listed(own.pop(key, "")) for key in ("experiments", "techniques")), list(map(int, _listed(own.pop("sizes", ""))))))
+        experiments, techniques, sizes = (_listed(own.pop(key, "")) for key in ("experiments", "techniques", "sizes"))
+        groups.append(Group(experiments, techniques, [int(at) for at in sizes]))
         given |= own
     every = jobs(groups, rest)
     if command == "run":

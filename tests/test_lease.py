@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from benchmarks import lease
+from benchmarks.race_fill import TECHNIQUES
+from pipeline.core.compose import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -288,3 +290,14 @@ def test_a_daemon_that_does_not_end_is_killed(slot, tmp_path, daemon, monkeypatc
     monkeypatch.setattr(lease, "MPS_S", 0.5)
     (tmp_path / "hangs").touch()
     assert slot([says(tmp_path)])[0] == 0 and not daemon()
+
+
+@pytest.mark.parametrize("path", sorted((Path(lease.__file__).parent / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_plan_can_be_read_names_what_there_is_and_times_nothing_under_mps(path):
+    for command in lease.read(path).commands:
+        assert command.mps == any(f"benchmarks.{shared}" in command.run for shared in ("slot run", "race fill")), command.name
+        for word in command.run.split():
+            key, _, value = word.partition("=")
+            for name in value.split(",") if key == "experiments" else ():
+                assert (ROOT / "experiments" / f"{name}.yaml").exists() or "$" in name, name
+            assert key != "techniques" or "fill" not in command.name or set(value.split(",")) <= TECHNIQUES.keys()
