@@ -301,24 +301,35 @@ def _mps(folder: Path, log: IO[bytes], wanted: bool) -> Iterator[dict[str, str]]
         yield {}
         return
     client = {"CUDA_MPS_PIPE_DIRECTORY": str(folder.resolve()), "CUDA_MPS_LOG_DIRECTORY": str(folder.resolve())}
-    _end_mps(folder, client, log)  # of a slot that was killed
+    if folder.exists():  # of a slot that was killed
+        _end_mps(client, log)
     folder.mkdir(parents=True, exist_ok=True)
-    if reason := _control([MPS, "-d"], b"", client, log):
-        log.write(f"without MPS: {reason}\n".encode())
-        log.flush()
-        client = {}
+    reason = _control([MPS, "-d"], b"", client, log)
     try:
-        yield client
+        if reason:
+            log.write(f"without MPS: {reason}\n".encode())
+            log.flush()
+            _kill(client)
+        yield {} if reason else client
     finally:
-        _end_mps(folder, client, log)
+        if not reason:
+            _end_mps(client, log)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end_mps(folder: Path, client: Mapping[str, str], log: IO[bytes]) -> None:
-    """End the daemon that has this folder, if one has: it is told to, and killed where it waits. The folder goes."""
-    if client and folder.exists() and _control([MPS], b"quit\n", client, log):
-        with contextlib.suppress(OSError, ValueError):
-            os.kill(int((folder / f"{MPS}.pid").read_text()), signal.SIGKILL)
-    shutil.rmtree(folder, ignore_errors=True)
+def _end_mps(client: Mapping[str, str], log: IO[bytes]) -> None:
+    """End the daemon of these clients, if there is one: it is told to; where it waits or cannot be told, it is killed with its servers."""
+    if _control([MPS], b"quit\n", client, log):
+        _kill(client)
+
+
+def _kill(client: Mapping[str, str]) -> None:
+    """Kill every process with this folder in its environment: a daemon, its servers, clients."""
+    own = f"CUDA_MPS_PIPE_DIRECTORY={client['CUDA_MPS_PIPE_DIRECTORY']}\0".encode()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            if own in environment.read_bytes():
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def _control(words: Sequence[str], said: bytes, client: Mapping[str, str], log: IO[bytes]) -> str:

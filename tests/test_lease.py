@@ -301,3 +301,13 @@ def test_a_plan_can_be_read_names_what_there_is_and_times_nothing_under_mps(path
             for name in value.split(",") if key == "experiments" else ():
                 assert (ROOT / "experiments" / f"{name}.yaml").exists() or "$" in name, name
             assert key != "techniques" or "fill" not in command.name or set(value.split(",")) <= TECHNIQUES.keys()
+
+
+def test_a_daemon_that_hangs_as_it_starts_is_killed_and_the_command_goes_on(slot, tmp_path, daemon, monkeypatch):
+    monkeypatch.setattr(lease, "MPS_S", 0.5)
+    script = tmp_path / "bin" / lease.MPS
+    script.write_text(script.read_text().replace("$! > $pid;", "$! > $pid; sleep 60;").replace(f"echo $! > {tmp_path}/last", "").replace(
+        "setsid sleep 60", f"setsid bash -c 'echo $$ > {tmp_path}/last; exec sleep 60'"))
+    assert slot([says(tmp_path, run=f"echo ${{CUDA_MPS_PIPE_DIRECTORY-none}} > {tmp_path}/notes")])[0] == 0
+    assert (tmp_path / "notes").read_text() == "none\n" and not daemon()
+    assert "without MPS: nvidia-cuda-mps-control took longer than" in (tmp_path / "lease" / "shares.log").read_text()
