@@ -44,6 +44,7 @@ from pipeline.measure.clock import Stopwatch
 from pipeline.records import tuned
 from pipeline.records.finished import SEEDLESS
 from pipeline.search import tuning
+from pipeline.search.space import at
 
 OWN = {"gpus": "", "processes": "1", "limit_s": "inf", "artefacts": "drop"}
 GRACE_S = 20.0
@@ -139,12 +140,16 @@ class Place:
         return (*self.own, self.entry[0].removesuffix(SUFFIX), *self.entry[1:])
 
     @property
+    def tuning_rows(self) -> int:
+        return self.rows if self.tuned_at is None else self.tuned_at
+
+    @property
     def tuning(self) -> tuple[str, ...]:
-        return (*self.plain, f"train_rows={self.rows if self.tuned_at is None else self.tuned_at}")
+        return (*self.plain, f"train_rows={self.tuning_rows}")
 
     def tunings(self) -> list[Job]:
         """The one, if it is to be tuned."""
-        return [Job(f"{self.experiment}.{_label(self.entry)}.tune.{by_key(self.tuning)['train_rows']}", self.tuning)] * self.entry[0].endswith(SUFFIX)
+        return [Job(f"{self.experiment}.{_label(self.entry)}.tune.{self.tuning_rows}", self.tuning)] * self.entry[0].endswith(SUFFIX)
 
     def cells(self) -> list[Job]:
         """Its seeds: one job if they are packed."""
@@ -160,8 +165,9 @@ class Place:
 def jobs(groups: Sequence[Group], words: Sequence[str]) -> list[Job]:
     """All of them in their order, one group after another. Raises UserError: an experiment without such techniques or sizes."""
     places = [[place for experiment in group.experiments for place in _places(experiment, group, words)] for group in groups]
-    asked = list(dict.fromkeys(one for some in places for place in some for one in (place.plain, place.tuning)))
-    AHEAD.update(zip(asked, grid.compose_cells(asked), strict=True))
+    plain = list(dict.fromkeys(place.plain for some in places for place in some))
+    AHEAD.update(zip(plain, grid.compose_cells(plain), strict=True))
+    AHEAD.update({place.tuning: at(AHEAD[place.plain], {"train_rows": place.tuning_rows}) for some in places for place in some})
     every: list[Job] = []
     for some in places:
         every += [job for place in sorted(some, key=lambda one: one.number) for job in place.tunings()]
@@ -266,7 +272,7 @@ def run(words: Sequence[str]) -> int:
         if "experiments" not in own:
             raise UserError("name the experiments: experiments=step_by_step_cqa,step_by_step_svamp")
         experiments, techniques, sizes = (_listed(own.pop(key, "")) for key in ("experiments", "techniques", "sizes"))
-        groups.append(Group(experiments, techniques, [int(at) for at in sizes]))
+        groups.append(Group(experiments, techniques, [int(size) for size in sizes]))
         given |= own
     every = jobs(groups, rest)
     if command == "run":
@@ -289,10 +295,10 @@ def fill(every: Sequence[Job], watch: Stopwatch, gpus: Sequence[str], count: int
         job.note.unlink(missing_ok=True)
     for cfg in first.values():
         inputs.check_ahead(cfg)
-    at = processes.places(gpus, count)
-    shared = _sharing(inputs.preload(list(first.values())), len(at))
-    print(f"{watch.peek():.0f} s: {len(left)} of {len(every)} jobs are not done; {len(at)} processes", flush=True)
-    processes.run(Slot(left, shared, watch, limit_s, keep).work, at, watch, limit_s, GRACE_S)
+    places = processes.places(gpus, count)
+    shared = _sharing(inputs.preload(list(first.values())), len(places))
+    print(f"{watch.peek():.0f} s: {len(left)} of {len(every)} jobs are not done; {len(places)} processes", flush=True)
+    processes.run(Slot(left, shared, watch, limit_s, keep).work, places, watch, limit_s, GRACE_S)
 
 
 def _sharing(shared: inputs.Shared, at_once: int) -> inputs.Shared:
@@ -305,9 +311,9 @@ def tell(every: Sequence[Job]) -> int:
     done, whole = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     _cells_of(*(job.cells for job in every if job.cells and job.ready))
     for job in every:
-        at = by_key(job.words)["experiments"], "cells" if job.cells else "tunings"
-        whole[at] += len(job.cells) or 1
-        done[at] += sum(map(grid.stands, job.configs() if job.ready else [])) if job.cells else job.done
+        kind = by_key(job.words)["experiments"], "cells" if job.cells else "tunings"
+        whole[kind] += len(job.cells) or 1
+        done[kind] += sum(map(grid.stands, job.configs() if job.ready else [])) if job.cells else job.done
     for (experiment, kind), count in whole.items():
         print(f"{experiment}: {done[experiment, kind]} of {count} {kind} are done")
     return int(done != whole)

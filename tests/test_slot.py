@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import slot
 from pipeline.cell import grid
-from pipeline.core.compose import by_key
+from pipeline.cell.composing import compose_cell
+from pipeline.core.compose import by_key, compose
 from pipeline.core.files import UserError
 from pipeline.records import results
 
@@ -53,6 +54,19 @@ def test_tuning_comes_first_then_the_fewest_rows_and_packs_are_one_job(words):
     assert {by_key(cell)["seed"] for job in jobs(words) for cell in job.cells} == {"0", "1"}
     with pytest.raises(UserError, match="has none of the techniques dora; it has zero_shot, full, lora"):
         jobs(words, slot.Group(["mine"], ["dora"]))
+
+
+def test_what_is_composed_at_once_is_what_each_would_be(words):
+    every = jobs(words)
+    assert len(slot.AHEAD) == 6 and all(slot.AHEAD[own] == compose(own) for own in slot.AHEAD), "three techniques, as they are and as they are tuned"
+    ready = [job for job in every if job.cells and job.ready]
+    slot._cells_of(*(job.cells for job in ready))
+    assert ready
+    for job in ready:
+        for cfg, own in zip(job.configs(), job.cells, strict=True):
+            alone = compose_cell(own)
+            alone.pack = len(job.cells) > 1
+            assert cfg == alone
 
 
 def test_two_experiments_take_turns_by_technique(words, tmp_path):
