@@ -311,9 +311,9 @@ def tell(every: Sequence[Job]) -> int:
     done, whole = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     _cells_of(*(job.cells for job in every if job.cells and job.ready))
     for job in every:
-        kind = by_key(job.words)["experiments"], "cells" if job.cells else "tunings"
-        whole[kind] += len(job.cells) or 1
-        done[kind] += sum(map(grid.stands, job.configs() if job.ready else [])) if job.cells else job.done
+        key = by_key(job.words)["experiments"], "cells" if job.cells else "tunings"
+        whole[key] += len(job.cells) or 1
+        done[key] += sum(map(grid.stands, job.configs() if job.ready else [])) if job.cells else job.done
     for (experiment, kind), count in whole.items():
         print(f"{experiment}: {done[experiment, kind]} of {count} {kind} are done")
     return int(done != whole)

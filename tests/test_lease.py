@@ -231,7 +231,7 @@ else
   kill $(cat $pid)
 fi
 """
-SAYS = "echo ${CUDA_MPS_PIPE_DIRECTORY-none} >> @/notes; grep -qs 'State:.S' /proc/$(cat @/last)/status && echo alive >> @/notes"
+SAYS = "echo ${CUDA_MPS_PIPE_DIRECTORY-none} >> @/notes; grep -qs 'State:.[^ZX]' /proc/$(cat @/last)/status && echo alive >> @/notes"
 
 
 @pytest.fixture
