@@ -1,8 +1,8 @@
 """Fill the time that a GPU machine is lent for: a plan's commands, in slots that a kill between two of them does not hurt.
 
-    python -m benchmarks.lease run plan=benchmarks/plans/rest.yaml limit_s=560 out=$OUT -- paths.data=/tmp/data …      again in every slot
-    python -m benchmarks.lease show plan=benchmarks/plans/rest.yaml        what of it is done
-    python -m benchmarks.lease carry plan=benchmarks/plans/rest.yaml to=carried shared=../shared       what must travel there (benchmarks/lease_carry.py)
+    python -m benchmarks.lease run plan=benchmarks/plans/published.yaml limit_s=560 out=$OUT -- paths.data=/tmp/data …      again in every slot
+    python -m benchmarks.lease show plan=benchmarks/plans/published.yaml        what of it is done
+    python -m benchmarks.lease carry plan=benchmarks/plans/published.yaml to=carried shared=../shared       what must travel there (benchmarks/lease_carry.py)
 
     further words: root=/tmp (the folder for everything there), state=ROOT/lease, gpus=0,1 (those that there are), forget=NAME,…, all=true
 
@@ -12,6 +12,7 @@ A plan is YAML: `commands`, the most valuable first, and `keep`, patterns of fil
     run: python -m pipeline.cells experiments=tuners share=true {words}
     gpus: 1                   GPUs that it has to itself, or all; CUDA_VISIBLE_DEVICES for it, and {gpus} in `run`. Without: none
     limit_s: 300, least_s: 60 what it may take in all; a slot with less time left does not begin it
+    mps: true                 its processes share the GPU through NVIDIA's MPS, where the machine has it; never where anything is timed
     after: [rates], needs: [ray]      what must be over before, whatever became of it; what must have gone well
 
     {words}: what stands after -- here. {left}: whole seconds until the slot or its own limit ends, less 25.
@@ -20,6 +21,7 @@ A command begins when GPUs enough are free; until then none that comes later tak
 and what needs one that failed or was passed over is passed over, with a sentence. A command that the slot's end interrupts (SIGINT; after 8 s SIGKILL to its
 whole group) is begun again in the next slot, so it must resume by itself; so is one that was told {left} and ends with 1 (something is missing) in the last
 minute. Another one that fails is done, too: forget=NAME begins it anew. Output goes to STATE/NAME.log, what became of a command to STATE/NAME.json.
+A command with mps has a daemon of its own (STATE/NAME.mps), begun before it and ended after it, however it ends; none that lacks the word is ever its client.
 Every 90 s and at the end the logs and of what `keep` matches that which is new since the slot began (all=true: all of it, where an archive did not arrive) are
 put into out/all.tar.xz; above 15 MiB into all.tar.xz.0, .1, … of at most so much. Unpack either by: cat all.tar.xz* | tar xJ -C FOLDER (results come before
 predictions, so that the first parts alone are of use). Exit codes: 0 all commands are done, 1 some are missing or failed, 2 bad input.
@@ -35,16 +37,17 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -60,6 +63,8 @@ LAST_WORDS_S, GRACE_S, PACK_S, MARGIN_S, LEFT_S, ENDS_S = 12.0, 8.0, 90.0, 15.0,
 end one that heeds {left} may say that something is missing."""
 POLL_S = 0.2
 PART_BYTES = 15 * 2**20
+MPS, MPS_S = "nvidia-cuda-mps-control", 5.0
+"""NVIDIA's daemon that lets several processes' kernels run at once on a GPU; the longest that its start and its end are waited for."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Command:
     least_s: float = 0.0
     after: Sequence[str] = ()
     needs: Sequence[str] = ()
+    mps: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ def _command(path: Path, entry: Any) -> Command:
     gpus = entry.get("gpus", 0)
     if gpus != "all" and not (isinstance(gpus, int) and gpus >= 0):
         raise UserError(f"{path}: {entry['name']}: gpus is {gpus!r}; write how many, or all")
+    if not isinstance(entry.get("mps", False), bool):
+        raise UserError(f"{path}: {entry['name']}: mps is {entry['mps']!r}; write true or false")
     seconds = {key: _seconds(entry[key], f"{path}: {entry['name']}: {key}") for key in ("limit_s", "least_s") if key in entry}
     return Command(**entry | seconds | {"gpus": None if gpus == "all" else gpus})
 
@@ -201,12 +209,12 @@ class Slot:
 
     def _run(self, command: Command, gpus: Sequence[str]) -> None:
         watch, before = Stopwatch(), self._spent(command)
-        environment = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
-        left = min(self.left, command.limit_s - before)
+        environment = _without_mps() | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
         line = command.run.replace("{words}", shlex.join(self.words)).replace("{gpus}", ",".join(gpus))
-        line = line.replace("{left}", str(max(0, int(left - LEFT_S)) if left < 1e9 else 10**6))
-        with (self.state / f"{command.name}.log").open("ab") as log:
-            process = subprocess.Popen(["bash", "-c", line], stdout=log, stderr=log, env=environment, start_new_session=True)
+        with (self.state / f"{command.name}.log").open("ab") as log, _mps(self.state / f"{command.name}.mps", log, command.mps) as client:
+            left = min(self.left, command.limit_s - before)
+            line = line.replace("{left}", str(max(0, int(left - LEFT_S)) if left < 1e9 else 10**6))
+            process = subprocess.Popen(["bash", "-c", line], stdout=log, stderr=log, env=environment | client, start_new_session=True)
             while process.poll() is None and self.left > LAST_WORDS_S and before + watch.peek() < command.limit_s:
                 time.sleep(0.1)
             cut = process.poll() is None
@@ -278,6 +286,61 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 process.wait(GRACE_S)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _without_mps() -> dict[str, str]:
+    """This process's environment, without what would make it a client of somebody's daemon."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("CUDA_MPS_")}
+
+
+@contextlib.contextmanager
+def _mps(folder: Path, log: IO[bytes], wanted: bool) -> Iterator[dict[str, str]]:
+    """A daemon in this folder for as long as the context lasts: what makes a process its client, for its environment. Nothing where it is not wanted; nor,
+    with a line in the log, where there is none or it does not start."""
+    if not wanted:
+        yield {}
+        return
+    client = {"CUDA_MPS_PIPE_DIRECTORY": str(folder.resolve()), "CUDA_MPS_LOG_DIRECTORY": str(folder.resolve())}
+    if folder.exists():  # of a slot that was killed
+        _end_mps(client, log)
+    folder.mkdir(parents=True, exist_ok=True)
+    reason = _control([MPS, "-d"], b"", client, log)
+    try:
+        if reason:
+            log.write(f"without MPS: {reason}\n".encode())
+            log.flush()
+            _kill(client)
+        yield {} if reason else client
+    finally:
+        if not reason:
+            _end_mps(client, log)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_mps(client: Mapping[str, str], log: IO[bytes]) -> None:
+    """End the daemon of these clients, if there is one: it is told to; where it waits or cannot be told, it is killed with its servers."""
+    if _control([MPS], b"quit\n", client, log):
+        _kill(client)
+
+
+def _kill(client: Mapping[str, str]) -> None:
+    """Kill every process with this folder in its environment: a daemon, its servers, clients."""
+    own = f"CUDA_MPS_PIPE_DIRECTORY={client['CUDA_MPS_PIPE_DIRECTORY']}\0".encode()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            if own in environment.read_bytes():
+                os.kill(int(environment.parent.name), signal.SIGKILL)
+
+
+def _control(words: Sequence[str], said: bytes, client: Mapping[str, str], log: IO[bytes]) -> str:
+    """Start the daemon, or tell it something. Returns why that failed; empty: it did not. No pipe is read, since the daemon would keep it open."""
+    try:
+        done = subprocess.run(words, input=said, stdout=log, stderr=log, env={**_without_mps(), **client}, timeout=MPS_S)
+    except OSError as error:
+        return f"{MPS} cannot be run ({error.strerror})"
+    except subprocess.TimeoutExpired:
+        return f"{MPS} took longer than {MPS_S:.0f} s"
+    return f"{MPS} ended with {done.returncode}" if done.returncode else ""
 
 
 def run(words: Sequence[str]) -> int:

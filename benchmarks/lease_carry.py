@@ -1,6 +1,6 @@
 """What a plan needs on a lent machine that nothing can be fetched from, in pieces that may travel, and the calls that bring it there and run the plan.
 
-    python -m benchmarks.lease carry plan=benchmarks/plans/rest.yaml to=carried shared=../shared
+    python -m benchmarks.lease carry plan=benchmarks/plans/published.yaml to=carried shared=../shared
 
     further words: root=/tmp (there), earlier=FOLDER (where earlier slots' archives were unpacked: what they did is not done again),
     without=ray,gemma3_270m (of what the plan names), python=3.12 (there), piece_mb=55 (of a call's 64 MiB, beside the working tree)

@@ -4,6 +4,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.race simulate processes=32 out=FOLDER to=FOLDER/race_simulated.json limit_s=500     until the time is up;
                                                                             started again, what FOLDER lacks
     python -m benchmarks.race fill out=FOLDER gpus=0,1 processes=14 limit_s=520 -- paths.models=…      the cache, on GPUs; started again, what is missing
+                                                                            (to=: then a package)
     python -m benchmarks.race package out=FOLDER to=FILE.jsonl.xz   what a folder holds (and a package before it, known=) as one file, and what it lacks
     python -m benchmarks.race synthetic out=work/synthetic.jsonl  a cache that is drawn, not measured
     OMP_NUM_THREADS=1 python -m benchmarks.race replay cells=FILE.jsonl.xz processes=32     benchmarks/results/race_replayed.json: all policies on a cache,
@@ -78,11 +79,13 @@ CACHE = {"known": "", "models": "smollm2_135m,qwen2_0_5b", "tasks": "all", "tech
 def fill(words: Sequence[str], overrides: list[str]) -> int:
     from benchmarks import race_fill
 
-    own = {"gpus": "", "processes": "1", "limit_s": "inf", "grace_s": "20"}
+    own = {"gpus": "", "processes": "1", "limit_s": "inf", "grace_s": "20", "to": ""}
     given = CACHE | own | key_values(words, ("out", *CACHE, *own), "benchmarks.race fill")
     store, jobs = _asked(given)
     gpus = [gpu for gpu in given["gpus"].split(",") if gpu]
     missing = race_fill.fill(race_fill.Asked(jobs, store, overrides, gpus, int(given["processes"]), float(given["limit_s"]), float(given["grace_s"])))
+    if given["to"]:
+        race_fill.package(store, Path(given["to"]))
     print(race_fill.lacks(store, jobs))
     print(f"{missing} seeds are missing" if missing else "nothing is missing")
     return 1 if missing else 0

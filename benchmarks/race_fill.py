@@ -47,10 +47,11 @@ TECHNIQUES: dict[str, int] = {
     "zero_shot": QUICK, "few_shot": QUICK, "lora": QUICK, "rslora": QUICK, "prompt_tuning": QUICK, "prompt_tuning_text": QUICK, "full": QUICK, "qlora": QUICK,
     "pissa": QUICK, "olora": QUICK, "prompt_tuning_random": QUICK, "head_only": QUICK, "top_layers": QUICK, "bitfit_added": QUICK,
     "ln_tuning": QUICK, "frozen_embeddings": QUICK, "ia3": 8, "lora_plus": 8, "adapter_parallel": 8, "adapter_pfeiffer": 8,
-    "adapter_houlsby": 8, "prefix_tuning": 8, "compacter": 8, "p_tuning": 8, "loftq": 8, "lokr": SLOW, "vera": SLOW, "loha": SLOW, "oft": SLOW, "dora": SLOW,
+    "adapter_houlsby": 8, "prefix_tuning": 8, "compacter": 8, "p_tuning": 8, "loftq": QUICK, "dora": 8, "lokr": 8, "vera": 8, "loha": 8, "oft": SLOW,
     "ladder": SLOW, "step_by_step_lora": QUICK, "step_by_step": QUICK, "qdora": SLOW, "adalora": SLOW, "boft": SLOW, "lora_int8": SLOW,
 }
-"""What `techniques=all` means, the cheap ones first (experiments/rates has seconds), and seeds of a job. step_by_step asks for a teacher."""
+"""What `techniques=all` means, the cheap ones first (experiments/rates has seconds), and seeds of a job: where the set-up takes a minute, as LoftQ's
+decompositions do, all of them. step_by_step asks for a teacher."""
 
 
 @dataclass(frozen=True)

@@ -200,11 +200,11 @@ class Captured:
 
         return sorted(validation_steps(self.total, CHECKS)) if self.run is not None else list(range(1, CHECKS + 1))
 
-    def _parts(self, number: int) -> tuple[Any, Any]:
-        """(parts, rows as the objective wants them) of a seed."""
+    def _parts(self, number: int, splits: tuple[str, ...] = ("validation", "test")) -> tuple[Any, Any]:
+        """(parts, rows as the objective wants them) of a seed; the same test rows for all seeds, so that they need not be read for each."""
         from pipeline.cell.inputs import build_parts, check, load_task, load_taught, training_rows
 
-        parts = build_parts(self.cells[number], ("validation", "test"))
+        parts = build_parts(self.cells[number], splits)
         check(parts)
         rows = dataclasses.replace(load_task(parts, parts.cfg.seed, parts.cfg.train_rows), rationales=load_taught(parts))
         return parts, training_rows(parts, rows)[0]
@@ -240,7 +240,7 @@ class Captured:
         self.stepping = choose(self.run)
         self.anew = not reuse or self.stepping.engine == "eager"
         if not self.anew:
-            self.start, self.same_start = self.stepping.program.buffer.master.clone(), None
+            self.start, self.same_start = self.stepping.program.buffer.master.clone(), True if parts.cfg.technique.name in DECOMPOSED else None
 
     def _examples(self, number: int) -> list[list[Any]]:
         """A seed's examples, prepared."""
@@ -248,7 +248,7 @@ class Captured:
         from pipeline.objectives.base import TrainingContext
         from pipeline.serving.artefact import scorer_of
 
-        parts, rows = self._parts(number)
+        parts, rows = self._parts(number, ())
         examples = encoded(parts, self.encoder, rows.train, rows.rationales)
         context = TrainingContext(parts.cfg, parts.settings, self.scorer.model, self.encoder, rows.train, parts.device, parts.dtype, scorer_of)
         prepared: list[list[Any]] = parts.objective.prepared(examples, context).examples
@@ -294,6 +294,8 @@ class Captured:
         self.bases.clean()
 
 
+DECOMPOSED = ("pissa", "loftq")
+"""Techniques that begin at a decomposition of the base, whatever the seed: to see that another seed begins there takes as long as the first, a minute."""
 FIXED = ("zero_shot",)
 """Techniques of which every seed answers the same."""
 

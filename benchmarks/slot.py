@@ -3,6 +3,7 @@
     python -m benchmarks.slot run experiments=step_by_step_cqa,step_by_step_svamp gpus=0,1 processes=12 limit_s=520 -- tracking=none paths.data=/tmp/data
     python -m benchmarks.slot plan experiments=step_by_step_cqa        what there is to do, and what is done
     … techniques=full,lora sizes=0,1        those techniques (lora+r8: a variant), those of the grid's numbers of training rows, by their place
+    … run experiments=rank_cqa,rank_svamp / experiments=nf4 sizes=0 …        a second group, whose jobs come after the first's
 
 The words after -- are Hydra's, for every job; stale=keep among them: what is of older code alone stands (without it a commit between two slots runs all again).
 Jobs come in this order: tuning, then cells, the fewest training rows first; of these the first technique of every experiment, then the second. A cell whose
@@ -20,6 +21,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import sys
 import traceback
@@ -42,8 +44,9 @@ from pipeline.measure.clock import Stopwatch
 from pipeline.records import tuned
 from pipeline.records.finished import SEEDLESS
 from pipeline.search import tuning
+from pipeline.search.space import at
 
-OWN = {"techniques": "", "sizes": "", "gpus": "", "processes": "1", "limit_s": "inf", "artefacts": "drop"}
+OWN = {"gpus": "", "processes": "1", "limit_s": "inf", "artefacts": "drop"}
 GRACE_S = 20.0
 """After the limit, until processes are ended: cells were asked to end before it."""
 ATTEMPTS = 2
@@ -59,18 +62,20 @@ class Job:
     words: tuple[str, ...]
     cells: tuple[tuple[str, ...], ...] = ()
 
-    def configs(self) -> list[DictConfig] | None:
-        """The composed cells; None: their technique is not tuned yet."""
-        if self.cells and SUFFIX in by_key(self.cells[0])["technique"] and not tuned.path_of(_composed(self.words)).exists():
-            return None
-        return copy.deepcopy(_cells_of(self.cells))
+    @property
+    def ready(self) -> bool:
+        """Whether it can begin: the technique of its cells is tuned, if it has to be."""
+        return not self.cells or SUFFIX not in by_key(self.cells[0])["technique"] or tuned.path_of(_composed(self.words)).exists()
+
+    def configs(self) -> list[DictConfig]:
+        """The composed cells of one that is ready; they are everybody's, and stay as they are."""
+        return _cells_of(self.cells)
 
     @property
     def done(self) -> bool:
         if not self.cells:
             return tuned.path_of(_composed(self.words)).exists()
-        cells = self.configs()
-        return cells is not None and all(map(grid.stands, cells))
+        return self.ready and all(map(grid.stands, self.configs()))
 
     @property
     def lock(self) -> Path:
@@ -85,43 +90,101 @@ class Job:
 
 @functools.cache
 def _composed(words: tuple[str, ...]) -> DictConfig:
-    return compose(words)
+    return AHEAD[words] if words in AHEAD else compose(words)
 
 
-@functools.cache
-def _cells_of(cells: tuple[tuple[str, ...], ...]) -> list[DictConfig]:
-    configs = grid.compose_cells(cells)
-    for cfg in configs:
-        cfg.pack = len(configs) > 1
-    return configs
+AHEAD: dict[tuple[str, ...], DictConfig] = {}
+"""Of what `_composed` is asked for, that which `jobs` composed at once."""
+CELLS: dict[tuple[tuple[str, ...], ...], list[DictConfig]] = {}
+"""What cells' words compose, as far as somebody asked."""
 
 
-def jobs(experiments: Sequence[str], words: Sequence[str], techniques: Sequence[str] = (), sizes: Sequence[int] = ()) -> list[Job]:
-    """All of them in their order. Raises UserError: an experiment without such techniques or sizes."""
-    first: list[tuple[int, Job]] = []
-    then: list[tuple[tuple[int, int], Job]] = []
-    for experiment in experiments:
-        axes = grid.grid(experiment)["grid"]
-        entries = grid.entries(axes, {})
-        own = [f"experiments={experiment}", *TIMES_ARE_SHARED, *words, f"seed={axes['seeds'][0]}"]
-        chosen = [(at, entry) for at, entry in enumerate(entries) if not techniques or _label(entry) in techniques]
-        if not chosen:
-            raise UserError(f"experiment {experiment} has none of the techniques {', '.join(techniques)}; it has {', '.join(map(_label, entries))}")
-        tuned_at = compose(own).tune.rows
-        for at, entry in chosen:
-            plain = (*own, entry[0].removesuffix(SUFFIX), *entry[1:])
-            packs, seedless = packing.packs(_composed(plain)) and len(axes["seeds"]) > 1, record.kind_of(_composed(plain)) in SEEDLESS
-            for size in sizes or range(len(axes["train_rows"])):
-                rows = axes["train_rows"][size]
-                tuning_words = (*plain, f"train_rows={rows if tuned_at is None else tuned_at}")
-                if entry[0].endswith(SUFFIX):
-                    first.append((at, Job(f"{experiment}.{_label(entry)}.tune.{by_key(tuning_words)['train_rows']}", tuning_words)))
-                seeds = axes["seeds"][:1] if seedless else axes["seeds"]
-                every = tuple((*without(own, "seed"), *entry, f"seed={seed}", f"train_rows={rows}") for seed in seeds)
-                for cells in [every] if packs else [(one,) for one in every]:
-                    name = f"{experiment}.{_label(entry)}.n{rows}" + ("" if packs else f".s{by_key(cells[0])['seed']}")
-                    then.append(((size, at), Job(name, tuning_words, cells)))
-    return list(dict.fromkeys(job for _, job in (*sorted(first, key=lambda one: one[0]), *sorted(then, key=lambda one: one[0]))))
+def _cells_of(*several: tuple[tuple[str, ...], ...]) -> list[DictConfig]:
+    """The configs of some cells, or of several such. What was not asked for before is composed at once: on all CPUs, and once for all seeds."""
+    new = [cells for cells in dict.fromkeys(several) if cells not in CELLS]
+    configs = iter(grid.compose_cells([words for cells in new for words in cells]) if new else ())
+    for cells in new:
+        CELLS[cells] = [next(configs) for _ in cells]
+        for cfg in CELLS[cells]:
+            cfg.pack = len(cells) > 1
+    return [cfg for cells in several for cfg in CELLS[cells]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experiments whose jobs come together. techniques, sizes: those alone; none: all."""
+
+    experiments: Sequence[str]
+    techniques: Sequence[str] = ()
+    sizes: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A technique or variant of an experiment's grid at one of its numbers of training rows.
+
+    own: the experiment's words; entry: the grid's; number, size: where it and the rows stand in the grid; tuned_at: rows to tune at, None: all of them.
+    """
+
+    experiment: str
+    own: tuple[str, ...]
+    entry: tuple[str, ...]
+    number: int
+    size: int
+    rows: int
+    tuned_at: int | None
+    seeds: tuple[int, ...]
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        return (*self.own, self.entry[0].removesuffix(SUFFIX), *self.entry[1:])
+
+    @property
+    def tuning_rows(self) -> int:
+        return self.rows if self.tuned_at is None else self.tuned_at
+
+    @property
+    def tuning(self) -> tuple[str, ...]:
+        return (*self.plain, f"train_rows={self.tuning_rows}")
+
+    def tunings(self) -> list[Job]:
+        """The one, if it is to be tuned."""
+        return [Job(f"{self.experiment}.{_label(self.entry)}.tune.{self.tuning_rows}", self.tuning)] * self.entry[0].endswith(SUFFIX)
+
+    def cells(self) -> list[Job]:
+        """Its seeds: one job if they are packed."""
+        cfg = _composed(self.plain)
+        seeds = self.seeds[:1] if record.kind_of(cfg) in SEEDLESS else self.seeds
+        every = tuple((*without(self.own, "seed"), *self.entry, f"seed={seed}", f"train_rows={self.rows}") for seed in seeds)
+        name = f"{self.experiment}.{_label(self.entry)}.n{self.rows}"
+        if packing.packs(cfg) and len(self.seeds) > 1:
+            return [Job(name, self.tuning, every)]
+        return [Job(f"{name}.s{seed}", self.tuning, (one,)) for seed, one in zip(seeds, every, strict=True)]
+
+
+def jobs(groups: Sequence[Group], words: Sequence[str]) -> list[Job]:
+    """All of them in their order, one group after another. Raises UserError: an experiment without such techniques or sizes."""
+    places = [[place for experiment in group.experiments for place in _places(experiment, group, words)] for group in groups]
+    plain = list(dict.fromkeys(place.plain for some in places for place in some))
+    AHEAD.update(zip(plain, grid.compose_cells(plain), strict=True))
+    AHEAD.update({place.tuning: at(AHEAD[place.plain], {"train_rows": place.tuning_rows}) for some in places for place in some})
+    every: list[Job] = []
+    for some in places:
+        every += [job for place in sorted(some, key=lambda one: one.number) for job in place.tunings()]
+        every += [job for place in sorted(some, key=lambda one: (one.size, one.number)) for job in place.cells()]
+    return list(dict.fromkeys(every))
+
+
+def _places(experiment: str, group: Group, words: Sequence[str]) -> list[Place]:
+    axes = grid.grid(experiment)["grid"]
+    entries = grid.entries(axes, {})
+    own = (f"experiments={experiment}", *TIMES_ARE_SHARED, *words, f"seed={axes['seeds'][0]}")
+    chosen = [(number, entry) for number, entry in enumerate(entries) if not group.techniques or _label(entry) in group.techniques]
+    if not chosen:
+        raise UserError(f"experiment {experiment} has none of the techniques {', '.join(group.techniques)}; it has {', '.join(map(_label, entries))}")
+    tuned_at, sizes = compose(own).tune.rows, group.sizes or range(len(axes["train_rows"]))
+    return [Place(experiment, own, tuple(entry), number, size, axes["train_rows"][size], tuned_at, tuple(axes["seeds"]))
+            for number, entry in chosen for size in sizes]
 
 
 def _label(entry: Sequence[str]) -> str:
@@ -158,7 +221,7 @@ class Slot:
                     if job.note.exists() or tried[job.name] == ATTEMPTS or job.done:
                         job.note.touch()
                         del left[job]
-                    elif not job.cells or job.configs() is not None:
+                    elif job.ready:
                         tried[job.name] += 1
                         self.do(job)
             if sum(tried.values()) > begun:
@@ -184,7 +247,7 @@ class Slot:
         tuning.tune(cfg, tuning.budget_of(cfg), tuning.Shared(cfg.model.name, self.shared, grid.Mirror.silent()))
 
     def cells(self, job: Job) -> None:
-        missing = grid.to_run(job.configs() or [])
+        missing = grid.to_run(copy.deepcopy(job.configs()))
         if missing:
             grid.run_here(missing, self.shared, grid.Mirror.silent())
         for cfg in missing:
@@ -203,10 +266,15 @@ def run(words: Sequence[str]) -> int:
     command, rest = (words[0] if words else ""), list(words[split + 1 :])
     if command not in ("run", "plan"):
         raise UserError(f"benchmarks.slot takes run or plan first, not {command!r}")
-    given = OWN | key_values(words[1:split], ("experiments", *OWN), "benchmarks.slot")
-    if "experiments" not in given:
-        raise UserError("name the experiments: experiments=step_by_step_cqa,step_by_step_svamp")
-    every = jobs(given["experiments"].split(","), rest, _listed(given["techniques"]), [int(at) for at in _listed(given["sizes"])])
+    given, groups = dict(OWN), []
+    for part in [list(part) for is_group, part in itertools.groupby(words[1:split], "/".__ne__) if is_group] or [[]]:
+        own = key_values(part, ("experiments", "techniques", "sizes", *OWN), "benchmarks.slot")
+        if "experiments" not in own:
+            raise UserError("name the experiments: experiments=step_by_step_cqa,step_by_step_svamp")
+        experiments, techniques, sizes = (_listed(own.pop(key, "")) for key in ("experiments", "techniques", "sizes"))
+        groups.append(Group(experiments, techniques, [int(size) for size in sizes]))
+        given |= own
+    every = jobs(groups, rest)
     if command == "run":
         fill(every, watch, _listed(given["gpus"]), int(given["processes"]), float(given["limit_s"]), given["artefacts"] == "keep")
     return tell(every)
@@ -218,6 +286,7 @@ def _listed(word: str) -> list[str]:
 
 def fill(every: Sequence[Job], watch: Stopwatch, gpus: Sequence[str], count: int, limit_s: float, keep: bool) -> None:
     """Do what is missing, `count` processes on each GPU. watch: from which the limit counts."""
+    _cells_of(*(job.cells for job in every if job.cells and job.ready))
     left = [job for job in every if not job.done]
     if not left:
         return
@@ -226,10 +295,10 @@ def fill(every: Sequence[Job], watch: Stopwatch, gpus: Sequence[str], count: int
         job.note.unlink(missing_ok=True)
     for cfg in first.values():
         inputs.check_ahead(cfg)
-    at = processes.places(gpus, count)
-    shared = _sharing(inputs.preload(list(first.values())), len(at))
-    print(f"{watch.peek():.0f} s: {len(left)} of {len(every)} jobs are not done; {len(at)} processes", flush=True)
-    processes.run(Slot(left, shared, watch, limit_s, keep).work, at, watch, limit_s, GRACE_S)
+    places = processes.places(gpus, count)
+    shared = _sharing(inputs.preload(list(first.values())), len(places))
+    print(f"{watch.peek():.0f} s: {len(left)} of {len(every)} jobs are not done; {len(places)} processes", flush=True)
+    processes.run(Slot(left, shared, watch, limit_s, keep).work, places, watch, limit_s, GRACE_S)
 
 
 def _sharing(shared: inputs.Shared, at_once: int) -> inputs.Shared:
@@ -240,10 +309,11 @@ def _sharing(shared: inputs.Shared, at_once: int) -> inputs.Shared:
 def tell(every: Sequence[Job]) -> int:
     """Print what is done of each experiment. Returns 1 if anything is missing."""
     done, whole = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    _cells_of(*(job.cells for job in every if job.cells and job.ready))
     for job in every:
-        at = by_key(job.words)["experiments"], "cells" if job.cells else "tunings"
-        whole[at] += len(job.cells) or 1
-        done[at] += sum(map(grid.stands, job.configs() or [])) if job.cells else job.done
+        key = by_key(job.words)["experiments"], "cells" if job.cells else "tunings"
+        whole[key] += len(job.cells) or 1
+        done[key] += sum(map(grid.stands, job.configs() if job.ready else [])) if job.cells else job.done
     for (experiment, kind), count in whole.items():
         print(f"{experiment}: {done[experiment, kind]} of {count} {kind} are done")
     return int(done != whole)

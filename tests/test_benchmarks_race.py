@@ -144,6 +144,16 @@ def test_seeds_that_share_a_capture_end_as_each_by_itself(technique, cells, tiny
     assert lines_together[0]["test"] != lines_together[1]["test"]
 
 
+@pytest.mark.slow
+def test_a_start_that_is_taken_to_be_every_seeds_is(cells):
+    for technique in race_runs.DECOMPOSED:
+        words = [*race_fill.WORDS, *cells, "task=vader_movies", "model=smollm2_135m", f"technique={technique}"]
+        configs = [compose([*words, f"seed={seed}"]) for seed in (1, 2)]
+        captured = race_runs.Captured(configs, race_runs.Bases(preload(configs[:1])))
+        first, second = map(captured._initial, (0, 1))
+        assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first), technique
+
+
 @pytest.fixture
 def pretended(monkeypatch, tmp_path):
     """A store's jobs, run by processes that pretend: each notes its seed and is killed where `kills` says so, once."""

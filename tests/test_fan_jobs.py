@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import report_cells
 
+from pipeline.cell import record
+from pipeline.cell.inputs import Shared
 from pipeline.cell.room import AtOnce
 from pipeline.core.compose import compose
 from pipeline.fan import host, jobs, run
@@ -79,6 +82,18 @@ def test_times_of_cells_that_shared_a_gpu_are_marked(tmp_path):
 
     assert timing(0.25, "cuda") == "shared" and timing(1.0, "cuda") == timing(None, "cuda") == timing(0.0, "cpu") == ""
     assert timing(0.25, "cuda", Neighbours(4, True, 1.0)) == "" and timing(0.25, "cuda", Neighbours(4, False, None)) == "shared"
+
+
+def test_a_result_says_that_its_neighbours_kernels_ran_at_once_with_its_own(monkeypatch):
+    def mps(device):
+        return record.neighbours(Shared(at_once=12), SimpleNamespace(device=device, waited_s=0.0)).mps
+
+    gpu, cpu = SimpleNamespace(type="cuda"), SimpleNamespace(type="cpu")
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    assert not mps(gpu)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp/lease/fill.mps")
+    assert mps(gpu) and not mps(cpu) and not mps(None)
+    assert record.neighbours(Shared(), SimpleNamespace(device=gpu)) is None
 
 
 def test_a_job_that_shares_a_gpu_takes_turns_on_it(overrides, tmp_path, monkeypatch):

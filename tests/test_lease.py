@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import yaml
 
 from benchmarks import lease
+from benchmarks.race_fill import TECHNIQUES
+from pipeline.core.compose import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +170,7 @@ def test_only_what_is_new_comes_back_and_in_parts_that_may(slot, tmp_path, monke
     ("commands: [{name: '', run: y}]", "'' names a file"),
     ("commands: [{name: x, run: y, limit_s: soon}]", "limit_s is 'soon'; write seconds"),
     ("commands: [{name: x, run: y, gpus: '0,1'}]", "gpus is '0,1'; write how many, or all"),
+    ("commands: [{name: x, run: y, mps: on GPUs}]", "mps is 'on GPUs'; write true or false"),
 ])
 def test_a_plan_that_is_none_is_one_sentence(document, said, tmp_path, capsys):
     (tmp_path / "plan.yaml").write_text(document)
@@ -212,3 +216,98 @@ def test_an_interrupt_ends_the_commands(tmp_path):
     size = beats.stat().st_size
     time.sleep(0.3)
     assert beats.stat().st_size == size
+
+
+DAEMON = """#!/bin/bash
+# a stand-in for NVIDIA's: -d begins a process that stays, quit on stdin ends it
+pid=$CUDA_MPS_PIPE_DIRECTORY/nvidia-cuda-mps-control.pid
+echo "$1 ${CUDA_MPS_PIPE_DIRECTORY##*/}" >> @/daemon
+[ -e @/refuses ] && [ "$1" = -d ] && exit 1
+if [ "$1" = -d ]; then
+  setsid sleep 60 > /dev/null 2>&1 &
+  echo $! > $pid; echo $! > @/last
+else
+  read said; [ -e @/hangs ] && sleep 60
+  kill $(cat $pid)
+fi
+"""
+SAYS = "echo ${CUDA_MPS_PIPE_DIRECTORY-none} >> @/notes; grep -qs 'State:.[^ZX]' /proc/$(cat @/last)/status && echo alive >> @/notes"
+
+
+@pytest.fixture
+def daemon(tmp_path, monkeypatch):
+    """alive(): whether the stand-in that was begun last runs. Its calls are in `daemon`, its folder's name after each."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / lease.MPS).write_text(DAEMON.replace("@", str(tmp_path)))
+    (tmp_path / "bin" / lease.MPS).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/somebodys")
+
+    def alive() -> bool:
+        state = Path(f"/proc/{(tmp_path / 'last').read_text().strip()}/stat")
+        return state.exists() and " Z " not in state.read_text()  # an orphan that nobody here reaps
+
+    return alive
+
+
+def says(tmp_path: Path, **more: object) -> dict:
+    return {"name": "shares", "gpus": 1, "mps": True, "run": SAYS.replace("@", str(tmp_path))} | more
+
+
+def test_what_shares_a_gpu_has_a_daemon_of_its_own_and_what_comes_after_has_none(slot, tmp_path, daemon):
+    commands = [says(tmp_path), says(tmp_path, name="timed", mps=False)]
+    assert slot(commands, 20, "gpus=0")[0] == 1, "the second found no daemon alive"
+    assert (tmp_path / "notes").read_text() == f"{tmp_path}/lease/shares.mps\nalive\nnone\n" and not daemon()
+    assert (tmp_path / "daemon").read_text() == "-d shares.mps\n shares.mps\n" and not (tmp_path / "lease" / "shares.mps").exists()
+
+
+@pytest.mark.parametrize(("without", "reason"), [("bin", "cannot be run (No such file or directory)"), ("refuses", "ended with 1")])
+def test_without_the_daemon_a_command_goes_on_and_its_log_says_so(slot, tmp_path, daemon, without, reason):
+    shutil.rmtree(tmp_path / "bin") if without == "bin" else (tmp_path / "refuses").touch()
+    assert slot([says(tmp_path, run=f"echo ${{CUDA_MPS_PIPE_DIRECTORY-none}} > {tmp_path}/notes")])[0] == 0
+    assert (tmp_path / "notes").read_text() == "none\n"
+    assert (tmp_path / "lease" / "shares.log").read_text() == f"without MPS: nvidia-cuda-mps-control {reason}\n"
+
+
+def test_the_daemon_ends_with_a_command_that_is_killed_and_begins_anew_with_it(slot, tmp_path, daemon):
+    waits = f"trap '' INT; {SAYS.replace('@', str(tmp_path))}; [ -e {tmp_path}/again ] || (touch {tmp_path}/again; sleep 30)"
+    code, said = slot([says(tmp_path, run=waits)], 1.5)
+    assert code == 1 and "shares: interrupted" in said and not daemon()
+    assert slot([says(tmp_path, run=waits)])[0] == 0 and (tmp_path / "notes").read_text().count("alive") == 2 and not daemon()
+
+
+def test_a_daemon_that_a_killed_slot_left_is_ended_before_another_begins(slot, tmp_path, daemon):
+    folder = tmp_path / "lease" / "shares.mps"
+    folder.mkdir(parents=True)
+    own = os.environ | {"CUDA_MPS_PIPE_DIRECTORY": str(folder)}
+    assert subprocess.run([lease.MPS, "-d"], env=own).returncode == 0 and daemon()
+    left = (tmp_path / "last").read_text().strip()
+    assert slot([says(tmp_path)])[0] == 0 and (tmp_path / "daemon").read_text() == "-d shares.mps\n shares.mps\n" * 2
+    assert not Path(f"/proc/{left}").exists() or " Z " in Path(f"/proc/{left}/stat").read_text()
+
+
+def test_a_daemon_that_does_not_end_is_killed(slot, tmp_path, daemon, monkeypatch):
+    monkeypatch.setattr(lease, "MPS_S", 0.5)
+    (tmp_path / "hangs").touch()
+    assert slot([says(tmp_path)])[0] == 0 and not daemon()
+
+
+@pytest.mark.parametrize("path", sorted((Path(lease.__file__).parent / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_plan_can_be_read_names_what_there_is_and_times_nothing_under_mps(path):
+    for command in lease.read(path).commands:
+        assert command.mps == any(f"benchmarks.{shared}" in command.run for shared in ("slot run", "race fill")), command.name
+        for word in command.run.split():
+            key, _, value = word.partition("=")
+            for name in value.split(",") if key == "experiments" else ():
+                assert (ROOT / "experiments" / f"{name}.yaml").exists() or "$" in name, name
+            assert key != "techniques" or "fill" not in command.name or set(value.split(",")) <= TECHNIQUES.keys()
+
+
+def test_a_daemon_that_hangs_as_it_starts_is_killed_and_the_command_goes_on(slot, tmp_path, daemon, monkeypatch):
+    monkeypatch.setattr(lease, "MPS_S", 0.5)
+    script = tmp_path / "bin" / lease.MPS
+    script.write_text(script.read_text().replace("$! > $pid;", "$! > $pid; sleep 60;").replace(f"echo $! > {tmp_path}/last", "").replace(
+        "setsid sleep 60", f"setsid bash -c 'echo $$ > {tmp_path}/last; exec sleep 60'"))
+    assert slot([says(tmp_path, run=f"echo ${{CUDA_MPS_PIPE_DIRECTORY-none}} > {tmp_path}/notes")])[0] == 0
+    assert (tmp_path / "notes").read_text() == "none\n" and not daemon()
+    assert "without MPS: nvidia-cuda-mps-control took longer than" in (tmp_path / "lease" / "shares.log").read_text()

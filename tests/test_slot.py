@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import slot
 from pipeline.cell import grid
-from pipeline.core.compose import by_key
+from pipeline.cell.composing import compose_cell
+from pipeline.core.compose import by_key, compose
 from pipeline.core.files import UserError
 from pipeline.records import results
 
@@ -32,29 +33,53 @@ def words(tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "experiments" / "mine.yaml").write_text(EXPERIMENT)
     monkeypatch.setenv("ALIGNSCOPE_ROOT", str(tmp_path))
     slot._composed.cache_clear()
-    slot._cells_of.cache_clear()
+    slot.CELLS.clear()
+    slot.AHEAD.clear()
     return [*(w for w in overrides if not w.startswith(("evaluate.latency", "evaluate.adapters"))), f"paths.tuning={tmp_path}/tuning"]
 
 
+def jobs(words: list[str], *groups: slot.Group) -> list[slot.Job]:
+    return slot.jobs(groups or [slot.Group(["mine"])], words)
+
+
 def test_tuning_comes_first_then_the_fewest_rows_and_packs_are_one_job(words):
-    names = [job.name for job in slot.jobs(["mine"], words)]
+    names = [job.name for job in jobs(words)]
     assert names == [
         "mine.full.tune.16", "mine.lora+r1.tune.16",
         *(name for n in (16, 32) for name in (f"mine.zero_shot.n{n}.s0", f"mine.full.n{n}.s0", f"mine.full.n{n}.s1", f"mine.lora+r1.n{n}")),
     ]
-    (packed, *_) = slot.jobs(["mine"], words, ["lora+r1"], [1])[1:]
+    (packed, *_) = jobs(words, slot.Group(["mine"], ["lora+r1"], [1]))[1:]
     assert [by_key(cell)["train_rows"] for cell in packed.cells] == ["32", "32"] and by_key(packed.words)["train_rows"] == "16", "tuned at tune.rows"
-    assert packed.configs() is None and not packed.done, "not tuned yet"
-    assert {by_key(cell)["seed"] for job in slot.jobs(["mine"], words) for cell in job.cells} == {"0", "1"}
+    assert not packed.ready and not packed.done, "not tuned yet"
+    assert {by_key(cell)["seed"] for job in jobs(words) for cell in job.cells} == {"0", "1"}
     with pytest.raises(UserError, match="has none of the techniques dora; it has zero_shot, full, lora"):
-        slot.jobs(["mine"], words, ["dora"])
+        jobs(words, slot.Group(["mine"], ["dora"]))
+
+
+def test_what_is_composed_at_once_is_what_each_would_be(words):
+    every = jobs(words)
+    assert len(slot.AHEAD) == 6 and all(slot.AHEAD[own] == compose(own) for own in slot.AHEAD), "three techniques, as they are and as they are tuned"
+    ready = [job for job in every if job.cells and job.ready]
+    slot._cells_of(*(job.cells for job in ready))
+    assert ready
+    for job in ready:
+        for cfg, own in zip(job.configs(), job.cells, strict=True):
+            alone = compose_cell(own)
+            alone.pack = len(job.cells) > 1
+            assert cfg == alone
 
 
 def test_two_experiments_take_turns_by_technique(words, tmp_path):
     (tmp_path / "experiments" / "other.yaml").write_text(EXPERIMENT.replace("mine", "other"))
-    names = [job.name for job in slot.jobs(["mine", "other"], words, [], [0])]
+    names = [job.name for job in jobs(words, slot.Group(["mine", "other"], [], [0]))]
     assert names[:4] == ["mine.full.tune.16", "other.full.tune.16", "mine.lora+r1.tune.16", "other.lora+r1.tune.16"]
     assert names[4:8] == ["mine.zero_shot.n16.s0", "other.zero_shot.n16.s0", "mine.full.n16.s0", "mine.full.n16.s1"], "no seed changes the base's answers"
+
+
+def test_a_group_comes_after_the_one_before_and_repeats_nothing_of_it(words):
+    every = jobs(words, slot.Group(["mine"], ["full"], [0]), slot.Group(["mine"], ["full", "zero_shot"]))
+    assert [job.name for job in every] == ["mine.full.tune.16", "mine.full.n16.s0", "mine.full.n16.s1",
+                                           "mine.zero_shot.n16.s0", "mine.zero_shot.n32.s0", "mine.full.n32.s0", "mine.full.n32.s1"]
 
 
 def test_a_bad_command_is_one_sentence(capsys):
@@ -81,8 +106,9 @@ def test_a_slot_does_all_that_is_missing_once_and_ends_when_its_time_is_up(words
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
     code, said = run()
     assert code == 0 and "jobs are not done" not in said and before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
-    assert slot.main(["plan", "experiments=mine", "--", *words]) == 0
+    assert slot.main(["plan", "experiments=mine", "techniques=full", "/", "experiments=mine", "--", *words]) == 0
+    assert "mine: 10 of 10 cells are done" in capfd.readouterr().out
     (folder / "full+tuned-s0-n16" / "result.json").unlink()
     code, said = run("techniques=full")
     assert code == 0 and "1 of 5 jobs are not done" in said
-    assert not grid.to_run(grid.compose_cells([cell for job in slot.jobs(["mine"], words) for cell in job.cells]))
+    assert not grid.to_run(grid.compose_cells([cell for job in jobs(words) for cell in job.cells]))

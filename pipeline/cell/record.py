@@ -79,7 +79,8 @@ def neighbours(shared: Shared, meter: Meter) -> Neighbours | None:
     if shared.at_once == 1:
         return None
     taken = shared.turns is not None
-    return Neighbours(shared.at_once, taken, *((round(meter.waited_s, 4), round(turns.alone_s(), 4)) if taken else ()))
+    waited_s, alone_s = (round(meter.waited_s, 4), round(turns.alone_s(), 4)) if taken else (None, None)
+    return Neighbours(shared.at_once, taken, waited_s, alone_s, machine.is_mps_client(meter.device))
 
 
 def diverged(work: Work, finite: bool) -> str | None:

@@ -65,6 +65,12 @@ def busy_share() -> float | None:
         return None
 
 
+def is_mps_client(device: Any) -> bool:
+    """Whether this process shares the device, a GPU, through NVIDIA's MPS, as the folder that it was given for that says (benchmarks/lease.py begins the daemon
+    first). One of the default folder, which nobody has to name, is not seen."""
+    return getattr(device, "type", None) == "cuda" and bool(os.environ.get("CUDA_MPS_PIPE_DIRECTORY"))
+
+
 def visible_gpus() -> int:
     """GPUs that this process may use, asked of the driver without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

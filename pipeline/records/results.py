@@ -138,6 +138,8 @@ class Neighbours:
     """Seconds of waiting for the device, no part of the wall clock."""
     alone_s: float | None = None
     """Seconds for which it had the device to itself, while the others waited."""
+    mps: bool = False
+    """Whether their kernels could run at once (a client of NVIDIA's MPS); else a GPU computes for one process at a time."""
 
 
 @dataclass(frozen=True)

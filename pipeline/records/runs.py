@@ -119,13 +119,14 @@ def _own(*paths: Path) -> list[Path]:
 
 
 def _cell_tags(result: Result) -> dict[str, str]:
+    beside = result.neighbours
     return _texts({
         **{k: getattr(result, k) for k in ("experiment", "technique", "family", "kind", "seed", "status", "packed", "shared_process", "error")},
         **{k: result.provenance.get(k) for k in ("git_commit", "git_dirty")},
         "hardware": hardware_name(result.hardware), "memory_kind": result.memory.kind if result.memory else None,
         **{k: getattr(result.work, k, None) for k in ("resumed", "engine", "engine_reason")},
         "requests_from": getattr(result.inference, "requests_from", None),
-        "neighbours": result.neighbours and f"{result.neighbours.cells}, {'in turns' if result.neighbours.turns else 'no time is its own'}",
+        "neighbours": beside and f"{beside.cells}, {'in turns' if beside.turns else 'no time is its own'}{', MPS' * beside.mps}",
         "mlflow.source.git.commit": result.provenance.get("git_commit"), "mlflow.note.content": "\n\n".join(result.notes) or None,
     })
 

@@ -203,7 +203,7 @@ def _beside(result: Result) -> str | None:
     if there is None:
         return None
     if not there.turns:
-        return f"up to {there.cells} on the device at once: no time is the cell's own"
+        return f"up to {there.cells} on the device at once{', through MPS' * there.mps}: no time is the cell's own"
     waited = f", {f.duration(there.waited_s)} of waiting left out" if there.waited_s else ""
     return f"up to {there.cells} under way; alone on the device while it was timed (training, test rows, requests){waited}"
 
