@@ -1,4 +1,4 @@
-"""What the files of transformers' models export: read once, and not again by a later process while no file has changed."""
+"""What transformers reads at its import: read once, and not again by a later process while nothing of it has changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "models/one").mkdir(parents=True)
     for name in ("utils/import_utils.py", "models/__init__.py", "models/one/modeling_one.py"):
         (tmp_path / name).write_text("X = 1\n")
-    monkeypatch.setattr(exports, "_place", lambda: tmp_path / "note")
+    monkeypatch.setattr(exports, "_place", lambda name: tmp_path / "note")
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     return tmp_path / "utils/import_utils.py"
 
@@ -57,6 +57,23 @@ def test_a_damaged_note_is_none(reader, tmp_path, damage):
     assert asked(reader, tmp_path / "models") == (FOUND, [])
 
 
+def test_what_is_installed_anew_or_removed_is_looked_for_again(reader, tmp_path, monkeypatch):
+    place = tmp_path / "site-packages"
+    described, read = place / "one-1.0.dist-info", iter(range(9))
+    described.mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "none"), "", str(place)])
+    ask = lambda: exports._distributions(lambda: next(read))  # noqa: E731
+    assert [ask(), ask()] == [0, 0]
+    (place / "module.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert ask() == 0
+    changes = [lambda: (described / "RECORD").touch(), lambda: (place / "two.egg-info").touch(), lambda: os.remove(place / "two.egg-info"),
+               lambda: sys.path.append(str(reader))]
+    for number, change in enumerate(changes, 1):
+        change()
+        assert [ask(), ask()] == [number, number]
+
+
 def test_nothing_is_kept_where_python_keeps_nothing(reader, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     assert asked(reader, tmp_path / "models")[1] and asked(reader, tmp_path / "models")[1]
@@ -69,10 +86,13 @@ from pathlib import Path
 from pipeline.core import exports
 sys.dont_write_bytecode = False
 place = Path({str(tmp_path)!r}) / "note"
-exports._place = lambda: place
+exports._place = place.with_name
 with exports.remembered():
     import transformers
     import transformers.models
+from importlib import metadata
+read = metadata.packages_distributions
+assert not hasattr(read, "func") and exports._distributions(read) == exports._distributions(None) == read() and read()["PIL"] == ["pillow"]
 from transformers.utils import import_utils as reader
 folder = Path(transformers.__file__).parent / "models"
 read = reader.create_import_structure_from_path

@@ -31,6 +31,19 @@ def test_a_technique_trains_on_the_gpu(overrides, tmp_path, technique):
     assert not any("plain AdamW" in note for note in result.notes), "the paged optimiser runs on a GPU"
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_model_moves_with_its_values_and_its_ties_to_the_gpu(tiny, precision):
+    import torch
+
+    from pipeline.core.settings import Precision
+    from pipeline.models.base import load_model
+
+    here, there = (load_model(tiny / "models" / "smollm2_135m", Precision(precision), torch.device(device)) for device in ("cpu", "cuda"))
+    assert {t.device.type for t in [*there.parameters(), *there.buffers()]} == {"cuda"}
+    assert all(torch.equal(a, b.cpu()) for a, b in zip([*here.parameters(), *here.buffers()], [*there.parameters(), *there.buffers()], strict=True))
+    assert len([*here.parameters()]) == len([*there.parameters()])
+
+
 def test_a_real_out_of_memory_is_a_row(overrides, tmp_path):
     import torch
 

@@ -99,6 +99,25 @@ print(found, "sklearn" in sys.modules, is_sklearn_available())
     assert done.strip() == "[(False, False), (False, False)] False True"
 
 
+def test_the_compiler_is_not_imported_for_marks_or_for_a_models_making_and_is_there_for_whoever_asks(tiny):
+    done = python(f"""
+import sys
+from pathlib import Path
+from pipeline.core.imports import import_peft, uncompiled
+from pipeline.models.base import load_stored
+import_peft()
+load_stored(Path({str(tiny)!r}) / "models/smollm2_135m")
+print("torch._dynamo" in sys.modules, "torch._dynamo.eval_frame" in sys.modules)
+import torch
+with uncompiled():
+    mark = lambda x: x
+    assert torch.compiler.allow_in_graph(mark) is torch.compiler.disable(mark) is torch.compiler.disable(recursive=False)(mark) is mark
+    print("torch._dynamo.eval_frame" in sys.modules, torch._dynamo.is_compiling(), "torch._dynamo.eval_frame" in sys.modules)
+print(torch._dynamo is sys.modules["torch._dynamo"], torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
+""")
+    assert done.split() == ["False", "False", "False", "False", "True", "True", "2.0"]
+
+
 @pytest.mark.slow
 def test_only_what_rounds_has_bitsandbytes_when_peft_wraps_it(tiny):
     done = python(f"""
@@ -124,6 +143,25 @@ import transformers
 print(transformers.utils.is_scipy_available(), transformers.utils.is_sklearn_available())
 """)
     assert done.split() == ["False", "False", "True", "True", "True", "True"]
+
+
+# torch
+
+
+def test_torchs_libraries_are_read_before_torch_is_imported_and_a_torch_without_them_is_no_error(monkeypatch, tmp_path):
+    assert python("""
+import sys
+from pipeline.cell import waking
+waking.read_torch().join()
+with open("/proc/self/maps") as maps:
+    print("libtorch_python.so" in maps.read(), "torch" in sys.modules)
+import torch
+print(torch.ones(2).sum().item())
+""").split() == ["True", "False", "2.0"]
+    monkeypatch.setattr(waking.importlib.util, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    waking.read_torch().join()
+    monkeypatch.setattr(waking.importlib.util, "find_spec", lambda _: None)
+    waking.read_torch().join()
 
 
 # the GPU

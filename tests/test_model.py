@@ -15,7 +15,7 @@ from conftest import write_model
 from pipeline import base_model
 from pipeline.core.files import UserError, sha256
 from pipeline.core.settings import Precision
-from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, parameters, quantisation_bytes, resolve
+from pipeline.models.base import device_of, load_model, load_stored, load_tokenizer, manifest, memory_bytes, move, parameters, quantisation_bytes, resolve
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -84,6 +84,18 @@ def test_weights_read_before_the_fork_give_the_same_model(tiny_model):
     stored = load_model(tiny_model, Precision("fp32"), CPU, load_stored(tiny_model))
     with torch.inference_mode():
         assert torch.equal(stored(input_ids=IDS).logits, load(tiny_model)(input_ids=IDS).logits)
+
+
+def test_a_model_moves_with_its_values_and_its_ties(tiny_model, monkeypatch):
+    model, empty = load(tiny_model, "bf16"), torch.empty_like
+    before = {name: (p, p.data, p.data.clone()) for name, p in model.named_parameters(remove_duplicate=False)}
+    monkeypatch.setattr(torch, "empty_like", lambda values, device: empty(values))  # there is one device here
+    monkeypatch.setattr(model, "to", lambda device: (model, device))
+    assert move(model, gpu := SimpleNamespace(type="cuda")) == (model, gpu), "its buffers follow"
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is p and p.data_ptr() != was.data_ptr() and torch.equal(p, values) for name, (p, was, values) in before.items())
+    monkeypatch.undo()
+    assert move(model, CPU) is model
 
 
 def test_precision_is_resolved_for_the_device(monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.core.compose import CONF
 from pipeline.core.files import UserError, read_object
+from pipeline.core.imports import uncompiled
 from pipeline.core.settings import Precision
 from pipeline.measure.memory import out_of_memory
 from pipeline.models import architecture
@@ -129,7 +130,7 @@ def model_at(folder: Path, shown: str, trust_remote_code: bool, **how: Any) -> A
     attention.register()
     kind = architecture.of_folder(folder)
     try:
-        with quiet():
+        with quiet(), uncompiled():
             return getattr(transformers, kind.auto).from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **how)
     except (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, StrictDataclassError, SafetensorError,
             pickle.UnpicklingError) as error:
@@ -177,7 +178,7 @@ def load_model(folder: Path, precision: Precision, device: Any, stored: Any = No
         model = from_quantised(folder, precision, dtype, device, trust_remote_code)
     else:
         model = stored if stored is not None else load_stored(folder, trust_remote_code)
-        cast(model, dtype).to(device)
+        move(cast(model, dtype), device)
     model.requires_grad_(False)
     return model.eval()
 
@@ -187,6 +188,20 @@ def cast(model: Any, dtype: Any) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def move(model: Any, device: Any) -> Any:
+    """The model on `device`. All parameters go in one call of torch, which leaves Python to others until they are there: one by one, each would wait for
+    Python twice while another thread reads the tokenizer, 5 ms or more."""
+    import torch
+
+    here = [p for p in model.parameters() if p.device.type == "cpu" != device.type]
+    there = [torch.empty_like(p.data, device=device) for p in here]
+    if here:
+        torch._foreach_copy_(there, [p.data for p in here])
+    for parameter, moved in zip(here, there, strict=True):
+        parameter.data = moved
+    return model.to(device)  # the buffers
 
 
 def from_quantised(folder: Path, precision: Precision | None, dtype: Any, device: Any, trust_remote_code: bool = False) -> Any:
