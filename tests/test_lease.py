@@ -295,7 +295,7 @@ def test_a_daemon_that_does_not_end_is_killed(slot, tmp_path, daemon, monkeypatc
 @pytest.mark.parametrize("path", sorted((Path(lease.__file__).parent / "plans").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_plan_can_be_read_names_what_there_is_and_times_nothing_under_mps(path):
     for command in lease.read(path).commands:
-        assert command.mps == any(f"benchmarks.{shared}" in command.run for shared in ("slot run", "race fill")), command.name
+        assert command.mps == any(f"benchmarks.{shared}" in command.run for shared in ("slot run", "race fill", "rates run")), command.name
         for word in command.run.split():
             key, _, value = word.partition("=")
             for name in value.split(",") if key == "experiments" else ():
