@@ -1,9 +1,8 @@
 """transformers and PEFT without what they import and nothing here asks for.
 
 Library. transformers takes scipy's optimisers for the losses of object detection, torchvision for images and videos and, in 5.17, scikit-learn with all of
-scipy and pandas for assisted generation: as long as torch itself. For a few marks on functions that torch's compiler is to leave alone it takes all of
-that. PEFT takes bitsandbytes at its own import and whenever it wraps a model's layers, rounded or not: it brings torch's
-compiler with it, takes as long as torch, and with a GPU build starts CUDA (a process that is forked later could not use it then).
+scipy and pandas for assisted generation: as long as torch itself. PEFT takes bitsandbytes at its own import and whenever it wraps a model's layers, rounded
+or not: it brings torch's compiler with it, takes as long as torch, and with a GPU build starts CUDA (a process that is forked later could not use it then).
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pipeline.core import exports
@@ -27,13 +24,10 @@ EVERY = ("transformers.modeling_utils", "transformers.generation.utils")
 """What every language model inherits from."""
 
 
-COMPILER = "torch._dynamo"
-
-
 def import_transformers() -> None:
     """Import what all models of transformers rest on."""
     if not sys.modules.keys() >= {*EVERY}:
-        with absent("scipy"), absent("sklearn"), absent("torchvision"), exports.remembered(), uncompiled():
+        with absent("scipy"), absent("sklearn"), absent("torchvision"), exports.remembered():
             for module in EVERY:
                 importlib.import_module(module)
 
@@ -44,40 +38,6 @@ def import_peft() -> None:
     if "peft" not in sys.modules:
         with absent("bitsandbytes"), absent("torchvision"):
             import peft  # noqa: F401
-
-
-@contextlib.contextmanager
-def uncompiled() -> Iterator[None]:
-    """Within, torch's compiler is not imported where functions are marked as not for it: for transformers' import and for making its models."""
-    if COMPILER in sys.modules:
-        yield
-        return
-    import torch
-
-    sys.modules[COMPILER] = stand_in = _Marks(COMPILER)
-    stand_in.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]  # a module of it may be imported alone
-    try:
-        yield
-    finally:
-        if sys.modules.get(COMPILER) is stand_in:
-            del sys.modules[COMPILER]
-
-
-class _Marks(ModuleType):
-    """Stands in for torch's compiler where functions are marked as not for it. Whatever else is asked of it imports the compiler."""
-
-    @staticmethod
-    def disable(work: Any = None, *_: Any, **__: Any) -> Any:
-        return (lambda work: work) if work is None else work
-
-    allow_in_graph = assume_constant_result = disable
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if sys.modules.get(COMPILER) is self:
-            del sys.modules[COMPILER]
-        return getattr(importlib.import_module(COMPILER), name)
 
 
 @contextlib.contextmanager

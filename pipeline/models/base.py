@@ -15,7 +15,6 @@ from typing import Any
 
 from pipeline.core.compose import CONF
 from pipeline.core.files import UserError, read_object
-from pipeline.core.imports import uncompiled
 from pipeline.core.settings import Precision
 from pipeline.measure.memory import out_of_memory
 from pipeline.models import architecture
@@ -130,7 +129,7 @@ def model_at(folder: Path, shown: str, trust_remote_code: bool, **how: Any) -> A
     attention.register()
     kind = architecture.of_folder(folder)
     try:
-        with quiet(), uncompiled():
+        with quiet():
             return getattr(transformers, kind.auto).from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **how)
     except (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, StrictDataclassError, SafetensorError,
             pickle.UnpicklingError) as error:
