@@ -187,6 +187,27 @@ def test_a_signal_that_comes_while_a_child_is_forked_is_the_childs_own(capfd):
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+def test_an_interrupt_at_a_childs_very_end_does_not_have_it_go_on_as_its_parent(tmp_path):
+    class Interrupted(io.StringIO):
+        def flush(self) -> None:
+            raise KeyboardInterrupt
+
+    def work() -> int:
+        sys.stdout = Interrupted()
+        return 5
+
+    here = os.getpid()
+    try:
+        late = child.Child(work)
+    finally:
+        if os.getpid() != here:
+            (tmp_path / "goes on").touch()
+            os._exit(0)
+    while not late.poll():
+        child.pause()
+    assert late.outcome == Outcome(5) and not (tmp_path / "goes on").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_parent_is_handed_to_the_child_and_the_parents_handler_comes_back(number, tmp_path):
     def work() -> int:

@@ -213,9 +213,11 @@ def _become_child(work: Callable[[], int], parent: int, log: Path | None) -> Non
         traceback.print_exc()
         progress.failed(f"{type(error).__name__}: {' '.join(str(error).split())}")
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # a second interrupt, or a full disk, would have it go on in its parent's frames
+            os._exit(code)
 
 
 def _print_into(log: Path) -> None:

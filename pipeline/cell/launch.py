@@ -145,11 +145,13 @@ def _become_rank(work: Callable[[Place], int], place: Place, parent: int, writes
         code, kind = (OUT_OF_MEMORY, "memory") if memory else (1, "error")
         said = str(error).splitlines()[0] if memory else traceback.format_exc()
     finally:
-        if kind:
-            os.write(writes, (json.dumps({"rank": place.rank, "kind": kind, "said": said[-SAID:]}) + "\n").encode())
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            if kind:
+                os.write(writes, (json.dumps({"rank": place.rank, "kind": kind, "said": said[-SAID:]}) + "\n").encode())
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # as in child.py
+            os._exit(code)
 
 
 def fork() -> int:
