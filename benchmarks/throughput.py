@@ -91,9 +91,6 @@ PARTS = {
 """What `start` times of a cell before it trains, by module."""
 WATCHED = """
 import functools, importlib, json, runpy, sys
-from pipeline.cell import waking
-early = waking.read_torch()
-waking.read_torch = lambda: early
 from pathlib import Path
 from pipeline.core import progress
 from pipeline.measure.clock import now, process_start

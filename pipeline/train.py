@@ -14,10 +14,6 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.cell import waking
-
-torch_read = waking.read_torch() if __name__ == "__main__" else None  # beside the imports that follow
-
 from omegaconf import DictConfig
 
 from pipeline.cell import identity, locks
@@ -36,8 +32,6 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     cfg = tuned.applied(cfg, overrides)
     check_ahead(cfg)
     place = of_torchrun() if cfg.train.parallel != "none" else None
-    if torch_read is not None:
-        torch_read.join()  # it would not be forked
     if place is not None and place.rank:
         return run_cell(cfg, None, process_start(), place=place)
     with locks.alone(cfg):

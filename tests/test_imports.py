@@ -141,25 +141,6 @@ print(transformers.utils.is_scipy_available(), transformers.utils.is_sklearn_ava
     assert done.split() == ["False", "False", "True", "True", "True", "True"]
 
 
-# torch
-
-
-def test_torchs_libraries_are_read_before_torch_is_imported_and_a_torch_without_them_is_no_error(monkeypatch, tmp_path):
-    assert python("""
-import sys
-from pipeline.cell import waking
-waking.read_torch().join()
-with open("/proc/self/maps") as maps:
-    print("libtorch_python.so" in maps.read(), "torch" in sys.modules)
-import torch
-print(torch.ones(2).sum().item())
-""").split() == ["True", "False", "2.0"]
-    monkeypatch.setattr(waking.importlib.util, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
-    waking.read_torch().join()
-    monkeypatch.setattr(waking.importlib.util, "find_spec", lambda _: None)
-    waking.read_torch().join()
-
-
 # the GPU
 
 

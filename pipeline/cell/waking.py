@@ -1,33 +1,17 @@
-"""What a cell would wait for before its first step and Python need not, begun in threads while Python imports.
+"""What a GPU's cell would wait for before its first step and Python need not, begun in threads while Python imports.
 
-Library of run.py and of the command pipeline.train.
+Library of run.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-
-
-def read_torch() -> threading.Thread:
-    """Begin to read the libraries that an import of torch reads (with CUDA, more than a GB), which then keeps Python waiting for half as long, in the processes
-    forked later, too. Before a fork the thread is to be waited for. It runs none of torch's Python and asks for no GPU."""
-    thread = threading.Thread(target=_quietly, args=(_read_torch,))
-    thread.start()
-    return thread
-
-
-def _read_torch() -> None:
-    torch = importlib.util.find_spec("torch")
-    libraries = os.path.join(os.path.dirname(torch.origin), "lib") if torch and torch.origin else ""
-    for name, mode in (("libtorch_global_deps.so", ctypes.RTLD_GLOBAL), ("libtorch_python.so", ctypes.RTLD_LOCAL)):  # as torch reads them
-        ctypes.CDLL(os.path.join(libraries, name), mode)
 
 
 @contextlib.contextmanager
