@@ -182,6 +182,8 @@ def _places(experiment: str, group: Group, words: Sequence[str]) -> list[Place]:
     chosen = [(number, entry) for number, entry in enumerate(entries) if not group.techniques or _label(entry) in group.techniques]
     if not chosen:
         raise UserError(f"experiment {experiment} has none of the techniques {', '.join(group.techniques)}; it has {', '.join(map(_label, entries))}")
+    if max(group.sizes, default=0) >= len(axes["train_rows"]):
+        raise UserError(f"experiment {experiment} has {len(axes['train_rows'])} numbers of training rows, so no sizes={max(group.sizes)}; they count from 0")
     tuned_at, sizes = compose(own).tune.rows, group.sizes or range(len(axes["train_rows"]))
     return [Place(experiment, own, tuple(entry), number, size, axes["train_rows"][size], tuned_at, tuple(axes["seeds"]))
             for number, entry in chosen for size in sizes]
@@ -272,6 +274,8 @@ def run(words: Sequence[str]) -> int:
         if "experiments" not in own:
             raise UserError("name the experiments: experiments=step_by_step_cqa,step_by_step_svamp")
         experiments, techniques, sizes = (_listed(own.pop(key, "")) for key in ("experiments", "techniques", "sizes"))
+        if not all(size.isdecimal() for size in sizes):
+            raise UserError(f"sizes={','.join(sizes)} are no places in a grid's train_rows; write them from 0, as in sizes=0,1")
         groups.append(Group(experiments, techniques, [int(size) for size in sizes]))
         given |= own
     every = jobs(groups, rest)

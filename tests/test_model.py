@@ -123,6 +123,9 @@ def test_a_model_that_is_not_there(tmp_path):
     for call in (manifest, load_tokenizer, load_stored):
         with pytest.raises(UserError, match=r"mine is not there; run: python -m pipeline\.base_model model=local model\.source\.path=<.*> model\.name=mine"):
             call(tmp_path / "mine")
+    (tmp_path / "theirs").mkdir()
+    with pytest.raises(UserError, match=r"theirs is not what the model stage made \(it has no manifest\.json\); run: "):
+        manifest(tmp_path / "theirs")
 
 
 def test_a_prepared_model_without_a_tokenizer(tiny_model, tmp_path):

@@ -52,6 +52,10 @@ def test_tuning_comes_first_then_the_fewest_rows_and_packs_are_one_job(words):
     assert [by_key(cell)["train_rows"] for cell in packed.cells] == ["32", "32"] and by_key(packed.words)["train_rows"] == "16", "tuned at tune.rows"
     assert not packed.ready and not packed.done, "not tuned yet"
     assert {by_key(cell)["seed"] for job in jobs(words) for cell in job.cells} == {"0", "1"}
+    with pytest.raises(UserError, match="experiment mine has 2 numbers of training rows, so no sizes=2; they count from 0"):
+        jobs(words, slot.Group(["mine"], sizes=[0, 2]))
+    with pytest.raises(UserError, match="sizes=x are no places in a grid's train_rows"):
+        slot.run(["plan", "experiments=mine", "sizes=x"])
     with pytest.raises(UserError, match="has none of the techniques dora; it has zero_shot, full, lora"):
         jobs(words, slot.Group(["mine"], ["dora"]))
 

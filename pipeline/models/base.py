@@ -95,8 +95,8 @@ def manifest(folder: Path) -> dict[str, Any]:
     if not (folder / "manifest.json").exists():
         listed = (CONF / "model" / f"{folder.name}.yaml").exists()
         own = f"model=local model.source.path=<its folder> model.name={folder.name} (model=hub model.source.repository=<owner/name> from the hub)"
-        raise UserError(f"{folder} is not there; run: python -m pipeline.base_model model={folder.name}" if listed else
-                        f"{folder} is not there; run: python -m pipeline.base_model {own}")
+        wrong = "is not what the model stage made (it has no manifest.json)" if folder.exists() else "is not there"
+        raise UserError(f"{folder} {wrong}; run: python -m pipeline.base_model {f'model={folder.name}' if listed else own}")
     return read_object(folder / "manifest.json")
 
 
