@@ -47,8 +47,8 @@ WITHIN = 2.0
 KEPT = ("prompt_tuning", "lora", "qlora", "dora", "step_by_step_lora")
 """Techniques whose default was not replaced by the fit: either half of the pairs gives prompt tuning another power (1 and 0). Those over LoRA have the rates
 that were fitted while Gemma's runs stood on wrong gradients (1.5e-3 and 1e-3, power 0.5); the corrected fit (3e-3, power 1) is 0.25 points better in the mean
-on the pairs fitted on and 0.1 on the others, but fewer rows than the grid's 640 want lower rates: at 200 rows LoRA had 47.4% of 800 held-back rows with 1e-3 and 44.0% with 2e-3
-(benchmarks/results/pilot.jsonl, vader_movies_5, two seeds)."""
+on the pairs fitted on and 0.1 on the others, but fewer rows than the grid's 640 want lower rates: at 200 rows LoRA had 47.4% of 800 held-back rows with
+1e-3 and 44.0% with 2e-3 (benchmarks/results/pilot.jsonl, vader_movies_5, two seeds)."""
 RESAMPLES = 400
 
 Pair = tuple[str, str]

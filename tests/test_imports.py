@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,12 +17,13 @@ import pytest
 
 from benchmarks import throughput
 from pipeline.cell import inputs, source, waking
+from pipeline.core import imports
 from pipeline.core.collector import collected_once, uncollected
 from pipeline.core.compose import ROOT, compose
 from pipeline.core.files import UserError
 
 SHORT = ["train_rows=16", "train.batch_size=8", "train.steps=1", "train.validations=1", "evaluate.test_rows=4", "seed=0", "precision=fp32"]
-LATER = ("evaluate", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "bitsandbytes", "torch._inductor.compile_fx", "torchvision", "mlflow", "optuna")
+LATER = ("evaluate", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "bitsandbytes", "torch._dynamo.utils", "torchvision", "mlflow", "optuna")
 """Not before the first step: scoring takes some of them, the compiler and rounding others, and some nothing here."""
 
 
@@ -112,6 +114,84 @@ base = load_model(Path({str(tiny)!r}) / "models/smollm2_135m", Precision("nf4"),
 print(type(base.model.layers[0].self_attn.q_proj).__name__)
 """)
     assert done.split() == ["Linear4bit"]
+
+
+PACKAGE = """
+def disable(function=None, recursive=True):
+    return (lambda *given: ("disabled", function(*given))) if function else disable
+def allow_in_graph(function):
+    seen.append(function.__name__)
+    return function
+seen = []
+value = 1
+"""
+
+
+@pytest.fixture
+def deferred(tmp_path, monkeypatch):
+    """A package that is deferred as torch's compiler is, and the file of its code."""
+    code = tmp_path / "tried" / "__init__.py"
+    code.parent.mkdir()
+    code.write_text(PACKAGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = find_spec("tried")
+    assert spec is not None
+    package = imports._Deferred(spec)
+    monkeypatch.setitem(sys.modules, "tried", package)
+    return package, code
+
+
+def test_a_deferred_package_is_imported_when_it_is_asked_and_then_has_its_marks(deferred):
+    package, _ = deferred
+    least = lambda *given: min(given)  # noqa: E731
+    marked, stopped = package.allow_in_graph(least), package.disable(recursive=False)(least)
+    assert marked(3, 2) == stopped(3, 2) == 2
+    assert Path(package.__file__).name == "__init__.py" and not hasattr(package, "__nothing__") and sys.modules["tried"] is package, "who looks at all modules"
+    assert package.value == 1 and sys.modules["tried"] is not package
+    assert package.seen == ["<lambda>"] and marked(3, 2) == 2 and stopped(3, 2) == ("disabled", 2), "as if it had been marked by what is there now"
+    assert package.disable(least)(3, 2) == ("disabled", 2) and package.disable() is package.disable
+    package.value = 4
+    assert sys.modules["tried"].value == 4 and "value" in dir(package)
+    with pytest.raises(AttributeError):
+        _ = package.other
+
+
+def test_a_deferred_package_that_cannot_be_imported_says_so_each_time(deferred):
+    package, code = deferred
+    code.write_text("raise ImportError('no')")
+    for _ in range(2):
+        with pytest.raises(ImportError, match="no"):
+            _ = package.value
+    code.write_text(PACKAGE.replace("value = 1", "value = 11"))
+    assert package.value == 11
+
+
+def test_who_asks_while_a_deferred_package_is_imported_waits_for_it(deferred):
+    package, code = deferred
+    code.write_text("import time\ntime.sleep(0.2)\nvalue = 5")
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(package.value)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [5] * 4
+
+
+@pytest.mark.parametrize("first", ["torch", "torch._dynamo.utils", pytest.param("torch._dynamo.decorators", marks=pytest.mark.slow)])
+def test_torchs_compiler_is_there_after_the_imports_whichever_of_its_modules_is_asked_first(first):
+    """A module that is imported before its package has run meets half of what it needs."""
+    done = python(f"""
+import sys
+from pipeline.core.imports import import_peft
+import_peft()
+before = "torch._dynamo.utils" in sys.modules
+import torch, {first}
+marked = torch.compiler.disable(lambda x: x * 2)
+print(before, torch.compile(lambda x: marked(x) + 1, backend="eager")(torch.ones(1)).item(), torch._dynamo is sys.modules["torch._dynamo"],
+      torch._dynamo.utils is sys.modules["torch._dynamo.utils"])
+""")
+    assert done.split() == ["False", "3.0", "True", "True"]
 
 
 @pytest.mark.slow

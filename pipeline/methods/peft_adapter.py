@@ -133,7 +133,8 @@ class PeftAdapter(Method):
                 if parameter.requires_grad and parameter.is_floating_point():
                     parameter.data = parameter.data.float()  # copies of a bf16 base's own, such as LN tuning's norms, too
             _begin_magnitudes(wrapped)
-            _answer_once(wrapped)
+            if not _plain_lora(wrapped):
+                _answer_once(wrapped)
         except UserError:
             raise
         except Exception as error:
@@ -250,6 +251,16 @@ def _begin_magnitudes(model: Any) -> None:
         for name, variant in getattr(module, "lora_variant", {}).items():
             if "Dora" in type(variant).__name__:
                 variant.init(module, name)
+
+
+def _plain_lora(model: Any) -> bool:
+    """Whether all that was added is LoRA's two matrices beside linear layers, which run wherever the base does."""
+    from peft.tuners.lora import Linear, LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    added = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    return type(model.base_model) is LoraModel and all(type(module) is Linear and not module.lora_variant for module in added)
 
 
 def _answer_once(model: Any) -> None:
