@@ -4,11 +4,12 @@
     python -m benchmarks.throughput ours set=data_size cells=12 -- share=true  12 of the 108 cells, cells that share the device; words after -- are Hydra's
     python -m benchmarks.throughput before set=eleven code=<commit or folder>  the same cells by an older checkout
     python -m benchmarks.throughput plain set=data_size cells=12               transformers' Trainer with PEFT, a process a cell, one after another
-    python -m benchmarks.throughput start                                      a second process of pipeline.train: seconds until it trains
+    python -m benchmarks.throughput start                                      a second process of pipeline.train: seconds until it trains, the median
+                                                                               of repeats=3
     python -m benchmarks.throughput table                                      what was measured, as a table
 
     further words: out=<JSON lines> limit_s=600 work=.work/throughput data=data models=models
-    rationales=rationales lambada=<file> name=<of this measurement>
+    rationales=rationales lambada=<file> name=<of this measurement> repeats=3 (of start)
 
 Sets: eleven (techniques x seed 0 of experiments/qwen2_0_5b) and data_size (108 cells). A measurement that was cut off by limit_s goes on where it ended
 when the same command is given again: its cells stand under work/<name>/. Seconds hold everything from the command's start, imports included. The
@@ -40,7 +41,7 @@ from pipeline.measure.clock import Stopwatch, now
 OUT = Path("benchmarks/results/throughput.jsonl")
 STACKS = ("ours", "before", "plain")
 OPTIONS = {"set": "eleven", "cells": "", "code": "", "out": str(OUT), "limit_s": "600", "work": ".work/throughput", "data": "data", "models": "models",
-           "rationales": "rationales", "lambada": "../shared/data/probes/lambada.jsonl", "name": ""}
+           "rationales": "rationales", "lambada": "../shared/data/probes/lambada.jsonl", "name": "", "repeats": "3"}
 SAMPLE_S = 0.2
 LONGEST_NAME = 120
 RUNNER = """
@@ -181,29 +182,33 @@ def measure(stack: str, options: dict[str, str], more: Sequence[str]) -> dict[st
 
 
 def start(options: dict[str, str], more: Sequence[str]) -> dict[str, Any]:
-    """Run one LoRA cell of the set's experiment by `pipeline.train` twice; of the second, which finds all caches warm, seconds until training begins.
+    """Run one LoRA cell of the set's experiment by `pipeline.train` once, so that caches are warm, and `repeats` times more: seconds until training begins,
+    those of the median run.
 
-    parts_s: of these `begins` (imports of the command, its config, checks), `torch` (its import), `import_peft` (with transformers), `gpu` (waiting for it
-    once all is imported), and what other functions of a cell took: load_stored, load_model (its move to the device) and _load_tokenizer, which overlaps
-    it, are within load_inputs; `Fast` (the engine's own imports and buffers) and the captures make up _fast.
+    every_s: of each run. parts_s: of the median's seconds `begins` (imports of the command, its config, checks), `torch` (its import), `import_peft` (with
+    transformers), `gpu` (waiting for it once all is imported), and what other functions of a cell took: load_stored, load_model (its move to the device) and
+    _load_tokenizer, which overlaps it, are within load_inputs; `Fast` (the engine's own imports and buffers) and the captures make up _fast.
     """
     folder = (Path(options["work"]) / "start").resolve()
     cell = next(c for c in cells_of(options["set"], None) if c["technique"] == "lora")
     words = [*(f"{key}={value}" for key, value in cell.items()), *_places(options), f"paths.work={folder}/work", "tracking=none", "train.progress=false",
              "train.steps=4", "train.validations=0", "evaluate.test_rows=8", "evaluate.forgetting=false", "evaluate.latency_rows=0", *more]
-    phases: dict[str, float] = {}
-    trains = folder / "trains.json"
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton")}
-    for number in ("first", "second"):
-        results = folder / f"{number}-{datetime.now(UTC):%H%M%S}"
-        command = [sys.executable, "-c", WATCHED, str(trains), json.dumps(PARTS), *words, f"paths.results={results}"]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True)
-        phases = json.loads(next(results.glob("*/*/result.json")).read_text())["phases"]
-    parts = {key: phases[key] for key in ("startup_s", "load_s", "warmup_s")}  # start-up also holds what is imported after training
-    times = json.loads(trains.read_text())
-    return {"stack": "start", "set": options["set"], "trains_after_s": round(times["train"][0], 2), **parts, "parts_s": _parts_s(times),
+    _started(folder, words)
+    runs = sorted((_started(folder, words) for _ in range(int(options["repeats"]))), key=lambda run: float(run["trains_after_s"]))
+    return {"stack": "start", "set": options["set"], **runs[(len(runs) - 1) // 2], "every_s": [run["trains_after_s"] for run in runs],
             "commit": _commit(ROOT), **_machine()}
+
+
+def _started(folder: Path, words: Sequence[str]) -> dict[str, Any]:
+    """Seconds of one run that `start` makes, in all and by part."""
+    trains, results = folder / "trains.json", folder / f"run-{now()}"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton")}
+    command = [sys.executable, "-c", WATCHED, str(trains), json.dumps(PARTS), *words, f"paths.results={results}"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    phases = json.loads(next(results.glob("*/*/result.json")).read_text())["phases"]
+    times = json.loads(trains.read_text())  # the start-up of phases also holds what is imported after training
+    return {"trains_after_s": round(times["train"][0], 2), **{key: phases[key] for key in ("startup_s", "load_s", "warmup_s")}, "parts_s": _parts_s(times)}
 
 
 def _parts_s(times: dict[str, list[float]]) -> dict[str, float]:

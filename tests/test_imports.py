@@ -419,9 +419,10 @@ def test_notes_are_few_and_are_none_where_python_writes_none(notes, tmp_path, mo
 def test_the_benchmark_says_when_a_second_process_trains(overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "cells_of", lambda *_: [{"technique": "lora", "train_rows": 16, "seed": 0}])
     monkeypatch.setattr(throughput, "_machine", dict)
-    options = throughput.OPTIONS | {"work": str(tmp_path / "work")}
+    options = throughput.OPTIONS | {"work": str(tmp_path / "work"), "repeats": "2"}
     line = throughput.start(options, [*(w for w in overrides if not w.startswith("paths.results")), "train.batch_size=8"])
     told = SimpleNamespace(**line)
+    assert told.trains_after_s == told.every_s[0] <= told.every_s[1] and len(told.every_s) == 2
     assert told.trains_after_s > 1 and all(seconds >= 0 for seconds in told.parts_s.values())
     within = {"load_task", "load_stored", "load_model", "_load_tokenizer"}
     assert within < told.parts_s.keys() and 0.8 < sum(v for k, v in told.parts_s.items() if k not in within) / told.trains_after_s <= 1.01, "nearly all of it"
