@@ -209,6 +209,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, words, said):
     assert said in output and output.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_hidden_sizes_and_tasks_are_judged(root, tmp_path, capsys):
     write(root / "more", (100, 400), task="other", experiment="standard")
     assert judge.main([str(root), f"out={tmp_path / 'advice.json'}"]) == 0
@@ -236,6 +237,7 @@ def world(draw: random.Random, tasks: int = 6) -> list[Seen]:
     return actual
 
 
+@pytest.mark.slow
 def test_hidden_tasks_of_a_known_truth_cost_little():
     draw = random.Random(1)
     lines = [line for _ in range(2) for line in judge.elsewhere(world(draw))]

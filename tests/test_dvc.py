@@ -126,6 +126,7 @@ RATIONALES = f"{KNOWN['task']}-{KNOWN['teacher']}"
 SHARED = {f"prepare {KNOWN['task']}", f"base_model {KNOWN['model']}", f"rationales {RATIONALES}"}
 
 
+@pytest.mark.slow
 def test_a_technique_added_to_the_grid_runs_its_own_cell_alone(clone):
     assert set(clone.repro()) == SHARED | {"train zero_shot-s0-n200", "train lora-s0-n200", "report a"}, (
         "plain repro runs the chosen experiment and the one task, model and teacher that it reads"

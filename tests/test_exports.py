@@ -79,6 +79,7 @@ def test_nothing_is_kept_where_python_keeps_nothing(reader, tmp_path, monkeypatc
     assert asked(reader, tmp_path / "models")[1] and asked(reader, tmp_path / "models")[1]
 
 
+@pytest.mark.slow
 def test_transformers_exports_what_it_does_without_a_note_and_reads_for_itself_afterwards(tmp_path):
     assert python(f"""
 import sys

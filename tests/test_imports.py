@@ -34,7 +34,8 @@ def python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("technique", ["lora", pytest.param("full", marks=pytest.mark.slow), pytest.param("ia3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", ["lora", "full", "ia3"])
 def test_a_gpus_cell_imports_nothing_heavy_before_its_first_step_that_it_does_not_need(overrides, technique):
     """On the CPU, told not to measure its own memory, which is what makes it import early there."""
     words = [*overrides, *SHORT, f"technique={technique}"]
@@ -178,7 +179,7 @@ def test_who_asks_while_a_deferred_package_is_imported_waits_for_it(deferred):
     assert found == [5] * 4
 
 
-@pytest.mark.parametrize("first", ["torch", "torch._dynamo.utils", pytest.param("torch._dynamo.decorators", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", ["torch._dynamo.utils", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "torch._dynamo.decorators"))])
 def test_torchs_compiler_is_there_after_the_imports_whichever_of_its_modules_is_asked_first(first):
     """A module that is imported before its package has run meets half of what it needs."""
     done = python(f"""
@@ -274,6 +275,7 @@ def test_without_a_gpu_that_works_nothing_is_started_and_nothing_said(cuda, monk
         pass
 
 
+@pytest.mark.slow
 def test_a_technique_is_made_of_its_config_without_bitsandbytes():
     """It starts CUDA where there is a GPU, which a process that is forked later cannot use then: benchmarks.slot asks whether a technique packs, and forks."""
     done = python("""

@@ -173,20 +173,24 @@ def test_what_does_not_run_is_refused_in_one_sentence(make, reason, monkeypatch)
 
 
 def test_an_adapter_that_cannot_answer_is_refused_before_it_trains(base, monkeypatch):
+    """But for LoRA beside linear layers, which answers wherever they do."""
     def broken(self: Any, *args: Any, **more: Any) -> Any:
         raise AttributeError("no such view")
 
     monkeypatch.setattr(peft.tuners.lora.layer.Linear, "forward", broken)
-    with pytest.raises(UserError, match="this adapter does not fit the model: LORA on LlamaForCausalLM: no such view"):
-        lora().wrap(copy.deepcopy(base))
+    monkeypatch.setattr(peft.tuners.lora.layer.Embedding, "forward", broken)
+    for more in ({"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}):
+        with pytest.raises(UserError, match="this adapter does not fit the model: LORA on LlamaForCausalLM: no such view"):
+            lora(**more).wrap(copy.deepcopy(base))
+    lora().wrap(copy.deepcopy(base))
 
 
 def test_the_trial_of_an_adapter_leaves_modes_and_random_numbers(base):
     torch.manual_seed(3)
-    plain = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**COMMON))
+    plain = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**COMMON, trainable_token_indices=[3]))
     after = torch.rand(1)
     torch.manual_seed(3)
-    wrapped = lora().wrap(copy.deepcopy(base))
+    wrapped = lora(trainable_token_indices=[3]).wrap(copy.deepcopy(base))
     assert torch.equal(torch.rand(1), after)
     assert {n: m.training for n, m in wrapped.named_modules()} == {n: m.training for n, m in plain.named_modules()}
 
