@@ -63,6 +63,8 @@ LAST_WORDS_S, GRACE_S, PACK_S, MARGIN_S, LEFT_S, ENDS_S = 12.0, 8.0, 90.0, 15.0,
 end one that heeds {left} may say that something is missing."""
 POLL_S = 0.2
 PART_BYTES = 15 * 2**20
+CLOCK_S = 0.05
+"""How much earlier than it is the time may be that a file system gives a file."""
 MPS, MPS_S = "nvidia-cuda-mps-control", 5.0
 """NVIDIA's daemon that lets several processes' kernels run at once on a GPU; the longest that its start and its end are waited for."""
 
@@ -146,7 +148,7 @@ class Slot:
                  whole: bool = True) -> None:
         self.plan, self.state, self.limit_s, self.words, self.out, self.gpus, self.watch = plan, state, limit_s, words, out, gpus, Stopwatch()
         state.mkdir(parents=True, exist_ok=True)
-        self.since = 0.0 if whole else time.time()
+        self.since = 0.0 if whole else time.time() - CLOCK_S
         self.passed: set[str] = set()
 
     @property

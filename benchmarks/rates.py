@@ -2,6 +2,8 @@
 
     python -m benchmarks.rates run out=experiments/rates/cells.jsonl tasks=cqa,trec techniques=main -- model=smollm2_135m
     (several such processes share the grids of a model between them, chunk=2: two rates at a time, for grids whose answers are slow)
+    python -m benchmarks.rates run out=work/relative.jsonl tasks=trec techniques=prefix_tuning middle=3e-2 -- model=smollm2_135m method.relative=true
+    (a technique with further settings in a file of its own: a line does not name them; middle: of its rates)
     python -m benchmarks.rates run out=experiments/tuners/rates.jsonl tasks=trec techniques=tuners -- model=smollm2_135m train_rows=320
     python -m benchmarks.rates defaults out=experiments/tuners/rates.jsonl     (PEFT's further tuners: benchmarks/rates_tuners.py)
     python -m benchmarks.rates fit                         fits the rules on half of the pairs, judges them on the other half, writes rules.json and table.md
@@ -40,13 +42,14 @@ TEACHERS = {"vader_movies_5": "lexicon", "cqa": "stored", "esnli": "stored", "sv
 NEEDS_TEACHER = ("step_by_step", "step_by_step_lora")
 
 
-def rates_of(technique: str, model: Path | None = None) -> list[float]:
-    """The rates of a technique's grid, lowest first: seven, the same for every base; of a further tuner five, around what suits the base in a folder."""
+def rates_of(technique: str, model: Path | None = None, middle: float | None = None) -> list[float]:
+    """The rates of a technique's grid, lowest first: seven, the same for every base (around `middle`, if that is given); of a further tuner five, around what
+    suits the base in a folder."""
     from benchmarks import rates_tuners
     from pipeline.models.rates import REFERENCE, weight_rms
 
     if technique in MIDDLE:
-        middle, count = MIDDLE[technique], RATES
+        middle, count = middle or MIDDLE[technique], RATES
     else:
         middle, count = rates_tuners.MIDDLE[technique], rates_tuners.RATES
         if model is not None and (power := rates_tuners.power_of(technique)):
@@ -162,7 +165,8 @@ def measure(options: dict[str, str], overrides: list[str]) -> None:
         cfg = compose([*words, "train.lr=1.0e-4"])
         model = cfg.model.name
         done = {r["lr"] for r in lines(out) if (r["model"], r["task"], r["technique"], r["seed"]) == (model, task, technique, cfg.seed)}
-        rates = [None] if technique == UNTRAINED else rates_of(technique, Path(cfg.paths.models) / model)
+        middle = float(options["middle"]) if "middle" in options else None
+        rates = [None] if technique == UNTRAINED else rates_of(technique, Path(cfg.paths.models) / model, middle)
         asked = [lr for lr in rates if lr not in done]
         if not asked:
             continue

@@ -24,6 +24,7 @@ from pipeline.training.loop import lr_factor, total_steps
 from pipeline.training.stepping import Eager
 
 DROPOUT = ["technique=lora", "method.config.lora_dropout=0.1", "train.epochs=3", "train.batch_size=8", "train.checkpoint_every_s=0", "train.lr=1e-2"]
+RELATIVE = ["technique=prefix_tuning", "method.relative=true", *DROPOUT[2:]]
 
 
 def weights(folder: Path) -> bytes:
@@ -40,10 +41,11 @@ def finished(cfg, folder: Path) -> bytes:
     return weights(folder)
 
 
-@pytest.mark.parametrize("stop_at", [13, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 23))])
-def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, stop_at):
-    """SIGTERM after some step of 24, with dropout drawing random numbers and validations in between: bitwise equal."""
-    cfg = compose([*overrides, *DROPOUT, "train.validations=3"])
+@pytest.mark.parametrize(("words", "stop_at"), [(DROPOUT, 13), (RELATIVE, 13), *(pytest.param(DROPOUT, n, marks=pytest.mark.slow) for n in (1, 23))])
+def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(overrides, tmp_path, monkeypatch, words, stop_at):
+    """SIGTERM after some step of 24, with validations in between, and dropout drawing random numbers or weights over a size that is computed again: bitwise
+    equal."""
+    cfg = compose([*overrides, *words, "train.validations=3"])
     whole = finished(cfg, tmp_path / "whole")
     step = Eager.step
 

@@ -126,6 +126,43 @@ def test_a_prefix_begins_as_its_text_before_the_prompt(load, tiny):
     assert apart(logits(method("prefix_tuning", "method.text=null").wrap(load())), wanted) > 0.1
 
 
+@pytest.mark.parametrize(("name", "key"), [("prefix_tuning", "method.relative"), ("cartridge", "+method.relative")])
+def test_a_relative_prefix_is_moved_by_the_rate_times_its_size_and_served_as_peft_has_it(load, tmp_path, name, key):
+    """It begins at the same answers; the first step of Adam moves every number by the rate; PEFT alone reads what is left to the same answers."""
+    from peft import PeftModel
+
+    def numbers(model: Any) -> torch.Tensor:
+        return model.get_prompt_embedding_to_save("default").view(16, LAYERS, 2, KV)
+
+    made = method(name, f"{key}=true")
+    plain, model = (one.wrap(load()) for one in (method(name, f"{key}=false"), made))
+    begun = numbers(model)
+    assert apart(begun, numbers(plain)) < 1e-6 and apart(logits(model), logits(plain)) < 1e-5
+    (trained,) = (p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW([trained], lr=0.1, weight_decay=0.0, eps=0.0)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    frozen = 16 - len(trained)
+    sizes = begun.std(0, correction=0).median(-1).values
+    moved = (numbers(model) - begun).abs()
+    assert sizes.max() > 1.2 * sizes.min() and moved[:frozen].sum() == 0
+    assert torch.allclose(moved[frozen:], (0.1 * sizes[..., None]).expand_as(moved[frozen:]), rtol=1e-3)
+    made.save(model, None, tmp_path)
+    assert apart(logits(PeftModel.from_pretrained(load(), tmp_path)), logits(model)) < 1e-6
+
+
+def test_a_size_is_a_layer_s_own_and_neither_a_bias_nor_an_outlier_nor_equal_tokens_spoil_it():
+    from pipeline.methods.modules.prompts import sizes
+
+    prefix = torch.stack([torch.full((2, 2, 5), sign) for sign in (1.0, -1.0, 1.0, -1.0)])  # tokens, layers, keys and values, channels
+    prefix[:, 0, 0] = 3.0 * prefix[:, 0, 0] + 50.0
+    prefix[:, 0, 1, 0] *= 1000.0
+    prefix[:, 1, 0] = 7.0
+    prefix[:, 1, 1] = 0.0
+    found = sizes(prefix.view(4, 20), 2).view(2, 2, 5)
+    assert torch.allclose(found, torch.tensor([[3.0, 1.0], [7.0, 1.0]])[..., None].expand(2, 2, 5))
+
+
 @pytest.mark.parametrize(("word", "named"), [("method.text=' '", "method.text is empty"), ("method.config.prefix_projection=true", "through a projection")])
 def test_a_prefix_that_cannot_begin_at_a_text_is_refused(word, named):
     with pytest.raises(UserError, match=named):

@@ -26,6 +26,10 @@ class PrefixTuning(PeftAdapter):
 
     text: str | None = None
     """The base first answers as if this text, repeated and cut to num_virtual_tokens tokens, came before every prompt. null: PEFT's random initialisation."""
+    relative: bool = False
+    """A step of Adam moves a layer's keys, and its values, by the learning rate times how far they vary over the text's tokens (prompts.sizes), as Adafactor
+    scales its steps by the size of what it trains (Shazeer & Stern, 2018, section 8): one rate then suits layers and bases whose values are 100 times apart.
+    false: by the rate itself, as PEFT does, which is the same to a prefix that is begun at random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +46,11 @@ class PrefixTuning(PeftAdapter):
             ids = repeated_tokens(self.text, load_tokenizer(Path(model.config._name_or_path)), self.config.num_virtual_tokens)
             past = _keys_and_values(model, ids)
             initialize_kv_prefix_from_past_key_values(wrapped, past_key_values=past)
+            if self.relative:
+                from pipeline.methods.modules import prompts
+
+                encoder = wrapped.prompt_encoder["default"]
+                prompts.train_relative(encoder, prompts.sizes(encoder.embedding.weight.detach(), wrapped.active_peft_config.num_layers))
         return wrapped
 
     def hyperparameters(self) -> dict[str, Any]:
