@@ -319,6 +319,8 @@ def run(words: list[str]) -> int:
     if command not in (*STACKS, "start", "table") or pairs.keys() - OPTIONS.keys():
         raise UserError(f"choose one of {', '.join((*STACKS, 'start', 'table'))} with {', '.join(f'{key}=' for key in OPTIONS)}")
     options = OPTIONS | pairs
+    if not options["repeats"].isdecimal() or not int(options["repeats"]):
+        raise UserError(f"repeats={options['repeats']} is no number of runs; write 1 or more")
     if command == "table":
         print("\n".join(table(lines(Path(options["out"])))))
         return 0

@@ -28,7 +28,7 @@ class PrefixTuning(PeftAdapter):
     """The base first answers as if this text, repeated and cut to num_virtual_tokens tokens, came before every prompt. null: PEFT's random initialisation."""
     relative: bool = False
     """A step of Adam moves a layer's keys, and its values, by the learning rate times how far they vary over the text's tokens (prompts.sizes), as Adafactor
-    scales its steps by the size of what it trains (Shazeer & Stern, 2018, section 8): one rate then suits layers and bases whose values are 100 times apart.
+    scales its steps by the size of what it trains (Shazeer & Stern, 2018, section 8): one rate then means the same where sizes differ by layer and base.
     false: by the rate itself, as PEFT does, which is the same to a prefix that is begun at random."""
 
     def __post_init__(self) -> None:
