@@ -2,10 +2,11 @@
 
     python -m benchmarks.rates run out=experiments/rates/cells.jsonl tasks=cqa,trec techniques=main -- model=smollm2_135m
     (several such processes share the grids of a model between them, chunk=2: two rates at a time, for grids whose answers are slow)
-    python -m benchmarks.rates run out=work/relative.jsonl tasks=trec techniques=prefix_tuning middle=3e-2 -- model=smollm2_135m method.relative=true
+    python -m benchmarks.rates run out=FILE.jsonl tasks=trec techniques=prefix_tuning middle=3e-3 -- model=smollm2_135m method.relative=false
     (a technique with further settings in a file of its own: a line does not name them; middle: of its rates)
     python -m benchmarks.rates run out=experiments/tuners/rates.jsonl tasks=trec techniques=tuners -- model=smollm2_135m train_rows=320
     python -m benchmarks.rates defaults out=experiments/tuners/rates.jsonl     (PEFT's further tuners: benchmarks/rates_tuners.py)
+    python -m benchmarks.rates choice                      which of a grid's rates a search should take (benchmarks/rates_choice.py): choice.md
     python -m benchmarks.rates fit                         fits the rules on half of the pairs, judges them on the other half, writes rules.json and table.md
 
 A grid is one technique on one task and model at seven rates (of a further tuner five), half a decade apart. Its runs begin at the same weights,
@@ -32,7 +33,7 @@ LADDER = tuple(float(f"{digit}e{power}") for power in range(-7, 1) for digit in 
 RATES = 7
 MIDDLE = {
     "full": 3e-5, "top_layers": 1e-4, "head_only": 3e-4, "bitfit_added": 1e-3, "ln_tuning": 1e-3, "lora": 3e-4, "qlora": 3e-4, "dora": 3e-4,
-    "ia3": 3e-3, "vera": 1e-2, "adapter_houlsby": 3e-4, "prompt_tuning": 3e-2, "prefix_tuning": 3e-3, "step_by_step": 3e-5, "step_by_step_lora": 3e-4,
+    "ia3": 3e-3, "vera": 1e-2, "adapter_houlsby": 3e-4, "prompt_tuning": 3e-2, "prefix_tuning": 3e-2, "step_by_step": 3e-5, "step_by_step_lora": 3e-4,
 }
 """The main techniques, and the middle of each one's seven rates."""
 UNTRAINED = "zero_shot"
@@ -229,6 +230,10 @@ def main(words: list[str]) -> int:
         out = Path(options["out"])
         for one in rates_tuners.write(out, lines(out)):
             print(f"{one.technique}: {one.rate:.1e}, power {one.power:g}, {one.regret:.1f} points below the best")
+    elif command == "choice":
+        from benchmarks import rates_choice
+
+        rates_choice.write(FOLDER / "choice.md", lines(FOLDER / "cells.jsonl"))
     else:
         from benchmarks import rates_fit
 

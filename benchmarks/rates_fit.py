@@ -50,6 +50,8 @@ that were fitted while Gemma's runs stood on wrong gradients (1.5e-3 and 1e-3, p
 on the pairs fitted on and 0.1 on the others, but fewer rows than the grid's 640 want lower rates: at 200 rows LoRA had 47.4% of 800 held-back rows with
 1e-3 and 44.0% with 2e-3 (benchmarks/results/pilot.jsonl, vader_movies_5, two seeds)."""
 RESAMPLES = 400
+LEVEL = 0.05
+"""Of tests against the untouched base, two-sided."""
 
 Pair = tuple[str, str]
 Rule = Callable[[str, str], float]
@@ -143,20 +145,23 @@ def cookbook(technique: str, model: str) -> float:
 
 def judge(data: Grids, rule: Rule, pairs: set[Pair], techniques: Sequence[str]) -> dict[str, Any]:
     """How a rule does over these pairs: cases, how many within WITHIN of the best, how many were it not for luck (best_by_luck), mean and worst
-    regret, and which are told apart below the untouched base (`worse`, not corrected for their number)."""
-    regrets, luck, below = [], [], []
+    regret, which are told apart below the untouched base each by itself (`worse`), and of these the ones that still are as one of all cases (Holm)."""
+    from pipeline.stats.tiers import holm
+
+    regrets, luck, below, chances = [], [], [], []
     for technique in techniques:
         for pair in data.by[technique]:
             if pair in pairs:
                 rate = rule(technique, pair[0])
                 regrets.append(data.regret(technique, pair, rate))
                 luck.append(best_by_luck(data.by[technique][pair]))
-                if worse(data.nearest(technique, pair, rate)[1], data.untrained[pair][1]):
-                    below.append([technique, *pair])
+                chances.append(chance_below(data.nearest(technique, pair, rate)[1], data.untrained[pair][1]))
+                below.append([technique, *pair])
     without = sum(r - high <= WITHIN + 1e-9 for r, high in zip(regrets, luck, strict=True))
     within = sum(r <= WITHIN + 1e-9 for r in regrets)
     return {"cases": len(regrets), "within": within, "without_luck": without, "mean_regret": round(statistics.mean(regrets), 2),
-            "worst_regret": round(max(regrets), 1), "below_untrained": below}
+            "worst_regret": round(max(regrets), 1), "below_untrained": [case for case, chance in zip(below, chances, strict=True) if chance < LEVEL],
+            "below_of_all": [case for case, chance in zip(below, holm(chances), strict=True) if chance < LEVEL]}
 
 
 @functools.cache
@@ -179,19 +184,25 @@ def best_by_luck(grid: dict[float, tuple[float, str]]) -> float:
 
 
 def worse(one: str, other: str) -> bool:
-    """Whether the first's right answers are told apart below the second's, two-sided at 5%: each row's difference as likely to have had the other sign
-    (McNemar's exact test). Of several seeds, one's rows after the other's, a row's differences are added up: they answer the same rows."""
+    """Whether the first's right answers are told apart below the second's."""
+    return chance_below(one, other) < LEVEL
+
+
+def chance_below(one: str, other: str) -> float:
+    """The chance, if both were alike, of a difference as large as that by which the first's right answers are fewer than the second's; 1 where they are not.
+    Each row's difference is as likely to have had the other sign (McNemar's exact test, two-sided). Of several seeds, one's rows after the other's, a row's
+    differences are added up: they answer the same rows."""
     import numpy as np
 
     if not one:
-        return True
+        return 0.0
     rows = len(other)
     more = [sum(map(int, one[row::rows])) - len(one) // rows * int(other[row]) for row in range(rows)]
     chances = np.ones(1)  # of the sum with signs drawn, from the lowest that it may be, in steps of two
     for size in filter(None, map(abs, more)):
         chances = np.convolve(chances, [0.5, *(size - 1) * [0.0], 0.5])
     lowest = sum(map(abs, more))
-    return sum(more) < 0 and bool(2 * chances[: (lowest + sum(more)) // 2 + 1].sum() < 0.05)
+    return float(2 * chances[: (lowest + sum(more)) // 2 + 1].sum()) if sum(more) < 0 else 1.0
 
 
 def defaults(technique: str, model: str) -> float:
@@ -225,23 +236,31 @@ def ceilings(data: Grids) -> dict[str, Any]:
 
 def write(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """rules.json: the rules and how each family of rules did. table.md: the same for people."""
-    from benchmarks.rates import RATES
+    from benchmarks.rates import RATES, lines
 
     data, (fitted_on, held_out) = grids(rows, RATES), halves()
     ours = rules(data, RMS, POWERS, fitted_on)
     width, constant = rules(data, WIDTH, (-4, -2, -1, 0), fitted_on), rules(data, RMS, (0,), fitted_on)
-    named: dict[str, tuple[Rule, Sequence[str]]] = {
-        "size of the weights": (as_rule(ours, RMS), list(ours)), "defaults as they stand": (defaults, list(ours)),
-        "width": (as_rule(width, WIDTH), list(width)),
-        "one rate for all bases": (as_rule(constant, RMS), list(constant)), "defaults before": (lambda t, _: BEFORE[t], list(ours)),
-        "tinker-cookbook": (cookbook, [t for t in ("full", "lora", "qlora", "dora") if t in ours]),
-        "size of the weights, the same four": (as_rule(ours, RMS), [t for t in ("full", "lora", "qlora", "dora") if t in ours]),
+    absolute = lines(folder / "prefix_absolute.jsonl")
+    before = grids([row for row in rows if row["technique"] != "prefix_tuning"] + absolute, RATES)
+    four = [t for t in ("full", "lora", "qlora", "dora") if t in ours]
+    named: dict[str, tuple[Grids, Rule, Sequence[str]]] = {
+        "size of the weights": (data, as_rule(ours, RMS), list(ours)), "defaults as they stand": (data, defaults, list(ours)),
+        "width": (data, as_rule(width, WIDTH), list(width)),
+        "one rate for all bases": (data, as_rule(constant, RMS), list(constant)),
+        "defaults before": (before, lambda t, _: BEFORE[t], [t for t in ours if before.by.get(t)]),
+        "tinker-cookbook": (data, cookbook, four), "size of the weights, the same four": (data, as_rule(ours, RMS), four),
+        "the prefix with absolute steps, 1e-2": (before, lambda t, _: BEFORE[t], ["prefix_tuning"]),
+        "the prefix with relative steps": (data, defaults, ["prefix_tuning"]),
     }
-    summary = {name: {"fitted": judge(data, rule, fitted_on, names), "held_out": judge(data, rule, held_out, names)} for name, (rule, names) in named.items()}
-    each = {t: {"reference_lr": base, "lr_power": power, "fitted": judge(data, named["size of the weights"][0], fitted_on, [t]),
-                "held_out": judge(data, named["size of the weights"][0], held_out, [t])} for t, (base, power) in ours.items()}
-    (folder / "rules.json").write_text(json.dumps({"runs": len(rows), "rules": each, "summary": summary, "ceilings": (top := ceilings(data))}, indent=1) + "\n")
-    (folder / "table.md").write_text(f"{table(each, summary)}\n{CEILINGS.format(**top, percent=100 * top['same_rate'])}\n\n{grid_table(data, ours)}")
+    summary = {name: {"fitted": judge(of, rule, fitted_on, names), "held_out": judge(of, rule, held_out, names)} for name, (of, rule, names) in named.items()
+               if any(of.by.get(name) for name in names)}
+    each = {t: {"reference_lr": base, "lr_power": power, "fitted": judge(data, named["size of the weights"][1], fitted_on, [t]),
+                "held_out": judge(data, named["size of the weights"][1], held_out, [t])} for t, (base, power) in ours.items()}
+    top = ceilings(data)
+    (folder / "rules.json").write_text(json.dumps({"runs": len(rows), "rules": each, "summary": summary, "ceilings": top}, indent=1) + "\n")
+    said = CEILINGS.format(**top, percent=100 * top["same_rate"])
+    (folder / "table.md").write_text(f"{table(each, summary)}\n{said}\n\n{grid_table(data, ours)}{prefixes(data, before)}")
 
 
 CEILINGS = ("What no rule can pass: with one rate for each technique and base, chosen from these very runs, {hindsight} of {cases} cases are within "
@@ -262,6 +281,19 @@ def table(each: dict[str, Any], summary: dict[str, Any]) -> str:
     for technique, rule in each.items():
         rates = " | ".join(f"{rule['reference_lr'] * (RMS[m] / RMS[MODELS[0]]) ** rule['lr_power']:.1e}" for m in MODELS)
         lines.append(f"| {technique} | {rule['reference_lr']:g} | {rule['lr_power']:g} | {rates} | {cells(rule['held_out'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def prefixes(relative: Grids, absolute: Grids) -> str:
+    """A row a pair: with either kind of step of prefix tuning the best accuracy in % of seven rates, and that of the one rate that is, or was, its default."""
+    head = " | ".join(f"{kind} steps: best of seven | {rate}" for kind, rate in (("absolute", f"{BEFORE['prefix_tuning']:g}"), ("relative", "the default")))
+    lines = ["", f"| prefix tuning | model | task | {head} |", "| --- " * 7 + "|"]
+    for model, task in sorted(absolute.by.get("prefix_tuning", {}).keys() & relative.by.get("prefix_tuning", {}).keys()):
+        cells = []
+        for data, rate in ((absolute, BEFORE["prefix_tuning"]), (relative, defaults("prefix_tuning", model))):
+            best = max(accuracy for accuracy, _ in data.by["prefix_tuning"][model, task].values())
+            cells += [f"{best:.1f}", f"{data.nearest('prefix_tuning', (model, task), rate)[0]:.1f}"]
+        lines.append(f"| {'fitted' if (model, task) in halves()[0] else 'held out'} | {model} | {task} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

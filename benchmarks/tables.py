@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import advice, choices, online_rl, parallel, race_means, race_replay, race_simulate, rounding, scale, speed_files, throughput, tiers
+from benchmarks import advice, choices, online_rl, parallel, race_means, race_replay, race_simulate, rank_rates, rounding, scale, speed_files, throughput, tiers
 from benchmarks.rates import lines
 from benchmarks.speed_files import FOLDER
 from pipeline.core.commands import key_values, words_entry
@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "race, replayed": lambda: race_replay.table(read_json(FOLDER / "race_replayed.json")["lines"]),
     **{f"race, {name} {model}": functools.partial(race_means.table, ROOT / "experiments/race/cells.jsonl.xz", model, against)
        for name, against in (("means", ""), ("differences", "lora")) for model in ("smollm2_135m", "qwen2_0_5b")},
+    "rank, rates": lambda: rank_rates.table(ROOT / "experiments/rank/results_h200.tar.xz"),
     "rounding": lambda: rounding.table(FOLDER / "rounding.json"),
     "quick, result": lambda: markdown_tables(QUICK)[0],
     "quick, cost": lambda: markdown_tables(QUICK)[1],

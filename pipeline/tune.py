@@ -10,8 +10,9 @@ rows is tuned by itself, with the grid's first seed: validation rows are labelle
 
 The budget is tune.trials, whatever becomes of them: a trial that runs out of memory, diverges or ends with an error is one of them; so is one
 whose settings the input does not suit (more demonstrations than the context holds). Two thirds are drawn from the declared range
-(conf/search/). If the best value then lies at an edge, the rest is drawn from there and beyond, once; else from the declared range. Started
-again after a kill, it resumes with the same draws. Test rows are never read.
+(conf/search/). If the best value then lies at an edge, the rest is drawn from there and beyond, once; else from the declared range. Of the trials
+within a standard error of the highest the one nearest to the technique's own settings is taken: the highest is high by luck (pipeline/search/choice.py).
+Started again after a kill, it resumes with the same draws. Test rows are never read.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def verdict(result: tuned.Tuned) -> str:
     """What the trials tell of the settings, in sentences."""
     ranked = sorted((t for t in result.trials if t["validation"] is not None), key=lambda t: rank_key(t["validation"], t["nll"]), reverse=True)
     trials = [(short(t["settings"]), t["validation"], None) for t in ranked]
-    return of_search(trials, max((t.get("validation_rows") or 0 for t in ranked), default=None), METRICS.get(result.metric, result.metric)).replace("`", "")
+    rows = max((t.get("validation_rows") or 0 for t in ranked), default=None)
+    return of_search(trials, rows, METRICS.get(result.metric, result.metric), short(result.settings)).replace("`", "")
 
 
 main = entry(run)

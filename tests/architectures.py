@@ -89,7 +89,7 @@ TECHNIQUES: dict[str, list[str]] = {
     "dora": ["train.lr=1e-2"],
     "ia3": ["train.lr=0.1", "train.epochs=6"],
     "prompt_tuning": ["train.lr=0.1", "train.epochs=10"],
-    "prefix_tuning": ["train.lr=3e-2", "train.epochs=10"],
+    "prefix_tuning": ["train.lr=0.1", "train.epochs=10"],
     "p_tuning": ["train.lr=1e-2", "train.epochs=10"],
     "adapter_houlsby": ["train.lr=1e-2"],
     "ladder": ["train.lr=1e-2", "method.reduction=4"],

@@ -70,7 +70,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
     (root / "work").mkdir()
     stand_in(monkeypatch)
     folders = [f"paths.{name}={root}/{name}" for name in ("data", "models", "results", "sweeps", "work")]
-    return [*folders, "technique=lora", "tracking=none", "experiment=tried", "train_rows=64"]
+    return [*folders, "technique=lora", "train.lr=1e-3", "tracking=none", "experiment=tried", "train_rows=64"]
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +122,8 @@ def trials(tmp_path: Path) -> list[dict]:
 def test_every_rank_is_visited_once_with_alpha_at_twice_the_rank(finished):
     *searched, confirmed = calls(finished)
     assert [(c["r"], c["alpha"]) for c in searched] == [(r, 2 * r) for r in RANKS]
+    rates = [float(f"{1e-3 * (r / 8) ** -0.5:.3g}") for r in RANKS]
+    assert [c["lr"] for c in searched] == rates and rates[RANKS.index(8)] == 1e-3, "the technique's own at its own rank, and at one over the root of others"
     assert states(finished) == ["COMPLETE"] * 6
     assert {tuple(c["splits"]) for c in searched} == {("validation",)} and {c["folder"] for c in searched} == {None}
     assert confirmed["r"] == 16 and confirmed["splits"] is None
@@ -134,14 +136,14 @@ def test_the_best_becomes_a_confirm_cell_scored_on_test(finished):
 def test_outputs(finished):
     assert best(finished) | {"finished": "", "settings": {}} == {
         "params": {"method.config.r": 16}, "value": 0.9, "values": {"validation": 0.9}, "trial": 4, "variant": "best", "front": None,
-        "overrides": ["method.config.r=16", "method.config.lora_alpha=32"], "finished": "", "settings": {},
+        "overrides": ["method.config.r=16", "method.config.lora_alpha=32", "train.lr=0.000707"], "finished": "", "settings": {},
     }  # fmt: skip
     rows = trials(finished)
     assert [float(row["validation"]) for row in rows] == list(ACCURACY.values())
     assert rows[2]["method.config.r"] == "4" and rows[2]["method.config.lora_alpha"] == "8" and rows[2]["state"] == "COMPLETE"
     assert float(rows[2]["seconds"]) > 0 and rows[2]["peak_bytes"] == "4000" and rows[2]["tokens_per_s"] == "100.0"
     out = (finished / "out.txt").read_text()
-    assert "trial 3 of 6: r=4 lora_alpha=8: validation accuracy 0.800" in out and "chosen: method.config.r=16" in out
+    assert "trial 3 of 6: r=4 lora_alpha=8 lr=0.00141: validation accuracy 0.800" in out and "chosen: method.config.r=16" in out
     assert "r=16 is taken: 90.0% accuracy on 40 validation rows, the highest, but" in out and "more validation rows would be needed" in out
     assert study(finished).trials[2].user_attrs["train_s"] == 1
 
@@ -220,7 +222,7 @@ def test_out_of_memory_is_an_answer(words, tmp_path, capsys):
     assert sweep.main(words) == 0
     assert states(tmp_path) == ["COMPLETE", "FAIL"]
     assert study(tmp_path).trials[1].user_attrs["status"] == "oom" and trials(tmp_path)[1]["status"] == "oom"
-    assert "r=32 lora_alpha=64: out of memory (too big)" in capsys.readouterr().out
+    assert "r=32 lora_alpha=64 lr=0.0005: out of memory (too big)" in capsys.readouterr().out
     assert sweep.main(words) == 0
     assert len(calls(tmp_path)) == 2
 
@@ -229,7 +231,8 @@ def test_a_trial_that_diverged_is_an_answer_and_never_the_best(words, tmp_path, 
     (tmp_path / "work" / "diverged").touch()
     assert sweep.main([*words, "sweep.confirm=false", "sweep.space={method.config.r: {choices: [1, 16]}}"]) == 0
     assert states(tmp_path) == ["COMPLETE", "FAIL"] and [t["status"] for t in trials(tmp_path)] == ["ok", "diverged"]
-    assert "r=16 lora_alpha=32: diverged (training diverged at step 2)" in capsys.readouterr().out and best(tmp_path)["params"] == {"method.config.r": 1}
+    assert "r=16 lora_alpha=32 lr=0.000707: diverged (training diverged at step 2)" in capsys.readouterr().out
+    assert best(tmp_path)["params"] == {"method.config.r": 1}
     assert sweep.main([*words, "sweep.confirm=false", "sweep.space={method.config.r: {choices: [1, 16]}}"]) == 0
     assert len(calls(tmp_path)) == 2, "it is not tried again"
 
@@ -271,7 +274,7 @@ def test_what_does_not_suit_the_input_is_the_trials_own_and_other_bad_input_is_n
     assert sweep.main(words) == code
     told = capfd.readouterr()
     assert f"error: {error}" in told.err and study(tmp_path).trials[1].state.name == "FAIL"
-    assert ("r=2 lora_alpha=4: its settings do not suit the input; it counts as a trial without a value" in told.out) is (code == 0)
+    assert ("r=2 lora_alpha=4 lr=0.002: its settings do not suit the input; it counts as a trial without a value" in told.out) is (code == 0)
     assert states(tmp_path) == ["COMPLETE", "FAIL", "WAITING" if code else "COMPLETE"]
 
 
@@ -285,7 +288,7 @@ def test_a_trial_that_fails_stops_the_sweep_and_is_tried_again(words, tmp_path, 
     monkeypatch.setattr(cell_run, "run", failing)
     assert sweep.main(words) == 2
     error = capfd.readouterr().err
-    assert "the data is broken" in error and "the trial with r=2 lora_alpha=4 ended with code 2" in error
+    assert "the data is broken" in error and "the trial with r=2 lora_alpha=4 lr=0.002 ended with code 2" in error
     monkeypatch.setattr(cell_run, "run", fake_cell)
     assert sweep.main(words) == 0
     assert sorted(c["r"] for c in calls(tmp_path)) == [1, 2, 4]
@@ -428,6 +431,11 @@ def test_a_full_disk_does_not_tell_to_delete_the_study(words, small_disk, capsys
         (["+sweep.space={method.config.lora_alpha: {choices: [1, 2]}}"], "has choices and times; keep one of them"),
         (["+sweep.space={train.lr: {step: 1, times: 2, of: method.config.r}}"], "write {times: <number>, of: <a key that is searched>}"),
         (["+sweep.space={train.lr: {factor: 1}}"], "has factor 1; write a factor above 1"),
+        (["+sweep.space={train.weight_decay: {power: 1, of: method.config.r}}"],
+         "follows 'method.config.r' by a power, and train.weight_decay is 0.0; write a number above 0"),
+        (["+sweep.space={train.lr: {of: null}}"], "has power -0.5; write of, the key that it follows"),
+        (["+sweep.space={train.lr: {of: method.config.q}}"], "sweep.space names 'method.config.q', which a cell"),
+        (["+sweep.space={train.lr: {of: method.config.lora_alpha}}"], "follows 'method.config.lora_alpha', which sweep.space does not search"),
         (["+sweep.space={train.lr: {choices: [1, 2], step: 1}}"], "keep its choices alone"),
         (["sweep.space=3"], "sweep.space is 3; write a config key with"),
         (["+task.metric=accuracy", "+sweep.space={task.metric: {choices: [accuracy, rouge_l]}}"], "sweep.space searches 'task.metric', but no ranking may mix"),
@@ -457,7 +465,7 @@ def test_tpe_draws_from_a_seed_stay_those_of_studies_made_before(tmp_path):
 @pytest.mark.parametrize("name", [p.stem for p in sorted((CONF / "sweep").glob("*.yaml"))])
 @pytest.mark.parametrize("technique", ["lora", "qlora"])
 def test_every_sweep_fits_the_adapters(name, technique):
-    cfg = compose([f"sweep={name}", f"technique={technique}"])
+    cfg = compose([f"sweep={name}", f"technique={technique}", "train.lr=1e-3"])
     found = read_space(cfg)
     assert found.target >= 6
     assert at(cfg, {"method.config.r": 3}).method.config.r == 3 and cfg.method.config.r != 3

@@ -210,7 +210,7 @@ LEARNT = {
     "ia3": ["train.lr=0.1", "train.epochs=16"],
     "prompt_tuning_text": ["train.lr=0.1", "train.epochs=30"],
     "prompt_tuning_random": ["train.lr=0.1", "train.epochs=30"],
-    "prefix_tuning": ["train.lr=3e-2", "train.epochs=30"],
+    "prefix_tuning": ["train.lr=0.1", "train.epochs=30"],
     "p_tuning": ["train.lr=1e-2", "train.epochs=30"],
     "multitask_prompt": ["train.lr=0.1", "train.epochs=30"],
 }

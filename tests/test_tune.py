@@ -208,8 +208,9 @@ def test_a_trial_without_a_value_counts_as_nought_and_more_trials_never_expect_l
 class Runs:
     """Trials whose validation accuracy is a function of their settings, in the place of training."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, accuracy) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, accuracy, rows: int = 1_000_000) -> None:
         self.seen: list[dict] = []
+        self.rows = rows
 
         def run(cfg, shared, scratch, label, count_errors=False, meanwhile=None):
             assert count_errors
@@ -220,7 +221,7 @@ class Runs:
             if value == "error":
                 return record.bare_result(cfg, status="error", error="ended with code 1", precision="fp32")
             work = Work(steps=1, diverged_at=1 if value == 0.0 else None)
-            scores = {"validation": Score(32, value, value, value, nll=cfg.train.lr)}
+            scores = {"validation": Score(self.rows, value, value, value, nll=cfg.train.lr)}
             return record.bare_result(cfg, status="diverged" if value == 0.0 else "ok", precision="fp32", scores=scores, work=work)
 
         monkeypatch.setattr(search_trials, "run_trial", run)
@@ -245,6 +246,17 @@ def test_inside_its_range_the_whole_budget_goes_there(tmp_path, overrides, monke
     assert len(runs.seen) == 6 == len(actual.trials) and {t["part"] for t in actual.trials} == {"declared"} and not actual.edges
     assert actual.validation == max(t["validation"] for t in actual.trials) and actual.settings == max(actual.trials, key=lambda t: t["validation"])["settings"]
     assert actual.settings["method.config.lora_alpha"] == 2 * actual.settings["method.config.r"] and actual.budget == 6 and len(actual.values) == 6
+
+
+@pytest.mark.slow
+def test_of_trials_that_few_rows_do_not_tell_apart_the_nearest_to_the_technique_s_own_is_taken(tmp_path, overrides, monkeypatch, imports, capsys):
+    Runs(monkeypatch, lambda lr, r: 0.6 - abs(math.log10(lr) + 3) / 10, rows=32)
+    words = [*words_in(tmp_path, overrides), "+search={method.config.r: {choices: [8]}}", "train.lr=2e-3"]
+    assert tune.main(words) == 0
+    actual = tuned_file(tmp_path)
+    nearest = min(actual.trials, key=lambda t: abs(math.log(t["settings"]["train.lr"] / 2e-3)))
+    assert actual.settings == nearest["settings"] and actual.validation == nearest["validation"] < actual.highest == max(t["validation"] for t in actual.trials)
+    assert "of those within a standard error of the highest" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from pipeline.racing.entrants import Asked, Entrant
 from pipeline.racing.journal import Journal, Screened
 from pipeline.racing.policy import OVER
 from pipeline.records.results import rank_key
+from pipeline.search import choice
 from pipeline.search.space import Parameter, Space, at
 from pipeline.search.study import Sweep, open_study, short
 from pipeline.search.trials import alone, search
@@ -86,13 +87,12 @@ def _one(entrant: Entrant, asked: Asked, journal: Journal, load: Callable[[], in
         except UserError as error:
             reason = " ".join(str(error).split())
         rows = [row for row in study.rows() if row["status"] != "died"]
-    return _best(entrant.name, rows, journal.ended(), reason)
+    return _found(entrant.name, rows, space, lr, journal.ended(), reason)
 
 
-def _best(name: str, rows: Sequence[dict], seconds: float, reason: str) -> Screened:
+def _found(name: str, rows: Sequence[dict], space: Space, lr: float, seconds: float, reason: str) -> Screened:
     trials = [{KEY: row[KEY], "validation": row["validation"], "nll": row["nll"], "status": row["status"]} for row in rows]
-    valued = [t for t in trials if t["validation"] is not None]
-    if not valued:
+    taken = choice.taken([{**row, "params": space.point(row)} for row in rows], space, {KEY: lr})
+    if taken is None:
         return Screened(name, {}, None, None, seconds, trials, reason or "no rate gave a value")
-    best = max(valued, key=lambda t: rank_key(t["validation"], t["nll"]))
-    return Screened(name, {KEY: best[KEY]}, best["validation"], best["nll"], seconds, trials, reason)
+    return Screened(name, {KEY: taken[KEY]}, taken["validation"], taken["nll"], seconds, trials, reason)

@@ -56,7 +56,7 @@ class Tuned:
     budget: int
     """Trials that every technique of the experiment may have."""
     validation: float
-    """The best trial's metric on the validation rows."""
+    """The taken trial's metric on the validation rows (pipeline/search/choice.py)."""
     edges: list[Edge]
     trials: list[dict[str, Any]]
     """Every trial that counts: number, part (declared or widened), status (ok, oom, diverged, error), diverged, its settings, validation (or None), and the
@@ -66,6 +66,8 @@ class Tuned:
     packed: bool
     hardware: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    highest: float | None = None
+    """The highest trial's metric; the taken one's is at most a standard error below it. None: a file of when the highest was taken."""
 
     @property
     def values(self) -> list[float | None]:

@@ -133,12 +133,13 @@ def further(verdict: Verdict, saying: Saying = Saying()) -> str:  # noqa: B008
     return f"To confirm {gap}, {(' and ' if verdict.both else ' or ').join(filter(None, (rows, seeds)))} would be needed."
 
 
-def of_search(trials: Sequence[tuple[str, float, float | None]], rows: int | None, metric: str) -> str:
+def of_search(trials: Sequence[tuple[str, float, float | None]], rows: int | None, metric: str, taken: str | None = None) -> str:
     """The verdict on the settings of a search, in sentences.
 
     Args:
         trials: (settings, validation metric, bytes at the peak where that is an objective) of those with a value; of equals the first is taken.
         rows: validation rows; None: not known, and nothing is tested.
+        taken: the settings that were taken (pipeline/search/choice.py); None: the highest.
     """
     first: dict[str, Option] = {}
     for name, value, memory in trials:
@@ -148,6 +149,11 @@ def of_search(trials: Sequence[tuple[str, float, float | None]], rows: int | Non
     verdict = decide(list(first.values()), tiers.by_shares({name: one.value for name, one in first.items()}, rows), slack=0.0)
     chosen, others = verdict.option(str(verdict.name)), len(first) - 1
     said = f"`{chosen.name}` is taken: {f.percent(chosen.value)}% {metric} on {rows:,} validation rows"
+    more = further(verdict, Saying(metric, "validation rows"))
+    if taken in first and taken != chosen.name:
+        share, high = (f.percent(first[name].value) for name in (str(taken), chosen.name))
+        return (f"`{taken}` is taken: {share}% {metric} on {rows:,} validation rows, of those within a standard error of the highest "
+                f"(`{chosen.name}`, {high}%) the nearest to the technique's own settings. {more}").strip()
     if not others:
         return f"{said}, the only setting with a value."
     if not verdict.tied:
@@ -155,4 +161,4 @@ def of_search(trials: Sequence[tuple[str, float, float | None]], rows: int | Non
     equal = any(one.value == chosen.value for one in first.values() if one is not chosen)
     why = "the first of the highest" if equal else "the highest"
     some = "none of the others is" if len(verdict.tied) == others else f"{len(verdict.tied)} of {others} others are not"
-    return f"{said}, {why}, but {some} told apart from it. {further(verdict, Saying(metric, 'validation rows'))}".strip()
+    return f"{said}, {why}, but {some} told apart from it. {more}".strip()

@@ -7,6 +7,7 @@ one of these entries:
     {low: 1.0e-4, high: 1.0e-2, log: true}     a range, of whole numbers if both ends are whole; `step` draws every so many only, and not with log
     {factor: 10}                               a range from a tenth of the cell's own value to ten times it; gives way to choices or ends beside it
     {times: 2, of: method.config.r}            linked, not searched: always that multiple of another entry
+    {power: -0.5, of: method.config.r}         linked: the cell's own value, times what the other entry is over its own to that power; gives way as factor does
     least, most                                how far pipeline.tune may widen the choices or the range beside them
 """
 
@@ -29,7 +30,7 @@ from pipeline.records import tuned
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-FORMS = "{choices: [...]}, {low: ..., high: ...}, {factor: ...} or {times: ..., of: ...}"
+FORMS = "{choices: [...]}, {low: ..., high: ...}, {factor: ...}, {times: ..., of: ...} or {power: ..., of: ...}"
 LIMITS = ("least", "most")
 
 Point = dict[str, Any]
@@ -48,13 +49,25 @@ class Parameter:
     factor: int | float | None = None
     """Replaced by low and high when the entry is read."""
     times: int | float | None = None
+    power: int | float | None = None
+    """The value is scale · (the other entry's)^power, to three digits."""
+    scale: int | float | None = None
+    """Of a power; follows from the cell's own values when the entry is read."""
     of: str | None = None
     least: int | float | None = None
     most: int | float | None = None
 
     @property
     def linked(self) -> bool:
-        return self.times is not None
+        return self.times is not None or self.power is not None
+
+    def follow(self, other: Any) -> Any:
+        """The value of a linked one where the other entry has this."""
+        if self.power is None:
+            assert self.times is not None
+            return self.times * other
+        assert self.scale is not None
+        return float(f"{self.scale * other**self.power:.3g}")
 
     @property
     def whole(self) -> bool:
@@ -74,6 +87,17 @@ class Parameter:
         assert self.low is not None and self.high is not None
         step = self.step or (1 if self.whole else None)
         return int((self.high - self.low) / step + 1e-9) + 1 if step else math.inf
+
+    def distance(self, one: Any, other: Any) -> float:
+        """Between two values as a share of the width from the lowest to the highest, of logarithms where `log` says so or all choices are above 0; of what has
+        no order 0 or 1."""
+        numbers = [value for value in (one, other, *self.extremes) if is_number(value)]
+        if one == other or len(numbers) < 2 + len(self.extremes):
+            return float(one != other)
+        positive = min(numbers) > 0 and (self.log or self.choices is not None)
+        first, second, *ends = map(math.log if positive else float, (one, other, *self.extremes))
+        width = max(ends) - min(ends)
+        return abs(first - second) / width if width else 1.0
 
     @property
     def distribution(self) -> BaseDistribution:
@@ -141,8 +165,11 @@ class Space:
 
     def complete(self, point: Mapping[str, Any]) -> Point:
         """The point and the settings linked to it."""
-        linked = {key: p for key, p in self.parameters.items() if p.linked and p.of in point}
-        return {**point, **{key: p.times * point[p.of] for key, p in linked.items()}}  # type: ignore[index]
+        return {**point, **{key: p.follow(point[p.of]) for key, p in self.parameters.items() if p.linked and p.of is not None and p.of in point}}
+
+    def distance(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+        """Between two points: the sum over what is searched."""
+        return math.fsum(p.distance(one[key], other[key]) for key, p in self.searched.items())
 
     def order(self, point: Mapping[str, Any]) -> tuple[Any, ...]:
         """Sorts points: by the place of their choices, or by value."""
@@ -187,8 +214,12 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
         raise UserError(f"{where} has {' and '.join(forms)}; keep one of them")
     if parameter.factor is not None:
         parameter = replace(parameter, factor=None) if forms else _around(where, parameter, cfg, key)
+    if parameter.power is not None and forms:
+        parameter = replace(parameter, power=None, of=None if parameter.times is None else parameter.of)
+    if parameter.power is not None and parameter.scale is None:
+        parameter = _along(where, name, parameter, cfg, key)
     if parameter.linked:
-        if set(parameter.entry) != {"times", "of"}:
+        if set(parameter.entry) not in ({"times", "of"}, {"power", "scale", "of"}):
             raise UserError(f"{where} is {entry!r}; write {{times: <number>, of: <a key that is searched>}}")
         return parameter
     _check_values(where, entry, parameter)
@@ -196,6 +227,11 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
         if type(number) is not int or number < 1:
             raise UserError(f"{where} contains {number!r}; a rank is a whole number of at least 1")
     return parameter
+
+
+def own_point(cfg: DictConfig, space: Space) -> Point:
+    """The cell's own settings of what is searched."""
+    return {key: _own(cfg, key) for key in space.searched}
 
 
 def _own(cfg: DictConfig, key: str) -> Any:
@@ -212,6 +248,17 @@ def _around(where: str, parameter: Parameter, cfg: DictConfig, key: str) -> Para
     if not is_number(value) or value <= 0:
         raise UserError(f"{where} has factor {factor!r} of {value!r}; write a factor of a number above 0, or low and high")
     return replace(parameter, factor=None, low=float(f"{value / factor:.6g}"), high=float(f"{value * factor:.6g}"), log=True)
+
+
+def _along(where: str, name: str, parameter: Parameter, cfg: DictConfig, key: str) -> Parameter:
+    if parameter.of is None:
+        raise UserError(f"{where} has power {parameter.power!r}; write of, the key that it follows, beside it")
+    _check_exists(cfg, parameter.of, name)
+    own, other = _own(cfg, key), _own(cfg, parameter.of)
+    for one, value in ((key, own), (parameter.of, other)):
+        if not is_number(value) or value <= 0:
+            raise UserError(f"{where} follows {parameter.of!r} by a power, and {one} is {value!r}; write a number above 0, or choices")
+    return replace(parameter, scale=float(f"{own / other**parameter.power:.6g}"))
 
 
 def is_number(value: Any) -> bool:

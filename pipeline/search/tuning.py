@@ -19,9 +19,9 @@ from pipeline.core.files import UserError
 from pipeline.core.settings import build
 from pipeline.measure.machine import provenance
 from pipeline.records import tuned
-from pipeline.records.results import rank_key
 from pipeline.records.tuned import Edge
-from pipeline.search.space import Parameter, Space, declared, is_number
+from pipeline.search import choice
+from pipeline.search.space import Parameter, Space, declared, is_number, own_point
 from pipeline.search.study import Sweep, counted, number, open_study
 from pipeline.search.trials import alone, search
 
@@ -136,21 +136,22 @@ def _part(part: str, cfg: DictConfig, space: Space, trials: int, shared: Shared)
 
 
 def best_of(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The trial with the highest validation metric (ties: the lower loss of the right answers, then the earlier). Raises UserError if none has one."""
-    valued = [t for t in trials if t["validation"] is not None]
-    if not valued:
+    """The trial with the highest validation metric. Raises UserError if none has one."""
+    best = choice.highest(trials)
+    if best is None:
         raise UserError(f"none of {len(trials)} trials has a value ({counted(t['status'] for t in trials)}; see above), so nothing is tuned; "
                         "fix the cause, delete their folder under sweeps/ and run again")
-    return max(valued, key=lambda t: rank_key(t["validation"], t["nll"]))
+    return best
 
 
 def _tuned(cfg: DictConfig, space: Space, budget: int, trials: Sequence[dict[str, Any]], edges: list[Edge]) -> tuned.Tuned:
     best, about = best_of(trials), provenance()
+    taken = choice.taken(trials, space, own_point(cfg, space)) or best
     rows = [{key: t[key] for key in ("number", "part", "status", "diverged", "validation", "nll", "validation_rows", "settings")} for t in trials]
     return tuned.Tuned(
         experiment=cfg.experiment, technique=tuned.label(cfg), task=cfg.task.name, model=cfg.model.name, train_rows=cfg.train_rows, seed=cfg.seed,
-        metric=cfg.task.get("metric", "accuracy"), settings=best["settings"], searched={key: space.entries[key] for key in space.searched},
-        budget=budget, validation=best["validation"], edges=edges, trials=rows,
+        metric=cfg.task.get("metric", "accuracy"), settings=taken["settings"], searched={key: space.entries[key] for key in space.searched},
+        budget=budget, validation=taken["validation"], highest=best["validation"], edges=edges, trials=rows,
         device_s=round(math.fsum(t["spent_s"] or 0.0 for t in trials), 3), packed=any(t["packed"] for t in trials), hardware=trials[-1]["hardware"],
         provenance={key: about[key] for key in ("started", "git_commit", "git_dirty", "packages")},
     )
