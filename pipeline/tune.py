@@ -1,4 +1,4 @@
-"""Give every technique of an experiment the same number of random trials on validation rows, and fix its best setting for all seeds.
+"""Give every technique of an experiment the same number of random trials on validation rows, and fix one setting of each for all seeds.
 
     python -m pipeline.tune experiments=quick                                  all techniques of the grid
     python -m pipeline.tune experiments=quick technique=lora tune.trials=24    one technique, another budget

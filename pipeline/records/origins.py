@@ -70,6 +70,6 @@ class Tuning:
     device_s: float
     """Wall clock of the trials."""
     validation: float
-    """The best trial's metric on the validation rows."""
+    """The taken trial's metric on the validation rows."""
     seed: int
     """Whose training rows the trials saw."""

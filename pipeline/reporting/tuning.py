@@ -25,7 +25,7 @@ from pipeline.reporting.text import rows_in_words
 from pipeline.reporting.vega import Axis, Chart, Dot, Spec, inline, linear
 
 WIDE, NARROW = (600, 270), (250, 250)
-HEADS = ("Technique", "Untuned test, %", "Tuned test, %", "Best validation, %", "Searched", "Trials", "Time")
+HEADS = ("Technique", "Untuned test, %", "Tuned test, %", "Validation, %", "Searched", "Trials", "Time")
 Tunings = Mapping[tuple[str, str], Tuned]
 
 
@@ -110,8 +110,8 @@ def remarks(lines: Sequence[Line]) -> list[str]:
     still = [line.tuned.technique for line in lines if any(e.still or not e.widened for e in line.tuned.edges)]
     return [text for text in (
         "Every technique may have the same number of random trials; those that ran out of memory, diverged or ended with an error are among them. Trials see "
-        "training and validation rows of one seed; the best setting is used for all seeds. The best validation figure is the highest of many and "
-        "flatters: compare by the test columns.",
+        "training and validation rows of one seed. Of those within a standard error of the highest the one nearest to the technique's own settings is taken, "
+        "for all seeds. Its validation figure is one of many and may flatter: compare by the test columns.",
         unequal,
         f"The best value of {_named(still)} lies at the edge of what was searched: a better one may lie beyond." if still else "",
         f"No tuned cell of {_named(missing)} has run: python -m pipeline.cells experiments={lines[0].tuned.experiment} tuned=true" if missing else "",
