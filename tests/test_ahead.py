@@ -89,6 +89,7 @@ def finds(monkeypatch: pytest.MonkeyPatch, places: Path, *wrong: Finding) -> Non
     monkeypatch.setattr(preflight, "findings", findings)
 
 
+@pytest.mark.slow
 def test_cells_load_while_checks_run_and_train_after_them(words, places, monkeypatch, capfd):
     finds(monkeypatch, places)
     monkeypatch.setattr(AtOnce, "places", 4)

@@ -108,6 +108,7 @@ def test_every_cell_is_mirrored_before_the_next_one_starts_and_a_kill_loses_no_r
     assert (identity.folder_of(cells[1]) / "result.json").stat().st_mtime_ns == ended, "computed once"
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_is_one_warning(words, capfd):
     cells = seeds([*(w for w in words if w != "tracking=none"), "tracking.uri=http://127.0.0.1:9"], 2)
     assert grid.run_cells(cells) == 0
@@ -115,7 +116,7 @@ def test_a_store_that_does_not_answer_is_one_warning(words, capfd):
     assert all((identity.folder_of(cfg) / "result.json").exists() for cfg in cells)
 
 
-@pytest.mark.parametrize("more", [[], ["pack=true"]])
+@pytest.mark.parametrize("more", [[], pytest.param(["pack=true"], marks=pytest.mark.slow)])
 def test_two_at_once_compute_each_cell_once_and_both_end_with_all_of_them(words, more, capfd):
     cells = seeds([*words, *more], 4)
     both = [started(cells), started(cells)]

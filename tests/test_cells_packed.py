@@ -70,6 +70,7 @@ def test_what_cannot_be_packed_trains_alone_and_says_why(words, capfd):
     assert not any(read(identity.folder_of(cfg)).packed for cfg in both)
 
 
+@pytest.mark.slow
 def test_out_of_memory_leaves_them_to_train_alone(words, monkeypatch, capfd):
     from pipeline.cell import packing
 

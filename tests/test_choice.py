@@ -87,6 +87,7 @@ def test_the_replay_knows_luck_from_skill():
     assert bad["below"] == pytest.approx(50) and bad["above"] == 0
 
 
+@pytest.mark.slow
 def test_on_the_measured_grids_the_highest_loses_to_the_nearest_on_another_seed():
     rows = [json.loads(line) for line in Path("experiments/rates/cells.jsonl").read_text().splitlines()]
     found, start = rates_choice.grids(rows), rates_choice.STARTS["the defaults"]

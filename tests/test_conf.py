@@ -21,6 +21,7 @@ from pipeline.core.peft_files import DEFAULTS
 from pipeline.data import recipe
 from pipeline.records import mlflow as tracking
 from pipeline.search import study
+from pipeline.search.space import at
 
 FILES = sorted(p.relative_to(CONF) for p in CONF.rglob("*.yaml"))
 EXPERIMENTS = sorted(p.stem for p in ROOT.glob("experiments/*.yaml") if p.with_suffix("").joinpath("params.yaml").exists())
@@ -68,7 +69,7 @@ def test_every_file_composes_with_every_experiment_and_can_be_built(file, experi
     recipe.read(cfg)
     settings.build(tracking.Tracking, plain(cfg)["tracking"], "tracking")
     if {"r", "lora_alpha"} <= set(cfg.method.get("config", {})):  # else conf/sweep/ has no rank to search
-        study.read(cfg)
+        study.read(at(cfg, {"train.lr": cfg.train.lr or 1e-3}))  # whatever lies under models/ here
     assert set(cfg.model) == {field.name for field in dataclasses.fields(settings.Model)}
     for group in BUILT:
         assert build(OmegaConf.select(cfg, group), group) is not None

@@ -265,6 +265,7 @@ def test_one_step_s_loss_is_that_of_trl_s_trainer(overrides, tiny, beta):
     assert len(examples) == 4 and float(theirs) > 0.1 and float(ours) == pytest.approx(float(theirs), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_learns_on_texts_of_its_own(overrides):
     run(overrides, "technique=full", "train.lr=1e-3", "train.epochs=4")
     actual = run(overrides, "technique=on_policy_distillation", "train.lr=2e-2", "train.epochs=6")

@@ -102,6 +102,7 @@ print(found, "sklearn" in sys.modules, is_sklearn_available())
     assert done.strip() == "[(False, False), (False, False)] False True"
 
 
+@pytest.mark.slow
 def test_a_base_is_rounded_in_a_process_that_had_imported_nothing(tiny):
     """bitsandbytes brings torch's compiler with it, which what is left out of the other imports must not break."""
     done = python(f"""

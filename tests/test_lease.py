@@ -269,6 +269,7 @@ def test_without_the_daemon_a_command_goes_on_and_its_log_says_so(slot, tmp_path
     assert (tmp_path / "lease" / "shares.log").read_text() == f"without MPS: nvidia-cuda-mps-control {reason}\n"
 
 
+@pytest.mark.slow
 def test_the_daemon_ends_with_a_command_that_is_killed_and_begins_anew_with_it(slot, tmp_path, daemon):
     waits = f"trap '' INT; {SAYS.replace('@', str(tmp_path))}; [ -e {tmp_path}/again ] || (touch {tmp_path}/again; sleep 30)"
     code, said = slot([says(tmp_path, run=waits)], 1.5)

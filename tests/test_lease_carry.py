@@ -49,6 +49,7 @@ PLAN = {
 }
 
 
+@pytest.mark.slow
 def test_the_calls_carry_the_pieces_set_up_and_run_the_plan_in_slots(carried, tmp_path):
     calls, said = carried(PLAN, "piece_mb=0.3")
     *copies, last, again = calls

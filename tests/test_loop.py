@@ -173,6 +173,7 @@ def test_a_model_that_is_no_better_than_a_uniform_guess_is_noted(overrides, scor
     assert not any(sentence in note for note in cell_run.run(compose([*words, "train.lr=3e-3"])).notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["eager", "fast"])
 def test_without_a_limit_the_gradients_are_as_they_are(overrides, tmp_path, engine):
     """inf trains as a limit that is never reached, other than one that is, and its result is written."""

@@ -59,6 +59,7 @@ def test_rows(home: tuple[list[str], Path], tiny: Path) -> list[dict]:
 test_rows.__test__ = False  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_requests_of_many_customers_get_each_ones_own_answers(home, tiny, tmp_path, capsys):
     shared = [n for n in CELLS if n != "full"]
     rows = test_rows(home, tiny)

@@ -53,6 +53,7 @@ def exported(words: list[str], folder: Path, tmp_path: Path) -> str:
     return path.stem
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize("technique", [
     "lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("few_shot", "prompt_tuning", "step_by_step")),

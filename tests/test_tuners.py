@@ -184,6 +184,7 @@ def test_the_separable_task_is_learnt_and_the_artefact_answers_alike(overrides, 
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_made_of_training_rows_before_the_first_step_is_training_time(overrides, tmp_path, monkeypatch):
     """EVA took 47 s to find its directions on a GPU, and was said to cost least."""
     attached, seconds = peft_start.attached, 1.5
