@@ -344,12 +344,13 @@ def as_before(tmp_path: Path, words: list[str]) -> None:
 
     old = {key: v for key, v in flat(plain(compose(words))) if key.partition(".")[0] not in ("sweep", "tracking", "paths", "evaluate")}
     kept = study(tmp_path).user_attrs["identity"]
-    old = {key: v for key, v in old.items() if key not in ("method.config.r", "method.config.lora_alpha")}
+    old = {key: v for key, v in old.items() if key not in kept["sweep.space"]}
     old |= {key: v for key, v in kept.items() if key.startswith("sweep.")}
     old |= {"the data (sha256)": None, "the model (sha256)": None, "evaluate.validation_share": kept["evaluate.validation_share"]}
     old["train.packing"] = old.pop("train.padding_free")
     old["sweep.space"] = {"method.config.r": {"choices": RANKS, "log": False, "step": None}}
-    study(tmp_path).set_user_attr("identity", old | {"sweep.link": {"method.config.lora_alpha": {"times": 2, "of": "method.config.r"}}})
+    links = {"method.config.lora_alpha": {"times": 2, "of": "method.config.r"}, "train.lr": kept["sweep.space"]["train.lr"]}
+    study(tmp_path).set_user_attr("identity", old | {"sweep.link": links})
 
 
 @pytest.mark.parametrize("before", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["a study of today", "of before"])
