@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from test_cell import run
 
-from benchmarks import rates_fit, rates_tuners
+from benchmarks import rank_rates, rates_fit, rates_tuners
 from benchmarks.rates import MIDDLE, Grid, rates_of
 from pipeline.core.compose import compose
 from pipeline.core.files import UserError
@@ -164,9 +165,35 @@ def test_below_the_untouched_base_is_told_by_rows():
     assert rates_fit.worse("0" * 20, "1" * 20) and rates_fit.worse("", "1") and not rates_fit.worse("0" * 3 + "1", "1" * 3 + "0")
 
 
+def test_of_many_cases_one_that_chance_explains_is_not_told_apart():
+    """Six rows lost of six: one in 32 by itself, no longer below 5% as one of two; eight are one in 128."""
+    first, second = [(model, "cqa") for model in rates_fit.MODELS[:2]]
+
+    def judged(lost: int) -> dict:
+        even = (100.0, "1" * 40)
+        data = rates_fit.Grids({"lora": {first: {1e-3: (50.0, "0" * lost + "1" * (40 - lost))}, second: {1e-3: even}}}, {first: even, second: even})
+        return rates_fit.judge(data, lambda *_: 1e-3, {first, second}, ["lora"])
+
+    assert judged(6)["below_untrained"] == [["lora", *first]] and judged(6)["below_of_all"] == []
+    assert judged(8)["below_untrained"] == judged(8)["below_of_all"] == [["lora", *first]]
+
+
 def test_a_row_that_two_seeds_lose_is_no_second_row():
     """Five rows lost of five: one in sixteen by chance, however many seeds lose them; six are one in 32."""
     assert not rates_fit.worse(2 * "00000", "11111") and rates_fit.worse(2 * "000000", "111111") and not rates_fit.worse(2 * "111111", "000000")
+
+
+def test_the_rates_of_ranks_come_from_the_tuned_files_of_an_archive(tmp_path):
+    for rank, trials in ((2, [(1e-4, 0.25), (1e-3, 0.5)]), (16, [(1e-4, 0.5), (1e-3, None)])):
+        path = tmp_path / f"tuning/rank_cqa/lora+r{rank}-n700.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = [{"settings": {"train.lr": lr}, "validation": value, "validation_rows": 100} for lr, value in trials]
+        path.write_text(yaml.safe_dump({"trials": made}))
+    (tmp_path / "tuning/rank_cqa/full-n700.yaml").write_text("trials: none of LoRA's")
+    with tarfile.open(tmp_path / "results.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "tuning", "tuning")
+    *_, first, second = rank_rates.table(tmp_path / "results.tar.xz").splitlines()
+    assert first == "| rank_cqa (700, 100) | 2 | 25.0 | **50.0** |" and second == "| rank_cqa (700, 100) | 16 | **50.0** |  |"
 
 
 @pytest.mark.parametrize("technique", MIDDLE)

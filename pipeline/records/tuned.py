@@ -66,8 +66,6 @@ class Tuned:
     packed: bool
     hardware: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
-    highest: float | None = None
-    """The highest trial's metric; the taken one's is at most a standard error below it. None: a file of when the highest was taken."""
 
     @property
     def values(self) -> list[float | None]:

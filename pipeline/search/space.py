@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FORMS = "{choices: [...]}, {low: ..., high: ...}, {factor: ...}, {times: ..., of: ...} or {power: ..., of: ...}"
 LIMITS = ("least", "most")
+MOST_POWER = 4
 
 Point = dict[str, Any]
 """Config key -> value."""
@@ -216,11 +217,13 @@ def _parameter(entry: Any, name: str, key: str, cfg: DictConfig) -> Parameter:
         parameter = replace(parameter, factor=None) if forms else _around(where, parameter, cfg, key)
     if parameter.power is not None and forms:
         parameter = replace(parameter, power=None, of=None if parameter.times is None else parameter.of)
-    if parameter.power is not None and parameter.scale is None:
+    if parameter.scale is not None:
+        raise UserError(f"{where} has a scale, which follows from the cell's own values; take it out")
+    if parameter.power is not None:
         parameter = _along(where, name, parameter, cfg, key)
     if parameter.linked:
         if set(parameter.entry) not in ({"times", "of"}, {"power", "scale", "of"}):
-            raise UserError(f"{where} is {entry!r}; write {{times: <number>, of: <a key that is searched>}}")
+            raise UserError(f"{where} is {entry!r}; write {{times: <number>, of: <a key that is searched>}}, or power in the place of times")
         return parameter
     _check_values(where, entry, parameter)
     for number in parameter.extremes if key.rpartition(".")[2] == "r" else ():
@@ -251,14 +254,17 @@ def _around(where: str, parameter: Parameter, cfg: DictConfig, key: str) -> Para
 
 
 def _along(where: str, name: str, parameter: Parameter, cfg: DictConfig, key: str) -> Parameter:
+    power = parameter.power
+    if power is None or not abs(power) <= MOST_POWER:
+        raise UserError(f"{where} has power {power!r}; write one from {-MOST_POWER} to {MOST_POWER}")
     if parameter.of is None:
-        raise UserError(f"{where} has power {parameter.power!r}; write of, the key that it follows, beside it")
+        raise UserError(f"{where} has power {power!r}; write of, the key that it follows, beside it")
     _check_exists(cfg, parameter.of, name)
     own, other = _own(cfg, key), _own(cfg, parameter.of)
     for one, value in ((key, own), (parameter.of, other)):
         if not is_number(value) or value <= 0:
             raise UserError(f"{where} follows {parameter.of!r} by a power, and {one} is {value!r}; write a number above 0, or choices")
-    return replace(parameter, scale=float(f"{own / other**parameter.power:.6g}"))
+    return replace(parameter, scale=float(f"{own / other**power:.6g}"))
 
 
 def is_number(value: Any) -> bool:

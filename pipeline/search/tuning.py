@@ -145,13 +145,14 @@ def best_of(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _tuned(cfg: DictConfig, space: Space, budget: int, trials: Sequence[dict[str, Any]], edges: list[Edge]) -> tuned.Tuned:
-    best, about = best_of(trials), provenance()
-    taken = choice.taken(trials, space, own_point(cfg, space)) or best
+    best_of(trials)
+    taken, about = choice.taken(trials, space, own_point(cfg, space)), provenance()
+    assert taken is not None
     rows = [{key: t[key] for key in ("number", "part", "status", "diverged", "validation", "nll", "validation_rows", "settings")} for t in trials]
     return tuned.Tuned(
         experiment=cfg.experiment, technique=tuned.label(cfg), task=cfg.task.name, model=cfg.model.name, train_rows=cfg.train_rows, seed=cfg.seed,
         metric=cfg.task.get("metric", "accuracy"), settings=taken["settings"], searched={key: space.entries[key] for key in space.searched},
-        budget=budget, validation=taken["validation"], highest=best["validation"], edges=edges, trials=rows,
+        budget=budget, validation=taken["validation"], edges=edges, trials=rows,
         device_s=round(math.fsum(t["spent_s"] or 0.0 for t in trials), 3), packed=any(t["packed"] for t in trials), hardware=trials[-1]["hardware"],
         provenance={key: about[key] for key in ("started", "git_commit", "git_dirty", "packages")},
     )
