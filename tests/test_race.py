@@ -19,13 +19,14 @@ from pipeline.core.compose import compose
 from pipeline.core.files import UserError, read_json
 from pipeline.core.progress import Progress
 from pipeline.measure.clock import Stopwatch
-from pipeline.racing import words
+from pipeline.racing import screen, words
 from pipeline.racing.drive import BudgetUsed, Driver, Seeds, Stops
 from pipeline.racing.entrants import Asked, Entrant
 from pipeline.racing.journal import Entry, Journal, Screened
 from pipeline.racing.page import course, write
 from pipeline.racing.policy import Arm, Race, Rules, rows_needed, weights
 from pipeline.racing.screen import ladder, order
+from pipeline.search.space import Parameter, Space
 
 ROWS = 800
 
@@ -247,6 +248,17 @@ def test_a_cell_that_ends_with_an_error_leaves_the_race_and_is_not_begun_anew(ov
 
 def test_a_ladder_of_rates_begins_at_the_rule_s():
     assert ladder(1e-3, 3) == [1e-3, 3.2e-3, 3.2e-4]
+
+
+@pytest.mark.parametrize(("rows", "taken"), [(40, 1e-3), (40_000, 3.2e-3)])
+def test_screening_leaves_the_rule_s_rate_for_one_that_is_more_than_a_standard_error_better(rows, taken):
+    """Two points: a quarter of a standard error of 40 rows, eight of 40,000."""
+    space = Space({"train.lr": Parameter(choices=(1e-3, 3.2e-3, 3.2e-4))})
+    values = {1e-3: 0.5, 3.2e-3: 0.52, 3.2e-4: None}
+    found = [{"train.lr": lr, "validation": value, "nll": None, "status": "ok", "validation_rows": rows} for lr, value in values.items()]
+    one = screen._found("lora", found, space, 1e-3, 7.0, "")
+    assert one.settings == {"train.lr": taken} and one.validation == values[taken] and len(one.trials) == 3 and one.seconds == 7.0
+    assert screen._found("lora", found[2:], space, 1e-3, 7.0, "").reason == "no rate gave a value"
 
 
 # children that are ended in time
